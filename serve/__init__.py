@@ -1,0 +1,1 @@
+"""The request path: HTTP request in, image bytes out."""

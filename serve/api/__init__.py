@@ -1,0 +1,1 @@
+"""The HTTP edge: ingress deployment, OpenAI wire format, playground page."""

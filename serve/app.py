@@ -1,0 +1,70 @@
+"""The composition root: settings in, a Ray Serve application out. Nothing else wires deployments.
+
+`build` is the import path of the declarative config (`serve.app:build`), in the demo, the tests
+and on KubeRay alike. Its arguments are hashed into every deployment's version, so they hold only
+what must restart replicas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from .api.ingress import Ingress
+from .dispatch.dispatcher import Dispatcher
+from .engine.generator import SLOTS, Generator
+from .engine.text_encoder import TextEncoder
+from .settings import Application
+
+# Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
+UNBOUNDED = 10_000
+# The default back-off of Serve's router leaves a replica idle between two images.
+PROMPT_ROUTER = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Ingress → Dispatcher, and → one Generator per pool → TextEncoder."""
+    settings = Application.model_validate(args)
+    dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
+        num_replicas=1,
+        max_ongoing_requests=UNBOUNDED,
+        ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
+    ).bind(settings.max_queued)  # fmt: skip
+    text_encoders = {
+        encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
+            num_replicas=encoder.replicas,
+            max_ongoing_requests=UNBOUNDED,
+            ray_actor_options=encoder.ray_actor_options,
+        ).bind(encoder.model_dump(mode="json"))
+        for encoder in settings.text_encoders
+    }  # fmt: skip
+    generators = {
+        model.pool_name(pool): serve.deployment(
+            Generator, name=f"Generator-{model.pool_name(pool)}"
+        ).options(
+            num_replicas=pool.replicas,
+            max_ongoing_requests=SLOTS,
+            ray_actor_options=pool.ray_actor_options,
+            request_router_config=PROMPT_ROUTER,
+            graceful_shutdown_timeout_s=settings.request_timeout_s,
+        ).bind(
+            model.model_dump(mode="json"),
+            pool.model_dump(mode="json"),
+            settings.emulate_fp8,
+            text_encoders[model.text_encoder],
+            dispatcher,
+        )
+        for model in settings.models
+        for pool in model.pools
+    }  # fmt: skip
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
+        num_replicas=settings.ingress.replicas,
+        max_ongoing_requests=UNBOUNDED,
+        ray_actor_options=settings.ingress.ray_actor_options,
+    )
+    application: serve.Application = ingress.bind(
+        settings.model_dump(mode="json"), dispatcher, generators
+    )
+    return application

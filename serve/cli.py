@@ -1,0 +1,134 @@
+"""The `octet` command."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .launch import LaunchError, running
+from .settings import Http, Settings, SettingsError, load_settings
+
+DEMO_SETTINGS = Path(__file__).parent.parent / "examples" / "laptop.yaml"
+
+app = typer.Typer(
+    help="Stable Diffusion 3.5 in FP8 for many tenants on Ray Serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see examples/.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@contextmanager
+def readable_errors(debug: bool) -> Iterator[None]:
+    """Errors that we foresee in one line each, exit code 1."""
+    try:
+        yield
+    except (SettingsError, LaunchError) as error:
+        if debug:
+            raise
+        console.print(f"octet: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def serve(config: ConfigFile, debug: Debug = False) -> None:
+    """Serve the models of CONFIG on a Ray of their own, in the foreground."""
+    with readable_errors(debug):
+        _serve(load_settings(config))
+
+
+@app.command()
+def demo(
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the small demo model on this machine, in the foreground."""
+    with readable_errors(debug):
+        settings = load_settings(DEMO_SETTINGS)
+        if port is not None:
+            _check_port_number(port)
+            http = Http(host=settings.http.host, port=port)
+            settings = settings.model_copy(update={"http": http})
+        _serve(settings)
+
+
+@app.command("check-config")
+def check_config(config: ConfigFile, debug: Debug = False) -> None:
+    """Check CONFIG and the OCTET_* overrides without starting anything."""
+    with readable_errors(debug):
+        settings = load_settings(config)
+    table = Table("model", "pool", "replicas", "GPU each", "CPU each")
+    for model in settings.models:
+        for pool in model.pools:
+            row = (
+                model.id,
+                pool.precision,
+                pool.replicas,
+                f"{pool.num_gpus:g}",
+                f"{pool.num_cpus:g}",
+            )
+            table.add_row(*map(str, row))
+    Console().print(table)
+    console.print(f"{config}: ok", style="green", highlight=False)
+
+
+def _check_port_number(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise SettingsError(f"port {port} must be between 1 and 65535")
+
+
+def _serve(settings: Settings) -> None:
+    """Until Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+
+    def stop(number: int, _: Any) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with console.status("starting") as status:
+            launch = running(settings, lambda news: status.update(news))
+            url = launch.__enter__()
+        try:
+            _announce(settings, url)
+            stopped.wait()
+        finally:
+            with console.status("stopping"):
+                launch.__exit__(None, None, None)
+    except KeyboardInterrupt:
+        console.print("stopped")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _announce(settings: Settings, url: str) -> None:
+    model = settings.models[0]
+    prompt = "a futuristic cityscape at sunset"
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nDraw a picture:\n")
+    out.print(
+        f"curl -s {url}/v1/images/generations -H 'content-type: application/json' \\\n"
+        f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'
+        "  | python3 -c 'import base64, json, sys; "
+        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
+        "> octet.png\n",
+        markup=False,
+    )
+    out.print("Ctrl-C stops it.")
+
+
+def main() -> None:
+    app()

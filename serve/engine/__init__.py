@@ -1,0 +1,1 @@
+"""The model in our hands: text encoders, denoising, precision recipes."""

@@ -1,0 +1,48 @@
+"""Pictures as files. PNG files carry the request that makes them again."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..request import ImageRequest, OutputFormat
+
+JPEG_QUALITY = 95
+WEBP_QUALITY = 90
+
+
+def parameters(request: ImageRequest, precision: str) -> str:
+    """A JSON body that, posted to /v1/images/generations, asks for the same image again."""
+    return json.dumps(
+        {
+            "model": request.model,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "size": request.size,
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "precision": "fp8" if precision == "fp8" else "fp16",
+        },
+        ensure_ascii=False,
+    )
+
+
+def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: str) -> bytes:
+    """The file's bytes in the requested format, from pixels (height_px, width_px, 3)."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    if request.output_format is OutputFormat.PNG:
+        chunks = PngInfo()
+        chunks.add_text("Software", "Octet")
+        chunks.add_itxt("parameters", parameters(request, precision))
+        image.save(file, "png", pnginfo=chunks)
+    elif request.output_format is OutputFormat.JPEG:
+        image.save(file, "jpeg", quality=JPEG_QUALITY)
+    else:
+        image.save(file, "webp", quality=WEBP_QUALITY)
+    return file.getvalue()

@@ -1,0 +1,218 @@
+"""Stable Diffusion 3.5, loaded and operated piece by piece.
+
+`PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` does, cut where
+a server needs it cut: text apart from pictures, and one denoising step at a time over images that
+may each be at their own step, with their own guidance. The pipeline is the oracle in the tests
+and is never called here.
+
+Weights come from a local folder or from a hub id with a pinned revision, in diffusers' layout;
+safetensors only, never remote code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from .noise_schedule import TRAIN_STEPS, sigmas
+from .precision import Recipe, apply_recipe, store_in_fp8
+
+VAE_FACTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's files are: a folder, or a hub id with the commit that was tested."""
+
+    location: str
+    revision: str | None = None
+
+    def of(self, component: str) -> dict[str, str | None]:
+        """Arguments of `from_pretrained` for one component."""
+        return {
+            "pretrained_model_name_or_path": self.location,
+            "subfolder": component,
+            "revision": self.revision,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbeds:
+    """`tokens`: (prompts, text length, joint width); `pooled`: (prompts, pooled width)."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+
+class PromptEncoder:
+    """CLIP-L, CLIP-G and T5 with their tokenizers.
+
+    CLIP's two last-but-one hidden states lie side by side, padded to T5's width, and T5's tokens
+    follow. A model without T5 gets zeros in its place, as in diffusers.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, source: Source, precision: str = "fp32", device: str = "cpu") -> None:
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.device = device
+        index = DiffusionPipeline.load_config(source.location, revision=source.revision)
+        self.clip_tokenizers = [
+            CLIPTokenizer.from_pretrained(**source.of(part))
+            for part in ("tokenizer", "tokenizer_2")
+        ]
+        self.clips = [
+            CLIPTextModelWithProjection.from_pretrained(
+                **source.of(part), use_safetensors=True, dtype=dtype
+            )
+            .to(device)
+            .eval()
+            for part in ("text_encoder", "text_encoder_2")
+        ]
+        self.t5, self.t5_tokenizer = None, None
+        if index["text_encoder_3"][0] is not None:
+            self.t5_tokenizer = T5Tokenizer.from_pretrained(**source.of("tokenizer_3"))
+            self.t5 = T5EncoderModel.from_pretrained(
+                **source.of("text_encoder_3"), use_safetensors=True, dtype=dtype
+            ).eval()
+            if precision == "t5-quanto":
+                store_in_fp8(self.t5)
+            self.t5.to(device)
+        joint = SD3Transformer2DModel.load_config(**source.of("transformer"))
+        self.joint_width = int(joint["joint_attention_dim"])
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeds:
+        """Embeddings of prompts; `max_sequence_length` is T5's token count, CLIP's is fixed."""
+        hidden, pooled = [], []
+        for tokenizer, clip in zip(self.clip_tokenizers, self.clips, strict=True):
+            out = clip(
+                self._ids(tokenizer, prompts, tokenizer.model_max_length), output_hidden_states=True
+            )
+            hidden.append(out.hidden_states[-2])
+            pooled.append(out.text_embeds)
+        clip_tokens = torch.cat(hidden, dim=-1)
+        clip_tokens = torch.nn.functional.pad(
+            clip_tokens, (0, self.joint_width - clip_tokens.shape[-1])
+        )
+        if self.t5 is None:
+            shape = len(prompts), max_sequence_length, self.joint_width
+            t5_tokens = clip_tokens.new_zeros(shape)
+        else:
+            ids = self._ids(self.t5_tokenizer, prompts, max_sequence_length)
+            t5_tokens = self.t5(ids).last_hidden_state
+        return PromptEmbeds(torch.cat([clip_tokens, t5_tokens], dim=1), torch.cat(pooled, dim=-1))
+
+    def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids: torch.Tensor = tokens.input_ids
+        return ids.to(self.device)
+
+
+@dataclass(slots=True)
+class Denoising:
+    """One image under way: its latents and all that its next step needs.
+
+    `latents`: (1, 16, height_px/8, width_px/8) float32. `embeds` has one row, or two with
+    guidance: first the negative prompt's, then the prompt's.
+    """
+
+    latents: torch.Tensor
+    embeds: PromptEmbeds
+    guidance_scale: float
+    sigmas: tuple[float, ...]
+    step: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.embeds.pooled)
+
+    @property
+    def finished(self) -> bool:
+        return self.step == len(self.sigmas) - 1
+
+
+class Denoiser:
+    """Transformer and VAE of one model in one precision, on one device."""
+
+    @torch.inference_mode()
+    def __init__(self, source: Source, recipe: Recipe, device: str = "cpu") -> None:
+        self.recipe, self.device = recipe, device
+        self.transformer: Any = SD3Transformer2DModel.from_pretrained(
+            **source.of("transformer"), use_safetensors=True
+        )
+        apply_recipe(self.transformer, recipe).to(device).eval()
+        self.vae: Any = AutoencoderKL.from_pretrained(
+            **source.of("vae"), use_safetensors=True, torch_dtype=recipe.vae_dtype
+        )
+        self.vae.to(device).eval()
+        schedule = FlowMatchEulerDiscreteScheduler.load_config(**source.of("scheduler"))
+        self.shift = float(schedule["shift"])
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        embeds: PromptEmbeds,
+        *,
+        width: int,
+        height: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> Denoising:
+        """Noise for a seed, always drawn in float32 on the CPU: the same for every precision."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = 1, self.transformer.config.in_channels, height // VAE_FACTOR, width // VAE_FACTOR
+        noise = torch.randn(shape, generator=generator)
+        rows = PromptEmbeds(
+            embeds.tokens.to(self.device, self.recipe.dtype),
+            embeds.pooled.to(self.device, self.recipe.dtype),
+        )
+        schedule = sigmas(num_inference_steps, self.shift)
+        return Denoising(noise.to(self.device), rows, guidance_scale, schedule)
+
+    @torch.inference_mode()
+    def denoise_step(self, batch: Sequence[Denoising]) -> None:
+        """Take every image of the batch one step further, in one call of the transformer.
+
+        All need the same size and text length (SD3 has no attention mask). Euler's step
+        x += (sigma_next − sigma) · v and guidance are computed in float32.
+        """
+        latents = torch.cat([d.latents for d in batch for _ in range(d.rows)])
+        # Timesteps stay float32: rounding them to bf16 moves latents by up to 8e-2.
+        times = [d.sigmas[d.step] * TRAIN_STEPS for d in batch for _ in range(d.rows)]
+        velocity = self.transformer(
+            hidden_states=latents.to(self.recipe.dtype),
+            timestep=torch.tensor(times, dtype=torch.float32, device=self.device),
+            encoder_hidden_states=torch.cat([d.embeds.tokens for d in batch]),
+            pooled_projections=torch.cat([d.embeds.pooled for d in batch]),
+            return_dict=False,
+        )[0].float()
+        for d, v in zip(batch, velocity.split([d.rows for d in batch]), strict=True):
+            if d.rows == 2:
+                v = v[:1] + d.guidance_scale * (v[1:] - v[:1])
+            d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
+            d.step += 1
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, height_px, width_px) in 0..1, float32, from latents."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        pictures: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,123 @@
+"""Run the application on a Ray of its own on this machine: for `octet serve`, the demo, the tests.
+
+Deploys through Serve's declarative config, the path that `serve run` and KubeRay take, and keeps
+apart from every other Ray here: own address, own temporary folder, own token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .settings import Settings, SettingsError
+
+APPLICATION = "octet"
+OBJECT_STORE_BYTES = 256 * 2**20
+POLL_S = 0.25
+
+
+class LaunchError(Exception):
+    """The application did not come up; the message says what Ray Serve said."""
+
+
+def serve_config(settings: Settings) -> dict[str, Any]:
+    """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay)."""
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "serve.app:build",
+        "args": settings.application_args(),
+    }
+    return {"applications": [application]}
+
+
+@contextmanager
+def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """The application, answering on its URL until the block ends; `tell` hears what is awaited.
+
+    Leaves no process and no file behind. Raises `SettingsError` if the port is taken and
+    `LaunchError` if a deployment fails.
+    """
+    _check_port(settings.http.host, settings.http.port)
+    folder = tempfile.mkdtemp(prefix="octet-")
+    # Ray would write a token into the home directory; this one lives and dies with us.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    tell("loading Ray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        from ray import serve
+    try:
+        tell("starting Ray")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        tell("starting Ray Serve")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
+        _deploy(settings)
+        _wait(tell)
+        yield f"http://{settings.http.host}:{settings.http.port}"
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _deploy(settings: Settings) -> None:
+    # What `serve run` does; Serve has no public call for it without its dashboard.
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config(settings)))
+
+
+def _wait(tell: Callable[[str], None]) -> None:
+    """Until every deployment is healthy. Raises `LaunchError` with the failing one's message."""
+    from ray import serve
+
+    while True:
+        application = serve.status().applications.get(APPLICATION)
+        if application is not None:
+            if application.status == "RUNNING":
+                return
+            deployments = application.deployments
+            failed = [
+                f"{name}: {d.message}"
+                for name, d in deployments.items()
+                if d.status in ("DEPLOY_FAILED", "UNHEALTHY")
+            ]
+            if application.status == "DEPLOY_FAILED" or failed:
+                raise LaunchError("\n".join(failed) or application.message)
+            waiting = [name for name, d in deployments.items() if d.status != "HEALTHY"]
+            tell("waiting for " + (", ".join(waiting) or "the application"))
+        time.sleep(POLL_S)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingsError(f"http: cannot listen on {host}:{port}: {reason}") from None

@@ -1,0 +1,158 @@
+"""What is asked for and what comes back, valid by construction.
+
+One `ImageRequest` is one image: a call for n images becomes n requests with seeds seed + i, which
+are granted, run and retried each for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .errors import InvalidRequest
+
+SIZE_MULTIPLE_PX = 16  # VAE factor 8 × patch size 2
+MAX_SEED = 2**63 - 1
+
+
+class Precision(StrEnum):
+    """What a client may ask for. `fp16` names the 16-bit pool, whichever 16-bit type it runs."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+    FP16 = "fp16"
+
+
+class OutputFormat(StrEnum):
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a model allows; sizes are of one side, `max_pixels` of the area."""
+
+    min_size_px: int = 64
+    max_size_px: int = 2048
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 100
+    max_guidance_scale: float = 30.0
+    max_images: int = 4
+    max_prompt_chars: int = 32_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One image to make.
+
+    Raises `InvalidRequest`, naming the field, when a value can never be drawn by any model;
+    `check` adds the limits of one model.
+    """
+
+    id: str
+    model: str
+    prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    negative_prompt: str = ""
+    precision: Precision = Precision.AUTO
+    output_format: OutputFormat = OutputFormat.PNG
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
+        if not self.prompt.strip():
+            raise InvalidRequest("prompt is empty: describe the image", param="prompt")
+        if self.width % SIZE_MULTIPLE_PX or self.height % SIZE_MULTIPLE_PX:
+            raise InvalidRequest(
+                f"size '{self.size}': width and height must be multiples of {SIZE_MULTIPLE_PX}",
+                param="size",
+            )
+        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+            raise InvalidRequest(
+                f"guidance_scale {self.guidance_scale} must be a finite number, 0 or more",
+                param="guidance_scale",
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidRequest(
+                f"seed {self.seed} must be between 0 and {MAX_SEED}, counting on by n",
+                param="seed",
+            )
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on: two transformer rows instead of one."""
+        return self.guidance_scale > 1
+
+    def check(self, limits: Limits) -> None:
+        """Raise `InvalidRequest` where this request is outside a model's limits."""
+        low, high = limits.min_size_px, limits.max_size_px
+        if not (low <= self.width <= high and low <= self.height <= high):
+            raise InvalidRequest(
+                f"size '{self.size}': {self.model} draws sides of {low} to {high} px", param="size"
+            )
+        if self.width * self.height > limits.max_pixels:
+            raise InvalidRequest(
+                f"size '{self.size}': {self.model} draws at most {limits.max_pixels} pixels",
+                param="size",
+            )
+        if not 1 <= self.num_inference_steps <= limits.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps {self.num_inference_steps} must be between 1 and "
+                f"{limits.max_steps}",
+                param="num_inference_steps",
+            )
+        if self.guidance_scale > limits.max_guidance_scale:
+            raise InvalidRequest(
+                f"guidance_scale {self.guidance_scale} must be at most {limits.max_guidance_scale}",
+                param="guidance_scale",
+            )
+        for name in ("prompt", "negative_prompt"):
+            length = len(getattr(self, name))
+            if length > limits.max_prompt_chars:
+                raise InvalidRequest(
+                    f"{name} has {length} characters: at most {limits.max_prompt_chars}",
+                    param=name,
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds spent in each stage of one image."""
+
+    queue_s: float = 0.0
+    text_s: float
+    denoise_s: float
+    decode_s: float
+    encode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageResult:
+    """One finished image: the encoded file and how it was made."""
+
+    image: bytes
+    seed: int
+    precision: str  # what the pool ran: fp8, bf16, fp16 or fp32
+    emulated: bool  # FP8 arithmetic on hardware without FP8 tensor cores
+    timings: Timings
+
+
+def _check_text(name: str, text: str) -> None:
+    if "\x00" in text:
+        raise InvalidRequest(f"{name} contains a NUL character", param=name)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} contains a lone surrogate at character {error.start}", param=name
+        ) from None

@@ -1,0 +1,256 @@
+"""Settings: one YAML file, `OCTET_*` overrides, checked once and then frozen.
+
+`Application` is what `serve.app.build` takes (changing it restarts replicas); `Settings` adds
+what belongs to the process that starts the application. An override names a path with double
+underscores, list positions by number, and its value is read as YAML:
+
+    OCTET_HTTP__PORT=9000  OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS=20
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import InvalidRequest
+from .request import ImageRequest, Limits
+
+ENVIRONMENT_PREFIX = "OCTET_"
+_LIMITS = Limits()
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+Share = Annotated[float, Field(ge=0)]
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message says which key, its value and what is allowed."""
+
+
+class Frozen(BaseModel):
+    """Refuses unknown keys and names the nearest one that exists."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data.keys() - cls.model_fields.keys():
+                near = difflib.get_close_matches(str(key), cls.model_fields, 1, cutoff=0.5)
+                known = f"did you mean '{near[0]}'?" if near else f"known: {_known(cls)}"
+                raise ValueError(f"unknown key '{key}': {known}")
+        return data
+
+
+def _known(cls: type[BaseModel]) -> str:
+    return ", ".join(cls.model_fields)
+
+
+class Source(Frozen):
+    """Where weights are: a local folder, or a hub id with the commit that was tested."""
+
+    location: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+
+    @model_validator(mode="after")
+    def _hub_ids_are_pinned(self) -> Source:
+        if self.revision is None and not Path(self.location).is_dir():
+            raise ValueError(
+                f"'{self.location}' is not a folder; a hub id needs a pinned 'revision' "
+                "(40 hexadecimal digits)"
+            )
+        return self
+
+
+class Resources(Frozen):
+    """What one replica takes of a node, in Ray's units; 0.25 GPU = four replicas a card."""
+
+    replicas: PositiveInt = 1
+    num_cpus: Share = 1.0
+    num_gpus: Share = 0.0
+
+    @property
+    def ray_actor_options(self) -> dict[str, float]:
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+class Encoder(Resources):
+    """One set of text encoders, shared by the models that name it."""
+
+    id: Name
+    source: Source
+    precision: Literal["fp32", "bf16", "t5-quanto"] = "t5-quanto"
+
+
+class Pool(Resources):
+    """Generator replicas of one model in one precision."""
+
+    precision: Literal["fp8", "fp16"]
+
+
+class Defaults(Frozen):
+    """What a request that does not say gets."""
+
+    width: PositiveInt
+    height: PositiveInt
+    num_inference_steps: PositiveInt
+    guidance_scale: float
+
+
+class ModelLimits(Frozen):
+    min_size_px: PositiveInt = _LIMITS.min_size_px
+    max_size_px: PositiveInt = _LIMITS.max_size_px
+    max_pixels: PositiveInt = _LIMITS.max_pixels
+    max_steps: PositiveInt = _LIMITS.max_steps
+    max_guidance_scale: PositiveFloat = _LIMITS.max_guidance_scale
+    max_images: PositiveInt = _LIMITS.max_images
+    max_prompt_chars: PositiveInt = _LIMITS.max_prompt_chars
+
+
+class Model(Frozen):
+    """A model, the encoders that read its prompts, and its pools, preferred pool first."""
+
+    id: Name
+    source: Source
+    text_encoder: Name
+    max_sequence_length: PositiveInt = 256
+    defaults: Defaults
+    limits: ModelLimits = ModelLimits()
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Model:
+        precisions = [pool.precision for pool in self.pools]
+        if len(set(precisions)) < len(precisions):
+            raise ValueError(f"model '{self.id}': two pools have the same precision")
+        try:
+            ImageRequest(
+                id="", model=self.id, prompt="defaults", seed=0, **self.defaults.model_dump()
+            ).check(self.request_limits)
+        except InvalidRequest as error:
+            raise ValueError(f"model '{self.id}', defaults: {error.message}") from None
+        return self
+
+    @property
+    def request_limits(self) -> Limits:
+        return Limits(**self.limits.model_dump())
+
+    def pool_name(self, pool: Pool) -> str:
+        return f"{self.id}-{pool.precision}"
+
+
+class Application(Frozen):
+    """The arguments of `serve.app.build`."""
+
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
+    emulate_fp8: bool = False
+    ingress: Resources = Resources(num_cpus=0.5)
+    dispatcher_num_cpus: Share = 0.5
+    max_queued: PositiveInt = 1000
+    request_timeout_s: PositiveFloat = 300.0
+    max_body_bytes: PositiveInt = 1_000_000
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Application:
+        for kind, names in (
+            ("model", [m.id for m in self.models]),
+            ("text encoder", [e.id for e in self.text_encoders]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{kind} '{min(twice)}' is defined twice")
+        encoders = {encoder.id for encoder in self.text_encoders}
+        for model in self.models:
+            if model.text_encoder not in encoders:
+                raise ValueError(
+                    f"model '{model.id}': text_encoder '{model.text_encoder}' is none of "
+                    f"{sorted(encoders)}"
+                )
+        return self
+
+
+class Http(Frozen):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+
+
+class Settings(Application):
+    """The whole settings file."""
+
+    http: Http = Http()
+
+    def application_args(self) -> dict[str, Any]:
+        """The part that `build` takes, as plain data."""
+        return self.model_dump(mode="json", exclude={"http"})
+
+
+def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from a YAML file and the environment.
+
+    Local folders in it are relative to the file. Raises `SettingsError` with one line per fault.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{file}: expected keys and values, found {type(data).__name__}")
+    for name in sorted(environ):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _override(data, name, environ[name])
+    _resolve_folders(data, file.resolve().parent)
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{file}: {line}" for line in _lines(error))) from None
+
+
+def _override(data: Any, name: str, value: str) -> None:
+    *path, last = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+    try:
+        for step in path:
+            data = data[int(step)] if isinstance(data, list) else data.setdefault(step, {})
+        data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
+    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+        raise SettingsError(f"{name}: no such place in the settings") from None
+
+
+def _resolve_folders(data: Any, folder: Path) -> None:
+    """Make the location of every source that is a folder beside the settings file absolute."""
+    if isinstance(data, list):
+        for item in data:
+            _resolve_folders(item, folder)
+    elif isinstance(data, dict):
+        location = data.get("location")
+        if isinstance(location, str) and (folder / location).is_dir():
+            data["location"] = str((folder / location).resolve())
+        for item in data.values():
+            _resolve_folders(item, folder)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        where = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, fault["loc"])))
+        message = fault["msg"].removeprefix("Value error, ")
+        shown = fault["type"] not in ("value_error", "missing")
+        value = f" (found {fault['input']!r})" if shown else ""
+        lines.append(f"{where + ': ' if where else ''}{message}{value}")
+    return lines
