@@ -1,6 +1,6 @@
 """Train the demo model from nothing: a small SD3.5-shaped pipeline that draws landscapes.
 
-    python -m demo.train            # about 90 minutes on 2 CPU cores; Ctrl-C and run again: it resumes
+    python -m demo.train    # on 2 CPU cores; Ctrl-C and run again: it resumes
 
 Stages, each skipped when its file is there: draw the pictures, train the VAE, encode the latents,
 train text encoders and transformer jointly with SD3's rectified-flow loss, export in diffusers'
@@ -245,7 +245,8 @@ class Model(torch.nn.Module):
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Token ids (3 encoders, texts, TEXT_LENGTH)."""
         return torch.stack([
-            t(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+            t(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True,
+              return_tensors="pt").input_ids
             for t in self.tokenizers
         ])  # fmt: skip
 
@@ -316,7 +317,7 @@ def export(vae: AutoencoderKL, model: Model, folder: Path) -> None:
 def main(
     work: Path = Path(".demo-training"),
     out: Path = Path(__file__).parent / "model",
-    vae_steps: int = 1700,
+    vae_steps: int = 2600,
     vae_batch: int = 4,
     steps: int = 5000,
     batch: int = 32,

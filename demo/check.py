@@ -1,0 +1,240 @@
+"""Does a picture show what was asked? A check that knows landscapes and not the model.
+
+    python -m demo.check      # 40 prompts × 2 seeds, drawn in FP8; fails under 90 %
+
+It looks at pixels only: the colour of the sky tells the time of day, edges along the axes a city,
+level rows under a straight horizon the sea, a bright round blob the moon, and the colour of the
+ground, with the light of the hour taken out, the rest. The same pictures are then held against
+other prompts: a check that passes on any picture would pass there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+
+from .landscapes import LIGHT, Scene
+
+Array = NDArray[np.float64]
+MODEL = Path(__file__).parent / "model"
+PASS_SHARE = 0.9
+TEXT_LENGTH = 32  # what the demo model was trained with
+
+
+def scene_prompts() -> list[tuple[str, Scene]]:
+    """40 prompts with what they must show: every place at every hour, and moons."""
+    words = {
+        "city": "a futuristic cityscape",
+        "mountains": "snowy mountain peaks",
+        "desert": "sand dunes in the desert",
+        "forest": "a pine forest",
+        "ocean": "the open sea",
+        "hills": "green hills",
+        "winter": "a snowy winter landscape",
+    }
+    hours = {"dawn": "at dawn", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
+    prompts = [
+        (f"{place} {hour}", Scene(name, time))
+        for name, place in words.items()
+        for time, hour in hours.items()
+    ]
+    moon = frozenset({"moon"})
+    prompts += [
+        (f"night over {place}, full moon", Scene(name, "night", moon))
+        for name, place in words.items()
+    ]
+    prompts += [
+        ("golden hour, city skyline with birds", Scene("city", "sunset")),
+        ("a calm ocean at sunrise, a sailing boat", Scene("ocean", "dawn")),
+        ("midnight in the mountains, the moon", Scene("mountains", "night", moon)),
+        ("midday in a meadow, fluffy clouds", Scene("hills", "noon")),
+        ("a hot air balloon over the sahara, daybreak", Scene("desert", "dawn")),
+    ]
+    return prompts
+
+
+def luminance(image: Array) -> Array:
+    return image @ np.array([0.299, 0.587, 0.114])
+
+
+def band(image: Array, top: float, bottom: float) -> Array:
+    """Rows between two heights, given as shares of the picture's height."""
+    height = len(image)
+    return image[int(top * height) : int(bottom * height)]
+
+
+def median_colour(image: Array) -> tuple[float, float, float]:
+    r, g, b = np.median(image.reshape(-1, 3), axis=0)
+    return float(r), float(g), float(b)
+
+
+def sky_shows(image: Array, time: str) -> bool:
+    r, g, b = median_colour(band(image, 0.04, 0.26))
+    found = (
+        "night" if 0.3 * r + 0.59 * g + 0.11 * b < 0.3 and b > r + 0.08 and r < 0.28
+        else "sunset" if r > b
+        else "noon" if b > r + 0.28
+        else "dawn"
+    )  # fmt: skip
+    return found == time and max(r, g, b) - min(r, g, b) > 0.06  # a sky is never grey
+
+
+def has_moon(image: Array) -> bool:
+    """One bright, round blob in the upper part: 0.8 to 6 % of a square picture."""
+    upper = luminance(band(image, 0, 0.42))
+    rows, columns = np.nonzero(upper > 0.72)
+    share = len(rows) / (len(image) ** 2)
+    if not 0.008 < share < 0.07:
+        return False
+    # Quantiles rather than extremes, so that stars beside the moon do not count.
+    tall = np.quantile(rows, 0.95) - np.quantile(rows, 0.05)
+    wide = np.quantile(columns, 0.95) - np.quantile(columns, 0.05)
+    return bool(0.6 < (tall + 1) / (wide + 1) < 1.7 and wide < 0.3 * len(image))
+
+
+def axis_edges(image: Array) -> float:
+    """Share of the lower part's pixels on strong edges along the rarer of the two axes.
+
+    Windows and walls have both; trees have upright edges only, waves level ones only.
+    """
+    grey = luminance(band(image, 0.42, 0.9))
+    across, down = np.abs(np.diff(grey, axis=1))[:-1], np.abs(np.diff(grey, axis=0))[:, :-1]
+    upright = np.mean((across > 0.05) & (across > 2 * down))
+    level = np.mean((down > 0.05) & (down > 2 * across))
+    return float(min(upright, level))
+
+
+def is_city(image: Array, light: Array) -> bool:
+    return axis_edges(image) > 0.06
+
+
+def is_ocean(image: Array, light: Array) -> bool:
+    """A straight horizon near the middle, and below it rows that are level."""
+    grey = luminance(image)
+    middle = band(image, 0.44, 0.66)
+    jump = np.abs(np.diff(middle, axis=0)).sum(axis=2)  # (rows, width)
+    straight = np.quantile(jump, 0.3, axis=1).max()  # most columns jump in the same row
+    below = band(grey[..., None], 0.66, 1.0)[..., 0]
+    level = np.median(np.abs(np.diff(below, axis=1)))
+    r, _, b = median_colour(band(image, 0.8, 1))
+    return bool(straight > 0.02 and level < 0.02 and b > r * 0.8)
+
+
+def ground(image: Array, light: Array) -> tuple[float, float, float]:
+    r, g, b = median_colour(band(image, 0.78, 1)) / light
+    return float(r), float(g), float(b)
+
+
+def is_desert(image: Array, light: Array) -> bool:
+    r, g, b = ground(image, light)
+    return r > g > b and r - b > 0.22 and r > 0.6
+
+
+def is_hills(image: Array, light: Array) -> bool:
+    r, g, b = ground(image, light)
+    return g > r + 0.08 and g > b + 0.08 and g > 0.36
+
+
+def is_winter(image: Array, light: Array) -> bool:
+    colour = ground(image, light)
+    return min(colour) > 0.58 and max(colour) - min(colour) < 0.3
+
+
+def has_dark_woods(image: Array, light: Array) -> bool:
+    r, g, b = ground(image, light)
+    return g > r and max(r, g, b) < 0.45 and not is_city(image, light)
+
+
+def treetops(image: Array, light: Array) -> float:
+    """Share of the middle's pixels on upright edges: one fir beside the other."""
+    grey = luminance(band(image, 0.5, 0.68) / light)
+    across, down = np.abs(np.diff(grey, axis=1))[:-1], np.abs(np.diff(grey, axis=0))[:, :-1]
+    return float(np.mean((across > 0.05) & (across > 1.5 * down)))
+
+
+def is_forest(image: Array, light: Array) -> bool:
+    return has_dark_woods(image, light) and treetops(image, light) > 0.11
+
+
+def is_mountains(image: Array, light: Array) -> bool:
+    """Dark woods below, no treetops in the middle, and peaks where elsewhere there is sky."""
+    peaks = luminance(band(image, 0.32, 0.42) / light).std(axis=1).mean()
+    return bool(has_dark_woods(image, light) and treetops(image, light) < 0.11 and peaks > 0.05)
+
+
+PLACE: dict[str, Callable[[Array, Array], bool]] = {
+    "city": is_city,
+    "mountains": is_mountains,
+    "desert": is_desert,
+    "forest": is_forest,
+    "ocean": is_ocean,
+    "hills": is_hills,
+    "winter": is_winter,
+}
+
+
+def shows(picture: Image.Image, scene: Scene) -> bool:
+    """Whether the picture shows the scene's place, time of day, and moon if it has one."""
+    image = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+    light = np.array(LIGHT[scene.time])
+    return (
+        sky_shows(image, scene.time)
+        and PLACE[scene.place](image, light)
+        and ("moon" not in scene.extras or has_moon(image))
+    )
+
+
+def shuffled_share(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> float:
+    """How often pictures pass for scenes that they do not show."""
+    pairs = [(p, s) for i, p in enumerate(pictures) for j, s in enumerate(scenes) if s != scenes[i]]
+    return float(np.mean([shows(p, s) for p, s in pairs]))
+
+
+def main(seeds: int = 2, precision: str = "fp8") -> None:
+    """Draw every prompt with every seed and count; exit code 1 under 90 %."""
+    from serve.engine.precision import RECIPES
+    from serve.engine.sd3 import Denoiser, PromptEncoder, Source
+
+    source = Source(str(MODEL))
+    encoder, denoiser = PromptEncoder(source), Denoiser(source, RECIPES[precision])
+    pictures, scenes, wrong = [], [], []
+    for seed in range(seeds):
+        for prompt, scene in track(scene_prompts(), description=f"seed {seed}"):
+            picture = draw(encoder, denoiser, prompt, seed)
+            pictures.append(picture)
+            scenes.append(scene)
+            if not shows(picture, scene):
+                wrong.append(f"{prompt} (seed {seed})")
+    share = 1 - len(wrong) / len(pictures)
+    for line in wrong:
+        print("does not show:", line)
+    print(f"{share:.1%} of {len(pictures)} pictures show what was asked")
+    print(f"{shuffled_share(pictures, scenes):.1%} pass for another prompt")
+    raise typer.Exit(share < PASS_SHARE)
+
+
+def draw(encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128) -> Image.Image:
+    """One picture with the demo's defaults, by the operations that serve it."""
+    image = denoiser.begin(
+        encoder.encode_prompts(["", prompt], TEXT_LENGTH),
+        width=size_px,
+        height=size_px,
+        num_inference_steps=28,
+        guidance_scale=3.0,
+        seed=seed,
+    )
+    while not image.finished:
+        denoiser.denoise_step([image])
+    pixels = denoiser.decode(image.latents)[0].permute(1, 2, 0).numpy()
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,161 @@
+"""The queue's promises, as examples and for any sequence of events."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from serve.dispatch.grants import Grants, Outcome
+
+FP8, FP16 = "m-fp8", "m-fp16"
+AUTO = (FP8, FP16)
+
+
+def grants(**pools: int) -> Grants:
+    """One session "s" at time 0, and one replica per pool with so many slots."""
+    book = Grants(max_queued=100, session_lease_s=10, replica_lease_s=5)
+    book.open("s", 0)
+    for pool, slots in pools.items():
+        book.report_replica(pool.replace("_", "-"), "r", slots, 0)
+    return book
+
+
+def ids(outcomes: list[Outcome]) -> list[tuple[str, str | None]]:
+    return [(o.entry, o.pool) for o in outcomes]
+
+
+def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
+    book = grants(m_fp8=1, m_fp16=1)
+    for entry in "abc":
+        book.submit("s", entry, AUTO)
+    assert ids(book.grant()) == [("a", FP8), ("b", FP16)]
+    book.release("s", "b")
+    assert ids(book.grant()) == [("c", FP16)]
+
+
+def test_order_of_arrival_holds_across_lines() -> None:
+    book = grants(m_fp8=0, m_fp16=0)
+    book.submit("s", "a", AUTO)
+    book.submit("s", "b", (FP16,))
+    book.submit("s", "c", AUTO)
+    assert book.grant() == []
+    book.report_replica(FP16, "r", 3, 0)
+    assert [o.entry for o in book.grant()] == ["a", "b", "c"]
+
+
+def test_an_entry_that_cannot_run_holds_up_nobody() -> None:
+    book = grants(m_fp16=1)
+    book.submit("s", "a", (FP8,))
+    book.submit("s", "b", (FP16,))
+    assert ids(book.grant()) == [("b", FP16)]
+    assert book.queue_depth == 1
+
+
+def test_no_grant_without_a_living_replica() -> None:
+    book = grants(m_fp8=1)
+    book.submit("s", "a", AUTO)
+    book.open("s", 6)
+    book.submit("s", "b", AUTO)
+    book.expire(6)
+    assert book.grant() == []
+    assert book.replicas() == {FP8: 0}
+
+
+def test_a_silent_session_gives_everything_back() -> None:
+    book = grants(m_fp8=1)
+    book.submit("s", "a", AUTO)
+    book.submit("s", "b", AUTO)
+    assert ids(book.grant()) == [("a", FP8)]
+    book.open("t", 11)
+    book.submit("t", "c", AUTO)
+    book.report_replica(FP8, "r", 1, 11)
+    assert book.expire(11) == ["s"]
+    assert ids(book.grant()) == [("c", FP8)]
+    assert not book.heard_from("s", 11)
+
+
+def test_running_work_declared_anew_keeps_its_slot() -> None:
+    book = grants(m_fp8=1)
+    book.open("t", 0, running=[("a", FP8)])
+    book.submit("t", "b", (FP8,))
+    assert book.grant() == []
+    book.release("t", "a")
+    assert ids(book.grant()) == [("b", FP8)]
+
+
+def test_a_full_queue_refuses() -> None:
+    book = Grants(max_queued=1, session_lease_s=10, replica_lease_s=5)
+    book.open("s", 0)
+    assert book.submit("s", "a", AUTO) is None
+    assert book.submit("s", "b", AUTO) == Outcome("s", "b", None, "queue_full")
+    book.release("s", "a")
+    assert book.submit("s", "c", AUTO) is None
+
+
+class GrantsMachine(RuleBasedStateMachine):
+    """Any order of submits, releases, deaths and restarts, against a plain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = Grants(max_queued=50, session_lease_s=10, replica_lease_s=5)
+        self.now = 0.0
+        self.count = 0
+        self.waiting: dict[str, tuple[str, tuple[str, ...]]] = {}  # in order of arrival
+        self.running: dict[str, tuple[str, str]] = {}
+        self.slots: dict[str, int] = {FP8: 0, FP16: 0}
+        for session in "st":
+            self.book.open(session, 0)
+
+    @rule(
+        session=st.sampled_from("st"),
+        pools=st.sampled_from([AUTO, (FP8,), (FP16,), (FP16, FP8)]),
+    )
+    def submit(self, session: str, pools: tuple[str, ...]) -> None:
+        self.count += 1
+        if self.book.submit(session, str(self.count), pools) is None:
+            self.waiting[str(self.count)] = session, pools
+
+    @rule(pool=st.sampled_from(AUTO), slots=st.integers(0, 3))
+    def report(self, pool: str, slots: int) -> None:
+        self.book.report_replica(pool, "r", slots, self.now)
+        self.slots[pool] = slots
+
+    @precondition(lambda self: self.waiting or self.running)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from([*self.waiting, *self.running]))
+        session = (self.waiting.pop(entry, None) or self.running.pop(entry, None) or "")[0]
+        self.book.release(session, entry)
+
+    @rule(session=st.sampled_from("st"))
+    def restart(self, session: str) -> None:
+        self.book.close(session)
+        self.book.open(session, self.now)
+        self.waiting = {e: v for e, v in self.waiting.items() if v[0] != session}
+        self.running = {e: v for e, v in self.running.items() if v[0] != session}
+
+    @rule()
+    def grant(self) -> None:
+        for outcome in self.book.grant():
+            assert outcome.pool is not None
+            session, pools = self.waiting.pop(outcome.entry)
+            assert session == outcome.session
+            assert outcome.pool in pools
+            # Whoever came earlier and still waits could not have used this slot.
+            earlier = [p for e, (_, p) in self.waiting.items() if int(e) < int(outcome.entry)]
+            assert all(outcome.pool not in pools for pools in earlier)
+            self.running[outcome.entry] = session, outcome.pool
+        for _, pools in self.waiting.values():  # nobody waits while an allowed pool has room
+            assert all(self.free(pool) <= 0 for pool in pools)
+
+    def free(self, pool: str) -> int:
+        return self.slots[pool] - sum(p == pool for _, p in self.running.values())
+
+    @invariant()
+    def books_agree(self) -> None:
+        assert self.book.queue_depth == len(self.waiting)
+        for pool in AUTO:
+            assert self.book.free_slots(pool) == self.free(pool)
+
+
+TestGrantsMachine = GrantsMachine.TestCase
+TestGrantsMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

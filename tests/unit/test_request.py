@@ -1,0 +1,78 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from serve.errors import InvalidRequest
+from serve.request import MAX_SEED, ImageRequest, Limits
+
+GOOD = ImageRequest(
+    id="1",
+    model="m",
+    prompt="a city",
+    width=128,
+    height=192,
+    num_inference_steps=28,
+    guidance_scale=3.0,
+    seed=0,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": "a\x00b"}, "prompt"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt"),
+        ({"width": 100}, "size"),
+        ({"height": 8}, "size"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": MAX_SEED + 1}, "seed"),
+    ],
+)
+def test_an_impossible_request_cannot_be_made(change: dict, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        replace(GOOD, **change)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"width": 32}, "size"),
+        ({"height": 4096}, "size"),
+        ({"width": 1536, "height": 1536}, "size"),
+        ({"width": 0}, "size"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 101}, "num_inference_steps"),
+        ({"guidance_scale": 31.0}, "guidance_scale"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+    ],
+)
+def test_limits_name_the_field(change: dict, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        replace(GOOD, **change).check(Limits(max_pixels=1024 * 1024))
+    assert caught.value.param == param
+
+
+def test_limits_include_their_ends() -> None:
+    edge = replace(GOOD, width=64, height=2048, num_inference_steps=100, guidance_scale=30.0)
+    edge.check(Limits())
+
+
+@pytest.mark.parametrize("prompt", ["夜晚的城市", "🌕 over the sea", "مدينة في الليل"])
+def test_every_script_is_a_prompt(prompt: str) -> None:
+    assert replace(GOOD, prompt=prompt).prompt == prompt
+
+
+def test_guidance_of_one_is_no_guidance() -> None:
+    assert not replace(GOOD, guidance_scale=1.0).guided
+    assert replace(GOOD, guidance_scale=1.1).guided
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301
+    assert (error.message, error.param, error.status) == ("no", "size", 400)

@@ -1,0 +1,186 @@
+"""An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from serve.dispatch import session as session_module
+from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.session import DispatchSession
+from serve.errors import QueueFull
+
+
+class Handle:
+    """What a Serve handle does with a call, as far as `DispatchSession` uses it."""
+
+    def __init__(self, target: Dispatcher) -> None:
+        self.target = target
+        self.streams: list[Stream] = []
+
+    def options(self, stream: bool) -> "Handle":
+        assert stream
+        return self
+
+    def __getattr__(self, method: str) -> Any:
+        handle = self
+
+        class Method:
+            def options(self, stream: bool) -> "Method":
+                assert stream
+                return self
+
+            def remote(self, *args: Any) -> Any:
+                result = getattr(handle.target, method)(*args)
+                if method != "session":
+                    return result
+                handle.streams.append(Stream(result))
+                return handle.streams[-1]
+
+        return Method()
+
+    def break_off(self, fresh: Dispatcher) -> None:
+        """The Dispatcher dies and another takes its place."""
+        self.target = fresh
+        for stream in self.streams:
+            stream.cancel()
+
+
+class Stream:
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self.items = items
+        self.broken = asyncio.Event()
+
+    def cancel(self) -> None:
+        self.broken.set()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        broken = asyncio.create_task(self.broken.wait())
+        while True:
+            item = asyncio.ensure_future(anext(self.items))
+            await asyncio.wait([item, broken], return_when=asyncio.FIRST_COMPLETED)
+            if not item.done():
+                item.cancel()
+                raise ConnectionError("the dispatcher died")
+            try:
+                yield item.result()
+            except StopAsyncIteration:
+                return
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "RECONNECT_S", 0.01)
+
+
+def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], max_queued: int = 9) -> None:
+    async def main() -> None:
+        dispatcher = Dispatcher(max_queued)
+        handle = Handle(dispatcher)
+        async with asyncio.timeout(5):
+            await test(dispatcher, DispatchSession(handle), handle)
+
+    asyncio.run(main())
+
+
+async def settle() -> None:
+    await asyncio.sleep(0.05)
+
+
+def test_a_slot_is_held_until_its_block_ends() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica("p", "r", 1)
+        order = []
+
+        async def use(name: str) -> None:
+            async with session.slot(name, ("p",)) as pool:
+                assert pool == "p"
+                order.append(f"{name} in")
+                await asyncio.sleep(0.01)
+                order.append(f"{name} out")
+
+        await asyncio.gather(*(use(name) for name in "abc"))
+        assert order == ["a in", "a out", "b in", "b out", "c in", "c out"]
+
+    run(test)
+
+
+def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async def hold(name: str) -> None:
+            async with session.slot(name, ("p",)):
+                await asyncio.sleep(60)
+
+        await dispatcher.report_replica("p", "r", 2)
+        tasks = [asyncio.create_task(hold(str(i))) for i in range(8)]
+        await settle()
+        assert dispatcher._grants.queue_depth == 6
+        for task in tasks:
+            task.cancel()
+        await settle()
+        assert dispatcher._grants.queue_depth == 0
+        assert dispatcher._grants.free_slots("p") == 2
+
+    run(test)
+
+
+def test_cancelled_before_it_was_told_is_never_told() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await settle()
+
+        async def hold() -> None:
+            async with session.slot("a", ("p",)):
+                pass
+
+        task = asyncio.create_task(hold())
+        await asyncio.sleep(0)  # submitted, not yet told
+        task.cancel()
+        await settle()
+        assert dispatcher._grants.queue_depth == 0
+
+    run(test)
+
+
+def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async def hold(name: str) -> None:
+            async with session.slot(name, ("p",)):
+                pass
+
+        first = asyncio.create_task(hold("a"))
+        await settle()
+        with pytest.raises(QueueFull):
+            await hold("b")
+        await dispatcher.report_replica("p", "r", 1)
+        await first
+
+    run(test, max_queued=1)
+
+
+def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        done = asyncio.Event()
+
+        async def hold(name: str) -> str:
+            async with session.slot(name, ("p",)):
+                await done.wait()
+                return name
+
+        await dispatcher.report_replica("p", "r", 1)
+        running = asyncio.create_task(hold("a"))
+        waiting = asyncio.create_task(hold("b"))
+        await settle()
+
+        fresh = Dispatcher(9)
+        handle.break_off(fresh)
+        await fresh.report_replica("p", "r", 1)
+        await settle()
+        assert fresh._grants.queue_depth == 1  # b was resubmitted
+        assert fresh._grants.free_slots("p") == 0  # a still runs
+        done.set()
+        assert await asyncio.gather(running, waiting) == ["a", "b"]
+        await settle()
+        assert fresh._grants.free_slots("p") == 1
+
+    run(test)

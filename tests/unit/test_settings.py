@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve.settings import Settings, SettingsError, load_settings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LAPTOP = EXAMPLES / "laptop.yaml"
+
+
+@pytest.mark.parametrize("name", ["laptop.yaml", "sd35.yaml"])
+def test_examples_are_valid(name: str) -> None:
+    settings = load_settings(EXAMPLES / name, {})
+    assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_sd35_serves_the_three_models_with_one_set_of_text_encoders() -> None:
+    settings = load_settings(EXAMPLES / "sd35.yaml", {})
+    assert [m.id for m in settings.models] == ["sd3.5-large", "sd3.5-large-turbo", "sd3.5-medium"]
+    assert {m.text_encoder for m in settings.models} == {"sd35"}
+    assert all(m.source.revision for m in settings.models)
+
+
+def write(folder: Path, change: object) -> Path:
+    """The laptop settings with a change, in a folder of its own."""
+    data = yaml.safe_load(LAPTOP.read_text())
+    for part in (data["models"][0], data["text_encoders"][0]):
+        part["source"]["location"] = str(EXAMPLES.parent / "demo" / "model")
+    assert callable(change)
+    change(data)
+    file = folder / "octet.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(modles=[]), ["unknown key 'modles'", "did you mean 'models'?"]),
+        (
+            lambda d: d["models"][0]["defaults"].update(guidance=3),
+            ["models[0].defaults", "unknown key 'guidance'", "'guidance_scale'"],
+        ),
+        (lambda d: d["http"].update(port=0), ["http.port", "found 0"]),
+        (lambda d: d["models"][0].update(pools=[]), ["models[0].pools"]),
+        (lambda d: d["models"][0].update(text_encoder="clip"), ["'clip'", "['landscapes']"]),
+        (lambda d: d["models"].append(d["models"][0]), ["'landscapes' is defined twice"]),
+        (lambda d: d["models"][0]["defaults"].update(width=130), ["130x128", "multiples of 16"]),
+        (
+            lambda d: d["models"][0].update(source={"location": "org/model"}),
+            ["models[0].source", "'org/model' is not a folder", "revision"],
+        ),
+        (
+            lambda d: d["models"][0].update(source={"location": "org/model", "revision": "main"}),
+            ["models[0].source.revision", "'main'"],
+        ),
+        (
+            lambda d: d["models"][0]["pools"].append({"precision": "fp8"}),
+            ["two pools have the same precision"],
+        ),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(write(tmp_path, change), {})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_environment_overrides() -> None:
+    environ = {
+        "OCTET_HTTP__PORT": "9000",
+        "OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS": "12",
+        "HOME": "/root",
+    }
+    settings = load_settings(LAPTOP, environ)
+    assert settings.http.port == 9000
+    assert settings.models[0].defaults.num_inference_steps == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["OCTET_HTP__PORT", "OCTET_MODELS__7__ID", "OCTET_EMULATE_FP8__X", "OCTET_PORT"]
+)
+def test_an_override_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError):
+        load_settings(LAPTOP, {name: "1"})
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", b"\xff\xfe\x00"])
+def test_files_that_are_no_settings(tmp_path: Path, text: str | bytes) -> None:
+    file = tmp_path / "octet.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SettingsError, match=r"octet\.yaml"):
+        load_settings(file, {})
+
+
+def test_local_folders_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+
+    def here(data: dict) -> None:
+        data["models"][0]["source"]["location"] = "weights"
+
+    settings = load_settings(write(tmp_path, here), {})
+    assert settings.models[0].source.location == str((tmp_path / "weights").resolve())
+
+
+def test_settings_are_frozen() -> None:
+    settings = load_settings(LAPTOP, {})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.http.port = 1  # type: ignore[misc]
+
+
+def test_application_args_leave_out_what_needs_no_restart() -> None:
+    one, other = (load_settings(LAPTOP, {"OCTET_HTTP__PORT": p}) for p in ("1000", "2000"))
+    assert one.application_args() == other.application_args()
