@@ -14,13 +14,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The tests' reference for FP8, apart from .venv's packages: beside diffusers it slows every import.
+.venv/reference: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $@ torchao
+
 demo: install
 	@exec $(BIN)/octet demo --port $(PORT)
 
 demo-check: install
 	$(BIN)/python -m demo.check
 
-test: install
+test: install .venv/reference
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/integration
 

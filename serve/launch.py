@@ -6,6 +6,8 @@ apart from every other Ray here: own address, own temporary folder, own token.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import secrets
@@ -15,7 +17,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .settings import Settings, SettingsError
@@ -40,7 +41,7 @@ def serve_config(settings: Settings) -> dict[str, Any]:
     return {"applications": [application]}
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """The application, answering on its URL until the block ends; `tell` hears what is awaited.
 
@@ -77,9 +78,11 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         _wait(tell)
         yield f"http://{settings.http.host}:{settings.http.port}"
     finally:
-        if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+        # Ray prints the end of its own controller, which we asked for, as a failure.
+        with contextlib.redirect_stdout(io.StringIO()):
+            if ray.is_initialized():
+                serve.shutdown()
+                ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 

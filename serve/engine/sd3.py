@@ -79,7 +79,7 @@ class PromptEncoder:
             for part in ("text_encoder", "text_encoder_2")
         ]
         self.t5, self.t5_tokenizer = None, None
-        if index["text_encoder_3"][0] is not None:
+        if index.get("text_encoder_3", [None])[0] is not None:
             self.t5_tokenizer = T5Tokenizer.from_pretrained(**source.of("tokenizer_3"))
             self.t5 = T5EncoderModel.from_pretrained(
                 **source.of("text_encoder_3"), use_safetensors=True, dtype=dtype

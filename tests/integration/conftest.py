@@ -1,0 +1,42 @@
+"""One Ray for the whole run, on the demo model, deployed the way `octet serve` deploys."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "demo" / "model"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def laptop() -> Settings:
+    environ = {"OCTET_HTTP__PORT": str(free_port())}
+    return load_settings(ROOT / "examples" / "laptop.yaml", environ)
+
+
+@pytest.fixture(scope="session")
+def url(laptop: Settings) -> Iterator[str]:
+    """The application's address; it runs until the last test has ended."""
+    from serve.launch import running
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, while it starts
+        application = running(laptop)
+        address = application.__enter__()
+    yield address
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        application.__exit__(None, None, None)

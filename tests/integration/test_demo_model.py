@@ -1,0 +1,41 @@
+"""The committed weights draw what is asked, in FP8, loaded as any SD3.5 model is."""
+
+import time
+
+import pytest
+import torch
+
+from demo.check import MODEL, draw, scene_prompts, shows, shuffled_share
+from serve.engine.precision import RECIPES
+from serve.engine.sd3 import Denoiser, PromptEncoder, Source
+
+SOURCE = Source(str(MODEL))
+
+
+@pytest.fixture(scope="module")
+def operations() -> tuple[PromptEncoder, Denoiser]:
+    torch.set_flush_denormal(True)
+    return PromptEncoder(SOURCE), Denoiser(SOURCE, RECIPES["fp8"])
+
+
+def test_twelve_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:
+    """Places and hours in turn, two moons; `make demo-check` draws all 80."""
+    asked = [scene_prompts()[i] for i in (0, 5, 10, 15, 16, 21, 26, 3, 28, 32, 9, 20)]
+    pictures = [draw(*operations, prompt, seed=3) for prompt, _ in asked]
+    scenes = [scene for _, scene in asked]
+    wrong = [p for (p, s), picture in zip(asked, pictures, strict=True) if not shows(picture, s)]
+    assert len(wrong) <= 1, wrong
+    assert shuffled_share(pictures, scenes) < 0.1
+
+
+def test_a_picture_takes_less_than_three_seconds_on_one_core(
+    operations: tuple[PromptEncoder, Denoiser],
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        began = time.process_time()
+        draw(*operations, "a city at night", seed=0)
+        assert time.process_time() - began < 3
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,211 @@
+"""Requests over real HTTP to real Ray: the way of a client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from demo.check import shows
+from demo.landscapes import Scene
+
+GENERATE = "/v1/images/generations"
+
+
+@pytest.fixture
+def client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=120)
+
+
+def picture(item: dict) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+
+
+def test_the_openai_client_gets_an_image(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    answer = client.images.generate(
+        model="landscapes",
+        prompt="a futuristic cityscape at sunset",
+        size="128x128",
+        response_format="b64_json",
+        extra_body={"seed": 4},
+    )
+    assert answer.data
+    image = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or "")))
+    assert (image.format, image.size) == ("PNG", (128, 128))
+    assert shows(image, Scene("city", "sunset"))
+    assert [model.id for model in client.models.list()] == ["landscapes"]
+
+
+def test_the_answer_says_how_the_images_were_made(client: httpx.Client) -> None:
+    asked = {"prompt": "the sea at dawn", "n": 2, "seed": 10, "size": "192x128"}
+    answer = client.post(GENERATE, json={**asked, "num_inference_steps": 4}).json()
+    assert answer["model"] == "landscapes"
+    assert [item["seed"] for item in answer["data"]] == [10, 11]
+    for item in answer["data"]:
+        assert picture(item).size == (192, 128)
+        assert (item["precision"], item["emulated"]) in [("fp8", True), ("bf16", False)]
+        assert item["timings"].keys() == {"queue_s", "text_s", "denoise_s", "decode_s", "encode_s"}
+        assert item["timings"]["denoise_s"] > 0
+
+
+def test_a_png_posted_back_gives_the_same_png(client: httpx.Client) -> None:
+    first = client.post(
+        GENERATE,
+        json={"prompt": "green hills, birds", "negative_prompt": "night", "precision": "fp8"},
+    ).json()["data"][0]
+    text = picture(first).text["parameters"]
+    again = client.post(GENERATE, content=text).json()["data"][0]
+    assert again["b64_json"] == first["b64_json"]
+
+
+def test_precision_is_honoured(client: httpx.Client) -> None:
+    asked = {"prompt": "a forest at noon", "seed": 1}
+    fp8, sixteen = (
+        client.post(GENERATE, json={**asked, "precision": p}).json()["data"][0]
+        for p in ("fp8", "fp16")
+    )
+    assert (fp8["precision"], fp8["emulated"]) == ("fp8", True)
+    assert (sixteen["precision"], sixteen["emulated"]) == ("bf16", False)
+    assert fp8["b64_json"] != sixteen["b64_json"]
+
+
+@pytest.mark.parametrize(("output_format", "found"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_output_formats(client: httpx.Client, output_format: str, found: str) -> None:
+    asked = {"prompt": "dunes", "output_format": output_format, "num_inference_steps": 1}
+    assert picture(client.post(GENERATE, json=asked).json()["data"][0]).format == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "param"),
+    [
+        ({}, 400, "prompt"),
+        ({"prompt": "x", "size": "100x100"}, 400, "size"),
+        ({"prompt": "x", "steps": 3}, 400, "steps"),
+        ({"prompt": "x", "model": "sdxl"}, 404, "model"),
+    ],
+)
+def test_wrong_input_is_explained_in_openais_form(
+    client: httpx.Client, asked: dict, status: int, param: str
+) -> None:
+    answer = client.post(GENERATE, json=asked)
+    error = answer.json()["error"]
+    assert answer.status_code == status
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_bodies_that_are_too_large_or_no_json(client: httpx.Client) -> None:
+    assert client.post(GENERATE, content=b"{" * 2_000_000).status_code == 413
+    answer = client.post(GENERATE, content=b"prompt=x")
+    assert (answer.status_code, "JSON" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_unknown_paths_and_methods(client: httpx.Client) -> None:
+    assert client.get("/v2/images").status_code == 404
+    answer = client.get(GENERATE)
+    assert (answer.status_code, "error" in answer.json()) == (405, True)
+
+
+def test_playground_and_readiness(client: httpx.Client) -> None:
+    assert "Octet playground" in client.get("/").text
+    ready = client.get("/ready")
+    assert ready.status_code == 200
+    assert ready.json()["replicas"] == {"landscapes": {"landscapes-fp8": 1, "landscapes-fp16": 1}}
+
+
+def test_health_answers_fast_while_200_requests_are_open(url: str) -> None:
+    """The requests are real and all in flight at once; one step each keeps the test short."""
+
+    async def main() -> tuple[list[float], list[int]]:
+        limits = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            body = {
+                "prompt": "dunes",
+                "num_inference_steps": 2,
+                "guidance_scale": 1,
+                "size": "64x64",
+            }
+            work = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(200)]
+            await asyncio.sleep(1)
+            waits = []
+            for _ in range(10):
+                began = time.perf_counter()
+                assert (await client.get("/health")).status_code == 200
+                waits.append(time.perf_counter() - began)
+                await asyncio.sleep(0.1)
+            still_open = sum(not task.done() for task in work)
+            assert still_open > 50, f"only {still_open} requests were still open"
+            return waits, [answer.status_code for answer in await asyncio.gather(*work)]
+
+    waits, statuses = asyncio.run(main())
+    assert statuses == [200] * 200
+    assert sorted(waits)[len(waits) // 2] < 0.2, waits
+
+
+def test_a_client_that_leaves_frees_its_slot(client: httpx.Client) -> None:
+    """Both pools are filled with long work, which is then abandoned."""
+    long = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+    for precision in ("fp8", "fp16"):
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(GENERATE, json={**long, "precision": precision}, timeout=0.5)
+    short = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
+    waited = [
+        client.post(GENERATE, json={**short, "precision": p}).json()["data"][0]["timings"]
+        for p in ("fp8", "fp16")
+    ]
+    for timings in waited:
+        assert timings["queue_s"] + timings["denoise_s"] < 2, waited
+
+
+def test_auto_uses_both_pools_at_once(url: str) -> None:
+    """`precision: auto` never waits while an allowed pool has a free slot."""
+
+    async def main() -> set[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            body = {"prompt": "dunes", "n": 4, "num_inference_steps": 8}
+            return {i["precision"] for i in (await client.post(GENERATE, json=body)).json()["data"]}
+
+    assert asyncio.run(main()) == {"fp8", "bf16"}
+
+
+def wait_for(truth: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.2)
+
+
+def test_a_replica_that_dies_in_the_middle_is_replaced(url: str, client: httpx.Client) -> None:
+    import os
+    import signal
+    from concurrent.futures import ThreadPoolExecutor
+
+    import psutil
+
+    asked = {"prompt": "dunes at dawn", "num_inference_steps": 60, "precision": "fp16", "seed": 1}
+
+    def ask() -> httpx.Response:
+        return client.post(GENERATE, json=asked)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask)
+        time.sleep(0.7)
+        (victim,) = [
+            p.pid
+            for p in psutil.Process().children(recursive=True)
+            if "Generator-landscapes-fp16" in " ".join(p.cmdline())
+        ]
+        os.kill(victim, signal.SIGKILL)
+        assert answer.result().status_code == 200
+    wait_for(
+        lambda: client.get("/ready").json()["replicas"]["landscapes"]["landscapes-fp16"] == 1, 30
+    )

@@ -1,0 +1,168 @@
+"""Recipes measured: accuracy of FP8 linears, independence of neighbours, round trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from serve.engine.precision import (
+    E4M3,
+    RECIPES,
+    Fp8Linear,
+    apply_recipe,
+    quantize_rows,
+    stays_16_bit,
+    store_in_fp8,
+)
+
+from .conftest import DEMO_MODEL, ROOT
+
+
+def sqnr_db(exact: torch.Tensor, found: torch.Tensor) -> float:
+    noise = (exact - found.float()).pow(2).mean()
+    return float(10 * torch.log10(exact.pow(2).mean() / noise))
+
+
+@pytest.mark.parametrize(("k", "n"), [(192, 192), (192, 768), (768, 192), (2432, 256)])
+def test_accuracy_of_a_linear(k: int, n: int) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(k, n), torch.randn(128, k)
+    with torch.no_grad():
+        found = Fp8Linear.quantize(linear)(x)
+        assert sqnr_db(linear(x), found) == pytest.approx(28.7, abs=1.0)
+
+
+REFERENCE = """
+import sys, torch
+from safetensors.torch import save_file
+from torchao.quantization import Float8Tensor, PerRow
+torch.manual_seed(0)
+w, x = torch.randn(256, 512) / 23, torch.randn(64, 512)
+def rows(t):
+    return Float8Tensor.from_hp(t, float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
+qw, qx = rows(w), rows(x)
+y = qx.dequantize().float() @ qw.dequantize().float().T
+save_file({"w": w, "x": x, "y": y, "numbers": qw.qdata, "scale": qw.scale}, sys.argv[1])
+"""
+
+
+def test_torchao_quantises_rows_alike(tmp_path: Path) -> None:
+    """torchao lives in a folder of its own: installed beside diffusers it slows every import."""
+    file = tmp_path / "reference.safetensors"
+    subprocess.run(  # noqa: S603 - our own interpreter and program
+        [sys.executable, "-c", REFERENCE, str(file)],
+        env={"PYTHONPATH": str(ROOT / ".venv" / "reference")},
+        check=True,
+        capture_output=True,
+    )
+    reference = load_file(file)
+    numbers, scale = quantize_rows(reference["w"])
+    torch.testing.assert_close(scale, reference["scale"].float(), rtol=1e-6, atol=0)
+    same = (numbers.float() == reference["numbers"].float()).float().mean()
+    assert same > 0.999  # a rounding tie may fall either way
+    linear = nn.Linear(512, 256, bias=False)
+    linear.weight.data = reference["w"]
+    exact = reference["x"] @ reference["w"].T
+    ours = Fp8Linear.quantize(linear)(reference["x"])
+    assert sqnr_db(exact, ours) == pytest.approx(sqnr_db(exact, reference["y"]), abs=0.1)
+
+
+def test_a_neighbours_outliers_change_nothing() -> None:
+    torch.manual_seed(0)
+    linear = Fp8Linear.quantize(nn.Linear(64, 64))
+    mine = torch.randn(16, 64)
+    alone = linear(torch.cat([mine, torch.randn(16, 64)]))[:16]
+    beside = linear(torch.cat([mine, torch.randn(16, 64) * 1000]))[:16]
+    assert torch.equal(alone, beside)
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    x = torch.ones(2, 64)
+    x[0, 3] = float("nan")
+    y = Fp8Linear.quantize(nn.Linear(64, 64))(x)
+    assert y[0].isnan().any()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("k", "n"), [(60, 64), (64, 60)])
+def test_unaligned_sizes_are_refused(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        Fp8Linear.quantize(nn.Linear(k, n))
+
+
+@pytest.fixture(scope="module")
+def transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel.from_pretrained(DEMO_MODEL / "transformer")
+
+
+def test_every_block_linear_is_fp8_and_the_listed_ones_are_not(
+    transformer: SD3Transformer2DModel,
+) -> None:
+    model = apply_recipe(SD3Transformer2DModel.from_config(transformer.config), RECIPES["fp8"])
+    fp8 = {name for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    plain = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert all(name.startswith("transformer_blocks.") for name in fp8)
+    assert all(".attn" in name or ".ff" in name for name in fp8)
+    assert all(stays_16_bit(name) for name in plain)
+    # q, k, v of both streams, two outputs, two feed-forwards of two; the last block has no text
+    # output and no text feed-forward; the dual block has four more.
+    assert len(fp8) == 4 * 12 - 3 + 4
+    assert all(m.weight.dtype is E4M3 for m in model.modules() if isinstance(m, Fp8Linear))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_fp8_round_trips_through_safetensors(
+    transformer: SD3Transformer2DModel, tmp_path: Path
+) -> None:
+    model = apply_recipe(transformer, RECIPES["fp8"])
+    save_file(model.state_dict(), tmp_path / "fp8.safetensors")
+    with torch.device("meta"):
+        empty = apply_recipe(SD3Transformer2DModel.from_config(model.config), RECIPES["fp8"])
+    empty.load_state_dict(load_file(tmp_path / "fp8.safetensors"), assign=True)
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 16, 16).bfloat16(),
+        "timestep": torch.tensor([900.0, 20.0]),
+        "encoder_hidden_states": torch.randn(2, 64, 128).bfloat16(),
+        "pooled_projections": torch.randn(2, 128).bfloat16(),
+    }
+    with torch.inference_mode():
+        first, second = (m.eval()(**inputs, return_dict=False)[0] for m in (model, empty))
+    assert first.std() > 0.01
+    assert (first - second).abs().max() == 0.0
+
+
+def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
+    from optimum.quanto import quantization_map, requantize
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    t5 = T5EncoderModel(config).eval()
+    ids = torch.arange(32)[None]
+    with torch.inference_mode():
+        exact = t5(ids).last_hidden_state
+        store_in_fp8(t5)
+        stored = t5(ids).last_hidden_state
+        # T5 ties its embedding under two names, which safetensors refuses to store as one.
+        state = {name: tensor.clone() for name, tensor in t5.state_dict().items()}
+        save_file(state, tmp_path / "t5.safetensors")
+        with torch.device("meta"):
+            again = T5EncoderModel(config).eval()
+        requantize(again, load_file(tmp_path / "t5.safetensors"), quantization_map(t5))
+        reloaded = again(ids).last_hidden_state
+    assert sqnr_db(exact, stored) > 20
+    assert (stored - reloaded).abs().max() == 0.0
+    weights = load_file(tmp_path / "t5.safetensors")
+    kinds = {t.dtype for name, t in weights.items() if name.endswith("_data")}
+    assert kinds == {E4M3}
