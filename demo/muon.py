@@ -1,8 +1,7 @@
-"""Muon for matrices, AdamW for the rest: a small model learns in a third of the steps.
+"""Muon for matrices, AdamW for the rest: the demo's VAE learns in a fraction of AdamW's steps.
 
-Measured on the demo's VAE (150 steps, 96×96, batch 4): mean absolute error 0.22 with AdamW at its
-best rate of four tried, 0.10 with this. `torch.optim.Muon` takes matrices only; a convolution's
-kernel is one as (out, in · height · width).
+`torch.optim.Muon` takes matrices only; here a convolution's kernel is one too, as
+(out, in · height · width).
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the factor
 0.2·sqrt(longer side), which lets both halves share one rate, is Liu et al. 2025, "Muon is

@@ -30,6 +30,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
         num_replicas=1,
         max_ongoing_requests=UNBOUNDED,
+        # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
+        graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
     ).bind(settings.max_queued)  # fmt: skip
     text_encoders = {

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
@@ -20,8 +20,9 @@ GENERATE = "/v1/images/generations"
 
 
 @pytest.fixture
-def client(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=120)
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield client
 
 
 def picture(item: dict) -> Image.Image:
@@ -29,19 +30,20 @@ def picture(item: dict) -> Image.Image:
 
 
 def test_the_openai_client_gets_an_image(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    answer = client.images.generate(
-        model="landscapes",
-        prompt="a futuristic cityscape at sunset",
-        size="128x128",
-        response_format="b64_json",
-        extra_body={"seed": 4},
-    )
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = client.images.generate(
+            model="landscapes",
+            prompt="a futuristic cityscape at sunset",
+            size="128x128",
+            response_format="b64_json",
+            extra_body={"seed": 4},
+        )
+        models = [model.id for model in client.models.list()]
+    assert models == ["landscapes"]
     assert answer.data
     image = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or "")))
     assert (image.format, image.size) == ("PNG", (128, 128))
     assert shows(image, Scene("city", "sunset"))
-    assert [model.id for model in client.models.list()] == ["landscapes"]
 
 
 def test_the_answer_says_how_the_images_were_made(client: httpx.Client) -> None:
