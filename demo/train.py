@@ -169,23 +169,25 @@ def restore(file: Path, state: dict[str, Any]) -> int:
     return int(saved["step"])
 
 
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    x = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    mean: torch.Tensor = vae.encode(x).latent_dist.mean
+    return mean.float()
+
+
 @torch.no_grad()
 def encode_latents(work: Path, vae: AutoencoderKL) -> dict[tuple[int, int], torch.Tensor]:
-    """Normalised latents per size, (2 · count, 16, h/8, w/8): the pictures, then their mirrors.
+    """Normalised latents per size, (count, 16, h/8, w/8).
 
     Sets the VAE's shift and scaling factor to the latents' mean and 1/std.
     """
     file = work / "latents.pt"
     if not file.exists():
         latents = {}
-        with progress() as bar:
+        with progress() as bar, torch.autocast("cpu", torch.bfloat16):
             for size in SIZES:
-                images, parts = pictures(work, size)[0], []
-                for flip in (False, True):
-                    for some in bar.track(images.split(64), description=f"encode {size}"):
-                        x = some.float() / 127.5 - 1
-                        parts.append(vae.encode(x.flip(-1) if flip else x).latent_dist.mean)
-                latents[size] = torch.cat(parts)
+                batches = bar.track(pictures(work, size)[0].split(16), description=f"encode {size}")
+                latents[size] = torch.cat([encode(vae, images) for images in batches])
         everything = torch.cat([x.flatten() for x in latents.values()])
         torch.save(
             {
@@ -277,7 +279,7 @@ def train_model(
             size = sizes[int(torch.multinomial(share, 1))]
             chosen = torch.randint(len(latents[size]), (batch,))
             x, wording = latents[size][chosen], torch.randint(CAPTIONS_PER_PICTURE, (batch,))
-            tokens = ids[size][:, chosen % SIZES[size], wording].long()
+            tokens = ids[size][:, chosen, wording].long()
             dropped = torch.rand(batch) < CAPTION_DROPOUT
             tokens = torch.where(dropped[None, :, None], empty, tokens)
             u = torch.randn(batch).sigmoid()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -90,28 +89,36 @@ def _check_port_number(port: int) -> None:
 
 def _serve(settings: Settings) -> None:
     """Until Ctrl-C or SIGTERM."""
-    stopped = threading.Event()
+    signals = signal.SIGINT, signal.SIGTERM
 
-    def stop(number: int, _: Any) -> None:
-        stopped.set()
+    def stop(*_: object) -> None:
+        for number in signals:  # a second Ctrl-C must not interrupt the cleaning up
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = [signal.signal(number, stop) for number in signals]
     try:
-        with console.status("starting") as status:
-            launch = running(settings, lambda news: status.update(news))
-            url = launch.__enter__()
-        try:
+        with running(settings, _tell_changes()) as url:
             _announce(settings, url)
-            stopped.wait()
-        finally:
-            with console.status("stopping"):
-                launch.__exit__(None, None, None)
+            signal.pause()
     except KeyboardInterrupt:
         console.print("stopped")
     finally:
-        for number, handler in previous.items():
+        for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)
+
+
+def _tell_changes() -> Callable[[str], None]:
+    """Print news, each once, as long as nothing else has been heard."""
+    last = ""
+
+    def tell(news: str) -> None:
+        nonlocal last
+        if news != last:
+            console.print(news, style="dim", highlight=False)
+        last = news
+
+    return tell
 
 
 def _announce(settings: Settings, url: str) -> None:
@@ -128,6 +135,7 @@ def _announce(settings: Settings, url: str) -> None:
         markup=False,
     )
     out.print("Ctrl-C stops it.")
+    out.file.flush()
 
 
 def main() -> None:

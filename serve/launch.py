@@ -78,6 +78,7 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         _wait(tell)
         yield f"http://{settings.http.host}:{settings.http.port}"
     finally:
+        tell("stopping")
         # Ray prints the end of its own controller, which we asked for, as a failure.
         with contextlib.redirect_stdout(io.StringIO()):
             if ray.is_initialized():
