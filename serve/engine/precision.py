@@ -12,11 +12,13 @@ the transformer: it never reaches FP8 tensor cores, and its Marlin kernel leaves
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import torch
 from torch import nn
+
+from cluster.capability import SixteenBit
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
@@ -54,6 +56,29 @@ RECIPES = {
         Recipe("bf16", torch.bfloat16),
         Recipe("fp16", torch.float16),
         Recipe("fp32", torch.float32),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderRecipe:
+    """How text encoders run: `dtype` of their arithmetic, and whether T5 is stored in FP8."""
+
+    name: str
+    dtype: torch.dtype
+    t5_stored_in_fp8: bool = False
+
+    def on(self, sixteen_bit: SixteenBit) -> EncoderRecipe:
+        """The recipe on a device: without bfloat16, float32. T5 is inaccurate in float16."""
+        return self if sixteen_bit == "bf16" else replace(self, dtype=torch.float32)
+
+
+ENCODER_RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        EncoderRecipe("t5-quanto", torch.bfloat16, t5_stored_in_fp8=True),
+        EncoderRecipe("bf16", torch.bfloat16),
+        EncoderRecipe("fp32", torch.float32),
     )
 }
 
@@ -115,11 +140,12 @@ def stays_16_bit(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in KEEP_16_BIT)
 
 
-def apply_recipe(transformer: nn.Module, recipe: Recipe) -> nn.Module:
-    """Bring a transformer into a recipe's formats, in place.
+def apply_recipe(transformer: nn.Module, recipe: Recipe, device: str | None = None) -> nn.Module:
+    """Bring a transformer into a recipe's formats, in place, and onto a device if one is given.
 
-    FP8 scales are computed from the weights as stored, before any rounding to 16 bit. Applied to
-    a meta model it makes the structure into which a saved state dict is loaded (assign=True).
+    Linears are quantised one by one on that device, so it never holds the whole model in 16 bit.
+    Applied to a meta model it makes the structure into which a saved state dict is loaded
+    (assign=True).
     """
     if recipe.fp8_linears:
         linears = [
@@ -128,11 +154,11 @@ def apply_recipe(transformer: nn.Module, recipe: Recipe) -> nn.Module:
             if isinstance(module, nn.Linear) and not stays_16_bit(name)
         ]
         for name, linear in linears:
-            transformer.set_submodule(name, Fp8Linear.quantize(linear))
+            transformer.set_submodule(name, Fp8Linear.quantize(linear.to(device)))
     for module in transformer.modules():
         if not isinstance(module, Fp8Linear):
             _convert_own(module, recipe.dtype)
-    return transformer
+    return transformer if device is None else transformer.to(device)
 
 
 def _convert_own(module: nn.Module, dtype: torch.dtype) -> None:
@@ -145,7 +171,7 @@ def _convert_own(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def store_in_fp8(t5: nn.Module) -> None:
-    """The recipe `t5-quanto`: T5's weights stored in E4M3, computed in the model's own dtype."""
+    """T5's weights stored in E4M3, in place; it computes in the dtype that it had."""
     from optimum.quanto import freeze, qfloat8_e4m3fn, quantize
 
     quantize(t5, weights=qfloat8_e4m3fn)

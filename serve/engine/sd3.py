@@ -25,7 +25,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from .noise_schedule import TRAIN_STEPS, sigmas
-from .precision import Recipe, apply_recipe, store_in_fp8
+from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8
 
 VAE_FACTOR = 8
 
@@ -62,8 +62,12 @@ class PromptEncoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, source: Source, precision: str = "fp32", device: str = "cpu") -> None:
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    def __init__(
+        self,
+        source: Source,
+        recipe: EncoderRecipe = ENCODER_RECIPES["fp32"],
+        device: str = "cpu",
+    ) -> None:
         self.device = device
         index = DiffusionPipeline.load_config(source.location, revision=source.revision)
         self.clip_tokenizers = [
@@ -72,7 +76,7 @@ class PromptEncoder:
         ]
         self.clips = [
             CLIPTextModelWithProjection.from_pretrained(
-                **source.of(part), use_safetensors=True, dtype=dtype
+                **source.of(part), use_safetensors=True, dtype=recipe.dtype
             )
             .to(device)
             .eval()
@@ -82,9 +86,9 @@ class PromptEncoder:
         if index.get("text_encoder_3", [None])[0] is not None:
             self.t5_tokenizer = T5Tokenizer.from_pretrained(**source.of("tokenizer_3"))
             self.t5 = T5EncoderModel.from_pretrained(
-                **source.of("text_encoder_3"), use_safetensors=True, dtype=dtype
+                **source.of("text_encoder_3"), use_safetensors=True, dtype=recipe.dtype
             ).eval()
-            if precision == "t5-quanto":
+            if recipe.t5_stored_in_fp8:
                 store_in_fp8(self.t5)
             self.t5.to(device)
         joint = SD3Transformer2DModel.load_config(**source.of("transformer"))
@@ -154,9 +158,9 @@ class Denoiser:
     def __init__(self, source: Source, recipe: Recipe, device: str = "cpu") -> None:
         self.recipe, self.device = recipe, device
         self.transformer: Any = SD3Transformer2DModel.from_pretrained(
-            **source.of("transformer"), use_safetensors=True
+            **source.of("transformer"), use_safetensors=True, torch_dtype=recipe.dtype
         )
-        apply_recipe(self.transformer, recipe).to(device).eval()
+        apply_recipe(self.transformer, recipe, device).eval()
         self.vae: Any = AutoencoderKL.from_pretrained(
             **source.of("vae"), use_safetensors=True, torch_dtype=recipe.vae_dtype
         )

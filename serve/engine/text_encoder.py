@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from cluster.capability import capability, probe
+
 from ..settings import Encoder
+from .precision import ENCODER_RECIPES
 from .sd3 import PromptEmbeds, PromptEncoder, Source
 
 
@@ -33,7 +36,8 @@ class TextEncoder:
     def _load(self, settings: Encoder) -> PromptEncoder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         source = Source(settings.source.location, settings.source.revision)
-        return PromptEncoder(source, settings.precision, device)
+        recipe = ENCODER_RECIPES[settings.precision].on(capability(probe()).sixteen_bit)
+        return PromptEncoder(source, recipe, device)
 
     def _encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
         embeds = self._encoder.encode_prompts(prompts, max_sequence_length)

@@ -15,6 +15,7 @@ from transformers import T5Config, T5EncoderModel
 
 from serve.engine.precision import (
     E4M3,
+    ENCODER_RECIPES,
     RECIPES,
     Fp8Linear,
     apply_recipe,
@@ -22,6 +23,7 @@ from serve.engine.precision import (
     stays_16_bit,
     store_in_fp8,
 )
+from serve.engine.sd3 import PromptEncoder, Source
 
 from .conftest import DEMO_MODEL, ROOT
 
@@ -166,3 +168,15 @@ def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "t5.safetensors")
     kinds = {t.dtype for name, t in weights.items() if name.endswith("_data")}
     assert kinds == {E4M3}
+
+
+def test_text_encoders_run_with_t5_in_fp8_and_without_bfloat16_in_float32() -> None:
+    source = Source(str(DEMO_MODEL))
+    exact = PromptEncoder(source).encode_prompts(["a city at night"], 32)
+    recipe = ENCODER_RECIPES["t5-quanto"]
+    for sixteen_bit, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float32)):
+        found = PromptEncoder(source, recipe.on(sixteen_bit)).encode_prompts(
+            ["a city at night"], 32
+        )
+        assert found.tokens.dtype is dtype
+        assert sqnr_db(exact.tokens, found.tokens) > 20

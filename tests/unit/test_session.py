@@ -1,7 +1,7 @@
 """An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,62 +11,7 @@ from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.session import DispatchSession
 from serve.errors import QueueFull
 
-
-class Handle:
-    """What a Serve handle does with a call, as far as `DispatchSession` uses it."""
-
-    def __init__(self, target: Dispatcher) -> None:
-        self.target = target
-        self.streams: list[Stream] = []
-
-    def options(self, stream: bool) -> "Handle":
-        assert stream
-        return self
-
-    def __getattr__(self, method: str) -> Any:
-        handle = self
-
-        class Method:
-            def options(self, stream: bool) -> "Method":
-                assert stream
-                return self
-
-            def remote(self, *args: Any) -> Any:
-                result = getattr(handle.target, method)(*args)
-                if method != "session":
-                    return result
-                handle.streams.append(Stream(result))
-                return handle.streams[-1]
-
-        return Method()
-
-    def break_off(self, fresh: Dispatcher) -> None:
-        """The Dispatcher dies and another takes its place."""
-        self.target = fresh
-        for stream in self.streams:
-            stream.cancel()
-
-
-class Stream:
-    def __init__(self, items: AsyncIterator[Any]) -> None:
-        self.items = items
-        self.broken = asyncio.Event()
-
-    def cancel(self) -> None:
-        self.broken.set()
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        broken = asyncio.create_task(self.broken.wait())
-        while True:
-            item = asyncio.ensure_future(anext(self.items))
-            await asyncio.wait([item, broken], return_when=asyncio.FIRST_COMPLETED)
-            if not item.done():
-                item.cancel()
-                raise ConnectionError("the dispatcher died")
-            try:
-                yield item.result()
-            except StopAsyncIteration:
-                return
+from ..in_process import Handle
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,118 @@
+"""What the Ingress does when a Generator fails, with the real Dispatcher and failing Generators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from serve.api.ingress import ATTEMPTS, Ingress
+from serve.dispatch.dispatcher import Dispatcher
+from serve.errors import NonFiniteImage, OctetError, ReplicaLost, Unavailable
+from serve.request import ImageRequest, ImageResult, Timings
+from serve.settings import Settings
+
+from ..in_process import Handle
+
+REQUEST = ImageRequest(
+    id="1",
+    model="landscapes",
+    prompt="x",
+    width=64,
+    height=64,
+    num_inference_steps=1,
+    guidance_scale=1.0,
+    seed=0,
+)
+
+
+class Generator:
+    """Fails as told, then draws; remembers how often it was asked."""
+
+    def __init__(self, precision: str, *failures: Exception) -> None:
+        self.precision, self.failures, self.calls = precision, list(failures), 0
+
+    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult]:
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
+        yield ImageResult(
+            image=b"",
+            seed=request.seed,
+            precision=self.precision,
+            emulated=False,
+            timings=timings,
+        )
+
+
+def as_task_error(cause: Exception) -> Exception:
+    """An exception of a replica as Ray hands it to the caller."""
+    return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+
+
+def draw(settings: Settings, fp8: Generator, fp16: Generator) -> tuple[ImageResult, Dispatcher]:
+    async def main() -> tuple[ImageResult, Dispatcher]:
+        dispatcher = Dispatcher(9)
+        pools: dict[str, Any] = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
+        for pool in pools:
+            await dispatcher.report_replica(pool, "r", 1)
+        ingress = Ingress.__new__(Ingress)
+        handles = {pool: Handle(generator) for pool, generator in pools.items()}
+        await ingress.__init__(  # type: ignore[misc]
+            settings.application_args(), Handle(dispatcher), handles
+        )
+        async with asyncio.timeout(5):
+            try:
+                return await ingress._draw(REQUEST), dispatcher
+            finally:
+                await asyncio.sleep(0.05)
+                free = [dispatcher._grants.free_slots(pool) for pool in pools]
+                assert free == [1, 1]  # whatever happened, every slot came back
+
+    return asyncio.run(main())
+
+
+def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:
+    fp8 = Generator("fp8", ActorDiedError(), ActorDiedError())
+    result, _ = draw(laptop, fp8, Generator("bf16"))
+    assert (result.precision, fp8.calls) == ("fp8", 3)
+
+
+def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
+    fp8 = Generator("fp8", *(ActorDiedError() for _ in range(9)))
+    with pytest.raises(ReplicaLost):
+        draw(laptop, fp8, Generator("bf16"))
+    assert fp8.calls == ATTEMPTS
+
+
+def test_a_non_finite_image_is_drawn_again_in_16_bit(laptop: Settings) -> None:
+    fp8 = Generator("fp8", as_task_error(NonFiniteImage("nan")))
+    result, _ = draw(laptop, fp8, Generator("bf16"))
+    assert (result.precision, fp8.calls) == ("bf16", 1)
+
+
+def test_non_finite_in_16_bit_too_is_an_error(laptop: Settings) -> None:
+    fp16 = Generator("bf16", *(as_task_error(NonFiniteImage("nan")) for _ in range(9)))
+    with pytest.raises(NonFiniteImage):
+        draw(laptop, Generator("fp8", as_task_error(NonFiniteImage("nan"))), fp16)
+    assert fp16.calls == 1
+
+
+@pytest.mark.parametrize("cause", [Unavailable("no"), OctetError("no")])
+def test_typed_errors_pass_through(laptop: Settings, cause: OctetError) -> None:
+    fp8 = Generator("fp8", as_task_error(cause))
+    with pytest.raises(type(cause)) as caught:
+        draw(laptop, fp8, Generator("bf16"))
+    assert type(caught.value) is type(cause)
+    assert fp8.calls == 1
+
+
+def test_nothing_else_is_retried(laptop: Settings) -> None:
+    fp8 = Generator("fp8", as_task_error(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        draw(laptop, fp8, Generator("bf16"))
+    assert fp8.calls == 1
