@@ -222,6 +222,8 @@ def main(seeds: int = 2, precision: str = "fp8") -> None:
 
 def draw(encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128) -> Image.Image:
     """One picture with the demo's defaults, by the operations that serve it."""
+    from serve.engine.sd3 import to_pixels
+
     image = denoiser.begin(
         encoder.encode_prompts(["", prompt], TEXT_LENGTH),
         width=size_px,
@@ -232,8 +234,7 @@ def draw(encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128
     )
     while not image.finished:
         denoiser.denoise_step([image])
-    pixels = denoiser.decode(image.latents)[0].permute(1, 2, 0).numpy()
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+    return Image.fromarray(to_pixels(denoiser.decode(image.latents)[0]))
 
 
 if __name__ == "__main__":

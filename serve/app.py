@@ -64,6 +64,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=UNBOUNDED,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
     )
     application: serve.Application = ingress.bind(

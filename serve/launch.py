@@ -7,11 +7,12 @@ apart from every other Ray here: own address, own temporary folder, own token.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -49,19 +50,38 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
     `LaunchError` if a deployment fails.
     """
     _check_port(settings.http.host, settings.http.port)
-    folder = tempfile.mkdtemp(prefix="octet-")
-    # Ray would write a token into the home directory; this one lives and dies with us.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    tell("loading Ray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-        from ray import serve
+    folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
     try:
-        tell("starting Ray")
+        # Ray would write a token into the home directory; this one lives and dies with us.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        tell("loading Ray")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ray
+        try:
+            tell("starting Ray")
+            _start(settings, folder)
+            _deploy(settings)
+            _wait(tell)
+            yield f"http://{settings.http.host}:{settings.http.port}"
+        finally:
+            tell("stopping")
+            ray.shutdown()  # the whole Ray is ours: with it end Serve and every replica
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(settings: Settings, folder: str) -> None:
+    """Start Ray and Ray Serve. Raises `LaunchError`."""
+    import ray
+    from ray import serve
+
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
         ray.init(
             address="local",
             include_dashboard=False,
@@ -71,20 +91,11 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,
         )
-        tell("starting Ray Serve")
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
-        _deploy(settings)
-        _wait(tell)
-        yield f"http://{settings.http.host}:{settings.http.port}"
+    except Exception as error:
+        raise LaunchError(f"Ray did not start: {error}") from error
     finally:
-        tell("stopping")
-        # Ray prints the end of its own controller, which we asked for, as a failure.
-        with contextlib.redirect_stdout(io.StringIO()):
-            if ray.is_initialized():
-                serve.shutdown()
-                ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in its place
 
 
 def _deploy(settings: Settings) -> None:
@@ -106,15 +117,25 @@ def _wait(tell: Callable[[str], None]) -> None:
                 return
             deployments = application.deployments
             failed = [
-                f"{name}: {d.message}"
+                f"{name}: {_reason(d.message)}"
                 for name, d in deployments.items()
                 if d.status in ("DEPLOY_FAILED", "UNHEALTHY")
             ]
             if application.status == "DEPLOY_FAILED" or failed:
-                raise LaunchError("\n".join(failed) or application.message)
-            waiting = [name for name, d in deployments.items() if d.status != "HEALTHY"]
+                raise LaunchError("\n".join(failed) or _reason(application.message))
+            waiting = [
+                f"{name} ({d.message.splitlines()[0]})" if d.message else name
+                for name, d in deployments.items()
+                if d.status != "HEALTHY"
+            ]
             tell("waiting for " + (", ".join(waiting) or "the application"))
         time.sleep(POLL_S)
+
+
+def _reason(message: str) -> str:
+    """The line of a deployment's message that says why: a traceback's last one."""
+    errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return errors[-1] if errors else " ".join(message.split())
 
 
 def _check_port(host: str, port: int) -> None:

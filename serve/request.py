@@ -127,7 +127,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds spent in each stage of one image."""
+    """Seconds spent in each stage of one image; `queue_s` until the grant that led to it."""
 
     queue_s: float = 0.0
     text_s: float

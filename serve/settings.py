@@ -61,14 +61,17 @@ def _known(cls: type[BaseModel]) -> str:
 
 
 class Source(Frozen):
-    """Where weights are: a local folder, or a hub id with the commit that was tested."""
+    """Where weights are: a folder, or a hub id with the commit that was tested.
+
+    A folder's path is absolute by now, and need only exist where replicas load it.
+    """
 
     location: str
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
 
     @model_validator(mode="after")
     def _hub_ids_are_pinned(self) -> Source:
-        if self.revision is None and not Path(self.location).is_dir():
+        if self.revision is None and not Path(self.location).is_absolute():
             raise ValueError(
                 f"'{self.location}' is not a folder; a hub id needs a pinned 'revision' "
                 "(40 hexadecimal digits)"

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,6 +23,7 @@ from ..dispatch.session import DispatchSession
 from ..errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    InvalidRequest,
     NonFiniteImage,
     OctetError,
     ReplicaLost,
@@ -34,6 +36,7 @@ from .openai_images import error_body, parse, response
 log = logging.getLogger("ray.serve")
 
 ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts as the cause
+READY_TIMEOUT_S = 2.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
@@ -98,7 +101,11 @@ class Ingress:
 
     async def ready(self, _: Request) -> Response:
         """Every model has a replica that answers."""
-        alive = await self._dispatcher.replicas.remote()
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                alive = await self._dispatcher.replicas.remote()
+        except (TimeoutError, RayError, RayServeException):
+            alive = {}
         models = {
             model.id: {
                 model.pool_name(pool): alive.get(model.pool_name(pool), 0) for pool in model.pools
@@ -117,29 +124,38 @@ class Ingress:
     async def _draw(self, request: ImageRequest) -> ImageResult:
         """One image, from the queue to its bytes, on a replica that survives it."""
         began, pools = time.monotonic(), self._pools(request)
+        failure: OctetError = ReplicaLost(f"the replica was lost in each of {ATTEMPTS} attempts")
         for attempt in range(1, ATTEMPTS + 1):
-            async with self._session.slot(request.id, pools) as pool:
+            async with self._session.slot(pools) as pool:
                 queue_s = time.monotonic() - began
+                stream = self._generators[pool].generate.remote(request)
                 try:
                     result: ImageResult
-                    async for result in self._generators[pool].generate.remote(request):
+                    async for result in stream:
                         return replace(result, timings=replace(result.timings, queue_s=queue_s))
+                except asyncio.CancelledError:
+                    stream.cancel()  # else the replica draws on in a slot that counts as free
+                    raise
                 except RayActorError:
                     log.warning("attempt %d of %s lost its replica", attempt, request.id)
+                except RayServeException:
+                    raise Unavailable(f"{pool} cannot be reached") from None
                 except RayTaskError as error:
-                    if isinstance(error.cause, NonFiniteImage) and pools != (
-                        again := self._sixteen_bit(request)
-                    ):
-                        log.warning("%s: %s; trying in 16 bit", request.id, error.cause)
-                        pools = again
-                    elif isinstance(error.cause, OctetError):
-                        raise error.cause from None
-                    else:
+                    if not isinstance(error.cause, OctetError):
                         raise
-        raise ReplicaLost(f"the replica was lost in each of {ATTEMPTS} attempts")
+                    failure, again = error.cause, self._sixteen_bit(request)
+                    if not isinstance(failure, NonFiniteImage) or again in ((), pools):
+                        raise failure from None
+                    log.warning("%s: %s; trying in 16 bit", request.id, failure)
+                    pools = again
+        raise failure
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; an Ingress without its session would accept and never answer."""
+        self._session.check()
 
     def _pools(self, request: ImageRequest) -> Pools:
-        """The pools a request may run in, preferred first. Raises `Unavailable` if none."""
+        """The pools a request may run in, preferred first. Raises `InvalidRequest` if none."""
         model = self._models[request.model]
         pools = tuple(
             model.pool_name(pool)
@@ -148,14 +164,15 @@ class Ingress:
         )
         if not pools:
             there = ", ".join(pool.precision for pool in model.pools)
-            raise Unavailable(
+            raise InvalidRequest(
                 f"precision '{request.precision}': {model.id} is served in {there}",
                 param="precision",
             )
         return pools
 
     def _sixteen_bit(self, request: ImageRequest) -> Pools:
-        return self._pools(replace(request, precision=Precision.FP16))
+        model = self._models[request.model]
+        return tuple(model.pool_name(p) for p in model.pools if p.precision == Precision.FP16.value)
 
     async def _body(self, http: Request) -> bytes:
         body, limit = bytearray(), self._settings.max_body_bytes

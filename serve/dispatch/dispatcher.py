@@ -18,34 +18,34 @@ log = logging.getLogger("ray.serve")
 SESSION_LEASE_S = 10.0
 REPLICA_LEASE_S = 5.0
 HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
+RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
 
 
 class Dispatcher:
     """See `serve.dispatch.session` for the other end of `session` and `tell`."""
 
-    def __init__(self, max_queued: int) -> None:
+    def __init__(self, max_queued: int, recovery_s: float = RECOVERY_S) -> None:
         self._grants = Grants(
             max_queued=max_queued,
             session_lease_s=SESSION_LEASE_S,
             replica_lease_s=REPLICA_LEASE_S,
         )
+        self._grants_from = time.monotonic() + recovery_s
         self._streams: dict[str, asyncio.Queue[Outcome | None]] = {}
         self._expiry = asyncio.create_task(self._expire())
 
     async def session(
         self,
         session: str,
-        replaces: str | None,
         waiting: list[tuple[str, Pools]],
         running: list[tuple[str, str]],
     ) -> AsyncIterator[list[Outcome]]:
         """Outcomes for one Ingress, in batches, from what it still waits for and runs.
 
-        Ends when the session expires or is replaced. The first batch is always empty: it says
-        that the session is open.
+        Opening a session again replaces it. Ends when it expires or is replaced. The first batch
+        is always empty: it says that the session is open.
         """
-        if replaces:
-            self._end(replaces)
+        self._end(session)
         stream: asyncio.Queue[Outcome | None] = asyncio.Queue()
         self._streams[session] = stream
         self._grants.open(session, time.monotonic(), running)
@@ -61,7 +61,8 @@ class Dispatcher:
                     batch.append(more)
                 yield batch
         finally:
-            self._end(session)
+            if self._streams.get(session) is stream:
+                self._end(session)
 
     async def tell(
         self, session: str, submits: list[tuple[str, Pools]], releases: list[str]
@@ -77,16 +78,25 @@ class Dispatcher:
     async def report_replica(self, pool: str, replica: str, slots: int) -> None:
         """The heartbeat of a Generator replica."""
         self._grants.report_replica(pool, replica, slots, time.monotonic())
-        self._deliver(self._grants.grant())
+        self._grant()
 
     async def replicas(self) -> dict[str, int]:
         """Living replicas per pool."""
         return self._grants.replicas()
 
+    async def check_health(self) -> None:
+        """Called by Ray Serve; without expiry the slots of a dead Ingress would stay taken."""
+        if self._expiry.done():
+            raise RuntimeError("sessions and replicas no longer expire")
+
     def _submit(self, session: str, entries: list[tuple[str, Pools]]) -> None:
         refused = [self._grants.submit(session, entry, tuple(pools)) for entry, pools in entries]
         self._deliver([outcome for outcome in refused if outcome])
-        self._deliver(self._grants.grant())
+        self._grant()
+
+    def _grant(self) -> None:
+        if time.monotonic() >= self._grants_from:
+            self._deliver(self._grants.grant())
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -103,4 +113,4 @@ class Dispatcher:
             for session in self._grants.expire(time.monotonic()):
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
-            self._deliver(self._grants.grant())
+            self._grant()

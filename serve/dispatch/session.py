@@ -1,6 +1,6 @@
 """An Ingress's side of its session with the Dispatcher.
 
-    async with session.slot(entry_id, pools) as pool:
+    async with session.slot(pools) as pool:
         ...  # a slot of `pool` is ours until the block ends
 
 Submits and releases are coalesced: while one message is under way the next ones collect. If the
@@ -11,6 +11,7 @@ are not touched.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -31,21 +32,29 @@ class DispatchSession:
 
     def __init__(self, dispatcher: Any) -> None:
         self._dispatcher = dispatcher
+        self._name = uuid.uuid4().hex
+        self._entries = itertools.count()
         self._waiting: dict[str, tuple[Pools, asyncio.Future[str]]] = {}
         self._running: dict[str, str] = {}
         self._submits: dict[str, Pools] = {}
         self._releases: list[str] = []
         self._news = asyncio.Event()
-        self._open: str | None = None  # the session's name while the Dispatcher knows it
+        self._open = False
         self._stream: Any = None
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._talk())]
 
+    def check(self) -> None:
+        """Raise `RuntimeError` if the session can no longer work."""
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("the session with the dispatcher has ended")
+
     @asynccontextmanager
-    async def slot(self, entry: str, pools: Pools) -> AsyncIterator[str]:
+    async def slot(self, pools: Pools) -> AsyncIterator[str]:
         """Wait for a slot in one of `pools` (preferred first) and hold it; yields the pool.
 
         Raises `QueueFull`. Leaving the block, or being cancelled while waiting, gives it back.
         """
+        entry = str(next(self._entries))
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting[entry] = pools, granted
         self._submits[entry] = pools
@@ -61,27 +70,28 @@ class DispatchSession:
 
     async def _listen(self) -> None:
         """Keep a session open and hand its outcomes to those who wait."""
-        previous: str | None = None
         while True:
-            name = uuid.uuid4().hex
             waiting = [(entry, pools) for entry, (pools, _) in self._waiting.items()]
-            # The new session starts from these facts: what was not yet told is in them.
+            # The session starts anew from these facts: what was not yet told is in them.
             self._submits.clear()
             self._releases.clear()
             try:
                 self._stream = self._dispatcher.session.options(stream=True).remote(
-                    name, previous, waiting, list(self._running.items())
+                    self._name, waiting, list(self._running.items())
                 )
-                previous = name
                 async for outcomes in self._stream:
-                    self._open = name
+                    self._open = True
                     self._news.set()
                     for _, entry, pool, kind in outcomes:
                         self._settle(entry, pool, kind)
-                log.warning("the dispatcher ended session %s; opening another", name)
+                log.warning("the dispatcher ended the session; opening it again")
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise  # it was this task that was cancelled, and not the call
+                log.warning("the session's call was cancelled; opening it again")
             except Exception:
                 log.warning("the dispatcher is not reachable; trying again", exc_info=True)
-            self._open = None
+            self._open = False
             await asyncio.sleep(RECONNECT_S)
 
     def _settle(self, entry: str, pool: str | None, kind: str) -> None:
@@ -97,16 +107,19 @@ class DispatchSession:
     async def _talk(self) -> None:
         """Tell what is new, or at least that we live, once per heartbeat."""
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), HEARTBEAT_S)
+            with suppress(TimeoutError):  # wait_for may swallow a cancellation before Python 3.12
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._news.wait()
             self._news.clear()
-            if self._open is None:
+            if not self._open:
                 continue
             submits, self._submits = list(self._submits.items()), {}
             releases, self._releases = self._releases, []
             try:
-                await self._dispatcher.tell.remote(self._open, submits, releases)
+                understood = await self._dispatcher.tell.remote(self._name, submits, releases)
             except Exception:
-                # Told or not told? `_listen` opens a session that knows the whole state.
                 log.warning("could not reach the dispatcher", exc_info=True)
-                self._stream.cancel()
+                understood = False
+            if not understood:  # `_listen` then opens a session that knows the whole state
+                with suppress(Exception):
+                    self._stream.cancel()

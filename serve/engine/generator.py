@@ -27,7 +27,7 @@ from ..request import ImageRequest, ImageResult, Timings
 from ..settings import Model, Pool
 from .image_file import encode_image
 from .precision import RECIPES, Recipe
-from .sd3 import Denoiser, PromptEmbeds, Source
+from .sd3 import Denoiser, PromptEmbeds, Source, to_pixels
 
 log = logging.getLogger("ray.serve")
 
@@ -78,6 +78,11 @@ class Generator:
         Raises `NonFiniteImage`. Closing the stream stops the work before its next step.
         """
         yield await self._draw(request)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; a replica that no longer reports itself would never be used."""
+        if self._heartbeat.done():
+            raise RuntimeError("the heartbeat has stopped")
 
     async def _draw(self, request: ImageRequest) -> ImageResult:
         loop, cancelled, began = asyncio.get_running_loop(), threading.Event(), time.monotonic()
@@ -138,8 +143,7 @@ class Generator:
         picture = self._denoiser.decode(image.latents)[0]
         if not picture.isfinite().all():
             raise NonFiniteImage(f"the VAE produced non-finite numbers in {self._recipe.name}")
-        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        return pixels, denoised - began, time.monotonic() - denoised
+        return to_pixels(picture), denoised - began, time.monotonic() - denoised
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +23,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
 )
+from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from .noise_schedule import TRAIN_STEPS, sigmas
@@ -215,8 +217,14 @@ class Denoiser:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, height_px, width_px) in 0..1, float32, from latents."""
+        """Pictures (n, 3, height_px, width_px) from latents; 0..1, not yet clamped, float32."""
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor
         pictures: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+        return pictures.float() / 2 + 0.5
+
+
+def to_pixels(picture: torch.Tensor) -> NDArray[np.uint8]:
+    """Pixels (height_px, width_px, 3) of a decoded picture (3, height_px, width_px)."""
+    levels = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).cpu().numpy()

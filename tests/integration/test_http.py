@@ -136,36 +136,34 @@ def test_health_answers_fast_while_200_requests_are_open(url: str) -> None:
                 "guidance_scale": 1,
                 "size": "64x64",
             }
-            work = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(200)]
+            work = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(260)]
             await asyncio.sleep(1)
             waits = []
             for _ in range(10):
                 began = time.perf_counter()
                 assert (await client.get("/health")).status_code == 200
                 waits.append(time.perf_counter() - began)
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05)
             still_open = sum(not task.done() for task in work)
-            assert still_open > 50, f"only {still_open} requests were still open"
+            assert still_open >= 200, f"only {still_open} requests were still open"
             return waits, [answer.status_code for answer in await asyncio.gather(*work)]
 
     waits, statuses = asyncio.run(main())
-    assert statuses == [200] * 200
-    assert sorted(waits)[len(waits) // 2] < 0.2, waits
+    assert statuses == [200] * 260
+    assert sorted(waits)[-2] < 0.2, waits  # one of ten may meet the machine's own hiccup
 
 
 def test_a_client_that_leaves_frees_its_slot(client: httpx.Client) -> None:
-    """Both pools are filled with long work, which is then abandoned."""
+    """Both pools are filled with work of many seconds, which is then abandoned."""
     long = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
     for precision in ("fp8", "fp16"):
         with pytest.raises(httpx.ReadTimeout):
             client.post(GENERATE, json={**long, "precision": precision}, timeout=0.5)
     short = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
-    waited = [
-        client.post(GENERATE, json={**short, "precision": p}).json()["data"][0]["timings"]
-        for p in ("fp8", "fp16")
-    ]
-    for timings in waited:
-        assert timings["queue_s"] + timings["denoise_s"] < 2, waited
+    for precision in ("fp8", "fp16"):
+        began = time.perf_counter()
+        assert client.post(GENERATE, json={**short, "precision": precision}).status_code == 200
+        assert time.perf_counter() - began < 2
 
 
 def test_auto_uses_both_pools_at_once(url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from serve.api.ingress import ATTEMPTS, Ingress
 from serve.dispatch.dispatcher import Dispatcher
-from serve.errors import NonFiniteImage, OctetError, ReplicaLost, Unavailable
-from serve.request import ImageRequest, ImageResult, Timings
+from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
+from serve.request import ImageRequest, ImageResult, Precision, Timings
 from serve.settings import Settings
 
 from ..in_process import Handle
@@ -32,13 +33,15 @@ REQUEST = ImageRequest(
 class Generator:
     """Fails as told, then draws; remembers how often it was asked."""
 
-    def __init__(self, precision: str, *failures: Exception) -> None:
+    def __init__(self, precision: str, *failures: Exception, takes_s: float = 0) -> None:
         self.precision, self.failures, self.calls = precision, list(failures), 0
+        self.takes_s = takes_s
 
     async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult]:
         self.calls += 1
         if self.failures:
             raise self.failures.pop(0)
+        await asyncio.sleep(self.takes_s)
         timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
         yield ImageResult(
             image=b"",
@@ -54,9 +57,11 @@ def as_task_error(cause: Exception) -> Exception:
     return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
 
 
-def draw(settings: Settings, fp8: Generator, fp16: Generator) -> tuple[ImageResult, Dispatcher]:
-    async def main() -> tuple[ImageResult, Dispatcher]:
-        dispatcher = Dispatcher(9)
+def draw(
+    settings: Settings, fp8: Generator, fp16: Generator, abandon_after_s: float = 5
+) -> ImageResult:
+    async def main() -> ImageResult:
+        dispatcher = Dispatcher(9, recovery_s=0)
         pools: dict[str, Any] = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
         for pool in pools:
             await dispatcher.report_replica(pool, "r", 1)
@@ -67,7 +72,12 @@ def draw(settings: Settings, fp8: Generator, fp16: Generator) -> tuple[ImageResu
         )
         async with asyncio.timeout(5):
             try:
-                return await ingress._draw(REQUEST), dispatcher
+                async with asyncio.timeout(abandon_after_s):
+                    return await ingress._draw(REQUEST)
+            except TimeoutError:
+                (stream,) = handles["landscapes-fp8"].streams
+                assert stream.broken.is_set()  # the replica was told to stop
+                raise
             finally:
                 await asyncio.sleep(0.05)
                 free = [dispatcher._grants.free_slots(pool) for pool in pools]
@@ -78,7 +88,7 @@ def draw(settings: Settings, fp8: Generator, fp16: Generator) -> tuple[ImageResu
 
 def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:
     fp8 = Generator("fp8", ActorDiedError(), ActorDiedError())
-    result, _ = draw(laptop, fp8, Generator("bf16"))
+    result = draw(laptop, fp8, Generator("bf16"))
     assert (result.precision, fp8.calls) == ("fp8", 3)
 
 
@@ -91,7 +101,7 @@ def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
 
 def test_a_non_finite_image_is_drawn_again_in_16_bit(laptop: Settings) -> None:
     fp8 = Generator("fp8", as_task_error(NonFiniteImage("nan")))
-    result, _ = draw(laptop, fp8, Generator("bf16"))
+    result = draw(laptop, fp8, Generator("bf16"))
     assert (result.precision, fp8.calls) == ("bf16", 1)
 
 
@@ -116,3 +126,26 @@ def test_nothing_else_is_retried(laptop: Settings) -> None:
     with pytest.raises(ZeroDivisionError):
         draw(laptop, fp8, Generator("bf16"))
     assert fp8.calls == 1
+
+
+def test_an_abandoned_image_is_stopped_before_its_slot_is_free(laptop: Settings) -> None:
+    with pytest.raises(TimeoutError):
+        draw(laptop, Generator("fp8", takes_s=60), Generator("bf16"), abandon_after_s=0.2)
+
+
+def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings) -> None:
+    model = laptop.models[0]
+    fp8_only = laptop.model_copy(
+        update={"models": (model.model_copy(update={"pools": model.pools[:1]}),)}
+    )
+    with pytest.raises(NonFiniteImage):
+        draw(fp8_only, Generator("fp8", as_task_error(NonFiniteImage("nan"))), Generator("bf16"))
+    with pytest.raises(InvalidRequest, match="served in fp8"):
+        Ingress._pools(ingress_of(fp8_only), replace(REQUEST, precision=Precision.FP16))
+
+
+def ingress_of(settings: Settings) -> Ingress:
+    """An Ingress that knows its models and nothing else."""
+    ingress = Ingress.__new__(Ingress)
+    ingress._models = {model.id: model for model in settings.models}
+    return ingress

@@ -37,7 +37,7 @@ class Both:
         image = self.begin(*prompts, **options)
         while not image.finished:
             self.denoiser.denoise_step([image])
-        return self.denoiser.decode(image.latents)
+        return self.denoiser.decode(image.latents).clamp(0, 1)
 
     def theirs(self, prompt: str, negative: str = "", **options: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.pop("seed"))

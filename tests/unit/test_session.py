@@ -21,7 +21,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], max_queued: int = 9) -> None:
     async def main() -> None:
-        dispatcher = Dispatcher(max_queued)
+        dispatcher = Dispatcher(max_queued, recovery_s=0)
         handle = Handle(dispatcher)
         async with asyncio.timeout(5):
             await test(dispatcher, DispatchSession(handle), handle)
@@ -39,7 +39,7 @@ def test_a_slot_is_held_until_its_block_ends() -> None:
         order = []
 
         async def use(name: str) -> None:
-            async with session.slot(name, ("p",)) as pool:
+            async with session.slot(("p",)) as pool:
                 assert pool == "p"
                 order.append(f"{name} in")
                 await asyncio.sleep(0.01)
@@ -54,7 +54,7 @@ def test_a_slot_is_held_until_its_block_ends() -> None:
 def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async def hold(name: str) -> None:
-            async with session.slot(name, ("p",)):
+            async with session.slot(("p",)):
                 await asyncio.sleep(60)
 
         await dispatcher.report_replica("p", "r", 2)
@@ -75,7 +75,7 @@ def test_cancelled_before_it_was_told_is_never_told() -> None:
         await settle()
 
         async def hold() -> None:
-            async with session.slot("a", ("p",)):
+            async with session.slot(("p",)):
                 pass
 
         task = asyncio.create_task(hold())
@@ -90,7 +90,7 @@ def test_cancelled_before_it_was_told_is_never_told() -> None:
 def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async def hold(name: str) -> None:
-            async with session.slot(name, ("p",)):
+            async with session.slot(("p",)):
                 pass
 
         first = asyncio.create_task(hold("a"))
@@ -108,7 +108,7 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         done = asyncio.Event()
 
         async def hold(name: str) -> str:
-            async with session.slot(name, ("p",)):
+            async with session.slot(("p",)):
                 await done.wait()
                 return name
 
@@ -117,7 +117,7 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         waiting = asyncio.create_task(hold("b"))
         await settle()
 
-        fresh = Dispatcher(9)
+        fresh = Dispatcher(9, recovery_s=0)
         handle.break_off(fresh)
         await fresh.report_replica("p", "r", 1)
         await settle()
@@ -127,5 +127,50 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         assert await asyncio.gather(running, waiting) == ["a", "b"]
         await settle()
         assert fresh._grants.free_slots("p") == 1
+
+    run(test)
+
+
+def test_a_session_that_expired_is_opened_again() -> None:
+    """A paused Ingress comes back: what it still waits for is granted after all."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        waiting = asyncio.create_task(hold(session))
+        await settle()
+        (name,) = dispatcher._streams
+        dispatcher._end(name)
+        await settle()
+        assert dispatcher._grants.queue_depth == 1
+        await dispatcher.report_replica("p", "r", 1)
+        assert await waiting == "p"
+
+    async def hold(session: DispatchSession) -> str:
+        async with session.slot(("p",)) as pool:
+            return pool
+
+    run(test)
+
+
+def test_a_restarted_dispatcher_first_listens() -> None:
+    """Nothing is granted until every session could say what it runs."""
+
+    async def main() -> None:
+        dispatcher = Dispatcher(9, recovery_s=0.2)
+        session = DispatchSession(Handle(dispatcher))
+        await dispatcher.report_replica("p", "r", 1)
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(5), session.slot(("p",)):
+            assert asyncio.get_running_loop().time() - began > 0.15
+
+    asyncio.run(main())
+
+
+def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
+    async def test(_: Dispatcher, session: DispatchSession, __: Handle) -> None:
+        session.check()
+        session._tasks[0].cancel()
+        await settle()
+        with pytest.raises(RuntimeError):
+            session.check()
 
     run(test)
