@@ -93,7 +93,8 @@ def _start(settings: Settings, folder: str) -> None:
         )
         serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
     except Exception as error:
-        raise LaunchError(f"Ray did not start: {error}") from error
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        raise LaunchError(f"Ray did not start: {first_line}") from error
     finally:
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in its place
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
 import warnings
 from collections.abc import Iterator
@@ -10,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from serve.settings import Settings, load_settings
+
+# `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "model"
