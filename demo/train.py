@@ -40,6 +40,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from . import sheet
 from .landscapes import caption, random_scene, render
 from .muon import Optimizer
 from .tokenizers import clip_tokenizer, t5_tokenizer
@@ -307,6 +308,8 @@ def export(vae: AutoencoderKL, model: Model, folder: Path) -> None:
     """diffusers' layout. The text encoders stay float32: transformers loads the stored dtype bare
     and diffusers makes float32, so a folder that is 16-bit throughout would mix dtypes."""
     model, vae = copy.deepcopy(model), copy.deepcopy(vae)
+    count = sum(p.numel() for part in (model, vae) for p in part.parameters())
+    print(f"{count / 1e6:.1f} million parameters")
     StableDiffusion3Pipeline(
         tokenizer=model.tokenizers[0], text_encoder=model.clip_l,
         tokenizer_2=model.tokenizers[1], text_encoder_2=model.clip_g,
@@ -321,7 +324,7 @@ def main(
     out: Path = Path(__file__).parent / "model",
     vae_steps: int = 2600,
     vae_batch: int = 4,
-    steps: int = 5000,
+    steps: int = 3900,
     batch: int = 32,
 ) -> None:
     torch.set_flush_denormal(True)  # tiny activations are denormals: ten times slower without
@@ -340,6 +343,7 @@ def main(
     }
     averaged = train_model(work, model, latents, ids, steps, batch)
     export(vae, averaged, out)
+    sheet.main(model=out)
 
 
 if __name__ == "__main__":
