@@ -36,7 +36,7 @@ def readable_errors(debug: bool) -> Iterator[None]:
     except (SettingsError, LaunchError) as error:
         if debug:
             raise
-        console.print(f"octet: {error}", style="red", markup=False, highlight=False)
+        console.print(f"octet: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -115,7 +115,7 @@ def _tell_changes() -> Callable[[str], None]:
     def tell(news: str) -> None:
         nonlocal last
         if news != last:
-            console.print(news, style="dim", highlight=False)
+            console.print(news, style="dim", highlight=False, soft_wrap=True)
         last = news
 
     return tell

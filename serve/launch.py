@@ -125,7 +125,7 @@ def _wait(tell: Callable[[str], None]) -> None:
             if application.status == "DEPLOY_FAILED" or failed:
                 raise LaunchError("\n".join(failed) or _reason(application.message))
             waiting = [
-                f"{name} ({d.message.splitlines()[0]})" if d.message else name
+                f"{name} ({_reason(d.message)})" if d.message else name
                 for name, d in deployments.items()
                 if d.status != "HEALTHY"
             ]
