@@ -10,6 +10,7 @@ not sentences. Nothing is downloaded and every picture follows from its random g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 Array = NDArray[np.float32]
 Colour = tuple[int, int, int]
+TreeDrawer = Callable[[float, float, float, Array], None]
 
 TIMES = {
     "dawn": ["dawn", "sunrise", "daybreak", "early morning"],
@@ -384,11 +386,11 @@ class Painter:
                 self.lone_trees(self.round_tree, (58, 112, 58), base, depth)
 
     def lone_trees(
-        self, draw: object, colour: Colour, foot: float = 0.78, depth: float = 0.1
+        self, draw: TreeDrawer, colour: Colour, foot: float = 0.78, depth: float = 0.1
     ) -> None:
         for _ in range(self.rng.integers(1, 4)):
             x = self.rng.uniform(0.05, 0.95) * self.canvas.aspect
-            draw(x, foot + 0.02, 0.2 * (1 - depth), self.lit(colour, depth))  # type: ignore[operator]
+            draw(x, foot + 0.02, 0.2 * (1 - depth), self.lit(colour, depth))
 
     def round_tree(self, x: float, foot: float, tall: float, colour: Array) -> None:
         trunk = self.canvas.box(x - tall * 0.05, foot - tall * 0.5, x + tall * 0.05, foot)
