@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest: the demo's VAE learns in a fraction of AdamW's steps.
+"""Muon for matrices, AdamW for the rest; docs/decisions.md has the trials that led to it.
 
 `torch.optim.Muon` takes matrices only; here a convolution's kernel is one too, as
 (out, in · height · width).

@@ -89,7 +89,7 @@ class DispatchSession:
                 if (task := asyncio.current_task()) and task.cancelling():
                     raise  # it was this task that was cancelled, and not the call
                 log.warning("the session's call was cancelled; opening it again")
-            except Exception:
+            except Exception:  # whatever it is, an Ingress without a session is of no use
                 log.warning("the dispatcher is not reachable; trying again", exc_info=True)
             self._open = False
             await asyncio.sleep(RECONNECT_S)
@@ -117,7 +117,7 @@ class DispatchSession:
             releases, self._releases = self._releases, []
             try:
                 understood = await self._dispatcher.tell.remote(self._name, submits, releases)
-            except Exception:
+            except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False
             if not understood:  # `_listen` then opens a session that knows the whole state

@@ -165,6 +165,6 @@ class Generator:
         while True:
             try:
                 await self._dispatcher.report_replica.remote(pool, replica, SLOTS)
-            except Exception:
+            except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
             await asyncio.sleep(HEARTBEAT_S)

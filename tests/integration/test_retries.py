@@ -67,7 +67,7 @@ def draw(
             await dispatcher.report_replica(pool, "r", 1)
         ingress = Ingress.__new__(Ingress)
         handles = {pool: Handle(generator) for pool, generator in pools.items()}
-        await ingress.__init__(  # type: ignore[misc]
+        await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
             settings.application_args(), Handle(dispatcher), handles
         )
         async with asyncio.timeout(5):
