@@ -12,11 +12,14 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from autoscaling.ray_policy import full_size
+from cluster.placement import Need, selectors
+
 from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
 from .engine.generator import SLOTS, Generator
 from .engine.text_encoder import TextEncoder
-from .settings import Application
+from .settings import Application, Pool
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
 UNBOUNDED = 10_000
@@ -25,15 +28,25 @@ PROMPT_ROUTER = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Ingress → Dispatcher, and → one Generator per pool → TextEncoder."""
+    """Ingress → Dispatcher, and → one Generator per pool → TextEncoder.
+
+    Ingress and Dispatcher also need their `user_config`: see `serve.launch.serve_config`.
+    """
     settings = Application.model_validate(args)
+    needs = {
+        model.pool_name(pool): Need(
+            pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes
+        )
+        for model in settings.models
+        for pool in model.pools
+    }
     dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
         num_replicas=1,
         max_ongoing_requests=UNBOUNDED,
         # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
-    ).bind(settings.max_queued)  # fmt: skip
+    ).bind(needs)  # fmt: skip
     text_encoders = {
         encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
             num_replicas=encoder.replicas,
@@ -46,11 +59,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         model.pool_name(pool): serve.deployment(
             Generator, name=f"Generator-{model.pool_name(pool)}"
         ).options(
-            num_replicas=pool.replicas,
+            autoscaling_config=_pool_size(pool),
             max_ongoing_requests=SLOTS,
-            ray_actor_options=pool.ray_actor_options,
+            ray_actor_options={
+                **pool.ray_actor_options,
+                **_placed(needs[model.pool_name(pool)]),
+            },
             request_router_config=PROMPT_ROUTER,
-            graceful_shutdown_timeout_s=settings.request_timeout_s,
+            graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ).bind(
             model.model_dump(mode="json"),
             pool.model_dump(mode="json"),
@@ -64,10 +80,36 @@ def build(args: dict[str, Any]) -> serve.Application:
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=UNBOUNDED,
-        graceful_shutdown_timeout_s=settings.request_timeout_s,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
     )
     application: serve.Application = ingress.bind(
         settings.model_dump(mode="json"), dispatcher, generators
     )
     return application
+
+
+def _pool_size(pool: Pool) -> dict[str, Any]:
+    """Replicas by our own policy, from zero up: what cannot be placed holds nothing up."""
+    return {
+        "min_replicas": 0,
+        "initial_replicas": 0,
+        "max_replicas": pool.replicas,
+        # Delays and factors would only blur what the policy decides.
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 2,
+        "policy": {"policy_function": full_size},
+    }
+
+
+def _placed(need: Need) -> dict[str, Any]:
+    """Ray's options for the nodes that a pool may use, preferred ones first."""
+    first, *others = selectors(need) or [{}]
+    if not first:
+        return {}
+    return {
+        "label_selector": first,
+        "fallback_strategy": [{"label_selector": selector} for selector in others],
+    }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .launch import LaunchError, running
-from .settings import Http, Settings, SettingsError, load_settings
+from .launch import LaunchError, Running, running
+from .settings import Settings, SettingsError, load_settings
 
+STOP = signal.SIGINT, signal.SIGTERM
 DEMO_SETTINGS = Path(__file__).parent.parent / "examples" / "laptop.yaml"
 
 app = typer.Typer(
@@ -44,7 +46,7 @@ def readable_errors(debug: bool) -> Iterator[None]:
 def serve(config: ConfigFile, debug: Debug = False) -> None:
     """Serve the models of CONFIG on a Ray of their own, in the foreground."""
     with readable_errors(debug):
-        _serve(load_settings(config))
+        _serve(lambda: load_settings(config))
 
 
 @app.command()
@@ -54,12 +56,10 @@ def demo(
 ) -> None:
     """Serve the small demo model on this machine, in the foreground."""
     with readable_errors(debug):
-        settings = load_settings(DEMO_SETTINGS)
-        if port is not None:
-            _check_port_number(port)
-            http = Http(host=settings.http.host, port=port)
-            settings = settings.model_copy(update={"http": http})
-        _serve(settings)
+        if port is not None and not 1 <= port <= 65535:
+            raise SettingsError(f"port {port} must be between 1 and 65535")
+        environ = {**os.environ, **({} if port is None else {"OCTET_HTTP__PORT": str(port)})}
+        _serve(lambda: load_settings(DEMO_SETTINGS, environ))
 
 
 @app.command("check-config")
@@ -82,30 +82,49 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
     console.print(f"{config}: ok", style="green", highlight=False)
 
 
-def _check_port_number(port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise SettingsError(f"port {port} must be between 1 and 65535")
-
-
-def _serve(settings: Settings) -> None:
-    """Until Ctrl-C or SIGTERM."""
-    signals = signal.SIGINT, signal.SIGTERM
-
-    def stop(*_: object) -> None:
-        for number in signals:  # a second Ctrl-C must not interrupt the cleaning up
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    previous = [signal.signal(number, stop) for number in signals]
+def _serve(read: Callable[[], Settings]) -> None:
+    """Until Ctrl-C or SIGTERM; SIGHUP reads the settings again."""
+    before = {number: signal.getsignal(number) for number in STOP}
+    _on_stop(_interrupt)
     try:
-        with running(settings, _tell_changes()) as url:
-            _announce(settings, url)
-            signal.pause()
+        with running(read(), _tell_changes()) as octet:
+            try:
+                signal.signal(signal.SIGHUP, lambda *_: _apply(octet, read))
+                _announce(octet)
+                while True:
+                    signal.pause()
+            except KeyboardInterrupt:
+                console.print("finishing what is being drawn; Ctrl-C again drops it")
+                _on_stop(_interrupt)
+                with suppress(KeyboardInterrupt):
+                    octet.drain()
+                _on_stop(signal.SIG_IGN)
     except KeyboardInterrupt:
-        console.print("stopped")
+        pass
     finally:
-        for number, handler in zip(signals, previous, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+    console.print("stopped")
+
+
+def _on_stop(handler: Any) -> None:
+    for number in STOP:
+        signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> None:
+    _on_stop(signal.SIG_IGN)  # another Ctrl-C must not interrupt the cleaning up
+    raise KeyboardInterrupt
+
+
+def _apply(octet: Running, read: Callable[[], Settings]) -> None:
+    """Bring the running application to the settings as they are now."""
+    try:
+        octet.apply(read())
+    except SettingsError as error:
+        console.print(f"octet: settings not applied: {error}", style="red", markup=False)
+    else:
+        console.print("settings applied")
 
 
 def _tell_changes() -> Callable[[str], None]:
@@ -121,8 +140,8 @@ def _tell_changes() -> Callable[[str], None]:
     return tell
 
 
-def _announce(settings: Settings, url: str) -> None:
-    model = settings.models[0]
+def _announce(octet: Running) -> None:
+    url, model = octet.url, octet.settings.models[0]
     prompt = "a futuristic cityscape at sunset"
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nDraw a picture:\n")

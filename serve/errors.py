@@ -2,10 +2,16 @@
 
     OctetError                      500  server_error            internal_error
     ├── InvalidRequest              400  invalid_request_error   invalid_value
-    │   ├── ModelNotFound           404  invalid_request_error   model_not_found
+    │   ├── LinkInvalid             403  invalid_request_error   link_invalid
+    │   ├── NotFound                404  invalid_request_error   not_found
+    │   │   └── ModelNotFound       404  invalid_request_error   model_not_found
+    │   ├── MethodNotAllowed        405  invalid_request_error   method_not_allowed
+    │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
     │   └── BodyTooLarge            413  invalid_request_error   body_too_large
-    ├── Unavailable                 503  server_error            no_capacity
-    │   └── QueueFull               503  server_error            queue_full
+    ├── Unavailable                 503  server_error            unavailable
+    │   ├── NoCapacity              503  server_error            no_capacity
+    │   ├── QueueFull               503  server_error            queue_full
+    │   └── StoreFailed             503  server_error            store_failed
     ├── DeadlineExceeded            504  server_error            deadline_exceeded
     ├── ReplicaLost                 502  server_error            replica_lost
     └── NonFiniteImage              500  server_error            non_finite_image
@@ -16,11 +22,13 @@ paths, prompts or stack traces. `retryable` is what `x-should-retry` says.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 
 class OctetError(Exception):
-    """Something went wrong that a client should hear of in these words."""
+    """Something went wrong here; the server's log says what."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -41,29 +49,76 @@ class InvalidRequest(OctetError):
     code = "invalid_value"
 
 
-class ModelNotFound(InvalidRequest):
+class LinkInvalid(InvalidRequest):
+    """The signature of an image's URL is wrong, or its time is over."""
+
+    status = 403
+    code = "link_invalid"
+
+
+class NotFound(InvalidRequest):
+    """There is nothing at this path, or the image is no longer kept."""
+
     status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model of this name is served; `GET /v1/models` lists them."""
+
     code = "model_not_found"
 
 
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, but not for this method; `allow` lists those it has."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class RequestIdInUse(InvalidRequest):
+    """A request with this `x-request-id` is still being served."""
+
+    status = 409
+    code = "request_id_in_use"
+
+
 class BodyTooLarge(InvalidRequest):
+    """The body is larger than the settings allow."""
+
     status = 413
     code = "body_too_large"
 
 
 class Unavailable(OctetError):
-    """No replica can take the request now."""
+    """The request cannot be taken now; another time it may."""
 
     status = 503
-    code = "no_capacity"
+    code = "unavailable"
     retryable = True
 
 
+class NoCapacity(Unavailable):
+    """No replica lives that may serve the request, and no node could hold one."""
+
+    code = "no_capacity"
+
+
 class QueueFull(Unavailable):
+    """As many images wait as the settings allow."""
+
     code = "queue_full"
 
 
+class StoreFailed(Unavailable):
+    """The image was drawn, but could not be stored for its URL."""
+
+    code = "store_failed"
+
+
 class DeadlineExceeded(OctetError):
+    """The images were not done within `timeout_s`."""
+
     status = 504
     code = "deadline_exceeded"
 
@@ -79,3 +134,31 @@ class NonFiniteImage(OctetError):
     """The model produced NaN or infinity; such an image is never returned."""
 
     code = "non_finite_image"
+
+
+def tree(cls: type[OctetError] = OctetError) -> Iterator[type[OctetError]]:
+    """A class of the tree and all below it, as drawn above."""
+    yield cls
+    for child in cls.__subclasses__():
+        yield from tree(child)
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
+    inside = [k for k in known if len(name) > 2 and (name in k or (k in name and len(k) > 2))]
+    near = inside or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def markdown_table() -> str:
+    """The tree as docs/api.md shows it, by status."""
+    rows = [
+        f"| {error.status} | `{error.code}` | {'yes' if error.retryable else 'no'} "
+        f"| {(error.__doc__ or '').splitlines()[0]} |"
+        for error in sorted(tree(), key=lambda error: (error.status, error.code))
+    ]
+    return "\n".join(["| status | code | retry | |", "|---|---|---|---|", *rows, ""])
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")  # noqa: T201 - what `python -m serve.errors` is for

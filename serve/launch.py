@@ -25,32 +25,84 @@ from .settings import Settings, SettingsError
 APPLICATION = "octet"
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
+ANSWER_S = 10.0
 
 
 class LaunchError(Exception):
     """The application did not come up; the message says what Ray Serve said."""
 
 
-def serve_config(settings: Settings) -> dict[str, Any]:
-    """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay)."""
+def serve_config(settings: Settings, *, draining: bool = False) -> dict[str, Any]:
+    """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay).
+
+    A change of `args` restarts every replica; a change of a `user_config` restarts none.
+    """
+    tuning = settings.tuning(draining=draining)
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        "args": settings.application_args(),
+        "args": settings.application().model_dump(mode="json"),
+        "deployments": [
+            {"name": "Ingress", "user_config": tuning.model_dump(mode="json")},
+            {"name": "Dispatcher", "user_config": {"max_queued": tuning.max_queued}},
+        ],
     }
     return {"applications": [application]}
 
 
+class Running:
+    """An application on its Ray; only `running` makes one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.url = f"http://{settings.http.host}:{settings.http.port}"
+
+    def apply(self, settings: Settings) -> None:
+        """Bring it to other settings; returns before it is there.
+
+        What is tuning reaches the replicas as they run; any other change restarts them all. Raises
+        `SettingsError` for what belongs to this process.
+        """
+        if settings.http != self.settings.http:
+            raise SettingsError("http: a change needs a restart")
+        if settings.data_folder is None:
+            settings = settings.model_copy(update={"data_folder": self.settings.data_folder})
+        _deploy(settings)
+        self.settings = settings
+
+    def drain(self) -> None:
+        """Refuse new images; returns when the others are answered, or after `drain_timeout_s`.
+
+        Raises `LaunchError` if the application no longer answers.
+        """
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        deadline = time.monotonic() + self.settings.drain_timeout_s
+        try:
+            _deploy(self.settings, draining=True)
+            dispatcher = serve.get_deployment_handle("Dispatcher", APPLICATION)
+            while dispatcher.load.remote().result(ANSWER_S) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            serve.delete(APPLICATION)  # waits for the responses that are still being written
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise LaunchError(f"cannot drain: {type(error).__name__}") from error
+
+
 @contextlib.contextmanager
-def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[Running]:
     """The application, answering on its URL until the block ends; `tell` hears what is awaited.
 
-    Leaves no process and no file behind. Raises `SettingsError` if the port is taken and
-    `LaunchError` if a deployment fails.
+    Leaves no process behind, and no file but those in `settings.data_folder`; without one, images
+    for URLs are kept until the end. Raises `SettingsError` if the port is taken and `LaunchError`
+    if a deployment fails.
     """
     _check_port(settings.http.host, settings.http.port)
     folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
+    if settings.data_folder is None:
+        settings = settings.model_copy(update={"data_folder": f"{folder}/data"})
     try:
         # Ray would write a token into the home directory; this one lives and dies with us.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -66,7 +118,7 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
             _start(settings, folder)
             _deploy(settings)
             _wait(tell)
-            yield f"http://{settings.http.host}:{settings.http.port}"
+            yield Running(settings)
         finally:
             tell("stopping")
             ray.shutdown()  # the whole Ray is ours: with it end Serve and every replica
@@ -99,23 +151,25 @@ def _start(settings: Settings, folder: str) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in its place
 
 
-def _deploy(settings: Settings) -> None:
+def _deploy(settings: Settings, *, draining: bool = False) -> None:
     # What `serve run` does; Serve has no public call for it without its dashboard.
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(serve_config(settings)))
+    config = ServeDeploySchema.model_validate(serve_config(settings, draining=draining))
+    _get_global_client().deploy_apps(config)
 
 
 def _wait(tell: Callable[[str], None]) -> None:
-    """Until every deployment is healthy. Raises `LaunchError` with the failing one's message."""
+    """Until every pool that a node can hold has a replica.
+
+    Raises `LaunchError` with the message of a deployment that fails.
+    """
     from ray import serve
 
     while True:
         application = serve.status().applications.get(APPLICATION)
         if application is not None:
-            if application.status == "RUNNING":
-                return
             deployments = application.deployments
             failed = [
                 f"{name}: {_reason(d.message)}"
@@ -124,12 +178,17 @@ def _wait(tell: Callable[[str], None]) -> None:
             ]
             if application.status == "DEPLOY_FAILED" or failed:
                 raise LaunchError("\n".join(failed) or _reason(application.message))
-            waiting = [
-                f"{name} ({_reason(d.message)})" if d.message else name
-                for name, d in deployments.items()
-                if d.status != "HEALTHY"
-            ]
-            tell("waiting for " + (", ".join(waiting) or "the application"))
+            if application.status == "RUNNING":
+                dispatcher = serve.get_deployment_handle("Dispatcher", APPLICATION)
+                pools = dispatcher.pools.remote().result(ANSWER_S)
+                awaited = [f"Generator-{p}" for p, s in pools.items() if not s["replicas"]]
+                if not any(s["placeable"] and not s["replicas"] for s in pools.values()):
+                    if awaited:
+                        tell(f"no node can hold {', '.join(awaited)}: going on without")
+                    return
+            else:
+                awaited = [name for name, d in deployments.items() if d.status != "HEALTHY"]
+            tell("waiting for " + (", ".join(awaited) or "the application"))
         time.sleep(POLL_S)
 
 

@@ -62,6 +62,7 @@ class ImageRequest:
     negative_prompt: str = ""
     precision: Precision = Precision.AUTO
     output_format: OutputFormat = OutputFormat.PNG
+    output_compression: int | None = None  # quality of a JPEG or WebP, 0 to 100
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -83,6 +84,19 @@ class ImageRequest:
                 f"seed {self.seed} must be between 0 and {MAX_SEED}, counting on by n",
                 param="seed",
             )
+
+        if self.output_compression is not None:
+            if not 0 <= self.output_compression <= 100:
+                raise InvalidRequest(
+                    f"output_compression {self.output_compression} must be between 0 and 100",
+                    param="output_compression",
+                )
+            if self.output_format is OutputFormat.PNG and self.output_compression < 100:
+                raise InvalidRequest(
+                    f"output_compression {self.output_compression}: a png is lossless; it is for "
+                    "jpeg and webp",
+                    param="output_compression",
+                )
 
     @property
     def size(self) -> str:
@@ -123,6 +137,14 @@ class ImageRequest:
                     f"{name} has {length} characters: at most {limits.max_prompt_chars}",
                     param=name,
                 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far an image is; step 0 says that a replica has begun."""
+
+    step: int
+    num_inference_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,17 @@
 """Settings: one YAML file, `OCTET_*` overrides, checked once and then frozen.
 
-`Application` is what `serve.app.build` takes (changing it restarts replicas); `Settings` adds
-what belongs to the process that starts the application. An override names a path with double
-underscores, list positions by number, and its value is read as YAML:
+The file has three parts, mixed for the reader's sake and told apart by type. `Application` is what
+`serve.app.build` takes: changing it restarts replicas. `Tuning` reaches running replicas as
+`user_config`: changing it restarts nothing. `Http` belongs to the process that starts them.
+
+An override names a path with double underscores, list positions by number, and its value is read
+as YAML:
 
     OCTET_HTTP__PORT=9000  OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS=20
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, did_you_mean
 from .request import ImageRequest, Limits
 
 ENVIRONMENT_PREFIX = "OCTET_"
@@ -50,14 +52,9 @@ class Frozen(BaseModel):
     def _no_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for key in data.keys() - cls.model_fields.keys():
-                near = difflib.get_close_matches(str(key), cls.model_fields, 1, cutoff=0.5)
-                known = f"did you mean '{near[0]}'?" if near else f"known: {_known(cls)}"
-                raise ValueError(f"unknown key '{key}': {known}")
+                nearest = did_you_mean(str(key), cls.model_fields)
+                raise ValueError(f"unknown key '{key}': {nearest}")
         return data
-
-
-def _known(cls: type[BaseModel]) -> str:
-    return ", ".join(cls.model_fields)
 
 
 class Source(Frozen):
@@ -100,9 +97,22 @@ class Encoder(Resources):
 
 
 class Pool(Resources):
-    """Generator replicas of one model in one precision."""
+    """Generator replicas of one model in one precision.
+
+    `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
+    prefers nodes without FP8; `allow_fp8_nodes` lets it use the others too. A pool that takes no
+    GPU runs anywhere.
+    """
 
     precision: Literal["fp8", "fp16"]
+    source: Source | None = None
+    allow_fp8_nodes: bool = True
+
+    @model_validator(mode="after")
+    def _fp8_runs_on_fp8(self) -> Pool:
+        if self.precision == "fp8" and not self.allow_fp8_nodes:
+            raise ValueError("allow_fp8_nodes is for fp16 pools: an fp8 pool runs nowhere else")
+        return self
 
 
 class Defaults(Frozen):
@@ -124,49 +134,61 @@ class ModelLimits(Frozen):
     max_prompt_chars: PositiveInt = _LIMITS.max_prompt_chars
 
 
-class Model(Frozen):
-    """A model, the encoders that read its prompts, and its pools, preferred pool first."""
+class ModelTuning(Frozen):
+    """What requests for a model get and may ask for."""
 
-    id: Name
-    source: Source
-    text_encoder: Name
-    max_sequence_length: PositiveInt = 256
     defaults: Defaults
     limits: ModelLimits = ModelLimits()
-    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> Model:
-        precisions = [pool.precision for pool in self.pools]
-        if len(set(precisions)) < len(precisions):
-            raise ValueError(f"model '{self.id}': two pools have the same precision")
+    def _defaults_are_within_the_limits(self) -> ModelTuning:
         try:
             ImageRequest(
-                id="", model=self.id, prompt="defaults", seed=0, **self.defaults.model_dump()
+                id="", model="this model", prompt="x", seed=0, **self.defaults.model_dump()
             ).check(self.request_limits)
         except InvalidRequest as error:
-            raise ValueError(f"model '{self.id}', defaults: {error.message}") from None
+            raise ValueError(f"defaults: {error.message}") from None
         return self
 
     @property
     def request_limits(self) -> Limits:
         return Limits(**self.limits.model_dump())
 
+
+class ServedModel(Frozen):
+    """A model, the encoders that read its prompts, and its pools, preferred pool first."""
+
+    id: Name
+    source: Source
+    text_encoder: Name
+    max_sequence_length: PositiveInt = 256
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _pools_differ(self) -> ServedModel:
+        precisions = [pool.precision for pool in self.pools]
+        if len(set(precisions)) < len(precisions):
+            raise ValueError(f"model '{self.id}': two pools have the same precision")
+        return self
+
     def pool_name(self, pool: Pool) -> str:
         return f"{self.id}-{pool.precision}"
+
+
+class Model(ServedModel, ModelTuning):
+    """One model in the settings file."""
 
 
 class Application(Frozen):
     """The arguments of `serve.app.build`."""
 
-    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
     text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
     emulate_fp8: bool = False
     ingress: Resources = Resources(num_cpus=0.5)
     dispatcher_num_cpus: Share = 0.5
-    max_queued: PositiveInt = 1000
-    request_timeout_s: PositiveFloat = 300.0
-    max_body_bytes: PositiveInt = 1_000_000
+    data_folder: str | None = None
+    drain_timeout_s: PositiveFloat = 300.0
 
     @model_validator(mode="after")
     def _names_fit(self) -> Application:
@@ -186,20 +208,70 @@ class Application(Frozen):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _fp8_has_hardware(self) -> Application:
+        for model in self.models:
+            for pool in model.pools:
+                if pool.precision == "fp8" and not pool.num_gpus and not self.emulate_fp8:
+                    raise ValueError(
+                        f"model '{model.id}': its fp8 pool takes no GPU, and a CPU has no FP8: "
+                        "set num_gpus, or emulate_fp8 for a demo"
+                    )
+        return self
+
+
+class Results(Frozen):
+    """Images that are answered as URLs: how long a link works, how long and how many are kept."""
+
+    link_expires_s: PositiveInt = 3600
+    max_age_s: PositiveInt = 24 * 3600
+    max_bytes: PositiveInt = 10 * 2**30
+
+
+class Live(Frozen):
+    """What may change while requests are served."""
+
+    max_queued: PositiveInt = 1000
+    request_timeout_s: PositiveFloat = 300.0
+    max_body_bytes: PositiveInt = 1_000_000
+    ignore_unknown_fields: bool = False
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")] | None = None
+    results: Results = Results()
+
+
+class Tuning(Live):
+    """The `user_config` of the Ingress; `draining` refuses new images and finishes the old."""
+
+    models: dict[Name, ModelTuning]
+    draining: bool = False
+
 
 class Http(Frozen):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
 
-class Settings(Application):
+class Settings(Application, Live):
     """The whole settings file."""
 
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
     http: Http = Http()
 
-    def application_args(self) -> dict[str, Any]:
-        """The part that `build` takes, as plain data."""
-        return self.model_dump(mode="json", exclude={"http"})
+    def application(self) -> Application:
+        return Application.model_validate(self._part(Application, ServedModel))
+
+    def tuning(self, *, draining: bool = False) -> Tuning:
+        parts = self._part(Live, ModelTuning)
+        models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
+        return Tuning(models=models, draining=draining, **parts)
+
+    def _part(self, cls: type[Frozen], of_model: type[Frozen]) -> dict[str, Any]:
+        """The keys of one part, with that part's keys of each model."""
+        part = self.model_dump(mode="json", include=set(cls.model_fields))
+        models = [
+            m.model_dump(mode="json", include=set(of_model.model_fields)) for m in self.models
+        ]
+        return {**part, "models": models}
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from cluster.placement import Need, Node
+from serve.dispatch.dispatcher import Dispatcher
+
 
 class Handle:
     """What a Serve handle does with a call: an awaitable, or a stream that can be cancelled."""
@@ -50,15 +53,26 @@ class Stream:
     def cancel(self) -> None:
         self.broken.set()
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        item = asyncio.ensure_future(anext(self.items))
         broken = asyncio.create_task(self.broken.wait())
-        while True:
-            item = asyncio.ensure_future(anext(self.items))
+        try:
             await asyncio.wait([item, broken], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            broken.cancel()
             if not item.done():
                 item.cancel()
-                raise ConnectionError("the replica died")
-            try:
-                yield item.result()
-            except StopAsyncIteration:
-                return
+        if not item.done():
+            raise ConnectionError("the replica died")
+        return item.result()
+
+
+def a_dispatcher(*pools: str, max_queued: int = 9, recovery_s: float = 0) -> Dispatcher:
+    """A Dispatcher of pools that fit on the one node there is."""
+    needs = {pool: Need("fp16", num_cpus=1, num_gpus=0) for pool in pools}
+    dispatcher = Dispatcher(needs, lambda: [Node("n", num_cpus=1)], recovery_s)
+    dispatcher.reconfigure({"max_queued": max_queued})
+    return dispatcher

@@ -5,38 +5,49 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Mapping
-from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from ..dispatch.grants import Pools
 from ..dispatch.session import DispatchSession
 from ..errors import (
     BodyTooLarge,
     DeadlineExceeded,
     InvalidRequest,
-    NonFiniteImage,
-    OctetError,
-    ReplicaLost,
+    NotFound,
+    RequestIdInUse,
     Unavailable,
 )
-from ..request import ImageRequest, ImageResult, Precision
-from ..settings import Application
-from .openai_images import error_body, parse, response
+from ..request import ImageResult
+from ..results.disk import DiskStore
+from ..settings import Application, Tuning
+from .drawing import Drawing
+from .http_errors import HANDLERS
+from .openai_images import (
+    Generation,
+    ModelItem,
+    ModelList,
+    check_request_id,
+    ignored_header,
+    model_not_found,
+    parse,
+    response,
+)
+from .openapi import document
 
 log = logging.getLogger("ray.serve")
 
-ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts as the cause
 READY_TIMEOUT_S = 2.0
+SWEEP_S = 10.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
@@ -44,160 +55,172 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self, application: dict[str, Any], dispatcher: Any, generators: Mapping[str, Any]
     ) -> None:
-        self._settings = Application.model_validate(application)
-        self._models = {model.id: model for model in self._settings.models}
+        settings = Application.model_validate(application)
+        self._models = settings.models
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher)
-        self._generators = {
-            pool: handle.options(stream=True) for pool, handle in generators.items()
-        }
+        streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
+        self._drawing = Drawing(settings.models, self._session, streams)
+        self._in_flight: set[str] = set()  # request ids
+        self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
+        self._openapi = document(version("octet"))
+        self._store, self._sweeping = None, None
+        if settings.data_folder is not None:
+            self._store = DiskStore(Path(settings.data_folder))
+            self._sweeping = asyncio.create_task(self._sweep(self._store))
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Ray Serve with a `Tuning`, before the first request and when it changes."""
+        self._tuning = Tuning.model_validate(user_config)
+
+    @property
+    def tuning(self) -> Tuning:
+        if self._tuning is None:
+            raise RuntimeError("the Ingress got no user_config")
+        return self._tuning
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; an Ingress without its session would accept and never answer."""
+        self._session.check()
+        if self._sweeping and self._sweeping.done():
+            raise RuntimeError("stored images are no longer swept")
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(
             routes=[
                 Route("/v1/images/generations", self.generate, methods=["POST"]),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{model}", self.model),
+                Route("/v1/files/{name}", self.file),
+                Route("/openapi.json", self.openapi),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
             ],
-            exception_handlers={
-                OctetError: _octet_error,
-                HTTPException: _http_error,
-                Exception: _unexpected_error,
-            },
+            exception_handlers=HANDLERS,
         )
 
     # -- routes -------------------------------------------------------------------------------
 
     async def generate(self, http: Request) -> Response:
-        requests = parse(await self._body(http), self._models)
-        tasks: list[asyncio.Task[ImageResult]] = []
+        tuning = self.tuning
+        request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
+        check_request_id(request_id)
+        asked = parse(await self._body(http), tuning, request_id)
+        store = self._store_for(asked)
+        if tuning.draining:
+            raise Unavailable("this server is shutting down")
+        if request_id in self._in_flight:
+            raise RequestIdInUse(f"x-request-id '{request_id}' is being served")
+        self._in_flight.add(request_id)
         try:
-            async with (
-                asyncio.timeout(self._settings.request_timeout_s),
-                asyncio.TaskGroup() as group,
-            ):
-                tasks = [group.create_task(self._draw(request)) for request in requests]
+            async with asyncio.timeout(asked.timeout_s):
+                results = await self._draw_all(asked, request_id)
+                links = await self._keep(store, asked, results, http) if store else []
         except TimeoutError:
-            limit = self._settings.request_timeout_s
-            raise DeadlineExceeded(f"the request was not done within {limit:g} s") from None
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-        results = [task.result() for task in tasks]
-        body = await asyncio.to_thread(response, requests, results)
-        return Response(body, media_type="application/json")
+            raise DeadlineExceeded(f"the images were not done in {asked.timeout_s:g} s") from None
+        finally:
+            self._in_flight.discard(request_id)
+        body = await asyncio.to_thread(response, asked.requests, results, links)
+        return Response(body, media_type="application/json", headers=ignored_header(asked.ignored))
 
     async def models(self, _: Request) -> Response:
-        owner = {"object": "model", "created": self._started, "owned_by": "octet"}
-        data = [{"id": name, **owner} for name in self._models]
-        return JSONResponse({"object": "list", "data": data})
+        models = [ModelItem(id=name, created=self._started) for name in self.tuning.models]
+        return JSONResponse(ModelList(data=models).model_dump())
+
+    async def model(self, http: Request) -> Response:
+        name = http.path_params["model"]
+        if name not in self.tuning.models:
+            raise model_not_found(name, self.tuning)
+        return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
+
+    async def file(self, http: Request) -> Response:
+        if self._store is None:
+            raise NotFound("this server keeps no images")
+        name, link = http.path_params["name"], http.query_params
+        expires, signature = link.get("expires", ""), link.get("signature", "")
+        path = await asyncio.to_thread(self._store.open, name, expires, signature, time.time())
+        return FileResponse(
+            path,
+            media_type=f"image/{path.suffix.removeprefix('.')}",
+            headers={"x-content-type-options": "nosniff", "cache-control": "private"},
+        )
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(self._openapi)
 
     async def health(self, _: Request) -> Response:
         """This process answers."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Every model has a replica that answers."""
+        """Every model has a replica that answers, and new images are taken."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                alive = await self._dispatcher.replicas.remote()
+                found = await self._dispatcher.pools.remote()
         except (TimeoutError, RayError, RayServeException):
-            alive = {}
+            found = {}
         models = {
-            model.id: {
-                model.pool_name(pool): alive.get(model.pool_name(pool), 0) for pool in model.pools
-            }
-            for model in self._models.values()
+            model.id: {name: found.get(name) for name in map(model.pool_name, model.pools)}
+            for model in self._models
         }
-        ready = all(any(pools.values()) for pools in models.values())
-        status = "ready" if ready else "starting"
-        return JSONResponse({"status": status, "replicas": models}, 200 if ready else 503)
+        served = all(any(p and p["replicas"] for p in pools.values()) for pools in models.values())
+        status = "draining" if self.tuning.draining else "ready" if served else "starting"
+        body = {"status": status, "models": models}
+        return JSONResponse(body, 200 if status == "ready" else 503)
 
     async def playground(self, _: Request) -> Response:
         return HTMLResponse(self._playground)
 
-    # -- one image ----------------------------------------------------------------------------
+    # -- one request --------------------------------------------------------------------------
 
-    async def _draw(self, request: ImageRequest) -> ImageResult:
-        """One image, from the queue to its bytes, on a replica that survives it."""
-        began, pools = time.monotonic(), self._pools(request)
-        failure: OctetError = ReplicaLost(f"the replica was lost in each of {ATTEMPTS} attempts")
-        for attempt in range(1, ATTEMPTS + 1):
-            async with self._session.slot(pools) as pool:
-                queue_s = time.monotonic() - began
-                stream = self._generators[pool].generate.remote(request)
-                try:
-                    result: ImageResult
-                    async for result in stream:
-                        return replace(result, timings=replace(result.timings, queue_s=queue_s))
-                except asyncio.CancelledError:
-                    stream.cancel()  # else the replica draws on in a slot that counts as free
-                    raise
-                except RayActorError:
-                    log.warning("attempt %d of %s lost its replica", attempt, request.id)
-                except RayServeException:
-                    raise Unavailable(f"{pool} cannot be reached") from None
-                except RayTaskError as error:
-                    if not isinstance(error.cause, OctetError):
-                        raise
-                    failure, again = error.cause, self._sixteen_bit(request)
-                    if not isinstance(failure, NonFiniteImage) or again in ((), pools):
-                        raise failure from None
-                    log.warning("%s: %s; trying in 16 bit", request.id, failure)
-                    pools = again
-        raise failure
+    async def _draw_all(self, asked: Generation, request_id: str) -> list[ImageResult]:
+        """The images of one call, side by side; the first error ends them all."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._drawing.draw(r, request_id)) for r in asked.requests
+                ]
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return [task.result() for task in tasks]
 
-    async def check_health(self) -> None:
-        """Called by Ray Serve; an Ingress without its session would accept and never answer."""
-        self._session.check()
-
-    def _pools(self, request: ImageRequest) -> Pools:
-        """The pools a request may run in, preferred first. Raises `InvalidRequest` if none."""
-        model = self._models[request.model]
-        pools = tuple(
-            model.pool_name(pool)
-            for pool in model.pools
-            if request.precision in (Precision.AUTO, pool.precision)
-        )
-        if not pools:
-            there = ", ".join(pool.precision for pool in model.pools)
+    def _store_for(self, asked: Generation) -> DiskStore | None:
+        """Where to keep the images of a call that wants URLs."""
+        if not asked.as_url:
+            return None
+        if self._store is None:
             raise InvalidRequest(
-                f"precision '{request.precision}': {model.id} is served in {there}",
-                param="precision",
+                "response_format 'url': this server keeps no images", param="response_format"
             )
-        return pools
+        return self._store
 
-    def _sixteen_bit(self, request: ImageRequest) -> Pools:
-        model = self._models[request.model]
-        return tuple(model.pool_name(p) for p in model.pools if p.precision == Precision.FP16.value)
+    async def _keep(
+        self, store: DiskStore, asked: Generation, results: list[ImageResult], http: Request
+    ) -> list[str]:
+        """Store the images; returns their URLs. Raises `StoreFailed`."""
+        base = self.tuning.public_url or str(http.base_url).rstrip("/")
+        expires = int(time.time()) + self.tuning.results.link_expires_s
+        names = [
+            await asyncio.to_thread(store.put, result.image, request.output_format)
+            for request, result in zip(asked.requests, results, strict=True)
+        ]
+        return [base + store.link(name, expires) for name in names]
+
+    async def _sweep(self, store: DiskStore) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            keep = self.tuning.results
+            await asyncio.to_thread(
+                store.sweep, time.time(), max_age_s=keep.max_age_s, max_bytes=keep.max_bytes
+            )
 
     async def _body(self, http: Request) -> bytes:
-        body, limit = bytearray(), self._settings.max_body_bytes
+        body, limit = bytearray(), self.tuning.max_body_bytes
         async for chunk in http.stream():
             body += chunk
             if len(body) > limit:
                 raise BodyTooLarge(f"the body is larger than {limit} bytes")
         return bytes(body)
-
-
-# Starlette's handlers are typed for any exception; each is registered for its own.
-
-
-async def _octet_error(_: Request, error: Any) -> Response:
-    headers = {"x-should-retry": str(error.retryable).lower()}
-    return JSONResponse(error_body(error), error.status, headers)
-
-
-async def _http_error(http: Request, error: Any) -> Response:
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": body}, error.status_code, error.headers)
-
-
-async def _unexpected_error(_: Request, error: Exception) -> Response:
-    log.error("unexpected error", exc_info=error)
-    unexpected = OctetError("something went wrong here; it is in the server's log")
-    return await _octet_error(_, unexpected)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import secrets
 import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import InvalidRequest, ModelNotFound, OctetError
+from ..errors import InvalidRequest, ModelNotFound, OctetError, did_you_mean
 from ..request import MAX_SEED, ImageRequest, ImageResult, OutputFormat, Precision
-from ..settings import Model
+from ..settings import Tuning
 
 RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+SIZE = r"^(auto|[0-9]{1,5}x[0-9]{1,5})$"
+SHOWN_CHARS = 80  # of what a client sent, in an error message
+
+Unsupported = Annotated[None, Field(description="Not supported.")]
+Ignored = Annotated[str | None, Field(description="Accepted; changes nothing here.")]
 
 
 class ImageGeneration(BaseModel):
@@ -29,42 +34,119 @@ class ImageGeneration(BaseModel):
     prompt: str
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    size: str | None = None
-    response_format: Literal["b64_json"] | None = None
+    size: Annotated[str, Field(json_schema_extra={"pattern": SIZE})] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
     output_format: OutputFormat | None = None
-    user: str | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+
+    # Ours.
     negative_prompt: str | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     precision: Precision | None = None
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    # OpenAI's that cannot change our picture.
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    moderation: Ignored = None
+    quality: Ignored = None
+    style: Ignored = None
+    complexity: Ignored = None
+    background: Literal["auto", "opaque"] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
+
+    # OpenAI's that ask for what we cannot make.
+    frame_count: Unsupported = None
+    frame_duration_ms: Unsupported = None
+    svg: Unsupported = None
 
 
-def parse(body: bytes, models: Mapping[str, Model]) -> list[ImageRequest]:
-    """The images that a body asks for: image i has seed + i.
+class ImageItem(BaseModel):
+    """One image of the answer."""
 
-    `models` by id; the first is the default. Raises `InvalidRequest` with the field's name.
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    precision: Annotated[str, Field(description="What ran: fp8, bf16, fp16 or fp32.")]
+    emulated: Annotated[bool, Field(description="FP8 arithmetic without FP8 hardware.")]
+    timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    model: str
+    size: str
+    output_format: OutputFormat
+    data: list[ImageItem]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
+
+
+class ModelItem(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "octet"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelItem]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A body, understood: its images, and how and until when to answer."""
+
+    requests: list[ImageRequest]
+    as_url: bool
+    timeout_s: float
+    ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
+
+
+def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generation:
+    """What a body asks for: image i has seed + i and the id `request_id/i`.
+
+    The settings' first model is the default. Raises `InvalidRequest` with the field's name.
     """
     try:
-        asked = ImageGeneration.model_validate_json(body)
+        asked = ImageGeneration.model_validate_json(
+            body, extra="allow" if tuning.ignore_unknown_fields else "forbid"
+        )
     except ValidationError as error:
         raise _explain(error) from None
-    name = asked.model or next(iter(models))
-    model = models.get(name)
+    name = asked.model or next(iter(tuning.models))
+    model = tuning.models.get(name)
     if model is None:
-        known = ", ".join(models)
-        raise ModelNotFound(f"model '{name[:80]}' does not exist: known are {known}", param="model")
+        raise model_not_found(name, tuning)
     defaults, limits = model.defaults, model.request_limits
     n = asked.n or 1
     if n > limits.max_images:
         raise InvalidRequest(f"n {n} must be between 1 and {limits.max_images}", param="n")
-    width, height = _size(asked.size) if asked.size else (defaults.width, defaults.height)
+    timeout_s, longest_s = asked.timeout_s, tuning.request_timeout_s
+    if timeout_s and timeout_s > longest_s:
+        raise InvalidRequest(
+            f"timeout_s {timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
+        )
+    width, height = _size(asked.size) or (defaults.width, defaults.height)
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
     steps, guidance = asked.num_inference_steps, asked.guidance_scale
     requests = [
         ImageRequest(
-            id=uuid.uuid4().hex,
-            model=model.id,
+            id=f"{request_id}/{i}",
+            model=name,
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt or "",
             width=width,
@@ -74,68 +156,101 @@ def parse(body: bytes, models: Mapping[str, Model]) -> list[ImageRequest]:
             seed=seed + i,
             precision=asked.precision or Precision.AUTO,
             output_format=asked.output_format or OutputFormat.PNG,
+            output_compression=asked.output_compression,
         )
         for i in range(n)
     ]
     requests[0].check(limits)
-    return requests
+    return Generation(
+        requests=requests,
+        as_url=asked.response_format == "url",
+        timeout_s=timeout_s or longest_s,
+        ignored=tuple(asked.model_extra or ()),
+    )
 
 
-def response(requests: Sequence[ImageRequest], results: Sequence[ImageResult]) -> bytes:
-    """OpenAI's ImagesResponse as JSON; takes milliseconds per megabyte, so call it in a thread."""
+def check_request_id(given: str) -> None:
+    """Raise `InvalidRequest` if a client's x-request-id cannot be used."""
+    if not REQUEST_ID.fullmatch(given):
+        raise InvalidRequest(
+            f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 of A-Z a-z 0-9 . _ : -",
+            param="x-request-id",
+        )
+
+
+def ignored_header(fields: Sequence[str]) -> dict[str, str]:
+    """`x-octet-ignored`: the names, percent-encoded, as many as a header should carry."""
+    names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
+    return {"x-octet-ignored": names} if fields else {}
+
+
+def model_not_found(name: str, tuning: Tuning) -> ModelNotFound:
+    nearest = did_you_mean(name, tuning.models)
+    return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
+
+
+def response(
+    requests: Sequence[ImageRequest], results: Sequence[ImageResult], links: Sequence[str] = ()
+) -> bytes:
+    """`ImagesResponse` as JSON, with `links` in place of the images if there are any.
+
+    Takes milliseconds per megabyte, so call it in a thread.
+    """
     first = requests[0]
     data = [
-        {
-            "b64_json": base64.b64encode(result.image).decode("ascii"),
-            "seed": result.seed,
-            "precision": result.precision,
-            "emulated": result.emulated,
-            "timings": {k: round(v, 4) for k, v in asdict(result.timings).items()},
-        }
-        for result in results
+        ImageItem(
+            b64_json=None if links else base64.b64encode(result.image).decode("ascii"),
+            url=links[i] if links else None,
+            seed=result.seed,
+            precision=result.precision,
+            emulated=result.emulated,
+            timings={k: round(v, 4) for k, v in asdict(result.timings).items()},
+        )
+        for i, result in enumerate(results)
     ]
-    body = {
-        "created": int(time.time()),
-        "model": first.model,
-        "size": first.size,
-        "output_format": first.output_format,
-        "data": data,
-    }
-    return json.dumps(body).encode()
+    answer = ImagesResponse(
+        created=int(time.time()),
+        model=first.model,
+        size=first.size,
+        output_format=first.output_format,
+        data=data,
+    )
+    return answer.model_dump_json(exclude_none=True).encode()
 
 
 def error_body(error: OctetError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
+    return ErrorResponse(error=detail).model_dump()
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
-    if not found:
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None or text == "auto":
+        return None
+    if not re.fullmatch(SIZE, text):
         raise InvalidRequest(
-            f"size '{text[:40]}' must be WIDTHxHEIGHT in pixels, such as 1024x1024", param="size"
+            f"size '{text[:SHOWN_CHARS]}' must be auto, or WIDTHxHEIGHT in pixels, such as "
+            "1024x1024",
+            param="size",
         )
-    return int(found[1]), int(found[2])
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
 def _explain(error: ValidationError) -> InvalidRequest:
-    """The first fault of a body in one sentence."""
-    fault = error.errors(include_url=False)[0]
+    """The worst fault of a body in one sentence; a misspelt name explains a missing one."""
+    faults = error.errors(include_url=False)
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     if fault["type"] == "json_invalid":
         return InvalidRequest(f"the body is not valid JSON: {fault['ctx']['error']}")
-    field = ".".join(map(str, fault["loc"]))
+    field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(ImageGeneration.model_fields)
-        return InvalidRequest(f"unknown field '{field[:80]}': known are {known}", param=field[:80])
+        nearest = did_you_mean(field, ImageGeneration.model_fields)
+        return InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
     if fault["type"] == "missing":
         return InvalidRequest(f"{field} is required", param=field)
+    if fault["type"] == "none_required":
+        return InvalidRequest(f"{field} is not supported", param=field)
     value = repr(fault["input"])
-    found = value if len(value) <= 80 else value[:77] + "..."
+    found = value if len(value) <= SHOWN_CHARS else value[: SHOWN_CHARS - 3] + "..."
     name = f"{field}: " if field else ""
     return InvalidRequest(f"{name}{fault['msg']} (found {found})", param=field or None)

@@ -1,7 +1,8 @@
 """The Dispatcher deployment: the one owner of the queue, exactly one replica, no GPU.
 
 It is `Grants` with a clock and a network. Each Ingress opens a stream on which outcomes arrive in
-batches, and tells its submits and releases in batches; each Generator reports itself.
+batches, and tells its submits and releases in batches; each Generator reports itself. Which pools
+the cluster's nodes could hold is looked up every few seconds.
 """
 
 from __future__ import annotations
@@ -9,36 +10,51 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
 
-from .grants import Grants, Outcome, Pools
+from cluster.placement import Need, Node, fits, unknown_cards
+from cluster.ray_nodes import living_nodes
+
+from ..settings import Live
+from .grants import Grants, Outcome, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
 SESSION_LEASE_S = 10.0
 REPLICA_LEASE_S = 5.0
 HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
+NODES_S = 2.0  # how often the cluster's nodes are looked up
 RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
 
 
 class Dispatcher:
     """See `serve.dispatch.session` for the other end of `session` and `tell`."""
 
-    def __init__(self, max_queued: int, recovery_s: float = RECOVERY_S) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, Need],
+        read_nodes: Callable[[], Iterable[Node]] = living_nodes,
+        recovery_s: float = RECOVERY_S,
+    ) -> None:
+        """`pools` and what one replica of each needs; `read_nodes` may block."""
+        self._pools, self._read_nodes = pools, read_nodes
         self._grants = Grants(
-            max_queued=max_queued,
+            max_queued=Live().max_queued,
             session_lease_s=SESSION_LEASE_S,
             replica_lease_s=REPLICA_LEASE_S,
         )
         self._grants_from = time.monotonic() + recovery_s
         self._streams: dict[str, asyncio.Queue[Outcome | None]] = {}
-        self._expiry = asyncio.create_task(self._expire())
+        self._warned: set[str] = set()
+        self._tasks = [asyncio.create_task(self._expire()), asyncio.create_task(self._place())]
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Ray Serve with `max_queued`, at the start and when it changes."""
+        self._grants.max_queued = user_config["max_queued"]
 
     async def session(
-        self,
-        session: str,
-        waiting: list[tuple[str, Pools]],
-        running: list[tuple[str, str]],
+        self, session: str, waiting: list[Submission], running: list[Running]
     ) -> AsyncIterator[list[Outcome]]:
         """Outcomes for one Ingress, in batches, from what it still waits for and runs.
 
@@ -48,7 +64,7 @@ class Dispatcher:
         self._end(session)
         stream: asyncio.Queue[Outcome | None] = asyncio.Queue()
         self._streams[session] = stream
-        self._grants.open(session, time.monotonic(), running)
+        self._grants.open(session, time.monotonic(), [Running(*entry) for entry in running])
         self._submit(session, waiting)
         try:
             yield []
@@ -64,9 +80,7 @@ class Dispatcher:
             if self._streams.get(session) is stream:
                 self._end(session)
 
-    async def tell(
-        self, session: str, submits: list[tuple[str, Pools]], releases: list[str]
-    ) -> bool:
+    async def tell(self, session: str, submits: list[Submission], releases: list[str]) -> bool:
         """What happened at one Ingress since it last spoke; False if its session is not open."""
         if not self._grants.heard_from(session, time.monotonic()):
             return False
@@ -80,17 +94,27 @@ class Dispatcher:
         self._grants.report_replica(pool, replica, slots, time.monotonic())
         self._grant()
 
-    async def replicas(self) -> dict[str, int]:
-        """Living replicas per pool."""
-        return self._grants.replicas()
+    async def pools(self) -> dict[str, dict[str, Any]]:
+        """Of each pool its living `replicas`, and whether a node could hold one (`placeable`)."""
+        return {
+            pool: {
+                "replicas": self._grants.replicas(pool),
+                "placeable": self._grants.placeable(pool),
+            }
+            for pool in self._pools
+        }
+
+    async def load(self) -> int:
+        """Images that wait or are being drawn."""
+        return self._grants.queue_depth + self._grants.running
 
     async def check_health(self) -> None:
         """Called by Ray Serve; without expiry the slots of a dead Ingress would stay taken."""
-        if self._expiry.done():
-            raise RuntimeError("sessions and replicas no longer expire")
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("sessions, replicas or nodes are no longer watched")
 
-    def _submit(self, session: str, entries: list[tuple[str, Pools]]) -> None:
-        refused = [self._grants.submit(session, entry, tuple(pools)) for entry, pools in entries]
+    def _submit(self, session: str, entries: list[Submission]) -> None:
+        refused = [self._grants.submit(session, Submission(*entry)) for entry in entries]
         self._deliver([outcome for outcome in refused if outcome])
         self._grant()
 
@@ -114,3 +138,26 @@ class Dispatcher:
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
             self._grant()
+
+    async def _place(self) -> None:
+        """Learn which pools could be held, and refuse what waits for pools that cannot."""
+        while True:
+            try:
+                nodes = list(await asyncio.to_thread(self._read_nodes))
+            except Exception:  # whatever Ray says, the last known state serves until it answers
+                log.warning("could not read the cluster's nodes; trying again", exc_info=True)
+            else:
+                self._warn(nodes)
+                self._grants.set_placeable(
+                    pool
+                    for pool, need in self._pools.items()
+                    if any(fits(need, node) for node in nodes)
+                )
+                self._deliver(self._grants.refuse())
+            await asyncio.sleep(NODES_S)
+
+    def _warn(self, nodes: Iterable[Node]) -> None:
+        for node, warning in unknown_cards(nodes).items():
+            if node not in self._warned:
+                log.warning(warning)
+                self._warned.add(node)

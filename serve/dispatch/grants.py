@@ -7,6 +7,10 @@ so an entry never waits while a pool that it allows has room. A grant is a lease
 (one Ingress replica) that submitted the entry: a session that falls silent gives all of its
 entries and slots back.
 
+A *request id* belongs to the session whose entries carry it for as long as one of them waits or
+runs. A pool is *possible* if a replica of it lives or a node could hold one; an entry that has no
+possible pool is refused, and never waits for what cannot come.
+
 Time is an argument, in seconds on any steady clock.
 """
 
@@ -20,29 +24,50 @@ from typing import Literal, NamedTuple
 Pools = tuple[str, ...]
 
 
+class Submission(NamedTuple):
+    """An entry as its session names it; an empty `request_id` claims none."""
+
+    entry: str
+    pools: Pools
+    request_id: str = ""
+
+
+class Running(NamedTuple):
+    """An entry that holds a slot of a pool by an earlier grant."""
+
+    entry: str
+    pool: str
+    request_id: str = ""
+
+
 class Outcome(NamedTuple):
-    """What became of an entry: the pool it was granted, or that the queue was full."""
+    """What became of an entry: the pool it was granted, or why it was refused."""
 
     session: str
     entry: str
     pool: str | None
-    kind: Literal["granted", "queue_full"]
+    kind: Literal["granted", "queue_full", "no_capacity", "request_id_in_use"]
 
 
 @dataclass(slots=True)
 class _Session:
     last_heard: float
     waiting: dict[str, _Entry] = field(default_factory=dict)
-    running: dict[str, str] = field(default_factory=dict)  # entry → pool
+    running: dict[str, Running] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Entry:
     number: int  # order of arrival
     session: str
-    id: str
-    pools: Pools
+    asked: Submission
     withdrawn: bool = False
+
+
+@dataclass(slots=True)
+class _Owner:
+    session: str
+    entries: int = 0
 
 
 @dataclass(slots=True)
@@ -60,7 +85,9 @@ class Grants:
         self.replica_lease_s = replica_lease_s
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {}
+        self._placeable: frozenset[str] | None = None  # not known yet: any pool may come
         self._running: dict[str, int] = {}  # granted slots per pool
+        self._owners: dict[str, _Owner] = {}  # of request ids
         # One line per combination of pools: within it order of arrival is order of service, so
         # only the heads are compared.
         self._lines: dict[Pools, deque[_Entry]] = {}
@@ -69,22 +96,22 @@ class Grants:
 
     # -- what the outside tells ---------------------------------------------------------------
 
-    def open(self, session: str, now: float, running: Iterable[tuple[str, str]] = ()) -> None:
-        """Begin a session; `running` are the (entry, pool) it already runs by earlier grants."""
+    def open(self, session: str, now: float, running: Iterable[Running] = ()) -> None:
+        """Begin a session; `running` is what it already runs by earlier grants."""
         self.close(session)
         self._sessions[session] = _Session(now)
-        for entry, pool in running:
-            self._sessions[session].running[entry] = pool
-            self._running[pool] = self._running.get(pool, 0) + 1
+        for entry in running:
+            self._sessions[session].running[entry.entry] = entry
+            self._running[entry.pool] = self._running.get(entry.pool, 0) + 1
+            self._claim(session, entry.request_id)
 
     def close(self, session: str) -> None:
         """End a session: its entries leave the queue and its slots are free."""
-        gone = self._sessions.pop(session, None)
+        gone = self._sessions.get(session)
         if gone:
-            for entry in gone.waiting.values():
-                self._withdraw(entry)
-            for pool in gone.running.values():
-                self._running[pool] -= 1
+            for entry in [*gone.waiting, *gone.running]:
+                self.release(session, entry)
+            del self._sessions[session]
 
     def heard_from(self, session: str, now: float) -> bool:
         """Renew a session's lease; False if there is no such session (any more)."""
@@ -93,31 +120,44 @@ class Grants:
         self._sessions[session].last_heard = now
         return True
 
-    def submit(self, session: str, entry: str, pools: Pools) -> Outcome | None:
-        """Queue an entry; an `Outcome` is returned only when the queue is full."""
+    def submit(self, session: str, asked: Submission) -> Outcome | None:
+        """Queue an entry; an `Outcome` is returned only when it is refused at once."""
         holder = self._sessions[session]
-        if entry in holder.waiting or entry in holder.running:
+        if asked.entry in holder.waiting or asked.entry in holder.running:
             return None
+        owner = self._owners.get(asked.request_id)
+        if owner and owner.session != session:
+            return Outcome(session, asked.entry, None, "request_id_in_use")
+        if not self._possible(asked.pools):
+            return Outcome(session, asked.entry, None, "no_capacity")
         if self._queued >= self.max_queued:
-            return Outcome(session, entry, None, "queue_full")
+            return Outcome(session, asked.entry, None, "queue_full")
         self._arrivals += 1
-        queued = _Entry(self._arrivals, session, entry, pools)
-        holder.waiting[entry] = queued
-        self._lines.setdefault(pools, deque()).append(queued)
+        queued = _Entry(self._arrivals, session, asked)
+        holder.waiting[asked.entry] = queued
+        self._lines.setdefault(asked.pools, deque()).append(queued)
         self._queued += 1
+        self._claim(session, asked.request_id)
         return None
 
     def release(self, session: str, entry: str) -> None:
         """The entry is done or no longer wanted, whether it waits, runs, or is unknown."""
         holder = self._sessions[session]
         if waiting := holder.waiting.pop(entry, None):
-            self._withdraw(waiting)
-        elif pool := holder.running.pop(entry, None):
-            self._running[pool] -= 1
+            waiting.withdrawn = True
+            self._queued -= 1
+            self._disclaim(waiting.asked.request_id)
+        elif running := holder.running.pop(entry, None):
+            self._running[running.pool] -= 1
+            self._disclaim(running.request_id)
 
     def report_replica(self, pool: str, replica: str, slots: int, now: float) -> None:
         """A replica of a pool is there with so many slots."""
         self._replicas.setdefault(pool, {})[replica] = _Replica(slots, now)
+
+    def set_placeable(self, pools: Iterable[str]) -> None:
+        """The pools of which some node of the cluster could hold a replica."""
+        self._placeable = frozenset(pools)
 
     def expire(self, now: float) -> list[str]:
         """Drop sessions and replicas that have fallen silent; returns the sessions."""
@@ -141,28 +181,64 @@ class Grants:
         granted = []
         while choice := self._next():
             entry, pool = choice
-            self._lines[entry.pools].popleft()
-            if not self._lines[entry.pools]:
-                del self._lines[entry.pools]
+            asked = entry.asked
+            self._lines[asked.pools].popleft()
+            if not self._lines[asked.pools]:
+                del self._lines[asked.pools]
             self._queued -= 1
             holder = self._sessions[entry.session]
-            del holder.waiting[entry.id]
-            holder.running[entry.id] = pool
+            del holder.waiting[asked.entry]
+            holder.running[asked.entry] = Running(asked.entry, pool, asked.request_id)
             self._running[pool] = self._running.get(pool, 0) + 1
-            granted.append(Outcome(entry.session, entry.id, pool, "granted"))
+            granted.append(Outcome(entry.session, asked.entry, pool, "granted"))
         return granted
+
+    def refuse(self) -> list[Outcome]:
+        """Take the entries out of the queue whose pools have all become impossible."""
+        hopeless = [
+            entry
+            for pools, line in self._lines.items()
+            if not self._possible(pools)
+            for entry in line
+            if not entry.withdrawn
+        ]
+        for entry in hopeless:
+            self.release(entry.session, entry.asked.entry)
+        return [Outcome(e.session, e.asked.entry, None, "no_capacity") for e in hopeless]
 
     def free_slots(self, pool: str) -> int:
         slots = sum(replica.slots for replica in self._replicas.get(pool, {}).values())
         return slots - self._running.get(pool, 0)
 
-    def replicas(self) -> dict[str, int]:
-        """Living replicas per pool."""
-        return {pool: len(replicas) for pool, replicas in self._replicas.items()}
+    def replicas(self, pool: str) -> int:
+        """Living replicas of a pool."""
+        return len(self._replicas.get(pool, {}))
+
+    def placeable(self, pool: str) -> bool:
+        """Whether a node could hold a replica of the pool, as far as is known."""
+        return self._placeable is None or pool in self._placeable
 
     @property
     def queue_depth(self) -> int:
         return self._queued
+
+    @property
+    def running(self) -> int:
+        """Granted slots of all pools."""
+        return sum(self._running.values())
+
+    def _possible(self, pools: Pools) -> bool:
+        return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+
+    def _claim(self, session: str, request_id: str) -> None:
+        if request_id:
+            self._owners.setdefault(request_id, _Owner(session)).entries += 1
+
+    def _disclaim(self, request_id: str) -> None:
+        if owner := self._owners.get(request_id):
+            owner.entries -= 1
+            if not owner.entries:
+                del self._owners[request_id]
 
     def _next(self) -> tuple[_Entry, str] | None:
         best: tuple[_Entry, str] | None = None
@@ -178,7 +254,3 @@ class Grants:
             if free:
                 best = line[0], free
         return best
-
-    def _withdraw(self, entry: _Entry) -> None:
-        entry.withdrawn = True
-        self._queued -= 1

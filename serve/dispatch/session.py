@@ -1,6 +1,6 @@
 """An Ingress's side of its session with the Dispatcher.
 
-    async with session.slot(pools) as pool:
+    async with session.slot(pools, request_id) as pool:
         ...  # a slot of `pool` is ours until the block ends
 
 Submits and releases are coalesced: while one message is under way the next ones collect. If the
@@ -18,13 +18,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from ..errors import QueueFull
+from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse
 from .dispatcher import HEARTBEAT_S
-from .grants import Pools
+from .grants import Pools, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
 RECONNECT_S = 0.5
+
+REFUSALS: dict[str, tuple[type[OctetError], str]] = {
+    "queue_full": (QueueFull, "the queue is full: try again later"),
+    "no_capacity": (NoCapacity, "no replica that may draw this lives, and no node can hold one"),
+    "request_id_in_use": (RequestIdInUse, "x-request-id: a request with this id is being served"),
+}
 
 
 class DispatchSession:
@@ -34,9 +40,9 @@ class DispatchSession:
         self._dispatcher = dispatcher
         self._name = uuid.uuid4().hex
         self._entries = itertools.count()
-        self._waiting: dict[str, tuple[Pools, asyncio.Future[str]]] = {}
-        self._running: dict[str, str] = {}
-        self._submits: dict[str, Pools] = {}
+        self._waiting: dict[str, tuple[Submission, asyncio.Future[str]]] = {}
+        self._running: dict[str, Running] = {}
+        self._submits: dict[str, Submission] = {}
         self._releases: list[str] = []
         self._news = asyncio.Event()
         self._open = False
@@ -49,15 +55,17 @@ class DispatchSession:
             raise RuntimeError("the session with the dispatcher has ended")
 
     @asynccontextmanager
-    async def slot(self, pools: Pools) -> AsyncIterator[str]:
+    async def slot(self, pools: Pools, request_id: str = "") -> AsyncIterator[str]:
         """Wait for a slot in one of `pools` (preferred first) and hold it; yields the pool.
 
-        Raises `QueueFull`. Leaving the block, or being cancelled while waiting, gives it back.
+        Raises `QueueFull`, `NoCapacity`, and `RequestIdInUse` if another session has entries of
+        this id. Leaving the block, or being cancelled while waiting, gives the slot back.
         """
         entry = str(next(self._entries))
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._waiting[entry] = pools, granted
-        self._submits[entry] = pools
+        asked = Submission(entry, pools, request_id)
+        self._waiting[entry] = asked, granted
+        self._submits[entry] = asked
         self._news.set()
         try:
             yield await granted
@@ -71,13 +79,13 @@ class DispatchSession:
     async def _listen(self) -> None:
         """Keep a session open and hand its outcomes to those who wait."""
         while True:
-            waiting = [(entry, pools) for entry, (pools, _) in self._waiting.items()]
+            waiting = [asked for asked, _ in self._waiting.values()]
             # The session starts anew from these facts: what was not yet told is in them.
             self._submits.clear()
             self._releases.clear()
             try:
                 self._stream = self._dispatcher.session.options(stream=True).remote(
-                    self._name, waiting, list(self._running.items())
+                    self._name, waiting, list(self._running.values())
                 )
                 async for outcomes in self._stream:
                     self._open = True
@@ -95,13 +103,16 @@ class DispatchSession:
             await asyncio.sleep(RECONNECT_S)
 
     def _settle(self, entry: str, pool: str | None, kind: str) -> None:
-        _, future = self._waiting.pop(entry, (None, None))
-        if future is None or future.done():
+        if entry not in self._waiting:
             return  # its release is on the way
+        asked, future = self._waiting.pop(entry)
+        if future.done():
+            return
         if pool is None:
-            future.set_exception(QueueFull(f"the queue is full ({kind}): try again later"))
+            error, message = REFUSALS[kind]
+            future.set_exception(error(message))
         else:
-            self._running[entry] = pool
+            self._running[entry] = Running(entry, pool, asked.request_id)
             future.set_result(pool)
 
     async def _talk(self) -> None:
@@ -113,7 +124,7 @@ class DispatchSession:
             self._news.clear()
             if not self._open:
                 continue
-            submits, self._submits = list(self._submits.items()), {}
+            submits, self._submits = list(self._submits.values()), {}
             releases, self._releases = self._releases, []
             try:
                 understood = await self._dispatcher.tell.remote(self._name, submits, releases)

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 
 from cluster.capability import Capability, capability, probe
 
 from ..dispatch.dispatcher import HEARTBEAT_S
-from ..errors import NonFiniteImage, OctetError
-from ..request import ImageRequest, ImageResult, Timings
-from ..settings import Model, Pool
+from ..errors import NonFiniteImage, OctetError, Unavailable
+from ..request import ImageRequest, ImageResult, Progress, Timings
+from ..settings import Pool, ServedModel
 from .image_file import encode_image
 from .precision import RECIPES, Recipe
 from .sd3 import Denoiser, PromptEmbeds, Source, to_pixels
@@ -32,6 +33,7 @@ from .sd3 import Denoiser, PromptEmbeds, Source, to_pixels
 log = logging.getLogger("ray.serve")
 
 SLOTS = 1  # images at a time per replica, until the engine batches between steps
+ENCODER_ATTEMPTS = 3
 
 
 class Cancelled(Exception):
@@ -58,7 +60,7 @@ class Generator:
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
-        self._model, self._pool = Model.model_validate(model), Pool.model_validate(pool)
+        self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
         found = capability(probe(), allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
@@ -72,12 +74,15 @@ class Generator:
         await self._draw(self._warm_up_request())
         self._heartbeat = asyncio.create_task(self._report())
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult]:
-        """The finished image, as the one item of the stream.
+    async def generate(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
+        """A first `Progress` at once, then the finished image.
 
         Raises `NonFiniteImage`. Closing the stream stops the work before its next step.
         """
-        yield await self._draw(request)
+        yield Progress(step=0, num_inference_steps=request.num_inference_steps)
+        result = await self._draw(request)
+        log.info("drew %s", request.id)
+        yield result
 
     async def check_health(self) -> None:
         """Called by Ray Serve; a replica that no longer reports itself would never be used."""
@@ -86,10 +91,7 @@ class Generator:
 
     async def _draw(self, request: ImageRequest) -> ImageResult:
         loop, cancelled, began = asyncio.get_running_loop(), threading.Event(), time.monotonic()
-        prompts = [request.negative_prompt] if request.guided else []
-        embeds = await self._text_encoder.encode.remote(
-            [*prompts, request.prompt], self._model.max_sequence_length
-        )
+        embeds = await self._embed(request)
         text_s = time.monotonic() - began
         try:
             pixels, denoise_s, decode_s = await loop.run_in_executor(
@@ -114,6 +116,20 @@ class Generator:
                 encode_s=time.monotonic() - began,
             ),
         )
+
+    async def _embed(self, request: ImageRequest) -> PromptEmbeds:
+        """One row, or two with guidance. Raises `Unavailable` if encoders die again and again."""
+        prompts = [request.negative_prompt] if request.guided else []
+        for attempt in range(1, ENCODER_ATTEMPTS + 1):
+            try:
+                embeds: PromptEmbeds = await self._text_encoder.encode.remote(
+                    [*prompts, request.prompt], self._model.max_sequence_length
+                )
+            except RayActorError:
+                log.warning("%s: attempt %d lost the text encoder", request.id, attempt)
+            else:
+                return embeds
+        raise Unavailable(f"the text encoder was lost in each of {ENCODER_ATTEMPTS} attempts")
 
     def _load(self) -> Denoiser:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,14 +163,16 @@ class Generator:
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""
-        size = self._model.defaults.model_dump(include={"width", "height", "guidance_scale"})
+        native_px = self._denoiser.native_size_px
         return ImageRequest(
             id="warm-up",
             model=self._model.id,
             prompt="warm-up",
+            width=native_px,
+            height=native_px,
             num_inference_steps=1,
+            guidance_scale=2.0,
             seed=0,
-            **size,
         )
 
     async def _report(self) -> None:

@@ -36,13 +36,14 @@ def parameters(request: ImageRequest, precision: str) -> str:
 def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: str) -> bytes:
     """The file's bytes in the requested format, from pixels (height_px, width_px, 3)."""
     image, file = Image.fromarray(pixels), io.BytesIO()
+    quality = request.output_compression
     if request.output_format is OutputFormat.PNG:
         chunks = PngInfo()
         chunks.add_text("Software", "Octet")
         chunks.add_itxt("parameters", parameters(request, precision))
         image.save(file, "png", pnginfo=chunks)
     elif request.output_format is OutputFormat.JPEG:
-        image.save(file, "jpeg", quality=JPEG_QUALITY)
+        image.save(file, "jpeg", quality=JPEG_QUALITY if quality is None else quality)
     else:
-        image.save(file, "webp", quality=WEBP_QUALITY)
+        image.save(file, "webp", quality=WEBP_QUALITY if quality is None else quality)
     return file.getvalue()

@@ -169,6 +169,7 @@ class Denoiser:
         self.vae.to(device).eval()
         schedule = FlowMatchEulerDiscreteScheduler.load_config(**source.of("scheduler"))
         self.shift = float(schedule["shift"])
+        self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
 
     @torch.inference_mode()
     def begin(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.launch import Running, running
 from serve.settings import Settings, load_settings
 
 # `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
@@ -34,15 +35,18 @@ def laptop() -> Settings:
 
 
 @pytest.fixture(scope="session")
-def url(laptop: Settings) -> Iterator[str]:
-    """The application's address; it runs until the last test has ended."""
-    from serve.launch import running
-
+def octet(laptop: Settings) -> Iterator[Running]:
+    """The application on a Ray of its own; it runs until the last test has ended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         application = running(laptop)
-        address = application.__enter__()
-    yield address
+        octet = application.__enter__()
+    yield octet
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         application.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def url(octet: Running) -> str:
+    return octet.url

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from serve.api.ingress import ATTEMPTS, Ingress
-from serve.dispatch.dispatcher import Dispatcher
+from serve.api import drawing as drawing_module
+from serve.api.drawing import ATTEMPTS, Drawing
+from serve.dispatch.session import DispatchSession
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
-from serve.request import ImageRequest, ImageResult, Precision, Timings
+from serve.request import ImageRequest, ImageResult, Precision, Progress, Timings
 from serve.settings import Settings
 
-from ..in_process import Handle
+from ..in_process import Handle, a_dispatcher
 
 REQUEST = ImageRequest(
     id="1",
@@ -33,12 +33,17 @@ REQUEST = ImageRequest(
 class Generator:
     """Fails as told, then draws; remembers how often it was asked."""
 
-    def __init__(self, precision: str, *failures: Exception, takes_s: float = 0) -> None:
+    def __init__(
+        self, precision: str, *failures: Exception, takes_s: float = 0, late: int = 0
+    ) -> None:
         self.precision, self.failures, self.calls = precision, list(failures), 0
-        self.takes_s = takes_s
+        self.takes_s, self.late = takes_s, late
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult]:
+    async def generate(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
         self.calls += 1
+        if self.calls <= self.late:
+            await asyncio.sleep(60)  # the grant was for a replica that is no more
+        yield Progress(step=0, num_inference_steps=1)
         if self.failures:
             raise self.failures.pop(0)
         await asyncio.sleep(self.takes_s)
@@ -58,29 +63,30 @@ def as_task_error(cause: Exception) -> Exception:
 
 
 def draw(
-    settings: Settings, fp8: Generator, fp16: Generator, abandon_after_s: float = 5
+    settings: Settings,
+    fp8: Generator,
+    fp16: Generator,
+    precision: Precision = Precision.AUTO,
+    abandon_after_s: float = 5,
 ) -> ImageResult:
     async def main() -> ImageResult:
-        dispatcher = Dispatcher(9, recovery_s=0)
-        pools: dict[str, Any] = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
-        for pool in pools:
+        generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
+        dispatcher = a_dispatcher(*generators)
+        for pool in generators:
             await dispatcher.report_replica(pool, "r", 1)
-        ingress = Ingress.__new__(Ingress)
-        handles = {pool: Handle(generator) for pool, generator in pools.items()}
-        await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
-            settings.application_args(), Handle(dispatcher), handles
-        )
+        handles = {pool: Handle(generator) for pool, generator in generators.items()}
+        drawing = Drawing(settings.models, DispatchSession(Handle(dispatcher)), handles)
         async with asyncio.timeout(5):
             try:
                 async with asyncio.timeout(abandon_after_s):
-                    return await ingress._draw(REQUEST)
+                    return await drawing.draw(replace(REQUEST, precision=precision), "id")
             except TimeoutError:
                 (stream,) = handles["landscapes-fp8"].streams
                 assert stream.broken.is_set()  # the replica was told to stop
                 raise
             finally:
                 await asyncio.sleep(0.05)
-                free = [dispatcher._grants.free_slots(pool) for pool in pools]
+                free = [dispatcher._grants.free_slots(pool) for pool in generators]
                 assert free == [1, 1]  # whatever happened, every slot came back
 
     return asyncio.run(main())
@@ -141,11 +147,13 @@ def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings
     with pytest.raises(NonFiniteImage):
         draw(fp8_only, Generator("fp8", as_task_error(NonFiniteImage("nan"))), Generator("bf16"))
     with pytest.raises(InvalidRequest, match="served in fp8"):
-        Ingress._pools(ingress_of(fp8_only), replace(REQUEST, precision=Precision.FP16))
+        draw(fp8_only, Generator("fp8"), Generator("bf16"), Precision.FP16)
 
 
-def ingress_of(settings: Settings) -> Ingress:
-    """An Ingress that knows its models and nothing else."""
-    ingress = Ingress.__new__(Ingress)
-    ingress._models = {model.id: model for model in settings.models}
-    return ingress
+def test_a_grant_that_no_replica_takes_up_is_given_back_and_asked_for_again(
+    laptop: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing_module, "BEGIN_S", 0.1)
+    fp8 = Generator("fp8", late=ATTEMPTS + 1)
+    assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
+    assert fp8.calls == ATTEMPTS + 2  # it is not the request's fault

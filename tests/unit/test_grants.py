@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.dispatch.grants import Grants, Outcome
+from serve.dispatch.grants import Grants, Outcome, Running, Submission
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)
@@ -26,7 +26,7 @@ def ids(outcomes: list[Outcome]) -> list[tuple[str, str | None]]:
 def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
     book = grants(m_fp8=1, m_fp16=1)
     for entry in "abc":
-        book.submit("s", entry, AUTO)
+        book.submit("s", Submission(entry, AUTO))
     assert ids(book.grant()) == [("a", FP8), ("b", FP16)]
     book.release("s", "b")
     assert ids(book.grant()) == [("c", FP16)]
@@ -34,9 +34,9 @@ def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
 
 def test_order_of_arrival_holds_across_lines() -> None:
     book = grants(m_fp8=0, m_fp16=0)
-    book.submit("s", "a", AUTO)
-    book.submit("s", "b", (FP16,))
-    book.submit("s", "c", AUTO)
+    book.submit("s", Submission("a", AUTO))
+    book.submit("s", Submission("b", (FP16,)))
+    book.submit("s", Submission("c", AUTO))
     assert book.grant() == []
     book.report_replica(FP16, "r", 3, 0)
     assert [o.entry for o in book.grant()] == ["a", "b", "c"]
@@ -44,29 +44,29 @@ def test_order_of_arrival_holds_across_lines() -> None:
 
 def test_an_entry_that_cannot_run_holds_up_nobody() -> None:
     book = grants(m_fp16=1)
-    book.submit("s", "a", (FP8,))
-    book.submit("s", "b", (FP16,))
+    book.submit("s", Submission("a", (FP8,)))
+    book.submit("s", Submission("b", (FP16,)))
     assert ids(book.grant()) == [("b", FP16)]
     assert book.queue_depth == 1
 
 
 def test_no_grant_without_a_living_replica() -> None:
     book = grants(m_fp8=1)
-    book.submit("s", "a", AUTO)
+    book.submit("s", Submission("a", AUTO))
     book.open("s", 6)
-    book.submit("s", "b", AUTO)
+    book.submit("s", Submission("b", AUTO))
     book.expire(6)
     assert book.grant() == []
-    assert book.replicas() == {FP8: 0}
+    assert book.replicas(FP8) == 0
 
 
 def test_a_silent_session_gives_everything_back() -> None:
     book = grants(m_fp8=1)
-    book.submit("s", "a", AUTO)
-    book.submit("s", "b", AUTO)
+    book.submit("s", Submission("a", AUTO))
+    book.submit("s", Submission("b", AUTO))
     assert ids(book.grant()) == [("a", FP8)]
     book.open("t", 11)
-    book.submit("t", "c", AUTO)
+    book.submit("t", Submission("c", AUTO))
     book.report_replica(FP8, "r", 1, 11)
     assert book.expire(11) == ["s"]
     assert ids(book.grant()) == [("c", FP8)]
@@ -75,8 +75,8 @@ def test_a_silent_session_gives_everything_back() -> None:
 
 def test_running_work_declared_anew_keeps_its_slot() -> None:
     book = grants(m_fp8=1)
-    book.open("t", 0, running=[("a", FP8)])
-    book.submit("t", "b", (FP8,))
+    book.open("t", 0, running=[Running("a", FP8)])
+    book.submit("t", Submission("b", (FP8,)))
     assert book.grant() == []
     book.release("t", "a")
     assert ids(book.grant()) == [("b", FP8)]
@@ -85,10 +85,44 @@ def test_running_work_declared_anew_keeps_its_slot() -> None:
 def test_a_full_queue_refuses() -> None:
     book = Grants(max_queued=1, session_lease_s=10, replica_lease_s=5)
     book.open("s", 0)
-    assert book.submit("s", "a", AUTO) is None
-    assert book.submit("s", "b", AUTO) == Outcome("s", "b", None, "queue_full")
+    assert book.submit("s", Submission("a", AUTO)) is None
+    assert book.submit("s", Submission("b", AUTO)) == Outcome("s", "b", None, "queue_full")
     book.release("s", "a")
-    assert book.submit("s", "c", AUTO) is None
+    assert book.submit("s", Submission("c", AUTO)) is None
+
+
+def test_a_request_id_belongs_to_one_session_while_it_is_used() -> None:
+    book = grants(m_fp8=1)
+    book.open("t", 0)
+    assert book.submit("s", Submission("a", AUTO, "id")) is None
+    assert book.submit("s", Submission("b", AUTO, "id")) is None
+    refused = Outcome("t", "c", None, "request_id_in_use")
+    assert book.submit("t", Submission("c", AUTO, "id")) == refused
+    book.grant()
+    book.release("s", "a")
+    assert book.submit("t", Submission("c", AUTO, "id")) == refused
+    book.close("s")
+    assert book.submit("t", Submission("c", AUTO, "id")) is None
+
+
+def test_declared_running_work_keeps_its_request_id() -> None:
+    book = grants()
+    book.open("t", 0, running=[Running("a", FP8, "id")])
+    assert book.submit("s", Submission("b", AUTO, "id"))
+    book.release("t", "a")
+    assert book.submit("s", Submission("b", AUTO, "id")) is None
+
+
+def test_nobody_waits_for_what_cannot_come() -> None:
+    book = grants()
+    assert book.submit("s", Submission("a", (FP8,))) is None  # nothing is known yet
+    book.submit("s", Submission("b", AUTO))
+    book.set_placeable({FP16})
+    assert book.refuse() == [Outcome("s", "a", None, "no_capacity")]
+    assert book.submit("s", Submission("c", (FP8,))) == Outcome("s", "c", None, "no_capacity")
+    assert book.queue_depth == 1
+    book.report_replica(FP8, "r", 1, 0)  # a replica lives, whatever the nodes say
+    assert book.submit("s", Submission("d", (FP8,))) is None
 
 
 class GrantsMachine(RuleBasedStateMachine):
@@ -102,17 +136,44 @@ class GrantsMachine(RuleBasedStateMachine):
         self.waiting: dict[str, tuple[str, tuple[str, ...]]] = {}  # in order of arrival
         self.running: dict[str, tuple[str, str]] = {}
         self.slots: dict[str, int] = {FP8: 0, FP16: 0}
+        self.placeable = set(AUTO)
+        self.request_ids: dict[str, str] = {}  # of every entry that was taken
         for session in "st":
             self.book.open(session, 0)
 
     @rule(
         session=st.sampled_from("st"),
         pools=st.sampled_from([AUTO, (FP8,), (FP16,), (FP16, FP8)]),
+        request_id=st.sampled_from(["", "x", "y"]),
     )
-    def submit(self, session: str, pools: tuple[str, ...]) -> None:
+    def submit(self, session: str, pools: tuple[str, ...], request_id: str) -> None:
         self.count += 1
-        if self.book.submit(session, str(self.count), pools) is None:
-            self.waiting[str(self.count)] = session, pools
+        entry = str(self.count)
+        refused = self.book.submit(session, Submission(entry, pools, request_id))
+        live = {**self.waiting, **self.running}
+        owners = {owner for e, (owner, _) in live.items() if self.request_ids[e] == request_id}
+        if request_id and owners - {session}:
+            assert refused == Outcome(session, entry, None, "request_id_in_use")
+        elif not self.possible(pools):
+            assert refused == Outcome(session, entry, None, "no_capacity")
+        elif refused is None:
+            self.waiting[entry] = session, pools
+            self.request_ids[entry] = request_id
+        else:
+            assert len(self.waiting) == self.book.max_queued
+
+    @rule(pools=st.sets(st.sampled_from(AUTO)))
+    def nodes_change(self, pools: set[str]) -> None:
+        self.placeable = pools
+        self.book.set_placeable(pools)
+        refused = {outcome.entry for outcome in self.book.refuse()}
+        hopeless = {e for e, (_, pools) in self.waiting.items() if not self.possible(pools)}
+        assert refused == hopeless
+        for entry in hopeless:
+            del self.waiting[entry]
+
+    def possible(self, pools: tuple[str, ...]) -> bool:
+        return any(pool in self.placeable or self.book.replicas(pool) for pool in pools)
 
     @rule(pool=st.sampled_from(AUTO), slots=st.integers(0, 3))
     def report(self, pool: str, slots: int) -> None:

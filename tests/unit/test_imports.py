@@ -9,6 +9,7 @@ PURE = [
     "serve.dispatch.grants",
     "serve.engine.noise_schedule",
     "cluster.capability",
+    "cluster.placement",
 ]
 PROGRAM = """
 import sys

@@ -1,22 +1,25 @@
+import inspect
 import json
 import struct
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.api.openai_images import parse
+from serve.api.openai_images import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.request import OutputFormat, Precision
 from serve.settings import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
-MODELS = {model.id: model for model in SETTINGS.models}
+TUNING = SETTINGS.tuning()
 
 
 def body(**fields: object) -> bytes:
@@ -24,7 +27,7 @@ def body(**fields: object) -> bytes:
 
 
 def test_defaults_come_from_the_model() -> None:
-    (request,) = parse(body(), MODELS)
+    (request,) = parse(body(), TUNING).requests
     assert request.model == "landscapes"
     assert request.size == "128x128"
     assert request.num_inference_steps == 28
@@ -34,17 +37,17 @@ def test_defaults_come_from_the_model() -> None:
 
 
 def test_image_i_has_seed_plus_i() -> None:
-    requests = parse(body(n=3, seed=10), MODELS)
+    requests = parse(body(n=3, seed=10), TUNING, "call").requests
     assert [r.seed for r in requests] == [10, 11, 12]
-    assert len({r.id for r in requests}) == 3
+    assert [r.id for r in requests] == ["call/0", "call/1", "call/2"]
 
 
 def test_seeds_are_drawn_when_none_is_given() -> None:
-    assert len({parse(body(), MODELS)[0].seed for _ in range(8)}) == 8
+    assert len({parse(body(), TUNING).requests[0].seed for _ in range(8)}) == 8
 
 
 def test_null_is_not_given() -> None:
-    (request,) = parse(body(size=None, n=None, seed=None, user=None), MODELS)
+    (request,) = parse(body(size=None, n=None, seed=None, user=None), TUNING).requests
     assert request.size == "128x128"
 
 
@@ -66,20 +69,103 @@ def test_null_is_not_given() -> None:
         ({"guidance_scale": "high"}, "guidance_scale"),
         ({"precision": "fp4"}, "precision"),
         ({"output_format": "gif"}, "output_format"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "link"}, "response_format"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": 1e9}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"background": "transparent"}, "background"),
+        ({"stream": True}, "stream"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"frame_count": 3}, "frame_count"),
+        ({"svg": {"model": "x"}}, "svg"),
+        ({"prompt": "a\x00b"}, "prompt"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+        ({"negative_prompt": "x" * 32_001}, "negative_prompt"),
         ({"sampler": "ddim"}, "sampler"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse(body(**fields), MODELS)
+        parse(body(**fields), TUNING)
     assert caught.value.param == param
     assert caught.value.status == 400
 
 
+def test_every_parameter_of_the_openai_client_is_known() -> None:
+    known = set(inspect.signature(openai.resources.Images.generate).parameters)
+    ours = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # the client's own
+    assert known - ours <= ImageGeneration.model_fields.keys()
+
+
+def test_what_cannot_change_the_picture_is_accepted() -> None:
+    plain = parse(body(seed=1), TUNING)
+    fields = {
+        "user": "u",
+        "safety_identifier": "s",
+        "style": "vivid",
+        "moderation": "low",
+        "quality": "hd",
+        "complexity": "high",
+        "background": "opaque",
+        "stream": False,
+        "partial_images": 0,
+        "size": "auto",
+        "output_compression": 100,
+    }
+    (request,) = parse(body(seed=1, **fields), TUNING).requests
+    assert replace(request, output_compression=None) == plain.requests[0]
+
+
+@pytest.mark.parametrize("prompt", ["雪山上的月亮", "🌇🌊", "منظر جبلي", "x" * 32_000])
+def test_any_language_is_a_prompt(prompt: str) -> None:
+    assert parse(body(prompt=prompt), TUNING).requests[0].prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("field", "nearest"),
+    [("promt", "prompt"), ("steps", "num_inference_steps"), ("guidance", "guidance_scale")],
+)
+def test_an_unknown_field_names_the_nearest(field: str, nearest: str) -> None:
+    raw = json.dumps({field: 1}).encode()  # the missing prompt is not what matters
+    with pytest.raises(InvalidRequest, match=f"did you mean '{nearest}'") as caught:
+        parse(raw, TUNING)
+    assert caught.value.param == field
+
+
+def test_settings_let_unknown_fields_pass_and_say_which() -> None:
+    lenient = TUNING.model_copy(update={"ignore_unknown_fields": True})
+    asked = parse(body(sampler="ddim", n=1, **{"ä\n": 1}), lenient)
+    assert asked.ignored == ("sampler", "ä\n")
+    assert ignored_header(asked.ignored) == {"x-octet-ignored": "sampler, %C3%A4%0A"}
+    assert ignored_header(()) == {}
+    with pytest.raises(InvalidRequest, match="stream"):
+        parse(body(stream=True), lenient)
+
+
+def test_a_deadline_is_the_settings_or_shorter() -> None:
+    assert parse(body(), TUNING).timeout_s == TUNING.request_timeout_s
+    assert parse(body(timeout_s=2.5), TUNING).timeout_s == 2.5
+
+
+@pytest.mark.parametrize("given", ["a", "A-z_0.9:x", "x" * 64])
+def test_safe_request_ids_pass(given: str) -> None:
+    check_request_id(given)
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, "a/b", "é", "a\n"])
+def test_other_request_ids_do_not(given: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request_id(given)
+    assert caught.value.param == "x-request-id"
+
+
 def test_an_unknown_model_is_404() -> None:
     with pytest.raises(ModelNotFound, match="landscapes"):
-        parse(body(model="sdxl"), MODELS)
+        parse(body(model="sdxl"), TUNING)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +173,7 @@ def test_an_unknown_model_is_404() -> None:
 )
 def test_what_is_no_json_object_is_400(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
-        parse(raw, MODELS)
+        parse(raw, TUNING)
 
 
 JSON = st.recursive(
@@ -102,7 +188,7 @@ FIELDS = ["prompt", "model", "n", "size", "seed", "guidance_scale", "precision",
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_any_json_is_a_request_or_a_400(fields: dict) -> None:
     with suppress(InvalidRequest):
-        assert parse(json.dumps(fields).encode(), MODELS)
+        assert parse(json.dumps(fields).encode(), TUNING).requests
 
 
 def text_chunks(png: bytes) -> dict[str, str]:
@@ -123,10 +209,12 @@ def text_chunks(png: bytes) -> dict[str, str]:
 
 
 def test_a_png_tells_how_to_make_it_again() -> None:
-    (request,) = parse(body(prompt="夜 🌕", negative_prompt="fog", seed=5, size="96x96"), MODELS)
+    (request,) = parse(
+        body(prompt="夜 🌕", negative_prompt="fog", seed=5, size="96x96"), TUNING
+    ).requests
     pixels = np.zeros((96, 96, 3), np.uint8)
     texts = text_chunks(encode_image(pixels, request, "bf16"))
-    (again,) = parse(texts["parameters"].encode(), MODELS)
+    (again,) = parse(texts["parameters"].encode(), TUNING).requests
     assert again.precision is Precision.FP16
     for field in ("model", "prompt", "negative_prompt", "size", "seed", "guidance_scale"):
         assert getattr(again, field) == getattr(request, field)
@@ -136,5 +224,20 @@ def test_a_png_tells_how_to_make_it_again() -> None:
     ("output_format", "magic"), [("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF"), ("png", b"\x89PNG")]
 )
 def test_files_are_of_the_format_asked_for(output_format: str, magic: bytes) -> None:
-    (request,) = parse(body(output_format=output_format), MODELS)
+    (request,) = parse(body(output_format=output_format), TUNING).requests
     assert encode_image(np.zeros((8, 8, 3), np.uint8), request, "fp8").startswith(magic)
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_compression_makes_files_smaller(output_format: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    sizes = [
+        len(encode_image(pixels, parse(body(**fields), TUNING).requests[0], "fp8"))
+        for fields in (
+            {"output_format": output_format, "output_compression": 10},
+            {"output_format": output_format},
+            {"output_format": output_format, "output_compression": 100},
+        )
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[1] < sizes[2]

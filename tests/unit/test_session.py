@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.session import DispatchSession
-from serve.errors import QueueFull
+from serve.errors import NoCapacity, QueueFull, RequestIdInUse
 
-from ..in_process import Handle
+from ..in_process import Handle, a_dispatcher
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], max_queued: int = 9) -> None:
     async def main() -> None:
-        dispatcher = Dispatcher(max_queued, recovery_s=0)
+        dispatcher = a_dispatcher("p", max_queued=max_queued)
         handle = Handle(dispatcher)
         async with asyncio.timeout(5):
             await test(dispatcher, DispatchSession(handle), handle)
@@ -117,7 +118,7 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         waiting = asyncio.create_task(hold("b"))
         await settle()
 
-        fresh = Dispatcher(9, recovery_s=0)
+        fresh = a_dispatcher("p")
         handle.break_off(fresh)
         await fresh.report_replica("p", "r", 1)
         await settle()
@@ -155,7 +156,7 @@ def test_a_restarted_dispatcher_first_listens() -> None:
     """Nothing is granted until every session could say what it runs."""
 
     async def main() -> None:
-        dispatcher = Dispatcher(9, recovery_s=0.2)
+        dispatcher = a_dispatcher("p", recovery_s=0.2)
         session = DispatchSession(Handle(dispatcher))
         await dispatcher.report_replica("p", "r", 1)
         began = asyncio.get_running_loop().time()
@@ -172,5 +173,54 @@ def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
         await settle()
         with pytest.raises(RuntimeError):
             session.check()
+
+    run(test)
+
+
+def test_an_id_that_another_ingress_serves_is_in_use_until_it_is_done() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        other = DispatchSession(handle)
+        await dispatcher.report_replica("p", "r", 2)
+        async with session.slot(("p",), "id"):
+            async with session.slot(("p",), "id"):
+                pass  # a second image of the same call
+            with pytest.raises(RequestIdInUse):
+                async with other.slot(("p",), "id"):
+                    pass
+        await settle()
+        async with other.slot(("p",), "id"):
+            pass
+
+    run(test)
+
+
+def test_what_no_node_can_hold_is_refused_and_not_queued() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await settle()  # the nodes have been read
+        with pytest.raises(NoCapacity):
+            async with session.slot(("elsewhere",)):
+                pass
+        await dispatcher.report_replica("elsewhere", "r", 1)
+        async with session.slot(("elsewhere",)):
+            pass
+
+    run(test)
+
+
+def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "NODES_S", 0.02)
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async def hold() -> None:
+            async with session.slot(("p",)):
+                pass
+
+        waiting = asyncio.create_task(hold())
+        await settle()
+        assert dispatcher._grants.queue_depth == 1
+        dispatcher._read_nodes = list
+        with pytest.raises(NoCapacity):
+            await waiting
+        assert await dispatcher.pools() == {"p": {"replicas": 0, "placeable": False}}
 
     run(test)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve.settings import Settings, SettingsError, load_settings
+from serve.settings import Application, Settings, SettingsError, Tuning, load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAPTOP = EXAMPLES / "laptop.yaml"
@@ -59,6 +59,12 @@ def write(folder: Path, change: object) -> Path:
             lambda d: d["models"][0]["pools"].append({"precision": "fp8"}),
             ["two pools have the same precision"],
         ),
+        (
+            lambda d: d["models"][0]["pools"][0].update(allow_fp8_nodes=False),
+            ["models[0].pools[0]", "allow_fp8_nodes is for fp16 pools"],
+        ),
+        (lambda d: d.pop("emulate_fp8"), ["its fp8 pool takes no GPU"]),
+        (lambda d: d.update(public_url="images.example"), ["public_url"]),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> None:
@@ -111,6 +117,38 @@ def test_settings_are_frozen() -> None:
         settings.http.port = 1  # type: ignore[misc]
 
 
-def test_application_args_leave_out_what_needs_no_restart() -> None:
-    one, other = (load_settings(LAPTOP, {"OCTET_HTTP__PORT": p}) for p in ("1000", "2000"))
-    assert one.application_args() == other.application_args()
+TUNED = {
+    "OCTET_HTTP__PORT": "1234",
+    "OCTET_MAX_QUEUED": "7",
+    "OCTET_REQUEST_TIMEOUT_S": "9",
+    "OCTET_IGNORE_UNKNOWN_FIELDS": "true",
+    "OCTET_PUBLIC_URL": "https://images.example",
+    "OCTET_RESULTS__MAX_BYTES": "1000",
+    "OCTET_MODELS__0__DEFAULTS__WIDTH": "64",
+    "OCTET_MODELS__0__LIMITS__MAX_IMAGES": "2",
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_is_no_argument_of_the_application(name: str) -> None:
+    """Arguments restart every replica when they change."""
+    plain, tuned = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: TUNED[name]})
+    assert tuned != plain
+    assert tuned.application() == plain.application()
+    assert (tuned.tuning() == plain.tuning()) == (name == "OCTET_HTTP__PORT")
+
+
+def test_the_rest_is_no_tuning() -> None:
+    plain, other = load_settings(LAPTOP, {}), load_settings(LAPTOP, {"OCTET_EMULATE_FP8": "true"})
+    assert other.tuning() == plain.tuning()
+    bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "2"})
+    assert bigger.tuning() == plain.tuning()
+    assert bigger.application() != plain.application()
+
+
+def test_parts_are_plain_data_that_comes_back() -> None:
+    settings = load_settings(EXAMPLES / "sd35.yaml", {})
+    application, tuning = settings.application(), settings.tuning(draining=True)
+    assert Application.model_validate(application.model_dump(mode="json")) == application
+    assert Tuning.model_validate(tuning.model_dump(mode="json")) == tuning
+    assert list(tuning.models) == [m.id for m in settings.models]

@@ -1,0 +1,113 @@
+"""One image, from the queue to its bytes, on a replica that survives it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from ..dispatch.dispatcher import REPLICA_LEASE_S
+from ..dispatch.grants import Pools
+from ..dispatch.session import DispatchSession
+from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
+from ..request import ImageRequest, ImageResult, Precision
+from ..settings import ServedModel
+
+log = logging.getLogger("ray.serve")
+
+ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts as the cause
+BEGIN_S = REPLICA_LEASE_S  # a replica that has not begun by then is gone, or on its way out
+
+
+class NotBegun(Exception):
+    """No replica of the granted pool took the request."""
+
+
+class Drawing:
+    """Grants from the Dispatcher, calls to the Generators, and what follows if one fails."""
+
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        session: DispatchSession,
+        generators: Mapping[str, Any],
+    ) -> None:
+        """`generators`: a streaming handle for each pool."""
+        self._models = {model.id: model for model in models}
+        self._session, self._generators = session, generators
+
+    async def draw(self, request: ImageRequest, request_id: str) -> ImageResult:
+        """Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`."""
+        began, pools, lost = time.monotonic(), self._pools(request, request.precision), 0
+        while True:
+            async with self._session.slot(pools, request_id) as pool:
+                request_id = ""  # claimed once; another attempt must not be refused for its sake
+                queue_s = time.monotonic() - began
+                try:
+                    result = await self._on_replica(request, pool)
+                except NotBegun:
+                    log.warning("%s: no replica of %s began; queueing again", request.id, pool)
+                except RayActorError:
+                    lost += 1
+                    log.warning("%s: attempt %d lost its replica of %s", request.id, lost, pool)
+                    if lost == ATTEMPTS:
+                        raise ReplicaLost(
+                            f"the replica was lost in each of {ATTEMPTS} attempts"
+                        ) from None
+                except RayServeException:
+                    raise Unavailable(f"{pool} cannot be reached") from None
+                except RayTaskError as error:
+                    if not isinstance(error.cause, OctetError):
+                        raise
+                    again = self._after(error.cause, request, pools)
+                    if not again:
+                        raise error.cause from None
+                    log.warning("%s: %s; drawing it in 16 bit", request.id, error.cause)
+                    pools = again
+                else:
+                    return replace(result, timings=replace(result.timings, queue_s=queue_s))
+
+    async def _on_replica(self, request: ImageRequest, pool: str) -> ImageResult:
+        stream = self._generators[pool].generate.remote(request)
+        try:
+            async with asyncio.timeout(BEGIN_S):
+                await anext(stream)
+            result: ImageResult = await anext(stream)
+        except TimeoutError:
+            stream.cancel()
+            raise NotBegun from None
+        except asyncio.CancelledError:
+            stream.cancel()  # else the replica draws on in a slot that counts as free
+            raise
+        return result
+
+    def _pools(self, request: ImageRequest, precision: Precision) -> Pools:
+        """The pools a request may run in, preferred first."""
+        model = self._models[request.model]
+        pools = tuple(
+            model.pool_name(pool)
+            for pool in model.pools
+            if precision in (Precision.AUTO, pool.precision)
+        )
+        if not pools:
+            there = ", ".join(pool.precision for pool in model.pools)
+            raise InvalidRequest(
+                f"precision '{precision}': {model.id} is served in {there}", param="precision"
+            )
+        return pools
+
+    def _after(self, error: OctetError, request: ImageRequest, tried: Pools) -> Pools:
+        """The pools in which a failed image may be drawn once more; none ends it."""
+        if not isinstance(error, NonFiniteImage):
+            return ()
+        try:
+            again = self._pools(request, Precision.FP16)
+        except InvalidRequest:
+            return ()
+        return () if again == tried else again

@@ -1,0 +1,45 @@
+"""Every error as OpenAI's error body, with `x-should-retry` for its client."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import InvalidRequest, MethodNotAllowed, NotFound, OctetError
+from .openai_images import error_body
+
+log = logging.getLogger("ray.serve")
+
+STARLETTE_ERRORS: dict[int, type[OctetError]] = {404: NotFound, 405: MethodNotAllowed}
+
+
+# Starlette's handlers are typed for any exception; each is registered for its own.
+
+
+async def octet_error(_: Request, error: Any) -> Response:
+    headers = {"x-should-retry": str(error.retryable).lower()}
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+async def http_error(http: Request, error: Any) -> Response:
+    """Starlette's own: no such path, or not for this method."""
+    kind = STARLETTE_ERRORS.get(error.status_code, InvalidRequest)
+    answer = await octet_error(http, kind(f"{http.method} {http.url.path}: {error.detail}"))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def unexpected_error(http: Request, error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    return await octet_error(http, OctetError("something went wrong; the server's log says what"))
+
+
+HANDLERS = {
+    OctetError: octet_error,
+    HTTPException: http_error,
+    Exception: unexpected_error,
+}

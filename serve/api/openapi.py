@@ -1,0 +1,137 @@
+"""The OpenAPI document of the routes, made from the classes that read and write the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from ..errors import (
+    LinkInvalid,
+    ModelNotFound,
+    NotFound,
+    OctetError,
+    tree,
+)
+from .openai_images import (
+    REQUEST_ID,
+    ErrorResponse,
+    ImageGeneration,
+    ImagesResponse,
+    ModelItem,
+    ModelList,
+)
+
+GENERATIONS_ERRORS = tuple(
+    error for error in tree() if error not in (LinkInvalid, NotFound) and error.status != 405
+)
+
+
+def document(version: str) -> dict[str, Any]:
+    """OpenAPI 3.1 as plain data."""
+    _, schemas = models_json_schema(
+        [
+            (ImageGeneration, "validation"),
+            (ImagesResponse, "serialization"),
+            (ModelItem, "serialization"),
+            (ModelList, "serialization"),
+            (ErrorResponse, "serialization"),
+        ],
+        ref_template="#/components/schemas/{model}",
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Octet",
+            "version": version,
+            "description": "OpenAI's Images API on Stable Diffusion 3.5.",
+        },
+        "paths": {
+            "/v1/images/generations": {
+                "post": {
+                    "operationId": "createImage",
+                    "summary": "Draw images",
+                    "parameters": [_request_id()],
+                    "requestBody": {"required": True, **_json("ImageGeneration")},
+                    "responses": {
+                        "200": _answer("The images", "ImagesResponse"),
+                        **_errors(*GENERATIONS_ERRORS),
+                    },
+                }
+            },
+            "/v1/models": {
+                "get": {
+                    "operationId": "listModels",
+                    "summary": "The models that are served",
+                    "responses": {"200": _answer("The models", "ModelList")},
+                }
+            },
+            "/v1/models/{model}": {
+                "get": {
+                    "operationId": "retrieveModel",
+                    "summary": "One of them",
+                    "parameters": [_parameter("model", "path")],
+                    "responses": {
+                        "200": _answer("The model", "ModelItem"),
+                        **_errors(ModelNotFound),
+                    },
+                }
+            },
+            "/v1/files/{name}": {
+                "get": {
+                    "operationId": "readImage",
+                    "summary": "An image that was answered as a URL",
+                    "parameters": [
+                        _parameter("name", "path"),
+                        _parameter("expires", "query"),
+                        _parameter("signature", "query"),
+                    ],
+                    "responses": {
+                        "200": {
+                            "description": "The file",
+                            "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
+                        },
+                        **_errors(LinkInvalid, NotFound),
+                    },
+                }
+            },
+            "/health": {"get": _status("health", "This process answers", 200)},
+            "/ready": {"get": _status("ready", "Every model has a replica", 200, 503)},
+        },
+        "components": {"schemas": schemas["$defs"]},
+    }
+
+
+def _json(schema: str) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"content": {"application/json": {"schema": reference}}}
+
+
+def _answer(description: str, schema: str) -> dict[str, Any]:
+    return {"description": description, **_json(schema)}
+
+
+def _errors(*errors: type[OctetError]) -> dict[str, Any]:
+    codes: dict[str, list[str]] = {}
+    for error in errors:
+        codes.setdefault(str(error.status), []).append(error.code)
+    return {
+        status: _answer("error.code: " + ", ".join(found), "ErrorResponse")
+        for status, found in sorted(codes.items())
+    }
+
+
+def _parameter(name: str, place: str) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": True, "schema": {"type": "string"}}
+
+
+def _request_id() -> dict[str, Any]:
+    schema = {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}
+    return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
+
+
+def _status(operation: str, summary: str, *statuses: int) -> dict[str, Any]:
+    schema = {"type": "object", "required": ["status"], "properties": {"status": {}}}
+    content = {"application/json": {"schema": schema}}
+    responses = {str(s): {"description": summary, "content": content} for s in statuses}
+    return {"operationId": operation, "summary": summary, "responses": responses}

@@ -1,0 +1,1 @@
+"""Where finished images are kept for clients that asked for a URL."""

@@ -1,0 +1,374 @@
+"""The HTTP edge with real HTTP and the real Dispatcher; the Generators draw plain colours.
+
+They make thousands of requests affordable: whatever a client sends, the answer is what the
+OpenAPI document says, and never a 500.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from serve.api.ingress import Ingress
+from serve.api.openai_images import ImageGeneration
+from serve.request import ImageRequest, ImageResult, Progress, Timings
+from serve.settings import Results, Settings
+
+from ..in_process import Handle, a_dispatcher
+from .conftest import free_port
+
+GENERATE = "/v1/images/generations"
+
+
+class Painter:
+    """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow"."""
+
+    takes_s = 0.5
+
+    async def generate(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
+        yield Progress(step=0, num_inference_steps=request.num_inference_steps)
+        if request.prompt == "slow":
+            await asyncio.sleep(self.takes_s)
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, request.output_format)
+        yield ImageResult(
+            image=file.getvalue(),
+            seed=request.seed,
+            precision="fp8",
+            emulated=True,
+            timings=Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0),
+        )
+
+
+class Edge:
+    """An Ingress behind uvicorn, in a thread of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.port = settings, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server: uvicorn.Server
+        self.ingress: Ingress
+        self.loop: asyncio.AbstractEventLoop
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        application = self.settings.application()
+        pools = [m.pool_name(p) for m in application.models for p in m.pools]
+        dispatcher = a_dispatcher(*pools, max_queued=100)
+        for pool in pools:
+            await dispatcher.report_replica(pool, "r", 4)
+        ingress = Ingress.__new__(Ingress)
+        await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
+            application.model_dump(mode="json"),
+            Handle(dispatcher),
+            {pool: Handle(Painter()) for pool in pools},
+        )
+        self.ingress = ingress
+        self.tune(self.settings)
+        config = uvicorn.Config(
+            ingress.__serve_build_asgi_app__(), port=self.port, log_level="error", ws="none"
+        )
+        self.server = uvicorn.Server(config)
+        heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
+        await self.server.serve()
+        heartbeat.cancel()
+
+    async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
+        while True:
+            for pool in pools:
+                await dispatcher.report_replica(pool, "r", 4)
+            await asyncio.sleep(1)
+
+    def tune(self, settings: Settings, *, draining: bool = False) -> None:
+        self.ingress.reconfigure(settings.tuning(draining=draining).model_dump(mode="json"))
+
+
+@pytest.fixture(scope="module")
+def edge(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    folder = str(tmp_path_factory.mktemp("data"))
+    edge = Edge(laptop.model_copy(update={"data_folder": folder}))
+    edge.thread.start()
+    deadline = time.monotonic() + 10
+    while not (getattr(edge, "server", None) and edge.server.started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield edge
+    edge.server.should_exit = True
+    edge.thread.join(10)
+
+
+@pytest.fixture
+def client(edge: Edge) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=edge.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def tuned(edge: Edge) -> Iterator[Any]:
+    def tune(**changes: object) -> None:
+        edge.tune(edge.settings.model_copy(update=changes))
+
+    yield tune
+    edge.tune(edge.settings)
+
+
+# -- whatever a client sends ----------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec="utf-8")) | st.sampled_from(["\x00", "夜 🌕", "x" * 40_000])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+PLAUSIBLE = {
+    "model": st.sampled_from(["landscapes", "sdxl", "", None]),
+    "n": st.integers(-1, 6) | st.just(10**30),
+    "size": st.sampled_from(["64x64", "auto", "65x64", "0x0", "99999x16", "x", "64X64", "６４x64"]),
+    "seed": st.integers(-1, 2**64),
+    "num_inference_steps": st.integers(-1, 200),
+    "guidance_scale": st.floats(),
+    "precision": st.sampled_from(["auto", "fp8", "fp16", "fp4"]),
+    "output_format": st.sampled_from(["png", "jpeg", "webp", "gif"]),
+    "output_compression": st.integers(-1, 101),
+    "response_format": st.sampled_from(["url", "b64_json", "x"]),
+    "timeout_s": st.floats(),
+    "promt": st.just("x"),
+}
+FIELDS = st.sampled_from([*ImageGeneration.model_fields, "extra", ""]) | TEXT
+BODIES = (
+    st.fixed_dictionaries({"prompt": st.just("a hill") | TEXT}, optional=PLAUSIBLE).map(json.dumps)
+    | st.dictionaries(FIELDS, JSON, max_size=5).map(json.dumps)
+    | JSON.map(json.dumps)
+    | st.text().map(lambda text: '{"prompt": "' + text)
+    | st.sampled_from(
+        [
+            '{"prompt": "\\ud800"}',
+            '{"prompt": "x", "seed": ' + "9" * 5000 + "}",
+            '{"prompt": "x", "guidance_scale": NaN}',
+            '{"prompt": "x", "guidance_scale": 1e999}',
+            '{"prompt": "x", "prompt": 1}',
+            "[" * 100_000,
+            '{"a":' * 50_000,
+        ]
+    )
+).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=50)
+
+
+def test_2000_bodies_get_an_image_or_an_explanation(edge: Edge) -> None:
+    seen: dict[int, int] = {}
+    with httpx.Client(base_url=edge.url, timeout=10) as client:
+
+        @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(BODIES)
+        def throw(body: bytes) -> None:
+            answer = client.post(GENERATE, content=body)
+            seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+            if answer.status_code == 200:
+                assert answer.json()["data"]
+            else:
+                assert answer.status_code in (400, 404, 504), answer.text
+                assert answer.json()["error"]["message"]
+
+        throw()
+    assert sum(seen.values()) >= 2000
+    assert seen[200] > 50, seen  # the well-formed ones are served
+    assert seen[400] > 500, seen
+
+
+# -- the OpenAPI document -------------------------------------------------------------------------
+
+CONFORMS = [
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+    unsupported_method,
+]
+
+
+def test_answers_are_what_the_openapi_document_says(edge: Edge) -> None:
+    document = schemathesis.openapi.from_url(f"{edge.url}/openapi.json")
+    operations = [operation.ok() for operation in document.get_all_operations()]
+    assert len(operations) == 6
+    statuses = set()
+    for operation in operations:
+        # Only a body can be wrong; the other routes take any text.
+        has_body = operation.method == "post"
+        for mode in GenerationMode if has_body else [GenerationMode.POSITIVE]:
+
+            @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(operation.as_strategy(generation_mode=mode))
+            def call(case: Any) -> None:
+                answer = case.call_and_validate(checks=CONFORMS)
+                assert answer.status_code != 500  # a 504 is right where a timeout_s is tiny
+                statuses.add(answer.status_code)
+
+            call()
+    assert statuses >= {200, 400, 403, 404}, statuses
+
+
+def test_the_document_names_every_field_and_route(client: httpx.Client, edge: Edge) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["components"]["schemas"]["ImageGeneration"]
+    assert body["properties"].keys() == ImageGeneration.model_fields.keys()
+    assert body["additionalProperties"] is False
+    routes = {r.path for r in edge.ingress.__serve_build_asgi_app__().routes}  # type: ignore[attr-defined]
+    assert document["paths"].keys() == routes - {"/", "/openapi.json"}
+
+
+# -- limits, ids, deadlines -----------------------------------------------------------------------
+
+
+def test_a_body_may_have_a_megabyte(client: httpx.Client) -> None:
+    def post(size: int) -> int:
+        return client.post(
+            GENERATE, content=b'{"prompt":"x"' + b" " * (size - 14) + b"}"
+        ).status_code
+
+    assert post(1_000_000) == 200
+    assert post(1_000_001) == 413
+
+
+def test_a_request_id_is_in_use_until_its_answer(client: httpx.Client, edge: Edge) -> None:
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=edge.url) as client:
+            slow, quick = {"prompt": "slow", "n": 2}, {"prompt": "x"}
+            first = asyncio.create_task(client.post(GENERATE, json=slow, headers=headers))
+            await asyncio.sleep(0.2)
+            second = await client.post(GENERATE, json=quick, headers=headers)
+            return [await first, second, await client.post(GENERATE, json=quick, headers=headers)]
+
+    headers = {"x-request-id": "mine.1"}
+    first, second, third = asyncio.run(main())
+    assert [a.status_code for a in (first, second, third)] == [200, 409, 200]
+    assert second.json()["error"]["code"] == "request_id_in_use"
+    assert second.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("given", ["a b", "x" * 65, "", "é"])
+def test_unsafe_request_ids_are_refused(client: httpx.Client, given: str) -> None:
+    headers = {"x-request-id": given.encode("latin-1")}
+    answer = client.post(GENERATE, json={"prompt": "x"}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-id")
+
+
+def test_a_deadline_that_passes_is_504_and_frees_the_slots(client: httpx.Client) -> None:
+    began = time.perf_counter()
+    for _ in range(8):  # both pools have 4 slots
+        answer = client.post(GENERATE, json={"prompt": "slow", "timeout_s": 0.05})
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        assert "0.05 s" in answer.json()["error"]["message"]
+    assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
+    assert time.perf_counter() - began < 8 * Painter.takes_s
+
+
+def test_any_authorization_passes(client: httpx.Client) -> None:
+    for value in ("Bearer x", "Bearer", "Basic eA==", "nonsense"):
+        headers = {"authorization": value}
+        assert client.post(GENERATE, json={"prompt": "x"}, headers=headers).status_code == 200
+
+
+# -- tuning ---------------------------------------------------------------------------------------
+
+
+def test_unknown_fields_pass_where_the_settings_say_so(client: httpx.Client, tuned: Any) -> None:
+    body = {"prompt": "x", "sampler": "ddim"}
+    assert client.post(GENERATE, json=body).status_code == 400
+    tuned(ignore_unknown_fields=True)
+    answer = client.post(GENERATE, json=body)
+    assert (answer.status_code, answer.headers["x-octet-ignored"]) == (200, "sampler")
+    answer = client.post(GENERATE, json={"prompt": "x", "a\nb": 1, "é": 2})
+    assert answer.headers["x-octet-ignored"] == "a%0Ab, %C3%A9"
+    assert "x-octet-ignored" not in client.post(GENERATE, json={"prompt": "x"}).headers
+
+
+def test_a_draining_ingress_finishes_what_it_has(edge: Edge, client: httpx.Client) -> None:
+    async def main() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=edge.url) as client:
+            slow = asyncio.create_task(client.post(GENERATE, json={"prompt": "slow"}))
+            await asyncio.sleep(0.2)
+            edge.tune(edge.settings, draining=True)
+            return await slow
+
+    try:
+        assert client.get("/ready").status_code == 200
+        assert asyncio.run(main()).status_code == 200
+        refused = client.post(GENERATE, json={"prompt": "x"})
+        assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "true")
+        ready = client.get("/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        assert client.get("/health").status_code == 200
+    finally:
+        edge.tune(edge.settings)
+
+
+# -- results as URLs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_url_is_read_as_the_image_it_is(client: httpx.Client, kind: str) -> None:
+    body = {"prompt": "x", "n": 2, "response_format": "url", "output_format": kind}
+    items = client.post(GENERATE, json=body).json()["data"]
+    assert len({item["url"] for item in items}) == 2
+    for item in items:
+        assert "b64_json" not in item
+        answer = client.get(item["url"])
+        assert answer.headers["content-type"] == f"image/{kind}"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
+        assert client.head(item["url"]).status_code == 200
+
+
+def test_links_that_were_changed_or_expired_are_403(client: httpx.Client, tuned: Any) -> None:
+    body = {"prompt": "x", "response_format": "url"}
+    url = client.post(GENERATE, json=body).json()["data"][0]["url"]
+    for bad in (url + "0", url.replace("expires=1", "expires=2"), url.partition("?")[0]):
+        answer = client.get(bad)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "link_invalid")
+    tuned(results=Results(link_expires_s=1))
+    url = client.post(GENERATE, json=body).json()["data"][0]["url"]
+    assert client.get(url).status_code == 200
+    time.sleep(2.1)
+    assert client.get(url).status_code == 403
+
+
+def test_links_lead_to_the_public_address(client: httpx.Client, edge: Edge, tuned: Any) -> None:
+    body = {"prompt": "x", "response_format": "url"}
+    tuned(public_url="https://images.example/octet")
+    url = client.post(GENERATE, json=body).json()["data"][0]["url"]
+    assert url.startswith("https://images.example/octet/v1/files/")
+    assert client.get(url.removeprefix("https://images.example/octet")).status_code == 200
+
+
+def test_an_image_that_cannot_be_kept_is_503(edge: Edge, client: httpx.Client) -> None:
+    images = Path(str(edge.settings.data_folder)) / "images"
+    images.rename(images.with_name("away"))
+    try:
+        answer = client.post(GENERATE, json={"prompt": "x", "response_format": "url"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
+    finally:
+        images.with_name("away").rename(images)
