@@ -52,11 +52,12 @@ def serve_config(settings: Settings, *, draining: bool = False) -> dict[str, Any
 
 
 class Running:
-    """An application on its Ray; only `running` makes one."""
+    """The application on the Ray that this process is connected to."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.url = f"http://{settings.http.host}:{settings.http.port}"
+        self._deploy()
 
     def apply(self, settings: Settings) -> None:
         """Bring it to other settings; returns before it is there.
@@ -68,8 +69,34 @@ class Running:
             raise SettingsError("http: a change needs a restart")
         if settings.data_folder is None:
             settings = settings.model_copy(update={"data_folder": self.settings.data_folder})
-        _deploy(settings)
         self.settings = settings
+        self._deploy()
+
+    def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Until every pool that a node can hold has a replica; `tell` hears what is awaited.
+
+        Raises `LaunchError` with the message of a deployment that fails.
+        """
+        from ray import serve
+
+        while True:
+            application = serve.status().applications.get(APPLICATION)
+            if application is not None:
+                failed = _failed(application)
+                if failed:
+                    raise LaunchError("\n".join(failed))
+                if application.status == "RUNNING":
+                    pools = self._dispatcher().pools.remote().result(timeout_s=ANSWER_S)
+                    awaited = [f"Generator-{p}" for p, s in pools.items() if not s["replicas"]]
+                    if not any(s["placeable"] and not s["replicas"] for s in pools.values()):
+                        if awaited:
+                            tell(f"no node can hold {', '.join(awaited)}: going on without")
+                        return
+                else:
+                    states = application.deployments.items()
+                    awaited = [name for name, d in states if d.status != "HEALTHY"]
+                tell("waiting for " + (", ".join(awaited) or "the application"))
+            time.sleep(POLL_S)
 
     def drain(self) -> None:
         """Refuse new images; returns when the others are answered, or after `drain_timeout_s`.
@@ -82,13 +109,27 @@ class Running:
 
         deadline = time.monotonic() + self.settings.drain_timeout_s
         try:
-            _deploy(self.settings, draining=True)
-            dispatcher = serve.get_deployment_handle("Dispatcher", APPLICATION)
-            while dispatcher.load.remote().result(ANSWER_S) and time.monotonic() < deadline:
+            self._deploy(draining=True)
+            while self._dispatcher().load.remote().result(timeout_s=ANSWER_S):
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(POLL_S)
             serve.delete(APPLICATION)  # waits for the responses that are still being written
         except (RayError, RayServeException, TimeoutError) as error:
             raise LaunchError(f"cannot drain: {type(error).__name__}") from error
+
+    def _deploy(self, *, draining: bool = False) -> None:
+        # What `serve run` does; Serve has no public call for it without its dashboard.
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        config = ServeDeploySchema.model_validate(serve_config(self.settings, draining=draining))
+        _get_global_client().deploy_apps(config)
+
+    def _dispatcher(self) -> Any:
+        from ray import serve
+
+        return serve.get_deployment_handle("Dispatcher", APPLICATION)
 
 
 @contextlib.contextmanager
@@ -116,9 +157,9 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         try:
             tell("starting Ray")
             _start(settings, folder)
-            _deploy(settings)
-            _wait(tell)
-            yield Running(settings)
+            octet = Running(settings)
+            octet.wait(tell)
+            yield octet
         finally:
             tell("stopping")
             ray.shutdown()  # the whole Ray is ours: with it end Serve and every replica
@@ -151,45 +192,16 @@ def _start(settings: Settings, folder: str) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in its place
 
 
-def _deploy(settings: Settings, *, draining: bool = False) -> None:
-    # What `serve run` does; Serve has no public call for it without its dashboard.
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
-    config = ServeDeploySchema.model_validate(serve_config(settings, draining=draining))
-    _get_global_client().deploy_apps(config)
-
-
-def _wait(tell: Callable[[str], None]) -> None:
-    """Until every pool that a node can hold has a replica.
-
-    Raises `LaunchError` with the message of a deployment that fails.
-    """
-    from ray import serve
-
-    while True:
-        application = serve.status().applications.get(APPLICATION)
-        if application is not None:
-            deployments = application.deployments
-            failed = [
-                f"{name}: {_reason(d.message)}"
-                for name, d in deployments.items()
-                if d.status in ("DEPLOY_FAILED", "UNHEALTHY")
-            ]
-            if application.status == "DEPLOY_FAILED" or failed:
-                raise LaunchError("\n".join(failed) or _reason(application.message))
-            if application.status == "RUNNING":
-                dispatcher = serve.get_deployment_handle("Dispatcher", APPLICATION)
-                pools = dispatcher.pools.remote().result(ANSWER_S)
-                awaited = [f"Generator-{p}" for p, s in pools.items() if not s["replicas"]]
-                if not any(s["placeable"] and not s["replicas"] for s in pools.values()):
-                    if awaited:
-                        tell(f"no node can hold {', '.join(awaited)}: going on without")
-                    return
-            else:
-                awaited = [name for name, d in deployments.items() if d.status != "HEALTHY"]
-            tell("waiting for " + (", ".join(awaited) or "the application"))
-        time.sleep(POLL_S)
+def _failed(application: Any) -> list[str]:
+    """What Ray Serve says of the deployments that do not come up."""
+    failed = [
+        f"{name}: {_reason(d.message)}"
+        for name, d in application.deployments.items()
+        if d.status in ("DEPLOY_FAILED", "UNHEALTHY")
+    ]
+    if not failed and application.status == "DEPLOY_FAILED":
+        return [_reason(application.message)]
+    return failed
 
 
 def _reason(message: str) -> str:

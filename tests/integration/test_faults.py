@@ -1,0 +1,139 @@
+"""What users see when a process is killed, and when settings change under load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve.dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
+from serve.launch import Running
+
+GENERATE = "/v1/images/generations"
+QUICK = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield client
+
+
+def wait_for(truth: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.2)
+
+
+def replicas() -> dict[int, str]:
+    """Process id and deployment of each of our replicas."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        match = re.search(r"ServeReplica:octet:([\w-]+)", " ".join(process.cmdline()))
+        if match:
+            found[process.pid] = match[1]
+    return found
+
+
+def kill(deployment: str) -> None:
+    (pid,) = [pid for pid, name in replicas().items() if name == deployment]
+    os.kill(pid, signal.SIGKILL)
+
+
+def drawn(client: httpx.Client, request_ids: list[str]) -> Counter[str]:
+    """How often the Generators say that they drew each of these images."""
+    logs = Path(tempfile.gettempdir()).glob("octet-*/session_latest/logs/serve/replica_*.log")
+    lines = "\n".join(log.read_text() for log in logs)
+    found = re.findall(r"drew (\S+)", lines)
+    return Counter(f for f in found if f.partition("/")[0] in request_ids)
+
+
+def test_a_replica_that_dies_in_the_middle_is_replaced(client: httpx.Client) -> None:
+    asked = {"prompt": "dunes at dawn", "num_inference_steps": 60, "precision": "fp16", "seed": 1}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: client.post(GENERATE, json=asked))
+        time.sleep(0.7)
+        kill("Generator-landscapes-fp16")
+        assert answer.result().status_code == 200
+
+    def back() -> bool:
+        pools = client.get("/ready").json()["models"]["landscapes"]
+        return bool(pools["landscapes-fp16"]["replicas"] == 1)
+
+    wait_for(back, 30)
+
+
+def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
+    url: str, client: httpx.Client
+) -> None:
+    ids = [f"kill-{i}" for i in range(22)]
+
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            body = {"prompt": "dunes", "num_inference_steps": 12}
+            work = [
+                asyncio.create_task(client.post(GENERATE, json=body, headers={"x-request-id": id}))
+                for id in ids
+            ]
+            await asyncio.sleep(1)
+            assert sum(task.done() for task in work) <= 2
+            kill("Dispatcher")
+            return list(await asyncio.gather(*work))
+
+    assert [answer.status_code for answer in asyncio.run(main())] == [200] * len(ids)
+    assert drawn(client, ids) == {f"{id}/0": 1 for id in ids}
+
+
+def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Client) -> None:
+    """Its clients lose their connection; those who come after wait a lease's time at most."""
+    long = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+
+    def ask() -> int:
+        return httpx.post(url + GENERATE, json=long, timeout=120).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask) for _ in range(4)]
+        time.sleep(1.5)
+        kill("Ingress")
+        died = time.monotonic()
+        assert all(answer.result() >= 500 for answer in answers)
+
+    def served() -> bool:
+        return client.post(GENERATE, json={**QUICK, "precision": "fp8"}).status_code == 200
+
+    wait_for(served, SESSION_LEASE_S + 10)
+    assert client.post(GENERATE, json={**QUICK, "precision": "fp16"}).status_code == 200
+    assert time.monotonic() - died < SESSION_LEASE_S + 2 * HEARTBEAT_S + 10
+
+
+def test_tuning_reaches_running_replicas(octet: Running, client: httpx.Client) -> None:
+    before, settings = replicas(), octet.settings
+    model = settings.models[0]
+    defaults = model.defaults.model_copy(update={"width": 64, "height": 96})
+    tuned = settings.model_copy(
+        update={
+            "max_body_bytes": 500,
+            "models": (model.model_copy(update={"defaults": defaults}),),
+        }
+    )
+    asked = {"prompt": "dunes", "num_inference_steps": 1}
+    try:
+        octet.apply(tuned)
+        wait_for(lambda: client.post(GENERATE, json=asked).json()["size"] == "64x96", 10)
+        assert client.post(GENERATE, json={"prompt": "x" * 600}).status_code == 413
+    finally:
+        octet.apply(settings)
+    wait_for(lambda: client.post(GENERATE, json=asked).json()["size"] == "128x128", 10)
+    assert replicas() == before
