@@ -1,0 +1,165 @@
+"""The life of a cluster that mixes cards with FP8 and others, over HTTP, with demo replicas.
+
+The cards are fake, so FP8 is emulated; where replicas land, and what clients see while nodes come
+and go, is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from serve.launch import Running
+from serve.settings import load_settings
+
+from ..integration.conftest import ROOT, free_port
+from .conftest import STORE_BYTES
+
+FP8_CARD, ODD_CARD = "H100", "Odd-Card"
+SETTINGS = {
+    "OCTET_MODELS__0__POOLS__0__REPLICAS": "2",
+    "OCTET_MODELS__0__POOLS__0__NUM_GPUS": "0.5",
+    "OCTET_MODELS__0__POOLS__1__NUM_GPUS": "0.5",
+}
+FP8, FP16 = "Generator-landscapes-fp8", "Generator-landscapes-fp16"
+
+
+def add_node(cluster: Any, card: str) -> Any:
+    labels = {"ray.io/accelerator-type": card}
+    return cluster.add_node(num_cpus=1, num_gpus=2, labels=labels, object_store_memory=STORE_BYTES)
+
+
+def die(cluster: Any, node: Any, *deployments: str) -> None:
+    """A node goes as if unplugged: its raylet and all of its replicas at once."""
+    pids = [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if any(f"octet:{name}" in " ".join(process.cmdline()) for name in deployments)
+    ]
+    cluster.remove_node(node, allow_graceful=False)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def landed() -> dict[str, Counter[str]]:
+    """Living Generators: deployment → card of the node → how many."""
+    cards = {
+        node["NodeID"]: node["Labels"].get("ray.io/accelerator-type", "none")
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    found: dict[str, Counter[str]] = {}
+    for actor in ray._private.state.actors().values():
+        name = actor["Name"] or ""
+        if actor["State"] == "ALIVE" and "#Generator-" in name:
+            card = cards.get(actor["Address"]["NodeID"], "gone")
+            found.setdefault(name.split("#")[1], Counter())[card] += 1
+    return found
+
+
+class Client:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def ask(self, precision: str = "auto", steps: int = 1) -> tuple[int, str]:
+        """Status, and what ran or the error's code."""
+        body = {"prompt": "dunes", "num_inference_steps": steps, "precision": precision}
+        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=60)
+        if answer.status_code == 200:
+            return 200, answer.json()["data"][0]["precision"]
+        return answer.status_code, answer.json()["error"]["code"]
+
+    def ready(self) -> httpx.Response:
+        return httpx.get(f"{self.url}/ready", timeout=10)
+
+    def pool(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.ready().json()["models"]["landscapes"][name]
+        return found
+
+
+def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.3)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
+def test_a_mixed_cluster_through_its_life(cluster: Any, folder: Path) -> None:
+    environ = {**SETTINGS, "OCTET_HTTP__PORT": str(free_port())}
+    settings = load_settings(ROOT / "examples" / "laptop.yaml", environ)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.http.host, "port": settings.http.port},
+    )
+    octet, news = Running(settings), []
+
+    # No node can hold any pool: start-up ends all the same, and requests are not swallowed.
+    octet.wait(news.append)
+    assert news[-1] == f"no node can hold {FP8}, {FP16}: going on without"
+    client = Client(octet.url)
+    assert client.ask() == (503, "no_capacity")
+    assert client.ready().status_code == 503
+
+    # A card that is in no table: it counts as having no FP8, and the log says how to label it.
+    odd = add_node(cluster, ODD_CARD)
+    wait_for(lambda: client.pool("landscapes-fp16")["replicas"] == 1)
+    assert client.pool("landscapes-fp8") == {"replicas": 0, "placeable": False}
+    assert client.ready().status_code == 200
+    assert landed() == {FP16: Counter({ODD_CARD: 1})}
+    assert client.ask() == (200, "bf16")
+    assert client.ask("fp8") == (503, "no_capacity")
+    logs = "\n".join(log.read_text() for log in folder.glob("session_*/logs/serve/*Dispatcher*"))
+    assert f"unknown card {ODD_CARD}; it counts as having no FP8" in logs
+    assert "octet/precision=fp8" in logs
+
+    # FP8 comes.
+    fp8_node = add_node(cluster, FP8_CARD)
+    wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
+    assert landed() == {FP8: Counter({FP8_CARD: 2}), FP16: Counter({ODD_CARD: 1})}
+    assert client.ask() == (200, "fp8")
+    assert client.ask("fp16") == (200, "bf16")
+
+    # The FP8 node dies under a request: that one and new ones go on in 16 bit.
+    answers: list[tuple[int, str]] = []
+    under_way = threading.Thread(target=lambda: answers.append(client.ask(steps=100)))
+    under_way.start()
+    time.sleep(1)
+    die(cluster, fp8_node, FP8)
+    assert client.ask() == (200, "bf16")
+    under_way.join()
+    assert answers == [(200, "bf16")]
+    wait_for(lambda: not client.pool("landscapes-fp8")["placeable"], 30)
+    assert client.ask("fp8") == (503, "no_capacity")
+
+    # It comes back.
+    add_node(cluster, FP8_CARD)
+    wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
+    assert client.ask() == (200, "fp8")
+
+    # Only FP8 nodes are left: the 16-bit pool moves to them, because it may.
+    die(cluster, odd, FP16)
+    wait_for(lambda: landed().get(FP16) == Counter({FP8_CARD: 1}))
+    wait_for(lambda: client.ask("fp16") == (200, "bf16"))
+    assert client.ask("fp8") == (200, "fp8")
+
+    # Where it may not, 16 bit is refused in words, and FP8 is served.
+    strict = {"OCTET_MODELS__0__POOLS__1__ALLOW_FP8_NODES": "false"}
+    octet.apply(load_settings(ROOT / "examples" / "laptop.yaml", {**environ, **strict}))
+    wait_for(lambda: client.ask("fp16") == (503, "no_capacity"))
+    wait_for(lambda: landed() == {FP8: Counter({FP8_CARD: 2})})
+    assert client.ask() == (200, "fp8")
