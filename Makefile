@@ -27,6 +27,7 @@ demo-check: install
 test: install .venv/reference
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/faults
 
 check: install
 	$(BIN)/ruff format --check .

@@ -8,6 +8,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -15,9 +18,9 @@ import psutil
 from ray.serve.schema import ServeDeploySchema
 
 from serve.launch import serve_config
-from serve.settings import Settings
+from serve.settings import Application, Settings, Tuning
 
-from .conftest import ROOT, free_port
+from .conftest import DEMO_MODEL, ROOT, free_port
 
 READY_WITHIN_S = 90
 
@@ -26,43 +29,50 @@ def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
     schema = ServeDeploySchema.model_validate(serve_config(laptop))
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
-    rest = {"http": laptop.http.model_dump()}
-    assert Settings.model_validate({**application.args, **rest}) == laptop
+    assert Application.model_validate(application.args) == laptop.application()
+    ingress, dispatcher = application.deployments
+    assert Tuning.model_validate(ingress.user_config) == laptop.tuning()
+    assert dispatcher.user_config == {"max_queued": laptop.max_queued}
 
 
 def octet_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("octet-*"))
 
 
-def test_a_second_demo_starts_answers_and_leaves_nothing(url: str) -> None:
-    """`url` is one Octet; the command starts another, and SIGTERM ends that one alone."""
+def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_path: Path) -> None:
+    """`url` is one Octet; the command starts another, and signals reach that one alone."""
     folders, port = octet_folders(), free_port()
     second = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-c",
-        "from serve.cli import main; main()",
-        "demo",
-        "--port",
-        str(port),
-    ]
+    file = tmp_path / "octet.yaml"
+    settings = (ROOT / "examples" / "laptop.yaml").read_text()
+    settings = settings.replace("../demo/model", str(DEMO_MODEL)).replace("8000", str(port))
+    file.write_text(settings)
+    command = [sys.executable, "-c", "from serve.cli import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with subprocess.Popen(  # noqa: S603 - our own command
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-    ) as demo:
+    long = {"prompt": "the sea at dawn", "num_inference_steps": 40, "precision": "fp16"}
+    with (
+        subprocess.Popen(  # noqa: S603 - our own command
+            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        ) as octet,
+        ThreadPoolExecutor(3) as pool,
+    ):
         try:
-            announced = announcement(demo)
-            answer = httpx.post(
-                f"{second}/v1/images/generations",
-                json={"prompt": "the sea at dawn", "num_inference_steps": 2},
-                timeout=60,
-            )
-            assert answer.status_code == 200
-            processes = psutil.Process(demo.pid).children(recursive=True)
+            announced = announcement(octet)
+            processes = psutil.Process(octet.pid).children(recursive=True)
             assert processes
+
+            file.write_text(f"max_body_bytes: 200\n{settings}")
+            octet.send_signal(signal.SIGHUP)
+            wait_until(lambda: draw(second, {"prompt": "x" * 300}).status_code == 413)
+
+            answers = [pool.submit(draw, second, long) for _ in range(3)]  # one runs, two wait
+            time.sleep(0.5)
+            octet.send_signal(signal.SIGTERM)
+            assert [answer.result().status_code for answer in answers] == [200] * 3
         finally:
-            demo.send_signal(signal.SIGTERM)
-            demo.communicate(timeout=60)
+            octet.send_signal(signal.SIGTERM)
+            octet.communicate(timeout=60)
+    assert octet.returncode == 0
     assert f"Playground: {second}/" in announced
     assert f"curl -s {second}/v1/images/generations" in announced
     gone, alive = psutil.wait_procs(processes, timeout=15)
@@ -70,6 +80,17 @@ def test_a_second_demo_starts_answers_and_leaves_nothing(url: str) -> None:
     assert len(gone) == len(processes)
     assert octet_folders() == folders
     assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
+
+
+def draw(address: str, body: dict) -> httpx.Response:
+    return httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
+
+
+def wait_until(truth: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.2)
 
 
 def announcement(demo: subprocess.Popen[str]) -> str:
