@@ -200,10 +200,9 @@ def shuffled_share(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> 
 def main(seeds: int = 2, precision: str = "fp8") -> None:
     """Draw every prompt with every seed and count; exit code 1 under 90 %."""
     from serve.engine.precision import RECIPES
-    from serve.engine.sd3 import Denoiser, PromptEncoder, Source
+    from serve.engine.sd3 import Denoiser, PromptEncoder
 
-    source = Source(str(MODEL))
-    encoder, denoiser = PromptEncoder(source), Denoiser(source, RECIPES[precision])
+    encoder, denoiser = PromptEncoder(MODEL), Denoiser(MODEL, RECIPES[precision])
     pictures, scenes, wrong = [], [], []
     for seed in range(seeds):
         for prompt, scene in track(scene_prompts(), description=f"seed {seed}"):

@@ -20,10 +20,9 @@ HOURS, CELL_PX, GAP_PX = 4, 128, 4
 def main(out: Path = SHEET, seed: int = 1, model: Path = MODEL) -> None:
     """One column per place, one row per hour; the seed is the same throughout."""
     from serve.engine.precision import RECIPES
-    from serve.engine.sd3 import Denoiser, PromptEncoder, Source
+    from serve.engine.sd3 import Denoiser, PromptEncoder
 
-    source = Source(str(model))
-    encoder, denoiser = PromptEncoder(source), Denoiser(source, RECIPES["fp8"])
+    encoder, denoiser = PromptEncoder(model), Denoiser(model, RECIPES["fp8"])
     prompts = [p for p, scene in scene_prompts() if not scene.extras][: 7 * HOURS]
     pitch = CELL_PX + GAP_PX
     sheet = Image.new("RGB", (7 * pitch - GAP_PX, HOURS * pitch - GAP_PX), "white")

@@ -52,7 +52,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             num_replicas=encoder.replicas,
             max_ongoing_requests=UNBOUNDED,
             ray_actor_options=encoder.ray_actor_options,
-        ).bind(encoder.model_dump(mode="json"))
+        ).bind(encoder.model_dump(mode="json"), settings.models_folder)
         for encoder in settings.text_encoders
     }  # fmt: skip
     generators = {
@@ -71,6 +71,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             model.model_dump(mode="json"),
             pool.model_dump(mode="json"),
             settings.emulate_fp8,
+            settings.models_folder,
             text_encoders[model.text_encoder],
             dispatcher,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from .engine.checkpoint import CheckpointError, node_folder, on_this_node, size_bytes
+from .engine.checkpoint import pull as fetch
 from .launch import LaunchError, Running, running
-from .settings import Settings, SettingsError, load_settings
+from .settings import Model, Settings, SettingsError, Source, load_settings
 
 STOP = signal.SIGINT, signal.SIGTERM
 DEMO_SETTINGS = Path(__file__).parent.parent / "examples" / "laptop.yaml"
@@ -27,6 +30,7 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see examples/.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (YAML).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -35,7 +39,7 @@ def readable_errors(debug: bool) -> Iterator[None]:
     """Errors that we foresee in one line each, exit code 1."""
     try:
         yield
-    except (SettingsError, LaunchError) as error:
+    except (SettingsError, LaunchError, CheckpointError) as error:
         if debug:
             raise
         console.print(f"octet: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -62,6 +66,73 @@ def demo(
         _serve(lambda: load_settings(DEMO_SETTINGS, environ))
 
 
+@app.command()
+def models(config: ConfigFile, debug: Debug = False) -> None:
+    """List the models that CONFIG serves, and whether this node has their weights."""
+    with readable_errors(debug):
+        settings = load_settings(config)
+        table = Table("model", "part", Column("weights", overflow="fold"), "on this node")
+        for model in settings.models:
+            for part, source in _sources(settings, model).items():
+                folder = node_folder(source, settings.models_folder)
+                there = on_this_node(source, settings.models_folder)
+                size = f"{size_bytes(folder) / 2**30:.2f} GiB" if there else "no: octet pull"
+                revision = f"@{source.revision[:8]}" if source.revision else ""
+                table.add_row(model.id, part, source.location + revision, size)
+        Console().print(table)
+
+
+@app.command()
+def pull(
+    model: Annotated[
+        str | None, typer.Argument(help="HUB/ID@REVISION, or the id of a model in --config.")
+    ] = None,
+    config: ConfigOption = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch weights from the hub into this node's models folder, so that replicas start fast."""
+    with readable_errors(debug):
+        settings = load_settings(config) if config else None
+        models_folder = settings.models_folder if settings else None
+        if settings and model is None:
+            sources = {s for m in settings.models for s in _sources(settings, m).values()}
+        elif settings and model in (served := {m.id: m for m in settings.models}):
+            sources = set(_sources(settings, served[model]).values())
+        elif model:
+            sources = {_source(model)}
+        else:
+            raise SettingsError("which MODEL? Name one, or a settings file with --config")
+        for source in sorted(sources, key=lambda s: s.location):
+            folder = fetch(source, models_folder)
+            gib = size_bytes(folder) / 2**30
+            console.print(f"{source.location}: {gib:.2f} GiB in {folder}", highlight=False)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, or HUB/ID@REVISION.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    models_folder: Annotated[
+        str | None, typer.Option(help="Where this node keeps what it pulls.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write an FP8 checkpoint of MODEL to OUT, which then loads alone and faster."""
+    with readable_errors(debug):
+        folder = fetch(_source(model), models_folder)
+        with console.status("quantising"):
+            from .engine.fp8_checkpoint import compare, quantize
+
+            began = time.perf_counter()
+            quantize(folder, out)
+            took_s = time.perf_counter() - began
+            rows = compare(folder, out)
+    table = Table("", "16-bit", "FP8", title=f"{out}: written in {took_s:.1f} s")
+    for name, before, after in rows:
+        table.add_row(name, before, after)
+    Console().print(table)
+
+
 @app.command("check-config")
 def check_config(config: ConfigFile, debug: Debug = False) -> None:
     """Check CONFIG and the OCTET_* overrides without starting anything."""
@@ -80,6 +151,27 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
             table.add_row(*map(str, row))
     Console().print(table)
     console.print(f"{config}: ok", style="green", highlight=False)
+
+
+def _sources(settings: Settings, model: Model) -> dict[str, Source]:
+    """Where the weights of a model's parts come from."""
+    (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
+    pools = {f"pool {pool.precision}": pool.source or model.source for pool in model.pools}
+    return {**pools, f"text encoder {encoder.id}": encoder.source}
+
+
+def _source(model: str) -> Source:
+    """A folder or HUB/ID@REVISION. Raises `SettingsError`."""
+    location, _, revision = model.partition("@")
+    if Path(model).is_dir():
+        location, revision = str(Path(model).resolve()), ""
+    try:
+        return Source(location=location, revision=revision or None)
+    except ValueError:
+        raise SettingsError(
+            f"'{model}' is neither a folder nor HUB/ID@REVISION with the 40 hexadecimal digits of "
+            "a commit"
+        ) from None
 
 
 def _serve(read: Callable[[], Settings]) -> None:

@@ -180,13 +180,18 @@ class Model(ServedModel, ModelTuning):
 
 
 class Application(Frozen):
-    """The arguments of `serve.app.build`."""
+    """The arguments of `serve.app.build`.
+
+    `models_folder`: where a node keeps what it pulls from the hub; `data_folder`: where images for
+    URLs are kept.
+    """
 
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
     text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
     emulate_fp8: bool = False
     ingress: Resources = Resources(num_cpus=0.5)
     dispatcher_num_cpus: Share = 0.5
+    models_folder: str | None = None
     data_folder: str | None = None
     drain_timeout_s: PositiveFloat = 300.0
 

@@ -26,9 +26,10 @@ from ..dispatch.dispatcher import HEARTBEAT_S
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..request import ImageRequest, ImageResult, Progress, Timings
 from ..settings import Pool, ServedModel
+from .checkpoint import open_checkpoint
 from .image_file import encode_image
 from .precision import RECIPES, Recipe
-from .sd3 import Denoiser, PromptEmbeds, Source, to_pixels
+from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds, to_pixels
 
 log = logging.getLogger("ray.serve")
 
@@ -57,10 +58,12 @@ class Generator:
         model: dict[str, Any],
         pool: dict[str, Any],
         emulate_fp8: bool,
+        models_folder: str | None,
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
+        self._models_folder = models_folder
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
         found = capability(probe(), allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
@@ -133,8 +136,9 @@ class Generator:
 
     def _load(self) -> Denoiser:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        source = Source(self._model.source.location, self._model.source.revision)
-        return Denoiser(source, self._recipe, device)
+        source = self._pool.source or self._model.source
+        folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
+        return Denoiser(folder, self._recipe, device)
 
     def _denoise(
         self, request: ImageRequest, embeds: PromptEmbeds, cancelled: threading.Event

@@ -5,14 +5,15 @@ a server needs it cut: text apart from pictures, and one denoising step at a tim
 may each be at their own step, with their own guidance. The pipeline is the oracle in the tests
 and is never called here.
 
-Weights come from a local folder or from a hub id with a pinned revision, in diffusers' layout;
-safetensors only, never remote code.
+Weights come from a checkpoint folder: see `serve.engine.checkpoint`; safetensors only, never remote
+code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,26 +27,17 @@ from diffusers import (
 from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from . import fp8_checkpoint
+from .checkpoint import CheckpointError
 from .noise_schedule import TRAIN_STEPS, sigmas
 from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8
 
 VAE_FACTOR = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model's files are: a folder, or a hub id with the commit that was tested."""
-
-    location: str
-    revision: str | None = None
-
-    def of(self, component: str) -> dict[str, str | None]:
-        """Arguments of `from_pretrained` for one component."""
-        return {
-            "pretrained_model_name_or_path": self.location,
-            "subfolder": component,
-            "revision": self.revision,
-        }
+DENOISER_COMPONENTS = "transformer", "vae", "scheduler"
+ENCODER_COMPONENTS = (
+    *("text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +58,18 @@ class PromptEncoder:
     @torch.inference_mode()
     def __init__(
         self,
-        source: Source,
+        folder: Path,
         recipe: EncoderRecipe = ENCODER_RECIPES["fp32"],
         device: str = "cpu",
     ) -> None:
         self.device = device
-        index = DiffusionPipeline.load_config(source.location, revision=source.revision)
+        index = DiffusionPipeline.load_config(folder)
         self.clip_tokenizers = [
-            CLIPTokenizer.from_pretrained(**source.of(part))
-            for part in ("tokenizer", "tokenizer_2")
+            CLIPTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2")
         ]
         self.clips = [
             CLIPTextModelWithProjection.from_pretrained(
-                **source.of(part), use_safetensors=True, dtype=recipe.dtype
+                folder / part, use_safetensors=True, dtype=recipe.dtype
             )
             .to(device)
             .eval()
@@ -86,14 +77,9 @@ class PromptEncoder:
         ]
         self.t5, self.t5_tokenizer = None, None
         if index.get("text_encoder_3", [None])[0] is not None:
-            self.t5_tokenizer = T5Tokenizer.from_pretrained(**source.of("tokenizer_3"))
-            self.t5 = T5EncoderModel.from_pretrained(
-                **source.of("text_encoder_3"), use_safetensors=True, dtype=recipe.dtype
-            ).eval()
-            if recipe.t5_stored_in_fp8:
-                store_in_fp8(self.t5)
-            self.t5.to(device)
-        joint = SD3Transformer2DModel.load_config(**source.of("transformer"))
+            self.t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_3")
+            self.t5 = _load_t5(folder, recipe).to(device)
+        joint = SD3Transformer2DModel.load_config(folder / "transformer")
         self.joint_width = int(joint["joint_attention_dim"])
 
     @torch.inference_mode()
@@ -157,17 +143,15 @@ class Denoiser:
     """Transformer and VAE of one model in one precision, on one device."""
 
     @torch.inference_mode()
-    def __init__(self, source: Source, recipe: Recipe, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, recipe: Recipe, device: str = "cpu") -> None:
+        """Raises `CheckpointError` if the checkpoint is not made for the recipe."""
         self.recipe, self.device = recipe, device
-        self.transformer: Any = SD3Transformer2DModel.from_pretrained(
-            **source.of("transformer"), use_safetensors=True, torch_dtype=recipe.dtype
-        )
-        apply_recipe(self.transformer, recipe, device).eval()
+        self.transformer = _load_transformer(folder, recipe, device)
         self.vae: Any = AutoencoderKL.from_pretrained(
-            **source.of("vae"), use_safetensors=True, torch_dtype=recipe.vae_dtype
+            folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
         self.vae.to(device).eval()
-        schedule = FlowMatchEulerDiscreteScheduler.load_config(**source.of("scheduler"))
+        schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
         self.shift = float(schedule["shift"])
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
 
@@ -229,3 +213,27 @@ def to_pixels(picture: torch.Tensor) -> NDArray[np.uint8]:
     """Pixels (height_px, width_px, 3) of a decoded picture (3, height_px, width_px)."""
     levels = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
     return levels.permute(1, 2, 0).cpu().numpy()
+
+
+def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
+    if recipe.fp8_linears:
+        return fp8_checkpoint.load_transformer(folder, device)
+    if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.TRANSFORMER):
+        raise CheckpointError(f"{folder} holds FP8 weights: {recipe.name} needs the original")
+    transformer = SD3Transformer2DModel.from_pretrained(
+        folder / "transformer", use_safetensors=True, torch_dtype=recipe.dtype
+    )
+    return apply_recipe(transformer, recipe, device).eval()
+
+
+def _load_t5(folder: Path, recipe: EncoderRecipe) -> Any:
+    if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.T5):
+        if not recipe.t5_stored_in_fp8:
+            raise CheckpointError(f"{folder} holds T5 in FP8: {recipe.name} needs the original")
+        return fp8_checkpoint.load_t5(folder, recipe.dtype)
+    t5 = T5EncoderModel.from_pretrained(
+        folder / "text_encoder_3", use_safetensors=True, dtype=recipe.dtype
+    ).eval()
+    if recipe.t5_stored_in_fp8:
+        store_in_fp8(t5)
+    return t5

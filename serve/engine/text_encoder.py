@@ -11,16 +11,18 @@ import torch
 from cluster.capability import capability, probe
 
 from ..settings import Encoder
+from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES
-from .sd3 import PromptEmbeds, PromptEncoder, Source
+from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
 
 
 class TextEncoder:
     """One thread owns the encoders; the event loop only waits for it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self, encoder: dict[str, Any]
+        self, encoder: dict[str, Any], models_folder: str | None
     ) -> None:
+        self._models_folder = models_folder
         settings = Encoder.model_validate(encoder)
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
         self._encoder = await asyncio.get_running_loop().run_in_executor(
@@ -35,9 +37,9 @@ class TextEncoder:
 
     def _load(self, settings: Encoder) -> PromptEncoder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        source = Source(settings.source.location, settings.source.revision)
+        folder = open_checkpoint(settings.source, self._models_folder, ENCODER_COMPONENTS)
         recipe = ENCODER_RECIPES[settings.precision].on(capability(probe()).sixteen_bit)
-        return PromptEncoder(source, recipe, device)
+        return PromptEncoder(folder, recipe, device)
 
     def _encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
         embeds = self._encoder.encode_prompts(prompts, max_sequence_length)

@@ -7,15 +7,13 @@ import torch
 
 from demo.check import MODEL, draw, scene_prompts, shows, shuffled_share
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, PromptEncoder, Source
-
-SOURCE = Source(str(MODEL))
+from serve.engine.sd3 import Denoiser, PromptEncoder
 
 
 @pytest.fixture(scope="module")
 def operations() -> tuple[PromptEncoder, Denoiser]:
     torch.set_flush_denormal(True)
-    return PromptEncoder(SOURCE), Denoiser(SOURCE, RECIPES["fp8"])
+    return PromptEncoder(MODEL), Denoiser(MODEL, RECIPES["fp8"])
 
 
 def test_twelve_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:

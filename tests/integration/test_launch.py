@@ -17,6 +17,7 @@ import httpx
 import psutil
 from ray.serve.schema import ServeDeploySchema
 
+from serve.engine.fp8_checkpoint import quantize
 from serve.launch import serve_config
 from serve.settings import Application, Settings, Tuning
 
@@ -46,6 +47,11 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     file = tmp_path / "octet.yaml"
     settings = (ROOT / "examples" / "laptop.yaml").read_text()
     settings = settings.replace("../demo/model", str(DEMO_MODEL)).replace("8000", str(port))
+    fp8 = tmp_path / "fp8"  # its FP8 pool loads what `octet quantize` makes
+    quantize(DEMO_MODEL, fp8)
+    plain = "{ precision: fp8, "
+    assert plain in settings
+    settings = settings.replace(plain, f"{plain}source: {{ location: {fp8} }}, ")
     file.write_text(settings)
     command = [sys.executable, "-c", "from serve.cli import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -64,6 +70,9 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
             file.write_text(f"max_body_bytes: 200\n{settings}")
             octet.send_signal(signal.SIGHUP)
             wait_until(lambda: draw(second, {"prompt": "x" * 300}).status_code == 413)
+
+            drawn = draw(second, {"prompt": "the sea at dawn", "precision": "fp8"})
+            assert drawn.json()["data"][0]["precision"] == "fp8"
 
             answers = [pool.submit(draw, second, long) for _ in range(3)]  # one runs, two wait
             time.sleep(0.5)

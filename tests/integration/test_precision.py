@@ -23,7 +23,7 @@ from serve.engine.precision import (
     stays_16_bit,
     store_in_fp8,
 )
-from serve.engine.sd3 import PromptEncoder, Source
+from serve.engine.sd3 import PromptEncoder
 
 from .conftest import DEMO_MODEL, ROOT
 
@@ -171,11 +171,10 @@ def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
 
 
 def test_text_encoders_run_with_t5_in_fp8_and_without_bfloat16_in_float32() -> None:
-    source = Source(str(DEMO_MODEL))
-    exact = PromptEncoder(source).encode_prompts(["a city at night"], 32)
+    exact = PromptEncoder(DEMO_MODEL).encode_prompts(["a city at night"], 32)
     recipe = ENCODER_RECIPES["t5-quanto"]
     for sixteen_bit, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float32)):
-        found = PromptEncoder(source, recipe.on(sixteen_bit)).encode_prompts(
+        found = PromptEncoder(DEMO_MODEL, recipe.on(sixteen_bit)).encode_prompts(
             ["a city at night"], 32
         )
         assert found.tokens.dtype is dtype

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, Denoising, PromptEncoder, Source
+from serve.engine.sd3 import Denoiser, Denoising, PromptEncoder
 
 from .conftest import DEMO_MODEL
 
@@ -23,8 +23,7 @@ class Both:
     """One model, loaded by us and by diffusers, float32 on the CPU."""
 
     def __init__(self, folder: Path, **absent: None) -> None:
-        source = Source(str(folder))
-        self.encoder, self.denoiser = PromptEncoder(source), Denoiser(source, RECIPES["fp32"])
+        self.encoder, self.denoiser = PromptEncoder(folder), Denoiser(folder, RECIPES["fp32"])
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
 

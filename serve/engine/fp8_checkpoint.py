@@ -1,0 +1,140 @@
+"""FP8 checkpoints: quantised once by `octet quantize`, loaded without the 16-bit weights.
+
+The transformer's `Fp8Linear` layers and T5 as quanto stores it go into plain safetensors; every
+other component is copied, so the folder loads alone. A component's config names a quantisation
+method that diffusers and transformers do not know: they refuse it instead of drawing noise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, T5EncoderModel
+from transformers.utils import logging
+
+from .checkpoint import CheckpointError, size_bytes, write_manifest
+from .precision import RECIPES, apply_recipe, store_in_fp8
+
+logging.disable_progress_bar()  # it would write lines into every replica's log
+
+TRANSFORMER, T5 = "transformer", "text_encoder_3"
+METHODS = {TRANSFORMER: "octet-fp8-rowwise", T5: "octet-quanto-fp8"}
+WEIGHTS = "fp8.safetensors"
+QUANTO_MAP = "quanto_map.json"
+
+
+def is_fp8(folder: Path, component: str) -> bool:
+    """Whether a checkpoint's component was written by `quantize`."""
+    config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
+    method = config.get("quantization_config", {}).get("quant_method")
+    return bool(method == METHODS[component])
+
+
+def quantize(folder: Path, out: Path) -> None:
+    """Write the FP8 checkpoint of a 16-bit one to a new folder `out`.
+
+    Needs the memory of the 16-bit transformer, or T5 if that is larger. Raises `CheckpointError`.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists already")
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder}: no model here (no model_index.json)")
+    if is_fp8(folder, TRANSFORMER):
+        raise CheckpointError(f"{folder} is an FP8 checkpoint already")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    has_t5 = (folder / T5).is_dir()
+    done = {TRANSFORMER, *([T5] if has_t5 else [])}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in done:
+            shutil.copytree(path, part / path.name)
+    shutil.copy(folder / "model_index.json", part)
+    _save(load_transformer(folder, "cpu"), TRANSFORMER, folder, part)
+    if has_t5:
+        _quantize_t5(folder, part)
+    write_manifest(part, {"location": str(folder), "quantized": sorted(done)})
+    part.rename(out)
+
+
+def compare(folder: Path, out: Path) -> list[tuple[str, str, str]]:
+    """Rows of name, 16-bit and FP8: sizes on disk, and seconds until an FP8 replica is loaded.
+
+    Both loads find their files in the page cache.
+    """
+
+    def size(source: Path, part: str) -> str:
+        return f"{size_bytes(source, part) / 2**20:.1f} MiB"
+
+    def load_time(source: Path) -> str:
+        began = time.perf_counter()
+        load_transformer(source, "cpu")
+        return f"{time.perf_counter() - began:.2f} s"
+
+    parts = [part for part in METHODS if (out / part).is_dir()]
+    return [
+        *((part, size(folder, part), size(out, part)) for part in parts),
+        ("whole folder", size(folder, ""), size(out, "")),
+        ("transformer loads in", load_time(folder), load_time(out)),
+    ]
+
+
+def load_transformer(folder: Path, device: str) -> Any:
+    """The FP8 transformer on a device; from an FP8 checkpoint without any 16-bit weights."""
+    if not is_fp8(folder, TRANSFORMER):
+        transformer = SD3Transformer2DModel.from_pretrained(
+            folder / TRANSFORMER, use_safetensors=True, torch_dtype=torch.bfloat16
+        )
+        return apply_recipe(transformer, RECIPES["fp8"], device).eval()
+    config = SD3Transformer2DModel.load_config(folder / TRANSFORMER)
+    config.pop("quantization_config")
+    with torch.device("meta"):
+        transformer = apply_recipe(SD3Transformer2DModel.from_config(config), RECIPES["fp8"])
+    weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval()
+
+
+def load_t5(folder: Path, dtype: torch.dtype) -> Any:
+    """T5 with weights stored in FP8, computing in `dtype`; on the CPU."""
+    from optimum.quanto import requantize
+
+    config = AutoConfig.from_pretrained(folder / T5)
+    del config.quantization_config
+    with torch.device("meta"):
+        t5 = T5EncoderModel(config).to(dtype).eval()
+    names = json.loads((folder / T5 / QUANTO_MAP).read_text(encoding="utf-8"))
+    requantize(t5, load_file(folder / T5 / WEIGHTS), names, device=torch.device("cpu"))
+    return t5
+
+
+def _quantize_t5(folder: Path, out: Path) -> None:
+    from optimum.quanto import quantization_map
+
+    t5 = T5EncoderModel.from_pretrained(
+        folder / T5, use_safetensors=True, dtype=torch.bfloat16
+    ).eval()
+    store_in_fp8(t5)
+    _save(t5, T5, folder, out)
+    (out / T5 / QUANTO_MAP).write_text(json.dumps(quantization_map(t5)), encoding="utf-8")
+
+
+def _save(model: Any, component: str, folder: Path, out: Path) -> None:
+    config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": METHODS[component]}
+    (out / component).mkdir()
+    (out / component / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    # T5 ties its embedding under two names, which safetensors refuses to store as one.
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(state, out / component / WEIGHTS)
+    (out / component / WEIGHTS).chmod(0o644)  # safetensors' own is for its user alone

@@ -1,0 +1,313 @@
+"""Checkpoints on real files: pulled from a small hub of our own, quantised, verified, loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+from bench.load_time import measure
+from serve.engine.checkpoint import MANIFEST, CheckpointError, open_checkpoint, verify
+from serve.engine.fp8_checkpoint import is_fp8, quantize
+from serve.engine.precision import ENCODER_RECIPES, RECIPES
+from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
+from serve.settings import Source
+
+from .conftest import DEMO_MODEL, ROOT
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "fp8"
+    quantize(DEMO_MODEL, out)
+    return out
+
+
+# -- quantised checkpoints ------------------------------------------------------------------------
+
+
+def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) -> None:
+    latents = []
+    for folder in (DEMO_MODEL, fp8_folder):
+        encoder = PromptEncoder(folder, ENCODER_RECIPES["t5-quanto"])
+        denoiser = Denoiser(folder, RECIPES["fp8"])
+        embeds = encoder.encode_prompts(["", "a city at night"], 32)
+        image = denoiser.begin(
+            embeds, width=64, height=64, num_inference_steps=3, guidance_scale=3.0, seed=1
+        )
+        while not image.finished:
+            denoiser.denoise_step([image])
+        latents.append(denoiser.decode(image.latents))
+    assert torch.equal(*latents)
+
+
+def test_it_loads_alone_and_is_smaller(fp8_folder: Path) -> None:
+    """Nothing in it points elsewhere."""
+    assert not [path for path in fp8_folder.rglob("*") if path.is_symlink()]
+    for part in ("transformer", "text_encoder_3"):
+        assert is_fp8(fp8_folder, part)
+        assert not is_fp8(DEMO_MODEL, part)
+        sizes = [
+            sum(f.stat().st_size for f in (folder / part).iterdir())
+            for folder in (fp8_folder, DEMO_MODEL)
+        ]
+        assert sizes[0] < sizes[1]
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for file in (DEMO_MODEL / part).iterdir():
+            assert (fp8_folder / part / file.name).read_bytes() == file.read_bytes()
+
+
+def test_pools_that_need_16_bit_weights_say_so(fp8_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="bf16 needs the original"):
+        Denoiser(fp8_folder, RECIPES["bf16"])
+    with pytest.raises(CheckpointError, match="fp32 needs the original"):
+        PromptEncoder(fp8_folder, ENCODER_RECIPES["fp32"])
+
+
+def test_diffusers_and_transformers_refuse_it(fp8_folder: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+    from transformers import T5EncoderModel
+
+    with pytest.raises(ValueError, match="octet-fp8-rowwise"):
+        SD3Transformer2DModel.from_pretrained(fp8_folder / "transformer")
+    with pytest.raises(OSError, match="no file named"):
+        T5EncoderModel.from_pretrained(fp8_folder / "text_encoder_3")
+
+
+def test_quantising_twice_or_onto_something_is_refused(fp8_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantize(DEMO_MODEL, fp8_folder)
+    with pytest.raises(CheckpointError, match="FP8 checkpoint already"):
+        quantize(fp8_folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no model here"):
+        quantize(tmp_path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_fp8_never_holds_the_16_bit_weights() -> None:
+    """SD3.5 Medium's structure at a quarter of its width, each load in a fresh process."""
+    found = measure(heads=6, repeats=1)
+    assert found["fp8"]["file_bytes"] < 0.8 * found["bf16"]["file_bytes"]
+    assert found["fp8"]["peak_bytes"] < found["bf16"]["file_bytes"]
+    assert found["bf16"]["peak_bytes"] > found["bf16"]["file_bytes"]  # this one does hold them
+
+
+# -- digests --------------------------------------------------------------------------------------
+
+
+def changed(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: changed(f / "transformer" / "fp8.safetensors"), "SHA-256"),
+        (lambda f: changed(f / "vae" / "config.json"), "SHA-256"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "missing"),
+        (lambda f: (f / "vae" / "more.safetensors").write_bytes(b""), "not in the manifest"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "not a manifest"),
+    ],
+)
+def test_a_changed_checkpoint_is_not_loaded(
+    fp8_folder: Path, tmp_path: Path, harm: object, words: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(fp8_folder, folder)
+    source = Source(location=str(folder))
+    assert open_checkpoint(source, None, DENOISER_COMPONENTS) == folder
+    assert callable(harm)
+    harm(folder)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(source, None, DENOISER_COMPONENTS)
+
+
+def test_only_the_components_asked_for_are_read(fp8_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(fp8_folder, folder)
+    changed(folder / "text_encoder" / "model.safetensors")
+    verify(folder, DENOISER_COMPONENTS)
+    with pytest.raises(CheckpointError):
+        verify(folder, ENCODER_COMPONENTS)
+
+
+# -- a hub ----------------------------------------------------------------------------------------
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of the Hugging Face hub as its own client asks for: one repository, one revision."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = files
+        self.gated = False
+        self.lie = ""  # a file whose digest the hub states wrongly
+        self.served: list[str] = []
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if not path.removeprefix("/api/models").startswith("/org/model"):
+            return self._fail(HTTPStatus.UNAUTHORIZED, "RepoNotFound")
+        if REVISION not in path:
+            return self._fail(HTTPStatus.NOT_FOUND, "RevisionNotFound")
+        if path.startswith("/api/models/org/model/tree/"):
+            return self._json(
+                [{"type": "file", "path": f, **self._blob(f)} for f in self.server.files]
+            )
+        if path.startswith("/api/models/"):
+            siblings = [{"rfilename": f, **self._blob(f)} for f in self.server.files]
+            return self._json({"id": "org/model", "sha": REVISION, "siblings": siblings})
+        name = path.partition(f"/resolve/{REVISION}/")[2]
+        if self.server.gated:
+            return self._fail(HTTPStatus.FORBIDDEN, "GatedRepo")
+        if name not in self.server.files:
+            return self._fail(HTTPStatus.NOT_FOUND, "EntryNotFound")
+        if self.command == "GET":
+            self.server.served.append(name)
+        etag = hashlib.sha256(self.server.files[name]).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION}
+        return self._send(HTTPStatus.OK, self.server.files[name], headers)
+
+    do_HEAD = do_GET  # noqa: N815 - the base class looks for this name
+
+    def _blob(self, name: str) -> dict[str, object]:
+        content = self.server.files[name]
+        blob: dict[str, object] = {"size": len(content), "oid": "0" * 40, "blobId": "0" * 40}
+        if name.endswith(".safetensors"):
+            digest = hashlib.sha256(b"" if name == self.server.lie else content).hexdigest()
+            lfs = {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 1}
+            blob["lfs"] = lfs
+        return blob
+
+    def _json(self, data: object) -> None:
+        self._send(HTTPStatus.OK, json.dumps(data).encode(), {"Content-Type": "application/json"})
+
+    def _fail(self, status: HTTPStatus, code: str) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code})
+
+    def _send(self, status: HTTPStatus, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    paths = [path for path in DEMO_MODEL.rglob("*") if path.is_file()]
+    files = {path.relative_to(DEMO_MODEL).as_posix(): path.read_bytes() for path in paths}
+    # What real repositories hold besides, and nobody needs.
+    files["model.safetensors"] = files["vae/diffusion_pytorch_model.fp16.safetensors"] = b"x"
+    files["text_encoders/clip_g.safetensors"] = files["README.md"] = b"x"
+    hub = Hub(files)
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    yield hub
+    hub.shutdown()
+    thread.join()
+    hub.server_close()
+
+
+def octet_pull(hub: Hub, models: Path, model: str = f"org/model@{REVISION}") -> tuple[int, str]:
+    file = models.with_suffix(".yaml")
+    text = (ROOT / "examples" / "laptop.yaml").read_text()
+    source = f"{{ location: org/model, revision: {REVISION} }}"
+    text = text.replace("{ location: ../demo/model }", source)
+    file.write_text(f"models_folder: {models}\n{text}")
+    program = "from serve.cli import main; main()"
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-W", "ignore", "-c", program, "pull", model, "--config", str(file)],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_pulled_weights_load_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    code, output = octet_pull(hub, models, "landscapes")
+    assert code == 0, output
+    source = Source(location="org/model", revision=REVISION)
+    folder = open_checkpoint(source, str(models), DENOISER_COMPONENTS)
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    wanted = {p.relative_to(DEMO_MODEL).as_posix() for p in DEMO_MODEL.rglob("*") if p.is_file()}
+    assert there == {*wanted, MANIFEST}
+    assert Denoiser(folder, RECIPES["bf16"])
+
+    served = len(hub.served)
+    assert octet_pull(hub, models)[0] == 0  # it is there: nothing is fetched again
+    assert len(hub.served) == served
+    changed(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        open_checkpoint(source, str(models), DENOISER_COMPONENTS)
+
+
+def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
+    hub.gated = True
+    code, output = octet_pull(hub, tmp_path / "models")
+    assert code == 1
+    for words in ("is gated", "https://huggingface.co/org/model", "hf auth login", "HF_TOKEN"):
+        assert words in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (f"org/other@{REVISION}", "no such repository, or a private one"),
+        (f"org/model@{'f' * 40}", f"org/model has no revision {'f' * 40}"),
+        ("org/model@main", "neither a folder nor HUB/ID@REVISION"),
+        ("landscape", "neither a folder nor HUB/ID@REVISION"),
+    ],
+)
+def test_what_cannot_be_pulled_is_said_in_a_line(
+    hub: Hub, tmp_path: Path, model: str, words: str
+) -> None:
+    code, output = octet_pull(hub, tmp_path / "models", model)
+    assert code == 1
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_a_file_that_is_not_what_the_hub_says_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+    hub.lie = "vae/diffusion_pytorch_model.safetensors"
+    code, output = octet_pull(hub, tmp_path / "models")
+    assert code == 1
+    assert f"{hub.lie} is not what the hub says" in output
+    hub.lie = ""
+    assert octet_pull(hub, tmp_path / "models")[0] == 0
