@@ -75,6 +75,12 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(client: httpx.Client) -> 
     wait_for(back, 30)
 
 
+def test_a_text_encoder_that_dies_is_waited_for(client: httpx.Client) -> None:
+    kill("TextEncoder-landscapes")
+    for precision in ("fp8", "fp16"):
+        assert client.post(GENERATE, json={**QUICK, "precision": precision}).status_code == 200
+
+
 def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
     url: str, client: httpx.Client
 ) -> None:
