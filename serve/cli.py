@@ -6,20 +6,22 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .engine.checkpoint import CheckpointError, node_folder, on_this_node, size_bytes
+from .engine.checkpoint import CheckpointError, node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import LaunchError, Running, running
 from .settings import Model, Settings, SettingsError, Source, load_settings
 
-STOP = signal.SIGINT, signal.SIGTERM
+STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+APPLY = signal.SIGUSR1
 DEMO_SETTINGS = Path(__file__).parent.parent / "examples" / "laptop.yaml"
 
 app = typer.Typer(
@@ -104,6 +106,7 @@ def pull(
             raise SettingsError("which MODEL? Name one, or a settings file with --config")
         for source in sorted(sources, key=lambda s: s.location):
             folder = fetch(source, models_folder)
+            verify(folder)
             gib = size_bytes(folder) / 2**30
             console.print(f"{source.location}: {gib:.2f} GiB in {folder}", highlight=False)
 
@@ -175,22 +178,33 @@ def _source(model: str) -> Source:
 
 
 def _serve(read: Callable[[], Settings]) -> None:
-    """Until Ctrl-C or SIGTERM; SIGHUP reads the settings again."""
-    before = {number: signal.getsignal(number) for number in STOP}
-    _on_stop(_interrupt)
+    """Until Ctrl-C, SIGTERM or the end of the terminal; SIGUSR1 applies the settings anew."""
+    events: SimpleQueue[int] = SimpleQueue()  # its `put` is made for signal handlers
+    before = {number: signal.getsignal(number) for number in (*STOP, APPLY)}
+    stop = [number for number in STOP if before[number] is not signal.SIG_IGN]  # nohup's wish
+
+    def on_stop(handler: Any) -> None:
+        for number in stop:
+            signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        on_stop(signal.SIG_IGN)  # another Ctrl-C must not interrupt the cleaning up
+        raise KeyboardInterrupt
+
+    on_stop(interrupt)
+    signal.signal(APPLY, signal.SIG_IGN)
     try:
         with running(read(), _tell_changes()) as octet:
-            try:
-                signal.signal(signal.SIGHUP, lambda *_: _apply(octet, read))
-                _announce(octet)
-                while True:
-                    signal.pause()
-            except KeyboardInterrupt:
-                console.print("finishing what is being drawn; Ctrl-C again drops it")
-                _on_stop(_interrupt)
-                with suppress(KeyboardInterrupt):
-                    octet.drain()
-                _on_stop(signal.SIG_IGN)
+            _announce(octet)
+            for number in (*stop, APPLY):
+                signal.signal(number, lambda number, _: events.put(number))
+            while events.get() == APPLY:
+                _apply(octet, read)
+            signal.signal(APPLY, signal.SIG_IGN)
+            on_stop(interrupt)
+            console.print("finishing what is being drawn; Ctrl-C again drops it")
+            octet.drain()
+            on_stop(signal.SIG_IGN)
     except KeyboardInterrupt:
         pass
     finally:
@@ -199,24 +213,16 @@ def _serve(read: Callable[[], Settings]) -> None:
     console.print("stopped")
 
 
-def _on_stop(handler: Any) -> None:
-    for number in STOP:
-        signal.signal(number, handler)
-
-
-def _interrupt(*_: object) -> None:
-    _on_stop(signal.SIG_IGN)  # another Ctrl-C must not interrupt the cleaning up
-    raise KeyboardInterrupt
-
-
 def _apply(octet: Running, read: Callable[[], Settings]) -> None:
-    """Bring the running application to the settings as they are now."""
+    """Bring the running application to the settings as they are now; it runs on if that fails."""
     try:
-        octet.apply(read())
-    except SettingsError as error:
-        console.print(f"octet: settings not applied: {error}", style="red", markup=False)
+        restarts = octet.apply(read())
+    except Exception as error:  # also whatever Ray raises while its controller restarts
+        line = f"octet: settings not applied: {error}"
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print("settings applied")
+        news = "replicas restart for them; /ready shows when they are back"
+        console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)
 
 
 def _tell_changes() -> Callable[[str], None]:

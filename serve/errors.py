@@ -6,6 +6,7 @@
     │   ├── NotFound                404  invalid_request_error   not_found
     │   │   └── ModelNotFound       404  invalid_request_error   model_not_found
     │   ├── MethodNotAllowed        405  invalid_request_error   method_not_allowed
+    │   ├── BodyTimeout             408  invalid_request_error   body_timeout
     │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
     │   └── BodyTooLarge            413  invalid_request_error   body_too_large
     ├── Unavailable                 503  server_error            unavailable
@@ -74,6 +75,13 @@ class MethodNotAllowed(InvalidRequest):
 
     status = 405
     code = "method_not_allowed"
+
+
+class BodyTimeout(InvalidRequest):
+    """The body did not arrive in time."""
+
+    status = 408
+    code = "body_timeout"
 
 
 class RequestIdInUse(InvalidRequest):
@@ -145,6 +153,7 @@ def tree(cls: type[OctetError] = OctetError) -> Iterator[type[OctetError]]:
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or all of them."""
+    name = name[:100]  # comparing takes time that grows with its square
     inside = [k for k in known if len(name) > 2 and (name in k or (k in name and len(k) > 2))]
     near = inside or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"

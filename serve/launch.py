@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from .settings import Settings, SettingsError
@@ -26,18 +26,20 @@ APPLICATION = "octet"
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
 ANSWER_S = 10.0
+OTHERS_S = 30.0
+LAST_BYTES_S = 1.0
 
 
 class LaunchError(Exception):
     """The application did not come up; the message says what Ray Serve said."""
 
 
-def serve_config(settings: Settings, *, draining: bool = False) -> dict[str, Any]:
+def serve_config(settings: Settings) -> dict[str, Any]:
     """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay).
 
     A change of `args` restarts every replica; a change of a `user_config` restarts none.
     """
-    tuning = settings.tuning(draining=draining)
+    tuning = settings.tuning()
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
@@ -54,47 +56,52 @@ def serve_config(settings: Settings, *, draining: bool = False) -> dict[str, Any
 class Running:
     """The application on the Ray that this process is connected to."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, default_data_folder: str | None = None) -> None:
+        self._default_data_folder = default_data_folder
+        self.settings = self._deploy(settings)
         self.url = f"http://{settings.http.host}:{settings.http.port}"
-        self._deploy()
 
-    def apply(self, settings: Settings) -> None:
-        """Bring it to other settings; returns before it is there.
+    def apply(self, settings: Settings) -> bool:
+        """Bring it to other settings; returns at once, and whether replicas restart for it.
 
         What is tuning reaches the replicas as they run; any other change restarts them all. Raises
         `SettingsError` for what belongs to this process.
         """
         if settings.http != self.settings.http:
             raise SettingsError("http: a change needs a restart")
-        if settings.data_folder is None:
-            settings = settings.model_copy(update={"data_folder": self.settings.data_folder})
-        self.settings = settings
-        self._deploy()
+        before, self.settings = self.settings, self._deploy(settings)
+        return self.settings.application() != before.application()
 
     def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
         """Until every pool that a node can hold has a replica; `tell` hears what is awaited.
 
-        Raises `LaunchError` with the message of a deployment that fails.
+        Once all models can be served, other pools are awaited for `OTHERS_S` only: nodes may be
+        full. Raises `LaunchError` with the message of a deployment that fails.
         """
         from ray import serve
 
+        served_since: float | None = None
         while True:
             application = serve.status().applications.get(APPLICATION)
+            awaited = []
             if application is not None:
-                failed = _failed(application)
-                if failed:
+                if failed := _failed(application):
                     raise LaunchError("\n".join(failed))
+                states = application.deployments.items()
+                awaited = [name for name, d in states if d.status != "HEALTHY"]
                 if application.status == "RUNNING":
-                    pools = self._dispatcher().pools.remote().result(timeout_s=ANSWER_S)
-                    awaited = [f"Generator-{p}" for p, s in pools.items() if not s["replicas"]]
-                    if not any(s["placeable"] and not s["replicas"] for s in pools.values()):
-                        if awaited:
-                            tell(f"no node can hold {', '.join(awaited)}: going on without")
-                        return
-                else:
-                    states = application.deployments.items()
-                    awaited = [name for name, d in states if d.status != "HEALTHY"]
+                    pools = self._dispatcher().state.remote().result(timeout_s=ANSWER_S)["pools"]
+                    empty = [name for name, pool in pools.items() if not pool["replicas"]]
+                    coming = {name for name in empty if pools[name]["placeable"]}
+                    if self._served(empty, coming):
+                        served_since = served_since or time.monotonic()
+                        if not coming or time.monotonic() - served_since > OTHERS_S:
+                            if empty:
+                                tell(f"going on without {_generators(empty)}: no room on any node")
+                            return
+                    tell(f"waiting for {_generators(empty)}")
+                    awaited = []
+            if awaited or application is None:
                 tell("waiting for " + (", ".join(awaited) or "the application"))
             time.sleep(POLL_S)
 
@@ -103,33 +110,46 @@ class Running:
 
         Raises `LaunchError` if the application no longer answers.
         """
-        from ray import serve
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         deadline = time.monotonic() + self.settings.drain_timeout_s
         try:
-            self._deploy(draining=True)
-            while self._dispatcher().load.remote().result(timeout_s=ANSWER_S):
+            while self._dispatcher().drain.remote().result(timeout_s=ANSWER_S):
                 if time.monotonic() > deadline:
-                    break
+                    return
                 time.sleep(POLL_S)
-            serve.delete(APPLICATION)  # waits for the responses that are still being written
         except (RayError, RayServeException, TimeoutError) as error:
             raise LaunchError(f"cannot drain: {type(error).__name__}") from error
+        time.sleep(LAST_BYTES_S)  # from Serve's proxy to the client
 
-    def _deploy(self, *, draining: bool = False) -> None:
+    def _served(self, empty: Collection[str], coming: Collection[str]) -> bool:
+        """Whether each model has a replica, or no pool that will get one."""
+        return all(
+            not set(pools) <= set(empty) or not set(pools) & set(coming)
+            for pools in ([m.pool_name(p) for p in m.pools] for m in self.settings.models)
+        )
+
+    def _deploy(self, settings: Settings) -> Settings:
+        """Hand settings to Ray Serve, completed by what this process decides."""
         # What `serve run` does; Serve has no public call for it without its dashboard.
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        config = ServeDeploySchema.model_validate(serve_config(self.settings, draining=draining))
+        if settings.data_folder is None:
+            settings = settings.model_copy(update={"data_folder": self._default_data_folder})
+        config = ServeDeploySchema.model_validate(serve_config(settings))
         _get_global_client().deploy_apps(config)
+        return settings
 
     def _dispatcher(self) -> Any:
         from ray import serve
 
         return serve.get_deployment_handle("Dispatcher", APPLICATION)
+
+
+def _generators(pools: Iterable[str]) -> str:
+    return ", ".join(f"Generator-{pool}" for pool in pools)
 
 
 @contextlib.contextmanager
@@ -142,14 +162,15 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
     """
     _check_port(settings.http.host, settings.http.port)
     folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
-    if settings.data_folder is None:
-        settings = settings.model_copy(update={"data_folder": f"{folder}/data"})
     try:
         # Ray would write a token into the home directory; this one lives and dies with us.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault(
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.api.proxy_guard:middlewares"
+        )
         tell("loading Ray")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -157,7 +178,7 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         try:
             tell("starting Ray")
             _start(settings, folder)
-            octet = Running(settings)
+            octet = Running(settings, default_data_folder=f"{folder}/data")
             octet.wait(tell)
             yield octet
         finally:
@@ -182,7 +203,7 @@ def _start(settings: Settings, folder: str) -> None:
             logging_level=logging.WARNING,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
+            _temp_dir=f"{folder}/ray",  # which Ray opens to everybody; `folder` is ours alone
         )
         serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
     except Exception as error:

@@ -140,14 +140,6 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far an image is; step 0 says that a replica has begun."""
-
-    step: int
-    num_inference_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Seconds spent in each stage of one image; `queue_s` until the grant that led to it."""
 

@@ -232,6 +232,14 @@ class Results(Frozen):
     max_age_s: PositiveInt = 24 * 3600
     max_bytes: PositiveInt = 10 * 2**30
 
+    @model_validator(mode="after")
+    def _links_last_no_longer_than_images(self) -> Results:
+        if self.link_expires_s > self.max_age_s:
+            raise ValueError(
+                f"link_expires_s {self.link_expires_s} must be at most max_age_s {self.max_age_s}"
+            )
+        return self
+
 
 class Live(Frozen):
     """What may change while requests are served."""
@@ -245,10 +253,9 @@ class Live(Frozen):
 
 
 class Tuning(Live):
-    """The `user_config` of the Ingress; `draining` refuses new images and finishes the old."""
+    """The `user_config` of the Ingress."""
 
     models: dict[Name, ModelTuning]
-    draining: bool = False
 
 
 class Http(Frozen):
@@ -262,13 +269,20 @@ class Settings(Application, Live):
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     http: Http = Http()
 
+    @model_validator(mode="after")
+    def _one_call_fits_into_the_queue(self) -> Settings:
+        most = max(model.limits.max_images for model in self.models)
+        if self.max_queued < most:
+            raise ValueError(f"max_queued {self.max_queued} must be at least max_images {most}")
+        return self
+
     def application(self) -> Application:
         return Application.model_validate(self._part(Application, ServedModel))
 
-    def tuning(self, *, draining: bool = False) -> Tuning:
+    def tuning(self) -> Tuning:
         parts = self._part(Live, ModelTuning)
         models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
-        return Tuning(models=models, draining=draining, **parts)
+        return Tuning(models=models, **parts)
 
     def _part(self, cls: type[Frozen], of_model: type[Frozen]) -> dict[str, Any]:
         """The keys of one part, with that part's keys of each model."""
@@ -296,6 +310,9 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
         if name.startswith(ENVIRONMENT_PREFIX):
             _override(data, name, environ[name])
     _resolve_folders(data, file.resolve().parent)
+    for key in ("models_folder", "data_folder"):  # one beginning with ~ is each node's own
+        if isinstance(data.get(key), str) and not data[key].startswith("~"):
+            data[key] = str(file.resolve().parent / data[key])
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
@@ -305,6 +322,8 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
 def _override(data: Any, name: str, value: str) -> None:
     *path, last = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
     try:
+        if [*path, last][0] not in Settings.model_fields:
+            raise ValueError(name)
         for step in path:
             data = data[int(step)] if isinstance(data, list) else data.setdefault(step, {})
         data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
@@ -327,7 +346,11 @@ def _resolve_folders(data: Any, folder: Path) -> None:
 
 def _lines(error: ValidationError) -> list[str]:
     lines = []
-    for fault in error.errors():
+    faults = error.errors()
+    for fault in faults:
+        place = fault["loc"]
+        if any(f["loc"][: len(place)] == place and f["loc"] != place for f in faults):
+            continue  # it only follows from the one inside it
         where = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, fault["loc"])))
         message = fault["msg"].removeprefix("Value error, ")
         shown = fault["type"] not in ("value_error", "missing")

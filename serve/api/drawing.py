@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from ..dispatch.dispatcher import REPLICA_LEASE_S
 from ..dispatch.grants import Pools
 from ..dispatch.session import DispatchSession
 from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
+from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, Precision
 from ..settings import ServedModel
 
@@ -45,28 +46,31 @@ class Drawing:
     async def draw(self, request: ImageRequest, request_id: str) -> ImageResult:
         """Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`."""
         began, pools, lost = time.monotonic(), self._pools(request, request.precision), 0
+        accepted = False
         while True:
-            async with self._session.slot(pools, request_id) as pool:
-                request_id = ""  # claimed once; another attempt must not be refused for its sake
+            async with self._session.slot(pools, request_id, accepted=accepted) as pool:
+                accepted = True
                 queue_s = time.monotonic() - began
                 try:
                     result = await self._on_replica(request, pool)
                 except NotBegun:
                     log.warning("%s: no replica of %s began; queueing again", request.id, pool)
-                except RayActorError:
+                    pools = _last(pool, pools)
+                except REPLICA_LOST:
                     lost += 1
                     log.warning("%s: attempt %d lost its replica of %s", request.id, lost, pool)
                     if lost == ATTEMPTS:
                         raise ReplicaLost(
                             f"the replica was lost in each of {ATTEMPTS} attempts"
                         ) from None
+                    pools = _last(pool, pools)
                 except RayServeException:
                     raise Unavailable(f"{pool} cannot be reached") from None
                 except RayTaskError as error:
                     if not isinstance(error.cause, OctetError):
                         raise
-                    again = self._after(error.cause, request, pools)
-                    if not again:
+                    again = self._after(error.cause, request)
+                    if again in ((), (pool,)):
                         raise error.cause from None
                     log.warning("%s: %s; drawing it in 16 bit", request.id, error.cause)
                     pools = again
@@ -76,12 +80,15 @@ class Drawing:
     async def _on_replica(self, request: ImageRequest, pool: str) -> ImageResult:
         stream = self._generators[pool].generate.remote(request)
         try:
-            async with asyncio.timeout(BEGIN_S):
-                await anext(stream)
+            try:
+                async with asyncio.timeout(BEGIN_S) as limit:
+                    await anext(stream)
+            except TimeoutError:
+                if not limit.expired():
+                    raise  # the replica's own
+                stream.cancel()
+                raise NotBegun from None
             result: ImageResult = await anext(stream)
-        except TimeoutError:
-            stream.cancel()
-            raise NotBegun from None
         except asyncio.CancelledError:
             stream.cancel()  # else the replica draws on in a slot that counts as free
             raise
@@ -102,12 +109,16 @@ class Drawing:
             )
         return pools
 
-    def _after(self, error: OctetError, request: ImageRequest, tried: Pools) -> Pools:
+    def _after(self, error: OctetError, request: ImageRequest) -> Pools:
         """The pools in which a failed image may be drawn once more; none ends it."""
         if not isinstance(error, NonFiniteImage):
             return ()
         try:
-            again = self._pools(request, Precision.FP16)
+            return self._pools(request, Precision.FP16)
         except InvalidRequest:
             return ()
-        return () if again == tried else again
+
+
+def _last(pool: str, pools: Pools) -> Pools:
+    """The same pools, one of them last: its replicas may all be gone."""
+    return (*(p for p in pools if p != pool), pool)

@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import InvalidRequest, MethodNotAllowed, NotFound, OctetError
-from .openai_images import error_body
+from .openai_images import SHOWN_CHARS, error_body
 
 log = logging.getLogger("ray.serve")
 
@@ -28,7 +28,8 @@ async def octet_error(_: Request, error: Any) -> Response:
 async def http_error(http: Request, error: Any) -> Response:
     """Starlette's own: no such path, or not for this method."""
     kind = STARLETTE_ERRORS.get(error.status_code, InvalidRequest)
-    answer = await octet_error(http, kind(f"{http.method} {http.url.path}: {error.detail}"))
+    path = http.url.path[:SHOWN_CHARS]
+    answer = await octet_error(http, kind(f"{http.method} {path}: {error.detail}"))
     answer.headers.update(error.headers or {})
     return answer
 
@@ -38,7 +39,13 @@ async def unexpected_error(http: Request, error: Exception) -> Response:
     return await octet_error(http, OctetError("something went wrong; the server's log says what"))
 
 
+async def client_disconnect(_: Request, error: Any) -> Response:
+    """Nobody hears the answer, and it is nobody's fault."""
+    return Response(status_code=400)
+
+
 HANDLERS = {
+    ClientDisconnect: client_disconnect,
     OctetError: octet_error,
     HTTPException: http_error,
     Exception: unexpected_error,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ..dispatch.session import DispatchSession
 from ..errors import (
+    BodyTimeout,
     BodyTooLarge,
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
-    RequestIdInUse,
-    Unavailable,
 )
 from ..request import ImageResult
 from ..results.disk import DiskStore
+from ..results.store import ResultStore
 from ..settings import Application, Tuning
 from .drawing import Drawing
 from .http_errors import HANDLERS
@@ -47,8 +48,25 @@ from .openapi import document
 log = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 2.0
+BODY_S = 30.0
 SWEEP_S = 10.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
+
+
+class Answer(Response):
+    """JSON; calls `sent` when it has been sent, or the client is gone."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: bytes, headers: dict[str, str], sent: Callable[[], None]) -> None:
+        super().__init__(body, headers=headers)
+        self._sent = sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._sent()
 
 
 class Ingress:
@@ -61,14 +79,14 @@ class Ingress:
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
         self._drawing = Drawing(settings.models, self._session, streams)
-        self._in_flight: set[str] = set()  # request ids
         self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._openapi = document(version("octet"))
-        self._store, self._sweeping = None, None
+        self._store: ResultStore | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         if settings.data_folder is not None:
-            self._store = DiskStore(Path(settings.data_folder))
+            self._store = DiskStore(settings.data_folder)
             self._sweeping = asyncio.create_task(self._sweep(self._store))
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -88,7 +106,7 @@ class Ingress:
             raise RuntimeError("stored images are no longer swept")
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/images/generations", self.generate, methods=["POST"]),
                 Route("/v1/models", self.models),
@@ -101,6 +119,8 @@ class Ingress:
             ],
             exception_handlers=HANDLERS,
         )
+        app.router.redirect_slashes = False  # such a redirect would trust the Host header
+        return app
 
     # -- routes -------------------------------------------------------------------------------
 
@@ -110,21 +130,13 @@ class Ingress:
         check_request_id(request_id)
         asked = parse(await self._body(http), tuning, request_id)
         store = self._store_for(asked)
-        if tuning.draining:
-            raise Unavailable("this server is shutting down")
-        if request_id in self._in_flight:
-            raise RequestIdInUse(f"x-request-id '{request_id}' is being served")
-        self._in_flight.add(request_id)
+        self._session.begin(request_id)
         try:
-            async with asyncio.timeout(asked.timeout_s):
-                results = await self._draw_all(asked, request_id)
-                links = await self._keep(store, asked, results, http) if store else []
-        except TimeoutError:
-            raise DeadlineExceeded(f"the images were not done in {asked.timeout_s:g} s") from None
-        finally:
-            self._in_flight.discard(request_id)
-        body = await asyncio.to_thread(response, asked.requests, results, links)
-        return Response(body, media_type="application/json", headers=ignored_header(asked.ignored))
+            body = await self._serve(asked, request_id, store, http)
+        except BaseException:
+            self._session.end(request_id)
+            raise
+        return Answer(body, ignored_header(asked.ignored), lambda: self._session.end(request_id))
 
     async def models(self, _: Request) -> Response:
         models = [ModelItem(id=name, created=self._started) for name in self.tuning.models]
@@ -141,10 +153,10 @@ class Ingress:
             raise NotFound("this server keeps no images")
         name, link = http.path_params["name"], http.query_params
         expires, signature = link.get("expires", ""), link.get("signature", "")
-        path = await asyncio.to_thread(self._store.open, name, expires, signature, time.time())
-        return FileResponse(
-            path,
-            media_type=f"image/{path.suffix.removeprefix('.')}",
+        image = await asyncio.to_thread(self._store.read, name, expires, signature, time.time())
+        return Response(
+            image,
+            media_type=f"image/{name.rpartition('.')[2]}",
             headers={"x-content-type-options": "nosniff", "cache-control": "private"},
         )
 
@@ -159,15 +171,15 @@ class Ingress:
         """Every model has a replica that answers, and new images are taken."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                found = await self._dispatcher.pools.remote()
+                found = await self._dispatcher.state.remote()
         except (TimeoutError, RayError, RayServeException):
-            found = {}
+            found = {"draining": False, "pools": {}}
         models = {
-            model.id: {name: found.get(name) for name in map(model.pool_name, model.pools)}
+            model.id: {p: found["pools"].get(p) for p in map(model.pool_name, model.pools)}
             for model in self._models
         }
         served = all(any(p and p["replicas"] for p in pools.values()) for pools in models.values())
-        status = "draining" if self.tuning.draining else "ready" if served else "starting"
+        status = "draining" if found["draining"] else "ready" if served else "starting"
         body = {"status": status, "models": models}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
@@ -175,6 +187,20 @@ class Ingress:
         return HTMLResponse(self._playground)
 
     # -- one request --------------------------------------------------------------------------
+
+    async def _serve(
+        self, asked: Generation, request_id: str, store: ResultStore | None, http: Request
+    ) -> bytes:
+        """The answer's body. Raises `DeadlineExceeded` and what `Drawing.draw` raises."""
+        try:
+            async with asyncio.timeout(asked.timeout_s) as limit:
+                results = await self._draw_all(asked, request_id)
+                links = await self._keep(store, asked, results, http) if store else []
+                return await asyncio.to_thread(response, asked.requests, results, links)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # somebody else's
+            raise DeadlineExceeded(f"the images were not done in {asked.timeout_s:g} s") from None
 
     async def _draw_all(self, asked: Generation, request_id: str) -> list[ImageResult]:
         """The images of one call, side by side; the first error ends them all."""
@@ -187,7 +213,7 @@ class Ingress:
             raise several.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _store_for(self, asked: Generation) -> DiskStore | None:
+    def _store_for(self, asked: Generation) -> ResultStore | None:
         """Where to keep the images of a call that wants URLs."""
         if not asked.as_url:
             return None
@@ -198,7 +224,7 @@ class Ingress:
         return self._store
 
     async def _keep(
-        self, store: DiskStore, asked: Generation, results: list[ImageResult], http: Request
+        self, store: ResultStore, asked: Generation, results: list[ImageResult], http: Request
     ) -> list[str]:
         """Store the images; returns their URLs. Raises `StoreFailed`."""
         base = self.tuning.public_url or str(http.base_url).rstrip("/")
@@ -209,18 +235,29 @@ class Ingress:
         ]
         return [base + store.link(name, expires) for name in names]
 
-    async def _sweep(self, store: DiskStore) -> None:
+    async def _sweep(self, store: ResultStore) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             keep = self.tuning.results
-            await asyncio.to_thread(
-                store.sweep, time.time(), max_age_s=keep.max_age_s, max_bytes=keep.max_bytes
-            )
+            try:
+                await asyncio.to_thread(
+                    store.sweep, time.time(), max_age_s=keep.max_age_s, max_bytes=keep.max_bytes
+                )
+            except OSError:  # of the folder; images that need no folder go on
+                log.warning("could not sweep the stored images; trying again", exc_info=True)
 
     async def _body(self, http: Request) -> bytes:
         body, limit = bytearray(), self.tuning.max_body_bytes
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > limit:
-                raise BodyTooLarge(f"the body is larger than {limit} bytes")
+        too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
+        stated = http.headers.get("content-length", "")
+        if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for chunk in http.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not arrive in {BODY_S:g} s") from None
         return bytes(body)

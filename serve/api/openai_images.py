@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from ..errors import InvalidRequest, ModelNotFound, OctetError, did_you_mean
 from ..request import MAX_SEED, ImageRequest, ImageResult, OutputFormat, Precision
@@ -19,7 +20,8 @@ from ..settings import Tuning
 
 RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-SIZE = r"^(auto|[0-9]{1,5}x[0-9]{1,5})$"
+SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+MANY = 10**6  # more than any limit: keeps absurd numbers out of messages
 SHOWN_CHARS = 80  # of what a client sent, in an error message
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
@@ -33,7 +35,7 @@ class ImageGeneration(BaseModel):
 
     prompt: str
     model: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MANY)] | None = None
     size: Annotated[str, Field(json_schema_extra={"pattern": SIZE})] | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: OutputFormat | None = None
@@ -42,7 +44,7 @@ class ImageGeneration(BaseModel):
     # Ours.
     negative_prompt: str | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     precision: Precision | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -121,13 +123,16 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
 
     The settings' first model is the default. Raises `InvalidRequest` with the field's name.
     """
+    unknown = _unknown_fields(body)
+    if unknown and not tuning.ignore_unknown_fields:
+        nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
+        field = unknown[0][:SHOWN_CHARS]
+        raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
     try:
-        asked = ImageGeneration.model_validate_json(
-            body, extra="allow" if tuning.ignore_unknown_fields else "forbid"
-        )
+        asked = ImageGeneration.model_validate_json(body, extra="ignore")
     except ValidationError as error:
         raise _explain(error) from None
-    name = asked.model or next(iter(tuning.models))
+    name = next(iter(tuning.models)) if asked.model is None else asked.model
     model = tuning.models.get(name)
     if model is None:
         raise model_not_found(name, tuning)
@@ -165,7 +170,7 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
         requests=requests,
         as_url=asked.response_format == "url",
         timeout_s=timeout_s or longest_s,
-        ignored=tuple(asked.model_extra or ()),
+        ignored=unknown,
     )
 
 
@@ -179,9 +184,9 @@ def check_request_id(given: str) -> None:
 
 
 def ignored_header(fields: Sequence[str]) -> dict[str, str]:
-    """`x-octet-ignored`: the names, percent-encoded, as many as a header should carry."""
+    """`x-octet-ignored`: the names, percent-encoded, cut to what gateways let through."""
     names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
-    return {"x-octet-ignored": names} if fields else {}
+    return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
 def model_not_found(name: str, tuning: Tuning) -> ModelNotFound:
@@ -228,24 +233,31 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     if not re.fullmatch(SIZE, text):
         raise InvalidRequest(
-            f"size '{text[:SHOWN_CHARS]}' must be auto, or WIDTHxHEIGHT in pixels, such as "
-            "1024x1024",
+            f"size '{text[:SHOWN_CHARS]}' must be auto, or WIDTHxHEIGHT in pixels",
             param="size",
         )
     width, height = text.split("x")
     return int(width), int(height)
 
 
+def _unknown_fields(body: bytes) -> tuple[str, ...]:
+    """Found before anything else: a misspelt name explains a missing one.
+
+    By itself, because pydantic takes half a second to complain of a megabyte of them.
+    """
+    try:
+        data = from_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(data).__name__}")
+    return tuple(name for name in data if name not in ImageGeneration.model_fields)
+
+
 def _explain(error: ValidationError) -> InvalidRequest:
-    """The worst fault of a body in one sentence; a misspelt name explains a missing one."""
-    faults = error.errors(include_url=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    if fault["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not valid JSON: {fault['ctx']['error']}")
+    """The first fault of a body in one sentence."""
+    fault = error.errors(include_url=False)[0]
     field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]
-    if fault["type"] == "extra_forbidden":
-        nearest = did_you_mean(field, ImageGeneration.model_fields)
-        return InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
     if fault["type"] == "missing":
         return InvalidRequest(f"{field} is required", param=field)
     if fault["type"] == "none_required":

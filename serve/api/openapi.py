@@ -54,7 +54,7 @@ def document(version: str) -> dict[str, Any]:
                     "parameters": [_request_id()],
                     "requestBody": {"required": True, **_json("ImageGeneration")},
                     "responses": {
-                        "200": _answer("The images", "ImagesResponse"),
+                        "200": _answer("The images", "ImagesResponse", "x-octet-ignored"),
                         **_errors(*GENERATIONS_ERRORS),
                     },
                 }
@@ -95,8 +95,12 @@ def document(version: str) -> dict[str, Any]:
                     },
                 }
             },
-            "/health": {"get": _status("health", "This process answers", 200)},
-            "/ready": {"get": _status("ready", "Every model has a replica", 200, 503)},
+            "/health": {"get": _status("health", {200: "This process answers"})},
+            "/ready": {
+                "get": _status(
+                    "ready", {200: "Every model has a replica", 503: "Not yet, or draining"}
+                )
+            },
         },
         "components": {"schemas": schemas["$defs"]},
     }
@@ -107,8 +111,9 @@ def _json(schema: str) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": reference}}}
 
 
-def _answer(description: str, schema: str) -> dict[str, Any]:
-    return {"description": description, **_json(schema)}
+def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
+    named = {name: {"schema": {"type": "string"}} for name in ("x-request-id", *headers)}
+    return {"description": description, "headers": named, **_json(schema)}
 
 
 def _errors(*errors: type[OctetError]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _errors(*errors: type[OctetError]) -> dict[str, Any]:
     for error in errors:
         codes.setdefault(str(error.status), []).append(error.code)
     return {
-        status: _answer("error.code: " + ", ".join(found), "ErrorResponse")
+        status: _answer("error.code: " + ", ".join(found), "ErrorResponse", "x-should-retry")
         for status, found in sorted(codes.items())
     }
 
@@ -130,8 +135,8 @@ def _request_id() -> dict[str, Any]:
     return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
 
 
-def _status(operation: str, summary: str, *statuses: int) -> dict[str, Any]:
+def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:
     schema = {"type": "object", "required": ["status"], "properties": {"status": {}}}
     content = {"application/json": {"schema": schema}}
-    responses = {str(s): {"description": summary, "content": content} for s in statuses}
-    return {"operationId": operation, "summary": summary, "responses": responses}
+    responses = {str(s): {"description": m, "content": content} for s, m in meanings.items()}
+    return {"operationId": operation, "summary": meanings[200], "responses": responses}

@@ -46,6 +46,7 @@ class Dispatcher:
         )
         self._grants_from = time.monotonic() + recovery_s
         self._streams: dict[str, asyncio.Queue[Outcome | None]] = {}
+        self._calls: dict[str, int] = {}  # open ones, by session
         self._warned: set[str] = set()
         self._tasks = [asyncio.create_task(self._expire()), asyncio.create_task(self._place())]
 
@@ -80,10 +81,16 @@ class Dispatcher:
             if self._streams.get(session) is stream:
                 self._end(session)
 
-    async def tell(self, session: str, submits: list[Submission], releases: list[str]) -> bool:
-        """What happened at one Ingress since it last spoke; False if its session is not open."""
+    async def tell(
+        self, session: str, submits: list[Submission], releases: list[str], calls: int
+    ) -> bool:
+        """What happened at one Ingress since it last spoke, and how many calls it has open now.
+
+        False if its session is not open.
+        """
         if not self._grants.heard_from(session, time.monotonic()):
             return False
+        self._calls[session] = calls
         for entry in releases:
             self._grants.release(session, entry)
         self._submit(session, submits)
@@ -94,19 +101,21 @@ class Dispatcher:
         self._grants.report_replica(pool, replica, slots, time.monotonic())
         self._grant()
 
-    async def pools(self) -> dict[str, dict[str, Any]]:
-        """Of each pool its living `replicas`, and whether a node could hold one (`placeable`)."""
-        return {
+    async def state(self) -> dict[str, Any]:
+        """`draining`, and of each of the `pools` its living `replicas` and if it is `placeable`."""
+        pools = {
             pool: {
                 "replicas": self._grants.replicas(pool),
                 "placeable": self._grants.placeable(pool),
             }
             for pool in self._pools
         }
+        return {"draining": self._grants.draining, "pools": pools}
 
-    async def load(self) -> int:
-        """Images that wait or are being drawn."""
-        return self._grants.queue_depth + self._grants.running
+    async def drain(self) -> int:
+        """Refuse new images from now on; returns how many calls and images are still open."""
+        self._grants.draining = True
+        return self._grants.queue_depth + self._grants.running + sum(self._calls.values())
 
     async def check_health(self) -> None:
         """Called by Ray Serve; without expiry the slots of a dead Ingress would stay taken."""
@@ -128,6 +137,7 @@ class Dispatcher:
 
     def _end(self, session: str) -> None:
         self._grants.close(session)
+        self._calls.pop(session, None)
         if stream := self._streams.pop(session, None):
             stream.put_nowait(None)
 

@@ -25,11 +25,16 @@ Pools = tuple[str, ...]
 
 
 class Submission(NamedTuple):
-    """An entry as its session names it; an empty `request_id` claims none."""
+    """An entry as its session names it; an empty `request_id` claims none.
+
+    `accepted`: it was queued before, so neither a full queue nor another's request id nor draining
+    refuses it.
+    """
 
     entry: str
     pools: Pools
     request_id: str = ""
+    accepted: bool = False
 
 
 class Running(NamedTuple):
@@ -46,7 +51,7 @@ class Outcome(NamedTuple):
     session: str
     entry: str
     pool: str | None
-    kind: Literal["granted", "queue_full", "no_capacity", "request_id_in_use"]
+    kind: Literal["granted", "no_capacity", "queue_full", "request_id_in_use", "draining"]
 
 
 @dataclass(slots=True)
@@ -81,6 +86,7 @@ class Grants:
 
     def __init__(self, *, max_queued: int, session_lease_s: float, replica_lease_s: float) -> None:
         self.max_queued = max_queued
+        self.draining = False  # refuse what is new
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
         self._sessions: dict[str, _Session] = {}
@@ -125,13 +131,16 @@ class Grants:
         holder = self._sessions[session]
         if asked.entry in holder.waiting or asked.entry in holder.running:
             return None
-        owner = self._owners.get(asked.request_id)
-        if owner and owner.session != session:
-            return Outcome(session, asked.entry, None, "request_id_in_use")
         if not self._possible(asked.pools):
             return Outcome(session, asked.entry, None, "no_capacity")
-        if self._queued >= self.max_queued:
-            return Outcome(session, asked.entry, None, "queue_full")
+        if not asked.accepted:
+            owner = self._owners.get(asked.request_id)
+            if self.draining:
+                return Outcome(session, asked.entry, None, "draining")
+            if owner and owner.session != session:
+                return Outcome(session, asked.entry, None, "request_id_in_use")
+            if self._queued >= self.max_queued:
+                return Outcome(session, asked.entry, None, "queue_full")
         self._arrivals += 1
         queued = _Entry(self._arrivals, session, asked)
         holder.waiting[asked.entry] = queued

@@ -1,5 +1,6 @@
 """An Ingress's side of its session with the Dispatcher.
 
+    session.begin(request_id)  # a call of a client, until `end`
     async with session.slot(pools, request_id) as pool:
         ...  # a slot of `pool` is ours until the block ends
 
@@ -18,7 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse
+from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse, Unavailable
 from .dispatcher import HEARTBEAT_S
 from .grants import Pools, Running, Submission
 
@@ -29,6 +30,7 @@ RECONNECT_S = 0.5
 REFUSALS: dict[str, tuple[type[OctetError], str]] = {
     "queue_full": (QueueFull, "the queue is full: try again later"),
     "no_capacity": (NoCapacity, "no replica that may draw this lives, and no node can hold one"),
+    "draining": (Unavailable, "this server is shutting down"),
     "request_id_in_use": (RequestIdInUse, "x-request-id: a request with this id is being served"),
 }
 
@@ -40,6 +42,7 @@ class DispatchSession:
         self._dispatcher = dispatcher
         self._name = uuid.uuid4().hex
         self._entries = itertools.count()
+        self._calls: set[str] = set()  # request ids
         self._waiting: dict[str, tuple[Submission, asyncio.Future[str]]] = {}
         self._running: dict[str, Running] = {}
         self._submits: dict[str, Submission] = {}
@@ -54,16 +57,31 @@ class DispatchSession:
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
+    def begin(self, request_id: str) -> None:
+        """A client's call is open until `end`. Raises `RequestIdInUse`."""
+        if request_id in self._calls:
+            error, message = REFUSALS["request_id_in_use"]
+            raise error(message)
+        self._calls.add(request_id)
+
+    def end(self, request_id: str) -> None:
+        """The call's answer has been sent, or never will be."""
+        self._calls.discard(request_id)
+        self._news.set()
+
     @asynccontextmanager
-    async def slot(self, pools: Pools, request_id: str = "") -> AsyncIterator[str]:
+    async def slot(
+        self, pools: Pools, request_id: str = "", *, accepted: bool = False
+    ) -> AsyncIterator[str]:
         """Wait for a slot in one of `pools` (preferred first) and hold it; yields the pool.
 
-        Raises `QueueFull`, `NoCapacity`, and `RequestIdInUse` if another session has entries of
-        this id. Leaving the block, or being cancelled while waiting, gives the slot back.
+        Raises `NoCapacity`, and unless it was `accepted` before, `QueueFull`, `Unavailable` while
+        draining, and `RequestIdInUse` if another session has entries of this id. Leaving the
+        block, or being cancelled while waiting, gives the slot back.
         """
         entry = str(next(self._entries))
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        asked = Submission(entry, pools, request_id)
+        asked = Submission(entry, pools, request_id, accepted)
         self._waiting[entry] = asked, granted
         self._submits[entry] = asked
         self._news.set()
@@ -79,7 +97,10 @@ class DispatchSession:
     async def _listen(self) -> None:
         """Keep a session open and hand its outcomes to those who wait."""
         while True:
-            waiting = [asked for asked, _ in self._waiting.values()]
+            waiting = [
+                asked._replace(accepted=asked.accepted or entry not in self._submits)
+                for entry, (asked, _) in self._waiting.items()
+            ]
             # The session starts anew from these facts: what was not yet told is in them.
             self._submits.clear()
             self._releases.clear()
@@ -103,10 +124,10 @@ class DispatchSession:
             await asyncio.sleep(RECONNECT_S)
 
     def _settle(self, entry: str, pool: str | None, kind: str) -> None:
-        if entry not in self._waiting:
-            return  # its release is on the way
-        asked, future = self._waiting.pop(entry)
-        if future.done():
+        asked, future = self._waiting.pop(entry, (None, None))
+        if asked is None or future is None or future.done():
+            self._releases.append(entry)  # whoever waited is gone; to say so twice does no harm
+            self._news.set()
             return
         if pool is None:
             error, message = REFUSALS[kind]
@@ -127,7 +148,9 @@ class DispatchSession:
             submits, self._submits = list(self._submits.values()), {}
             releases, self._releases = self._releases, []
             try:
-                understood = await self._dispatcher.tell.remote(self._name, submits, releases)
+                understood = await self._dispatcher.tell.remote(
+                    self._name, submits, releases, len(self._calls)
+                )
             except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False

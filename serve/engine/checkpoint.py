@@ -123,24 +123,30 @@ def write_manifest(folder: Path, made_from: dict[str, Any]) -> None:
     part.rename(folder / MANIFEST)
 
 
-def verify(folder: Path, components: Iterable[str]) -> None:
-    """Raise `CheckpointError` if files of these components are not what the manifest says."""
+def verify(folder: Path, components: Iterable[str] | None = None) -> None:
+    """Raise `CheckpointError` if files of these components are not what the manifest says.
+
+    All files if no components are named.
+    """
     try:
         stated: Files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest") from error
-    wanted = {f"{component}/" for component in components}
-    mine = {name: digest for name, digest in stated.items() if name.startswith(tuple(wanted))}
-    there = [name for name in _files(folder) if name.startswith(tuple(wanted))]
+    wanted = ("",) if components is None else tuple(f"{c}/" for c in components)
+    mine = {name: digest for name, digest in stated.items() if name.startswith(wanted)}
+    there = [name for name in _files(folder) if name.startswith(wanted)]
     odd = mine.keys() ^ set(there)
     if odd:
         state = "missing" if min(odd) in mine else "not in the manifest"
         raise CheckpointError(f"{folder / min(odd)}: {state}")
     for name, digest in digests(folder, there).items():
         if digest != mine[name]:
-            raise CheckpointError(f"{folder / name}: its SHA-256 is not the manifest's: pull again")
+            raise CheckpointError(
+                f"{folder / name}: its SHA-256 is not the manifest's: delete the folder, and pull "
+                "or quantise it again"
+            )
 
 
 def digests(folder: Path, names: Iterable[str]) -> Files:

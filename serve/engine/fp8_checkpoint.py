@@ -20,7 +20,7 @@ from transformers import AutoConfig, T5EncoderModel
 from transformers.utils import logging
 
 from .checkpoint import CheckpointError, size_bytes, write_manifest
-from .precision import RECIPES, apply_recipe, store_in_fp8
+from .precision import E4M3, RECIPES, apply_recipe, store_in_fp8
 
 logging.disable_progress_bar()  # it would write lines into every replica's log
 
@@ -111,7 +111,10 @@ def load_t5(folder: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         t5 = T5EncoderModel(config).to(dtype).eval()
     names = json.loads((folder / T5 / QUANTO_MAP).read_text(encoding="utf-8"))
-    requantize(t5, load_file(folder / T5 / WEIGHTS), names, device=torch.device("cpu"))
+    stored = load_file(folder / T5 / WEIGHTS)
+    weights = {name: w if w.dtype is E4M3 else w.to(dtype) for name, w in stored.items()}
+    requantize(t5, weights, names, device=torch.device("cpu"))
+    t5.encoder.set_input_embeddings(t5.shared)
     return t5
 
 
@@ -131,10 +134,7 @@ def _save(model: Any, component: str, folder: Path, out: Path) -> None:
     config["quantization_config"] = {"quant_method": METHODS[component]}
     (out / component).mkdir()
     (out / component / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    # T5 ties its embedding under two names, which safetensors refuses to store as one.
-    state, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
-        seen.add(tensor.data_ptr())
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state.pop("encoder.embed_tokens.weight", None)  # T5's `shared.weight` under a second name
     save_file(state, out / component / WEIGHTS)
     (out / component / WEIGHTS).chmod(0o644)  # safetensors' own is for its user alone

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
 
 from cluster.capability import Capability, capability, probe
 
 from ..dispatch.dispatcher import HEARTBEAT_S
 from ..errors import NonFiniteImage, OctetError, Unavailable
-from ..request import ImageRequest, ImageResult, Progress, Timings
+from ..lost import REPLICA_LOST
+from ..request import ImageRequest, ImageResult, Timings
 from ..settings import Pool, ServedModel
 from .checkpoint import open_checkpoint
 from .image_file import encode_image
@@ -77,12 +77,12 @@ class Generator:
         await self._draw(self._warm_up_request())
         self._heartbeat = asyncio.create_task(self._report())
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
-        """A first `Progress` at once, then the finished image.
+    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult | None]:
+        """None at once, which says that this replica has begun; then the finished image.
 
         Raises `NonFiniteImage`. Closing the stream stops the work before its next step.
         """
-        yield Progress(step=0, num_inference_steps=request.num_inference_steps)
+        yield None
         result = await self._draw(request)
         log.info("drew %s", request.id)
         yield result
@@ -128,7 +128,7 @@ class Generator:
                 embeds: PromptEmbeds = await self._text_encoder.encode.remote(
                     [*prompts, request.prompt], self._model.max_sequence_length
                 )
-            except RayActorError:
+            except REPLICA_LOST:
                 log.warning("%s: attempt %d lost the text encoder", request.id, attempt)
             else:
                 return embeds

@@ -24,11 +24,12 @@ KEY_BYTES = 32
 class DiskStore:
     """See `ResultStore`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises `OSError` if the folder cannot be made or written to."""
-        self._images = folder / "images"
+        root = Path(folder).expanduser()
+        self._images = root / "images"
         self._images.mkdir(parents=True, exist_ok=True)
-        self._key = _shared_key(folder / "signing-key")
+        self._key = _shared_key(root / "signing-key")
 
     def put(self, image: bytes, extension: str) -> str:
         name = f"{secrets.token_urlsafe(24)}.{extension}"
@@ -41,31 +42,29 @@ class DiskStore:
     def link(self, name: str, expires: int) -> str:
         return f"/v1/files/{name}?expires={expires}&signature={self._sign(name, str(expires))}"
 
-    def open(self, name: str, expires: str, signature: str, now: float) -> Path:
-        """The file behind a link. Raises `LinkInvalid` or `NotFound`."""
+    def read(self, name: str, expires: str, signature: str, now: float) -> bytes:
         expected = self._sign(name, expires)
         if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
             raise LinkInvalid("the link's signature is wrong")
         if float(expires) < now:
             raise LinkInvalid("the link has expired")
-        file = self._images / name
-        if not NAME.fullmatch(name) or not file.is_file():
-            raise NotFound("the image is no longer kept")
-        return file
+        if NAME.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                return (self._images / name).read_bytes()
+        raise NotFound("the image is no longer kept")
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> int:
-        kept = []
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
+        found = []
         for entry in os.scandir(self._images):
             with contextlib.suppress(FileNotFoundError):  # another Ingress sweeps too
-                kept.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        kept.sort(reverse=True)
-        total, gone = 0, 0
-        for changed, size, path in kept:
+                if entry.is_file():
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        found.sort(reverse=True)
+        total = 0
+        for changed, size, path in found:
             total += size
             if now - changed > max_age_s or total > max_bytes:
                 Path(path).unlink(missing_ok=True)
-                gone += 1
-        return gone
 
     def _sign(self, name: str, expires: str) -> str:
         text = f"{name}\n{expires}".encode(errors="replace")

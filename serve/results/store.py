@@ -14,5 +14,8 @@ class ResultStore(Protocol):
     def link(self, name: str, expires: int) -> str:
         """Path and query, or the whole URL, under which the image is read until `expires`."""
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> int:
-        """Delete what is too old, then the oldest beyond `max_bytes`; returns how many went."""
+    def read(self, name: str, expires: str, signature: str, now: float) -> bytes:
+        """The image behind a link to us. Raises `LinkInvalid` or `NotFound`."""
+
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
+        """Delete what is too old, then the oldest beyond `max_bytes`. Raises `OSError`."""

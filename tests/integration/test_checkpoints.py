@@ -55,6 +55,21 @@ def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) 
     assert torch.equal(*latents)
 
 
+@pytest.mark.parametrize("sixteen_bit", ["bf16", "fp16"])
+def test_its_t5_is_like_the_one_quantised_at_load(fp8_folder: Path, sixteen_bit: str) -> None:
+    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)  # type: ignore[arg-type]
+    there, made = (PromptEncoder(folder, recipe) for folder in (DEMO_MODEL, fp8_folder))
+    kinds = [{(p.dtype, p.device.type) for p in e.t5.parameters()} for e in (there, made)]
+    assert kinds == [{(recipe.dtype, "cpu")}] * 2
+    assert len(list(there.t5.parameters())) == len(list(made.t5.parameters()))
+    exact = PromptEncoder(DEMO_MODEL).encode_prompts(["a city"], 32).tokens
+    errors = [
+        (encoder.encode_prompts(["a city"], 32).tokens - exact).abs().max()
+        for encoder in (there, made)
+    ]
+    assert errors[1] <= 1.01 * errors[0]
+
+
 def test_it_loads_alone_and_is_smaller(fp8_folder: Path) -> None:
     """Nothing in it points elsewhere."""
     assert not [path for path in fp8_folder.rglob("*") if path.is_symlink()]

@@ -54,7 +54,7 @@ def kill(deployment: str) -> None:
 
 def drawn(client: httpx.Client, request_ids: list[str]) -> Counter[str]:
     """How often the Generators say that they drew each of these images."""
-    logs = Path(tempfile.gettempdir()).glob("octet-*/session_latest/logs/serve/replica_*.log")
+    logs = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
     lines = "\n".join(log.read_text() for log in logs)
     found = re.findall(r"drew (\S+)", lines)
     return Counter(f for f in found if f.partition("/")[0] in request_ids)

@@ -133,14 +133,34 @@ def test_every_answer_has_a_request_id(client: httpx.Client) -> None:
         assert client.request(method, path, headers=given).headers["x-request-id"] == "mine"
 
 
+@pytest.mark.parametrize("given", ["é", "\xff", "a b", "", "x" * 65, "../x"])
+@pytest.mark.parametrize("path", [GENERATE, "/health", "/nope"])
+def test_unsafe_request_ids_are_400_on_every_path(
+    client: httpx.Client, path: str, given: str
+) -> None:
+    headers = {"x-request-id": given.encode("latin-1")}
+    answer = client.post(path, json={"prompt": "x"}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-id")
+    assert answer.headers["x-request-id"] not in ("", given)
+
+
+@pytest.mark.parametrize(
+    "header", ["x-request-timeout-seconds", "serve_multiplexed_model_id", "x-session-id"]
+)
+@pytest.mark.parametrize("value", ["0.00001", "é"])
+def test_clients_do_not_steer_ray_serve(client: httpx.Client, header: str, value: str) -> None:
+    body = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
+    headers = {header: value.encode("latin-1")}
+    assert client.post(GENERATE, json=body, headers=headers).status_code == 200
+
+
 def test_an_image_as_a_url(client: httpx.Client) -> None:
-    asked = {"prompt": "dunes", "num_inference_steps": 2, "seed": 3}
+    asked = {"prompt": "dunes", "num_inference_steps": 2, "seed": 3, "precision": "fp8"}
     inline = client.post(GENERATE, json=asked).json()["data"][0]
     item = client.post(GENERATE, json={**asked, "response_format": "url"}).json()["data"][0]
     answer = client.get(item["url"])
     assert answer.headers["content-type"] == "image/png"
-    if item["precision"] == inline["precision"]:
-        assert answer.content == base64.b64decode(inline["b64_json"])
+    assert answer.content == base64.b64decode(inline["b64_json"])
     assert client.get(item["url"] + "0").status_code == 403
 
 

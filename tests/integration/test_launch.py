@@ -68,7 +68,7 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
             assert processes
 
             file.write_text(f"max_body_bytes: 200\n{settings}")
-            octet.send_signal(signal.SIGHUP)
+            octet.send_signal(signal.SIGUSR1)
             wait_until(lambda: draw(second, {"prompt": "x" * 300}).status_code == 413)
 
             drawn = draw(second, {"prompt": "the sea at dawn", "precision": "fp8"})

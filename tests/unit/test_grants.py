@@ -113,6 +113,25 @@ def test_declared_running_work_keeps_its_request_id() -> None:
     assert book.submit("s", Submission("b", AUTO, "id")) is None
 
 
+def test_what_was_accepted_before_is_not_refused_for_what_came_meanwhile() -> None:
+    """Another attempt, or what a restarted Dispatcher is told again."""
+    book = Grants(max_queued=1, session_lease_s=10, replica_lease_s=5)
+    book.open("s", 0)
+    book.open("t", 0)
+    book.submit("s", Submission("a", AUTO, "id"))
+    book.draining = True
+    assert book.submit("t", Submission("b", AUTO, "id", accepted=True)) is None
+    assert book.queue_depth == 2
+
+
+def test_draining_refuses_what_is_new() -> None:
+    book = grants(m_fp8=1)
+    book.submit("s", Submission("a", AUTO))
+    book.draining = True
+    assert book.submit("s", Submission("b", AUTO)) == Outcome("s", "b", None, "draining")
+    assert ids(book.grant()) == [("a", FP8)]
+
+
 def test_nobody_waits_for_what_cannot_come() -> None:
     book = grants()
     assert book.submit("s", Submission("a", (FP8,))) is None  # nothing is known yet
@@ -152,10 +171,10 @@ class GrantsMachine(RuleBasedStateMachine):
         refused = self.book.submit(session, Submission(entry, pools, request_id))
         live = {**self.waiting, **self.running}
         owners = {owner for e, (owner, _) in live.items() if self.request_ids[e] == request_id}
-        if request_id and owners - {session}:
-            assert refused == Outcome(session, entry, None, "request_id_in_use")
-        elif not self.possible(pools):
+        if not self.possible(pools):
             assert refused == Outcome(session, entry, None, "no_capacity")
+        elif request_id and owners - {session}:
+            assert refused == Outcome(session, entry, None, "request_id_in_use")
         elif refused is None:
             self.waiting[entry] = session, pools
             self.request_ids[entry] = request_id

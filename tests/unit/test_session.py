@@ -9,8 +9,9 @@ import pytest
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.grants import Submission
 from serve.dispatch.session import DispatchSession
-from serve.errors import NoCapacity, QueueFull, RequestIdInUse
+from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable
 
 from ..in_process import Handle, a_dispatcher
 
@@ -221,6 +222,81 @@ def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -
         dispatcher._read_nodes = list
         with pytest.raises(NoCapacity):
             await waiting
-        assert await dispatcher.pools() == {"p": {"replicas": 0, "placeable": False}}
+        state = await dispatcher.state()
+        assert state["pools"] == {"p": {"replicas": 0, "placeable": False}}
+
+    run(test)
+
+
+def test_resubmitted_entries_were_accepted_before() -> None:
+    """A Dispatcher that comes back with a full queue refuses newcomers, not those who waited."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        async def hold() -> str:
+            async with session.slot(("p",)) as pool:
+                return pool
+
+        waiting = [asyncio.create_task(hold()) for _ in range(3)]
+        await settle()
+        fresh = a_dispatcher("p", max_queued=1)
+        handle.break_off(fresh)
+        await settle()
+        assert fresh._grants.queue_depth == 3
+        with pytest.raises(QueueFull):
+            await hold()
+        await fresh.report_replica("p", "r", 3)
+        assert await asyncio.gather(*waiting) == ["p"] * 3
+
+    run(test)
+
+
+def test_a_drained_dispatcher_counts_down_to_nothing() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica("p", "r", 1)
+        async with session.slot(("p",)):
+            assert await dispatcher.drain() == 1
+            with pytest.raises(Unavailable, match="shutting down"):
+                async with session.slot(("p",)):
+                    pass
+            async with asyncio.timeout(1):
+                again = asyncio.create_task(hold(session))
+                await settle()
+                assert await dispatcher.drain() == 2
+        assert await again == "p"
+        await settle()
+        assert await dispatcher.drain() == 0
+
+    async def hold(session: DispatchSession) -> str:
+        async with session.slot(("p",), accepted=True) as pool:
+            return pool
+
+    run(test)
+
+
+def test_draining_waits_for_answers_that_are_still_sent() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica("p", "r", 1)
+        session.begin("id")
+        with pytest.raises(RequestIdInUse):
+            session.begin("id")
+        async with session.slot(("p",), "id"):
+            pass
+        await settle()
+        assert await dispatcher.drain() == 1  # drawn, not yet sent
+        session.end("id")
+        await settle()
+        assert await dispatcher.drain() == 0
+        session.begin("id")
+
+    run(test)
+
+
+def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica("p", "r", 1)
+        await settle()
+        await dispatcher.tell(session._name, [Submission("late", ("p",))], [], 0)
+        await settle()
+        assert dispatcher._grants.free_slots("p") == 1
 
     run(test)

@@ -65,6 +65,11 @@ def write(folder: Path, change: object) -> Path:
         ),
         (lambda d: d.pop("emulate_fp8"), ["its fp8 pool takes no GPU"]),
         (lambda d: d.update(public_url="images.example"), ["public_url"]),
+        (lambda d: d.update(max_queued=3), ["max_queued 3 must be at least max_images 4"]),
+        (
+            lambda d: d.update(results={"link_expires_s": 100, "max_age_s": 99}),
+            ["results", "link_expires_s 100 must be at most max_age_s 99"],
+        ),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> None:
@@ -72,6 +77,17 @@ def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> N
         load_settings(write(tmp_path, change), {})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_one_fault_is_one_line(tmp_path: Path) -> None:
+    def too_many(data: dict) -> None:
+        data["models"][0]["defaults"]["num_inference_steps"] = 1000
+
+    with pytest.raises(SettingsError) as caught:
+        load_settings(write(tmp_path, too_many), {})
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(SettingsError, match="^OCTET_FOO: no such place"):
+        load_settings(LAPTOP, {"OCTET_FOO": "1"})
 
 
 def test_environment_overrides() -> None:
@@ -111,6 +127,15 @@ def test_local_folders_are_relative_to_the_file(tmp_path: Path) -> None:
     assert settings.models[0].source.location == str((tmp_path / "weights").resolve())
 
 
+def test_other_folders_too_but_for_those_of_each_nodes_home(tmp_path: Path) -> None:
+    def here(data: dict) -> None:
+        data.update(data_folder="images", models_folder="~/models")
+
+    settings = load_settings(write(tmp_path, here), {})
+    assert settings.data_folder == str(tmp_path.resolve() / "images")
+    assert settings.models_folder == "~/models"
+
+
 def test_settings_are_frozen() -> None:
     settings = load_settings(LAPTOP, {})
     with pytest.raises(ValueError, match="frozen"):
@@ -148,7 +173,7 @@ def test_the_rest_is_no_tuning() -> None:
 
 def test_parts_are_plain_data_that_comes_back() -> None:
     settings = load_settings(EXAMPLES / "sd35.yaml", {})
-    application, tuning = settings.application(), settings.tuning(draining=True)
+    application, tuning = settings.application(), settings.tuning()
     assert Application.model_validate(application.model_dump(mode="json")) == application
     assert Tuning.model_validate(tuning.model_dump(mode="json")) == tuning
     assert list(tuning.models) == [m.id for m in settings.models]

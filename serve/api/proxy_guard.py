@@ -1,0 +1,54 @@
+"""What every request passes in Ray Serve's HTTP proxy before Serve reads its headers.
+
+Serve finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.api.proxy_guard:middlewares, in
+the environment of every node that runs a proxy.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import InvalidRequest
+from .openai_images import check_request_id, error_body
+
+# Clients could set Serve's own time limit with them, or make its proxy fail on odd bytes.
+SERVES_OWN = {
+    "serve-multiplexed-model-id",
+    "x-request-disconnect-disabled",
+    "x-request-timeout-seconds",
+    "x-session-id",
+}
+
+
+class ProxyGuard:
+    """Takes out the headers that steer Serve; an `x-request-id` that is not safe is a 400."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id")
+        try:
+            if given is not None:
+                check_request_id(given)
+        except InvalidRequest as error:
+            own = {"x-should-retry": "false", "x-request-id": str(uuid.uuid4())}
+            answer = JSONResponse(error_body(error), error.status, own)
+            return await answer(scope, receive, send)
+        headers = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name.decode("latin-1").lower().replace("_", "-") not in SERVES_OWN
+        ]
+        return await self._app({**scope, "headers": headers}, receive, send)
+
+
+def middlewares() -> list[Middleware]:
+    return [Middleware(ProxyGuard)]
