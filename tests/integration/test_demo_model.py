@@ -11,8 +11,7 @@ from serve.engine.sd3 import Denoiser, PromptEncoder
 
 
 @pytest.fixture(scope="module")
-def operations() -> tuple[PromptEncoder, Denoiser]:
-    torch.set_flush_denormal(True)
+def operations(no_denormals: None) -> tuple[PromptEncoder, Denoiser]:
     return PromptEncoder(MODEL), Denoiser(MODEL, RECIPES["fp8"])
 
 

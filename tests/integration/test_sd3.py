@@ -16,7 +16,7 @@ from serve.engine.sd3 import Denoiser, Denoising, PromptEncoder
 from .conftest import DEMO_MODEL
 
 TEXT_LENGTH = 32
-torch.set_flush_denormal(True)
+pytestmark = pytest.mark.usefixtures("no_denormals")
 
 
 class Both:

@@ -86,7 +86,7 @@ def test_one_fault_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(write(tmp_path, too_many), {})
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(SettingsError, match="^OCTET_FOO: no such place"):
+    with pytest.raises(SettingsError, match=r"^OCTET_FOO: no such place"):
         load_settings(LAPTOP, {"OCTET_FOO": "1"})
 
 
