@@ -18,7 +18,8 @@ from rich.table import Column, Table
 from .engine.checkpoint import CheckpointError, node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import LaunchError, Running, running
-from .settings import Model, Settings, SettingsError, Source, load_settings
+from .settings import Model, Settings, SettingsError, Source
+from .settings_file import load_settings
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 APPLY = signal.SIGUSR1

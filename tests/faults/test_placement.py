@@ -23,7 +23,7 @@ import ray
 from ray import serve
 
 from serve.launch import Running
-from serve.settings import load_settings
+from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
 from .conftest import STORE_BYTES

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from serve.launch import Running, running
-from serve.settings import Settings, load_settings
+from serve.settings import Settings
+from serve.settings_file import load_settings
 
 # `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
 os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -115,6 +115,8 @@ class Edge:
 
 @pytest.fixture(scope="module")
 def edge(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ingress_module, "SWEEP_S", 0.2)
     folder = str(tmp_path_factory.mktemp("data"))
     edge = Edge(laptop.model_copy(update={"data_folder": folder}))
     edge.thread.start()
@@ -125,6 +127,7 @@ def edge(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     yield edge
     edge.server.should_exit = True
     edge.thread.join(10)
+    patch.undo()
 
 
 @pytest.fixture
@@ -401,6 +404,17 @@ def test_links_that_were_changed_or_expired_are_403(client: httpx.Client, tuned:
     assert client.get(url).status_code == 403
 
 
+def test_images_go_when_they_are_old(edge: Edge, client: httpx.Client, tuned: Any) -> None:
+    def kept() -> int:
+        return len(list((Path(str(edge.settings.data_folder)) / "images").iterdir()))
+
+    client.post(GENERATE, json={"prompt": "x", "response_format": "url"}).raise_for_status()
+    assert kept() > 0
+    tuned(results=Results(link_expires_s=1, max_age_s=1))
+    time.sleep(1.5)
+    assert kept() == 0
+
+
 def test_links_lead_to_the_public_address(client: httpx.Client, edge: Edge, tuned: Any) -> None:
     body = {"prompt": "x", "response_format": "url"}
     tuned(public_url="https://images.example/octet")
@@ -415,5 +429,7 @@ def test_an_image_that_cannot_be_kept_is_503(edge: Edge, client: httpx.Client) -
     try:
         answer = client.post(GENERATE, json={"prompt": "x", "response_format": "url"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
+        time.sleep(3 * ingress_module.SWEEP_S)  # the sweep fails too, and goes on
+        asyncio.run(edge.ingress.check_health())
     finally:
         images.with_name("away").rename(images)

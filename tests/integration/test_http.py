@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import time
 from collections.abc import Iterator
 
@@ -124,6 +125,16 @@ def test_playground_and_readiness(client: httpx.Client) -> None:
     one = {"replicas": 1, "placeable": True}
     pools = {"landscapes-fp8": one, "landscapes-fp16": one}
     assert ready.json() == {"status": "ready", "models": {"landscapes": pools}}
+
+
+@pytest.mark.parametrize(
+    "prompt", ["雪山上的月亮", "🌇 🌊", "منظر جبلي عند الغروب", "e\u0301" * 500]
+)
+def test_any_language_is_drawn(client: httpx.Client, prompt: str) -> None:
+    item = client.post(GENERATE, json={"prompt": prompt, "num_inference_steps": 1}).json()["data"][
+        0
+    ]
+    assert json.loads(picture(item).text["parameters"])["prompt"] == prompt
 
 
 def test_every_answer_has_a_request_id(client: httpx.Client) -> None:

@@ -16,7 +16,7 @@ from serve.api.openai_images import ImageGeneration, check_request_id, ignored_h
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.request import OutputFormat, Precision
-from serve.settings import load_settings
+from serve.settings_file import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
 TUNING = SETTINGS.tuning()

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve.settings import Application, Settings, SettingsError, Tuning, load_settings
+from serve.settings import Application, Settings, SettingsError, Tuning
+from serve.settings_file import load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAPTOP = EXAMPLES / "laptop.yaml"
