@@ -182,7 +182,8 @@ def _serve(read: Callable[[], Settings]) -> None:
     """Until Ctrl-C, SIGTERM or the end of the terminal; SIGUSR1 applies the settings anew."""
     events: SimpleQueue[int] = SimpleQueue()  # its `put` is made for signal handlers
     before = {number: signal.getsignal(number) for number in (*STOP, APPLY)}
-    stop = [number for number in STOP if before[number] is not signal.SIG_IGN]  # nohup's wish
+    nohup = before[signal.SIGHUP] is signal.SIG_IGN
+    stop = [number for number in STOP if not (nohup and number == signal.SIGHUP)]
 
     def on_stop(handler: Any) -> None:
         for number in stop:
