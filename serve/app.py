@@ -17,7 +17,7 @@ from cluster.placement import Need, selectors
 
 from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
-from .engine.generator import SLOTS, Generator
+from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .settings import Application, Pool
 
@@ -60,7 +60,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             Generator, name=f"Generator-{model.pool_name(pool)}"
         ).options(
             autoscaling_config=_pool_size(pool),
-            max_ongoing_requests=SLOTS,
+            max_ongoing_requests=pool.slots,
             ray_actor_options={
                 **pool.ray_actor_options,
                 **_placed(needs[model.pool_name(pool)]),

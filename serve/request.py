@@ -63,6 +63,7 @@ class ImageRequest:
     precision: Precision = Precision.AUTO
     output_format: OutputFormat = OutputFormat.PNG
     output_compression: int | None = None  # quality of a JPEG or WebP, 0 to 100
+    deterministic: bool = False  # bit for bit the same, whatever is drawn beside it
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):

@@ -86,7 +86,7 @@ class Encoder(Resources):
 
 
 class Pool(Resources):
-    """Generator replicas of one model in one precision.
+    """Generator replicas of one model in one precision, each drawing `slots` images at a time.
 
     `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
     prefers nodes without FP8; `allow_fp8_nodes` lets it use the others too. A pool that takes no
@@ -94,6 +94,7 @@ class Pool(Resources):
     """
 
     precision: Literal["fp8", "fp16"]
+    slots: Annotated[int, Field(ge=1, le=16)] = 4
     source: Source | None = None
     allow_fp8_nodes: bool = True
 

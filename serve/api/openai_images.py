@@ -47,6 +47,7 @@ class ImageGeneration(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     precision: Precision | None = None
+    deterministic: bool | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     # OpenAI's that cannot change our picture.
@@ -162,6 +163,7 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
             precision=asked.precision or Precision.AUTO,
             output_format=asked.output_format or OutputFormat.PNG,
             output_compression=asked.output_compression,
+            deterministic=bool(asked.deterministic),
         )
         for i in range(n)
     ]

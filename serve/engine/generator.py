@@ -1,44 +1,36 @@
 """The Generator deployment: one replica draws the images of one pool.
 
-One thread owns the model and one writes image files, so the event loop is always free for
-heartbeats and cancellations. Cancelling the call sets a flag that the denoising thread reads at
-every step.
+The denoising loop's thread owns the model and another writes image files, so the event loop is
+always free for heartbeats and cancellations.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cluster.capability import Capability, capability, probe
 
 from ..dispatch.dispatcher import HEARTBEAT_S
-from ..errors import NonFiniteImage, OctetError, Unavailable
+from ..errors import OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, Timings
 from ..settings import Pool, ServedModel
 from .checkpoint import open_checkpoint
+from .denoising_loop import DenoisingLoop
 from .image_file import encode_image
 from .precision import RECIPES, Recipe
-from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds, to_pixels
+from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
-SLOTS = 1  # images at a time per replica, until the engine batches between steps
 ENCODER_ATTEMPTS = 3
-
-
-class Cancelled(Exception):
-    """The image is no longer wanted."""
 
 
 def choose_recipe(pool: Pool, device: Capability) -> Recipe:
@@ -51,7 +43,7 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
 
 
 class Generator:
-    """Draws one image a call; reports itself to the Dispatcher once it can."""
+    """Draws an image a call, several at a time; reports itself to the Dispatcher once it can."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,
@@ -68,12 +60,9 @@ class Generator:
         found = capability(probe(), allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
-        self._model_thread = ThreadPoolExecutor(
-            1, initializer=torch.set_flush_denormal, initargs=(True,)
-        )
         self._file_thread = ThreadPoolExecutor(1)
-        loop = asyncio.get_running_loop()
-        self._denoiser = await loop.run_in_executor(self._model_thread, self._load)
+        self._denoiser = await asyncio.to_thread(self._load)
+        self._denoising = DenoisingLoop(self._denoiser, max_rows=2 * self._pool.slots)
         await self._draw(self._warm_up_request())
         self._heartbeat = asyncio.create_task(self._report())
 
@@ -89,23 +78,18 @@ class Generator:
 
     async def check_health(self) -> None:
         """Called by Ray Serve; a replica that no longer reports itself would never be used."""
-        if self._heartbeat.done():
-            raise RuntimeError("the heartbeat has stopped")
+        if self._heartbeat.done() or not self._denoising.alive:
+            raise RuntimeError("the heartbeat or the denoising loop has stopped")
 
     async def _draw(self, request: ImageRequest) -> ImageResult:
-        loop, cancelled, began = asyncio.get_running_loop(), threading.Event(), time.monotonic()
+        began = time.monotonic()
         embeds = await self._embed(request)
         text_s = time.monotonic() - began
-        try:
-            pixels, denoise_s, decode_s = await loop.run_in_executor(
-                self._model_thread, self._denoise, request, embeds, cancelled
-            )
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
+        # Cancelling this coroutine cancels the future, which the loop sees before its next step.
+        drawn = await asyncio.wrap_future(self._denoising.draw(request, embeds))
         began = time.monotonic()
-        image = await loop.run_in_executor(
-            self._file_thread, encode_image, pixels, request, self._recipe.name
+        image = await asyncio.get_running_loop().run_in_executor(
+            self._file_thread, encode_image, drawn.pixels, request, self._recipe.name
         )
         return ImageResult(
             image=image,
@@ -114,8 +98,8 @@ class Generator:
             emulated=self._emulated,
             timings=Timings(
                 text_s=text_s,
-                denoise_s=denoise_s,
-                decode_s=decode_s,
+                denoise_s=drawn.denoise_s,
+                decode_s=drawn.decode_s,
                 encode_s=time.monotonic() - began,
             ),
         )
@@ -140,31 +124,6 @@ class Generator:
         folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
         return Denoiser(folder, self._recipe, device)
 
-    def _denoise(
-        self, request: ImageRequest, embeds: PromptEmbeds, cancelled: threading.Event
-    ) -> tuple[NDArray[np.uint8], float, float]:
-        """Pixels (height_px, width_px, 3) and the seconds of denoising and of decoding."""
-        began = time.monotonic()
-        image = self._denoiser.begin(
-            embeds,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            seed=request.seed,
-        )
-        while not image.finished:
-            if cancelled.is_set():
-                raise Cancelled
-            self._denoiser.denoise_step([image])
-        if not image.latents.isfinite().all():
-            raise NonFiniteImage(f"the model produced non-finite numbers in {self._recipe.name}")
-        denoised = time.monotonic()
-        picture = self._denoiser.decode(image.latents)[0]
-        if not picture.isfinite().all():
-            raise NonFiniteImage(f"the VAE produced non-finite numbers in {self._recipe.name}")
-        return to_pixels(picture), denoised - began, time.monotonic() - denoised
-
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""
         native_px = self._denoiser.native_size_px
@@ -186,7 +145,7 @@ class Generator:
         pool = self._model.pool_name(self._pool)
         while True:
             try:
-                await self._dispatcher.report_replica.remote(pool, replica, SLOTS)
+                await self._dispatcher.report_replica.remote(pool, replica, self._pool.slots)
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
             await asyncio.sleep(HEARTBEAT_S)

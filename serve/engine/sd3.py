@@ -135,8 +135,12 @@ class Denoising:
         return len(self.embeds.pooled)
 
     @property
+    def steps_left(self) -> int:
+        return len(self.sigmas) - 1 - self.step
+
+    @property
     def finished(self) -> bool:
-        return self.step == len(self.sigmas) - 1
+        return not self.steps_left
 
 
 class Denoiser:
@@ -178,23 +182,27 @@ class Denoiser:
         return Denoising(noise.to(self.device), rows, guidance_scale, schedule)
 
     @torch.inference_mode()
-    def denoise_step(self, batch: Sequence[Denoising]) -> None:
+    def denoise_step(self, batch: Sequence[Denoising], rows: int = 0) -> None:
         """Take every image of the batch one step further, in one call of the transformer.
 
-        All need the same size and text length (SD3 has no attention mask). Euler's step
-        x += (sigma_next − sigma) · v and guidance are computed in float32.
+        All need the same size and text length (SD3 has no attention mask). The call is padded to
+        `rows` rows if the batch has fewer. Euler's step x += (sigma_next − sigma) · v and guidance
+        are computed in float32.
         """
-        latents = torch.cat([d.latents for d in batch for _ in range(d.rows)])
+        own = [d.rows for d in batch]
+        padding = max(rows - sum(own), 0)
+        latents = _padded([d.latents for d in batch for _ in range(d.rows)], padding)
         # Timesteps stay float32: rounding them to bf16 moves latents by up to 8e-2.
         times = [d.sigmas[d.step] * TRAIN_STEPS for d in batch for _ in range(d.rows)]
+        times += times[:1] * padding
         velocity = self.transformer(
             hidden_states=latents.to(self.recipe.dtype),
             timestep=torch.tensor(times, dtype=torch.float32, device=self.device),
-            encoder_hidden_states=torch.cat([d.embeds.tokens for d in batch]),
-            pooled_projections=torch.cat([d.embeds.pooled for d in batch]),
+            encoder_hidden_states=_padded([d.embeds.tokens for d in batch], padding),
+            pooled_projections=_padded([d.embeds.pooled for d in batch], padding),
             return_dict=False,
         )[0].float()
-        for d, v in zip(batch, velocity.split([d.rows for d in batch]), strict=True):
+        for d, v in zip(batch, velocity[: sum(own)].split(own), strict=True):
             if d.rows == 2:
                 v = v[:1] + d.guidance_scale * (v[1:] - v[:1])
             d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
@@ -207,6 +215,11 @@ class Denoiser:
         latents = latents / config.scaling_factor + config.shift_factor
         pictures: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return pictures.float() / 2 + 0.5
+
+
+def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+    """Rows on each other, and the first one again `padding` times."""
+    return torch.cat([*rows, *[rows[0][:1]] * padding])
 
 
 def to_pixels(picture: torch.Tensor) -> NDArray[np.uint8]:

@@ -49,9 +49,12 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     settings = settings.replace("../demo/model", str(DEMO_MODEL)).replace("8000", str(port))
     fp8 = tmp_path / "fp8"  # its FP8 pool loads what `octet quantize` makes
     quantize(DEMO_MODEL, fp8)
-    plain = "{ precision: fp8, "
-    assert plain in settings
-    settings = settings.replace(plain, f"{plain}source: {{ location: {fp8} }}, ")
+    settings = settings.replace(
+        "precision: fp8,", f"precision: fp8, source: {{ location: {fp8} }},"
+    )
+    settings = settings.replace("precision: fp16,", "precision: fp16, slots: 1,")
+    assert "slots: 1" in settings
+    assert str(fp8) in settings
     file.write_text(settings)
     command = [sys.executable, "-c", "from serve.cli import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -1,0 +1,58 @@
+"""Which of the running images take their next step together.
+
+A *batch* is one call of the transformer: its images have the same size and text length (SD3 has no
+attention mask) and together at most `max_rows` rows; guidance doubles an image's rows. Images of
+different sizes therefore take turns.
+
+The policy, before each step: an image that was passed over `PATIENCE` times in a row is overdue. If
+any is, the one passed over most often leads; else the one with the fewest steps left, so that
+few-step images are not stuck behind long ones. The batch is the leader and as many images of its
+kind as fit, in the same order.
+
+Bound: with at most n images running, nobody is passed over more than `PATIENCE` + n − 1 times in a
+row. Only those passed over as often or more lead before an overdue image; each of them leads once
+and then counts from zero, and newcomers never catch up with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+PATIENCE = 4
+
+
+@dataclass(slots=True)
+class Running:
+    """What the choice needs to know of an image; `kind` is its size and text length."""
+
+    kind: Hashable
+    rows: int
+    steps_left: int
+    arrival: int
+    passed_over: int = 0
+
+    @property
+    def _order(self) -> tuple[bool, int, int, int]:
+        overdue = self.passed_over >= PATIENCE
+        return not overdue, -self.passed_over if overdue else 0, self.steps_left, self.arrival
+
+
+def next_batch(running: Iterable[Running], max_rows: int) -> list[Running]:
+    """The images that take the next step; counts for the others that they were passed over.
+
+    Raises `ValueError` for an image that alone has more than `max_rows` rows.
+    """
+    waiting = sorted(running, key=lambda image: image._order)
+    batch: list[Running] = []
+    room = max_rows
+    for image in waiting:
+        if image.rows > max_rows:
+            raise ValueError(f"an image of {image.rows} rows in batches of {max_rows}")
+        if image.rows <= room and (not batch or image.kind == batch[0].kind):
+            batch.append(image)
+            room -= image.rows
+            image.passed_over = 0
+        else:
+            image.passed_over += 1
+    return batch

@@ -1,0 +1,188 @@
+"""Images that share steps come out as if they were alone, on the demo model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve.engine.denoising_loop import DenoisingLoop, Drawn
+from serve.engine.precision import RECIPES
+from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder
+from serve.errors import NonFiniteImage
+from serve.request import ImageRequest
+
+from .conftest import DEMO_MODEL
+
+pytestmark = pytest.mark.usefixtures("no_denormals")
+REQUEST = ImageRequest(
+    id="1",
+    model="landscapes",
+    prompt="the sea at dawn",
+    width=64,
+    height=64,
+    num_inference_steps=6,
+    guidance_scale=3.0,
+    seed=1,
+)
+PLUG = replace(REQUEST, num_inference_steps=1, guidance_scale=1.0)
+MIXED = [
+    REQUEST,
+    replace(REQUEST, seed=2, num_inference_steps=3),
+    replace(REQUEST, seed=3, guidance_scale=1.0),
+    replace(REQUEST, seed=4, width=96, num_inference_steps=4),
+    replace(REQUEST, seed=5, guidance_scale=7.5, num_inference_steps=8),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(DEMO_MODEL)
+
+
+class Model:
+    """A loop on one precision, with the transformer's calls noted."""
+
+    def __init__(self, precision: str, encoder: PromptEncoder) -> None:
+        self.encoder = encoder
+        self.denoiser = Denoiser(DEMO_MODEL, RECIPES[precision])
+        self.rows: list[int] = []
+        self.entered: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail: Exception | None = None
+        original = self.denoiser.transformer.forward
+
+        def forward(**inputs: Any) -> Any:
+            rows = len(inputs["timestep"])
+            self.entered.append(rows)
+            self.gate.wait()
+            if rows > 1:  # not the plug
+                self.rows.append(rows)
+            if rows > 1 and self.fail:
+                error, self.fail = self.fail, None
+                raise error
+            return original(**inputs)
+
+        self.denoiser.transformer.forward = forward
+        self.loop = DenoisingLoop(self.denoiser, max_rows=8)
+
+    def embeds(self, request: ImageRequest) -> PromptEmbeds:
+        prompts = [request.negative_prompt] if request.guided else []
+        return self.encoder.encode_prompts([*prompts, request.prompt], 32)
+
+    def draw(self, *requests: ImageRequest) -> list[Drawn]:
+        """Together: nobody steps before all have been submitted."""
+        futures = self.submit(*((request, self.embeds(request)) for request in requests))
+        return [future.result(30) for future in futures]
+
+    def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[Drawn]]:
+        """An image before them stands still in its only step until all are there."""
+        self.gate.clear()
+        entered = len(self.entered)
+        first = self.loop.draw(PLUG, self.embeds(PLUG))
+        while len(self.entered) == entered:
+            time.sleep(0.001)
+        futures = [self.loop.draw(request, embeds) for request, embeds in work]
+        self.gate.set()
+        first.result(30)
+        return futures
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp8"])
+def model(request: pytest.FixtureRequest, encoder: PromptEncoder) -> Iterator[Model]:
+    model = Model(request.param, encoder)
+    yield model
+    model.loop.close()
+
+
+def difference(one: Drawn, other: Drawn) -> float:
+    """The largest, in levels of 0 to 255."""
+    return float(np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max())
+
+
+def test_together_is_as_alone(model: Model) -> None:
+    alone = [model.draw(request)[0] for request in MIXED]
+    model.rows.clear()
+    together = model.draw(*MIXED)
+    assert max(model.rows) == 8
+    exact = model.denoiser.recipe.name == "fp32"
+    for one, other in zip(alone, together, strict=True):
+        if exact:
+            assert difference(one, other) <= 1  # a level, where a sum rounds otherwise
+        else:
+            assert np.abs(one.pixels.astype(int) - other.pixels).mean() < 1
+
+
+def test_within_a_bucket_the_company_changes_nothing(model: Model) -> None:
+    """Four rows each time, beside other images, first and last."""
+    others = [replace(REQUEST, seed=s, prompt=p) for s, p in ((8, "dunes"), (9, "a city"))]
+    results = [
+        model.draw(REQUEST, others[0])[0],
+        model.draw(REQUEST, others[1])[0],
+        model.draw(others[0], REQUEST)[1],
+    ]
+    assert set(model.rows[-18:]) == {4}
+    assert [difference(results[0], r) for r in results] == [0, 0, 0]
+
+
+def test_a_deterministic_image_is_the_same_alone_and_in_a_crowd(model: Model) -> None:
+    pinned = replace(REQUEST, deterministic=True)
+    alone = model.draw(pinned)[0]
+    assert set(model.rows[-6:]) == {8}
+    crowd = model.draw(*MIXED, pinned, replace(pinned, seed=7))
+    assert difference(alone, crowd[-2]) == 0
+
+
+def test_images_join_and_leave_between_steps(model: Model) -> None:
+    """The second comes when the first is half done, and is done before it."""
+    first = model.loop.draw(long := replace(REQUEST, num_inference_steps=40), model.embeds(long))
+    before = len(model.rows)
+    while len(model.rows) < before + 4:
+        time.sleep(0.005)
+    short = replace(REQUEST, num_inference_steps=2)
+    second = model.loop.draw(short, model.embeds(short))
+    second.result(30)
+    assert not first.done()
+    first.result(30)
+
+
+def test_a_cancelled_image_is_dropped_before_its_next_step(model: Model) -> None:
+    model.rows.clear()
+    long = replace(REQUEST, num_inference_steps=100)
+    futures = [model.loop.draw(long, model.embeds(long)) for _ in range(3)]
+    while not model.rows:
+        time.sleep(0.005)
+    assert all(future.cancel() for future in futures)
+    steps = len(model.rows)
+    model.draw(REQUEST)
+    assert len(model.rows) <= steps + 1 + REQUEST.num_inference_steps
+    with pytest.raises(CancelledError):
+        futures[0].result(0)
+    assert model.loop._jobs == []
+
+
+def test_a_step_that_fails_ends_its_images_and_not_the_loop(model: Model) -> None:
+    model.fail = RuntimeError("out of luck")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        model.draw(REQUEST)
+    assert model.draw(REQUEST)[0].pixels.shape == (64, 64, 3)
+
+
+def test_numbers_that_are_not_finite_are_their_own_images_alone(model: Model) -> None:
+    broken = model.embeds(REQUEST)
+    broken = PromptEmbeds(torch.full_like(broken.tokens, float("nan")), broken.pooled)
+    good = model.draw(REQUEST, replace(REQUEST, seed=9))[0]
+    first, second = model.submit(
+        (REQUEST, model.embeds(REQUEST)), (replace(REQUEST, seed=9), broken)
+    )
+    with pytest.raises(NonFiniteImage):
+        second.result(30)
+    assert difference(first.result(30), good) == 0

@@ -1,0 +1,75 @@
+"""The batch former's promises, for any mix of images."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.engine.batching import PATIENCE, Running, next_batch
+
+IMAGES = st.tuples(
+    st.sampled_from("abc"),  # kind
+    st.integers(1, 2),  # rows
+    st.integers(1, 12),  # steps
+    st.integers(0, 20),  # arrives at this step
+)
+
+
+def running(kind: str, rows: int, steps_left: int, arrival: int) -> Running:
+    return Running(kind=kind, rows=rows, steps_left=steps_left, arrival=arrival)
+
+
+@given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8))
+def test_budget_kinds_steps_and_waiting(images: list, max_rows: int) -> None:
+    """Run to the end: every image gets its steps, and none is passed over longer than the bound."""
+    arriving = sorted(images, key=lambda image: image[3])
+    inside: list[Running] = []
+    given_steps: dict[int, int] = {}
+    waited: dict[int, int] = {}
+    most_inside, clock = 0, 0
+    while arriving or inside:
+        while arriving and (arriving[0][3] <= clock or not inside):
+            kind, rows, steps, _ = arriving.pop(0)
+            inside.append(running(kind, rows, steps, len(given_steps)))
+            given_steps[inside[-1].arrival] = waited[inside[-1].arrival] = 0
+        most_inside = max(most_inside, len(inside))
+        batch = next_batch(inside, max_rows)
+        assert batch
+        assert len({id(image) for image in batch}) == len(batch)
+        assert len({image.kind for image in batch}) == 1
+        assert sum(image.rows for image in batch) <= max_rows
+        chosen = {image.arrival for image in batch}
+        for image in inside:
+            waited[image.arrival] = 0 if image.arrival in chosen else waited[image.arrival] + 1
+            assert waited[image.arrival] <= PATIENCE + most_inside - 1
+        for image in batch:
+            image.steps_left -= 1
+            given_steps[image.arrival] += 1
+        inside = [image for image in inside if image.steps_left]
+        clock += 1
+    steps = [steps for _, _, steps, _ in sorted(images, key=lambda image: image[3])]
+    assert [given_steps[i] for i in range(len(images))] == steps
+
+
+def test_all_of_a_kind_that_fit_go_together() -> None:
+    images = [running("a", 2, 9, i) for i in range(3)]
+    assert next_batch(images, 6) == images
+    assert len(next_batch(images, 5)) == 2
+
+
+def test_few_steps_are_not_stuck_behind_many() -> None:
+    long = [running("a", 2, 50, i) for i in range(4)]
+    short = running("b", 2, 4, 9)
+    for _ in range(4):
+        assert next_batch([*long, short], 8) == [short]
+        short.steps_left -= 1
+
+
+def test_many_steps_are_not_stuck_behind_a_stream_of_few() -> None:
+    long = running("a", 2, 50, 0)
+    turns = [next_batch([long, running("b", 2, 1, i)], 8)[0] is long for i in range(1, 51)]
+    assert sum(turns) == 50 // (PATIENCE + 1)
+
+
+def test_an_image_that_never_fits_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 rows in batches of 1"):
+        next_batch([running("a", 2, 1, 0)], 1)
