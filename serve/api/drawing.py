@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from ..dispatch.dispatcher import REPLICA_LEASE_S
-from ..dispatch.grants import Pools
+from ..dispatch.grants import Lease, Pools
 from ..dispatch.session import DispatchSession
 from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
 from ..lost import REPLICA_LOST
@@ -48,11 +48,11 @@ class Drawing:
         began, pools, lost = time.monotonic(), self._pools(request, request.precision), 0
         accepted = False
         while True:
-            async with self._session.slot(pools, request_id, accepted=accepted) as pool:
-                accepted = True
+            async with self._session.slot(pools, request_id, accepted=accepted) as lease:
+                accepted, pool = True, lease.pool
                 queue_s = time.monotonic() - began
                 try:
-                    result = await self._on_replica(request, pool)
+                    result = await self._on_replica(request, lease)
                 except NotBegun:
                     log.warning("%s: no replica of %s began; queueing again", request.id, pool)
                     pools = _last(pool, pools)
@@ -77,8 +77,8 @@ class Drawing:
                 else:
                     return replace(result, timings=replace(result.timings, queue_s=queue_s))
 
-    async def _on_replica(self, request: ImageRequest, pool: str) -> ImageResult:
-        stream = self._generators[pool].generate.remote(request)
+    async def _on_replica(self, request: ImageRequest, lease: Lease) -> ImageResult:
+        stream = self._generators[lease.pool].generate.remote(request, lease)
         try:
             try:
                 async with asyncio.timeout(BEGIN_S) as limit:

@@ -17,7 +17,7 @@ from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
 from ..settings import Live
-from .grants import Grants, Outcome, Running, Submission
+from .grants import Grants, Lease, Outcome, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
@@ -96,10 +96,14 @@ class Dispatcher:
         self._submit(session, submits)
         return True
 
-    async def report_replica(self, pool: str, replica: str, slots: int) -> None:
-        """The heartbeat of a Generator replica."""
+    async def report_replica(
+        self, pool: str, replica: str, slots: int, drawing: Iterable[Lease] = ()
+    ) -> list[Lease]:
+        """The heartbeat of a Generator replica; returns the leases that no session holds."""
         self._grants.report_replica(pool, replica, slots, time.monotonic())
         self._grant()
+        leases = [Lease(*lease) for lease in drawing]
+        return [lease for lease in leases if not self._grants.holds(lease)]
 
     async def state(self) -> dict[str, Any]:
         """`draining`, and of each of the `pools` its living `replicas` and if it is `placeable`."""

@@ -45,6 +45,14 @@ class Running(NamedTuple):
     request_id: str = ""
 
 
+class Lease(NamedTuple):
+    """A grant as the Generator that draws by it knows it."""
+
+    session: str
+    entry: str
+    pool: str
+
+
 class Outcome(NamedTuple):
     """What became of an entry: the pool it was granted, or why it was refused."""
 
@@ -163,6 +171,11 @@ class Grants:
     def report_replica(self, pool: str, replica: str, slots: int, now: float) -> None:
         """A replica of a pool is there with so many slots."""
         self._replicas.setdefault(pool, {})[replica] = _Replica(slots, now)
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the lease's session still runs its entry."""
+        session = self._sessions.get(lease.session)
+        return session is not None and lease.entry in session.running
 
     def set_placeable(self, pools: Iterable[str]) -> None:
         """The pools of which some node of the cluster could hold a replica."""

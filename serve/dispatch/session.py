@@ -1,8 +1,8 @@
 """An Ingress's side of its session with the Dispatcher.
 
     session.begin(request_id)  # a call of a client, until `end`
-    async with session.slot(pools, request_id) as pool:
-        ...  # a slot of `pool` is ours until the block ends
+    async with session.slot(pools, request_id) as lease:
+        ...  # a slot of `lease.pool` is ours until the block ends
 
 Submits and releases are coalesced: while one message is under way the next ones collect. If the
 Dispatcher restarts, a new session resubmits what waits and declares what runs, so running images
@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse, Unavailable
 from .dispatcher import HEARTBEAT_S
-from .grants import Pools, Running, Submission
+from .grants import Lease, Pools, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
@@ -72,8 +72,8 @@ class DispatchSession:
     @asynccontextmanager
     async def slot(
         self, pools: Pools, request_id: str = "", *, accepted: bool = False
-    ) -> AsyncIterator[str]:
-        """Wait for a slot in one of `pools` (preferred first) and hold it; yields the pool.
+    ) -> AsyncIterator[Lease]:
+        """Wait for a slot in one of `pools` (preferred first) and hold it.
 
         Raises `NoCapacity`, and unless it was `accepted` before, `QueueFull`, `Unavailable` while
         draining, and `RequestIdInUse` if another session has entries of this id. Leaving the
@@ -86,7 +86,7 @@ class DispatchSession:
         self._submits[entry] = asked
         self._news.set()
         try:
-            yield await granted
+            yield Lease(self._name, entry, await granted)
         finally:
             self._waiting.pop(entry, None)
             self._running.pop(entry, None)

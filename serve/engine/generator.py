@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 
 from cluster.capability import Capability, capability, probe
 
-from ..dispatch.dispatcher import HEARTBEAT_S
+from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
+from ..dispatch.grants import Lease
 from ..errors import OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, Timings
@@ -61,18 +62,29 @@ class Generator:
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
         self._file_thread = ThreadPoolExecutor(1)
+        self._drawing: dict[Lease, asyncio.Task[ImageResult]] = {}
+        self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
         self._denoiser = await asyncio.to_thread(self._load)
         self._denoising = DenoisingLoop(self._denoiser, max_rows=2 * self._pool.slots)
         await self._draw(self._warm_up_request())
         self._heartbeat = asyncio.create_task(self._report())
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult | None]:
+    async def generate(
+        self, request: ImageRequest, lease: Lease
+    ) -> AsyncIterator[ImageResult | None]:
         """None at once, which says that this replica has begun; then the finished image.
 
-        Raises `NonFiniteImage`. Closing the stream stops the work before its next step.
+        Raises `NonFiniteImage`. Closing the stream stops the work before its next step, and so
+        does the end of the lease: a caller that was killed closes nothing.
         """
         yield None
-        result = await self._draw(request)
+        drawing = asyncio.create_task(self._draw(request))
+        self._drawing[lease] = drawing
+        try:
+            result = await drawing
+        finally:
+            drawing.cancel()
+            del self._drawing[lease]
         log.info("drew %s", request.id)
         yield result
 
@@ -138,6 +150,16 @@ class Generator:
             seed=0,
         )
 
+    def _drop(self, orphans: Iterable[Lease], now: float) -> None:
+        """Stop what nobody has held for as long as a session may take to come back."""
+        self._orphans = {
+            lease: self._orphans.get(lease, now) for lease in map(Lease._make, orphans)
+        }
+        for lease, since in self._orphans.items():
+            if now - since > SESSION_LEASE_S and lease in self._drawing:
+                log.warning("nobody waits for entry %s of session %s", lease.entry, lease.session)
+                self._drawing[lease].cancel()
+
     async def _report(self) -> None:
         from ray import serve  # the context exists only inside a replica
 
@@ -145,7 +167,10 @@ class Generator:
         pool = self._model.pool_name(self._pool)
         while True:
             try:
-                await self._dispatcher.report_replica.remote(pool, replica, self._pool.slots)
+                orphans = await self._dispatcher.report_replica.remote(
+                    pool, replica, self._pool.slots, list(self._drawing)
+                )
+                self._drop(orphans, time.monotonic())
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
             await asyncio.sleep(HEARTBEAT_S)

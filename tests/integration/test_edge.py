@@ -36,6 +36,7 @@ from serve.api.ingress import Ingress
 from serve.api.openai_images import ImageGeneration
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.grants import Lease
 from serve.request import ImageRequest, ImageResult, Timings
 from serve.settings import Results, Settings
 
@@ -50,7 +51,7 @@ class Painter:
 
     takes_s = 0.5
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult | None]:
+    async def generate(self, request: ImageRequest, _: Lease) -> AsyncIterator[ImageResult | None]:
         yield None
         if request.prompt == "slow":
             await asyncio.sleep(self.takes_s)

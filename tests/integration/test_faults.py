@@ -52,11 +52,14 @@ def kill(deployment: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def drawn(client: httpx.Client, request_ids: list[str]) -> Counter[str]:
+def logs() -> str:
+    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
+    return "\n".join(file.read_text() for file in files)
+
+
+def drawn(request_ids: list[str]) -> Counter[str]:
     """How often the Generators say that they drew each of these images."""
-    logs = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
-    lines = "\n".join(log.read_text() for log in logs)
-    found = re.findall(r"drew (\S+)", lines)
+    found = re.findall(r"drew (\S+)", logs())
     return Counter(f for f in found if f.partition("/")[0] in request_ids)
 
 
@@ -99,7 +102,7 @@ def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
             return list(await asyncio.gather(*work))
 
     assert [answer.status_code for answer in asyncio.run(main())] == [200] * len(ids)
-    assert drawn(client, ids) == {f"{id}/0": 1 for id in ids}
+    assert drawn(ids) == {f"{id}/0": 1 for id in ids}
 
 
 def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Client) -> None:
@@ -122,6 +125,27 @@ def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Clien
     wait_for(served, SESSION_LEASE_S + 10)
     assert client.post(GENERATE, json={**QUICK, "precision": "fp16"}).status_code == 200
     assert time.monotonic() - died < SESSION_LEASE_S + 2 * HEARTBEAT_S + 10
+
+
+def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: httpx.Client) -> None:
+    ids = [f"orphan-{i}" for i in range(8)]
+    endless = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+
+    def ask(id: str) -> int:
+        headers = {"x-request-id": id}
+        return httpx.post(url + GENERATE, json=endless, headers=headers, timeout=120).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, id) for id in ids]
+        time.sleep(2)
+        kill("Ingress")
+        assert all(answer.result() >= 500 for answer in answers)
+    pause = 2 * SESSION_LEASE_S + 5  # the session's lease, then as long for it to come back
+    wait_for(lambda: "nobody waits for entry" in logs(), pause)
+    began = time.perf_counter()
+    assert client.post(GENERATE, json=QUICK).status_code == 200
+    assert time.perf_counter() - began < 2
+    assert len(drawn(ids)) < len(ids)
 
 
 def test_tuning_reaches_running_replicas(octet: Running, client: httpx.Client) -> None:

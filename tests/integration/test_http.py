@@ -223,6 +223,7 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
     async def main() -> set[str]:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             body = {"prompt": "dunes", "n": 4, "num_inference_steps": 8}
-            return {i["precision"] for i in (await client.post(GENERATE, json=body)).json()["data"]}
+            answers = await asyncio.gather(*(client.post(GENERATE, json=body) for _ in range(2)))
+            return {item["precision"] for a in answers for item in a.json()["data"]}
 
     assert asyncio.run(main()) == {"fp8", "bf16"}

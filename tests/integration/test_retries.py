@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from serve.api import drawing as drawing_module
 from serve.api.drawing import ATTEMPTS, Drawing
+from serve.dispatch.grants import Lease
 from serve.dispatch.session import DispatchSession
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
 from serve.request import ImageRequest, ImageResult, Precision, Timings
@@ -39,7 +40,7 @@ class Generator:
         self.precision, self.failures, self.calls = precision, list(failures), 0
         self.takes_s, self.late = takes_s, late
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[ImageResult | None]:
+    async def generate(self, request: ImageRequest, _: Lease) -> AsyncIterator[ImageResult | None]:
         self.calls += 1
         if self.calls <= self.late:
             await asyncio.sleep(60)  # the grant was for a replica that is no more

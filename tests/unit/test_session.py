@@ -41,8 +41,8 @@ def test_a_slot_is_held_until_its_block_ends() -> None:
         order = []
 
         async def use(name: str) -> None:
-            async with session.slot(("p",)) as pool:
-                assert pool == "p"
+            async with session.slot(("p",)) as lease:
+                assert lease.pool == "p"
                 order.append(f"{name} in")
                 await asyncio.sleep(0.01)
                 order.append(f"{name} out")
@@ -147,8 +147,8 @@ def test_a_session_that_expired_is_opened_again() -> None:
         assert await waiting == "p"
 
     async def hold(session: DispatchSession) -> str:
-        async with session.slot(("p",)) as pool:
-            return pool
+        async with session.slot(("p",)) as lease:
+            return lease.pool
 
     run(test)
 
@@ -233,8 +233,8 @@ def test_resubmitted_entries_were_accepted_before() -> None:
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async def hold() -> str:
-            async with session.slot(("p",)) as pool:
-                return pool
+            async with session.slot(("p",)) as lease:
+                return lease.pool
 
         waiting = [asyncio.create_task(hold()) for _ in range(3)]
         await settle()
@@ -267,8 +267,8 @@ def test_a_drained_dispatcher_counts_down_to_nothing() -> None:
         assert await dispatcher.drain() == 0
 
     async def hold(session: DispatchSession) -> str:
-        async with session.slot(("p",), accepted=True) as pool:
-            return pool
+        async with session.slot(("p",), accepted=True) as lease:
+            return lease.pool
 
     run(test)
 
@@ -298,5 +298,17 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
         await dispatcher.tell(session._name, [Submission("late", ("p",))], [], 0)
         await settle()
         assert dispatcher._grants.free_slots("p") == 1
+
+    run(test)
+
+
+def test_a_generator_hears_which_leases_nobody_holds() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica("p", "r", 1)
+        async with session.slot(("p",)) as lease:
+            ghost = lease._replace(session="gone")
+            assert await dispatcher.report_replica("p", "r", 1, [lease, ghost]) == [ghost]
+        await settle()
+        assert await dispatcher.report_replica("p", "r", 1, [lease]) == [lease]
 
     run(test)
