@@ -83,6 +83,7 @@ class Encoder(Resources):
     id: Name
     source: Source
     precision: Literal["fp32", "bf16", "t5-quanto"] = "t5-quanto"
+    cache_mib: PositiveInt = 512  # of embeddings; one prompt of SD3.5 takes 2.6
 
 
 class Pool(Resources):

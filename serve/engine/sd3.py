@@ -47,6 +47,10 @@ class PromptEmbeds:
     tokens: torch.Tensor
     pooled: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.pooled.nbytes
+
 
 class PromptEncoder:
     """CLIP-L, CLIP-G and T5 with their tokenizers.

@@ -1,0 +1,85 @@
+"""The cache before the text encoders, with an encoder that counts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from serve.engine.sd3 import PromptEmbeds
+from serve.engine.text_encoder import EmbeddingCache
+
+ROW = PromptEmbeds(torch.zeros(1, 4, 8), torch.zeros(1, 8))
+
+
+class Encoder:
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def encode(self, prompt: str, length: int) -> PromptEmbeds:
+        self.gate.wait(5)
+        self.prompts.append(prompt)
+        if prompt == "broken":
+            raise RuntimeError("no")
+        return PromptEmbeds(
+            torch.full((1, 4, 8), float(len(prompt))), torch.full((1, 8), float(length))
+        )
+
+
+def run(test: Callable[[EmbeddingCache, Encoder], Coroutine[Any, Any, None]], rows: int) -> None:
+    async def main() -> None:
+        encoder = Encoder()
+        async with asyncio.timeout(5):
+            await test(EmbeddingCache(encoder.encode, rows * ROW.nbytes), encoder)
+
+    asyncio.run(main())
+
+
+def test_a_prompt_is_encoded_once() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        first, again = await cache.get("a", 32), await cache.get("a", 32)
+        assert again is first
+        assert int((await cache.get("a", 64)).pooled[0, 0]) == 64  # another length is another key
+        assert encoder.prompts == ["a", "a"]
+
+    run(test, rows=9)
+
+
+def test_a_prompt_under_way_is_waited_for() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        encoder.gate.clear()
+        waiting = [asyncio.create_task(cache.get("a", 32)) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        waiting[0].cancel()  # who asked first goes away; the others still get theirs
+        encoder.gate.set()
+        rows = await asyncio.gather(*waiting[1:])
+        assert all(row is rows[0] for row in rows)
+        assert encoder.prompts == ["a"]
+
+    run(test, rows=9)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        for prompt in ("a", "b", "", "a", "c", "", "a", "b"):
+            await cache.get(prompt, 32)
+        assert encoder.prompts == ["a", "b", "", "c", "b"]
+        assert cache._kept_bytes == 3 * ROW.nbytes == sum(r.nbytes for r in cache._kept.values())
+
+    run(test, rows=3)
+
+
+def test_a_failure_is_not_kept() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                await cache.get("broken", 32)
+        assert encoder.prompts == ["broken"] * 2
+
+    run(test, rows=3)
