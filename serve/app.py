@@ -51,6 +51,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
             num_replicas=encoder.replicas,
             max_ongoing_requests=UNBOUNDED,
+            graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options=encoder.ray_actor_options,
         ).bind(encoder.model_dump(mode="json"), settings.models_folder)
         for encoder in settings.text_encoders

@@ -205,8 +205,10 @@ def _serve(read: Callable[[], Settings]) -> None:
             signal.signal(APPLY, signal.SIG_IGN)
             on_stop(interrupt)
             console.print("finishing what is being drawn; Ctrl-C again drops it")
-            octet.drain()
-            on_stop(signal.SIG_IGN)
+            try:
+                octet.drain()
+            finally:
+                on_stop(signal.SIG_IGN)
     except KeyboardInterrupt:
         pass
     finally:

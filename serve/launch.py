@@ -27,7 +27,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
 ANSWER_S = 10.0
 OTHERS_S = 30.0
-LAST_BYTES_S = 1.0
+LAST_BYTES_S = 2.0  # for what Serve's proxy still has to send
 
 
 class LaunchError(Exception):
@@ -114,14 +114,17 @@ class Running:
         from ray.serve.exceptions import RayServeException
 
         deadline = time.monotonic() + self.settings.drain_timeout_s
-        try:
-            while self._dispatcher().drain.remote().result(timeout_s=ANSWER_S):
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(POLL_S)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise LaunchError(f"cannot drain: {type(error).__name__}") from error
-        time.sleep(LAST_BYTES_S)  # from Serve's proxy to the client
+        still_open = 1
+        while still_open:
+            try:
+                still_open = self._dispatcher().drain.remote().result(timeout_s=ANSWER_S)
+            except (RayError, RayServeException, TimeoutError) as error:
+                if time.monotonic() > deadline:  # until then it may be restarting
+                    raise LaunchError(f"cannot drain: {type(error).__name__}") from error
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_S)
+        time.sleep(LAST_BYTES_S)
 
     def _served(self, empty: Collection[str], coming: Collection[str]) -> bool:
         """Whether each model has a replica, or no pool that will get one."""

@@ -27,7 +27,7 @@ BEGIN_S = REPLICA_LEASE_S  # a replica that has not begun by then is gone, or on
 
 
 class NotBegun(Exception):
-    """No replica of the granted pool took the request."""
+    """No replica of the granted pool took the request, or it gave it up for want of a session."""
 
 
 class Drawing:
@@ -91,6 +91,8 @@ class Drawing:
             result: ImageResult = await anext(stream)
         except asyncio.CancelledError:
             stream.cancel()  # else the replica draws on in a slot that counts as free
+            if (task := asyncio.current_task()) and not task.cancelling():
+                raise NotBegun from None  # the replica gave it up, and we did not
             raise
         return result
 

@@ -32,12 +32,14 @@ class ProxyGuard:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # the API has none
+            return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("x-request-id")
+        given = Headers(scope=scope).getlist("x-request-id")
         try:
-            if given is not None:
-                check_request_id(given)
+            if given:
+                check_request_id(", ".join(given))  # several are as bad as an unsafe one
         except InvalidRequest as error:
             own = {"x-should-retry": "false", "x-request-id": str(uuid.uuid4())}
             answer = JSONResponse(error_body(error), error.status, own)

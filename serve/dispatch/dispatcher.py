@@ -117,9 +117,14 @@ class Dispatcher:
         return {"draining": self._grants.draining, "pools": pools}
 
     async def drain(self) -> int:
-        """Refuse new images from now on; returns how many calls and images are still open."""
+        """Refuse new images from now on; returns how many calls and images are still open.
+
+        At least one right after a start, when Ingresses have not yet said what they have.
+        """
         self._grants.draining = True
-        return self._grants.queue_depth + self._grants.running + sum(self._calls.values())
+        unheard = time.monotonic() < self._grants_from
+        known = self._grants.queue_depth + self._grants.running + sum(self._calls.values())
+        return known + unheard
 
     async def check_health(self) -> None:
         """Called by Ray Serve; without expiry the slots of a dead Ingress would stay taken."""

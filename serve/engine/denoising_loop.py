@@ -78,9 +78,11 @@ class DenoisingLoop:
 
     @property
     def alive(self) -> bool:
+        """False once the thread has ended: its images would wait for ever."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        """Ends when closed, or when the device can no longer be used: see `alive`."""
         torch.set_flush_denormal(True)
         while self._admit():
             self._jobs = [job for job in self._jobs if not job.done.cancelled()]
@@ -90,10 +92,11 @@ class DenoisingLoop:
             batch = [job for job in self._jobs if any(job.running is r for r in chosen)]
             try:
                 self._step(batch)
-            except Exception as error:  # whatever the model raises, the others go on
+            except Exception as error:  # whatever the model raises, images outside go on
                 log.warning("a step of %d images failed", len(batch), exc_info=True)
                 for job in batch:
                     self._finish(job, error)
+                self._denoiser.check_device()
 
     def _admit(self) -> bool:
         """Take in what has arrived, waiting for it if there is nothing else; False to end."""
@@ -106,7 +109,7 @@ class DenoisingLoop:
             try:
                 self._begin(job)
             except Exception as error:  # of this image alone
-                job.done.set_exception(error)
+                self._finish(job, error)
             else:
                 self._jobs.append(job)
         return True

@@ -165,7 +165,7 @@ class Generator:
 
         replica = serve.get_replica_context().replica_id.unique_id
         pool = self._model.pool_name(self._pool)
-        while True:
+        while self._denoising.alive:
             try:
                 orphans = await self._dispatcher.report_replica.remote(
                     pool, replica, self._pool.slots, list(self._drawing)
@@ -173,4 +173,5 @@ class Generator:
                 self._drop(orphans, time.monotonic())
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
+                self._orphans.clear()  # sessions need their time anew
             await asyncio.sleep(HEARTBEAT_S)

@@ -28,6 +28,7 @@ def parameters(request: ImageRequest, precision: str) -> str:
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "precision": "fp8" if precision == "fp8" else "fp16",
+            "deterministic": request.deterministic,
         },
         ensure_ascii=False,
     )

@@ -212,6 +212,11 @@ class Denoiser:
             d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
             d.step += 1
 
+    def check_device(self) -> None:
+        """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, height_px, width_px) from latents; 0..1, not yet clamped, float32."""

@@ -10,7 +10,7 @@ image again.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,23 +36,35 @@ class EmbeddingCache:
         self._kept: OrderedDict[Key, PromptEmbeds] = OrderedDict()
         self._kept_bytes = 0
         self._under_way: dict[Key, asyncio.Task[PromptEmbeds]] = {}
+        self._waiting: Counter[Key] = Counter()
 
     async def get(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
-        """One row. Who stops waiting does not stop the encoding, which others may wait for."""
+        """One row. An encoding that nobody waits for any more is not begun."""
         key = prompt, max_sequence_length
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         if key not in self._under_way:
             self._under_way[key] = asyncio.create_task(self._make(key))
-        return await asyncio.shield(self._under_way[key])
+        making = self._under_way[key]
+        self._waiting[key] += 1
+        try:
+            return await asyncio.shield(making)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+                if self._under_way.get(key) is making:
+                    del self._under_way[key]
+                making.cancel()  # does nothing to one that is done
 
     async def _make(self, key: Key) -> PromptEmbeds:
         try:
             loop = asyncio.get_running_loop()
             embeds = await loop.run_in_executor(self._thread, self._encode, *key)
         finally:
-            del self._under_way[key]
+            if self._under_way.get(key) is asyncio.current_task():
+                del self._under_way[key]
         self._kept[key] = embeds
         self._kept_bytes += embeds.nbytes
         while self._kept_bytes > self._max_bytes:

@@ -186,3 +186,27 @@ def test_numbers_that_are_not_finite_are_their_own_images_alone(model: Model) ->
     with pytest.raises(NonFiniteImage):
         second.result(30)
     assert difference(first.result(30), good) == 0
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_an_image_that_cannot_begin_fails_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch, abandoned: bool
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def begin(*_: object, **__: object) -> None:
+        reached.set()
+        go_on.wait(5)
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.denoiser, "begin", begin)
+        future = model.loop.draw(REQUEST, model.embeds(REQUEST))
+        assert reached.wait(5)
+        if abandoned:
+            future.cancel()
+        go_on.set()
+        with pytest.raises(CancelledError if abandoned else RuntimeError):
+            future.result(5)
+    assert model.draw(REQUEST)
+    assert model.loop.alive

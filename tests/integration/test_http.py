@@ -155,6 +155,11 @@ def test_unsafe_request_ids_are_400_on_every_path(
     assert answer.headers["x-request-id"] not in ("", given)
 
 
+def test_two_request_ids_are_not_one(client: httpx.Client) -> None:
+    headers = [("x-request-id", b"ok"), ("x-request-id", b"\xff")]
+    assert client.get("/health", headers=headers).status_code == 400
+
+
 @pytest.mark.parametrize(
     "header", ["x-request-timeout-seconds", "serve_multiplexed_model_id", "x-session-id"]
 )

@@ -65,6 +65,23 @@ def test_a_prompt_under_way_is_waited_for() -> None:
     run(test, rows=9)
 
 
+def test_what_nobody_waits_for_is_not_encoded() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        encoder.gate.clear()
+        running = asyncio.create_task(cache.get("running", 32))
+        gone = [asyncio.create_task(cache.get(f"gone {i}", 32)) for i in range(9)]
+        await asyncio.sleep(0.02)
+        for task in gone:
+            task.cancel()
+        await asyncio.sleep(0.02)
+        again = asyncio.create_task(cache.get("gone 3", 32))
+        encoder.gate.set()
+        await asyncio.gather(running, again)
+        assert encoder.prompts == ["running", "gone 3"]
+
+    run(test, rows=9)
+
+
 def test_the_least_recently_used_goes_first() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         for prompt in ("a", "b", "", "a", "c", "", "a", "b"):

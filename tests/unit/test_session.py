@@ -312,3 +312,13 @@ def test_a_generator_hears_which_leases_nobody_holds() -> None:
         assert await dispatcher.report_replica("p", "r", 1, [lease]) == [lease]
 
     run(test)
+
+
+def test_a_dispatcher_that_has_heard_of_nothing_yet_is_not_drained() -> None:
+    async def main() -> None:
+        dispatcher = a_dispatcher("p", recovery_s=0.1)
+        assert await dispatcher.drain() == 1
+        await asyncio.sleep(0.15)
+        assert await dispatcher.drain() == 0
+
+    asyncio.run(main())
