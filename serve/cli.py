@@ -121,7 +121,7 @@ def quantize(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write an FP8 checkpoint of MODEL to OUT, which then loads alone and faster."""
+    """Write an FP8 checkpoint of MODEL to OUT, which loads alone; prints sizes and load times."""
     with readable_errors(debug):
         folder = fetch(_source(model), models_folder)
         with console.status("quantising"):

@@ -52,7 +52,7 @@ class _Job:
 
 
 class DenoisingLoop:
-    """`max_rows` bounds a batch; an image with guidance has two rows, else one."""
+    """`max_rows`, at most the largest bucket, bounds a batch; guidance takes two rows an image."""
 
     def __init__(self, denoiser: Denoiser, max_rows: int) -> None:
         self._denoiser, self._max_rows = denoiser, max_rows
@@ -146,7 +146,7 @@ class DenoisingLoop:
                 self._finish(job, self._decode(job))
 
     def _bucket(self, rows: int) -> int:
-        return next((bucket for bucket in BUCKETS if bucket >= rows), rows)
+        return next(bucket for bucket in BUCKETS if bucket >= rows)
 
     def _decode(self, job: _Job) -> Drawn | Exception:
         precision = self._denoiser.recipe.name

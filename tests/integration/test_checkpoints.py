@@ -57,7 +57,7 @@ def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) 
 
 @pytest.mark.parametrize("sixteen_bit", ["bf16", "fp16"])
 def test_its_t5_is_like_the_one_quantised_at_load(fp8_folder: Path, sixteen_bit: str) -> None:
-    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)  # type: ignore[arg-type]
+    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)  # type: ignore[arg-type]  # a Literal
     there, made = (PromptEncoder(folder, recipe) for folder in (DEMO_MODEL, fp8_folder))
     kinds = [{(p.dtype, p.device.type) for p in e.t5.parameters()} for e in (there, made)]
     assert kinds == [{(recipe.dtype, "cpu")}] * 2

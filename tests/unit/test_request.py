@@ -74,5 +74,5 @@ def test_guidance_of_one_is_no_guidance() -> None:
 
 
 def test_errors_survive_a_process_boundary() -> None:
-    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301
+    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301 - our own bytes
     assert (error.message, error.param, error.status) == ("no", "size", 400)

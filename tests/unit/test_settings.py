@@ -140,7 +140,7 @@ def test_other_folders_too_but_for_those_of_each_nodes_home(tmp_path: Path) -> N
 def test_settings_are_frozen() -> None:
     settings = load_settings(LAPTOP, {})
     with pytest.raises(ValueError, match="frozen"):
-        settings.http.port = 1  # type: ignore[misc]
+        settings.http.port = 1  # type: ignore[misc]  # that is the point
 
 
 TUNED = {
