@@ -53,7 +53,13 @@ def build(args: dict[str, Any]) -> serve.Application:
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options=encoder.ray_actor_options,
-        ).bind(encoder.model_dump(mode="json"), settings.models_folder)
+        ).bind(
+            encoder.model_dump(mode="json"),
+            settings.models_folder,
+            sorted(
+                {m.max_sequence_length for m in settings.models if m.text_encoder == encoder.id}
+            ),
+        )
         for encoder in settings.text_encoders
     }  # fmt: skip
     generators = {

@@ -8,13 +8,14 @@
     │   ├── MethodNotAllowed        405  invalid_request_error   method_not_allowed
     │   ├── BodyTimeout             408  invalid_request_error   body_timeout
     │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
-    │   └── BodyTooLarge            413  invalid_request_error   body_too_large
+    │   ├── BodyTooLarge            413  invalid_request_error   body_too_large
+    │   └── RequestCancelled        499  invalid_request_error   request_cancelled
     ├── Unavailable                 503  server_error            unavailable
     │   ├── NoCapacity              503  server_error            no_capacity
     │   ├── QueueFull               503  server_error            queue_full
+    │   ├── ReplicaFailed           503  server_error            replica_failed
     │   └── StoreFailed             503  server_error            store_failed
     ├── DeadlineExceeded            504  server_error            deadline_exceeded
-    ├── ReplicaLost                 502  server_error            replica_lost
     └── NonFiniteImage              500  server_error            non_finite_image
 
 Messages are written for the client: what was wrong, the value, what is allowed. They never hold
@@ -98,6 +99,13 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
 
+class RequestCancelled(InvalidRequest):
+    """It was cancelled by DELETE /v1/requests/ID."""
+
+    status = 499
+    code = "request_cancelled"
+
+
 class Unavailable(OctetError):
     """The request cannot be taken now; another time it may."""
 
@@ -118,6 +126,13 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class ReplicaFailed(Unavailable):
+    """Every attempt ended with the death of its replica: perhaps the request kills them."""
+
+    code = "replica_failed"
+    retryable = False
+
+
 class StoreFailed(Unavailable):
     """The image was drawn, but could not be stored for its URL."""
 
@@ -129,13 +144,6 @@ class DeadlineExceeded(OctetError):
 
     status = 504
     code = "deadline_exceeded"
-
-
-class ReplicaLost(OctetError):
-    """Every attempt ended with the death of its replica: perhaps the request kills them."""
-
-    status = 502
-    code = "replica_lost"
 
 
 class NonFiniteImage(OctetError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from .errors import InvalidRequest
 
@@ -141,6 +142,44 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What is to be heard of an image before it is done; `partial_images`: previews, 0 to 3."""
+
+    progress: bool = False
+    partial_images: int = 0
+
+
+class Receipt(StrEnum):
+    """What a replica says before anything else: it has the request, and it has begun to draw.
+
+    In between it may wait until it is alone, or until another that is alone has finished.
+    """
+
+    TAKEN = "taken"
+    BEGUN = "begun"
+
+
+class Progress(NamedTuple):
+    """Where an image is: waiting at a place in the queue (1: next), or `step` of `steps` done.
+
+    `eta_s`: seconds until it is finished, as far as is known.
+    """
+
+    step: int
+    steps: int
+    eta_s: float | None = None
+    queue_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartialImage:
+    """A preview as an encoded file; `index` counts from 0."""
+
+    index: int
+    image: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Seconds spent in each stage of one image; `queue_s` until the grant that led to it."""
 
@@ -159,6 +198,7 @@ class ImageResult:
     seed: int
     precision: str  # what the pool ran: fp8, bf16, fp16 or fp32
     emulated: bool  # FP8 arithmetic on hardware without FP8 tensor cores
+    text_tokens: int  # that the transformer reads, padding and all
     timings: Timings
 
 

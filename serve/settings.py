@@ -78,12 +78,18 @@ class Resources(Frozen):
 
 
 class Encoder(Resources):
-    """One set of text encoders, shared by the models that name it."""
+    """One set of text encoders, shared by the models that name it.
+
+    Encodes `batch_size` prompts at once, always: it rounds by the batch's size. `warm_prompts` are
+    encoded at the start and stay; list the negative prompts that your clients use.
+    """
 
     id: Name
     source: Source
     precision: Literal["fp32", "bf16", "t5-quanto"] = "t5-quanto"
     cache_mib: PositiveInt = 512  # of embeddings; one prompt of SD3.5 takes 2.6
+    batch_size: Annotated[int, Field(ge=1, le=64)] = 4
+    warm_prompts: tuple[str, ...] = ("",)
 
 
 class Pool(Resources):

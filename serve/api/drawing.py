@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,19 @@ from ray.serve.exceptions import RayServeException
 from ..dispatch.dispatcher import REPLICA_LEASE_S
 from ..dispatch.grants import Lease, Pools
 from ..dispatch.session import DispatchSession
-from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
+from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from ..lost import REPLICA_LOST
-from ..request import ImageRequest, ImageResult, Precision
+from ..request import (
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Precision,
+    Progress,
+    Receipt,
+    Watch,
+)
 from ..settings import ServedModel
+from .metrics import FrontMetrics
 
 log = logging.getLogger("ray.serve")
 
@@ -26,8 +35,11 @@ ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts
 BEGIN_S = REPLICA_LEASE_S  # a replica that has not begun by then is gone, or on its way out
 
 
+Tell = Callable[[Progress | PartialImage], None]
+
+
 class NotBegun(Exception):
-    """No replica of the granted pool took the request, or it gave it up for want of a session."""
+    """No replica of the granted pool drew any of it, or it gave it up for want of a session."""
 
 
 class Drawing:
@@ -42,27 +54,47 @@ class Drawing:
         """`generators`: a streaming handle for each pool."""
         self._models = {model.id: model for model in models}
         self._session, self._generators = session, generators
+        self._metrics = FrontMetrics()
 
-    async def draw(self, request: ImageRequest, request_id: str) -> ImageResult:
-        """Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`."""
+    async def draw(
+        self,
+        request: ImageRequest,
+        request_id: str,
+        watch: Watch = Watch(),  # noqa: B008 - immutable
+        tell: Tell = lambda _: None,
+    ) -> ImageResult:
+        """An image; `tell` hears what `watch` asks for.
+
+        Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`.
+        """
         began, pools, lost = time.monotonic(), self._pools(request, request.precision), 0
-        accepted = False
+        accepted, queued = False, None
+        if watch.progress:
+            queued = lambda place: tell(  # noqa: E731 - as long as what it abbreviates
+                Progress(0, request.num_inference_steps, queue_position=place)
+            )
         while True:
-            async with self._session.slot(pools, request_id, accepted=accepted) as lease:
+            async with self._session.slot(
+                pools, request_id, accepted=accepted, queued=queued
+            ) as lease:
                 accepted, pool = True, lease.pool
                 queue_s = time.monotonic() - began
+                self._metrics.queued(pool, queue_s)
+                last = lost == ATTEMPTS - 1
                 try:
-                    result = await self._on_replica(request, lease)
+                    result = await self._on_replica(request, lease, watch, tell, alone=last)
                 except NotBegun:
                     log.warning("%s: no replica of %s began; queueing again", request.id, pool)
+                    self._metrics.retried(pool, "not_begun")
                     pools = _last(pool, pools)
                 except REPLICA_LOST:
                     lost += 1
                     log.warning("%s: attempt %d lost its replica of %s", request.id, lost, pool)
                     if lost == ATTEMPTS:
-                        raise ReplicaLost(
-                            f"the replica was lost in each of {ATTEMPTS} attempts"
+                        raise ReplicaFailed(
+                            f"the replica died in each of {ATTEMPTS} attempts"
                         ) from None
+                    self._metrics.retried(pool, "replica_lost")
                     pools = _last(pool, pools)
                 except RayServeException:
                     raise Unavailable(f"{pool} cannot be reached") from None
@@ -73,12 +105,17 @@ class Drawing:
                     if again in ((), (pool,)):
                         raise error.cause from None
                     log.warning("%s: %s; drawing it in 16 bit", request.id, error.cause)
+                    self._metrics.retried(pool, "non_finite")
                     pools = again
                 else:
                     return replace(result, timings=replace(result.timings, queue_s=queue_s))
 
-    async def _on_replica(self, request: ImageRequest, lease: Lease) -> ImageResult:
-        stream = self._generators[lease.pool].generate.remote(request, lease)
+    async def _on_replica(
+        self, request: ImageRequest, lease: Lease, watch: Watch, tell: Tell, *, alone: bool
+    ) -> ImageResult:
+        """Raises `NotBegun`, or after it has begun what `REPLICA_LOST` has and `RayTaskError`."""
+        stream = self._generators[lease.pool].generate.remote(request, lease, watch, alone)
+        begun = False
         try:
             try:
                 async with asyncio.timeout(BEGIN_S) as limit:
@@ -88,13 +125,23 @@ class Drawing:
                     raise  # the replica's own
                 stream.cancel()
                 raise NotBegun from None
-            result: ImageResult = await anext(stream)
+            async for item in stream:
+                if isinstance(item, ImageResult):
+                    return item
+                if item is Receipt.BEGUN:
+                    begun = True
+                else:
+                    tell(item)
         except asyncio.CancelledError:
             stream.cancel()  # else the replica draws on in a slot that counts as free
             if (task := asyncio.current_task()) and not task.cancelling():
                 raise NotBegun from None  # the replica gave it up, and we did not
             raise
-        return result
+        except REPLICA_LOST:
+            if not begun:  # it died of something else
+                raise NotBegun from None
+            raise
+        raise OctetError("a replica ended without an image")
 
     def _pools(self, request: ImageRequest, precision: Precision) -> Pools:
         """The pools a request may run in, preferred first."""

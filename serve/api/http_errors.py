@@ -10,7 +10,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import InvalidRequest, MethodNotAllowed, NotFound, OctetError
-from .openai_images import SHOWN_CHARS, error_body
+from .openai_answers import error_body
+from .openai_images import SHOWN_CHARS
 
 log = logging.getLogger("ray.serve")
 

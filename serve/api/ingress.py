@@ -20,29 +20,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..dispatch.session import DispatchSession
-from ..errors import (
-    BodyTimeout,
-    BodyTooLarge,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-)
+from ..errors import BodyTimeout, BodyTooLarge, InvalidRequest, NotFound, Unavailable
 from ..request import ImageResult
 from ..results.disk import DiskStore
 from ..results.store import ResultStore
 from ..settings import Application, Tuning
+from .call import Call
 from .drawing import Drawing
+from .event_stream import EventStream, Frames, begun, events
 from .http_errors import HANDLERS
-from .openai_images import (
-    Generation,
-    ModelItem,
-    ModelList,
-    check_request_id,
-    ignored_header,
-    model_not_found,
-    parse,
-    response,
-)
+from .openai_answers import CancelledRequest, ModelItem, ModelList, response
+from .openai_images import Generation, check_request_id, ignored_header, model_not_found, parse
 from .openapi import document
 
 log = logging.getLogger("ray.serve")
@@ -109,6 +97,7 @@ class Ingress:
         app = Starlette(
             routes=[
                 Route("/v1/images/generations", self.generate, methods=["POST"]),
+                Route("/v1/requests/{id}", self.cancel, methods=["DELETE"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model}", self.model),
                 Route("/v1/files/{name}", self.file),
@@ -130,13 +119,32 @@ class Ingress:
         check_request_id(request_id)
         asked = parse(await self._body(http), tuning, request_id)
         store = self._store_for(asked)
-        self._session.begin(request_id)
-        try:
-            body = await self._serve(asked, request_id, store, http)
-        except BaseException:
+        call, headers = Call(asked.timeout_s), ignored_header(asked.ignored)
+        self._session.begin(request_id, call.cancel)
+
+        def sent() -> None:
             self._session.end(request_id)
+
+        try:
+            if asked.stream:
+                return EventStream(await self._events(asked, request_id, call), headers, sent)
+            body = await call.run(self._serve(asked, request_id, store, http))
+        except BaseException:
+            sent()
             raise
-        return Answer(body, ignored_header(asked.ignored), lambda: self._session.end(request_id))
+        return Answer(body, headers, sent)
+
+    async def cancel(self, http: Request) -> Response:
+        """End a call at whichever Ingress it is; its slots are free before their next step."""
+        request_id = http.path_params["id"]
+        check_request_id(request_id)
+        try:
+            found = await self._dispatcher.cancel.remote(request_id)
+        except (RayError, RayServeException):
+            raise Unavailable("the dispatcher does not answer: try again") from None
+        if not found:
+            raise NotFound(f"no request '{request_id}' waits or runs")
+        return JSONResponse(CancelledRequest(id=request_id).model_dump())
 
     async def models(self, _: Request) -> Response:
         models = [ModelItem(id=name, created=self._started) for name in self.tuning.models]
@@ -191,16 +199,20 @@ class Ingress:
     async def _serve(
         self, asked: Generation, request_id: str, store: ResultStore | None, http: Request
     ) -> bytes:
-        """The answer's body. Raises `DeadlineExceeded` and what `Drawing.draw` raises."""
-        try:
-            async with asyncio.timeout(asked.timeout_s) as limit:
-                results = await self._draw_all(asked, request_id)
-                links = await self._keep(store, asked, results, http) if store else []
-                return await asyncio.to_thread(response, asked.requests, results, links)
-        except TimeoutError:
-            if not limit.expired():
-                raise  # somebody else's
-            raise DeadlineExceeded(f"the images were not done in {asked.timeout_s:g} s") from None
+        """The answer's body. Raises what `Drawing.draw` raises, and `StoreFailed`."""
+        results = await self._draw_all(asked, request_id)
+        links = await self._keep(store, asked, results, http) if store else []
+        return await asyncio.to_thread(response, asked.requests, results, links)
+
+    async def _events(self, asked: Generation, request_id: str, call: Call) -> Frames:
+        """What is streamed of the one image of a call."""
+        (request,) = asked.requests
+        return await begun(
+            events(
+                request,
+                lambda tell: call.run(self._drawing.draw(request, request_id, asked.watch, tell)),
+            )
+        )
 
     async def _draw_all(self, asked: Generation, request_id: str) -> list[ImageResult]:
         """The images of one call, side by side; the first error ends them all."""

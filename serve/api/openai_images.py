@@ -1,21 +1,19 @@
-"""OpenAI's Images API on the wire, with our own fields at top level."""
+"""What OpenAI's Images API is asked, with our own fields at top level."""
 
 from __future__ import annotations
 
-import base64
 import re
 import secrets
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from ..errors import InvalidRequest, ModelNotFound, OctetError, did_you_mean
-from ..request import MAX_SEED, ImageRequest, ImageResult, OutputFormat, Precision
+from ..errors import InvalidRequest, ModelNotFound, did_you_mean
+from ..request import MAX_SEED, ImageRequest, OutputFormat, Precision, Watch
 from ..settings import Tuning
 
 RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
@@ -23,6 +21,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 MANY = 10**6  # more than any limit: keeps absurd numbers out of messages
 SHOWN_CHARS = 80  # of what a client sent, in an error message
+MOST_PREVIEWS = 3
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
 Ignored = Annotated[str | None, Field(description="Accepted; changes nothing here.")]
@@ -49,6 +48,7 @@ class ImageGeneration(BaseModel):
     precision: Precision | None = None
     deterministic: bool | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    progress: Annotated[bool, Field(description="With stream: progress events too.")] | None = None
 
     # OpenAI's that cannot change our picture.
     user: Ignored = None
@@ -58,55 +58,15 @@ class ImageGeneration(BaseModel):
     style: Ignored = None
     complexity: Ignored = None
     background: Literal["auto", "opaque"] | None = None
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
+
+    # OpenAI's that ask for the image's making to be shown.
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = None
 
     # OpenAI's that ask for what we cannot make.
     frame_count: Unsupported = None
     frame_duration_ms: Unsupported = None
     svg: Unsupported = None
-
-
-class ImageItem(BaseModel):
-    """One image of the answer."""
-
-    b64_json: str | None = None
-    url: str | None = None
-    seed: int
-    precision: Annotated[str, Field(description="What ran: fp8, bf16, fp16 or fp32.")]
-    emulated: Annotated[bool, Field(description="FP8 arithmetic without FP8 hardware.")]
-    timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
-
-
-class ImagesResponse(BaseModel):
-    created: int
-    model: str
-    size: str
-    output_format: OutputFormat
-    data: list[ImageItem]
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorDetail
-
-
-class ModelItem(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "octet"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelItem]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +76,8 @@ class Generation:
     requests: list[ImageRequest]
     as_url: bool
     timeout_s: float
+    stream: bool
+    watch: Watch
     ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
 
 
@@ -168,12 +130,28 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
         for i in range(n)
     ]
     requests[0].check(limits)
+    _check_streaming(asked, n)
     return Generation(
         requests=requests,
         as_url=asked.response_format == "url",
         timeout_s=timeout_s or longest_s,
+        stream=bool(asked.stream),
+        watch=Watch(progress=bool(asked.progress), partial_images=asked.partial_images or 0),
         ignored=unknown,
     )
+
+
+def _check_streaming(asked: ImageGeneration, n: int) -> None:
+    if not asked.stream:
+        for name in ("partial_images", "progress"):
+            if getattr(asked, name):
+                raise InvalidRequest(f"{name} is for stream: true", param=name)
+    elif n > 1:
+        raise InvalidRequest(f"n {n} must be 1 with stream: true", param="n")
+    elif asked.response_format == "url":
+        raise InvalidRequest(
+            "response_format 'url': a stream holds the image itself", param="response_format"
+        )
 
 
 def check_request_id(given: str) -> None:
@@ -194,40 +172,6 @@ def ignored_header(fields: Sequence[str]) -> dict[str, str]:
 def model_not_found(name: str, tuning: Tuning) -> ModelNotFound:
     nearest = did_you_mean(name, tuning.models)
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
-
-
-def response(
-    requests: Sequence[ImageRequest], results: Sequence[ImageResult], links: Sequence[str] = ()
-) -> bytes:
-    """`ImagesResponse` as JSON, with `links` in place of the images if there are any.
-
-    Takes milliseconds per megabyte, so call it in a thread.
-    """
-    first = requests[0]
-    data = [
-        ImageItem(
-            b64_json=None if links else base64.b64encode(result.image).decode("ascii"),
-            url=links[i] if links else None,
-            seed=result.seed,
-            precision=result.precision,
-            emulated=result.emulated,
-            timings={k: round(v, 4) for k, v in asdict(result.timings).items()},
-        )
-        for i, result in enumerate(results)
-    ]
-    answer = ImagesResponse(
-        created=int(time.time()),
-        model=first.model,
-        size=first.size,
-        output_format=first.output_format,
-        data=data,
-    )
-    return answer.model_dump_json(exclude_none=True).encode()
-
-
-def error_body(error: OctetError) -> dict[str, Any]:
-    detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
-    return ErrorResponse(error=detail).model_dump()
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

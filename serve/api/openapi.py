@@ -7,24 +7,31 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from ..errors import (
+    InvalidRequest,
     LinkInvalid,
     ModelNotFound,
     NotFound,
     OctetError,
+    Unavailable,
     tree,
 )
-from .openai_images import (
-    REQUEST_ID,
+from .openai_answers import (
+    CancelledRequest,
+    CompletedEvent,
+    ErrorEvent,
     ErrorResponse,
-    ImageGeneration,
     ImagesResponse,
     ModelItem,
     ModelList,
+    PartialImageEvent,
+    ProgressEvent,
 )
+from .openai_images import REQUEST_ID, ImageGeneration
 
 GENERATIONS_ERRORS = tuple(
     error for error in tree() if error not in (LinkInvalid, NotFound) and error.status != 405
 )
+EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
 
 
 def document(version: str) -> dict[str, Any]:
@@ -36,6 +43,8 @@ def document(version: str) -> dict[str, Any]:
             (ModelItem, "serialization"),
             (ModelList, "serialization"),
             (ErrorResponse, "serialization"),
+            (CancelledRequest, "serialization"),
+            *((event, "serialization") for event in EVENTS),
         ],
         ref_template="#/components/schemas/{model}",
     )
@@ -54,8 +63,19 @@ def document(version: str) -> dict[str, Any]:
                     "parameters": [_request_id()],
                     "requestBody": {"required": True, **_json("ImageGeneration")},
                     "responses": {
-                        "200": _answer("The images", "ImagesResponse", "x-octet-ignored"),
+                        "200": _images(),
                         **_errors(*GENERATIONS_ERRORS),
+                    },
+                }
+            },
+            "/v1/requests/{id}": {
+                "delete": {
+                    "operationId": "cancelRequest",
+                    "summary": "End a call by its x-request-id",
+                    "parameters": [_parameter("id", "path")],
+                    "responses": {
+                        "200": _answer("It ends now", "CancelledRequest"),
+                        **_errors(InvalidRequest, NotFound, Unavailable),
                     },
                 }
             },
@@ -114,6 +134,14 @@ def _json(schema: str) -> dict[str, Any]:
 def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
     named = {name: {"schema": {"type": "string"}} for name in ("x-request-id", *headers)}
     return {"description": description, "headers": named, **_json(schema)}
+
+
+def _images() -> dict[str, Any]:
+    """JSON, or with `stream` events, of which the schemas are those of their data."""
+    answer = _answer("The images, or events", "ImagesResponse", "x-octet-ignored")
+    schemas = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in EVENTS]
+    answer["content"]["text/event-stream"] = {"schema": {"anyOf": schemas}}
+    return answer
 
 
 def _errors(*errors: type[OctetError]) -> dict[str, Any]:

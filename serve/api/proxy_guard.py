@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from .openai_images import check_request_id, error_body
+from .openai_answers import error_body
+from .openai_images import check_request_id
 
 # Clients could set Serve's own time limit with them, or make its proxy fail on odd bytes.
 SERVES_OWN = {

@@ -17,7 +17,7 @@ from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
 from ..settings import Live
-from .grants import Grants, Lease, Outcome, Running, Submission
+from .grants import Grants, Heartbeat, Lease, Outcome, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
@@ -96,24 +96,35 @@ class Dispatcher:
         self._submit(session, submits)
         return True
 
-    async def report_replica(
-        self, pool: str, replica: str, slots: int, drawing: Iterable[Lease] = ()
-    ) -> list[Lease]:
+    async def cancel(self, request_id: str) -> bool:
+        """End the call with this id, at whichever Ingress; False if none of its images is here."""
+        if (session := self._grants.owner(request_id)) is None:
+            return False
+        self._deliver([Outcome(session, request_id, None, "cancelled")])
+        return True
+
+    async def report_replica(self, said: Heartbeat, drawing: Iterable[Lease] = ()) -> list[Lease]:
         """The heartbeat of a Generator replica; returns the leases that no session holds."""
-        self._grants.report_replica(pool, replica, slots, time.monotonic())
+        self._grants.report_replica(Heartbeat(*said), time.monotonic())
         self._grant()
         leases = [Lease(*lease) for lease in drawing]
         return [lease for lease in leases if not self._grants.holds(lease)]
 
     async def state(self) -> dict[str, Any]:
-        """`draining`, and of each of the `pools` its living `replicas` and if it is `placeable`."""
-        pools = {
-            pool: {
-                "replicas": self._grants.replicas(pool),
+        """`draining`, and of each of the `pools` what its living `replicas` say of themselves.
+
+        `speed` is their sum: reference replicas that they amount to.
+        """
+        pools = {}
+        for pool in self._pools:
+            replicas = self._grants.replicas(pool)
+            pools[pool] = {
+                "replicas": len(replicas),
+                "slots": sum(said.slots for said in replicas),
+                "running_work_s": round(sum(said.running_work_s for said in replicas), 3),
+                "speed": round(sum(said.speed for said in replicas), 3),
                 "placeable": self._grants.placeable(pool),
             }
-            for pool in self._pools
-        }
         return {"draining": self._grants.draining, "pools": pools}
 
     async def drain(self) -> int:
@@ -135,6 +146,8 @@ class Dispatcher:
         refused = [self._grants.submit(session, Submission(*entry)) for entry in entries]
         self._deliver([outcome for outcome in refused if outcome])
         self._grant()
+        if any(Submission(*entry).watched for entry in entries):
+            self._deliver(self._grants.positions())
 
     def _grant(self) -> None:
         if time.monotonic() >= self._grants_from:
@@ -157,6 +170,7 @@ class Dispatcher:
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
             self._grant()
+            self._deliver(self._grants.positions())
 
     async def _place(self) -> None:
         """Learn which pools could be held, and refuse what waits for pools that cannot."""

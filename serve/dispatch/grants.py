@@ -16,6 +16,7 @@ Time is an argument, in seconds on any steady clock.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,13 +29,14 @@ class Submission(NamedTuple):
     """An entry as its session names it; an empty `request_id` claims none.
 
     `accepted`: it was queued before, so neither a full queue nor another's request id nor draining
-    refuses it.
+    refuses it. `watched`: its session wants to hear its position.
     """
 
     entry: str
     pools: Pools
     request_id: str = ""
     accepted: bool = False
+    watched: bool = False
 
 
 class Running(NamedTuple):
@@ -53,13 +55,35 @@ class Lease(NamedTuple):
     pool: str
 
 
+class Heartbeat(NamedTuple):
+    """What a Generator replica says of itself.
+
+    `running_work_s`: what it still has to do, in its own seconds; `speed`: work of a reference
+    replica that it does in a second.
+    """
+
+    pool: str
+    replica: str
+    slots: int
+    running_work_s: float = 0.0
+    speed: float = 1.0
+
+
+Refusal = Literal["no_capacity", "queue_full", "request_id_in_use", "draining"]
+
+
 class Outcome(NamedTuple):
-    """What became of an entry: the pool it was granted, or why it was refused."""
+    """What became of an entry: the pool it was granted, or why it was refused.
+
+    Or where it waits (`position`, 1: next). A call that is "cancelled" has its request id in the
+    place of an entry.
+    """
 
     session: str
     entry: str
     pool: str | None
-    kind: Literal["granted", "no_capacity", "queue_full", "request_id_in_use", "draining"]
+    kind: Literal["granted", "queued", "cancelled"] | Refusal
+    position: int = 0
 
 
 @dataclass(slots=True)
@@ -75,6 +99,7 @@ class _Entry:
     session: str
     asked: Submission
     withdrawn: bool = False
+    position: int = 0  # as it was last told
 
 
 @dataclass(slots=True)
@@ -85,7 +110,7 @@ class _Owner:
 
 @dataclass(slots=True)
 class _Replica:
-    slots: int
+    said: Heartbeat
     last_heard: float
 
 
@@ -105,6 +130,7 @@ class Grants:
         # One line per combination of pools: within it order of arrival is order of service, so
         # only the heads are compared.
         self._lines: dict[Pools, deque[_Entry]] = {}
+        self._watched: dict[int, _Entry] = {}  # waiting ones, by number
         self._arrivals = 0
         self._queued = 0
 
@@ -154,6 +180,8 @@ class Grants:
         holder.waiting[asked.entry] = queued
         self._lines.setdefault(asked.pools, deque()).append(queued)
         self._queued += 1
+        if asked.watched:
+            self._watched[queued.number] = queued
         self._claim(session, asked.request_id)
         return None
 
@@ -162,15 +190,20 @@ class Grants:
         holder = self._sessions[session]
         if waiting := holder.waiting.pop(entry, None):
             waiting.withdrawn = True
-            self._queued -= 1
+            self._leave_queue(waiting)
             self._disclaim(waiting.asked.request_id)
         elif running := holder.running.pop(entry, None):
             self._running[running.pool] -= 1
             self._disclaim(running.request_id)
 
-    def report_replica(self, pool: str, replica: str, slots: int, now: float) -> None:
-        """A replica of a pool is there with so many slots."""
-        self._replicas.setdefault(pool, {})[replica] = _Replica(slots, now)
+    def report_replica(self, said: Heartbeat, now: float) -> None:
+        """A replica of a pool is there."""
+        self._replicas.setdefault(said.pool, {})[said.replica] = _Replica(said, now)
+
+    def owner(self, request_id: str) -> str | None:
+        """The session whose entries carry a request id."""
+        owner = self._owners.get(request_id)
+        return owner.session if owner else None
 
     def holds(self, lease: Lease) -> bool:
         """Whether the lease's session still runs its entry."""
@@ -207,7 +240,7 @@ class Grants:
             self._lines[asked.pools].popleft()
             if not self._lines[asked.pools]:
                 del self._lines[asked.pools]
-            self._queued -= 1
+            self._leave_queue(entry)
             holder = self._sessions[entry.session]
             del holder.waiting[asked.entry]
             holder.running[asked.entry] = Running(asked.entry, pool, asked.request_id)
@@ -228,13 +261,34 @@ class Grants:
             self.release(entry.session, entry.asked.entry)
         return [Outcome(e.session, e.asked.entry, None, "no_capacity") for e in hopeless]
 
-    def free_slots(self, pool: str) -> int:
-        slots = sum(replica.slots for replica in self._replicas.get(pool, {}).values())
-        return slots - self._running.get(pool, 0)
+    def positions(self) -> list[Outcome]:
+        """Where the watched entries wait, if it has changed since it was last told.
 
-    def replicas(self, pool: str) -> int:
-        """Living replicas of a pool."""
-        return len(self._replicas.get(pool, {}))
+        Counted are those that came before and may run in one of the same pools.
+        """
+        moved: list[Outcome] = []
+        lines = {
+            pools: [entry.number for entry in line if not entry.withdrawn]
+            for pools, line in (self._lines.items() if self._watched else ())
+        }
+        for number, entry in self._watched.items():
+            wanted = set(entry.asked.pools)
+            position = 1 + sum(
+                bisect_left(numbers, number)
+                for pools, numbers in lines.items()
+                if not wanted.isdisjoint(pools)
+            )
+            if position != entry.position:
+                entry.position = position
+                moved.append(Outcome(entry.session, entry.asked.entry, None, "queued", position))
+        return moved
+
+    def free_slots(self, pool: str) -> int:
+        return sum(said.slots for said in self.replicas(pool)) - self._running.get(pool, 0)
+
+    def replicas(self, pool: str) -> list[Heartbeat]:
+        """What the living replicas of a pool last said."""
+        return [replica.said for replica in self._replicas.get(pool, {}).values()]
 
     def placeable(self, pool: str) -> bool:
         """Whether a node could hold a replica of the pool, as far as is known."""
@@ -251,6 +305,10 @@ class Grants:
 
     def _possible(self, pools: Pools) -> bool:
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+
+    def _leave_queue(self, entry: _Entry) -> None:
+        self._queued -= 1
+        self._watched.pop(entry.number, None)
 
     def _claim(self, session: str, request_id: str) -> None:
         if request_id:

@@ -1,6 +1,6 @@
 """An Ingress's side of its session with the Dispatcher.
 
-    session.begin(request_id)  # a call of a client, until `end`
+    session.begin(request_id, cancel)  # a call of a client, until `end`
     async with session.slot(pools, request_id) as lease:
         ...  # a slot of `lease.pool` is ours until the block ends
 
@@ -15,13 +15,13 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse, Unavailable
 from .dispatcher import HEARTBEAT_S
-from .grants import Lease, Pools, Running, Submission
+from .grants import Lease, Outcome, Pools, Running, Submission
 
 log = logging.getLogger("ray.serve")
 
@@ -35,6 +35,12 @@ REFUSALS: dict[str, tuple[type[OctetError], str]] = {
 }
 
 
+class _Waiting(NamedTuple):
+    asked: Submission
+    granted: asyncio.Future[str]
+    queued: Callable[[int], None] | None
+
+
 class DispatchSession:
     """`dispatcher` is a handle with the methods of `Dispatcher`; use inside a running loop."""
 
@@ -42,8 +48,8 @@ class DispatchSession:
         self._dispatcher = dispatcher
         self._name = uuid.uuid4().hex
         self._entries = itertools.count()
-        self._calls: set[str] = set()  # request ids
-        self._waiting: dict[str, tuple[Submission, asyncio.Future[str]]] = {}
+        self._calls: dict[str, Callable[[], None]] = {}  # how to cancel them, by request id
+        self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, Running] = {}
         self._submits: dict[str, Submission] = {}
         self._releases: list[str] = []
@@ -57,23 +63,33 @@ class DispatchSession:
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
-    def begin(self, request_id: str) -> None:
-        """A client's call is open until `end`. Raises `RequestIdInUse`."""
+    def begin(self, request_id: str, cancel: Callable[[], None] = lambda: None) -> None:
+        """A client's call is open until `end`; `cancel` is called if another call asks for it.
+
+        Raises `RequestIdInUse`.
+        """
         if request_id in self._calls:
             error, message = REFUSALS["request_id_in_use"]
             raise error(message)
-        self._calls.add(request_id)
+        self._calls[request_id] = cancel
 
     def end(self, request_id: str) -> None:
         """The call's answer has been sent, or never will be."""
-        self._calls.discard(request_id)
+        self._calls.pop(request_id, None)
         self._news.set()
 
     @asynccontextmanager
     async def slot(
-        self, pools: Pools, request_id: str = "", *, accepted: bool = False
+        self,
+        pools: Pools,
+        request_id: str = "",
+        *,
+        accepted: bool = False,
+        queued: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Lease]:
         """Wait for a slot in one of `pools` (preferred first) and hold it.
+
+        While it waits, `queued` is told its position whenever that changes (1: next).
 
         Raises `NoCapacity`, and unless it was `accepted` before, `QueueFull`, `Unavailable` while
         draining, and `RequestIdInUse` if another session has entries of this id. Leaving the
@@ -81,8 +97,8 @@ class DispatchSession:
         """
         entry = str(next(self._entries))
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        asked = Submission(entry, pools, request_id, accepted)
-        self._waiting[entry] = asked, granted
+        asked = Submission(entry, pools, request_id, accepted, queued is not None)
+        self._waiting[entry] = _Waiting(asked, granted, queued)
         self._submits[entry] = asked
         self._news.set()
         try:
@@ -98,8 +114,8 @@ class DispatchSession:
         """Keep a session open and hand its outcomes to those who wait."""
         while True:
             waiting = [
-                asked._replace(accepted=asked.accepted or entry not in self._submits)
-                for entry, (asked, _) in self._waiting.items()
+                w.asked._replace(accepted=w.asked.accepted or entry not in self._submits)
+                for entry, w in self._waiting.items()
             ]
             # The session starts anew from these facts: what was not yet told is in them.
             self._submits.clear()
@@ -111,8 +127,8 @@ class DispatchSession:
                 async for outcomes in self._stream:
                     self._open = True
                     self._news.set()
-                    for _, entry, pool, kind in outcomes:
-                        self._settle(entry, pool, kind)
+                    for outcome in outcomes:
+                        self._hear(Outcome(*outcome))
                 log.warning("the dispatcher ended the session; opening it again")
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) and task.cancelling():
@@ -123,18 +139,29 @@ class DispatchSession:
             self._open = False
             await asyncio.sleep(RECONNECT_S)
 
-    def _settle(self, entry: str, pool: str | None, kind: str) -> None:
-        asked, future = self._waiting.pop(entry, (None, None))
-        if asked is None or future is None or future.done():
+    def _hear(self, outcome: Outcome) -> None:
+        if outcome.kind == "cancelled":
+            self._calls.get(outcome.entry, lambda: None)()
+        elif outcome.kind == "queued":
+            waiting = self._waiting.get(outcome.entry)
+            if waiting and waiting.queued:
+                waiting.queued(outcome.position)
+        else:
+            self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        entry, pool = outcome.entry, outcome.pool
+        waiting = self._waiting.pop(entry, None)
+        if waiting is None or waiting.granted.done():
             self._releases.append(entry)  # whoever waited is gone; to say so twice does no harm
             self._news.set()
             return
         if pool is None:
-            error, message = REFUSALS[kind]
-            future.set_exception(error(message))
+            error, message = REFUSALS[outcome.kind]
+            waiting.granted.set_exception(error(message))
         else:
-            self._running[entry] = Running(entry, pool, asked.request_id)
-            future.set_result(pool)
+            self._running[entry] = Running(entry, pool, waiting.asked.request_id)
+            waiting.granted.set_result(pool)
 
     async def _talk(self) -> None:
         """Tell what is new, or at least that we live, once per heartbeat."""

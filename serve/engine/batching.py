@@ -20,16 +20,21 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 PATIENCE = 4
+CALM_S = 60.0
 
 
 @dataclass(slots=True)
 class Running:
-    """What the choice needs to know of an image; `kind` is its size and text length."""
+    """What the choice needs to know of an image; `kind` is its size and text length.
+
+    `max_rows` bounds the batches that it leads, beside the common bound.
+    """
 
     kind: Hashable
     rows: int
     steps_left: int
     arrival: int
+    max_rows: int | None = None
     passed_over: int = 0
 
     @property
@@ -49,6 +54,8 @@ def next_batch(running: Iterable[Running], max_rows: int) -> list[Running]:
     for image in waiting:
         if image.rows > max_rows:
             raise ValueError(f"an image of {image.rows} rows in batches of {max_rows}")
+        if not batch:
+            room = min(room, image.max_rows or room)
         if image.rows <= room and (not batch or image.kind == batch[0].kind):
             batch.append(image)
             room -= image.rows
@@ -56,3 +63,29 @@ def next_batch(running: Iterable[Running], max_rows: int) -> list[Running]:
         else:
             image.passed_over += 1
     return batch
+
+
+class RowBudget:
+    """How many rows a batch may have: fewer for a while after the memory did not suffice.
+
+    After `CALM_S` without such an event the budget doubles, up to `most` again.
+    """
+
+    def __init__(self, most: int, least: int) -> None:
+        self._most, self._least = most, least
+        self._rows = most
+        self._since = 0.0
+
+    def rows(self, now: float) -> int:
+        while self._rows < self._most and now - self._since >= CALM_S:
+            self._rows = min(2 * self._rows, self._most)
+            self._since += CALM_S
+        return self._rows
+
+    def shrink(self, rows: int, now: float) -> bool:
+        """A batch of `rows` was too much; False if a smaller one is not possible."""
+        self._since = now
+        if rows <= self._least:
+            return False
+        self._rows = max(self._least, min(self._rows, rows) // 2)
+        return True

@@ -1,12 +1,16 @@
 """The denoising loop: images join and leave the batch between steps.
 
-One thread owns the model. Before each step it admits what has arrived and drops what is no longer
-wanted; `batching` chooses who goes on together; images whose last step is done are decoded. Each
-image has its own size, steps, guidance and seed.
+One thread owns the transformer. Before each step it admits what has arrived and drops what is no
+longer wanted; `batching` chooses who goes on together. Each image has its own size, steps,
+guidance and seed. A second thread decodes finished images and draws previews, beside the next
+steps.
 
 Rows are padded to fixed bucket sizes, because matrix products of another row count round
 differently: within a bucket an image is the same bit for bit whatever runs beside it, across
-buckets it differs by rounding. A deterministic image always runs in the largest bucket.
+buckets it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
+
+When the memory does not suffice for a batch, the step is repeated with fewer rows, and batches stay
+smaller for a while. An image for which alone it does not suffice is given up after some attempts.
 """
 
 from __future__ import annotations
@@ -15,66 +19,125 @@ import logging
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import NonFiniteImage
+from ..errors import NonFiniteImage, Unavailable
 from ..request import ImageRequest
-from .batching import Running, next_batch
+from .batching import RowBudget, Running, next_batch
 from .sd3 import Denoiser, Denoising, PromptEmbeds, to_pixels
 
 log = logging.getLogger("ray.serve")
 
 BUCKETS = 1, 2, 4, 8, 16, 32
+ROWS_OF_AN_IMAGE = 2  # with guidance
+PINNED_ROWS = ROWS_OF_AN_IMAGE
+MEMORY_ATTEMPTS = 3  # of an image alone, each with the allocator's own memory given back before
+PAUSE_S = 0.5  # between them: what is being decoded may be what takes the memory
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """`pixels`: (height_px, width_px, 3); seconds of all steps, with waiting, and of the VAE."""
+class Drawn(NamedTuple):
+    """`pixels`: (height_px, width_px, 3); seconds of all steps, with waiting, and of the VAE.
+
+    `busy_s`: of the steps in its share of their rows, and of the VAE: what it cost the replica.
+    """
 
     pixels: NDArray[np.uint8]
     denoise_s: float
     decode_s: float
+    busy_s: float
+
+
+class Stepped(NamedTuple):
+    """An image has taken another step: how many, and how long they took with waiting."""
+
+    step: int
+    denoise_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """`pixels`: (height_px, width_px, 3), of preview number `index`, counted from 0."""
+
+    index: int
+    pixels: NDArray[np.uint8]
+
+
+Tell = Callable[[Stepped | Previewed], None]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the loop has done so far; only ever grows."""
+
+    steps: int = 0  # calls of the transformer
+    rows: int = 0  # in them, without padding
+    step_s: float = 0.0
+    out_of_memory: int = 0
 
 
 @dataclass(slots=True)
 class _Job:
     request: ImageRequest
     embeds: PromptEmbeds
+    previews: int
+    tell: Tell
     done: Future[Drawn]
     began: float = 0.0
+    busy_s: float = 0.0
+    too_large: int = 0
     image: Denoising = field(init=False)
     running: Running = field(init=False)
+
+    def may_try_again(self) -> bool:
+        """Whether an image for which the memory did not suffice gets another attempt."""
+        self.too_large += 1
+        return self.too_large < MEMORY_ATTEMPTS
 
 
 class DenoisingLoop:
     """`max_rows`, at most the largest bucket, bounds a batch; guidance takes two rows an image."""
 
     def __init__(self, denoiser: Denoiser, max_rows: int) -> None:
-        self._denoiser, self._max_rows = denoiser, max_rows
+        self._denoiser = denoiser
+        self._budget = RowBudget(max_rows, ROWS_OF_AN_IMAGE)
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: list[_Job] = []
         self._arrivals = 0
+        self.counts = Counts()
+        self._beside = ThreadPoolExecutor(
+            1, "decoding", initializer=torch.set_flush_denormal, initargs=(True,)
+        )
         self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
         self._thread.start()
 
-    def draw(self, request: ImageRequest, embeds: PromptEmbeds) -> Future[Drawn]:
+    def draw(
+        self,
+        request: ImageRequest,
+        embeds: PromptEmbeds,
+        previews: int = 0,
+        tell: Tell = lambda _: None,
+    ) -> Future[Drawn]:
         """Admit an image at the next step; cancelling the future drops it before its next one.
 
-        The future raises `NonFiniteImage`, or what the model raised.
+        `tell` hears in the loop's threads of each step and preview, and must not block. The
+        future raises `NonFiniteImage`, `Unavailable` for want of memory, or what the model raised.
         """
         done: Future[Drawn] = Future()
-        self._inbox.put(_Job(request, embeds, done))
+        self._inbox.put(_Job(request, embeds, previews, tell, done))
         return done
 
     def close(self) -> None:
-        """End the thread after the step it is in; images under way are dropped."""
+        """End the threads after the step they are in; images under way are dropped."""
         self._inbox.put(None)
         self._thread.join()
+        self._beside.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
@@ -88,11 +151,15 @@ class DenoisingLoop:
             self._jobs = [job for job in self._jobs if not job.done.cancelled()]
             if not self._jobs:
                 continue
-            chosen = next_batch((job.running for job in self._jobs), self._max_rows)
+            rows = self._budget.rows(time.monotonic())
+            chosen = next_batch((job.running for job in self._jobs), rows)
             batch = [job for job in self._jobs if any(job.running is r for r in chosen)]
             try:
                 self._step(batch)
             except Exception as error:  # whatever the model raises, images outside go on
+                if is_out_of_memory(error):
+                    self._make_room(batch, error)
+                    continue
                 log.warning("a step of %d images failed", len(batch), exc_info=True)
                 for job in batch:
                     self._finish(job, error)
@@ -131,42 +198,119 @@ class DenoisingLoop:
             rows=job.image.rows,
             steps_left=job.image.steps_left,
             arrival=self._arrivals,
+            max_rows=PINNED_ROWS if request.deterministic else None,
         )
 
     def _step(self, batch: list[_Job]) -> None:
         rows = sum(job.running.rows for job in batch)
         pinned = batch[0].request.deterministic
+        began = time.monotonic()
         self._denoiser.denoise_step(
-            [job.image for job in batch], self._bucket(self._max_rows if pinned else rows)
+            [job.image for job in batch], PINNED_ROWS if pinned else bucket(rows)
         )
+        now = time.monotonic()
+        self.counts.steps += 1
+        self.counts.rows += rows
+        self.counts.step_s += now - began
         for job in batch:
+            job.busy_s += (now - began) * job.running.rows / rows
             job.running.steps_left = job.image.steps_left
-        for job in batch:
+            job.too_large = 0
             if job.image.finished:
-                self._finish(job, self._decode(job))
+                self._jobs = [other for other in self._jobs if other is not job]
+                self._beside.submit(self._decode, job, now - job.began)
+            job.tell(Stepped(job.image.step, now - job.began))
+            previews = preview_steps(job.request.num_inference_steps, job.previews)
+            if job.image.step in previews:
+                index = previews.index(job.image.step)
+                self._beside.submit(self._preview, job, index, job.image.estimate)
 
-    def _bucket(self, rows: int) -> int:
-        return next(bucket for bucket in BUCKETS if bucket >= rows)
+    def _make_room(self, batch: list[_Job], error: Exception) -> None:
+        """The memory did not suffice for a batch; nobody in it has taken the step."""
+        rows = sum(job.running.rows for job in batch)
+        self._count_out_of_memory()
+        if self._budget.shrink(rows, time.monotonic()):
+            log.warning("out of memory with %d rows: smaller batches for a while", rows)
+            return
+        log.warning("out of memory with %d rows of %s", rows, batch[0].request.size)
+        for job in batch:
+            if not job.may_try_again():
+                self._finish(job, error)
+        time.sleep(PAUSE_S)
 
-    def _decode(self, job: _Job) -> Drawn | Exception:
+    def _count_out_of_memory(self) -> None:
+        self.counts.out_of_memory += 1
+        self._denoiser.free_memory()
+
+    # -- beside the steps -----------------------------------------------------------------------
+
+    def _decode(self, job: _Job, denoise_s: float) -> None:
+        began = time.monotonic()
+        outcome: Drawn | Exception | None = None
+        while outcome is None and not job.done.cancelled():
+            try:
+                pixels = self._pixels(job)
+                decode_s = time.monotonic() - began
+                outcome = Drawn(pixels, denoise_s, decode_s, job.busy_s + decode_s)
+            except Exception as error:  # of this image alone
+                outcome = error
+                if is_out_of_memory(error):
+                    self._count_out_of_memory()
+                    if job.may_try_again():
+                        outcome = None
+                        time.sleep(PAUSE_S)
+        if outcome is not None:
+            self._settle(job, outcome)
+
+    def _pixels(self, job: _Job) -> NDArray[np.uint8]:
         precision = self._denoiser.recipe.name
-        try:
+        with self._denoiser.beside_steps():
             if not job.image.latents.isfinite().all():
                 raise NonFiniteImage(f"the model produced non-finite numbers in {precision}")
-            denoised = time.monotonic()
             picture = self._denoiser.decode(job.image.latents)[0]
             if not picture.isfinite().all():
                 raise NonFiniteImage(f"the VAE produced non-finite numbers in {precision}")
-            pixels = to_pixels(picture)
-        except Exception as error:  # of this image alone
-            return error
-        return Drawn(pixels, denoised - job.began, time.monotonic() - denoised)
+            return to_pixels(picture)
 
-    def _finish(self, job: _Job, outcome: Drawn | Exception) -> None:
+    def _preview(self, job: _Job, index: int, latents: torch.Tensor) -> None:
+        if job.done.cancelled():
+            return
+        try:
+            with self._denoiser.beside_steps():
+                pixels = to_pixels(self._denoiser.preview(latents))
+        except Exception:  # the image itself goes on
+            log.warning("no preview of %s", job.request.id, exc_info=True)
+        else:
+            job.tell(Previewed(index, pixels))
+
+    def _finish(self, job: _Job, error: Exception) -> None:
         self._jobs = [other for other in self._jobs if other is not job]
+        self._settle(job, error)
+
+    def _settle(self, job: _Job, outcome: Drawn | Exception) -> None:
         if not job.done.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Exception):
-            job.done.set_exception(outcome)
+            lacked = is_out_of_memory(outcome)
+            job.done.set_exception(_no_memory(job) if lacked else outcome)
         else:
             job.done.set_result(outcome)
+
+
+def bucket(rows: int) -> int:
+    """The rows to which a batch is padded."""
+    return next(size for size in BUCKETS if size >= rows)
+
+
+def preview_steps(steps: int, previews: int) -> list[int]:
+    """After which steps previews are drawn: evenly spread, fewer if there are too few steps."""
+    return sorted({steps * i // (previews + 1) for i in range(1, previews + 1)} - {0})
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA's allocator has an exception of its own, the CPU's only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _no_memory(job: _Job) -> Unavailable:
+    return Unavailable(f"not enough memory to draw {job.request.size} now")

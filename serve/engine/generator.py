@@ -1,6 +1,6 @@
 """The Generator deployment: one replica draws the images of one pool.
 
-The denoising loop's thread owns the model and another writes image files, so the event loop is
+The denoising loop's threads own the model and another writes image files, so the event loop is
 always free for heartbeats and cancellations.
 """
 
@@ -9,29 +9,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cluster.capability import Capability, capability, probe
 
+from ..cost import ImageShape, Learned, Structure, reference
 from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
-from ..dispatch.grants import Lease
-from ..errors import OctetError, Unavailable
+from ..dispatch.grants import Heartbeat, Lease
+from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
-from ..request import ImageRequest, ImageResult, Timings
+from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
 from ..settings import Pool, ServedModel
 from .checkpoint import open_checkpoint
-from .denoising_loop import DenoisingLoop
+from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped
 from .image_file import encode_image
+from .metrics import EngineMetrics
 from .precision import RECIPES, Recipe
+from .room import Room
 from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
 ENCODER_ATTEMPTS = 3
+PROGRESS_S = 0.1  # progress is told no more often
+
+Told = Progress | PartialImage
 
 
 def choose_recipe(pool: Pool, device: Capability) -> Recipe:
@@ -41,6 +48,18 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
             raise OctetError(f"an FP8 pool cannot run here: {device.reason}")
         return RECIPES["fp8"]
     return RECIPES[device.sixteen_bit]
+
+
+@dataclass(slots=True)
+class _Image:
+    """One that is being drawn."""
+
+    request: ImageRequest
+    watch: Watch
+    events: asyncio.Queue[Stepped | Previewed | None]
+    shape: ImageShape
+    step: int = 0
+    task: asyncio.Task[ImageResult] | None = None
 
 
 class Generator:
@@ -58,33 +77,59 @@ class Generator:
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._models_folder = models_folder
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
-        found = capability(probe(), allow_emulated_fp8=emulate_fp8)
+        device = probe()
+        found = capability(device, allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
+        self._text_tokens = self._model.max_sequence_length  # until the encoder says how many
         self._file_thread = ThreadPoolExecutor(1)
-        self._drawing: dict[Lease, asyncio.Task[ImageResult]] = {}
+        self._room = Room()
+        self._drawing: dict[Lease, _Image] = {}
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
         self._denoiser = await asyncio.to_thread(self._load)
         self._denoising = DenoisingLoop(self._denoiser, max_rows=2 * self._pool.slots)
-        await self._draw(self._warm_up_request())
+        self._cost = Learned(reference(self._structure(), self._recipe.name, device.name))
+        self._metrics = EngineMetrics(self._model.pool_name(self._pool))
+        await self._draw(self._new_image(self._warm_up_request(), Watch()))
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease
-    ) -> AsyncIterator[ImageResult | None]:
-        """None at once, which says that this replica has begun; then the finished image.
+        self,
+        request: ImageRequest,
+        lease: Lease,
+        watch: Watch = Watch(),  # noqa: B008 - immutable
+        alone: bool = False,
+    ) -> AsyncIterator[Receipt | Told | ImageResult]:
+        """Both receipts, what `watch` asks for, then the finished image.
 
-        Raises `NonFiniteImage`. Closing the stream stops the work before its next step, and so
-        does the end of the lease: a caller that was killed closes nothing.
+        `alone`: nothing else is drawn on this replica meanwhile. Raises `NonFiniteImage` and
+        `Unavailable`. Closing the stream stops the work before its next step, and so does the end
+        of the lease: a caller that was killed closes nothing.
         """
-        yield None
-        drawing = asyncio.create_task(self._draw(request))
-        self._drawing[lease] = drawing
-        try:
-            result = await drawing
-        finally:
-            drawing.cancel()
-            del self._drawing[lease]
+        yield Receipt.TAKEN
+        async with self._room.entered(alone=alone):
+            yield Receipt.BEGUN
+            image = self._new_image(request, watch)
+            image.task = asyncio.create_task(self._draw(image))
+            image.task.add_done_callback(lambda _: image.events.put_nowait(None))
+            self._drawing[lease] = image
+            try:
+                async for told in self._watched(image):
+                    yield told
+                result = await image.task
+            except NonFiniteImage:
+                self._metrics.ended("non_finite")
+                raise
+            except (asyncio.CancelledError, GeneratorExit):
+                self._metrics.ended("cancelled")
+                raise
+            except Exception:
+                self._metrics.ended("failed")
+                raise
+            finally:
+                image.task.cancel()
+                del self._drawing[lease]
+        self._metrics.drew(result.timings)
         log.info("drew %s", request.id)
         yield result
 
@@ -93,28 +138,82 @@ class Generator:
         if self._heartbeat.done() or not self._denoising.alive:
             raise RuntimeError("the heartbeat or the denoising loop has stopped")
 
-    async def _draw(self, request: ImageRequest) -> ImageResult:
+    # -- one image ------------------------------------------------------------------------------
+
+    def _new_image(self, request: ImageRequest, watch: Watch) -> _Image:
+        shape = ImageShape(
+            width_px=request.width,
+            height_px=request.height,
+            text_tokens=self._text_tokens,
+            rows=1 + request.guided,
+            steps=request.num_inference_steps,
+        )
+        return _Image(request, watch, asyncio.Queue(), shape)
+
+    async def _draw(self, image: _Image) -> ImageResult:
+        request = image.request
         began = time.monotonic()
         embeds = await self._embed(request)
         text_s = time.monotonic() - began
+        self._text_tokens = embeds.tokens.shape[1]
+        image.shape = replace(image.shape, text_tokens=self._text_tokens)
         # Cancelling this coroutine cancels the future, which the loop sees before its next step.
-        drawn = await asyncio.wrap_future(self._denoising.draw(request, embeds))
-        began = time.monotonic()
-        image = await asyncio.get_running_loop().run_in_executor(
-            self._file_thread, encode_image, drawn.pixels, request, self._recipe.name
+        drawing = self._denoising.draw(
+            request, embeds, image.watch.partial_images, self._teller(image)
         )
+        drawn: Drawn = await asyncio.wrap_future(drawing)
+        began = time.monotonic()
+        file = await self._file(drawn.pixels, request)
+        encode_s = time.monotonic() - began
+        self._cost.observe(image.shape, drawn.busy_s + encode_s)
         return ImageResult(
-            image=image,
+            image=file,
             seed=request.seed,
             precision=self._recipe.name,
             emulated=self._emulated,
+            text_tokens=image.shape.text_tokens,
             timings=Timings(
                 text_s=text_s,
                 denoise_s=drawn.denoise_s,
                 decode_s=drawn.decode_s,
-                encode_s=time.monotonic() - began,
+                encode_s=encode_s,
             ),
         )
+
+    def _teller(self, image: _Image) -> Callable[[Stepped | Previewed], None]:
+        """What the loop's threads call; it hands over to the event loop what is watched."""
+        event_loop = asyncio.get_running_loop()
+        told = 0.0
+
+        def tell(event: Stepped | Previewed) -> None:
+            nonlocal told
+            if isinstance(event, Stepped):
+                image.step = event.step
+                last = event.step == image.shape.steps
+                if not image.watch.progress or (event.denoise_s - told < PROGRESS_S and not last):
+                    return
+                told = event.denoise_s
+            event_loop.call_soon_threadsafe(image.events.put_nowait, event)
+
+        return tell
+
+    async def _watched(self, image: _Image) -> AsyncIterator[Told]:
+        """What is watched of an image, until it is done."""
+        steps = image.shape.steps
+        if image.watch.progress:
+            yield Progress(0, steps, self._cost.coefficients.work_s(image.shape))
+        while (event := await image.events.get()) is not None:
+            if isinstance(event, Previewed):
+                yield PartialImage(event.index, await self._file(event.pixels, image.request))
+            else:
+                pace = event.denoise_s / event.step
+                decode_s = self._cost.coefficients.pixel * image.shape.pixels
+                yield Progress(event.step, steps, (steps - event.step) * pace + decode_s)
+
+    async def _file(self, pixels: Any, request: ImageRequest) -> bytes:
+        """The image file of pixels (height_px, width_px, 3)."""
+        loop, name = asyncio.get_running_loop(), self._recipe.name
+        return await loop.run_in_executor(self._file_thread, encode_image, pixels, request, name)
 
     async def _embed(self, request: ImageRequest) -> PromptEmbeds:
         """One row, or two with guidance. Raises `Unavailable` if encoders die again and again."""
@@ -130,11 +229,18 @@ class Generator:
                 return embeds
         raise Unavailable(f"the text encoder was lost in each of {ENCODER_ATTEMPTS} attempts")
 
+    # -- the replica ----------------------------------------------------------------------------
+
     def _load(self) -> Denoiser:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         source = self._pool.source or self._model.source
         folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
         return Denoiser(folder, self._recipe, device)
+
+    def _structure(self) -> Structure:
+        config = self._denoiser.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return Structure(width, config.num_layers, len(config.dual_attention_layers))
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""
@@ -150,28 +256,43 @@ class Generator:
             seed=0,
         )
 
+    def _said(self) -> Heartbeat:
+        """While an image is drawn alone, there is no slot for another."""
+        drawing = list(self._drawing.values())
+        work_s = sum(
+            self._cost.coefficients.work_s(replace(i.shape, steps=i.shape.steps - i.step))
+            for i in drawing
+        )
+        return Heartbeat(
+            pool=self._model.pool_name(self._pool),
+            replica=self._replica,
+            slots=len(drawing) if self._room.reserved else self._pool.slots,
+            running_work_s=work_s,
+            speed=self._cost.speed,
+        )
+
+    async def _report(self) -> None:
+        from ray import serve  # the context exists only inside a replica
+
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        while self._denoising.alive:
+            said = self._said()
+            try:
+                orphans = await self._dispatcher.report_replica.remote(said, list(self._drawing))
+                self._drop(orphans, time.monotonic())
+            except Exception:  # a replica that stops reporting is lost: go on whatever happened
+                log.warning("could not report to the dispatcher; trying again", exc_info=True)
+                self._orphans.clear()  # sessions need their time anew
+            self._metrics.report(self._denoising.counts, said.speed, self._cost.coefficients)
+            await asyncio.sleep(HEARTBEAT_S)
+
     def _drop(self, orphans: Iterable[Lease], now: float) -> None:
         """Stop what nobody has held for as long as a session may take to come back."""
         self._orphans = {
             lease: self._orphans.get(lease, now) for lease in map(Lease._make, orphans)
         }
         for lease, since in self._orphans.items():
-            if now - since > SESSION_LEASE_S and lease in self._drawing:
+            image = self._drawing.get(lease)
+            if now - since > SESSION_LEASE_S and image and image.task:
                 log.warning("nobody waits for entry %s of session %s", lease.entry, lease.session)
-                self._drawing[lease].cancel()
-
-    async def _report(self) -> None:
-        from ray import serve  # the context exists only inside a replica
-
-        replica = serve.get_replica_context().replica_id.unique_id
-        pool = self._model.pool_name(self._pool)
-        while self._denoising.alive:
-            try:
-                orphans = await self._dispatcher.report_replica.remote(
-                    pool, replica, self._pool.slots, list(self._drawing)
-                )
-                self._drop(orphans, time.monotonic())
-            except Exception:  # a replica that stops reporting is lost: go on whatever happened
-                log.warning("could not report to the dispatcher; trying again", exc_info=True)
-                self._orphans.clear()  # sessions need their time anew
-            await asyncio.sleep(HEARTBEAT_S)
+                image.task.cancel()

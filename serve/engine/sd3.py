@@ -11,7 +11,8 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from . import fp8_checkpoint
 from .checkpoint import CheckpointError
 from .noise_schedule import TRAIN_STEPS, sigmas
 from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8
+from .preview import VAE_FACTOR, LatentToRgb
 
-VAE_FACTOR = 8
 DENOISER_COMPONENTS = "transformer", "vae", "scheduler"
 ENCODER_COMPONENTS = (
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -124,8 +125,8 @@ class PromptEncoder:
 class Denoising:
     """One image under way: its latents and all that its next step needs.
 
-    `latents`: (1, 16, height_px/8, width_px/8) float32. `embeds` has one row, or two with
-    guidance: first the negative prompt's, then the prompt's.
+    `latents` and `velocity`, its last step's: (1, 16, height_px/8, width_px/8) float32. `embeds`
+    has one row, or two with guidance: first the negative prompt's, then the prompt's.
     """
 
     latents: torch.Tensor
@@ -133,6 +134,7 @@ class Denoising:
     guidance_scale: float
     sigmas: tuple[float, ...]
     step: int = 0
+    velocity: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -145,6 +147,13 @@ class Denoising:
     @property
     def finished(self) -> bool:
         return not self.steps_left
+
+    @property
+    def estimate(self) -> torch.Tensor:
+        """The finished latents as the last step sees them: x − σ · v, with v = noise − image."""
+        if self.velocity is None:
+            return self.latents
+        return self.latents - self.sigmas[self.step] * self.velocity
 
 
 class Denoiser:
@@ -162,6 +171,11 @@ class Denoiser:
         schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
         self.shift = float(schedule["shift"])
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
+        self._latent_to_rgb = LatentToRgb(self.vae)
+        # The VAE draws finished images while the transformer steps on with the others.
+        self._beside = None
+        if self._on_cuda:
+            self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
 
     @torch.inference_mode()
     def begin(
@@ -210,12 +224,30 @@ class Denoiser:
             if d.rows == 2:
                 v = v[:1] + d.guidance_scale * (v[1:] - v[:1])
             d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
+            d.velocity = v
             d.step += 1
+        if self._on_cuda:  # else steps would pile up on the card, ahead of who joins and leaves
+            torch.cuda.current_stream().synchronize()
+
+    @property
+    def _on_cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
     def check_device(self) -> None:
         """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
-        if self.device != "cpu":
+        if self._on_cuda:
             torch.cuda.synchronize()
+
+    def free_memory(self) -> None:
+        """Give back what torch's allocator keeps of a card's memory for later."""
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def beside_steps(self) -> Iterator[None]:
+        """What runs in this block, in another thread, does not queue behind the next steps."""
+        with torch.cuda.stream(self._beside):  # does nothing without a stream
+            yield
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -224,6 +256,12 @@ class Denoiser:
         latents = latents / config.scaling_factor + config.shift_factor
         pictures: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return pictures.float() / 2 + 0.5
+
+    @torch.inference_mode()
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """About the picture (3, height_px, width_px) that `decode` would draw, blurred."""
+        height, width = (VAE_FACTOR * side for side in latents.shape[-2:])
+        return self._latent_to_rgb(latents, width, height)
 
 
 def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:

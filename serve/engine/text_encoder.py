@@ -2,16 +2,20 @@
 
 Prompts repeat: the empty one in every request with guidance, others in retries, in calls for
 several images and among clients. What was encoded is kept up to a limit of bytes, least recently
-used first to go, and a prompt that is being encoded is waited for, not encoded twice. Every prompt
-is encoded by itself: beside others it would round differently, and a seed would not give the same
-image again.
+used first to go; the settings' `warm_prompts` are encoded at the start and stay. A prompt that is
+being encoded is waited for, not encoded twice.
+
+Prompts that wait are encoded together. A batch always has `batch_size` rows, padded with empty
+prompts: rows of one batch size come out the same bit for bit whatever is beside them, so a seed
+gives the same image again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,64 +28,111 @@ from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES
 from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
 
+log = logging.getLogger("ray.serve")
+
 Key = tuple[str, int]  # prompt, max_sequence_length
+Encode = Callable[[list[str], int], list[PromptEmbeds]]  # one row each; may block
 
 
 class EmbeddingCache:
-    """Embeddings of single prompts; `encode` may block and runs in a thread, one at a time."""
+    """Embeddings of single prompts; `encode` runs in a thread, for `batch_size` at most at once.
 
-    def __init__(self, encode: Callable[[str, int], PromptEmbeds], max_bytes: int) -> None:
-        self._encode, self._max_bytes = encode, max_bytes
+    Keys of `pinned` stay once they are there.
+    """
+
+    def __init__(
+        self, encode: Encode, max_bytes: int, batch_size: int, pinned: Collection[Key] = ()
+    ) -> None:
+        self._encode, self._max_bytes, self._batch_size = encode, max_bytes, batch_size
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
+        self._pinned: dict[Key, PromptEmbeds | None] = dict.fromkeys(pinned)
         self._kept: OrderedDict[Key, PromptEmbeds] = OrderedDict()
         self._kept_bytes = 0
-        self._under_way: dict[Key, asyncio.Task[PromptEmbeds]] = {}
+        self._under_way: dict[Key, asyncio.Future[PromptEmbeds]] = {}  # also those not yet begun
         self._waiting: Counter[Key] = Counter()
+        self._encoding: asyncio.Task[None] | None = None
 
     async def get(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """One row. An encoding that nobody waits for any more is not begun."""
         key = prompt, max_sequence_length
+        if pinned := self._pinned.get(key):
+            return pinned
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         if key not in self._under_way:
-            self._under_way[key] = asyncio.create_task(self._make(key))
-        making = self._under_way[key]
+            self._under_way[key] = asyncio.get_running_loop().create_future()
+            if self._encoding is None or self._encoding.done():
+                self._encoding = asyncio.create_task(self._encode_all())
         self._waiting[key] += 1
         try:
-            return await asyncio.shield(making)
+            return await asyncio.shield(self._under_way[key])
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
-                if self._under_way.get(key) is making:
-                    del self._under_way[key]
-                making.cancel()  # does nothing to one that is done
 
-    async def _make(self, key: Key) -> PromptEmbeds:
+    async def _encode_all(self) -> None:
+        """Encode what waits, batch after batch, until nothing does."""
+        while True:
+            for key in self._under_way.keys() - self._waiting.keys():
+                self._under_way.pop(key).cancel()
+            if not self._under_way:
+                return
+            first, *others = self._under_way
+            same = [key for key in others if key[1] == first[1]]
+            await self._encode_batch([first, *same[: self._batch_size - 1]])
+
+    async def _encode_batch(self, keys: list[Key]) -> None:
+        prompts, length = [prompt for prompt, _ in keys], keys[0][1]
+        loop = asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
-            embeds = await loop.run_in_executor(self._thread, self._encode, *key)
-        finally:
-            if self._under_way.get(key) is asyncio.current_task():
-                del self._under_way[key]
-        self._kept[key] = embeds
-        self._kept_bytes += embeds.nbytes
+            rows = await loop.run_in_executor(self._thread, self._encode, prompts, length)
+        except Exception as error:  # whatever one prompt does, the others are still wanted
+            if len(keys) == 1:
+                self._settle(keys[0], error)
+                return
+            log.warning("%d prompts could not be encoded together", len(keys), exc_info=True)
+            for key in keys:
+                await self._encode_batch([key])
+        else:
+            for key, row in zip(keys, rows, strict=True):
+                self._keep(key, row)
+                self._settle(key, row)
+
+    def _settle(self, key: Key, outcome: PromptEmbeds | Exception) -> None:
+        future = self._under_way.pop(key)
+        if isinstance(outcome, PromptEmbeds):
+            future.set_result(outcome)
+        elif key in self._waiting:
+            future.set_exception(outcome)
+
+    def _keep(self, key: Key, row: PromptEmbeds) -> None:
+        if key in self._pinned:
+            self._pinned[key] = row
+            return
+        self._kept[key] = row
+        self._kept_bytes += row.nbytes
         while self._kept_bytes > self._max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
-        return embeds
 
 
 class TextEncoder:
     """One thread owns the encoders; the event loop only waits for it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self, encoder: dict[str, Any], models_folder: str | None
+        self, encoder: dict[str, Any], models_folder: str | None, lengths: list[int]
     ) -> None:
+        """`lengths`: the `max_sequence_length` of every model that it serves."""
         settings = Encoder.model_validate(encoder)
+        self._batch_size = settings.batch_size
         self._encoder = await asyncio.to_thread(self._load, settings, models_folder)
-        self._cache = EmbeddingCache(self._encode, settings.cache_mib * 2**20)
+        warm = [(prompt, length) for prompt in settings.warm_prompts for length in lengths]
+        self._cache = EmbeddingCache(
+            self._encode, settings.cache_mib * 2**20, self._batch_size, pinned=warm
+        )
+        await asyncio.gather(*(self._cache.get(*key) for key in warm))
 
     async def encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
         """Embeddings on the CPU, by value; see `PromptEmbeds` for shapes."""
@@ -96,6 +147,12 @@ class TextEncoder:
         recipe = ENCODER_RECIPES[settings.precision].on(capability(probe()).sixteen_bit)
         return PromptEncoder(folder, recipe, device)
 
-    def _encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
-        embeds = self._encoder.encode_prompts([prompt], max_sequence_length)
-        return PromptEmbeds(embeds.tokens.cpu(), embeds.pooled.cpu())
+    def _encode(self, prompts: list[str], max_sequence_length: int) -> list[PromptEmbeds]:
+        padded = prompts + [""] * (self._batch_size - len(prompts))
+        embeds = self._encoder.encode_prompts(padded, max_sequence_length)
+        tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
+        # Clones: a view would keep the whole batch.
+        return [
+            PromptEmbeds(tokens[i : i + 1].clone(), pooled[i : i + 1].clone())
+            for i in range(len(prompts))
+        ]

@@ -37,8 +37,8 @@ from serve.api.ingress import Ingress
 from serve.api.openai_images import ImageGeneration
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.grants import Lease
-from serve.request import ImageRequest, ImageResult, Timings
+from serve.dispatch.grants import Heartbeat, Lease
+from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
 from serve.settings import Results, Settings
 
 from ..in_process import Handle, a_dispatcher
@@ -52,8 +52,11 @@ class Painter:
 
     takes_s = 0.5
 
-    async def generate(self, request: ImageRequest, _: Lease) -> AsyncIterator[ImageResult | None]:
-        yield None
+    async def generate(
+        self, request: ImageRequest, _: Lease, watch: Watch, alone: bool
+    ) -> AsyncIterator[Any]:
+        yield Receipt.TAKEN
+        yield Receipt.BEGUN
         if request.prompt == "slow":
             await asyncio.sleep(self.takes_s)
         file = io.BytesIO()
@@ -63,6 +66,7 @@ class Painter:
             seed=request.seed,
             precision="fp8",
             emulated=True,
+            text_tokens=77,
             timings=Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0),
         )
 
@@ -85,7 +89,7 @@ class Edge:
         pools = [m.pool_name(p) for m in application.models for p in m.pools]
         self.dispatcher = dispatcher = a_dispatcher(*pools, max_queued=100)
         for pool in pools:
-            await dispatcher.report_replica(pool, "r", 4)
+            await dispatcher.report_replica(Heartbeat(pool, "r", 4))
         ingress = Ingress.__new__(Ingress)
         await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
             application.model_dump(mode="json"),
@@ -108,7 +112,7 @@ class Edge:
     async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
         while True:
             for pool in pools:
-                await dispatcher.report_replica(pool, "r", 4)
+                await dispatcher.report_replica(Heartbeat(pool, "r", 4))
             await asyncio.sleep(1)
 
     def tune(self, settings: Settings) -> None:

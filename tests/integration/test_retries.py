@@ -11,10 +11,10 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from serve.api import drawing as drawing_module
 from serve.api.drawing import ATTEMPTS, Drawing
-from serve.dispatch.grants import Lease
+from serve.dispatch.grants import Heartbeat, Lease
 from serve.dispatch.session import DispatchSession
-from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaLost, Unavailable
-from serve.request import ImageRequest, ImageResult, Precision, Timings
+from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
+from serve.request import ImageRequest, ImageResult, Precision, Receipt, Timings, Watch
 from serve.settings import Settings
 
 from ..in_process import Handle, a_dispatcher
@@ -35,16 +35,28 @@ class Generator:
     """Fails as told, then draws; remembers how often it was asked."""
 
     def __init__(
-        self, precision: str, *failures: Exception, takes_s: float = 0, late: int = 0
+        self,
+        precision: str,
+        *failures: Exception,
+        takes_s: float = 0,
+        late: int = 0,
+        bystander: int = 0,
     ) -> None:
         self.precision, self.failures, self.calls = precision, list(failures), 0
-        self.takes_s, self.late = takes_s, late
+        self.takes_s, self.late, self.bystander = takes_s, late, bystander
+        self.alone: list[bool] = []
 
-    async def generate(self, request: ImageRequest, _: Lease) -> AsyncIterator[ImageResult | None]:
+    async def generate(
+        self, request: ImageRequest, _: Lease, watch: Watch, alone: bool
+    ) -> AsyncIterator[Receipt | ImageResult]:
         self.calls += 1
+        self.alone.append(alone)
         if self.calls <= self.late:
             await asyncio.sleep(60)  # the grant was for a replica that is no more
-        yield None
+        yield Receipt.TAKEN
+        if self.calls <= self.bystander:
+            raise ActorDiedError  # before it began with this one
+        yield Receipt.BEGUN
         if self.failures:
             raise self.failures.pop(0)
         await asyncio.sleep(self.takes_s)
@@ -54,6 +66,7 @@ class Generator:
             seed=request.seed,
             precision=self.precision,
             emulated=False,
+            text_tokens=77,
             timings=timings,
         )
 
@@ -75,7 +88,7 @@ def draw(
         generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
         dispatcher = a_dispatcher(*generators)
         for pool in alive:
-            await dispatcher.report_replica(pool, "r", 1)
+            await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
         drawing = Drawing(settings.models, DispatchSession(Handle(dispatcher)), handles)
         async with asyncio.timeout(5):
@@ -110,9 +123,15 @@ def test_another_pool_is_tried_before_the_one_that_was_lost(laptop: Settings) ->
 
 def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
     fp8 = Generator("fp8", *(ActorDiedError() for _ in range(9)))
-    with pytest.raises(ReplicaLost):
+    with pytest.raises(ReplicaFailed):
         draw(laptop, fp8, Generator("bf16"), Precision.FP8)
-    assert fp8.calls == ATTEMPTS
+    assert fp8.alone == [False, False, True]  # the last one harms nobody else
+
+
+def test_who_had_not_begun_is_not_to_blame(laptop: Settings) -> None:
+    fp8 = Generator("fp8", bystander=ATTEMPTS + 1)
+    assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
+    assert fp8.alone == [False] * (ATTEMPTS + 2)
 
 
 def test_a_non_finite_image_is_drawn_again_in_16_bit(laptop: Settings) -> None:

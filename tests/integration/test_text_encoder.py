@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import pytest
@@ -18,25 +18,34 @@ ROW = PromptEmbeds(torch.zeros(1, 4, 8), torch.zeros(1, 8))
 
 class Encoder:
     def __init__(self) -> None:
-        self.prompts: list[str] = []
+        self.batches: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def encode(self, prompt: str, length: int) -> PromptEmbeds:
+    @property
+    def prompts(self) -> list[str]:
+        return [prompt for batch in self.batches for prompt in batch]
+
+    def encode(self, prompts: list[str], length: int) -> list[PromptEmbeds]:
         self.gate.wait(5)
-        self.prompts.append(prompt)
-        if prompt == "broken":
+        self.batches.append(prompts)
+        if "broken" in prompts:
             raise RuntimeError("no")
-        return PromptEmbeds(
-            torch.full((1, 4, 8), float(len(prompt))), torch.full((1, 8), float(length))
-        )
+        return [
+            PromptEmbeds(torch.full((1, 4, 8), float(len(p))), torch.full((1, 8), float(length)))
+            for p in prompts
+        ]
 
 
-def run(test: Callable[[EmbeddingCache, Encoder], Coroutine[Any, Any, None]], rows: int) -> None:
+def run(
+    test: Callable[[EmbeddingCache, Encoder], Coroutine[Any, Any, None]],
+    rows: int,
+    pinned: Collection[tuple[str, int]] = (),
+) -> None:
     async def main() -> None:
         encoder = Encoder()
         async with asyncio.timeout(5):
-            await test(EmbeddingCache(encoder.encode, rows * ROW.nbytes), encoder)
+            await test(EmbeddingCache(encoder.encode, rows * ROW.nbytes, 4, pinned), encoder)
 
     asyncio.run(main())
 
@@ -69,6 +78,7 @@ def test_what_nobody_waits_for_is_not_encoded() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         encoder.gate.clear()
         running = asyncio.create_task(cache.get("running", 32))
+        await asyncio.sleep(0.02)
         gone = [asyncio.create_task(cache.get(f"gone {i}", 32)) for i in range(9)]
         await asyncio.sleep(0.02)
         for task in gone:
@@ -100,3 +110,41 @@ def test_a_failure_is_not_kept() -> None:
         assert encoder.prompts == ["broken"] * 2
 
     run(test, rows=3)
+
+
+def test_what_waits_is_encoded_together() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        encoder.gate.clear()
+        first = asyncio.create_task(cache.get("first", 32))
+        await asyncio.sleep(0.02)
+        others = [asyncio.create_task(cache.get(p, 32)) for p in ("a", "bb", "ccc", "dddd", "e")]
+        longer = asyncio.create_task(cache.get("longer", 64))
+        await asyncio.sleep(0.02)
+        encoder.gate.set()
+        await asyncio.gather(first, longer)
+        rows = await asyncio.gather(*others)
+        assert encoder.batches == [["first"], ["a", "bb", "ccc", "dddd"], ["e"], ["longer"]]
+        assert [int(row.tokens[0, 0, 0]) for row in rows] == [1, 2, 3, 4, 1]
+
+    run(test, rows=9)
+
+
+def test_a_prompt_that_fails_fails_alone() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        encoder.gate.clear()
+        tasks = [asyncio.create_task(cache.get(p, 32)) for p in ("x", "a", "broken", "b")]
+        await asyncio.sleep(0.02)
+        encoder.gate.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(o, RuntimeError) for o in outcomes] == [False, False, True, False]
+
+    run(test, rows=9)
+
+
+def test_pinned_prompts_stay() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        for prompt in ("", "a", "b", "c", "", "blurry", ""):
+            await cache.get(prompt, 32)
+        assert encoder.prompts == ["", "a", "b", "c", "blurry"]
+
+    run(test, rows=1, pinned=[("", 32)])

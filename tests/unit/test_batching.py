@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.batching import PATIENCE, Running, next_batch
+from serve.engine.batching import CALM_S, PATIENCE, RowBudget, Running, next_batch
 
 IMAGES = st.tuples(
     st.sampled_from("abc"),  # kind
@@ -73,3 +73,21 @@ def test_many_steps_are_not_stuck_behind_a_stream_of_few() -> None:
 def test_an_image_that_never_fits_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 rows in batches of 1"):
         next_batch([running("a", 2, 1, 0)], 1)
+
+
+def test_who_leads_bounds_the_batch() -> None:
+    pinned = [Running(kind="p", rows=1, steps_left=5, arrival=i, max_rows=2) for i in range(4)]
+    assert next_batch([*pinned, running("a", 2, 9, 9)], 8) == pinned[:2]
+
+
+def test_a_budget_shrinks_and_comes_back() -> None:
+    budget = RowBudget(most=16, least=2)
+    assert budget.shrink(16, now=0)
+    assert budget.rows(CALM_S - 1) == 8
+    assert budget.shrink(6, now=10)  # half of what was too much, not of what was allowed
+    assert budget.rows(10) == 3
+    assert budget.rows(10 + CALM_S) == 6
+    assert budget.rows(10 + 3 * CALM_S) == 16
+    assert budget.shrink(4, now=500)
+    assert not budget.shrink(2, now=501)
+    assert budget.rows(501) == 2

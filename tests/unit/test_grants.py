@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.dispatch.grants import Grants, Outcome, Running, Submission
+from serve.dispatch.grants import Grants, Heartbeat, Outcome, Running, Submission
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)
@@ -15,7 +15,7 @@ def grants(**pools: int) -> Grants:
     book = Grants(max_queued=100, session_lease_s=10, replica_lease_s=5)
     book.open("s", 0)
     for pool, slots in pools.items():
-        book.report_replica(pool.replace("_", "-"), "r", slots, 0)
+        book.report_replica(Heartbeat(pool.replace("_", "-"), "r", slots), 0)
     return book
 
 
@@ -38,7 +38,7 @@ def test_order_of_arrival_holds_across_lines() -> None:
     book.submit("s", Submission("b", (FP16,)))
     book.submit("s", Submission("c", AUTO))
     assert book.grant() == []
-    book.report_replica(FP16, "r", 3, 0)
+    book.report_replica(Heartbeat(FP16, "r", 3), 0)
     assert [o.entry for o in book.grant()] == ["a", "b", "c"]
 
 
@@ -57,7 +57,7 @@ def test_no_grant_without_a_living_replica() -> None:
     book.submit("s", Submission("b", AUTO))
     book.expire(6)
     assert book.grant() == []
-    assert book.replicas(FP8) == 0
+    assert book.replicas(FP8) == []
 
 
 def test_a_silent_session_gives_everything_back() -> None:
@@ -67,7 +67,7 @@ def test_a_silent_session_gives_everything_back() -> None:
     assert ids(book.grant()) == [("a", FP8)]
     book.open("t", 11)
     book.submit("t", Submission("c", AUTO))
-    book.report_replica(FP8, "r", 1, 11)
+    book.report_replica(Heartbeat(FP8, "r", 1), 11)
     assert book.expire(11) == ["s"]
     assert ids(book.grant()) == [("c", FP8)]
     assert not book.heard_from("s", 11)
@@ -140,8 +140,33 @@ def test_nobody_waits_for_what_cannot_come() -> None:
     assert book.refuse() == [Outcome("s", "a", None, "no_capacity")]
     assert book.submit("s", Submission("c", (FP8,))) == Outcome("s", "c", None, "no_capacity")
     assert book.queue_depth == 1
-    book.report_replica(FP8, "r", 1, 0)  # a replica lives, whatever the nodes say
+    book.report_replica(Heartbeat(FP8, "r", 1), 0)  # a replica lives, whatever the nodes say
     assert book.submit("s", Submission("d", (FP8,))) is None
+
+
+def test_positions_count_who_came_before_and_wants_the_same() -> None:
+    book = grants()
+    for entry, pools in (("a", (FP8,)), ("b", (FP16,)), ("c", AUTO), ("d", (FP8,))):
+        book.submit("s", Submission(entry, pools, watched=entry != "b"))
+    moved = {o.entry: o.position for o in book.positions()}
+    assert moved == {"a": 1, "c": 3, "d": 3}  # b does not want what a and d want
+    assert book.positions() == []  # nothing has changed
+    book.release("s", "a")
+    assert {o.entry: o.position for o in book.positions()} == {"c": 2, "d": 2}
+    book.report_replica(Heartbeat(FP8, "r", 1), 0)
+    assert ids(book.grant()) == [("c", FP8)]
+    assert {o.entry: o.position for o in book.positions()} == {"d": 1}
+
+
+def test_a_request_id_has_one_owner_until_its_last_entry_ends() -> None:
+    book = grants(m_fp8=1)
+    for entry in "ab":
+        book.submit("s", Submission(entry, (FP8,), "id"))
+    book.grant()
+    for entry in "ab":
+        assert book.owner("id") == "s"
+        book.release("s", entry)
+    assert book.owner("id") is None
 
 
 class GrantsMachine(RuleBasedStateMachine):
@@ -196,7 +221,7 @@ class GrantsMachine(RuleBasedStateMachine):
 
     @rule(pool=st.sampled_from(AUTO), slots=st.integers(0, 3))
     def report(self, pool: str, slots: int) -> None:
-        self.book.report_replica(pool, "r", slots, self.now)
+        self.book.report_replica(Heartbeat(pool, "r", slots), self.now)
         self.slots[pool] = slots
 
     @precondition(lambda self: self.waiting or self.running)

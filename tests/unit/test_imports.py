@@ -6,7 +6,9 @@ import sys
 PURE = [
     "serve.request",
     "serve.errors",
+    "serve.cost",
     "serve.dispatch.grants",
+    "serve.engine.batching",
     "serve.engine.noise_schedule",
     "cluster.capability",
     "cluster.placement",

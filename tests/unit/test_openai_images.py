@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serve.api.openai_images import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
-from serve.request import OutputFormat, Precision
+from serve.request import OutputFormat, Precision, Watch
 from serve.settings_file import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
@@ -78,8 +78,12 @@ def test_null_is_not_given() -> None:
         ({"timeout_s": 1e9}, "timeout_s"),
         ({"timeout_s": float("inf")}, "timeout_s"),
         ({"background": "transparent"}, "background"),
-        ({"stream": True}, "stream"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "n": 2}, "n"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
+        ({"stream": True, "partial_images": 4}, "partial_images"),
         ({"partial_images": 2}, "partial_images"),
+        ({"progress": True}, "progress"),
         ({"frame_count": 3}, "frame_count"),
         ({"svg": {"model": "x"}}, "svg"),
         ({"prompt": "a\x00b"}, "prompt"),
@@ -142,8 +146,15 @@ def test_settings_let_unknown_fields_pass_and_say_which() -> None:
     assert asked.ignored == ("sampler", "ä\n")
     assert ignored_header(asked.ignored) == {"x-octet-ignored": "sampler, %C3%A4%0A"}
     assert ignored_header(()) == {}
-    with pytest.raises(InvalidRequest, match="stream"):
-        parse(body(stream=True), lenient)
+    with pytest.raises(InvalidRequest, match="partial_images"):
+        parse(body(partial_images=1), lenient)
+
+
+def test_a_stream_says_what_it_shows() -> None:
+    asked = parse(body(stream=True, partial_images=3, progress=True), TUNING)
+    assert (asked.stream, asked.watch) == (True, Watch(progress=True, partial_images=3))
+    asked = parse(body(progress=False), TUNING)
+    assert (asked.stream, asked.watch) == (False, Watch())
 
 
 def test_a_deadline_is_the_settings_or_shorter() -> None:

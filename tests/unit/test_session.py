@@ -9,7 +9,7 @@ import pytest
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.grants import Submission
+from serve.dispatch.grants import Heartbeat, Submission
 from serve.dispatch.session import DispatchSession
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable
 
@@ -37,7 +37,7 @@ async def settle() -> None:
 
 def test_a_slot_is_held_until_its_block_ends() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         order = []
 
         async def use(name: str) -> None:
@@ -59,7 +59,7 @@ def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
             async with session.slot(("p",)):
                 await asyncio.sleep(60)
 
-        await dispatcher.report_replica("p", "r", 2)
+        await dispatcher.report_replica(Heartbeat("p", "r", 2))
         tasks = [asyncio.create_task(hold(str(i))) for i in range(8)]
         await settle()
         assert dispatcher._grants.queue_depth == 6
@@ -99,7 +99,7 @@ def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
         await settle()
         with pytest.raises(QueueFull):
             await hold("b")
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await first
 
     run(test, max_queued=1)
@@ -114,14 +114,14 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
                 await done.wait()
                 return name
 
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         running = asyncio.create_task(hold("a"))
         waiting = asyncio.create_task(hold("b"))
         await settle()
 
         fresh = a_dispatcher("p")
         handle.break_off(fresh)
-        await fresh.report_replica("p", "r", 1)
+        await fresh.report_replica(Heartbeat("p", "r", 1))
         await settle()
         assert fresh._grants.queue_depth == 1  # b was resubmitted
         assert fresh._grants.free_slots("p") == 0  # a still runs
@@ -143,7 +143,7 @@ def test_a_session_that_expired_is_opened_again() -> None:
         dispatcher._end(name)
         await settle()
         assert dispatcher._grants.queue_depth == 1
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         assert await waiting == "p"
 
     async def hold(session: DispatchSession) -> str:
@@ -159,7 +159,7 @@ def test_a_restarted_dispatcher_first_listens() -> None:
     async def main() -> None:
         dispatcher = a_dispatcher("p", recovery_s=0.2)
         session = DispatchSession(Handle(dispatcher))
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout(5), session.slot(("p",)):
             assert asyncio.get_running_loop().time() - began > 0.15
@@ -181,7 +181,7 @@ def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
 def test_an_id_that_another_ingress_serves_is_in_use_until_it_is_done() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         other = DispatchSession(handle)
-        await dispatcher.report_replica("p", "r", 2)
+        await dispatcher.report_replica(Heartbeat("p", "r", 2))
         async with session.slot(("p",), "id"):
             async with session.slot(("p",), "id"):
                 pass  # a second image of the same call
@@ -201,7 +201,7 @@ def test_what_no_node_can_hold_is_refused_and_not_queued() -> None:
         with pytest.raises(NoCapacity):
             async with session.slot(("elsewhere",)):
                 pass
-        await dispatcher.report_replica("elsewhere", "r", 1)
+        await dispatcher.report_replica(Heartbeat("elsewhere", "r", 1))
         async with session.slot(("elsewhere",)):
             pass
 
@@ -223,7 +223,8 @@ def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(NoCapacity):
             await waiting
         state = await dispatcher.state()
-        assert state["pools"] == {"p": {"replicas": 0, "placeable": False}}
+        found = state["pools"]["p"]
+        assert (found["replicas"], found["placeable"]) == (0, False)
 
     run(test)
 
@@ -244,7 +245,7 @@ def test_resubmitted_entries_were_accepted_before() -> None:
         assert fresh._grants.queue_depth == 3
         with pytest.raises(QueueFull):
             await hold()
-        await fresh.report_replica("p", "r", 3)
+        await fresh.report_replica(Heartbeat("p", "r", 3))
         assert await asyncio.gather(*waiting) == ["p"] * 3
 
     run(test)
@@ -252,7 +253,7 @@ def test_resubmitted_entries_were_accepted_before() -> None:
 
 def test_a_drained_dispatcher_counts_down_to_nothing() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         async with session.slot(("p",)):
             assert await dispatcher.drain() == 1
             with pytest.raises(Unavailable, match="shutting down"):
@@ -275,7 +276,7 @@ def test_a_drained_dispatcher_counts_down_to_nothing() -> None:
 
 def test_draining_waits_for_answers_that_are_still_sent() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         session.begin("id")
         with pytest.raises(RequestIdInUse):
             session.begin("id")
@@ -293,7 +294,7 @@ def test_draining_waits_for_answers_that_are_still_sent() -> None:
 
 def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
         await dispatcher.tell(session._name, [Submission("late", ("p",))], [], 0)
         await settle()
@@ -304,12 +305,13 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
 
 def test_a_generator_hears_which_leases_nobody_holds() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica("p", "r", 1)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
         async with session.slot(("p",)) as lease:
             ghost = lease._replace(session="gone")
-            assert await dispatcher.report_replica("p", "r", 1, [lease, ghost]) == [ghost]
+            said = Heartbeat("p", "r", 1)
+            assert await dispatcher.report_replica(said, [lease, ghost]) == [ghost]
         await settle()
-        assert await dispatcher.report_replica("p", "r", 1, [lease]) == [lease]
+        assert await dispatcher.report_replica(said, [lease]) == [lease]
 
     run(test)
 
@@ -322,3 +324,69 @@ def test_a_dispatcher_that_has_heard_of_nothing_yet_is_not_drained() -> None:
         assert await dispatcher.drain() == 0
 
     asyncio.run(main())
+
+
+def test_heartbeats_say_what_a_pool_has_to_do() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "a", 4, running_work_s=1.5, speed=1.25))
+        await dispatcher.report_replica(Heartbeat("p", "b", 2, running_work_s=0.5, speed=0.5))
+        assert (await dispatcher.state())["pools"]["p"] == {
+            "replicas": 2,
+            "slots": 6,
+            "running_work_s": 2.0,
+            "speed": 1.75,
+            "placeable": True,
+        }
+
+    run(test)
+
+
+def test_who_watches_hears_its_position() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        heard: dict[str, list[int]] = {"b": [], "c": []}
+
+        async def hold(name: str) -> None:
+            queued = heard[name].append if name in heard else None
+            async with session.slot(("p",), queued=queued):
+                pass
+
+        first = asyncio.create_task(hold("a"))
+        others = [asyncio.create_task(hold(name)) for name in "bc"]
+        await settle()
+        assert heard == {"b": [2], "c": [3]}
+        first.cancel()
+        await asyncio.sleep(dispatcher_module.HEARTBEAT_S)
+        assert heard == {"b": [2, 1], "c": [3, 2]}
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        await asyncio.gather(*others)
+        assert dispatcher._grants._watched == {}
+
+    run(test)
+
+
+def test_a_call_is_cancelled_at_its_own_ingress() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        other, cancelled = DispatchSession(handle), []
+
+        async def hold(at: DispatchSession, id: str) -> None:
+            async with at.slot(("p",), id):
+                await asyncio.sleep(60)
+
+        session.begin("runs", lambda: cancelled.append("runs"))
+        other.begin("waits", lambda: cancelled.append("waits"))
+        tasks = [asyncio.create_task(hold(session, "runs"))]
+        await settle()
+        tasks.append(asyncio.create_task(hold(other, "waits")))
+        await settle()
+        assert not await dispatcher.cancel("unknown")
+        for id in ("waits", "runs"):
+            assert await dispatcher.cancel(id)
+            await settle()
+        assert cancelled == ["waits", "runs"]
+        for task in tasks:
+            task.cancel()
+        await settle()
+        assert not await dispatcher.cancel("runs")
+
+    run(test)

@@ -1,0 +1,44 @@
+"""A client's call while it is open: until its deadline, or until another call cancels it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from ..errors import DeadlineExceeded, RequestCancelled
+
+T = TypeVar("T")
+
+
+class Call:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._work: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Let `run` raise `RequestCancelled`, unless it has ended."""
+        self._cancelled = True
+        if self._work:
+            self._work.cancel()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. Raises `DeadlineExceeded` and `RequestCancelled`."""
+        self._work = task = asyncio.create_task(work)
+        if self._cancelled:
+            task.cancel()
+        try:
+            async with asyncio.timeout(self._timeout_s) as limit:
+                return await task
+        except TimeoutError:
+            if not limit.expired():
+                raise  # somebody else's
+            raise DeadlineExceeded(f"the images were not done in {self._timeout_s:g} s") from None
+        except asyncio.CancelledError:
+            own = asyncio.current_task()
+            if not self._cancelled or (own and own.cancelling()):
+                raise  # the client has gone
+            raise RequestCancelled("the request was cancelled") from None
+        finally:
+            task.cancel()

@@ -1,0 +1,89 @@
+"""Server-sent events: previews and progress of an image, as OpenAI's Images API streams them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..errors import OctetError
+from ..request import ImageRequest, ImageResult, PartialImage, Progress
+from .drawing import Tell
+from .openai_answers import completed_event, error_event, partial_image_event, progress_event
+
+ALIVE_S = 10.0  # a comment at least so often, lest proxies think that nobody is there
+
+Frames = AsyncGenerator[bytes, None]
+
+
+class EventStream(StreamingResponse):
+    """Calls `sent` when all has been sent, or the client is gone."""
+
+    def __init__(self, frames: Frames, headers: dict[str, str], sent: Callable[[], None]) -> None:
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(frames, media_type="text/event-stream", headers={**own, **headers})
+        self._frames, self._sent = frames, sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._frames.aclose()
+            self._sent()
+
+
+async def begun(frames: Frames) -> Frames:
+    """The same frames, the first one ready, so that what is refused at once keeps its own status.
+
+    What goes wrong later is an event. Raises what the first frame raises.
+    """
+    first = await anext(frames)
+
+    async def all_frames() -> Frames:
+        try:
+            yield first
+            async for frame in frames:
+                yield frame
+        except OctetError as error:
+            yield _frame(error_event(error))
+        finally:
+            await frames.aclose()
+
+    return all_frames()
+
+
+async def events(
+    request: ImageRequest, draw: Callable[[Tell], Coroutine[Any, Any, ImageResult]]
+) -> Frames:
+    """The events of one image; ends with it. Raises what `draw` raises; closing it ends `draw`."""
+    told: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()
+    drawing = asyncio.create_task(draw(told.put_nowait))
+    drawing.add_done_callback(lambda _: told.put_nowait(None))
+    previews = 0
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(ALIVE_S):
+                    event = await told.get()
+            except TimeoutError:
+                yield b": still here\n\n"
+                continue
+            if event is None:
+                break
+            if isinstance(event, Progress):
+                yield _frame(progress_event(event))
+            elif event.index == previews:  # a second attempt draws the first ones again
+                previews += 1
+                yield _frame(await asyncio.to_thread(partial_image_event, request, event))
+        yield _frame(await asyncio.to_thread(completed_event, request, await drawing))
+    finally:
+        drawing.cancel()
+
+
+def _frame(event: BaseModel) -> bytes:
+    data = event.model_dump_json()
+    return f"event: {event.type}\ndata: {data}\n\n".encode()  # type: ignore[attr-defined]

@@ -1,0 +1,28 @@
+"""What an Ingress counts; Ray exports it with the names `ray_octet_…` on every node."""
+
+from __future__ import annotations
+
+from ray.serve import metrics
+
+WAIT_S = 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100
+
+
+class FrontMetrics:
+    def __init__(self) -> None:
+        self._queue = metrics.Histogram(
+            "octet_queue_seconds",
+            "Seconds from a request to the grant of an attempt.",
+            boundaries=list(WAIT_S),
+            tag_keys=("pool",),
+        )
+        self._retried = metrics.Counter(
+            "octet_retried",
+            "Attempts after which an image was drawn again: not_begun, replica_lost, non_finite.",
+            tag_keys=("pool", "reason"),
+        )
+
+    def queued(self, pool: str, seconds: float) -> None:
+        self._queue.observe(seconds, {"pool": pool})
+
+    def retried(self, pool: str, reason: str) -> None:
+        self._retried.inc(tags={"pool": pool, "reason": reason})

@@ -1,0 +1,151 @@
+"""The work of a request: its predicted seconds on one reference replica.
+
+    work = constant + steps · (step + rows · (token · n + token² · n²)) + pixel · pixels
+
+n is the number of tokens, image and text; rows is 2 with guidance. The five coefficients belong to
+a model, a recipe and a card: `REFERENCES` has those that were measured; otherwise they follow from
+the arithmetic of SD3.5's transformer and a card's peak rates, of which `EFFICIENCY` is reached. A
+block d wide has 24 · d² floating-point operations for a token's linear layers and 4 · d for each
+pair of tokens; one that attends to the image a second time has 8 · d² and 4 · d more.
+
+What replicas take in truth they learn from what they draw: see `Learned`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TOKEN_PX = 16  # VAE factor 8 × patch size 2
+VAE_FLOPS_PER_PIXEL = 1.0e7  # of SD3.5's VAE: 10.5 TFLOP for 1024 × 1024
+EFFICIENCY = 0.5  # of a card's peak
+RATE = 0.3  # how far an observation moves what is learnt
+BOUND = 16.0  # how far what is learnt may leave the reference
+
+
+class Structure(NamedTuple):
+    """What the transformer's arithmetic follows from; `width` is its hidden size."""
+
+    width: int
+    layers: int
+    dual_layers: int
+
+
+class Rates(NamedTuple):
+    """Peak floating-point operations a second: of linear layers, and of all else."""
+
+    linear: float
+    other: float
+
+
+# Dense rates as the vendors state them; H100's 16-bit rate is what is reached at best. The CPU is
+# two cores of a cloud machine.
+RATES = {
+    "H100": {"fp8": Rates(1600e12, 800e12), "bf16": Rates(800e12, 800e12)},
+    "RTX 4090": {"fp8": Rates(330e12, 165e12), "bf16": Rates(165e12, 165e12)},
+    "cpu": {"fp8": Rates(75e9, 150e9), "bf16": Rates(150e9, 150e9)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageShape:
+    """What the work depends on; `rows` is 2 with guidance, else 1."""
+
+    width_px: int
+    height_px: int
+    text_tokens: int
+    rows: int
+    steps: int
+
+    @property
+    def pixels(self) -> int:
+        return self.width_px * self.height_px
+
+    @property
+    def image_tokens(self) -> int:
+        return self.pixels // TOKEN_PX**2
+
+    @property
+    def tokens(self) -> int:
+        return self.image_tokens + self.text_tokens
+
+
+class Coefficients(NamedTuple):
+    """Seconds: of an image, a step, a row's token and token², and a pixel of the VAE."""
+
+    constant: float
+    step: float
+    token: float
+    token2: float
+    pixel: float
+
+    def parts(self, shape: ImageShape) -> tuple[float, ...]:
+        """What each coefficient contributes to the work."""
+        row_steps, n = shape.steps * shape.rows, shape.tokens
+        amounts = 1, shape.steps, row_steps * n, row_steps * n * n, shape.pixels
+        return tuple(c * amount for c, amount in zip(self, amounts, strict=True))
+
+    def work_s(self, shape: ImageShape) -> float:
+        return sum(self.parts(shape))
+
+
+def estimated(structure: Structure, rates: Rates) -> Coefficients:
+    """Coefficients from arithmetic, where nothing was measured; what comes beside it is a guess."""
+    d, layers, dual = structure
+    linear, other = (rate * EFFICIENCY for rate in rates)
+    return Coefficients(
+        constant=0.01,
+        step=0.001,
+        token=d * d * (24 * layers + 8 * dual) / linear,
+        token2=4 * d * (layers + dual) / other,
+        pixel=VAE_FLOPS_PER_PIXEL / other,
+    )
+
+
+def reference(structure: Structure, recipe: str, device: str) -> Coefficients:
+    """The coefficients of a model in a recipe on a device, as the driver names it."""
+    card = next((card for card in RATES if card in device), "cpu")
+    measured = REFERENCES.get((structure, recipe, card))
+    return measured or estimated(structure, RATES[card]["fp8" if recipe == "fp8" else "bf16"])
+
+
+# Printed by `make bench-engine`: the demo model on two cores of a cloud machine.
+REFERENCES: dict[tuple[Structure, str, str], Coefficients] = {}
+
+
+class Learned:
+    """A replica's own coefficients, refitted from each image that it has finished.
+
+    Each is a factor of the reference's. An image moves the factors along what it consists of
+    (normalised least mean squares), by `RATE` of its error; an error counts for no more than the
+    prediction itself, and no factor leaves 1/`BOUND` … `BOUND`, so that a hiccup does little.
+    """
+
+    def __init__(self, reference: Coefficients) -> None:
+        self.reference = reference
+        self.images = 0
+        self._factors = [1.0] * len(reference)
+        self._reference_s = self._busy_s = 0.0
+
+    @property
+    def coefficients(self) -> Coefficients:
+        return Coefficients(*(f * c for f, c in zip(self._factors, self.reference, strict=True)))
+
+    @property
+    def speed(self) -> float:
+        """Work of recent images ÷ the seconds that they took of the replica; 1 at the start."""
+        return self._reference_s / self._busy_s if self._busy_s else 1.0
+
+    def observe(self, shape: ImageShape, busy_s: float) -> None:
+        """An image is finished; `busy_s`: its share of the replica's time."""
+        parts = self.reference.parts(shape)
+        predicted = sum(f * p for f, p in zip(self._factors, parts, strict=True))
+        error = min(max(busy_s - predicted, -predicted), predicted)
+        gain = RATE * error / sum(p * p for p in parts)
+        self._factors = [
+            min(max(f + gain * p, 1 / BOUND), BOUND)
+            for f, p in zip(self._factors, parts, strict=True)
+        ]
+        self.images += 1
+        self._reference_s = self._reference_s * (1 - RATE) + sum(parts) * RATE
+        self._busy_s = self._busy_s * (1 - RATE) + busy_s * RATE

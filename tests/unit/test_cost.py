@@ -1,0 +1,104 @@
+"""What images cost is predicted from their shape and learnt from what they took."""
+
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from serve.cost import (
+    BOUND,
+    RATES,
+    Coefficients,
+    ImageShape,
+    Learned,
+    Structure,
+    estimated,
+    reference,
+)
+
+LARGE = Structure(width=2432, layers=38, dual_layers=0)
+MEGAPIXEL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
+TRUE = Coefficients(constant=0.02, step=0.004, token=3e-5, token2=2e-8, pixel=1e-6)
+
+
+def some_shape(rng: random.Random) -> ImageShape:
+    side = rng.choice([64, 128, 192, 256])
+    steps, rows = rng.choice([4, 8, 20, 28, 50]), rng.choice([1, 2])
+    return ImageShape(width_px=side, height_px=side, text_tokens=64, rows=rows, steps=steps)
+
+
+def errors(learned: Learned, rng: random.Random, images: int = 200) -> list[float]:
+    """Relative errors of predictions for images that it has not seen."""
+    shapes = [some_shape(rng) for _ in range(images)]
+    return sorted(
+        abs(learned.coefficients.work_s(s) - TRUE.work_s(s)) / TRUE.work_s(s) for s in shapes
+    )
+
+
+def test_the_floor_of_a_known_card() -> None:
+    """FLOPs of a step of SD3.5 Large with guidance: 62.2 T, of which an H100 does 800 T a second.
+
+    The estimate counts text tokens as image tokens, reaches half of the peak, and adds the VAE.
+    """
+    work_s = estimated(LARGE, RATES["H100"]["bf16"]).work_s(MEGAPIXEL)
+    assert work_s == pytest.approx(2 * 28 * 62.2e12 / 800e12, rel=0.05)
+
+
+def test_fp8_halves_the_linears_alone() -> None:
+    fp8, bf16 = (reference(LARGE, name, "NVIDIA H100 80GB HBM3") for name in ("fp8", "bf16"))
+    assert fp8.token == bf16.token / 2
+    assert fp8.token2 == bf16.token2
+
+
+def test_guidance_steps_and_size_all_count() -> None:
+    base = TRUE.work_s(MEGAPIXEL)
+    for less in (
+        replace(MEGAPIXEL, rows=1),
+        replace(MEGAPIXEL, steps=27),
+        replace(MEGAPIXEL, width_px=1008),
+        replace(MEGAPIXEL, text_tokens=77),
+    ):
+        assert TRUE.work_s(less) < base
+
+
+@pytest.mark.parametrize("off", [0.3, 3.0])
+def test_a_wrong_reference_is_corrected(off: float) -> None:
+    rng = random.Random(1)
+    learned = Learned(Coefficients(*(off * c * rng.uniform(0.5, 2) for c in TRUE)))
+    before = statistics.median(errors(learned, rng))
+    for _ in range(300):
+        shape = some_shape(rng)
+        learned.observe(shape, TRUE.work_s(shape) * rng.gauss(1, 0.05))
+    after = errors(learned, rng)
+    assert before > 0.3
+    assert statistics.median(after) < 0.05
+    assert after[180] < 0.2
+
+
+def test_a_hiccup_does_little_and_is_forgotten() -> None:
+    learned, rng = Learned(TRUE), random.Random(2)
+    learned.observe(MEGAPIXEL, 1000 * TRUE.work_s(MEGAPIXEL))
+    assert learned.coefficients.work_s(MEGAPIXEL) < 1.5 * TRUE.work_s(MEGAPIXEL)
+    for _ in range(100):
+        shape = some_shape(rng)
+        learned.observe(shape, TRUE.work_s(shape))
+    assert statistics.median(errors(learned, rng)) < 0.05
+
+
+def test_factors_are_bounded() -> None:
+    learned = Learned(TRUE)
+    for _ in range(1000):
+        learned.observe(MEGAPIXEL, 1e6)
+    assert all(c <= BOUND * t * 1.001 for c, t in zip(learned.coefficients, TRUE, strict=True))
+    for _ in range(1000):
+        learned.observe(MEGAPIXEL, 0.0)
+    assert all(c >= t / BOUND * 0.999 for c, t in zip(learned.coefficients, TRUE, strict=True))
+
+
+def test_speed_is_work_over_time() -> None:
+    learned = Learned(TRUE)
+    assert learned.speed == 1
+    for _ in range(20):
+        learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 2)
+    assert learned.speed == pytest.approx(2)

@@ -1,0 +1,35 @@
+import asyncio
+
+from serve.engine.room import Room
+
+
+def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
+    async def main() -> None:
+        room, order, leave = Room(), [], asyncio.Event()
+
+        async def enter(name: str, alone: bool) -> None:
+            async with room.entered(alone=alone):
+                order.append(f"{name} in")
+                if name == "a":
+                    await leave.wait()
+                await asyncio.sleep(0.01)
+                order.append(f"{name} out")
+
+        async with asyncio.timeout(5):
+            tasks = [asyncio.create_task(enter("a", alone=False))]
+            await asyncio.sleep(0)
+            tasks += [asyncio.create_task(enter(n, alone=n.isupper())) for n in ("X", "b", "Y")]
+            given_up = asyncio.create_task(enter("Z", alone=True))
+            await asyncio.sleep(0.01)
+            assert (order, room.reserved) == (["a in"], 3)
+            given_up.cancel()
+            leave.set()
+            await asyncio.gather(*tasks)
+        assert order[:2] == ["a in", "a out"]
+        assert sorted([order[2:4], order[4:6], order[6:8]]) == [
+            [f"{name} in", f"{name} out"] for name in "XYb"
+        ]
+        assert order[-1] == "b out"
+        assert (room.reserved, room._inside) == (0, 0)
+
+    asyncio.run(main())
