@@ -2,8 +2,9 @@
 
 One thread owns the transformer. Before each step it admits what has arrived and drops what is no
 longer wanted; `batching` chooses who goes on together. Each image has its own size, steps,
-guidance and seed. A second thread decodes finished images and draws previews, beside the next
-steps.
+guidance and seed. On a card, a second thread decodes finished images and draws previews beside the
+next steps. On a CPU the same thread does, between steps: two threads that compute there slow each
+other down by more than they save.
 
 Rows are padded to fixed bucket sizes, because matrix products of another row count round
 differently: within a bucket an image is the same bit for bit whatever runs beside it, across
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -102,18 +104,23 @@ class _Job:
 
 
 class DenoisingLoop:
-    """`max_rows`, at most the largest bucket, bounds a batch; guidance takes two rows an image."""
+    """`max_rows`, at most the largest bucket, bounds a batch; guidance takes two rows an image.
 
-    def __init__(self, denoiser: Denoiser, max_rows: int) -> None:
+    `beside`: whether images are decoded in a second thread; by default, if the card can do both.
+    """
+
+    def __init__(self, denoiser: Denoiser, max_rows: int, beside: bool | None = None) -> None:
         self._denoiser = denoiser
         self._budget = RowBudget(max_rows, ROWS_OF_AN_IMAGE)
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: list[_Job] = []
         self._arrivals = 0
         self.counts = Counts()
-        self._beside = ThreadPoolExecutor(
-            1, "decoding", initializer=torch.set_flush_denormal, initargs=(True,)
-        )
+        self._beside: ThreadPoolExecutor | None = None
+        if denoiser.on_cuda if beside is None else beside:
+            self._beside = ThreadPoolExecutor(
+                1, "decoding", initializer=torch.set_flush_denormal, initargs=(True,)
+            )
         self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
         self._thread.start()
 
@@ -137,7 +144,8 @@ class DenoisingLoop:
         """End the threads after the step they are in; images under way are dropped."""
         self._inbox.put(None)
         self._thread.join()
-        self._beside.shutdown(cancel_futures=True)
+        if self._beside:
+            self._beside.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
@@ -218,12 +226,12 @@ class DenoisingLoop:
             job.too_large = 0
             if job.image.finished:
                 self._jobs = [other for other in self._jobs if other is not job]
-                self._beside.submit(self._decode, job, now - job.began)
+                self._aside(partial(self._decode, job, now - job.began))
             job.tell(Stepped(job.image.step, now - job.began))
             previews = preview_steps(job.request.num_inference_steps, job.previews)
             if job.image.step in previews:
                 index = previews.index(job.image.step)
-                self._beside.submit(self._preview, job, index, job.image.estimate)
+                self._aside(partial(self._preview, job, index, job.image.estimate))
 
     def _make_room(self, batch: list[_Job], error: Exception) -> None:
         """The memory did not suffice for a batch; nobody in it has taken the step."""
@@ -242,7 +250,13 @@ class DenoisingLoop:
         self.counts.out_of_memory += 1
         self._denoiser.free_memory()
 
-    # -- beside the steps -----------------------------------------------------------------------
+    # -- aside from the steps -------------------------------------------------------------------
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        if self._beside:
+            self._beside.submit(work)
+        else:
+            work()
 
     def _decode(self, job: _Job, denoise_s: float) -> None:
         began = time.monotonic()

@@ -174,7 +174,7 @@ class Denoiser:
         self._latent_to_rgb = LatentToRgb(self.vae)
         # The VAE draws finished images while the transformer steps on with the others.
         self._beside = None
-        if self._on_cuda:
+        if self.on_cuda:
             self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
 
     @torch.inference_mode()
@@ -226,21 +226,21 @@ class Denoiser:
             d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
             d.velocity = v
             d.step += 1
-        if self._on_cuda:  # else steps would pile up on the card, ahead of who joins and leaves
+        if self.on_cuda:  # else steps would pile up on the card, ahead of who joins and leaves
             torch.cuda.current_stream().synchronize()
 
     @property
-    def _on_cuda(self) -> bool:
+    def on_cuda(self) -> bool:
         return torch.device(self.device).type == "cuda"
 
     def check_device(self) -> None:
         """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
-        if self._on_cuda:
+        if self.on_cuda:
             torch.cuda.synchronize()
 
     def free_memory(self) -> None:
         """Give back what torch's allocator keeps of a card's memory for later."""
-        if self._on_cuda:
+        if self.on_cuda:
             torch.cuda.empty_cache()
 
     @contextmanager

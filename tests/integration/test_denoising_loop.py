@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from serve.engine.denoising_loop import DenoisingLoop, Drawn
+from serve.engine import denoising_loop
+from serve.engine.batching import RowBudget
+from serve.engine.denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped, preview_steps
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder
-from serve.errors import NonFiniteImage
+from serve.errors import NonFiniteImage, Unavailable
 from serve.request import ImageRequest
 
 from .conftest import DEMO_MODEL
@@ -58,6 +60,7 @@ class Model:
         self.gate = threading.Event()
         self.gate.set()
         self.fail: Exception | None = None
+        self.room = 32  # rows for which there is memory
         original = self.denoiser.transformer.forward
 
         def forward(**inputs: Any) -> Any:
@@ -69,6 +72,8 @@ class Model:
             if rows > 1 and self.fail:
                 error, self.fail = self.fail, None
                 raise error
+            if rows > self.room:
+                raise torch.OutOfMemoryError(f"no room for {rows} rows")
             return original(**inputs)
 
         self.denoiser.transformer.forward = forward
@@ -82,6 +87,13 @@ class Model:
         """Together: nobody steps before all have been submitted."""
         futures = self.submit(*((request, self.embeds(request)) for request in requests))
         return [future.result(30) for future in futures]
+
+    def watch(
+        self, request: ImageRequest, previews: int = 0
+    ) -> tuple[Drawn, list[Stepped | Previewed]]:
+        told: list[Stepped | Previewed] = []
+        future = self.loop.draw(request, self.embeds(request), previews, told.append)
+        return future.result(30), told
 
     def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[Drawn]]:
         """An image before them stands still in its only step until all are there."""
@@ -101,6 +113,15 @@ def model(request: pytest.FixtureRequest, encoder: PromptEncoder) -> Iterator[Mo
     model = Model(request.param, encoder)
     yield model
     model.loop.close()
+
+
+@pytest.fixture
+def cramped(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    """The budget that a test shrinks is whole again after it."""
+    monkeypatch.setattr(denoising_loop, "PAUSE_S", 0.05)
+    monkeypatch.setattr(model.loop, "_budget", RowBudget(8, 2))
+    yield model
+    model.room = 32
 
 
 def difference(one: Drawn, other: Drawn) -> float:
@@ -136,7 +157,7 @@ def test_within_a_bucket_the_company_changes_nothing(model: Model) -> None:
 def test_a_deterministic_image_is_the_same_alone_and_in_a_crowd(model: Model) -> None:
     pinned = replace(REQUEST, deterministic=True)
     alone = model.draw(pinned)[0]
-    assert set(model.rows[-6:]) == {8}
+    assert set(model.rows[-6:]) == {2}
     crowd = model.draw(*MIXED, pinned, replace(pinned, seed=7))
     assert difference(alone, crowd[-2]) == 0
 
@@ -210,3 +231,116 @@ def test_an_image_that_cannot_begin_fails_alone(
             future.result(5)
     assert model.draw(REQUEST)
     assert model.loop.alive
+
+
+def test_without_memory_for_a_batch_its_step_is_repeated_in_smaller_ones(cramped: Model) -> None:
+    requests = [replace(REQUEST, seed=seed) for seed in range(4)]
+    alone = [cramped.draw(request)[0] for request in requests]
+    before = cramped.loop.counts.out_of_memory
+    cramped.room = 4
+    cramped.rows.clear()
+    drawn = cramped.draw(*requests)
+    assert cramped.loop.counts.out_of_memory == before + 1
+    assert cramped.rows[0] == 8
+    assert max(cramped.rows[1:]) == 4  # for a while nobody tries as many again
+    assert sum(cramped.rows[1:]) == 4 * 2 * REQUEST.num_inference_steps  # no step twice
+    exact = cramped.denoiser.recipe.name == "fp32"
+    for one, other in zip(alone, drawn, strict=True):
+        assert np.abs(one.pixels.astype(int) - other.pixels).mean() < (0.1 if exact else 1)
+
+
+def test_an_image_that_fits_nowhere_is_given_up_and_others_go_on(cramped: Model) -> None:
+    cramped.room = 1
+    with pytest.raises(Unavailable, match="not enough memory to draw 64x64"):
+        cramped.draw(REQUEST)
+    assert cramped.draw(PLUG)
+
+
+def test_without_memory_to_decode_it_is_tried_again(
+    cramped: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = cramped.denoiser.decode, [2]
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if failures[0]:
+            failures[0] -= 1
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")
+        return original(latents)
+
+    monkeypatch.setattr(cramped.denoiser, "decode", decode)
+    assert cramped.draw(REQUEST)
+    failures[0] = 99
+    with pytest.raises(Unavailable, match="memory"):
+        cramped.draw(REQUEST)
+
+
+def test_steps_go_on_while_an_image_is_decoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, go_on = model.denoiser.decode, threading.Event()
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        go_on.wait(10)
+        return original(latents)
+
+    monkeypatch.setattr(model.denoiser, "decode", decode)
+    short, long = (replace(REQUEST, num_inference_steps=steps) for steps in (2, 20))
+    before = model.loop.counts.steps
+    first, second = (model.loop.draw(r, model.embeds(r)) for r in (short, long))
+    deadline = time.monotonic() + 9
+    while model.loop.counts.steps < before + 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert not first.done()
+    go_on.set()
+    first.result(30)
+    second.result(30)
+
+
+def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
+    drawn, told = model.watch(REQUEST)
+    assert [event.step for event in told if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
+    assert told[-1].denoise_s == drawn.denoise_s
+    assert drawn.busy_s == pytest.approx(drawn.denoise_s + drawn.decode_s, rel=0.2)
+    together = model.draw(*[replace(REQUEST, seed=seed) for seed in range(4)])
+    steps_s = max(d.denoise_s for d in together)
+    shared_s = sum(d.busy_s - d.decode_s for d in together)
+    assert shared_s == pytest.approx(steps_s, rel=0.2)
+
+
+def test_previews_come_closer_to_the_picture(model: Model) -> None:
+    request = replace(REQUEST, width=128, height=96, num_inference_steps=12, prompt="dunes at noon")
+    drawn, told = model.watch(request, previews=3)
+    previews = [event for event in told if isinstance(event, Previewed)]
+    assert [p.index for p in previews] == [0, 1, 2]
+    other = model.draw(replace(request, seed=5, prompt="night, full moon"))[0]
+    assert {p.pixels.shape for p in previews} == {(96, 128, 3)}
+
+    def apart(pixels: np.ndarray, picture: np.ndarray) -> float:
+        """Mean difference of the colours of 8 × 8 patches: previews know no more."""
+        means = [
+            p.astype(float).reshape(12, 8, 16, 8, 3).mean(axis=(1, 3)) for p in (pixels, picture)
+        ]
+        return float(np.abs(means[0] - means[1]).mean())
+
+    distances = [apart(p.pixels, drawn.pixels) for p in previews]
+    assert distances[2] < distances[0]
+    assert distances[2] < 20
+    assert distances[2] < apart(previews[2].pixels, other.pixels) / 2
+
+
+def test_previews_are_spread_over_the_steps() -> None:
+    assert preview_steps(28, 3) == [7, 14, 21]
+    assert preview_steps(4, 3) == [1, 2, 3]
+    assert preview_steps(2, 3) == [1]
+    assert preview_steps(1, 3) == preview_steps(28, 0) == []
+
+
+def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def preview(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model.denoiser, "preview", preview)
+    drawn, told = model.watch(REQUEST, previews=2)
+    assert drawn.pixels.shape == (64, 64, 3)
+    assert not any(isinstance(event, Previewed) for event in told)
