@@ -181,14 +181,14 @@ class Ingress:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 found = await self._dispatcher.state.remote()
         except (TimeoutError, RayError, RayServeException):
-            found = {"draining": False, "pools": {}}
+            found = {"draining": False, "queued": None, "pools": {}}
         models = {
             model.id: {p: found["pools"].get(p) for p in map(model.pool_name, model.pools)}
             for model in self._models
         }
         served = all(any(p and p["replicas"] for p in pools.values()) for pools in models.values())
         status = "draining" if found["draining"] else "ready" if served else "starting"
-        body = {"status": status, "models": models}
+        body = {"status": status, "queued": found["queued"], "models": models}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
     async def playground(self, _: Request) -> Response:

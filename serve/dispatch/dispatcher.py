@@ -111,9 +111,9 @@ class Dispatcher:
         return [lease for lease in leases if not self._grants.holds(lease)]
 
     async def state(self) -> dict[str, Any]:
-        """`draining`, and of each of the `pools` what its living `replicas` say of themselves.
+        """Open `calls` of clients, `queued` images, and of each pool what its replicas say.
 
-        `speed` is their sum: reference replicas that they amount to.
+        `running`: images granted to the pool; `speed`: reference replicas that it amounts to.
         """
         pools = {}
         for pool in self._pools:
@@ -121,11 +121,17 @@ class Dispatcher:
             pools[pool] = {
                 "replicas": len(replicas),
                 "slots": sum(said.slots for said in replicas),
+                "running": self._grants.running_in(pool),
                 "running_work_s": round(sum(said.running_work_s for said in replicas), 3),
                 "speed": round(sum(said.speed for said in replicas), 3),
                 "placeable": self._grants.placeable(pool),
             }
-        return {"draining": self._grants.draining, "pools": pools}
+        return {
+            "draining": self._grants.draining,
+            "calls": sum(self._calls.values()),
+            "queued": self._grants.queue_depth,
+            "pools": pools,
+        }
 
     async def drain(self) -> int:
         """Refuse new images from now on; returns how many calls and images are still open.
@@ -134,7 +140,8 @@ class Dispatcher:
         """
         self._grants.draining = True
         unheard = time.monotonic() < self._grants_from
-        known = self._grants.queue_depth + self._grants.running + sum(self._calls.values())
+        running = sum(self._grants.running_in(pool) for pool in self._pools)
+        known = self._grants.queue_depth + running + sum(self._calls.values())
         return known + unheard
 
     async def check_health(self) -> None:

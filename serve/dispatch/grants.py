@@ -284,7 +284,7 @@ class Grants:
         return moved
 
     def free_slots(self, pool: str) -> int:
-        return sum(said.slots for said in self.replicas(pool)) - self._running.get(pool, 0)
+        return sum(said.slots for said in self.replicas(pool)) - self.running_in(pool)
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """What the living replicas of a pool last said."""
@@ -298,10 +298,9 @@ class Grants:
     def queue_depth(self) -> int:
         return self._queued
 
-    @property
-    def running(self) -> int:
-        """Granted slots of all pools."""
-        return sum(self._running.values())
+    def running_in(self, pool: str) -> int:
+        """Granted slots of a pool."""
+        return self._running.get(pool, 0)
 
     def _possible(self, pools: Pools) -> bool:
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)

@@ -8,9 +8,11 @@ import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from serve import launch
 from serve.launch import Running, running
 from serve.settings import Settings
 from serve.settings_file import load_settings
@@ -47,7 +49,19 @@ def laptop() -> Settings:
 
 @pytest.fixture(scope="session")
 def octet(laptop: Settings) -> Iterator[Running]:
-    """The application on a Ray of its own; it runs until the last test has ended."""
+    """The application on a Ray of its own; it runs until the last test has ended.
+
+    Its Generators break where `faulty` says so.
+    """
+    patch = pytest.MonkeyPatch()
+    config = launch.serve_config
+
+    def with_faults(settings: Settings) -> Any:
+        faulty = config(settings)
+        faulty["applications"][0]["import_path"] = "tests.integration.faulty:build"
+        return faulty
+
+    patch.setattr(launch, "serve_config", with_faults)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         application = running(laptop)
@@ -56,6 +70,7 @@ def octet(laptop: Settings) -> Iterator[Running]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         application.__exit__(None, None, None)
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

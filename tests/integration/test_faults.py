@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +18,11 @@ import httpx
 import psutil
 import pytest
 
+from serve.api.drawing import ATTEMPTS
 from serve.dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
 from serve.launch import Running
+
+from .faulty import DEADLY, HUNGRY
 
 GENERATE = "/v1/images/generations"
 QUICK = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
@@ -76,6 +80,67 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(client: httpx.Client) -> 
         return bool(pools["landscapes-fp16"]["replicas"] == 1)
 
     wait_for(back, 30)
+
+
+def test_a_poison_request_costs_three_replicas_and_no_neighbour(url: str) -> None:
+    """Its third attempt is alone on its replica; images beside the others are drawn again."""
+
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+            async def ask(id: str, **fields: object) -> httpx.Response:
+                body = {"prompt": "dunes", "size": "64x64", "num_inference_steps": 30, **fields}
+                return await client.post(GENERATE, json=body, headers={"x-request-id": id})
+
+            neighbours = [asyncio.create_task(ask(f"beside-{i}")) for i in range(12)]
+            poison = asyncio.create_task(ask("poison", guidance_scale=DEADLY))
+            killed = await poison
+            assert (killed.status_code, killed.json()["error"]["code"]) == (503, "replica_failed")
+            assert killed.headers["x-should-retry"] == "false"
+            assert [(await task).status_code for task in neighbours] == [200] * 12
+
+    before = set(replicas())
+    watching = threading.Event()
+    seen: set[int] = set()
+
+    def watch() -> None:
+        while not watching.wait(0.3):
+            seen.update(pid for pid, name in replicas().items() if name.startswith("Generator"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    asyncio.run(main())
+    watching.set()
+    watcher.join()
+    wait_for(lambda: all_back(url), 30)
+    after = {pid for pid, name in replicas().items() if name.startswith("Generator")}
+    assert len((seen | after) - before) <= ATTEMPTS  # each is one restart
+
+
+def all_back(url: str) -> bool:
+    pools = httpx.get(url + "/ready").json()["models"]["landscapes"]
+    return all(pool["replicas"] == 1 for pool in pools.values())
+
+
+def test_without_memory_a_step_is_repeated_and_nothing_is_lost(url: str) -> None:
+    async def main() -> list[int]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            body = {
+                "prompt": "dunes",
+                "size": "64x64",
+                "num_inference_steps": 6,
+                "guidance_scale": HUNGRY,
+                "precision": "fp16",
+            }
+            return [
+                answer.status_code
+                for answer in await asyncio.gather(
+                    *(client.post(GENERATE, json=body) for _ in range(4))
+                )
+            ]
+
+    assert asyncio.run(main()) == [200] * 4
+    assert re.search(r"out of memory with \d rows: smaller batches for a while", logs())
 
 
 def test_a_text_encoder_that_dies_is_waited_for(client: httpx.Client) -> None:

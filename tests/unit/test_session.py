@@ -333,6 +333,7 @@ def test_heartbeats_say_what_a_pool_has_to_do() -> None:
         assert (await dispatcher.state())["pools"]["p"] == {
             "replicas": 2,
             "slots": 6,
+            "running": 0,
             "running_work_s": 2.0,
             "speed": 1.75,
             "placeable": True,

@@ -1,0 +1,36 @@
+"""The application with Generators that break when a request's guidance scale says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+
+import serve.app
+from serve.engine.generator import Generator
+
+DEADLY = 6.125  # the second step of such an image kills its replica
+HUNGRY = 7.125  # two such images never fit into memory together
+
+
+class FaultyGenerator(Generator):
+    def _load(self) -> Any:
+        denoiser = super()._load()
+        original = denoiser.denoise_step
+
+        def denoise_step(batch: Any, rows: int = 0) -> None:
+            if any(image.guidance_scale == DEADLY and image.step for image in batch):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if sum(image.guidance_scale == HUNGRY for image in batch) > 1:
+                raise torch.OutOfMemoryError("a test's")
+            original(batch, rows)
+
+        denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # that is the fault
+        return denoiser
+
+
+def build(args: dict[str, Any]) -> Any:
+    serve.app.Generator = FaultyGenerator  # type: ignore[misc]  # where the application takes it
+    return serve.app.build(args)

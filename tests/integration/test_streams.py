@@ -1,0 +1,217 @@
+"""Streams, progress and cancelled calls, through HTTP on real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
+from PIL import Image
+
+from serve.launch import Running
+
+GENERATE = "/v1/images/generations"
+LONG = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+
+
+def picture(b64: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def colours(image: Image.Image) -> list[int]:
+    return list(image.convert("RGB").resize((8, 8), Image.Resampling.BOX).tobytes())
+
+
+def apart(one: Image.Image, other: Image.Image) -> float:
+    pairs = list(zip(colours(one), colours(other), strict=True))
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def state(octet: Running) -> dict[str, Any]:
+    found: dict[str, Any] = octet._dispatcher().state.remote().result(timeout_s=10)
+    return found
+
+
+def idle(octet: Running) -> bool:
+    """No call is open, nothing waits, no slot is held and no image is drawn."""
+    found = state(octet)
+    busy = [p["running"] or p["running_work_s"] for p in found["pools"].values()]
+    return not (found["calls"] or found["queued"] or any(busy))
+
+
+async def lines(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async with client.stream("POST", GENERATE, json={**body, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def test_the_openai_client_iterates_a_stream(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        stream = client.images.generate(
+            model="landscapes",
+            prompt="the sea at dawn, red sun",
+            stream=True,
+            partial_images=3,
+            size="128x96",  # type: ignore[arg-type]  # the client's types know OpenAI's sizes alone
+            output_format="jpeg",
+            extra_body={"seed": 3, "num_inference_steps": 12, "precision": "fp16"},
+        )
+        events = list(stream)
+    kinds = [ImageGenPartialImageEvent] * 3 + [ImageGenCompletedEvent]
+    assert [type(event) for event in events] == kinds
+    for kind, event in zip(kinds, events, strict=True):
+        kind.model_validate(event.to_dict(), strict=True)  # nothing that OpenAI has is missing
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
+    previews = [picture(event.b64_json) for event in events[:3]]
+    final = picture(events[3].b64_json)
+    assert {image.size for image in (*previews, final)} == {(128, 96)}
+    assert {image.format for image in (*previews, final)} == {"JPEG"}
+    assert events[3].size == "128x96"
+    assert events[3].usage.output_tokens == 8 * 6
+    asked = {"prompt": "night over dunes", "seed": 4, "size": "128x96", "num_inference_steps": 12}
+    other = httpx.post(url + GENERATE, json=asked, timeout=60).json()["data"][0]["b64_json"]
+    assert apart(previews[2], final) < 25
+    assert apart(previews[2], final) < apart(previews[2], picture(other)) / 2
+
+
+def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            body = {"prompt": "dunes", "seed": 5, "num_inference_steps": 8, "precision": "fp8"}
+            events = [event async for event in lines(client, {**body, "progress": True})]
+            plain = (await client.post(GENERATE, json=body)).json()["data"][0]
+            progress, completed = events[:-1], events[-1]
+            assert completed["type"] == "image_generation.completed"
+            for key in ("b64_json", "seed", "precision", "emulated"):
+                assert completed[key] == plain[key]
+            assert {event["type"] for event in progress} == {"image_generation.progress"}
+            steps = [event["step"] for event in progress if event["queue_position"] is None]
+            assert steps == sorted(set(steps))
+            assert (steps[0], steps[-1]) == (0, 8)
+            etas = [event["eta_s"] for event in progress if event["step"]]
+            assert etas[-1] < etas[0]
+
+    asyncio.run(main())
+
+
+def test_who_waits_sees_its_place_in_the_queue(url: str, octet: Running) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            fill = {"prompt": "dunes", "num_inference_steps": 30}
+            running = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
+            await asyncio.sleep(0.5)
+            quick = {"prompt": "dunes", "num_inference_steps": 1, "progress": True}
+            events = [event async for event in lines(client, quick)]
+            places = [e["queue_position"] for e in events if e["type"].endswith("progress")]
+            waited = [place for place in places if place is not None]
+            assert waited[0] == 2  # 8 slots, 9 images before it
+            assert waited == sorted(waited, reverse=True)
+            assert events[-1]["type"] == "image_generation.completed"
+            assert [(await task).status_code for task in running] == [200] * 9
+
+    asyncio.run(main())
+
+
+def test_what_goes_wrong_before_the_first_event_has_its_status(url: str) -> None:
+    answer = httpx.post(url + GENERATE, json={"prompt": "x", "stream": True, "n": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    tiny = {**LONG, "stream": True, "timeout_s": 0.2}
+    assert httpx.post(url + GENERATE, json=tiny, timeout=60).status_code == 504
+
+
+def test_what_goes_wrong_later_is_an_event(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        stream = client.images.generate(
+            model="landscapes",
+            prompt="dunes",
+            stream=True,
+            extra_body={"num_inference_steps": 100, "progress": True, "timeout_s": 1},
+        )
+        with pytest.raises(openai.APIError, match="not done in 1 s") as caught:
+            list(stream)
+    assert caught.value.body["code"] == "deadline_exceeded"  # type: ignore[call-overload, index]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_is_cancelled_by_its_id(url: str, octet: Running, stream: bool) -> None:
+    def ask() -> httpx.Response:
+        headers = {"x-request-id": "mine"}
+        body = {**LONG, "n": 1 if stream else 3, "stream": stream, "progress": stream}
+        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=60)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask)
+        time.sleep(0.7)
+        began = time.monotonic()
+        deleted = httpx.delete(f"{url}/v1/requests/mine")
+        assert (deleted.status_code, deleted.json()["cancelled"]) == (200, True)
+        error = answer.result(5)
+        assert time.monotonic() - began < 2
+    if stream:
+        assert error.text.rpartition("event: ")[2].startswith("error")
+        assert '"code":"request_cancelled"' in error.text
+    else:
+        assert (error.status_code, error.json()["error"]["code"]) == (499, "request_cancelled")
+        assert error.headers["x-should-retry"] == "false"
+    wait_until_idle(octet, 3)
+    again = httpx.delete(f"{url}/v1/requests/mine")
+    assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
+    assert httpx.delete(f"{url}/v1/requests/a%20b").status_code == 400
+
+
+def wait_until_idle(octet: Running, seconds: float) -> float:
+    began = time.monotonic()
+    while not idle(octet):
+        assert time.monotonic() - began < seconds, state(octet)
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
+    """Waiting and running, streaming and not, at random moments: nothing is left of any."""
+    rng = random.Random(4)
+    statuses: list[int] = []
+
+    async def ask(client: httpx.AsyncClient, stream: bool, leaves_after_s: float) -> None:
+        body = {**LONG, "size": "128x128", "stream": stream, "progress": stream}
+        try:
+            async with asyncio.timeout(leaves_after_s):
+                async with client.stream("POST", GENERATE, json=body) as answer:
+                    statuses.append(answer.status_code)
+                    async for _ in answer.aiter_bytes():
+                        pass
+        except TimeoutError:
+            pass
+
+    async def main() -> None:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            asking = [
+                ask(client, stream=i % 2 == 0, leaves_after_s=rng.uniform(0.3, 5))
+                for i in range(100)
+            ]
+            await asyncio.gather(*asking)
+
+    asyncio.run(main())
+    assert set(statuses) == {200}  # streams had begun; the others heard nothing
+    assert 0 < len(statuses) <= 50
+    # A step takes well below a second; heartbeats, once a second, say that nothing is drawn.
+    wait_until_idle(octet, 0.5 + 1 + 1)
+    quick = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
+    for precision in ("fp8", "fp16"):
+        began = time.monotonic()
+        answer = httpx.post(url + GENERATE, json={**quick, "precision": precision}, timeout=30)
+        assert answer.status_code == 200
+        assert time.monotonic() - began < 1.5
