@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ..errors import (
@@ -137,11 +138,24 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
 
 
 def _images() -> dict[str, Any]:
-    """JSON, or with `stream` events, of which the schemas are those of their data."""
+    """JSON, or with `stream` events: the schema is one event's, its data's is within."""
     answer = _answer("The images, or events", "ImagesResponse", "x-octet-ignored")
-    schemas = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in EVENTS]
-    answer["content"]["text/event-stream"] = {"schema": {"anyOf": schemas}}
+    answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
     return answer
+
+
+def _event(event: type[BaseModel]) -> dict[str, Any]:
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{event.__name__}"},
+    }
+    name = {"const": event.model_fields["type"].default}
+    return {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": name, "data": data},
+    }
 
 
 def _errors(*errors: type[OctetError]) -> dict[str, Any]:

@@ -269,10 +269,10 @@ def test_without_memory_to_decode_it_is_tried_again(
         return original(latents)
 
     monkeypatch.setattr(cramped.denoiser, "decode", decode)
-    assert cramped.draw(REQUEST)
+    assert cramped.watch(REQUEST)
     failures[0] = 99
     with pytest.raises(Unavailable, match="memory"):
-        cramped.draw(REQUEST)
+        cramped.watch(REQUEST)
 
 
 def test_steps_go_on_while_an_image_is_decoded(
@@ -347,3 +347,4 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
     drawn, told = model.watch(REQUEST, previews=2)
     assert drawn.pixels.shape == (64, 64, 3)
     assert not any(isinstance(event, Previewed) for event in told)
+
