@@ -3,7 +3,7 @@ PORT ?= 8000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo demo-check test check format clean
+.PHONY: install demo demo-check test check bench-engine format clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 # The tests' reference for FP8, apart from .venv's packages: beside diffusers it slows every import.
 .venv/reference: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $@ torchao
+
+# matplotlib, for the plots of the measurements.
+.venv/bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
 
 demo: install
 	@exec $(BIN)/octet demo --port $(PORT)
@@ -33,6 +38,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# QUICK=1: less than 4 minutes.
+bench-engine: .venv/bench
+	$(BIN)/python -W ignore -m bench.engine $(if $(QUICK),--quick)
 
 format: install
 	$(BIN)/ruff format .

@@ -347,4 +347,3 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
     drawn, told = model.watch(REQUEST, previews=2)
     assert drawn.pixels.shape == (64, 64, 3)
     assert not any(isinstance(event, Previewed) for event in told)
-

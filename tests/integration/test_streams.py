@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
@@ -215,3 +217,37 @@ def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
         answer = httpx.post(url + GENERATE, json={**quick, "precision": precision}, timeout=30)
         assert answer.status_code == 200
         assert time.monotonic() - began < 1.5
+
+
+def exported() -> dict[str, dict[str, float]]:
+    """Our metrics on this node: by name, by the values of our own tags."""
+    (node,) = ray.nodes()
+    text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=10).text
+    found: dict[str, dict[str, float]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"ray_(octet_\w+){(.*)} (\S+)$", line):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
+            own = "/".join(tags[t] for t in ("pool", "phase", "outcome", "reason") if t in tags)
+            values = found.setdefault(match[1], {})
+            values[own] = values.get(own, 0) + float(match[3])
+    return found
+
+
+def test_the_engine_is_counted(url: str) -> None:
+    """Exported every ten seconds; the clients that hung up above are among the counted."""
+    asked = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64", "precision": "fp16"}
+    assert httpx.post(url + GENERATE, json=asked, timeout=60).status_code == 200
+    deadline = time.monotonic() + 25
+    pool = "landscapes-fp16"
+    while not (found := exported()).get("octet_engine_images_total", {}).get(f"{pool}/drawn"):
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+    assert found["octet_engine_images_total"][f"{pool}/cancelled"] > 0
+    steps, rows = found["octet_engine_steps_total"][pool], found["octet_engine_rows_total"][pool]
+    assert steps >= 4
+    assert rows > 2 * steps  # the hundred were drawn several at a time
+    assert found["octet_engine_step_seconds_total"][pool] > 0
+    for phase in ("text", "denoise", "decode", "encode"):
+        assert found["octet_engine_phase_seconds_count"][f"{pool}/{phase}"] > 0
+    assert found["octet_queue_seconds_count"][pool] > 0
+    assert found["octet_engine_speed"][pool] > 0

@@ -1,0 +1,84 @@
+"""The bench's replay, where the answer is known; and what queueing theory says of it."""
+
+import random
+import statistics
+
+import pytest
+
+from bench.replay import (
+    Asked,
+    Costs,
+    between_steps,
+    one_at_a_time,
+    percentile,
+    poisson,
+    slowdowns,
+    static_batches,
+)
+
+# A step takes 1 s for up to two rows and half a second more for each further two.
+STEP_S = {rows: 1 + max(0, rows - 2) / 4 for rows in (1, 2, 4, 8, 16)}
+
+
+def bucket(rows: int) -> int:
+    return next(size for size in STEP_S if size >= rows)
+
+
+COSTS = Costs({64: STEP_S, 128: {r: 4 * s for r, s in STEP_S.items()}}, {64: 0.5, 128: 2.0}, bucket)
+
+
+def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
+    trace = [Asked(10, 64, 2, 6)]
+    assert one_at_a_time(trace, COSTS) == [16.5]
+    assert between_steps(trace, COSTS, 8, 16) == [16.5]
+    assert static_batches(trace, COSTS, 8) == [16.55]  # company was waited for
+    assert slowdowns(trace, [16.5], COSTS) == [1]
+
+
+def test_equal_images_share_their_steps() -> None:
+    trace = [Asked(0, 64, 2, 6)] * 4
+    together = 6 * STEP_S[8]
+    assert static_batches(trace, COSTS, 4) == [together + 4 * 0.5] * 4
+    assert between_steps(trace, COSTS, 4, 8) == [together + i * 0.5 for i in (1, 2, 3, 4)]
+    assert max(one_at_a_time(trace, COSTS)) == 4 * 6.5
+
+
+def test_unequal_ones_share_them_only_between_steps() -> None:
+    trace = [Asked(0, 64, 2, 6), Asked(0, 64, 2, 2)]
+    long, short = between_steps(trace, COSTS, 4, 8)
+    assert short == 2 * STEP_S[4] + 0.5
+    assert long == short + 4 * STEP_S[2] + 0.5
+    assert static_batches(trace, COSTS, 8) == [6.55, 9.05]
+
+
+def test_slots_bound_who_is_inside() -> None:
+    trace = [Asked(0, 64, 2, 4)] * 3
+    finished = between_steps(trace, COSTS, 2, 8)
+    assert finished[2] == pytest.approx(finished[1] + 4.5)
+
+
+def test_rows_between_measured_ones_are_interpolated() -> None:
+    assert COSTS.step(64, 6) == 2.0
+
+
+def test_one_at_a_time_is_an_m_d_1_queue() -> None:
+    """Its mean wait is load ÷ (2 · (1 − load)) of the service time."""
+    rng = random.Random(5)
+    trace = poisson(rng, 20_000, 0.7 / 6.5, lambda: (64, 2, 6))
+    finished = one_at_a_time(trace, COSTS)
+    waits = [f - asked.arrives_s - 6.5 for asked, f in zip(trace, finished, strict=True)]
+    assert statistics.mean(waits) == pytest.approx(6.5 * 0.7 / (2 * 0.3), rel=0.05)
+
+
+def test_nobody_finishes_before_its_own_time() -> None:
+    rng = random.Random(6)
+    mix = [(size, rows, steps) for size in (64, 128) for rows in (1, 2) for steps in (2, 9)]
+    trace = poisson(rng, 500, 0.1, lambda: rng.choice(mix))
+    for finished in (
+        one_at_a_time(trace, COSTS),
+        between_steps(trace, COSTS, 8, 16),
+        static_batches(trace, COSTS, 8),
+    ):
+        ordered = slowdowns(trace, finished, COSTS)
+        assert ordered[0] > 0.999
+        assert percentile(ordered, 0.5) < percentile(ordered, 0.99)
