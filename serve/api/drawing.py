@@ -32,6 +32,7 @@ from .metrics import FrontMetrics
 log = logging.getLogger("ray.serve")
 
 ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts as the cause
+PAUSE_S = 0.25
 BEGIN_S = REPLICA_LEASE_S  # a replica that has not begun by then is gone, or on its way out
 
 
@@ -87,6 +88,7 @@ class Drawing:
                     log.warning("%s: no replica of %s began; queueing again", request.id, pool)
                     self._metrics.retried(pool, "not_begun")
                     pools = _last(pool, pools)
+                    await asyncio.sleep(PAUSE_S)  # a dead replica is granted until it is noticed
                 except REPLICA_LOST:
                     lost += 1
                     log.warning("%s: attempt %d lost its replica of %s", request.id, lost, pool)

@@ -8,7 +8,9 @@ other down by more than they save.
 
 Rows are padded to fixed bucket sizes, because matrix products of another row count round
 differently: within a bucket an image is the same bit for bit whatever runs beside it, across
-buckets it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
+buckets it differs by rounding. The same holds for images of one size that end with the same step:
+they are decoded together, by powers of two. A deterministic image always runs in a bucket of
+`PINNED_ROWS` and is decoded alone.
 
 When the memory does not suffice for a batch, the step is repeated with fewer rows, and batches stay
 smaller for a while. An image for which alone it does not suffice is given up after some attempts.
@@ -40,6 +42,7 @@ log = logging.getLogger("ray.serve")
 BUCKETS = 1, 2, 4, 8, 16, 32
 ROWS_OF_AN_IMAGE = 2  # with guidance
 PINNED_ROWS = ROWS_OF_AN_IMAGE
+DECODED_PIXELS = 2**20  # at once, unless a single image has more: what the VAE takes grows with it
 MEMORY_ATTEMPTS = 3  # of an image alone, each with the allocator's own memory given back before
 PAUSE_S = 0.5  # between them: what is being decoded may be what takes the memory
 
@@ -92,6 +95,7 @@ class _Job:
     tell: Tell
     done: Future[Drawn]
     began: float = 0.0
+    denoise_s: float = 0.0
     busy_s: float = 0.0
     too_large: int = 0
     image: Denoising = field(init=False)
@@ -164,14 +168,11 @@ class DenoisingLoop:
             batch = [job for job in self._jobs if any(job.running is r for r in chosen)]
             try:
                 self._step(batch)
-            except Exception as error:  # whatever the model raises, images outside go on
+            except Exception as error:  # whatever the model raises, the others go on
                 if is_out_of_memory(error):
                     self._make_room(batch, error)
-                    continue
-                log.warning("a step of %d images failed", len(batch), exc_info=True)
-                for job in batch:
-                    self._finish(job, error)
-                self._denoiser.check_device()
+                else:
+                    self._find_the_cause(batch, error)
 
     def _admit(self) -> bool:
         """Take in what has arrived, waiting for it if there is nothing else; False to end."""
@@ -222,16 +223,32 @@ class DenoisingLoop:
         self.counts.step_s += now - began
         for job in batch:
             job.busy_s += (now - began) * job.running.rows / rows
+            job.denoise_s = now - job.began
             job.running.steps_left = job.image.steps_left
             job.too_large = 0
-            if job.image.finished:
-                self._jobs = [other for other in self._jobs if other is not job]
-                self._aside(partial(self._decode, job, now - job.began))
-            job.tell(Stepped(job.image.step, now - job.began))
+            job.tell(Stepped(job.image.step, job.denoise_s))
             previews = preview_steps(job.request.num_inference_steps, job.previews)
             if job.image.step in previews:
                 index = previews.index(job.image.step)
                 self._aside(partial(self._preview, job, index, job.image.estimate))
+        finished = [job for job in batch if job.image.finished]
+        self._jobs = [job for job in self._jobs if not job.image.finished]
+        for together in decoded_together(finished):
+            self._aside(partial(self._decode, together))
+
+    def _find_the_cause(self, batch: list[_Job], error: Exception) -> None:
+        """A step failed: repeat it image by image, and give up those that fail by themselves."""
+        log.warning("a step of %d images failed", len(batch), exc_info=error)
+        self._denoiser.check_device()
+        if len(batch) == 1:
+            self._finish(batch[0], error)
+            return
+        for job in batch:
+            try:
+                self._step([job])
+            except Exception as own:
+                self._finish(job, own)
+                self._denoiser.check_device()
 
     def _make_room(self, batch: list[_Job], error: Exception) -> None:
         """The memory did not suffice for a batch; nobody in it has taken the step."""
@@ -258,33 +275,50 @@ class DenoisingLoop:
         else:
             work()
 
-    def _decode(self, job: _Job, denoise_s: float) -> None:
+    def _decode(self, jobs: list[_Job]) -> None:
+        """Settle images of one size; without memory for several, one by one."""
         began = time.monotonic()
-        outcome: Drawn | Exception | None = None
-        while outcome is None and not job.done.cancelled():
+        jobs = [job for job in jobs if not job.done.cancelled()]
+        outcomes: list[NDArray[np.uint8] | Exception] = []
+        while not outcomes and jobs:
             try:
-                pixels = self._pixels(job)
-                decode_s = time.monotonic() - began
-                outcome = Drawn(pixels, denoise_s, decode_s, job.busy_s + decode_s)
-            except Exception as error:  # of this image alone
-                outcome = error
+                outcomes = self._pixels(jobs)
+            except Exception as error:  # of one of these images
                 if is_out_of_memory(error):
                     self._count_out_of_memory()
-                    if job.may_try_again():
-                        outcome = None
-                        time.sleep(PAUSE_S)
-        if outcome is not None:
-            self._settle(job, outcome)
+                if len(jobs) > 1:
+                    for job in jobs:
+                        self._decode([job])
+                    return
+                if is_out_of_memory(error) and jobs[0].may_try_again():
+                    time.sleep(PAUSE_S)
+                else:
+                    outcomes = [error]
+        decode_s = time.monotonic() - began
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._settle(job, outcome)
+            else:
+                busy_s = job.busy_s + decode_s / len(jobs)
+                self._settle(job, Drawn(outcome, job.denoise_s, decode_s, busy_s))
 
-    def _pixels(self, job: _Job) -> NDArray[np.uint8]:
+    def _pixels(self, jobs: list[_Job]) -> list[NDArray[np.uint8] | Exception]:
         precision = self._denoiser.recipe.name
         with self._denoiser.beside_steps():
-            if not job.image.latents.isfinite().all():
-                raise NonFiniteImage(f"the model produced non-finite numbers in {precision}")
-            picture = self._denoiser.decode(job.image.latents)[0]
-            if not picture.isfinite().all():
-                raise NonFiniteImage(f"the VAE produced non-finite numbers in {precision}")
-            return to_pixels(picture)
+            latents = torch.cat([job.image.latents for job in jobs])
+            finite = latents.isfinite().flatten(1).all(dim=1).tolist()
+            pictures = self._denoiser.decode(latents)
+            found: list[NDArray[np.uint8] | Exception] = []
+            for picture, denoised in zip(pictures, finite, strict=True):
+                if not denoised:
+                    text = f"the model produced non-finite numbers in {precision}"
+                    found.append(NonFiniteImage(text))
+                elif not picture.isfinite().all():
+                    text = f"the VAE produced non-finite numbers in {precision}"
+                    found.append(NonFiniteImage(text))
+                else:
+                    found.append(to_pixels(picture))
+            return found
 
     def _preview(self, job: _Job, index: int, latents: torch.Tensor) -> None:
         if job.done.cancelled():
@@ -314,6 +348,19 @@ class DenoisingLoop:
 def bucket(rows: int) -> int:
     """The rows to which a batch is padded."""
     return next(size for size in BUCKETS if size >= rows)
+
+
+def decoded_together(jobs: list[_Job]) -> list[list[_Job]]:
+    """Images of one size in groups of powers of two, within `DECODED_PIXELS`."""
+    groups: list[list[_Job]] = []
+    while jobs:
+        first = jobs[0].request
+        most = max(1, DECODED_PIXELS // (first.width * first.height))
+        most = 1 if first.deterministic else min(most, len(jobs))
+        size = 1 << most.bit_length() - 1
+        groups.append(jobs[:size])
+        jobs = jobs[size:]
+    return groups
 
 
 def preview_steps(steps: int, previews: int) -> list[int]:

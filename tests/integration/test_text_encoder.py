@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from serve.engine.sd3 import PromptEmbeds
-from serve.engine.text_encoder import EmbeddingCache
+from serve.engine.text_encoder import EmbeddingCache, TextEncoder
+
+from .conftest import DEMO_MODEL
 
 ROW = PromptEmbeds(torch.zeros(1, 4, 8), torch.zeros(1, 8))
 
@@ -148,3 +150,27 @@ def test_pinned_prompts_stay() -> None:
         assert encoder.prompts == ["", "a", "b", "c", "blurry"]
 
     run(test, rows=1, pinned=[("", 32)])
+
+
+def test_company_changes_no_embedding_and_warm_prompts_are_there() -> None:
+    """On the demo model: prompts by themselves, and in one batch in another order."""
+    settings = {
+        "id": "landscapes",
+        "source": {"location": str(DEMO_MODEL)},
+        "precision": "fp32",
+        "warm_prompts": ["", "blurry"],
+    }
+
+    async def embeds(together: bool) -> list[torch.Tensor]:
+        encoder = TextEncoder.__new__(TextEncoder)
+        await encoder.__init__(settings, None, [32])  # type: ignore[misc]  # as Ray Serve does
+        assert all(encoder._cache._pinned.values())
+        assert encoder._cache._pinned.keys() == {("", 32), ("blurry", 32)}
+        prompts = ["the sea", "dunes at noon", "a city"]
+        if together:
+            await encoder.encode(prompts[::-1], 32)
+        return [(await encoder.encode([prompt], 32)).tokens for prompt in prompts]
+
+    alone, together = (asyncio.run(embeds(together)) for together in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not torch.equal(alone[0], alone[1])

@@ -1,0 +1,195 @@
+"""The demo model to measure on, driven by our engine or by diffusers' pipeline."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from serve.cost import Coefficients, ImageShape
+from serve.engine.denoising_loop import BUCKETS, bucket
+from serve.engine.precision import RECIPES
+from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder, to_pixels
+from serve.request import ImageRequest
+
+from .replay import Costs, Key
+
+MODEL = Path(__file__).parents[1] / "demo" / "model"
+TEXT_LENGTH = 32
+SIZES = 64, 128, 192
+MAX_ROWS = 16
+T = TypeVar("T")
+
+
+class Engine:
+    """The demo model in one recipe, with embeddings at hand: text is not what is measured."""
+
+    def __init__(self, recipe: str) -> None:
+        encoder = PromptEncoder(MODEL)
+        both = encoder.encode_prompts(["", "the sea at dawn"], TEXT_LENGTH)
+        self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
+        self.text_tokens = both.tokens.shape[1]
+        self.denoiser = Denoiser(MODEL, RECIPES[recipe])
+        self.forward_s = 0.0  # within the transformer itself
+        original = self.denoiser.transformer.forward
+
+        def forward(**inputs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(**inputs)
+            finally:
+                self.forward_s += time.perf_counter() - began
+
+        self.denoiser.transformer.forward = forward
+
+    def request(self, key: Key, seed: int = 0) -> ImageRequest:
+        size_px, rows, steps = key
+        return ImageRequest(
+            id=str(seed),
+            model="landscapes",
+            prompt="the sea at dawn",
+            width=size_px,
+            height=size_px,
+            num_inference_steps=steps,
+            guidance_scale=3.0 if rows == 2 else 1.0,
+            seed=seed,
+        )
+
+    def embeds(self, rows: int) -> PromptEmbeds:
+        return self._embeds[rows]
+
+    def begin(self, key: Key, seed: int) -> Any:
+        size_px, rows, steps = key
+        return self.denoiser.begin(
+            self._embeds[rows],
+            width=size_px,
+            height=size_px,
+            num_inference_steps=steps,
+            guidance_scale=3.0 if rows == 2 else 1.0,
+            seed=seed,
+        )
+
+    def static_batch(self, key: Key, images: int) -> None:
+        """Equal images together from the first step to the last, decoded in one call."""
+        batch = [self.begin(key, seed) for seed in range(images)]
+        for _ in range(key[2]):
+            self.denoiser.denoise_step(batch)
+        pictures = self.denoiser.decode(torch.cat([image.latents for image in batch]))
+        for picture in pictures:
+            to_pixels(picture)
+
+    def shape(self, key: Key) -> ImageShape:
+        size_px, rows, steps = key
+        return ImageShape(
+            width_px=size_px,
+            height_px=size_px,
+            text_tokens=self.text_tokens,
+            rows=rows,
+            steps=steps,
+        )
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def apart(work: Callable[[], T]) -> T:
+    """In a thread that ends afterwards, as the loop's does: OpenMP keeps workers for every thread
+    that computes, and with more of them than cores all get slower."""
+    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as thread:
+        return thread.submit(work).result()
+
+
+def measure_costs(engine: Engine, repeats: int) -> Costs:
+    """Medians of steps and decodes, sizes and row counts in turn."""
+    steps: dict[int, dict[int, list[float]]] = {
+        s: {b: [] for b in BUCKETS if b <= MAX_ROWS} for s in SIZES
+    }
+    decodes: dict[int, list[float]] = {s: [] for s in SIZES}
+    for size in SIZES:
+        for rows, found in steps[size].items():
+            own = min(rows, 2)
+            batch = [engine.begin((size, own, 100), seed) for seed in range(rows // own)]
+            engine.denoiser.denoise_step(batch)  # not the first of its kind
+            found += [
+                timed(lambda b=batch: engine.denoiser.denoise_step(b)) for _ in range(repeats)
+            ]
+        latents = batch[0].latents
+        decodes[size] = [
+            timed(lambda x=latents: to_pixels(engine.denoiser.decode(x)[0]))
+            for _ in range(max(3, repeats // 2))
+        ]
+    return Costs(
+        {s: {r: statistics.median(t) for r, t in rows.items()} for s, rows in steps.items()},
+        {s: statistics.median(t) for s, t in decodes.items()},
+        bucket,
+    )
+
+
+def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
+    """diffusers' pipeline on the same weights, given embeddings as we are."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline(
+        transformer=engine.denoiser.transformer,
+        vae=engine.denoiser.vae,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler"),
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
+        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3")),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    dtype, embeds = engine.denoiser.recipe.dtype, engine.embeds(2)
+
+    def run(key: Key, images: int) -> object:
+        size_px, _, steps = key
+        return pipeline(
+            prompt_embeds=embeds.tokens[1:].repeat(images, 1, 1).to(dtype),
+            negative_prompt_embeds=embeds.tokens[:1].repeat(images, 1, 1).to(dtype),
+            pooled_prompt_embeds=embeds.pooled[1:].repeat(images, 1).to(dtype),
+            negative_pooled_prompt_embeds=embeds.pooled[:1].repeat(images, 1).to(dtype),
+            width=size_px,
+            height=size_px,
+            num_inference_steps=steps,
+            guidance_scale=3.0,
+            output_type="np",
+        )
+
+    return run
+
+
+def fitted(engine: Engine, costs: Costs) -> Coefficients:
+    """Coefficients of the images alone, least squares of relative errors: see `serve.cost`."""
+    rows_of, wanted = [], []
+    for size in SIZES:
+        for rows in (1, 2):
+            n = engine.shape((size, rows, 1)).tokens
+            rows_of.append([1, rows * n, rows * n * n])
+            wanted.append(costs.step(size, rows))
+    step, token, token2 = _least_squares(rows_of, wanted)
+    constant, pixel = _least_squares(
+        [[1, s * s] for s in SIZES], [costs.decode_s[s] for s in SIZES]
+    )
+    return Coefficients(constant, step, token, token2, pixel)
+
+
+def _least_squares(features: list[list[float]], wanted: list[float]) -> list[float]:
+    """No coefficient is negative: the worst is left out until none is."""
+    used = list(range(len(features[0])))
+    while True:
+        a = torch.tensor(
+            [[row[j] / y for j in used] for row, y in zip(features, wanted, strict=True)]
+        )
+        scale = a.abs().amax(dim=0)
+        ones = torch.ones(len(wanted), 1, dtype=torch.float64)
+        found = torch.linalg.lstsq((a / scale).double(), ones).solution[:, 0] / scale
+        if (found >= 0).all():
+            solution = dict(zip(used, found.tolist(), strict=True))
+            return [solution.get(j, 0.0) for j in range(len(features[0]))]
+        used.pop(int((found * scale).argmin()))
