@@ -35,17 +35,19 @@ class Engine:
         self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
         self.text_tokens = both.tokens.shape[1]
         self.denoiser = Denoiser(MODEL, RECIPES[recipe])
-        self.forward_s = 0.0  # within the transformer itself
-        original = self.denoiser.transformer.forward
+        self.model_s = 0.0  # within transformer and VAE themselves
+        for part, method in ((self.denoiser.transformer, "forward"), (self.denoiser.vae, "decode")):
+            setattr(part, method, self._timing(getattr(part, method)))
 
-        def forward(**inputs: Any) -> Any:
+    def _timing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
             began = time.perf_counter()
             try:
-                return original(**inputs)
+                return original(*args, **named)
             finally:
-                self.forward_s += time.perf_counter() - began
+                self.model_s += time.perf_counter() - began
 
-        self.denoiser.transformer.forward = forward
+        return call
 
     def request(self, key: Key, seed: int = 0) -> ImageRequest:
         size_px, rows, steps = key

@@ -67,15 +67,16 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
     key = engine.denoiser.native_size_px, 2, steps
     overheads: list[float] = []
 
-    def through_the_loop() -> float:
-        loop = DenoisingLoop(engine.denoiser, MAX_ROWS)
-        before, began = engine.forward_s, time.perf_counter()
+    def through_the_loop(beside: bool = False) -> float:
+        loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside=beside)
+        before, began = engine.model_s, time.perf_counter()
         futures = [loop.draw(engine.request(key, s), engine.embeds(2)) for s in range(EQUAL)]
-        drawn = [future.result() for future in futures]
+        for future in futures:
+            future.result()
         wall_s = time.perf_counter() - began
         loop.close()
-        model_s = engine.forward_s - before + sum(d.decode_s for d in drawn)
-        overheads.append(1 - model_s / wall_s)
+        if not beside:
+            overheads.append(1 - (engine.model_s - before) / wall_s)
         return wall_s
 
     pipeline = bare_pipeline(engine)
@@ -86,15 +87,24 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
         "pipeline, one batch": lambda: pipeline(key, EQUAL),
     }
     ours: list[float] = []
+    beside: list[float] = []
+    decodes: list[tuple[float, float]] = []
     seconds: dict[str, list[float]] = {way: [] for way in others}
     gains = []
     for _ in range(repeats):
         gains.append(apart(lambda: model_gain(engine)))
+        decodes.append(apart(lambda: decode_both_ways(engine, key)))
         ours.append(through_the_loop())
+        beside.append(through_the_loop(beside=True))
         for way, run in others.items():
             seconds[way].append(apart(lambda r=run: timed(r)))
     per_s = {
-        way: EQUAL / statistics.median(s) for way, s in {"denoising loop": ours, **seconds}.items()
+        way: EQUAL / statistics.median(s)
+        for way, s in {
+            "denoising loop": ours,
+            "denoising loop, decoding beside": beside,
+            **seconds,
+        }.items()
     }
 
     def over(way: str) -> float:
@@ -104,6 +114,8 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
         "images": EQUAL,
         "steps": steps,
         "images_per_s": per_s,
+        "decode_one_by_one_s": statistics.median(one_by_one for one_by_one, _ in decodes),
+        "decode_together_s": statistics.median(together for _, together in decodes),
         "throughput_vs_one_at_a_time": over("one at a time"),
         "throughput_vs_static_batching": over("static batch"),
         "throughput_vs_pipeline": over("pipeline, one at a time"),
@@ -124,6 +136,17 @@ def model_gain(engine: Engine) -> float:
     ]
     alone_s, together_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     return EQUAL * alone_s / together_s
+
+
+def decode_both_ways(engine: Engine, key: Key) -> tuple[float, float]:
+    """Seconds of the VAE for 8 images one by one, as the loop does it, and in one call."""
+    latents = [engine.begin(key, seed).latents for seed in range(EQUAL)]
+    together = torch.cat(latents)
+    engine.denoiser.decode(together)
+    return (
+        timed(lambda: [engine.denoiser.decode(one) for one in latents]),
+        timed(lambda: engine.denoiser.decode(together)),
+    )
 
 
 # -- latency --------------------------------------------------------------------------------------

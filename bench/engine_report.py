@@ -62,6 +62,8 @@ def table(found: dict[str, Any]) -> str:
         f"{alone['error_p90']:.3f} |",
         f"| the same in that stream, refitted online | {cell['error_p50']:.3f} / "
         f"{cell['error_p90']:.3f} |",
+        f"| {t['images']} decodes, one by one / in one call, s | {t['decode_one_by_one_s']:.3f} / "
+        f"{t['decode_together_s']:.3f} |",
         f"| MiB resident after 100 and {rss['images']} images | {rss['rss_after_100_mib']:.0f} / "
         f"{rss['rss_after_all_mib']:.0f} |",
     ]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 TOKEN_PX = 16  # VAE factor 8 × patch size 2
 VAE_FLOPS_PER_PIXEL = 1.0e7  # of SD3.5's VAE: 10.5 TFLOP for 1024 × 1024
 EFFICIENCY = 0.5  # of a card's peak
+UNKNOWN_GPU = "RTX 4090"  # its rates stand in for those of a card that is not listed
 RATE = 0.3  # how far an observation moves what is learnt
 BOUND = 16.0  # how far what is learnt may leave the reference
 
@@ -104,7 +105,7 @@ def estimated(structure: Structure, rates: Rates) -> Coefficients:
 
 def reference(structure: Structure, recipe: str, device: str) -> Coefficients:
     """The coefficients of a model in a recipe on a device, as the driver names it."""
-    card = next((card for card in RATES if card in device), "cpu")
+    card = next((c for c in RATES if c in device), "cpu" if device == "cpu" else UNKNOWN_GPU)
     measured = REFERENCES.get((structure, recipe, card))
     return measured or estimated(structure, RATES[card]["fp8" if recipe == "fp8" else "bf16"])
 
@@ -123,7 +124,6 @@ class Learned:
 
     def __init__(self, reference: Coefficients) -> None:
         self.reference = reference
-        self.images = 0
         self._factors = [1.0] * len(reference)
         self._reference_s = self._busy_s = 0.0
 
@@ -133,7 +133,10 @@ class Learned:
 
     @property
     def speed(self) -> float:
-        """Work of recent images ÷ the seconds that they took of the replica; 1 at the start."""
+        """Work of recent images ÷ the seconds that they took of the replica; 1 at the start.
+
+        Their errors are bounded as above.
+        """
         return self._reference_s / self._busy_s if self._busy_s else 1.0
 
     def observe(self, shape: ImageShape, busy_s: float) -> None:
@@ -146,6 +149,5 @@ class Learned:
             min(max(f + gain * p, 1 / BOUND), BOUND)
             for f, p in zip(self._factors, parts, strict=True)
         ]
-        self.images += 1
         self._reference_s = self._reference_s * (1 - RATE) + sum(parts) * RATE
-        self._busy_s = self._busy_s * (1 - RATE) + busy_s * RATE
+        self._busy_s = self._busy_s * (1 - RATE) + (predicted + error) * RATE

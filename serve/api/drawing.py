@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayTaskError
@@ -15,7 +15,14 @@ from ray.serve.exceptions import RayServeException
 from ..dispatch.dispatcher import REPLICA_LEASE_S
 from ..dispatch.grants import Lease, Pools
 from ..dispatch.session import DispatchSession
-from ..errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
+from ..errors import (
+    InvalidRequest,
+    NoCapacity,
+    NonFiniteImage,
+    OctetError,
+    ReplicaFailed,
+    Unavailable,
+)
 from ..lost import REPLICA_LOST
 from ..request import (
     ImageRequest,
@@ -43,6 +50,16 @@ class NotBegun(Exception):
     """No replica of the granted pool drew any of it, or it gave it up for want of a session."""
 
 
+@dataclass(slots=True)
+class _Course:
+    """What has become of an image so far, and where it may go on."""
+
+    pools: Pools
+    accepted: bool = False
+    lost: int = 0  # attempts that ended with their replica
+    failure: OctetError | None = None  # of the one that is drawn again for it
+
+
 class Drawing:
     """Grants from the Dispatcher, calls to the Generators, and what follows if one fails."""
 
@@ -68,49 +85,59 @@ class Drawing:
 
         Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`.
         """
-        began, pools, lost = time.monotonic(), self._pools(request, request.precision), 0
-        accepted, queued = False, None
+        began, course = time.monotonic(), _Course(self._pools(request, request.precision))
+        queued = None
         if watch.progress:
             queued = lambda place: tell(  # noqa: E731 - as long as what it abbreviates
                 Progress(0, request.num_inference_steps, queue_position=place)
             )
         while True:
-            async with self._session.slot(
-                pools, request_id, accepted=accepted, queued=queued
-            ) as lease:
-                accepted, pool = True, lease.pool
-                queue_s = time.monotonic() - began
-                self._metrics.queued(pool, queue_s)
-                last = lost == ATTEMPTS - 1
-                try:
-                    result = await self._on_replica(request, lease, watch, tell, alone=last)
-                except NotBegun:
-                    log.warning("%s: no replica of %s began; queueing again", request.id, pool)
-                    self._metrics.retried(pool, "not_begun")
-                    pools = _last(pool, pools)
-                    await asyncio.sleep(PAUSE_S)  # a dead replica is granted until it is noticed
-                except REPLICA_LOST:
-                    lost += 1
-                    log.warning("%s: attempt %d lost its replica of %s", request.id, lost, pool)
-                    if lost == ATTEMPTS:
-                        raise ReplicaFailed(
-                            f"the replica died in each of {ATTEMPTS} attempts"
-                        ) from None
-                    self._metrics.retried(pool, "replica_lost")
-                    pools = _last(pool, pools)
-                except RayServeException:
-                    raise Unavailable(f"{pool} cannot be reached") from None
-                except RayTaskError as error:
-                    if not isinstance(error.cause, OctetError):
-                        raise
-                    again = self._after(error.cause, request)
-                    if again in ((), (pool,)):
-                        raise error.cause from None
-                    log.warning("%s: %s; drawing it in 16 bit", request.id, error.cause)
-                    self._metrics.retried(pool, "non_finite")
-                    pools = again
-                else:
-                    return replace(result, timings=replace(result.timings, queue_s=queue_s))
+            try:
+                async with self._session.slot(
+                    course.pools, request_id, accepted=course.accepted, queued=queued
+                ) as lease:
+                    course.accepted = True
+                    queue_s = time.monotonic() - began
+                    self._metrics.queued(lease.pool, queue_s)
+                    result = await self._attempt(request, lease, course, watch, tell)
+            except NoCapacity:
+                if course.failure:  # and there is no other pool that could do better
+                    raise course.failure from None
+                raise
+            if result:
+                return replace(result, timings=replace(result.timings, queue_s=queue_s))
+
+    async def _attempt(
+        self, request: ImageRequest, lease: Lease, course: _Course, watch: Watch, tell: Tell
+    ) -> ImageResult | None:
+        """An image, or None after what is worth another attempt: `course` then says where."""
+        pool, last = lease.pool, course.lost == ATTEMPTS - 1
+        try:
+            return await self._on_replica(request, lease, watch, tell, alone=last)
+        except NotBegun:
+            log.warning("%s: no replica of %s began; queueing again", request.id, pool)
+            self._metrics.retried(pool, "not_begun")
+            course.pools = _last(pool, course.pools)
+            await asyncio.sleep(PAUSE_S)  # a dead replica is granted until it is noticed
+        except REPLICA_LOST:
+            course.lost += 1
+            log.warning("%s: attempt %d lost its replica of %s", request.id, course.lost, pool)
+            if last:
+                raise ReplicaFailed(f"the replica died in each of {ATTEMPTS} attempts") from None
+            self._metrics.retried(pool, "replica_lost")
+            course.pools = _last(pool, course.pools)
+        except RayServeException:
+            raise Unavailable(f"{pool} cannot be reached") from None
+        except RayTaskError as error:
+            if not isinstance(error.cause, OctetError):
+                raise
+            again = self._after(error.cause, request)
+            if again in ((), (pool,)):
+                raise error.cause from None
+            log.warning("%s: %s; drawing it in 16 bit", request.id, error.cause)
+            self._metrics.retried(pool, "non_finite")
+            course.failure, course.pools = error.cause, again
+        return None
 
     async def _on_replica(
         self, request: ImageRequest, lease: Lease, watch: Watch, tell: Tell, *, alone: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -13,7 +14,10 @@ from starlette.types import Receive, Scope, Send
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult, PartialImage, Progress
 from .drawing import Tell
+from .http_errors import UNEXPECTED
 from .openai_answers import completed_event, error_event, partial_image_event, progress_event
+
+log = logging.getLogger("ray.serve")
 
 ALIVE_S = 10.0  # a comment at least so often, lest proxies think that nobody is there
 
@@ -21,12 +25,26 @@ Frames = AsyncGenerator[bytes, None]
 
 
 class EventStream(StreamingResponse):
-    """Calls `sent` when all has been sent, or the client is gone."""
+    """Calls `sent` when all has been sent, or the client is gone; made by `begin`.
 
-    def __init__(self, frames: Frames, headers: dict[str, str], sent: Callable[[], None]) -> None:
+    What goes wrong after the first frame is an event.
+    """
+
+    media_type = "text/event-stream"
+
+    @classmethod
+    async def begin(
+        cls, frames: Frames, headers: dict[str, str], sent: Callable[[], None]
+    ) -> EventStream:
+        """Once there is a first frame: what is refused at once keeps its own status.
+
+        Raises what the first frame raises.
+        """
+        first = await anext(frames)
         own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(frames, media_type="text/event-stream", headers={**own, **headers})
-        self._frames, self._sent = frames, sent
+        stream = cls(_all(first, frames), headers={**own, **headers})
+        stream._frames, stream._sent = frames, sent
+        return stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -35,25 +53,20 @@ class EventStream(StreamingResponse):
             await self._frames.aclose()
             self._sent()
 
+    _frames: Frames
+    _sent: Callable[[], None]
 
-async def begun(frames: Frames) -> Frames:
-    """The same frames, the first one ready, so that what is refused at once keeps its own status.
 
-    What goes wrong later is an event. Raises what the first frame raises.
-    """
-    first = await anext(frames)
-
-    async def all_frames() -> Frames:
-        try:
-            yield first
-            async for frame in frames:
-                yield frame
-        except OctetError as error:
-            yield _frame(error_event(error))
-        finally:
-            await frames.aclose()
-
-    return all_frames()
+async def _all(first: bytes, frames: Frames) -> Frames:
+    try:
+        yield first
+        async for frame in frames:
+            yield frame
+    except OctetError as error:
+        yield _frame(error_event(error))
+    except Exception:  # the status has been sent: this is the place of `unexpected_error`
+        log.exception("unexpected error in a stream")
+        yield _frame(error_event(OctetError(UNEXPECTED)))
 
 
 async def events(

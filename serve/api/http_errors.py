@@ -15,6 +15,7 @@ from .openai_images import SHOWN_CHARS
 
 log = logging.getLogger("ray.serve")
 
+UNEXPECTED = "something went wrong; the server's log says what"
 STARLETTE_ERRORS: dict[int, type[OctetError]] = {404: NotFound, 405: MethodNotAllowed}
 
 
@@ -37,7 +38,7 @@ async def http_error(http: Request, error: Any) -> Response:
 
 async def unexpected_error(http: Request, error: Exception) -> Response:
     log.error("unexpected error", exc_info=error)
-    return await octet_error(http, OctetError("something went wrong; the server's log says what"))
+    return await octet_error(http, OctetError(UNEXPECTED))
 
 
 async def client_disconnect(_: Request, error: Any) -> Response:

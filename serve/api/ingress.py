@@ -27,7 +27,7 @@ from ..results.store import ResultStore
 from ..settings import Application, Tuning
 from .call import Call
 from .drawing import Drawing
-from .event_stream import EventStream, Frames, begun, events
+from .event_stream import EventStream, Frames, events
 from .http_errors import HANDLERS
 from .openai_answers import CancelledRequest, ModelItem, ModelList, response
 from .openai_images import Generation, check_request_id, ignored_header, model_not_found, parse
@@ -35,7 +35,7 @@ from .openapi import document
 
 log = logging.getLogger("ray.serve")
 
-READY_TIMEOUT_S = 2.0
+ANSWER_S = 2.0  # of the Dispatcher
 BODY_S = 30.0
 SWEEP_S = 10.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -127,7 +127,7 @@ class Ingress:
 
         try:
             if asked.stream:
-                return EventStream(await self._events(asked, request_id, call), headers, sent)
+                return await EventStream.begin(self._events(asked, request_id, call), headers, sent)
             body = await call.run(self._serve(asked, request_id, store, http))
         except BaseException:
             sent()
@@ -139,9 +139,12 @@ class Ingress:
         request_id = http.path_params["id"]
         check_request_id(request_id)
         try:
-            found = await self._dispatcher.cancel.remote(request_id)
-        except (RayError, RayServeException):
-            raise Unavailable("the dispatcher does not answer: try again") from None
+            async with asyncio.timeout(ANSWER_S):
+                found = await self._dispatcher.cancel.remote(request_id)
+        except (TimeoutError, RayError, RayServeException):
+            found = None
+        if found is None:
+            raise Unavailable("the dispatcher is restarting: try again")
         if not found:
             raise NotFound(f"no request '{request_id}' waits or runs")
         return JSONResponse(CancelledRequest(id=request_id).model_dump())
@@ -178,7 +181,7 @@ class Ingress:
     async def ready(self, _: Request) -> Response:
         """Every model has a replica that answers, and new images are taken."""
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
+            async with asyncio.timeout(ANSWER_S):
                 found = await self._dispatcher.state.remote()
         except (TimeoutError, RayError, RayServeException):
             found = {"draining": False, "queued": None, "pools": {}}
@@ -204,15 +207,11 @@ class Ingress:
         links = await self._keep(store, asked, results, http) if store else []
         return await asyncio.to_thread(response, asked.requests, results, links)
 
-    async def _events(self, asked: Generation, request_id: str, call: Call) -> Frames:
+    def _events(self, asked: Generation, request_id: str, call: Call) -> Frames:
         """What is streamed of the one image of a call."""
         (request,) = asked.requests
-        return await begun(
-            events(
-                request,
-                lambda tell: call.run(self._drawing.draw(request, request_id, asked.watch, tell)),
-            )
-        )
+        draw = self._drawing.draw
+        return events(request, lambda tell: call.run(draw(request, request_id, asked.watch, tell)))
 
     async def _draw_all(self, asked: Generation, request_id: str) -> list[ImageResult]:
         """The images of one call, side by side; the first error ends them all."""

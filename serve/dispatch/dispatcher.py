@@ -96,10 +96,13 @@ class Dispatcher:
         self._submit(session, submits)
         return True
 
-    async def cancel(self, request_id: str) -> bool:
-        """End the call with this id, at whichever Ingress; False if none of its images is here."""
+    async def cancel(self, request_id: str) -> bool | None:
+        """End the call with this id, at whichever Ingress; False if none of its images is here.
+
+        None right after a start, when an Ingress may not yet have said that it is.
+        """
         if (session := self._grants.owner(request_id)) is None:
-            return False
+            return None if time.monotonic() < self._grants_from else False
         self._deliver([Outcome(session, request_id, None, "cancelled")])
         return True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
 
@@ -36,6 +38,8 @@ from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
 log = logging.getLogger("ray.serve")
 
 ENCODER_ATTEMPTS = 3
+ENCODER_PAUSE_S = 0.5  # between them
+WARM_UP = "warm-up"
 PROGRESS_S = 0.1  # progress is told no more often
 
 Told = Progress | PartialImage
@@ -87,7 +91,12 @@ class Generator:
         self._drawing: dict[Lease, _Image] = {}
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
         self._denoiser = await asyncio.to_thread(self._load)
-        self._denoising = DenoisingLoop(self._denoiser, max_rows=2 * self._pool.slots)
+        self._denoising = DenoisingLoop(
+            self._denoiser,
+            max_rows=2 * self._pool.slots,
+            # At once: callers of a dead replica are served elsewhere, of a stuck one they wait.
+            broken=lambda: os._exit(1),
+        )
         self._cost = Learned(reference(self._structure(), self._recipe.name, device.name))
         self._metrics = EngineMetrics(self._model.pool_name(self._pool))
         await self._draw(self._new_image(self._warm_up_request(), Watch()))
@@ -165,7 +174,8 @@ class Generator:
         began = time.monotonic()
         file = await self._file(drawn.pixels, request)
         encode_s = time.monotonic() - began
-        self._cost.observe(image.shape, drawn.busy_s + encode_s)
+        if request.id != WARM_UP:
+            self._cost.observe(image.shape, drawn.busy_s + encode_s)
         return ImageResult(
             image=file,
             seed=request.seed,
@@ -223,8 +233,9 @@ class Generator:
                 embeds: PromptEmbeds = await self._text_encoder.encode.remote(
                     [*prompts, request.prompt], self._model.max_sequence_length
                 )
-            except REPLICA_LOST:
+            except (*REPLICA_LOST, RayServeException):
                 log.warning("%s: attempt %d lost the text encoder", request.id, attempt)
+                await asyncio.sleep(ENCODER_PAUSE_S)
             else:
                 return embeds
         raise Unavailable(f"the text encoder was lost in each of {ENCODER_ATTEMPTS} attempts")
@@ -246,7 +257,7 @@ class Generator:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""
         native_px = self._denoiser.native_size_px
         return ImageRequest(
-            id="warm-up",
+            id=WARM_UP,
             model=self._model.id,
             prompt="warm-up",
             width=native_px,

@@ -109,6 +109,10 @@ class PromptEncoder:
             t5_tokens = self.t5(ids).last_hidden_state
         return PromptEmbeds(torch.cat([clip_tokens, t5_tokens], dim=1), torch.cat(pooled, dim=-1))
 
+    def check_device(self) -> None:
+        """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
+        check_device(self.device)
+
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
         tokens = tokenizer(
             list(prompts),
@@ -220,11 +224,13 @@ class Denoiser:
             pooled_projections=_padded([d.embeds.pooled for d in batch], padding),
             return_dict=False,
         )[0].float()
+        stepped = []  # all or none: the step may be repeated
         for d, v in zip(batch, velocity[: sum(own)].split(own), strict=True):
-            if d.rows == 2:
-                v = v[:1] + d.guidance_scale * (v[1:] - v[:1])
-            d.latents = d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v
-            d.velocity = v
+            # A copy without guidance too: a view would keep the whole batch's velocities.
+            v = v[:1] + d.guidance_scale * (v[1:] - v[:1]) if d.rows == 2 else v.clone()
+            stepped.append((d, d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v, v))
+        for d, next_latents, v in stepped:
+            d.latents, d.velocity = next_latents, v
             d.step += 1
         if self.on_cuda:  # else steps would pile up on the card, ahead of who joins and leaves
             torch.cuda.current_stream().synchronize()
@@ -235,8 +241,7 @@ class Denoiser:
 
     def check_device(self) -> None:
         """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
-        if self.on_cuda:
-            torch.cuda.synchronize()
+        check_device(self.device)
 
     def free_memory(self) -> None:
         """Give back what torch's allocator keeps of a card's memory for later."""
@@ -262,6 +267,11 @@ class Denoiser:
         """About the picture (3, height_px, width_px) that `decode` would draw, blurred."""
         height, width = (VAE_FACTOR * side for side in latents.shape[-2:])
         return self._latent_to_rgb(latents, width, height)
+
+
+def check_device(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:

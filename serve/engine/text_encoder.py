@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -112,10 +113,13 @@ class EmbeddingCache:
             self._pinned[key] = row
             return
         self._kept[key] = row
-        self._kept_bytes += row.nbytes
+        self._kept_bytes += _nbytes(key, row)
         while self._kept_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.nbytes
+            self._kept_bytes -= _nbytes(*self._kept.popitem(last=False))
+
+
+def _nbytes(key: Key, row: PromptEmbeds) -> int:
+    return sys.getsizeof(key[0]) + row.nbytes
 
 
 class TextEncoder:
@@ -140,6 +144,10 @@ class TextEncoder:
         return PromptEmbeds(
             torch.cat([row.tokens for row in rows]), torch.cat([row.pooled for row in rows])
         )
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; after a broken kernel every later prompt would fail."""
+        await asyncio.to_thread(self._encoder.check_device)
 
     def _load(self, settings: Encoder, models_folder: str | None) -> PromptEncoder:
         device = "cuda" if torch.cuda.is_available() else "cpu"

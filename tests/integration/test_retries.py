@@ -83,10 +83,14 @@ def draw(
     precision: Precision = Precision.AUTO,
     abandon_after_s: float = 5,
     alive: tuple[str, ...] = ("landscapes-fp8", "landscapes-fp16"),
+    placeable: bool = True,
 ) -> ImageResult:
     async def main() -> ImageResult:
         generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
         dispatcher = a_dispatcher(*generators)
+        if not placeable:
+            dispatcher._grants.set_placeable(())
+            dispatcher._read_nodes = list
         for pool in alive:
             await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
@@ -145,6 +149,12 @@ def test_non_finite_in_16_bit_too_is_an_error(laptop: Settings) -> None:
     with pytest.raises(NonFiniteImage):
         draw(laptop, Generator("fp8", as_task_error(NonFiniteImage("nan"))), fp16)
     assert fp16.calls == 1
+
+
+def test_non_finite_without_a_16_bit_replica_is_not_worth_asking_again(laptop: Settings) -> None:
+    fp8 = Generator("fp8", as_task_error(NonFiniteImage("nan")))
+    with pytest.raises(NonFiniteImage):
+        draw(laptop, fp8, Generator("bf16"), alive=("landscapes-fp8",), placeable=False)
 
 
 def test_the_same_pool_would_draw_the_same_numbers_again(laptop: Settings) -> None:

@@ -51,6 +51,11 @@ def test_fp8_halves_the_linears_alone() -> None:
     assert fp8.token2 == bf16.token2
 
 
+@pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"])
+def test_an_unknown_card_is_no_cpu(device: str) -> None:
+    assert reference(LARGE, "bf16", device).work_s(MEGAPIXEL) < 60
+
+
 def test_guidance_steps_and_size_all_count() -> None:
     base = TRUE.work_s(MEGAPIXEL)
     for less in (
@@ -80,6 +85,7 @@ def test_a_hiccup_does_little_and_is_forgotten() -> None:
     learned, rng = Learned(TRUE), random.Random(2)
     learned.observe(MEGAPIXEL, 1000 * TRUE.work_s(MEGAPIXEL))
     assert learned.coefficients.work_s(MEGAPIXEL) < 1.5 * TRUE.work_s(MEGAPIXEL)
+    assert learned.speed == pytest.approx(0.5)
     for _ in range(100):
         shape = some_shape(rng)
         learned.observe(shape, TRUE.work_s(shape))
@@ -99,6 +105,6 @@ def test_factors_are_bounded() -> None:
 def test_speed_is_work_over_time() -> None:
     learned = Learned(TRUE)
     assert learned.speed == 1
-    for _ in range(20):
+    for _ in range(40):
         learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 2)
-    assert learned.speed == pytest.approx(2)
+    assert learned.speed == pytest.approx(2, rel=0.01)
