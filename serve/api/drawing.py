@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from ..dispatch.dispatcher import REPLICA_LEASE_S
-from ..dispatch.grants import Lease, Pools
+from ..dispatch.messages import Lease, Pools
 from ..dispatch.session import DispatchSession
 from ..errors import (
     InvalidRequest,

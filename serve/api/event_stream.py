@@ -25,36 +25,29 @@ Frames = AsyncGenerator[bytes, None]
 
 
 class EventStream(StreamingResponse):
-    """Calls `sent` when all has been sent, or the client is gone; made by `begin`.
+    """Calls `sent` when all has been sent, or the client is gone.
 
-    What goes wrong after the first frame is an event.
+    `first` was awaited before, so that what is refused at once keeps its own status; what goes
+    wrong later is an event.
     """
 
     media_type = "text/event-stream"
 
-    @classmethod
-    async def begin(
-        cls, frames: Frames, headers: dict[str, str], sent: Callable[[], None]
-    ) -> EventStream:
-        """Once there is a first frame: what is refused at once keeps its own status.
-
-        Raises what the first frame raises.
-        """
-        first = await anext(frames)
+    def __init__(
+        self, first: bytes, frames: Frames, headers: dict[str, str], sent: Callable[[], None]
+    ) -> None:
         own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        stream = cls(_all(first, frames), headers={**own, **headers})
-        stream._frames, stream._sent = frames, sent
-        return stream
+        super().__init__(_all(first, frames), headers={**own, **headers})
+        self._frames, self._sent = frames, sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._frames.aclose()
-            self._sent()
-
-    _frames: Frames
-    _sent: Callable[[], None]
+            try:
+                await self._frames.aclose()
+            finally:
+                self._sent()
 
 
 async def _all(first: bytes, frames: Frames) -> Frames:

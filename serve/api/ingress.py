@@ -127,7 +127,8 @@ class Ingress:
 
         try:
             if asked.stream:
-                return await EventStream.begin(self._events(asked, request_id, call), headers, sent)
+                frames = self._events(asked, request_id, call)
+                return EventStream(await anext(frames), frames, headers, sent)
             body = await call.run(self._serve(asked, request_id, store, http))
         except BaseException:
             sent()

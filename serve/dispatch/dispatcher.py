@@ -17,7 +17,8 @@ from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
 from ..settings import Live
-from .grants import Grants, Heartbeat, Lease, Outcome, Running, Submission
+from .grants import Grants
+from .messages import Heartbeat, Lease, Outcome, Running, Submission
 
 log = logging.getLogger("ray.serve")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse, Unavailable
 from .dispatcher import HEARTBEAT_S
-from .grants import Lease, Outcome, Pools, Running, Submission
+from .messages import Lease, Outcome, Pools, Running, Submission
 
 log = logging.getLogger("ray.serve")
 

@@ -22,7 +22,7 @@ from cluster.capability import Capability, capability, probe
 
 from ..cost import ImageShape, Learned, Structure, reference
 from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
-from ..dispatch.grants import Heartbeat, Lease
+from ..dispatch.messages import Heartbeat, Lease
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch

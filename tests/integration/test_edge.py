@@ -32,13 +32,14 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
+from serve.api import event_stream
 from serve.api import ingress as ingress_module
 from serve.api.ingress import Ingress
 from serve.api.openai_images import ImageGeneration
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.grants import Heartbeat, Lease
-from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
+from serve.dispatch.messages import Heartbeat, Lease
+from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
 from serve.settings import Results, Settings
 
 from ..in_process import Handle, a_dispatcher
@@ -57,6 +58,10 @@ class Painter:
     ) -> AsyncIterator[Any]:
         yield Receipt.TAKEN
         yield Receipt.BEGUN
+        if watch.progress:
+            yield Progress(0, request.num_inference_steps)
+        if request.prompt == "broken":
+            raise ZeroDivisionError
         if request.prompt == "slow":
             await asyncio.sleep(self.takes_s)
         file = io.BytesIO()
@@ -338,6 +343,47 @@ def test_a_deadline_that_passes_is_504_and_frees_the_slots(client: httpx.Client)
         assert "0.05 s" in answer.json()["error"]["message"]
     assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
     assert time.perf_counter() - began < 8 * Painter.takes_s
+
+
+def test_what_nobody_expected_is_the_last_event_of_a_stream(client: httpx.Client) -> None:
+    answer = client.post(GENERATE, json={"prompt": "broken", "stream": True, "progress": True})
+    frames = answer.text.rstrip().split("\n\n")
+    assert [frame.splitlines()[0] for frame in frames][-1] == "event: error"
+    error = json.loads(frames[-1].splitlines()[1].removeprefix("data: "))["error"]
+    assert (error["code"], "ZeroDivision" in answer.text) == ("internal_error", False)
+
+
+def test_a_quiet_stream_says_that_it_is_there(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "ALIVE_S", 0.1)
+    text = client.post(GENERATE, json={"prompt": "slow", "stream": True}).text
+    assert text.startswith(": still here\n\n")
+    assert "event: image_generation.completed\n" in text
+
+
+def test_a_call_is_cancelled_at_any_ingress(edge: Edge) -> None:
+    async def another_ingress_deletes() -> httpx.Response:
+        other = Ingress.__new__(Ingress)
+        application = edge.settings.application().model_dump(mode="json")
+        await other.__init__(application, Handle(edge.dispatcher), {})  # type: ignore[misc]
+        other.reconfigure(edge.settings.tuning().model_dump(mode="json"))
+        transport = httpx.ASGITransport(other.__serve_build_asgi_app__())
+        async with httpx.AsyncClient(transport=transport, base_url="http://other") as client:
+            return await client.delete("/v1/requests/elsewhere")
+
+    async def main() -> tuple[httpx.Response, httpx.Response]:
+        async with httpx.AsyncClient(base_url=edge.url) as client:
+            headers = {"x-request-id": "elsewhere"}
+            body = {"prompt": "slow", "n": 2}
+            asked = asyncio.create_task(client.post(GENERATE, json=body, headers=headers))
+            await asyncio.sleep(0.2)
+            deleting = asyncio.run_coroutine_threadsafe(another_ingress_deletes(), edge.loop)
+            return await asyncio.wrap_future(deleting), await asked
+
+    deleted, cancelled = asyncio.run(main())
+    assert deleted.json() == {"id": "elsewhere", "object": "request", "cancelled": True}
+    assert (cancelled.status_code, cancelled.json()["error"]["code"]) == (499, "request_cancelled")
 
 
 def test_any_authorization_passes(client: httpx.Client) -> None:

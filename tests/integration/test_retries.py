@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from serve.api import drawing as drawing_module
 from serve.api.drawing import ATTEMPTS, Drawing
-from serve.dispatch.grants import Heartbeat, Lease
+from serve.dispatch.messages import Heartbeat, Lease
 from serve.dispatch.session import DispatchSession
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from serve.request import ImageRequest, ImageResult, Precision, Receipt, Timings, Watch

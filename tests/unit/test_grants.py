@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.dispatch.grants import Grants, Heartbeat, Outcome, Running, Submission
+from serve.dispatch.grants import Grants
+from serve.dispatch.messages import Heartbeat, Outcome, Running, Submission
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)

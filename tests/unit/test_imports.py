@@ -8,6 +8,7 @@ PURE = [
     "serve.errors",
     "serve.cost",
     "serve.dispatch.grants",
+    "serve.dispatch.messages",
     "serve.engine.batching",
     "serve.engine.noise_schedule",
     "cluster.capability",

@@ -9,7 +9,7 @@ import pytest
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.grants import Heartbeat, Submission
+from serve.dispatch.messages import Heartbeat, Submission
 from serve.dispatch.session import DispatchSession
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable
 
