@@ -35,9 +35,20 @@ class Engine:
         self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
         self.text_tokens = both.tokens.shape[1]
         self.denoiser = Denoiser(MODEL, RECIPES[recipe])
+        self.steps: list[tuple[int, int, float]] = []  # size, padded rows, seconds
+        self.denoiser.denoise_step = self._noting(self.denoiser.denoise_step)
         self.model_s = 0.0  # within transformer and VAE themselves
         for part, method in ((self.denoiser.transformer, "forward"), (self.denoiser.vae, "decode")):
             setattr(part, method, self._timing(getattr(part, method)))
+
+    def _noting(self, original: Callable[..., None]) -> Callable[..., None]:
+        def step(batch: Any, rows: int = 0) -> None:
+            began = time.perf_counter()
+            original(batch, rows)
+            size_px = 8 * batch[0].latents.shape[-1]
+            self.steps.append((size_px, rows, time.perf_counter() - began))
+
+        return step
 
     def _timing(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -133,6 +144,20 @@ def measure_costs(engine: Engine, repeats: int) -> Costs:
         {s: statistics.median(t) for s, t in decodes.items()},
         bucket,
     )
+
+
+def in_stream(engine: Engine, costs: Costs) -> Costs:
+    """The means of the steps that the engine has noted; `costs` where there are none."""
+    step_s = {
+        size: {
+            rows: statistics.mean(
+                [s for noted, r, s in engine.steps if (noted, r) == (size, rows)] or [before]
+            )
+            for rows, before in measured.items()
+        }
+        for size, measured in costs.step_s.items()
+    }
+    return Costs(step_s, costs.decode_s, costs.bucket)
 
 
 def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:

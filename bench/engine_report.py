@@ -58,6 +58,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         f"| real ÷ replayed mean latency, {cell['images']} images "
         f"| {cell['real_over_replayed']:.3f} |",
+        f"| steps in that stream ÷ steps measured before | {cell['steps_over_measured']:.3f} |",
         f"| error of predicted work, images alone, p50 / p90 | {alone['error_p50']:.3f} / "
         f"{alone['error_p90']:.3f} |",
         f"| the same in that stream, refitted online | {cell['error_p50']:.3f} / "

@@ -56,18 +56,6 @@ class Costs:
         return asked.steps * self.step(asked.size_px, asked.rows) + self.decode_s[asked.size_px]
 
 
-def mean(one: Costs, other: Costs) -> Costs:
-    """Of two measurements of the same sizes and row counts."""
-    return Costs(
-        {
-            size: {r: (s + other.step_s[size][r]) / 2 for r, s in rows.items()}
-            for size, rows in one.step_s.items()
-        },
-        {size: (s + other.decode_s[size]) / 2 for size, s in one.decode_s.items()},
-        one.bucket,
-    )
-
-
 Finished = list[float]  # when each image of a trace is done, seconds
 
 

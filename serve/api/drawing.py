@@ -39,15 +39,23 @@ from .metrics import FrontMetrics
 log = logging.getLogger("ray.serve")
 
 ATTEMPTS = 3  # a request whose replica dies is tried twice more, then it counts as the cause
+SPARED = 3  # deaths of replicas before they began with a request, which are not counted as its own
 PAUSE_S = 0.25
-BEGIN_S = REPLICA_LEASE_S  # a replica that has not begun by then is gone, or on its way out
+TAKE_S = REPLICA_LEASE_S  # a replica that has not taken it by then is gone, or on its way out
 
 
 Tell = Callable[[Progress | PartialImage], None]
 
 
 class NotBegun(Exception):
-    """No replica of the granted pool drew any of it, or it gave it up for want of a session."""
+    """No replica of the granted pool drew any of it, or it gave it up for want of a session.
+
+    `died`: it was lost before it said that it had begun.
+    """
+
+    def __init__(self, *, died: bool = False) -> None:
+        super().__init__()
+        self.died = died
 
 
 @dataclass(slots=True)
@@ -57,6 +65,7 @@ class _Course:
     pools: Pools
     accepted: bool = False
     lost: int = 0  # attempts that ended with their replica
+    spared: int = 0
     failure: OctetError | None = None  # of the one that is drawn again for it
 
 
@@ -114,18 +123,19 @@ class Drawing:
         pool, last = lease.pool, course.lost == ATTEMPTS - 1
         try:
             return await self._on_replica(request, lease, watch, tell, alone=last)
-        except NotBegun:
-            log.warning("%s: no replica of %s began; queueing again", request.id, pool)
-            self._metrics.retried(pool, "not_begun")
+        except (NotBegun, *REPLICA_LOST) as error:
             course.pools = _last(pool, course.pools)
-            await asyncio.sleep(PAUSE_S)  # a dead replica is granted until it is noticed
-        except REPLICA_LOST:
+            if isinstance(error, NotBegun) and not (error.died and course.spared == SPARED):
+                course.spared += error.died
+                log.warning("%s: no replica of %s began; queueing again", request.id, pool)
+                self._metrics.retried(pool, "not_begun")
+                await asyncio.sleep(PAUSE_S)  # a dead replica is granted until it is noticed
+                return None
             course.lost += 1
             log.warning("%s: attempt %d lost its replica of %s", request.id, course.lost, pool)
             if last:
                 raise ReplicaFailed(f"the replica died in each of {ATTEMPTS} attempts") from None
             self._metrics.retried(pool, "replica_lost")
-            course.pools = _last(pool, course.pools)
         except RayServeException:
             raise Unavailable(f"{pool} cannot be reached") from None
         except RayTaskError as error:
@@ -147,7 +157,7 @@ class Drawing:
         begun = False
         try:
             try:
-                async with asyncio.timeout(BEGIN_S) as limit:
+                async with asyncio.timeout(TAKE_S) as limit:
                     await anext(stream)
             except TimeoutError:
                 if not limit.expired():
@@ -167,8 +177,8 @@ class Drawing:
                 raise NotBegun from None  # the replica gave it up, and we did not
             raise
         except REPLICA_LOST:
-            if not begun:  # it died of something else
-                raise NotBegun from None
+            if not begun:  # it died of something else, if this does not happen too often
+                raise NotBegun(died=True) from None
             raise
         raise OctetError("a replica ended without an image")
 

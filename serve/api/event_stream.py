@@ -82,8 +82,8 @@ async def events(
                 break
             if isinstance(event, Progress):
                 yield _frame(progress_event(event))
-            elif event.index == previews:  # a second attempt draws the first ones again
-                previews += 1
+            elif event.index >= previews:  # a second attempt draws the first ones again
+                previews = event.index + 1
                 yield _frame(await asyncio.to_thread(partial_image_event, request, event))
         yield _frame(await asyncio.to_thread(completed_event, request, await drawing))
     finally:

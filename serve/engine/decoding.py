@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import NonFiniteImage, Unavailable
+from .preview import VAE_FACTOR
 from .sd3 import Denoiser, Denoising, to_pixels
 
 MEMORY_ATTEMPTS = 3  # of an image alone, each with the allocator's own memory given back before
@@ -29,7 +30,7 @@ class Decoding:
 
     def __init__(self, denoiser: Denoiser, beside: bool | None = None) -> None:
         self._denoiser = denoiser
-        self.out_of_memory = 0  # decodes that were repeated for want of memory
+        self.out_of_memory = 0  # decodes for which it did not suffice
         self._thread: ThreadPoolExecutor | None = None
         if denoiser.on_cuda if beside is None else beside:
             self._thread = ThreadPoolExecutor(
@@ -61,9 +62,10 @@ class Decoding:
             # Not within `except`: there the failed call's tensors are still alive.
             self.out_of_memory += 1
             self._denoiser.free_memory()
-            if attempt < MEMORY_ATTEMPTS:
+            if self._thread and attempt < MEMORY_ATTEMPTS:  # else all others would pause with it
                 time.sleep(PAUSE_S)
-        raise no_memory(image)
+        height, width = (VAE_FACTOR * side for side in image.latents.shape[-2:])
+        raise no_memory(width, height)
 
     def preview(self, image: Denoising) -> NDArray[np.uint8]:
         """About the pixels that `picture` will have."""
@@ -86,6 +88,5 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in NO_MEMORY)
 
 
-def no_memory(image: Denoising) -> Unavailable:
-    height, width = (8 * side for side in image.latents.shape[-2:])
+def no_memory(width: int, height: int) -> Unavailable:
     return Unavailable(f"not enough memory to draw {width}x{height} now")

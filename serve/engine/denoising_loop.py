@@ -179,10 +179,20 @@ class DenoisingLoop:
                 continue
             try:
                 self._begin(job)
-            except Exception as error:  # of this image alone
-                _settle(job, error)
+            except Exception as error:
+                failure = error
             else:
                 self._jobs.append(job)
+                continue
+            if is_out_of_memory(failure):
+                self._out_of_memory(failure)
+                job.too_large += 1
+                if job.too_large < MEMORY_ATTEMPTS:
+                    self._inbox.put(job)
+                    continue
+                failure = no_memory(job.request.width, job.request.height)
+            self._denoiser.check_device()
+            _settle(job, failure)  # of this image alone
         return True
 
     def _begin(self, job: _Job) -> None:
@@ -218,11 +228,8 @@ class DenoisingLoop:
         else:
             self._stepped(batch, rows, time.monotonic() - began)
             return
-        # From here on the failed call's tensors are free, but for those of a traceback.
         if is_out_of_memory(failure):
-            failure.__traceback__ = None
-            self._counts.out_of_memory += 1
-            self._denoiser.free_memory()
+            self._out_of_memory(failure)
             if self._budget.shrink(rows, began):
                 log.warning("out of memory with %d rows: smaller batches for a while", rows)
                 return
@@ -260,13 +267,18 @@ class DenoisingLoop:
             if job.image.finished:
                 self._decoding.submit(partial(self._decode, job, now - job.began))
 
+    def _out_of_memory(self, failure: Exception) -> None:
+        failure.__traceback__ = None  # it holds the failed call's tensors
+        self._counts.out_of_memory += 1
+        self._denoiser.free_memory()
+
     def _set_aside(self, job: _Job) -> None:
         """The memory did not suffice for an image alone."""
         log.warning("out of memory with one image of %s", job.request.size)
         job.too_large += 1
         job.not_before = time.monotonic() + PAUSE_S
         if job.too_large >= MEMORY_ATTEMPTS:
-            self._give_up(job, no_memory(job.image))
+            self._give_up(job, no_memory(job.request.width, job.request.height))
 
     def _give_up(self, job: _Job, error: Exception) -> None:
         self._jobs = [other for other in self._jobs if other is not job]
@@ -280,8 +292,13 @@ class DenoisingLoop:
         began = time.monotonic()
         try:
             pixels = self._decoding.picture(job.image)
-        except Exception as error:  # of this image alone
-            _settle(job, error)
+        except Exception as error:
+            try:
+                self._denoiser.check_device()
+            except Exception:
+                log.exception("the device has failed")
+                self._broken()
+            _settle(job, error)  # of this image alone
         else:
             decode_s = time.monotonic() - began
             _settle(job, Drawn(pixels, denoise_s, decode_s, job.busy_s + decode_s))

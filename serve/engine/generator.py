@@ -60,7 +60,7 @@ class _Image:
 
     request: ImageRequest
     watch: Watch
-    events: asyncio.Queue[Stepped | Previewed | None]
+    events: asyncio.Queue[Receipt | Stepped | Previewed | None]
     shape: ImageShape
     step: int = 0
     task: asyncio.Task[ImageResult] | None = None
@@ -116,28 +116,26 @@ class Generator:
         of the lease: a caller that was killed closes nothing.
         """
         yield Receipt.TAKEN
-        async with self._room.entered(alone=alone):
-            yield Receipt.BEGUN
-            image = self._new_image(request, watch)
-            image.task = asyncio.create_task(self._draw(image))
-            image.task.add_done_callback(lambda _: image.events.put_nowait(None))
-            self._drawing[lease] = image
-            try:
-                async for told in self._watched(image):
-                    yield told
-                result = await image.task
-            except NonFiniteImage:
-                self._metrics.ended("non_finite")
-                raise
-            except (asyncio.CancelledError, GeneratorExit):
-                self._metrics.ended("cancelled")
-                raise
-            except Exception:
-                self._metrics.ended("failed")
-                raise
-            finally:
-                image.task.cancel()
-                del self._drawing[lease]
+        image = self._new_image(request, watch)
+        image.task = asyncio.create_task(self._in_turn(image, alone))
+        image.task.add_done_callback(lambda _: image.events.put_nowait(None))
+        self._drawing[lease] = image
+        try:
+            async for told in self._watched(image):
+                yield told
+            result = await image.task
+        except NonFiniteImage:
+            self._metrics.ended("non_finite")
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self._metrics.ended("cancelled")
+            raise
+        except Exception:
+            self._metrics.ended("failed")
+            raise
+        finally:
+            image.task.cancel()
+            del self._drawing[lease]
         self._metrics.drew(result.timings)
         log.info("drew %s", request.id)
         yield result
@@ -159,6 +157,11 @@ class Generator:
         )
         return _Image(request, watch, asyncio.Queue(), shape)
 
+    async def _in_turn(self, image: _Image, alone: bool) -> ImageResult:
+        async with self._room.entered(alone=alone):
+            image.events.put_nowait(Receipt.BEGUN)
+            return await self._draw(image)
+
     async def _draw(self, image: _Image) -> ImageResult:
         request = image.request
         began = time.monotonic()
@@ -171,11 +174,9 @@ class Generator:
             request, embeds, image.watch.partial_images, self._teller(image)
         )
         drawn: Drawn = await asyncio.wrap_future(drawing)
-        began = time.monotonic()
-        file = await self._file(drawn.pixels, request)
-        encode_s = time.monotonic() - began
+        file, encode_s = await self._file(drawn.pixels, request)
         if request.id != WARM_UP:
-            self._cost.observe(image.shape, drawn.busy_s + encode_s)
+            self._cost.observe(image.shape, drawn.busy_s)
         return ImageResult(
             image=file,
             seed=request.seed,
@@ -207,23 +208,31 @@ class Generator:
 
         return tell
 
-    async def _watched(self, image: _Image) -> AsyncIterator[Told]:
-        """What is watched of an image, until it is done."""
+    async def _watched(self, image: _Image) -> AsyncIterator[Receipt | Told]:
+        """That an image is begun, and what is watched of it, until it is done."""
         steps = image.shape.steps
-        if image.watch.progress:
-            yield Progress(0, steps, self._cost.coefficients.work_s(image.shape))
         while (event := await image.events.get()) is not None:
-            if isinstance(event, Previewed):
-                yield PartialImage(event.index, await self._file(event.pixels, image.request))
+            if isinstance(event, Receipt):
+                yield event
+                if image.watch.progress:
+                    yield Progress(0, steps, self._cost.coefficients.work_s(image.shape))
+            elif isinstance(event, Previewed):
+                file, _ = await self._file(event.pixels, image.request)
+                yield PartialImage(event.index, file)
             else:
                 pace = event.denoise_s / event.step
                 decode_s = self._cost.coefficients.pixel * image.shape.pixels
                 yield Progress(event.step, steps, (steps - event.step) * pace + decode_s)
 
-    async def _file(self, pixels: Any, request: ImageRequest) -> bytes:
-        """The image file of pixels (height_px, width_px, 3)."""
-        loop, name = asyncio.get_running_loop(), self._recipe.name
-        return await loop.run_in_executor(self._file_thread, encode_image, pixels, request, name)
+    async def _file(self, pixels: Any, request: ImageRequest) -> tuple[bytes, float]:
+        """The image file of pixels (height_px, width_px, 3), and the seconds that it took."""
+
+        def encode() -> tuple[bytes, float]:
+            began = time.monotonic()
+            file = encode_image(pixels, request, self._recipe.name)
+            return file, time.monotonic() - began
+
+        return await asyncio.get_running_loop().run_in_executor(self._file_thread, encode)
 
     async def _embed(self, request: ImageRequest) -> PromptEmbeds:
         """One row, or two with guidance. Raises `Unavailable` if encoders die again and again."""
@@ -268,7 +277,7 @@ class Generator:
         )
 
     def _said(self) -> Heartbeat:
-        """While an image is drawn alone, there is no slot for another."""
+        """While an image is drawn alone, or waits for that, there is no slot for another."""
         drawing = list(self._drawing.values())
         work_s = sum(
             self._cost.coefficients.work_s(replace(i.shape, steps=i.shape.steps - i.step))

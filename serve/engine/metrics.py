@@ -34,7 +34,9 @@ class EngineMetrics:
                 "octet_engine_step_seconds", "Seconds spent in them.", tag_keys=tags
             ),
             "out_of_memory": metrics.Counter(
-                "octet_engine_out_of_memory", "Steps and decodes that were repeated.", tag_keys=tags
+                "octet_engine_out_of_memory",
+                "Steps and decodes for which memory did not suffice.",
+                tag_keys=tags,
             ),
         }
         self._outcomes = metrics.Counter(

@@ -214,9 +214,11 @@ def test_a_step_that_fails_ends_its_images_and_not_the_loop(model: Model) -> Non
     assert model.draw(REQUEST)[0].pixels.shape == (64, 64, 3)
 
 
-def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(model: Model) -> None:
+def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = model.draw(REQUEST)[0]
-    model.broken = 7.25
+    monkeypatch.setattr(model, "broken", 7.25)
     first, second, third = model.submit(
         *((r, model.embeds(r)) for r in (REQUEST, replace(REQUEST, guidance_scale=7.25), REQUEST))
     )
@@ -224,7 +226,6 @@ def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(model: Model
         second.result(30)
     for other in (first, third):
         assert np.abs(other.result(30).pixels.astype(int) - good.pixels).mean() < 1
-    model.broken = None
 
 
 def test_numbers_that_are_not_finite_are_their_own_images_alone(model: Model) -> None:
@@ -403,22 +404,41 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
     assert not any(isinstance(event, Previewed) for event in told)
 
 
-def test_a_broken_device_is_told_of_at_once(encoder: PromptEncoder) -> None:
+@pytest.mark.parametrize("where", ["begin", "denoise_step", "decode"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_broken_device_is_told_of_at_once(
+    encoder: PromptEncoder, where: str, beside: bool
+) -> None:
     told = threading.Event()
-    model = Model("fp32", encoder)
-    model.loop.close()
-    model.loop = DenoisingLoop(model.denoiser, max_rows=8, broken=told.set)
+    denoiser = Denoiser(DEMO_MODEL, RECIPES["fp32"])
 
-    def check_device() -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    model.denoiser.check_device = check_device  # type: ignore[method-assign]
-    model.broken = REQUEST.guidance_scale
-    model.loop.draw(REQUEST, model.embeds(REQUEST))
+    setattr(denoiser, where, broken)
+    denoiser.check_device = broken  # type: ignore[method-assign]
+    loop = DenoisingLoop(denoiser, max_rows=8, broken=told.set, beside=beside)
+    loop.draw(PLUG, encoder.encode_prompts([PLUG.prompt], 32))
     assert told.wait(10)
-    model.loop._thread.join(10)
-    assert not model.loop.alive
-    model.loop.close()
+    loop.close()
+
+
+def test_without_memory_to_begin_it_is_tried_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = model.denoiser.begin, [2]
+
+    def begin(*args: Any, **named: Any) -> Any:
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("a test's")
+        return original(*args, **named)
+
+    monkeypatch.setattr(model.denoiser, "begin", begin)
+    assert model.watch(REQUEST)
+    failures[0] = 99
+    with pytest.raises(Unavailable, match="not enough memory"):
+        model.watch(REQUEST)
 
 
 def test_across_buckets_rounding_is_all_that_differs(model: Model) -> None:

@@ -111,12 +111,14 @@ def test_a_poison_request_costs_three_replicas_and_no_neighbour(url: str) -> Non
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    asyncio.run(main())
-    watching.set()
-    watcher.join()
+    try:
+        asyncio.run(main())
+    finally:
+        watching.set()
+        watcher.join()
     wait_for(lambda: all_back(url), 30)
     after = {pid for pid, name in replicas().items() if name.startswith("Generator")}
-    assert len((seen | after) - before) <= ATTEMPTS  # each is one restart
+    assert 1 <= len((seen | after) - before) <= ATTEMPTS  # each is one restart
 
 
 def all_back(url: str) -> bool:

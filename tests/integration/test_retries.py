@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from serve.api import drawing as drawing_module
-from serve.api.drawing import ATTEMPTS, Drawing
+from serve.api.drawing import ATTEMPTS, SPARED, Drawing
 from serve.dispatch.messages import Heartbeat, Lease
 from serve.dispatch.session import DispatchSession
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
@@ -133,9 +133,16 @@ def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
 
 
 def test_who_had_not_begun_is_not_to_blame(laptop: Settings) -> None:
-    fp8 = Generator("fp8", bystander=ATTEMPTS + 1)
+    fp8 = Generator("fp8", bystander=SPARED)
     assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
-    assert fp8.alone == [False] * (ATTEMPTS + 2)
+    assert fp8.alone == [False] * (SPARED + 1)
+
+
+def test_a_request_that_kills_too_fast_to_say_so_does_not_loop_either(laptop: Settings) -> None:
+    fp8 = Generator("fp8", bystander=99)
+    with pytest.raises(ReplicaFailed):
+        draw(laptop, fp8, Generator("bf16"), Precision.FP8)
+    assert fp8.alone == [False] * (SPARED + 2) + [True]
 
 
 def test_a_non_finite_image_is_drawn_again_in_16_bit(laptop: Settings) -> None:
@@ -200,7 +207,7 @@ def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings
 def test_a_grant_that_no_replica_takes_up_is_given_back_and_asked_for_again(
     laptop: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing_module, "BEGIN_S", 0.1)
+    monkeypatch.setattr(drawing_module, "TAKE_S", 0.1)
     fp8 = Generator("fp8", late=ATTEMPTS + 1)
     assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
     assert fp8.calls == ATTEMPTS + 2  # it is not the request's fault
