@@ -122,9 +122,16 @@ def test_playground_and_readiness(client: httpx.Client) -> None:
     assert "Octet playground" in client.get("/").text
     ready = client.get("/ready")
     assert ready.status_code == 200
-    one = {"replicas": 1, "placeable": True}
-    pools = {"landscapes-fp8": one, "landscapes-fp16": one}
-    assert ready.json() == {"status": "ready", "models": {"landscapes": pools}}
+    found = ready.json()
+    assert (found["status"], found["queued"]) == ("ready", 0)
+    pools = found["models"]["landscapes"]
+    assert pools.keys() == {"landscapes-fp8", "landscapes-fp16"}
+    for pool in pools.values():
+        assert pool.keys() == {
+            *("replicas", "slots", "running", "running_work_s", "speed", "placeable")
+        }
+        assert (pool["replicas"], pool["slots"], pool["placeable"]) == (1, 4, True)
+        assert pool["speed"] > 0
 
 
 @pytest.mark.parametrize(
