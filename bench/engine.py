@@ -295,7 +295,7 @@ def main() -> None:
         "step_s": costs.step_s,
         "decode_s": costs.decode_s,
         "coefficients": fitted(engine, costs)._asdict(),
-        "throughput": throughput(engine, steps=10 if quick else 28, repeats=3 if quick else 9),
+        "throughput": throughput(engine, steps=10 if quick else 28, repeats=3 if quick else 7),
         "replay": replay(costs, images=4000),
         "work_alone": apart(lambda: foretold(engine, costs, images=15 if quick else 60)),
         "real_cell": real_cell(engine, costs, images=40 if quick else 150, load=0.8),
