@@ -331,11 +331,10 @@ def test_without_memory_to_decode_it_is_tried_again(
         cramped.watch(REQUEST)
 
 
+@pytest.mark.parametrize("model", ["fp32"], indirect=True)  # the one that decodes beside
 def test_steps_go_on_while_an_image_is_decoded(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if model.loop._decoding._thread is None:
-        pytest.skip("decodes between steps")
     original, go_on = model.denoiser.decode, threading.Event()
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
