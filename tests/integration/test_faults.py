@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -45,9 +46,10 @@ def replicas() -> dict[int, str]:
     """Process id and deployment of each of our replicas."""
     found = {}
     for process in psutil.Process().children(recursive=True):
-        match = re.search(r"ServeReplica:octet:([\w-]+)", " ".join(process.cmdline()))
-        if match:
-            found[process.pid] = match[1]
+        with suppress(psutil.Error):  # it has ended meanwhile
+            title = " ".join(process.cmdline())
+            if match := re.search(r"ServeReplica:octet:([\w-]+)", title):
+                found[process.pid] = match[1]
     return found
 
 
