@@ -95,15 +95,17 @@ class Drawing:
         Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`.
         """
         began, course = time.monotonic(), _Course(self._pools(request, request.precision))
-        queued = None
-        if watch.progress:
-            queued = lambda place: tell(  # noqa: E731 - as long as what it abbreviates
-                Progress(0, request.num_inference_steps, queue_position=place)
-            )
+
+        def queued(place: int) -> None:
+            tell(Progress(0, request.num_inference_steps, queue_position=place))
+
         while True:
             try:
                 async with self._session.slot(
-                    course.pools, request_id, accepted=course.accepted, queued=queued
+                    course.pools,
+                    request_id,
+                    accepted=course.accepted,
+                    queued=queued if watch.progress else None,
                 ) as lease:
                     course.accepted = True
                     queue_s = time.monotonic() - began

@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +14,7 @@ from ..errors import OctetError
 from ..request import ImageRequest, ImageResult, PartialImage, Progress
 from .drawing import Tell
 from .http_errors import UNEXPECTED
-from .openai_answers import completed_event, error_event, partial_image_event, progress_event
+from .openai_answers import Event, completed_event, error_event, partial_image_event, progress_event
 
 log = logging.getLogger("ray.serve")
 
@@ -90,6 +89,5 @@ async def events(
         drawing.cancel()
 
 
-def _frame(event: BaseModel) -> bytes:
-    data = event.model_dump_json()
-    return f"event: {event.type}\ndata: {data}\n\n".encode()  # type: ignore[attr-defined]
+def _frame(event: Event) -> bytes:
+    return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n".encode()

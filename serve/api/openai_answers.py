@@ -99,6 +99,9 @@ class ErrorEvent(ErrorResponse):
     type: Literal["error"] = "error"
 
 
+Event = PartialImageEvent | ProgressEvent | CompletedEvent | ErrorEvent
+
+
 class CancelledRequest(BaseModel):
     """The answer to DELETE /v1/requests/ID."""
 

@@ -295,7 +295,7 @@ class DenoisingLoop:
         except Exception as error:
             try:
                 self._denoiser.check_device()
-            except Exception:
+            except Exception:  # of the device: nothing more comes of it
                 log.exception("the device has failed")
                 self._broken()
             _settle(job, error)  # of this image alone

@@ -130,7 +130,7 @@ class Generator:
         except (asyncio.CancelledError, GeneratorExit):
             self._metrics.ended("cancelled")
             raise
-        except Exception:
+        except Exception:  # counted here, answered elsewhere
             self._metrics.ended("failed")
             raise
         finally:
