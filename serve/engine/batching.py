@@ -25,7 +25,7 @@ CALM_S = 60.0
 
 @dataclass(slots=True)
 class Running:
-    """What the choice needs to know of an image; `kind` is its size and text length.
+    """What the choice needs to know of an image; only those of one `kind` share a batch.
 
     `max_rows` bounds the batches that it leads, beside the common bound.
     """

@@ -103,11 +103,7 @@ class Generator:
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self,
-        request: ImageRequest,
-        lease: Lease,
-        watch: Watch = Watch(),  # noqa: B008 - immutable
-        alone: bool = False,
+        self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
     ) -> AsyncIterator[Receipt | Told | ImageResult]:
         """Both receipts, what `watch` asks for, then the finished image.
 

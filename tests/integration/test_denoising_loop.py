@@ -92,7 +92,7 @@ class Model:
                 raise RuntimeError("a test's")
             step(batch, rows)
 
-        self.denoiser.denoise_step = denoise_step  # type: ignore[method-assign]
+        self.denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # the fault
         # One of the two decodes beside the steps, as on a card.
         self.loop = DenoisingLoop(self.denoiser, max_rows=8, beside=precision == "fp32")
 
@@ -414,7 +414,7 @@ def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside: bo
         raise RuntimeError("an illegal memory access was encountered")
 
     setattr(denoiser, where, broken)
-    denoiser.check_device = broken  # type: ignore[method-assign]
+    denoiser.check_device = broken  # type: ignore[method-assign]  # the fault
     loop = DenoisingLoop(denoiser, max_rows=8, broken=told.set, beside=beside)
     loop.draw(PLUG, model.embeds(PLUG))
     assert told.wait(10)
