@@ -58,12 +58,13 @@ def load(folder: Path) -> dict[str, float]:
 
     from serve.engine.checkpoint import verify
     from serve.engine.fp8_checkpoint import load_transformer
+    from serve.engine.precision import RECIPES
 
     before = _peak_bytes()
     began = time.perf_counter()
     verify(folder, ["transformer"])
     verified = time.perf_counter()
-    transformer = load_transformer(folder, "cpu")
+    transformer = load_transformer(folder, RECIPES["fp8"], "cpu")
     for tensor in transformer.state_dict().values():
         tensor.view(torch.uint8).max()
     done = time.perf_counter()

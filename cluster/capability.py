@@ -12,8 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-FP8_SINCE = (8, 9)
-BF16_SINCE = (8, 0)
+from .cards import BF16_SINCE, FP8_SINCE
 
 SixteenBit = Literal["bf16", "fp16"]
 Fp8 = Literal["native", "emulated", "none"]

@@ -1,8 +1,9 @@
 """On which nodes the replicas of a pool may run, preferred first.
 
 A node's label `octet/precision` (`fp8` or `fp16`) says which precision it is for. Where it is
-missing, Ray's own label `ray.io/accelerator-type` decides by the table below; a card that is not
-in it counts as having no FP8. `selectors` says the same to Ray that `fits` says to us.
+missing, Ray's own label `ray.io/accelerator-type` decides by `cluster.cards`; a card that is not
+there counts as having no FP8. A pool that is bound to a card runs on nodes whose label `octet/card`
+names it, or whose card Ray calls so. `selectors` says the same to Ray that `fits` says to us.
 """
 
 from __future__ import annotations
@@ -11,46 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .capability import FP8_SINCE
+from .cards import CAPABILITIES, CARDS, FP8_SINCE, Card, card_of
 
 PRECISION_LABEL = "octet/precision"
+CARD_LABEL = "octet/card"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
-
-# Compute capability by Ray's name of the card. Source: NVIDIA's list of CUDA GPUs.
-COMPUTE_CAPABILITY = {
-    "P4": (6, 1),
-    "P100": (6, 0),
-    "V100": (7, 0),
-    "T4": (7, 5),
-    "A100": (8, 0),
-    "A100-40G": (8, 0),
-    "A100-80G": (8, 0),
-    "A30": (8, 0),
-    "A2": (8, 6),
-    "A10": (8, 6),
-    "A10G": (8, 6),
-    "A16": (8, 6),
-    "A40": (8, 6),
-    "RTX-A6000": (8, 6),
-    "GeForce-RTX-3090": (8, 6),
-    "L4": (8, 9),
-    "L40": (8, 9),
-    "L40S": (8, 9),
-    "GeForce-RTX-4080": (8, 9),
-    "GeForce-RTX-4090": (8, 9),
-    "H20": (9, 0),
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "GH200": (9, 0),
-    "B200": (10, 0),
-    "GB200": (10, 0),
-    "B300": (10, 3),
-    "GB300": (10, 3),
-    "RTX-PRO-6000": (12, 0),
-    "GeForce-RTX-5080": (12, 0),
-    "GeForce-RTX-5090": (12, 0),
-}
-FP8_CARDS = tuple(card for card, found in COMPUTE_CAPABILITY.items() if found >= FP8_SINCE)
+FP8_CARDS = tuple(name for name, found in CAPABILITIES.items() if found >= FP8_SINCE)
 
 Selector = dict[str, str]
 
@@ -65,27 +32,38 @@ class Node:
     num_gpus: float = 0.0
 
     @property
-    def has_fp8(self) -> bool:
+    def card(self) -> Card | None:
+        """One of those whose facts are known."""
+        if label := CARDS.get(self.labels.get(CARD_LABEL, "")):
+            return label
+        return card_of(self.labels.get(ACCELERATOR_LABEL, ""))
+
+    def has_fp8(self, card: Card | None = None) -> bool:
+        """By its label; else by its card, or what Ray calls it."""
         label = self.labels.get(PRECISION_LABEL)
         if label in ("fp8", "fp16"):
             return label == "fp8"
-        return self.labels.get(ACCELERATOR_LABEL) in FP8_CARDS
+        return card.has_fp8 if card else self.labels.get(ACCELERATOR_LABEL) in FP8_CARDS
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one replica of a pool needs of its node, in Ray's units."""
+    """What one replica of a pool needs of its node, in Ray's units; `card`: an id of CARDS."""
 
     precision: Literal["fp8", "fp16"]
     num_cpus: float
     num_gpus: float
     allow_fp8_nodes: bool = True
+    card: str | None = None
 
 
 def selectors(need: Need) -> list[Selector]:
     """Ray label selectors for a pool's replicas, preferred first; none means anywhere."""
     if not need.num_gpus:
         return []
+    if need.card:
+        precision = _precision_on(CARDS[need.card], need)
+        return [{**selector, **precision} for selector in card_selectors(need.card)]
     unlabelled, cards = "!in(fp8,fp16)", ",".join(FP8_CARDS)
     with_fp8 = [
         {PRECISION_LABEL: "fp8"},
@@ -100,13 +78,35 @@ def selectors(need: Need) -> list[Selector]:
     return [*without, *with_fp8] if need.allow_fp8_nodes else without
 
 
+def card_selectors(card: str) -> list[Selector]:
+    """Ray label selectors for the nodes that have a card of CARDS."""
+    labelled, named = ",".join(CARDS), ",".join(CARDS[card].ray_names)
+    return [
+        {CARD_LABEL: card},
+        {CARD_LABEL: f"!in({labelled})", ACCELERATOR_LABEL: f"in({named})"},
+    ]
+
+
+def _precision_on(card: Card, need: Need) -> Selector:
+    """What the precision label of a node with this card must be for a pool to run there."""
+    if need.precision == "fp8":
+        return {PRECISION_LABEL: "!fp16" if card.has_fp8 else "fp8"}
+    if need.allow_fp8_nodes:
+        return {}
+    return {PRECISION_LABEL: "fp16" if card.has_fp8 else "!fp8"}
+
+
 def fits(need: Need, node: Node) -> bool:
     """Whether an empty node could hold a replica."""
     if node.num_cpus < need.num_cpus or node.num_gpus < need.num_gpus:
         return False
     if not need.num_gpus:
         return True
-    return node.has_fp8 if need.precision == "fp8" else need.allow_fp8_nodes or not node.has_fp8
+    card = CARDS[need.card] if need.card else None
+    if card and node.card != card:
+        return False
+    has_fp8 = node.has_fp8(card)
+    return has_fp8 if need.precision == "fp8" else need.allow_fp8_nodes or not has_fp8
 
 
 def unknown_cards(nodes: Iterable[Node]) -> dict[str, str]:
@@ -118,13 +118,13 @@ def unknown_cards(nodes: Iterable[Node]) -> dict[str, str]:
         if (
             not node.num_gpus
             or label in ("fp8", "fp16")
-            or (not label and card in COMPUTE_CAPABILITY)
+            or (not label and card in CAPABILITIES)
         ):
             continue
         known = f"label {PRECISION_LABEL}={label}" if label else f"card {card or 'without a name'}"
         warnings[node.id] = (
             f"node {node.id[:8]}: unknown {known}; it counts as "
-            f"{'having' if node.has_fp8 else 'having no'} FP8. To say so, start the node with "
+            f"{'having' if node.has_fp8() else 'having no'} FP8. To say so, start the node with "
             f"the label {PRECISION_LABEL}=fp8 or {PRECISION_LABEL}=fp16 (ray start --labels, or "
             "'labels' of a KubeRay worker group)"
         )

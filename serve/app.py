@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from autoscaling.ray_policy import full_size
-from cluster.placement import Need, selectors
+from cluster.placement import Need, Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
@@ -35,7 +35,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings = Application.model_validate(args)
     needs = {
         model.pool_name(pool): Need(
-            pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes
+            pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card
         )
         for model in settings.models
         for pool in model.pools
@@ -52,7 +52,10 @@ def build(args: dict[str, Any]) -> serve.Application:
             num_replicas=encoder.replicas,
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
-            ray_actor_options=encoder.ray_actor_options,
+            ray_actor_options={
+                **encoder.ray_actor_options,
+                **_placed(card_selectors(encoder.card) if encoder.card else []),
+            },
         ).bind(
             encoder.model_dump(mode="json"),
             settings.models_folder,
@@ -70,7 +73,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             max_ongoing_requests=pool.slots,
             ray_actor_options={
                 **pool.ray_actor_options,
-                **_placed(needs[model.pool_name(pool)]),
+                **_placed(selectors(needs[model.pool_name(pool)])),
             },
             request_router_config=PROMPT_ROUTER,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -112,11 +115,11 @@ def _pool_size(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _placed(need: Need) -> dict[str, Any]:
-    """Ray's options for the nodes that a pool may use, preferred ones first."""
-    first, *others = selectors(need) or [{}]
-    if not first:
+def _placed(selectors: list[Selector]) -> dict[str, Any]:
+    """Ray's options for the nodes that a replica may use, preferred ones first."""
+    if not selectors:
         return {}
+    first, *others = selectors
     return {
         "label_selector": first,
         "fallback_strategy": [{"label_selector": selector} for selector in others],

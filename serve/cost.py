@@ -16,20 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-TOKEN_PX = 16  # VAE factor 8 × patch size 2
+from cluster.cards import CARDS, Card
+from cluster.structure import TOKEN_PX, Structure
+
 VAE_FLOPS_PER_PIXEL = 1.0e7  # of SD3.5's VAE: 10.5 TFLOP for 1024 × 1024
 EFFICIENCY = 0.5  # of a card's peak
-UNKNOWN_GPU = "RTX 4090"  # its rates stand in for those of a card that is not listed
+UNKNOWN_GPU = CARDS["rtx4090"]  # its rates stand in for those of a card that is not listed
 RATE = 0.3  # how far an observation moves what is learnt
 BOUND = 16.0  # how far what is learnt may leave the reference
-
-
-class Structure(NamedTuple):
-    """What the transformer's arithmetic follows from; `width` is its hidden size."""
-
-    width: int
-    layers: int
-    dual_layers: int
 
 
 class Rates(NamedTuple):
@@ -39,13 +33,15 @@ class Rates(NamedTuple):
     other: float
 
 
-# Dense rates as the vendors state them; H100's 16-bit rate is what is reached at best. The CPU is
-# two cores of a cloud machine.
-RATES = {
-    "H100": {"fp8": Rates(1600e12, 800e12), "bf16": Rates(800e12, 800e12)},
-    "RTX 4090": {"fp8": Rates(330e12, 165e12), "bf16": Rates(165e12, 165e12)},
-    "cpu": {"fp8": Rates(75e9, 150e9), "bf16": Rates(150e9, 150e9)},
-}
+CPU = {"fp8": Rates(75e9, 150e9), "bf16": Rates(150e9, 150e9)}  # two cores of a cloud machine
+
+
+def rates(recipe: str, card: Card | None) -> Rates:
+    """Of a card, or of a CPU if it is None."""
+    if card is None:
+        return CPU["fp8" if recipe.startswith("fp8") else "bf16"]
+    linear = card.fp8_tflops if recipe.startswith("fp8") else None
+    return Rates(1e12 * (linear or card.tflops), 1e12 * card.tflops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ class Coefficients(NamedTuple):
 
 def estimated(structure: Structure, rates: Rates) -> Coefficients:
     """Coefficients from arithmetic, where nothing was measured; what comes beside it is a guess."""
-    d, layers, dual = structure
+    d, layers, dual = structure.width, structure.layers, structure.dual_layers
     linear, other = (rate * EFFICIENCY for rate in rates)
     return Coefficients(
         constant=0.01,
@@ -103,15 +99,22 @@ def estimated(structure: Structure, rates: Rates) -> Coefficients:
     )
 
 
-def reference(structure: Structure, recipe: str, device: str) -> Coefficients:
-    """The coefficients of a model in a recipe on a device, as the driver names it."""
-    card = next((c for c in RATES if c in device), "cpu" if device == "cpu" else UNKNOWN_GPU)
-    measured = REFERENCES.get((structure, recipe, card))
-    return measured or estimated(structure, RATES[card]["fp8" if recipe == "fp8" else "bf16"])
+def reference(structure: Structure, recipe: str, card: Card | None) -> Coefficients:
+    """The coefficients of a model in a recipe on a card, or on a CPU if it is None."""
+    measured = REFERENCES.get((structure, recipe, card.id if card else "cpu"))
+    return measured or estimated(structure, rates(recipe, card))
 
 
 # Printed by `python -m bench.engine --recipe …`: the demo model on two cores of a cloud machine.
-DEMO = Structure(width=192, layers=4, dual_layers=1)
+DEMO = Structure(
+    width=192,
+    layers=4,
+    dual_layers=1,
+    head_width=32,
+    text_width=128,
+    pooled_width=128,
+    positions=32 * 32,
+)
 REFERENCES = {
     (DEMO, "fp8", "cpu"): Coefficients(0.0117, 0.023, 8.0e-5, 7.63e-9, 9.56e-7),
     (DEMO, "bf16", "cpu"): Coefficients(0.00387, 0.00599, 2.88e-5, 0.0, 1.4e-6),

@@ -8,7 +8,7 @@ The file has three parts, mixed for the reader's sake and told apart by type. `A
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+from cluster.cards import CARDS
 
 from .errors import InvalidRequest, did_you_mean
 from .request import ImageRequest, Limits
@@ -77,7 +79,33 @@ class Resources(Frozen):
         return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
 
 
-class Encoder(Resources):
+class OnCard(Resources):
+    """What takes GPUs may be bound to the nodes that have a `card`: an id of `cluster/cards.py`.
+
+    `memory_gib`: what a replica may take of its card, and needs free to start; by default as much of
+    it as `num_gpus` says. `octet plan` computes all three.
+    """
+
+    card: str | None = None
+    memory_gib: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _cards_are_known(self) -> Self:
+        if self.card is not None and self.card not in CARDS:
+            raise ValueError(f"card '{self.card}': {did_you_mean(self.card, CARDS)}")
+        if not self.num_gpus and (self.card or self.memory_gib):
+            raise ValueError("card and memory_gib are for what takes GPUs: set num_gpus")
+        if self.card and self.memory_gib:
+            part_gib = self.num_gpus * CARDS[self.card].memory_gib
+            if self.memory_gib > part_gib + 0.01:
+                raise ValueError(
+                    f"memory_gib {self.memory_gib} is more than num_gpus {self.num_gpus} of a "
+                    f"{self.card}: {part_gib:.2f}"
+                )
+        return self
+
+
+class Encoder(OnCard):
     """One set of text encoders, shared by the models that name it.
 
     Encodes `batch_size` prompts at once, always: it rounds by the batch's size. `warm_prompts` are
@@ -92,21 +120,24 @@ class Encoder(Resources):
     warm_prompts: tuple[str, ...] = ("",)
 
 
-class Pool(Resources):
+class Pool(OnCard):
     """Generator replicas of one model in one precision, each drawing `slots` images at a time.
 
     `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
     prefers nodes without FP8; `allow_fp8_nodes` lets it use the others too. A pool that takes no
-    GPU runs anywhere.
+    GPU runs anywhere. `adaln_8_bit` stores more of the weights in 8 bit: 2.5 GiB less for Large.
     """
 
     precision: Literal["fp8", "fp16"]
     slots: Annotated[int, Field(ge=1, le=16)] = 4
     source: Source | None = None
     allow_fp8_nodes: bool = True
+    adaln_8_bit: bool = False
 
     @model_validator(mode="after")
     def _fp8_runs_on_fp8(self) -> Pool:
+        if self.precision == "fp16" and self.adaln_8_bit:
+            raise ValueError("adaln_8_bit is for fp8 pools")
         if self.precision == "fp8" and not self.allow_fp8_nodes:
             raise ValueError("allow_fp8_nodes is for fp16 pools: an fp8 pool runs nowhere else")
         return self
@@ -163,13 +194,24 @@ class ServedModel(Frozen):
 
     @model_validator(mode="after")
     def _pools_differ(self) -> ServedModel:
-        precisions = [pool.precision for pool in self.pools]
-        if len(set(precisions)) < len(precisions):
-            raise ValueError(f"model '{self.id}': two pools have the same precision")
+        for i, pool in enumerate(self.pools):
+            others = [p for p in self.pools[:i] if p.precision == pool.precision]
+            if others and not all(p.card for p in (pool, *others)):
+                raise ValueError(
+                    f"model '{self.id}': two pools have the same precision: give each its card"
+                )
+            if pool in others:
+                raise ValueError(f"model '{self.id}': two pools are equal: raise replicas instead")
         return self
 
     def pool_name(self, pool: Pool) -> str:
-        return f"{self.id}-{pool.precision}"
+        """Pools of one precision on one card are numbered from the second on."""
+
+        def name(pool: Pool) -> str:
+            return "-".join(filter(None, (self.id, pool.precision, pool.card)))
+
+        number = [p for p in self.pools if name(p) == name(pool)].index(pool) + 1
+        return name(pool) if number == 1 else f"{name(pool)}-{number}"
 
 
 class Model(ServedModel, ModelTuning):

@@ -193,7 +193,7 @@ class Drawing:
             if precision in (Precision.AUTO, pool.precision)
         )
         if not pools:
-            there = ", ".join(pool.precision for pool in model.pools)
+            there = ", ".join(dict.fromkeys(pool.precision for pool in model.pools))
             raise InvalidRequest(
                 f"precision '{precision}': {model.id} is served in {there}", param="precision"
             )

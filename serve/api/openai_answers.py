@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from ..cost import TOKEN_PX
+from cluster.structure import TOKEN_PX
+
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult, OutputFormat, PartialImage, Progress
 

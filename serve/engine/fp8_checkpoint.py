@@ -20,7 +20,7 @@ from transformers import AutoConfig, T5EncoderModel
 from transformers.utils import logging
 
 from .checkpoint import CheckpointError, size_bytes, write_manifest
-from .precision import E4M3, RECIPES, apply_recipe, store_in_fp8
+from .precision import E4M3, RECIPES, Recipe, apply_recipe, store_in_fp8
 
 logging.disable_progress_bar()  # it would write lines into every replica's log
 
@@ -37,7 +37,7 @@ def is_fp8(folder: Path, component: str) -> bool:
     return bool(method == METHODS[component])
 
 
-def quantize(folder: Path, out: Path) -> None:
+def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
     """Write the FP8 checkpoint of a 16-bit one to a new folder `out`.
 
     Needs the memory of the 16-bit transformer, or T5 if that is larger. Raises `CheckpointError`.
@@ -57,14 +57,17 @@ def quantize(folder: Path, out: Path) -> None:
         if path.is_dir() and path.name not in done:
             shutil.copytree(path, part / path.name)
     shutil.copy(folder / "model_index.json", part)
-    _save(load_transformer(folder, "cpu"), TRANSFORMER, folder, part)
+    transformer = load_transformer(folder, recipe, "cpu")
+    _save(transformer, TRANSFORMER, folder, part, {"recipe": recipe.name})
     if has_t5:
         _quantize_t5(folder, part)
     write_manifest(part, {"location": str(folder), "quantized": sorted(done)})
     part.rename(out)
 
 
-def compare(folder: Path, out: Path) -> list[tuple[str, str, str]]:
+def compare(
+    folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]
+) -> list[tuple[str, str, str]]:
     """Rows of name, 16-bit and FP8: sizes on disk, and seconds until an FP8 replica is loaded.
 
     Both loads find their files in the page cache.
@@ -75,7 +78,7 @@ def compare(folder: Path, out: Path) -> list[tuple[str, str, str]]:
 
     def load_time(source: Path) -> str:
         began = time.perf_counter()
-        load_transformer(source, "cpu")
+        load_transformer(source, recipe, "cpu")
         return f"{time.perf_counter() - began:.2f} s"
 
     parts = [part for part in METHODS if (out / part).is_dir()]
@@ -86,20 +89,28 @@ def compare(folder: Path, out: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-def load_transformer(folder: Path, device: str) -> Any:
-    """The FP8 transformer on a device; from an FP8 checkpoint without any 16-bit weights."""
+def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
+    """The FP8 transformer on a device; from an FP8 checkpoint without any 16-bit weights of it.
+
+    AdaLN that an FP8 checkpoint holds in 16 bit is stored in 8 bit here if the recipe says so.
+    Raises `CheckpointError` for the opposite.
+    """
     if not is_fp8(folder, TRANSFORMER):
         transformer = SD3Transformer2DModel.from_pretrained(
             folder / TRANSFORMER, use_safetensors=True, torch_dtype=torch.bfloat16
         )
-        return apply_recipe(transformer, RECIPES["fp8"], device).eval()
+        return apply_recipe(transformer, recipe, device).eval()
     config = SD3Transformer2DModel.load_config(folder / TRANSFORMER)
-    config.pop("quantization_config")
+    made = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
+    if made.adaln_8_bit and not recipe.adaln_8_bit:
+        raise CheckpointError(
+            f"{folder} holds AdaLN in 8 bit: the pool needs `adaln_8_bit: true`, or another checkpoint"
+        )
     with torch.device("meta"):
-        transformer = apply_recipe(SD3Transformer2DModel.from_config(config), RECIPES["fp8"])
+        transformer = apply_recipe(SD3Transformer2DModel.from_config(config), made)
     weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
     transformer.load_state_dict(weights, assign=True)
-    return transformer.eval()
+    return apply_recipe(transformer, recipe).eval()
 
 
 def load_t5(folder: Path, dtype: torch.dtype) -> Any:
@@ -125,13 +136,13 @@ def _quantize_t5(folder: Path, out: Path) -> None:
         folder / T5, use_safetensors=True, dtype=torch.bfloat16
     ).eval()
     store_in_fp8(t5)
-    _save(t5, T5, folder, out)
+    _save(t5, T5, folder, out, {})
     (out / T5 / QUANTO_MAP).write_text(json.dumps(quantization_map(t5)), encoding="utf-8")
 
 
-def _save(model: Any, component: str, folder: Path, out: Path) -> None:
+def _save(model: Any, component: str, folder: Path, out: Path, how: dict[str, str]) -> None:
     config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": METHODS[component]}
+    config["quantization_config"] = {"quant_method": METHODS[component], **how}
     (out / component).mkdir()
     (out / component / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

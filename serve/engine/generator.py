@@ -19,8 +19,10 @@ import torch
 from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
+from cluster.cards import card_of_device
+from cluster.structure import Structure
 
-from ..cost import ImageShape, Learned, Structure, reference
+from ..cost import UNKNOWN_GPU, ImageShape, Learned, reference
 from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
 from ..dispatch.messages import Heartbeat, Lease
 from ..errors import NonFiniteImage, OctetError, Unavailable
@@ -50,7 +52,7 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
     if pool.precision == "fp8":
         if device.fp8 == "none":
             raise OctetError(f"an FP8 pool cannot run here: {device.reason}")
-        return RECIPES["fp8"]
+        return RECIPES["fp8-adaln8" if pool.adaln_8_bit else "fp8"]
     return RECIPES[device.sixteen_bit]
 
 
@@ -97,7 +99,14 @@ class Generator:
             # At once: callers of a dead replica are served elsewhere, of a stuck one they wait.
             broken=lambda: os._exit(1),
         )
-        self._cost = Learned(reference(self._structure(), self._recipe.name, device.name))
+        card = card_of_device(device.name, device.memory_gib) or UNKNOWN_GPU
+        self._cost = Learned(
+            reference(
+                Structure.of(self._denoiser.transformer.config),
+                self._recipe.name,
+                card if device.compute_capability else None,
+            )
+        )
         self._metrics = EngineMetrics(self._model.pool_name(self._pool))
         await self._draw(self._new_image(self._warm_up_request(), Watch()))
         self._heartbeat = asyncio.create_task(self._report())
@@ -252,11 +261,6 @@ class Generator:
         source = self._pool.source or self._model.source
         folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
         return Denoiser(folder, self._recipe, device)
-
-    def _structure(self) -> Structure:
-        config = self._denoiser.transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        return Structure(width, config.num_layers, len(config.dual_attention_layers))
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""

@@ -287,7 +287,7 @@ def to_pixels(picture: torch.Tensor) -> NDArray[np.uint8]:
 
 def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
     if recipe.fp8_linears:
-        return fp8_checkpoint.load_transformer(folder, device)
+        return fp8_checkpoint.load_transformer(folder, recipe, device)
     if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.TRANSFORMER):
         raise CheckpointError(f"{folder} holds FP8 weights: {recipe.name} needs the original")
     transformer = SD3Transformer2DModel.from_pretrained(

@@ -20,7 +20,7 @@ import torch
 
 from bench.load_time import measure
 from serve.engine.checkpoint import MANIFEST, CheckpointError, open_checkpoint, verify
-from serve.engine.fp8_checkpoint import is_fp8, quantize
+from serve.engine.fp8_checkpoint import is_fp8, load_transformer, quantize
 from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
 from serve.settings import Source
@@ -91,6 +91,24 @@ def test_pools_that_need_16_bit_weights_say_so(fp8_folder: Path) -> None:
         Denoiser(fp8_folder, RECIPES["bf16"])
     with pytest.raises(CheckpointError, match="fp32 needs the original"):
         PromptEncoder(fp8_folder, ENCODER_RECIPES["fp32"])
+
+
+def test_adaln_in_8_bit_is_made_beforehand_or_at_load(fp8_folder: Path, tmp_path: Path) -> None:
+    recipe = RECIPES["fp8-adaln8"]
+    quantize(DEMO_MODEL, tmp_path / "small", recipe)
+    models = [
+        load_transformer(folder, recipe, "cpu").state_dict()
+        for folder in (DEMO_MODEL, fp8_folder, tmp_path / "small")
+    ]
+    for state in models[1:]:
+        assert state.keys() == models[0].keys()
+        assert all(torch.equal(state[k].view(torch.uint8), v.view(torch.uint8))
+                   for k, v in models[0].items())  # fmt: skip
+    weights = [(f / "transformer" / "fp8.safetensors").stat().st_size
+               for f in (fp8_folder, tmp_path / "small")]  # fmt: skip
+    assert weights[1] < 0.85 * weights[0]
+    with pytest.raises(CheckpointError, match="adaln_8_bit: true"):
+        Denoiser(tmp_path / "small", RECIPES["fp8"])
 
 
 def test_diffusers_and_transformers_refuse_it(fp8_folder: Path) -> None:

@@ -6,18 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from serve.cost import (
-    BOUND,
-    RATES,
-    Coefficients,
-    ImageShape,
-    Learned,
-    Structure,
-    estimated,
-    reference,
-)
+from cluster.cards import CARDS
+from cluster.structure import structure
+from serve.cost import BOUND, Coefficients, ImageShape, Learned, estimated, rates, reference
 
-LARGE = Structure(width=2432, layers=38, dual_layers=0)
+LARGE, H100 = structure("sd3.5-large"), CARDS["h100"]
 MEGAPIXEL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
 TRUE = Coefficients(constant=0.02, step=0.004, token=3e-5, token2=2e-8, pixel=1e-6)
 
@@ -41,19 +34,18 @@ def test_the_floor_of_a_known_card() -> None:
 
     The estimate counts text tokens as image tokens, reaches half of the peak, and adds the VAE.
     """
-    work_s = estimated(LARGE, RATES["H100"]["bf16"]).work_s(MEGAPIXEL)
+    work_s = estimated(LARGE, rates("bf16", H100)).work_s(MEGAPIXEL)
     assert work_s == pytest.approx(2 * 28 * 62.2e12 / 800e12, rel=0.05)
 
 
 def test_fp8_halves_the_linears_alone() -> None:
-    fp8, bf16 = (reference(LARGE, name, "NVIDIA H100 80GB HBM3") for name in ("fp8", "bf16"))
+    fp8, bf16 = (reference(LARGE, name, H100) for name in ("fp8", "bf16"))
     assert fp8.token == bf16.token / 2
     assert fp8.token2 == bf16.token2
 
 
-@pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"])
-def test_an_unknown_card_is_no_cpu(device: str) -> None:
-    assert reference(LARGE, "bf16", device).work_s(MEGAPIXEL) < 60
+def test_a_card_without_fp8_has_one_rate() -> None:
+    assert rates("fp8", CARDS["a100-80"]) == rates("bf16", CARDS["a100-80"])
 
 
 def test_guidance_steps_and_size_all_count() -> None:

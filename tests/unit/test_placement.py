@@ -3,18 +3,21 @@
 import pytest
 from ray.util.accelerators import accelerators
 
-from cluster.placement import (
-    COMPUTE_CAPABILITY,
-    Need,
-    Node,
-    fits,
-    selectors,
-    unknown_cards,
-)
+from cluster.cards import CAPABILITIES, CARDS
+from cluster.placement import Need, Node, fits, selectors, unknown_cards
 
 
-def node(card: str | None = None, label: str | None = None, gpus: float = 1) -> Node:
-    labels = {"ray.io/accelerator-type": card, "octet/precision": label}
+def node(
+    card: str | None = None,
+    label: str | None = None,
+    gpus: float = 1,
+    octet_card: str | None = None,
+) -> Node:
+    labels = {
+        "ray.io/accelerator-type": card,
+        "octet/precision": label,
+        "octet/card": octet_card,
+    }
     return Node("n", {k: v for k, v in labels.items() if v}, num_cpus=4, num_gpus=gpus)
 
 
@@ -35,7 +38,7 @@ def node(card: str | None = None, label: str | None = None, gpus: float = 1) -> 
     ],
 )
 def test_fp8_is_where_label_or_card_say(where: Node, fp8: bool) -> None:
-    assert where.has_fp8 is fp8
+    assert where.has_fp8() is fp8
     assert fits(Need("fp8", 1, 0.5), where) is fp8
     assert fits(Need("fp16", 1, 0.5), where)
     assert fits(Need("fp16", 1, 0.5, allow_fp8_nodes=False), where) is not fp8
@@ -58,6 +61,38 @@ def test_16_bit_prefers_nodes_without_fp8() -> None:
     assert selectors(free)[len(selectors(strict)) :] == selectors(Need("fp8", 1, 1))
 
 
+def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """As Ray does it: a missing label satisfies whatever begins with "!"."""
+    for key, wanted in selector.items():
+        negated, wanted = wanted.startswith("!"), wanted.removeprefix("!")
+        values = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
+        if (labels.get(key) in values) is negated:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16"])
+@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("bound", [None, "h100", "a100-40", "a100-80", "t4"])
+def test_selectors_and_fits_say_the_same(precision: str, allow: bool, bound: str | None) -> None:
+    need = Need(precision, 1, 0.5, allow, bound)
+    for card in ("H100", "A100", "A100-80G", "T4", "Odd", None):
+        for label in ("fp8", "fp16", "odd", None):
+            for octet_card in (None, "a100-80", "h100", "odd"):
+                where = node(card, label, octet_card=octet_card)
+                by_ray = any(matches(s, where.labels) for s in selectors(need))
+                assert by_ray is fits(need, where), where.labels
+
+
+def test_a_pool_bound_to_a_card_runs_there_alone() -> None:
+    need = Need("fp16", 1, 0.5, card="a100-80")
+    assert fits(need, node("A100", octet_card="a100-80"))
+    assert fits(need, node("A100-80G"))
+    assert not fits(need, node("A100"))  # which may have 40 GiB
+    assert not fits(need, node("H100"))
+    assert node("A100", octet_card="a100-80").card is CARDS["a100-80"]
+
+
 def test_unknown_cards_get_advice_and_known_ones_do_not() -> None:
     quiet = [node("H100"), node("A100"), node("Odd", "fp8"), node(gpus=0)]
     assert unknown_cards(quiet) == {}
@@ -71,4 +106,4 @@ def test_unknown_cards_get_advice_and_known_ones_do_not() -> None:
 
 def test_every_nvidia_card_that_ray_names_is_in_the_table() -> None:
     named = {v for k, v in vars(accelerators).items() if k.startswith("NVIDIA_")}
-    assert named - COMPUTE_CAPABILITY.keys() <= {"K80"}  # too old for torch
+    assert named - CAPABILITIES.keys() <= {"K80"}  # too old for torch

@@ -1,0 +1,110 @@
+"""Peak memory of a step and of a decode, on the meta device: shapes alone, no arithmetic.
+
+A dispatch mode follows every tensor's storage from its allocation until nothing refers to it. That
+is what torch's allocator would hold without fragmentation, for eager execution; attention is
+counted as fused kernels do it, without its matrix of weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import T5Config, T5EncoderModel
+
+from cluster.structure import TRANSFORMERS, config
+from serve.engine.precision import RECIPES, apply_recipe
+
+
+class LivingBytes(TorchDispatchMode):
+    """`peak`: the most bytes of storages made within the block that were alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        before = {id(s) for s in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if id(storage) not in self._known and id(storage) not in before:
+                self._add(storage)
+        return out
+
+    def _add(self, storage: Any) -> None:
+        nbytes, key = storage.nbytes(), id(storage)
+        self._known.add(key)
+        self.living += nbytes
+        self.peak = max(self.peak, self.living)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.living -= nbytes
+
+        weakref.finalize(storage, gone)
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [x.untyped_storage() for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
+
+
+def step_bytes(model: str, recipe: str, rows: int, width: int, height: int, text: int) -> int:
+    """The peak of one call of the transformer, without its weights and its input."""
+    transformer = _transformer(model, recipe)
+    with torch.device("meta"):
+        latents = torch.empty(rows, 16, height // 8, width // 8, dtype=torch.bfloat16)
+        tokens = torch.empty(rows, text, 4096, dtype=torch.bfloat16)
+        pooled = torch.empty(rows, 2048, dtype=torch.bfloat16)
+        times = torch.empty(rows)
+    with torch.inference_mode(), _fused_attention(), LivingBytes() as living:
+        transformer(
+            hidden_states=latents,
+            timestep=times,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )
+    return living.peak
+
+
+def decode_bytes(width: int, height: int) -> int:
+    """The peak of the VAE's decoder in bfloat16, for one image."""
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(config("vae")).to(torch.bfloat16)
+        latents = torch.empty(1, 16, height // 8, width // 8, dtype=torch.bfloat16)
+    with torch.inference_mode(), _fused_attention(), LivingBytes() as living:
+        vae.decode(latents, return_dict=False)
+    return living.peak
+
+
+@cache
+def _transformer(model: str, recipe: str) -> Any:
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config(TRANSFORMERS[model]))
+        return apply_recipe(transformer, RECIPES[recipe]).eval()
+
+
+def _fused_attention() -> Any:
+    def attention(query: Any, key: Any, value: Any, **_: Any) -> Any:
+        return torch.empty_like(query)
+
+    return patch("torch.nn.functional.scaled_dot_product_attention", attention)
+
+
+def encode_bytes(prompts: int, length: int) -> int:
+    """The peak of T5's encoder in bfloat16, the largest of the text encoders."""
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(**config("t5_xxl"))).to(torch.bfloat16)
+        ids = torch.zeros(prompts, length, dtype=torch.long)
+    with torch.inference_mode(), LivingBytes() as living:
+        t5(ids)
+    return living.peak

@@ -1,0 +1,100 @@
+"""Facts of the cards that we know, in one place; `octet plan --prices FILE` replaces the prices.
+
+Sources. Memory: what CUDA reports, the lowest figure seen (nvidia-smi's total less what the driver
+keeps: github.com/modal-labs/modal-client pull request 2797 lists totals). Compute capability:
+NVIDIA's list of CUDA GPUs. Rates: dense, from NVIDIA's datasheets (T4, A10, L4, L40S, A100, B200)
+and architecture white papers (RTX 4090, 5090: with float32 accumulation); H100 and H200 state 989
+and 1,979, of which a large bf16 product on random data reaches 800: FP8 is taken as twice that.
+Prices: those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"); T4: Google
+Cloud's list; A10 and A100-40 on demand: Lambda's; A100-40 on the spot: DataCrunch's. They differ
+between providers by factors of two to four: set your own.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FP8_SINCE = (8, 9)
+BF16_SINCE = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """`ray_names`: as Ray's label `ray.io/accelerator-type` has it; `name`: in the driver's name.
+
+    Rates are dense TFLOP/s: 16 bit (fp16 where there is no bf16) and FP8, None without FP8 tensor
+    cores. Prices are US dollars an hour for one card; None where we know none.
+    """
+
+    id: str
+    name: str
+    ray_names: tuple[str, ...]
+    memory_gib: float
+    compute_capability: tuple[int, int]
+    tflops: float
+    fp8_tflops: float | None
+    bandwidth_gb_s: float
+    on_demand_usd_h: float | None
+    spot_usd_h: float | None
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.compute_capability >= FP8_SINCE
+
+
+CARDS = {
+    card.id: card
+    for card in (
+        Card("t4", "T4", ("T4",), 14.56, (7, 5), 65, None, 320, 0.35, 0.11),
+        Card("a10", "A10", ("A10",), 21.98, (8, 6), 125, None, 600, 0.75, None),
+        Card("l4", "L4", ("L4",), 22.03, (8, 9), 121, 242, 300, 0.78, 0.44),
+        Card("l40s", "L40S", ("L40S",), 44.31, (8, 9), 362, 733, 864, 1.40, 0.79),
+        Card("rtx4090", "RTX 4090", ("GeForce-RTX-4090",), 23.51, (8, 9), 165, 330, 1008, 0.60, 0.34),
+        Card("rtx5090", "RTX 5090", ("GeForce-RTX-5090",), 31.35, (12, 0), 209, 419, 1792, 1.22, 0.69),
+        # Ray's "A100" does not say how much memory: it counts as the smaller one.
+        Card("a100-40", "A100", ("A100", "A100-40G"), 39.38, (8, 0), 312, None, 1555, 1.29, 0.25),
+        Card("a100-80", "A100", ("A100-80G",), 79.14, (8, 0), 312, None, 1935, 2.10, 1.19),
+        Card("h100", "H100", ("H100",), 79.11, (9, 0), 800, 1600, 3350, 4.76, 2.69),
+        Card("h200", "H200", ("H200",), 139.7, (9, 0), 800, 1600, 4800, 6.35, 3.59),
+        Card("b200", "B200", ("B200",), 178.3, (10, 0), 2250, 4500, 7700, 10.57, 5.98),
+    )
+}
+
+# Compute capability of cards of which we know nothing else, by Ray's name.
+OTHER_CAPABILITIES = {
+    "P4": (6, 1),
+    "P100": (6, 0),
+    "V100": (7, 0),
+    "A30": (8, 0),
+    "A2": (8, 6),
+    "A10G": (8, 6),
+    "A16": (8, 6),
+    "A40": (8, 6),
+    "RTX-A6000": (8, 6),
+    "GeForce-RTX-3090": (8, 6),
+    "L40": (8, 9),
+    "GeForce-RTX-4080": (8, 9),
+    "H20": (9, 0),
+    "GH200": (9, 0),
+    "GB200": (10, 0),
+    "B300": (10, 3),
+    "GB300": (10, 3),
+    "RTX-PRO-6000": (12, 0),
+    "GeForce-RTX-5080": (12, 0),
+}
+CAPABILITIES = {
+    **{name: card.compute_capability for card in CARDS.values() for name in card.ray_names},
+    **OTHER_CAPABILITIES,
+}
+
+
+def card_of(ray_name: str) -> Card | None:
+    """The card that Ray calls so."""
+    return next((card for card in CARDS.values() if ray_name in card.ray_names), None)
+
+
+def card_of_device(name: str, memory_gib: float) -> Card | None:
+    """The card that the driver calls so: "NVIDIA A100-SXM4-40GB" with its memory."""
+    named = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name)]
+    return min(named, key=lambda card: abs(card.memory_gib - memory_gib), default=None)

@@ -1,0 +1,120 @@
+"""The ways to serve a model on a card: how many replicas, and how many slots each.
+
+Replicas copy the weights, slots share them; both fill the gaps in which the card waits for its host,
+and slots also share the reading of the weights. Images/s of a card that draws this model alone:
+
+    min(1 / g, replicas / (g + h)),    g: seconds of the card for an image, h: of its host
+
+A way is allowed only if all images under way at once are still finished within the latency target
+(Little's law: replicas · slots ÷ images/s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from serve.cost import EFFICIENCY, REFERENCES, ImageShape, reference
+
+from .cards import BF16_SINCE, Card
+from .footprint import footprint, transformer_bytes
+from .structure import Structure
+
+MAX_REPLICAS = 8  # of a model on a card
+MAX_SLOTS = 8
+WORTH = 1.02  # a way that takes more memory is so much faster, or not considered
+SLOWDOWN = 3.0  # the latency target, where none is given: × the image's own time on that card
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A model, the image that it is planned for, and the largest one that it may be asked for.
+
+    `share`: of all images, relative to the other models'.
+    """
+
+    model: str
+    structure: Structure
+    shape: ImageShape
+    max_pixels: int
+    share: float = 1.0
+
+
+class Way(NamedTuple):
+    """How a card serves a model: `gib` is one replica's, `images_s` the card's."""
+
+    model: str
+    recipe: str
+    replicas: int
+    slots: int
+    gib: float
+    images_s: float
+    estimated: bool  # from arithmetic, not measured
+
+    @property
+    def total_gib(self) -> float:
+        return self.replicas * self.gib
+
+    @property
+    def latency_s(self) -> float:
+        """Of an image while all slots are taken."""
+        return self.replicas * self.slots / self.images_s
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for every card; see `plan`."""
+
+    latency_s: float | None = None
+    adaln_8_bit: bool = False
+
+    def allowed_s(self, want: Want, card: Card) -> float:
+        alone_s = sum(times(want, recipe_on(card, adaln_8_bit=self.adaln_8_bit), card, 1))
+        return self.latency_s or SLOWDOWN * alone_s
+
+
+def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
+    """What a card runs: FP8 where it can."""
+    if card.has_fp8:
+        return "fp8-adaln8" if adaln_8_bit else "fp8"
+    return "bf16" if card.compute_capability >= BF16_SINCE else "fp16"
+
+
+def times(want: Want, recipe: str, card: Card, slots: int) -> tuple[float, float]:
+    """Seconds of the card and of its host for one image, of `slots` that are drawn together."""
+    costs, shape = reference(want.structure, recipe, card), want.shape
+    n = shape.tokens
+    compute = slots * shape.rows * (costs.token * n + costs.token2 * n * n)
+    reading = transformer_bytes(want.structure, recipe) / (1e9 * card.bandwidth_gb_s * EFFICIENCY)
+    card_s = shape.steps * max(compute, reading) / slots + costs.pixel * shape.pixels
+    return card_s, costs.constant + shape.steps * costs.step / slots
+
+
+@lru_cache(10_000)
+def all_ways(want: Want, card: Card, terms: Terms) -> list[Way]:
+    """The ways to serve a model on a card that keep its images in time, whatever they take."""
+    recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
+    estimated = (want.structure, recipe, card.id) not in REFERENCES
+    found = []
+    for slots in range(1, MAX_SLOTS + 1):
+        tokens = want.shape.text_tokens
+        gib = footprint(want.structure, recipe, slots, want.max_pixels, tokens).total
+        card_s, host_s = times(want, recipe, card, slots)
+        for replicas in range(1, MAX_REPLICAS + 1):
+            images_s = min(1 / card_s, replicas / (card_s + host_s))
+            way = Way(want.model, recipe, replicas, slots, gib, images_s, estimated)
+            if way.latency_s <= terms.allowed_s(want, card):
+                found.append(way)
+    return found
+
+
+@lru_cache(10_000)
+def ways(want: Want, card: Card, usable_gib: float, terms: Terms) -> list[Way]:
+    """Those that fit, by memory, each worth what it takes."""
+    found = [way for way in all_ways(want, card, terms) if way.total_gib <= usable_gib]
+    worth: list[Way] = []
+    for way in sorted(found, key=lambda w: (w.total_gib, -w.images_s)):
+        if not worth or way.images_s > WORTH * worth[-1].images_s:
+            worth.append(way)
+    return worth

@@ -1,0 +1,42 @@
+"""One file of card facts: consistent in itself, and found by every name that a card goes by."""
+
+import pytest
+
+from cluster.cards import CAPABILITIES, CARDS, FP8_SINCE, OTHER_CAPABILITIES, card_of, card_of_device
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_facts_are_plausible(card) -> None:
+    assert (card.fp8_tflops is not None) is (card.compute_capability >= FP8_SINCE)
+    assert card.fp8_tflops is None or card.fp8_tflops == pytest.approx(2 * card.tflops, rel=0.02)
+    assert card.spot_usd_h is None or card.spot_usd_h < card.on_demand_usd_h
+    assert 14 < card.memory_gib < 180
+    assert not set(card.ray_names) & OTHER_CAPABILITIES.keys()
+    assert all(card_of(name) is card for name in card.ray_names)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA L4", 22.1, "l4"),
+        ("Tesla T4", 14.6, "t4"),
+        ("NVIDIA A10G", 22.1, None),  # not an A10
+        ("NVIDIA GB200", 184.0, None),
+        ("cpu", 24.0, None),
+    ],
+)
+def test_the_drivers_name_finds_the_card(name: str, memory_gib: float, found: str | None) -> None:
+    card = card_of_device(name, memory_gib)
+    assert (card and card.id) == found
+
+
+def test_rays_ambiguous_a100_counts_as_the_smaller_one() -> None:
+    card = card_of("A100")
+    assert card is not None
+    assert card.memory_gib < 40
+    assert CAPABILITIES["A100"] == (8, 0)

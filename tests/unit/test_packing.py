@@ -1,0 +1,264 @@
+"""The packing plan: never overcommits, is the best there is, and says what stands in its way."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.cards import CARDS
+from cluster.footprint import text_encoders_gib
+from cluster.packing import Cards, DoesNotFit, Plan, encoders_needed, plan
+from cluster.packing_search import Search
+from cluster.pools import planned_pools
+from cluster.structure import TRANSFORMERS, structure
+from cluster.ways import MAX_REPLICAS, MAX_SLOTS, WORTH, Terms, Want, all_ways, times
+from serve.cost import ImageShape
+
+STEPS_AND_ROWS = {
+    "sd3.5-large": (40, 2),
+    "sd3.5-large-turbo": (4, 1),
+    "sd3.5-medium": (28, 2),
+}
+
+
+def want(model: str, side: int = 1024, share: float = 1.0) -> Want:
+    steps, rows = STEPS_AND_ROWS[model]
+    return Want(
+        model, structure(model), ImageShape(side, side, 333, rows, steps), side * side, share
+    )
+
+
+LARGE, TURBO, MEDIUM = map(want, TRANSFORMERS)
+ALL = [LARGE, TURBO, MEDIUM]
+
+groups = st.lists(
+    st.tuples(st.sampled_from(list(CARDS.values())), st.integers(1, 6)),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda pair: pair[0].id,
+).map(lambda pairs: [Cards(card, count) for card, count in pairs])
+wants = st.lists(
+    st.builds(
+        want,
+        st.sampled_from(list(TRANSFORMERS)),
+        st.sampled_from([256, 512, 1024]),
+        st.sampled_from([0.5, 1, 3]),
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda w: w.model,
+)
+terms = st.builds(Terms, st.sampled_from([None, 1.0, 20.0]), st.booleans())
+
+
+def planned(*args, **kwargs) -> Plan | None:
+    try:
+        return plan(*args, **kwargs)
+    except DoesNotFit:
+        return None
+
+
+@settings(deadline=None, max_examples=150)
+@given(groups, wants, terms, st.booleans(), st.sampled_from([0.0, 3.0]))
+def test_nothing_is_overcommitted_wherever_ray_puts_it(
+    groups, wants, terms, encoders_on_gpu, reserved_gib
+) -> None:
+    groups = [Cards(g.card, g.count, reserved_gib) for g in groups]
+    found = planned(groups, wants, terms=terms, encoders_on_gpu=encoders_on_gpu)
+    if found is None:
+        return
+    for group in groups:
+        stacks = [s for s in found.stacks if s.cards.card == group.card]
+        assert sum(s.cards.count for s in stacks) <= group.count
+        for stack in stacks:
+            encoders_gib = stack.cards.encoders * text_encoders_gib()
+            used = sum(w.total_gib for w in stack.ways) + encoders_gib
+            assert used <= group.card.memory_gib - reserved_gib + 1e-9
+    pools = planned_pools(found)
+    for pool in pools:
+        card = CARDS[pool.card]
+        # Ray puts replicas on a card as long as their fractions, in ten-thousandths, sum to one.
+        assert pool.num_gpus == round(pool.num_gpus, 4)
+        assert 0 < pool.num_gpus <= 1
+        assert pool.memory_gib <= pool.num_gpus * (card.memory_gib - reserved_gib) + 1e-9
+        needed = [
+            w.gib
+            for s in found.stacks
+            for w in s.ways
+            if (w.model, w.slots, s.cards.card.id) == (pool.model, pool.slots, pool.card)
+        ]
+        assert all(gib <= pool.memory_gib + 1e-9 for gib in needed or [text_encoders_gib()])
+    assert {w.model for w in wants} == {pool.model for pool in pools if pool.model}
+
+
+@settings(deadline=None, max_examples=100)
+@given(groups, wants, st.integers(0, 2**32))
+def test_even_pools_find_a_place_in_any_order(groups, wants, seed) -> None:
+    found = planned(groups, wants)
+    pools = planned_pools(found) if found else []
+    encoders = sum(pool.replicas for pool in pools if pool.model is None)
+    if not all(pool.even for pool in pools) or encoders > 1:
+        return
+    rng = random.Random(seed)
+    for group in groups:
+        free = [10_000] * group.count
+        asked = [
+            round(10_000 * p.num_gpus)
+            for p in pools
+            for _ in range(p.replicas)
+            if p.card == group.card.id
+        ]
+        rng.shuffle(asked)
+        for size in asked:
+            roomy = [i for i, room in enumerate(free) if room >= size]
+            assert roomy
+            free[rng.choice(roomy)] -= size
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from(["rtx4090", "h100", "t4", "l40s"]), min_size=1, max_size=2),
+    st.lists(st.sampled_from([LARGE, TURBO, MEDIUM, want("sd3.5-medium", 512)]), min_size=1,
+             max_size=2, unique_by=lambda w: w.model),
+)  # fmt: skip
+def test_it_is_the_best_of_all_possible_plans(names, wants) -> None:
+    """Against every way of every model on every card, tried without any shortcut."""
+    cards = [CARDS[name] for name in names]
+    per_card = []
+    for card in cards:
+        choices = [[None, *all_ways(w, card, Terms())] for w in wants]
+        per_card.append(
+            {
+                tuple(way.images_s if way else 0.0 for way in arrangement)
+                for arrangement in product(*choices)
+                if sum(way.total_gib for way in arrangement if way) <= card.memory_gib
+            }
+        )
+    best = max(
+        math.prod(sum(rates) for rates in zip(*picked, strict=True)) ** (1 / len(wants))
+        for picked in product(*per_card)
+    )
+    groups = [Cards(CARDS[name], names.count(name)) for name in dict.fromkeys(names)]
+    found = planned(groups, wants, encoders_on_gpu=False)
+    assert (found is None) is (best == 0)
+    if found:
+        assert best / WORTH <= found.mean_images_s <= best * (1 + 1e-9)
+
+
+def test_climbing_comes_near_the_best() -> None:
+    rng = random.Random(7)
+    for _ in range(60):
+        models, kinds = rng.randint(1, 3), rng.randint(1, 2)
+        rates = [
+            [
+                tuple(rng.choice([0, 0, rng.uniform(0.1, 5)]) for _ in range(models))
+                for _ in range(rng.randint(1, 4))
+            ]
+            for _ in range(kinds)
+        ]
+        search = Search([rng.randint(1, 6) for _ in range(kinds)], rates, [1.0] * models)
+        (lost, log_mean), (climbed_lost, climbed) = map(
+            search.score, (search.all(), search.climb())
+        )
+        assert climbed_lost == lost
+        assert climbed <= log_mean + models * math.log(1.02)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(list(CARDS.values())), st.integers(1, 4), wants, st.floats(0, 60))
+def test_more_memory_never_makes_it_worse(card, count, wants, reserved_gib) -> None:
+    roomy = planned([Cards(card, count)], wants)
+    tight = planned([Cards(card, count, reserved_gib)], wants)
+    if tight:
+        assert roomy is not None
+        assert roomy.mean_images_s >= tight.mean_images_s / WORTH
+
+
+def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
+    groups = [Cards(card, 91) for card in CARDS.values()]
+    began = time.perf_counter()
+    found = plan(groups, ALL)
+    assert time.perf_counter() - began < 1
+    assert sum(stack.cards.count for stack in found.stacks) > 900
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_every_model_on_every_card_has_a_plan_or_a_reason(card, model) -> None:
+    try:
+        found = plan([Cards(card, 2)], [want(model)])
+    except DoesNotFit as error:
+        assert card.id in str(error)
+        assert "GiB" in str(error)
+    else:
+        assert found.images_s[model] > 0
+
+
+def test_latency_targets_are_kept() -> None:
+    found = plan([Cards(CARDS["h100"], 1)], [LARGE], terms=Terms(latency_s=8.0))
+    (way,) = found.stacks[0].ways
+    assert way.latency_s <= 8.0
+    assert (way.replicas, way.slots) == (1, 2)  # a third would take 12 s
+
+
+def test_what_does_not_fit_is_explained_with_what_would() -> None:
+    with pytest.raises(DoesNotFit) as error:
+        plan([Cards(CARDS["t4"], 4)], [LARGE])
+    assert "sd3.5-large on t4: needs 20.1 GiB in fp16, and there are 14.6" in str(error.value)
+    assert "another card: a10, l4" in str(error.value)
+
+    with pytest.raises(DoesNotFit, match="not all of them at once"):
+        plan([Cards(CARDS["rtx4090"], 1)], [LARGE, TURBO])
+
+    with pytest.raises(DoesNotFit, match="images of 512x512"):
+        plan([Cards(CARDS["l4"], 1)], [LARGE], terms=Terms(latency_s=10.0))
+
+    with pytest.raises(DoesNotFit, match="text encoders need 7.1 GiB"):
+        plan([Cards(CARDS["t4"], 1)], [MEDIUM])
+
+
+def test_advice_is_true() -> None:
+    """Cards that the reason names do, and 8-bit AdaLN does where it says so."""
+    tight = Cards(CARDS["l4"], 1, reserved_gib=10.0)
+    with pytest.raises(DoesNotFit, match="--adaln-8-bit"):
+        plan([tight], [LARGE], encoders_on_gpu=False)
+    plan([tight], [LARGE], terms=Terms(adaln_8_bit=True), encoders_on_gpu=False)
+
+
+def test_spare_memory_gives_slots_and_equal_parts() -> None:
+    found = plan([Cards(CARDS["h100"], 8)], [LARGE])
+    large, encoder = planned_pools(found)
+    assert (large.replicas, large.slots, large.even) == (8, 3, True)
+    assert 2 * large.num_gpus > 1  # so that Ray puts one on each card, and does not stack them
+    assert large.num_gpus + encoder.num_gpus <= 1
+    assert encoder.replicas == 1
+
+
+def test_text_encoders_keep_up_with_the_images() -> None:
+    assert encoders_needed(0.1, CARDS["t4"]) == 1
+    assert encoders_needed(1000, CARDS["h100"]) == math.ceil(1000 / (0.7 * 400e12 / 2.5e12))
+    found = plan([Cards(CARDS["h100"], 200)], [TURBO])
+    encoders = sum(s.cards.count * s.cards.encoders for s in found.stacks)
+    assert encoders >= encoders_needed(0.9 * found.mixed_images_s, CARDS["h100"]) > 1
+
+
+def test_weights_are_read_once_for_all_slots() -> None:
+    """A step of few tokens takes as long as reading the weights, whatever the number of slots."""
+    small = want("sd3.5-large", 64)
+    one, many = (times(small, "fp8", CARDS["l4"], slots)[0] for slots in (1, 4))
+    assert one > 2 * many
+    large_one, large_many = (times(LARGE, "fp8", CARDS["l4"], slots)[0] for slots in (1, 4))
+    assert large_one == pytest.approx(large_many, rel=0.01)
+
+
+def test_bounds_are_not_what_decides() -> None:
+    for card in CARDS.values():
+        for model in ALL:
+            found = all_ways(model, card, Terms())
+            assert all(w.replicas < MAX_REPLICAS and w.slots < MAX_SLOTS for w in found)
