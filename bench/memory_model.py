@@ -1,14 +1,18 @@
-"""Peak memory of a step and of a decode, on the meta device: shapes alone, no arithmetic.
+"""Memory of replicas: the table of `cluster.footprint`, beside what the meta device says.
 
-A dispatch mode follows every tensor's storage from its allocation until nothing refers to it. That
-is what torch's allocator would hold without fragmentation, for eager execution; attention is
-counted as fused kernels do it, without its matrix of weights.
+    python -m bench.memory_model
+
+Peaks of a step and of a decode are followed on the meta device: shapes alone, no arithmetic. A
+dispatch mode follows every tensor's storage from its allocation until nothing refers to it. That is
+what torch's allocator would hold without fragmentation, for eager execution; attention is counted
+as fused kernels do it, without its matrix of weights.
 """
 
 from __future__ import annotations
 
 import weakref
 from functools import cache
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -18,8 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import T5Config, T5EncoderModel
 
-from cluster.structure import TRANSFORMERS, config
+from cluster.footprint import TEXT_TOKENS, footprint, text_encoders_gib
+from cluster.footprint import step_bytes as formula
+from cluster.structure import TRANSFORMERS, config, structure
 from serve.engine.precision import RECIPES, apply_recipe
+
+SIDES = 512, 1024
 
 
 class LivingBytes(TorchDispatchMode):
@@ -30,9 +38,7 @@ class LivingBytes(TorchDispatchMode):
         self.living = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(s) for s in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
@@ -108,3 +114,27 @@ def encode_bytes(prompts: int, length: int) -> int:
     with torch.inference_mode(), LivingBytes() as living:
         t5(ids)
     return living.peak
+
+
+def main() -> None:
+    print("GiB of a replica that draws one image with guidance at a time, computed\n")
+    print(
+        "| model | runs | size | transformer | VAE | step | decode | torch peak | whole replica |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for model, recipe, side in product(TRANSFORMERS, ("fp8", "fp8-adaln8", "bf16"), SIDES):
+        f = footprint(structure(model), recipe, 1, side * side)
+        parts = f.transformer, f.vae, f.step, f.decode, f.torch_peak, f.total
+        cells = " | ".join(f"{gib:.2f}" for gib in parts)
+        print(f"| {model} | {recipe} | {side}² | {cells} |")
+    print(f"\ntext encoders, T5 in FP8 / in 16 bit: {text_encoders_gib():.2f} / "
+          f"{text_encoders_gib(t5_in_fp8=False):.2f} GiB")  # fmt: skip
+    off = [
+        step_bytes(m, r, 2, s, s, TEXT_TOKENS) / formula(structure(m), r, 2, s * s, TEXT_TOKENS)
+        for m, r, s in product(("sd3.5-large", "sd3.5-medium"), ("fp8", "bf16"), SIDES)
+    ]
+    print(f"a step followed on the meta device ÷ its formula: {min(off):.3f} to {max(off):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """GiB of a card that a replica takes, by formula from its structure and recipe.
 
-Weights are counted exactly. The peaks of a step and of a decode are those of eager execution, linear
-in rows × tokens and in pixels: the factors below are what `bench.memory_model` finds by following
-every tensor on the meta device; compiled, a step takes less. The CUDA context and the slack of
-torch's allocator are assumptions until they are measured on a GPU.
+Weights are counted exactly. The peaks of a step and of a decode are those of eager execution,
+linear in rows × tokens and in pixels: the factors below are what `bench.memory_model` finds by
+following every tensor on the meta device; compiled, a step takes less. The CUDA context and the
+slack of torch's allocator are assumptions until they are measured on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Footprint:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
     @property
     def torch_peak(self) -> float:

@@ -1,10 +1,10 @@
 """The packing plan: which models share a card, and in which way each is served there.
 
-An *arrangement* has at most one way for each model (`cluster.ways`) and fits into the card. The plan
-gives every card an arrangement such that the mean of the models' capacities (images/s if only that
-model is asked for), geometric and weighted by their shares, is greatest. So a model that has no
-place weighs more than any speed, and models share cards as far as their memory allows. Cards of a
-kind are interchangeable: with few possibilities all are tried, else it climbs.
+An *arrangement* has at most one way for each model (`cluster.ways`) and fits into the card. The
+plan gives every card an arrangement such that the mean of the models' capacities (images/s if only
+that model is asked for), geometric and weighted by their shares, is greatest. So a model that has
+no place weighs more than any speed, and models share cards as far as their memory allows. Cards of
+a kind are interchangeable: with few possibilities all are tried, else it climbs.
 
 Memory that is left gives slots, which let images overtake each other.
 """
@@ -26,6 +26,10 @@ from .ways import Terms, Want, Way, all_ways, recipe_on, times, ways
 
 ENCODER_FLOPS = 2.5e12  # of a prompt of 256 tokens: 2 × parameters × tokens
 ENCODER_LOAD = 0.7  # how busy text encoders may be
+
+
+USUAL = Terms()
+FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
 
 
 class DoesNotFit(Exception):
@@ -66,19 +70,22 @@ class Plan:
     wants: tuple[Want, ...]
     stacks: tuple[Stack, ...]
 
-    def even_gib(self, card: Card) -> float | None:
-        """What each replica on such a card gets if all get the same, as many on every card.
+    def even_part(self, card: Card) -> float | None:
+        """The part of such a card that each replica gets if all get the same, and as many a card.
 
-        None where that is not possible.
+        None where that is not possible. Then any placement of them, and of one text encoder, fits.
         """
         stacks = [stack for stack in self.stacks if stack.cards.card == card]
         replicas = {sum(way.replicas for way in stack.ways) for stack in stacks}
-        if len(replicas) > 1 or not max(replicas):
+        encoders = sum(stack.cards.count * stack.cards.encoders for stack in stacks)
+        if len(replicas) > 1 or not max(replicas) or encoders > 1:
             return None
-        usable_gib = min(stack.cards.usable_gib for stack in stacks)
-        even_gib = usable_gib / replicas.pop()
-        fit = all(way.gib <= even_gib for stack in stacks for way in stack.ways)
-        return even_gib if fit else None
+        total_gib = stacks[0].cards.for_replicas_gib
+        taken = fraction_of(text_encoders_gib(), total_gib) if encoders else 0.0
+        # Not the last ten-thousandth: Ray Serve adds up in floating point.
+        part = math.floor((FRACTIONS * (1 - taken) - 1) / replicas.pop()) / FRACTIONS
+        fit = all(way.gib <= part * total_gib for stack in stacks for way in stack.ways)
+        return part if fit else None
 
     @cached_property
     def images_s(self) -> dict[str, float]:
@@ -97,9 +104,7 @@ class Plan:
     def mean_images_s(self) -> float:
         """What the plan maximises: the geometric mean, weighted by share."""
         total = sum(want.share for want in self.wants)
-        return math.exp(
-            sum(w.share / total * math.log(self.images_s[w.model]) for w in self.wants)
-        )
+        return math.exp(sum(w.share / total * math.log(self.images_s[w.model]) for w in self.wants))
 
     @property
     def mixed_images_s(self) -> float:
@@ -113,7 +118,7 @@ def plan(
     groups: Sequence[Cards],
     wants: Sequence[Want],
     *,
-    terms: Terms = Terms(),
+    terms: Terms = USUAL,
     encoders_on_gpu: bool = True,
 ) -> Plan:
     """Where everything goes. Raises `DoesNotFit`.
@@ -140,6 +145,11 @@ def plan(
         )
     best = max((p for p in plans if p), key=lambda p: p.mean_images_s)
     return _with_more_slots(best, terms)
+
+
+def fraction_of(gib: float, total_gib: float) -> float:
+    """Of a GPU, rounded up to what Ray counts in."""
+    return math.ceil(FRACTIONS * gib / total_gib) / FRACTIONS
 
 
 def encoders_needed(images_s: float, card: Card) -> int:
@@ -201,7 +211,7 @@ def _with_more_slots(plan: Plan, terms: Terms) -> Plan:
     stacks = []
     for stack in plan.stacks:
         chosen, grown = list(stack.ways), True
-        even_gib = plan.even_gib(stack.cards.card)
+        part = plan.even_part(stack.cards.card)
         while grown:
             grown = False
             for i, way in enumerate(chosen):
@@ -211,7 +221,7 @@ def _with_more_slots(plan: Plan, terms: Terms) -> Plan:
                     if (
                         (more.replicas, more.slots) == (way.replicas, way.slots + 1)
                         and more.total_gib - way.total_gib <= spare_gib
-                        and (even_gib is None or more.gib <= even_gib)
+                        and (part is None or more.gib <= part * stack.cards.for_replicas_gib)
                     ):
                         chosen[i], grown = more, True
         stacks.append(replace(stack, ways=tuple(chosen)))

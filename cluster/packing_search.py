@@ -1,8 +1,8 @@
 """Which card of which kind gets which arrangement: a search over counts.
 
-Every arrangement gives each model so many images/s. The score of counts is the geometric mean of the
-models' sums, weighted by shares; it is concave, so climbing ends near the top: as few as one card
-of a kind can make a difference, therefore few possibilities are all tried.
+Every arrangement gives each model so many images/s. The score of counts is the geometric mean of
+the models' sums, weighted by shares. It is concave in the counts, so climbing ends near the top;
+with few cards a single one makes a difference, and all possibilities are tried.
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ class Search:
         while step:
             better = False
             for ns, rates in zip(counts, self._rates, strict=True):
-                gradient = [s / max(c, SCARCE) for s, c in zip(self._shares, capacities, strict=True)]
-                worth = sorted(
-                    range(len(ns)), key=lambda i, r=rates, g=gradient: -sum(map(mul, r[i], g))
-                )
+                gradient = [
+                    s / max(c, SCARCE) for s, c in zip(self._shares, capacities, strict=True)
+                ]
+                values = [sum(map(mul, images_s, gradient)) for images_s in rates]
+                worth = sorted(range(len(values)), key=values.__getitem__, reverse=True)
                 for a, b in product([i for i, n in enumerate(ns) if n], worth[:TARGETS]):
                     moved = min(step, ns[a])
                     after = [

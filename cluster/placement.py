@@ -115,11 +115,7 @@ def unknown_cards(nodes: Iterable[Node]) -> dict[str, str]:
     for node in nodes:
         card = node.labels.get(ACCELERATOR_LABEL)
         label = node.labels.get(PRECISION_LABEL)
-        if (
-            not node.num_gpus
-            or label in ("fp8", "fp16")
-            or (not label and card in CAPABILITIES)
-        ):
+        if not node.num_gpus or label in ("fp8", "fp16") or (not label and card in CAPABILITIES):
             continue
         known = f"label {PRECISION_LABEL}={label}" if label else f"card {card or 'without a name'}"
         warnings[node.id] = (

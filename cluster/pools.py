@@ -10,14 +10,11 @@ that the last ones find none: `Pool.even` says which it is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .footprint import text_encoders_gib
-from .packing import Plan
+from .packing import Plan, fraction_of
 from .ways import Way
-
-FRACTIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +47,19 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
     kinds = {stack.cards.card.id: stack.cards for stack in plan.stacks}
     pools = []
     for (card, way), replicas in counted.items():
-        cards = kinds[card]
-        even_gib = plan.even_gib(cards.card)
-        num_gpus = fraction(even_gib or way.gib, cards.for_replicas_gib, down=even_gib is not None)
-        gib = num_gpus * cards.for_replicas_gib
+        total_gib = kinds[card].for_replicas_gib
+        part = plan.even_part(kinds[card].card)
+        num_gpus = part or fraction_of(way.gib, total_gib)
         pools.append(
             PlannedPool(
-                way.model, way.recipe, card, replicas, way.slots, num_gpus, gib, even_gib is not None
+                way.model,
+                way.recipe,
+                card,
+                replicas,
+                way.slots,
+                num_gpus,
+                num_gpus * total_gib,
+                even=part is not None,
             )
         )
     order = {want.model: i for i, want in enumerate(plan.wants)}
@@ -64,14 +67,8 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
     for card, replicas in encoders.items():
         if replicas:
             total_gib = kinds[card].for_replicas_gib
-            num_gpus = fraction(text_encoders_gib(), total_gib)
+            num_gpus = fraction_of(text_encoders_gib(), total_gib)
             pools.append(
                 PlannedPool(None, "t5-quanto", card, replicas, 1, num_gpus, num_gpus * total_gib)
             )
     return pools
-
-
-def fraction(gib: float, of_gib: float, *, down: bool = False) -> float:
-    """In ten-thousandths, as Ray counts them; up, unless what it is rounded from has slack."""
-    exact = FRACTIONS * gib / of_gib
-    return (math.floor(exact) if down else math.ceil(exact)) / FRACTIONS

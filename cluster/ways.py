@@ -1,7 +1,8 @@
 """The ways to serve a model on a card: how many replicas, and how many slots each.
 
-Replicas copy the weights, slots share them; both fill the gaps in which the card waits for its host,
-and slots also share the reading of the weights. Images/s of a card that draws this model alone:
+Replicas copy the weights, slots share them; both fill the gaps in which the card waits for its
+host, and slots also share the reading of the weights. Images/s of a card that draws this model
+alone:
 
     min(1 / g, replicas / (g + h)),    g: seconds of the card for an image, h: of its host
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
@@ -15,11 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .engine.checkpoint import CheckpointError, node_folder, on_this_node, size_bytes, verify
+from . import cli_cards
+from .engine.checkpoint import node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
-from .launch import LaunchError, Running, running
+from .launch import Running, running
 from .settings import Model, Settings, SettingsError, Source
 from .settings_file import load_settings
+from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 APPLY = signal.SIGUSR1
@@ -31,22 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
-ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see examples/.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (YAML).")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-@contextmanager
-def readable_errors(debug: bool) -> Iterator[None]:
-    """Errors that we foresee in one line each, exit code 1."""
-    try:
-        yield
-    except (SettingsError, LaunchError, CheckpointError) as error:
-        if debug:
-            raise
-        console.print(f"octet: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+app.command("plan")(cli_cards.plan)
 
 
 @app.command()
@@ -119,6 +105,9 @@ def quantize(
     models_folder: Annotated[
         str | None, typer.Option(help="Where this node keeps what it pulls.")
     ] = None,
+    adaln_8_bit: Annotated[
+        bool, typer.Option("--adaln-8-bit", help="AdaLN too; for pools that say adaln_8_bit.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write an FP8 checkpoint of MODEL to OUT, which loads alone; prints sizes and load times."""
@@ -126,11 +115,13 @@ def quantize(
         folder = fetch(_source(model), models_folder)
         with console.status("quantising"):
             from .engine.fp8_checkpoint import compare, quantize
+            from .engine.precision import RECIPES
 
+            recipe = RECIPES["fp8-adaln8" if adaln_8_bit else "fp8"]
             began = time.perf_counter()
-            quantize(folder, out)
+            quantize(folder, out, recipe)
             took_s = time.perf_counter() - began
-            rows = compare(folder, out)
+            rows = compare(folder, out, recipe)
     table = Table("", "16-bit", "FP8", title=f"{out}: written in {took_s:.1f} s")
     for name, before, after in rows:
         table.add_row(name, before, after)
@@ -222,8 +213,7 @@ def _apply(octet: Running, read: Callable[[], Settings]) -> None:
     try:
         restarts = octet.apply(read())
     except Exception as error:  # also whatever Ray raises while its controller restarts
-        line = f"octet: settings not applied: {error}"
-        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(f"octet: settings not applied: {error}")
     else:
         news = "replicas restart for them; /ready shows when they are back"
         console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)

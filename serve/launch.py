@@ -25,6 +25,16 @@ from .settings import Settings, SettingsError
 APPLICATION = "octet"
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
+# What Ray and its Serve read from the environment, unless it says otherwise.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
+    # Fill cards as the packing plan counts on, and never move a replica to tidy up: that would load
+    # its model again.
+    "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
+    "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
+}
 ANSWER_S = 10.0
 OTHERS_S = 30.0
 LAST_BYTES_S = 2.0  # for what Serve's proxy still has to send
@@ -169,11 +179,8 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         # Ray would write a token into the home directory; this one lives and dies with us.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault(
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.api.proxy_guard:middlewares"
-        )
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         tell("loading Ray")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -82,8 +82,8 @@ class Resources(Frozen):
 class OnCard(Resources):
     """What takes GPUs may be bound to the nodes that have a `card`: an id of `cluster/cards.py`.
 
-    `memory_gib`: what a replica may take of its card, and needs free to start; by default as much of
-    it as `num_gpus` says. `octet plan` computes all three.
+    `memory_gib`: what a replica may take of its card, and needs free to start; by default the part
+    that `num_gpus` says. `octet plan` computes all three.
     """
 
     card: str | None = None

@@ -65,9 +65,7 @@ def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
     part.rename(out)
 
 
-def compare(
-    folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]
-) -> list[tuple[str, str, str]]:
+def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tuple[str, str, str]]:
     """Rows of name, 16-bit and FP8: sizes on disk, and seconds until an FP8 replica is loaded.
 
     Both loads find their files in the page cache.
@@ -104,7 +102,7 @@ def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
     made = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
     if made.adaln_8_bit and not recipe.adaln_8_bit:
         raise CheckpointError(
-            f"{folder} holds AdaLN in 8 bit: the pool needs `adaln_8_bit: true`, or another checkpoint"
+            f"{folder} holds AdaLN in 8 bit: the pool needs adaln_8_bit: true, or the original"
         )
     with torch.device("meta"):
         transformer = apply_recipe(SD3Transformer2DModel.from_config(config), made)

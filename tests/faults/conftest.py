@@ -6,18 +6,21 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve.launch import ENVIRONMENT
+
 # Ray reads these when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ.update(ENVIRONMENT)
 
 STORE_BYTES = 80 * 2**20
 
@@ -55,3 +58,28 @@ def cluster(folder: Path) -> Iterator[Any]:
         warnings.simplefilter("ignore")
         ray.shutdown()
         cluster.shutdown()
+
+
+def landed() -> dict[str, Counter[str]]:
+    """Living Generators: deployment → card of the node → how many."""
+    import ray
+
+    cards = {
+        node["NodeID"]: node["Labels"].get("ray.io/accelerator-type", "none")
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    found: dict[str, Counter[str]] = {}
+    for actor in ray._private.state.actors().values():
+        name = actor["Name"] or ""
+        if actor["State"] == "ALIVE" and "#Generator-" in name:
+            card = cards.get(actor["Address"]["NodeID"], "gone")
+            found.setdefault(name.split("#")[1], Counter())[card] += 1
+    return found
+
+
+def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.3)

@@ -12,21 +12,19 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-import ray
 from ray import serve
 
 from serve.launch import Running
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
-from .conftest import STORE_BYTES
+from .conftest import STORE_BYTES, landed, wait_for
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
 SETTINGS = {
@@ -55,22 +53,6 @@ def die(cluster: Any, node: Any, *deployments: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def landed() -> dict[str, Counter[str]]:
-    """Living Generators: deployment → card of the node → how many."""
-    cards = {
-        node["NodeID"]: node["Labels"].get("ray.io/accelerator-type", "none")
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    found: dict[str, Counter[str]] = {}
-    for actor in ray._private.state.actors().values():
-        name = actor["Name"] or ""
-        if actor["State"] == "ALIVE" and "#Generator-" in name:
-            card = cards.get(actor["Address"]["NodeID"], "gone")
-            found.setdefault(name.split("#")[1], Counter())[card] += 1
-    return found
-
-
 class Client:
     def __init__(self, url: str) -> None:
         self.url = url
@@ -89,13 +71,6 @@ class Client:
     def pool(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.ready().json()["models"]["landscapes"][name]
         return found
-
-
-def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.3)
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts

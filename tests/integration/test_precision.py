@@ -20,8 +20,8 @@ from serve.engine.precision import (
     Fp8Linear,
     Fp8StoredLinear,
     apply_recipe,
-    quantize_rows,
     fp8_layer,
+    quantize_rows,
     store_in_fp8,
 )
 from serve.engine.sd3 import PromptEncoder

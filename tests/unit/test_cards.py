@@ -2,7 +2,14 @@
 
 import pytest
 
-from cluster.cards import CAPABILITIES, CARDS, FP8_SINCE, OTHER_CAPABILITIES, card_of, card_of_device
+from cluster.cards import (
+    CAPABILITIES,
+    CARDS,
+    FP8_SINCE,
+    OTHER_CAPABILITIES,
+    card_of,
+    card_of_device,
+)
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)

@@ -102,18 +102,12 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
 def test_even_pools_find_a_place_in_any_order(groups, wants, seed) -> None:
     found = planned(groups, wants)
     pools = planned_pools(found) if found else []
-    encoders = sum(pool.replicas for pool in pools if pool.model is None)
-    if not all(pool.even for pool in pools) or encoders > 1:
+    if not all(pool.even for pool in pools):
         return
     rng = random.Random(seed)
     for group in groups:
-        free = [10_000] * group.count
-        asked = [
-            round(10_000 * p.num_gpus)
-            for p in pools
-            for _ in range(p.replicas)
-            if p.card == group.card.id
-        ]
+        free = [1.0] * group.count  # Ray's packing subtracts in floating point
+        asked = [p.num_gpus for p in pools for _ in range(p.replicas) if p.card == group.card.id]
         rng.shuffle(asked)
         for size in asked:
             roomy = [i for i, room in enumerate(free) if room >= size]
@@ -191,13 +185,12 @@ def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
 @pytest.mark.parametrize("model", TRANSFORMERS)
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_every_model_on_every_card_has_a_plan_or_a_reason(card, model) -> None:
-    try:
-        found = plan([Cards(card, 2)], [want(model)])
-    except DoesNotFit as error:
-        assert card.id in str(error)
-        assert "GiB" in str(error)
+    enough = card.id != "t4" or model == "sd3.5-medium"
+    if enough:
+        assert plan([Cards(card, 2)], [want(model)]).images_s[model] > 0
     else:
-        assert found.images_s[model] > 0
+        with pytest.raises(DoesNotFit, match=r"on t4: needs 20\.1 GiB"):
+            plan([Cards(card, 2)], [want(model)])
 
 
 def test_latency_targets_are_kept() -> None:
@@ -219,7 +212,7 @@ def test_what_does_not_fit_is_explained_with_what_would() -> None:
     with pytest.raises(DoesNotFit, match="images of 512x512"):
         plan([Cards(CARDS["l4"], 1)], [LARGE], terms=Terms(latency_s=10.0))
 
-    with pytest.raises(DoesNotFit, match="text encoders need 7.1 GiB"):
+    with pytest.raises(DoesNotFit, match=r"text encoders need 7\.1 GiB"):
         plan([Cards(CARDS["t4"], 1)], [MEDIUM])
 
 

@@ -1,0 +1,110 @@
+"""The commands of `octet` that look at cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import packing
+from cluster.cards import CARDS
+from cluster.placement import Node
+from cluster.pools import planned_pools
+from cluster.structure import TRANSFORMERS
+from cluster.ways import Terms
+
+from . import planning
+from .launch import LaunchError
+from .settings import SettingsError
+from .settings_file import load_settings
+from .terminal import ConfigOption, Debug, complain, readable_errors
+
+
+def plan(
+    gpu: Annotated[
+        list[str] | None, typer.Option(help=f"CARD:COUNT, repeatable. Cards: {', '.join(CARDS)}.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="MODEL or MODEL=SHARE of the images, repeatable. Models: "
+            f"{', '.join(TRANSFORMERS)}."
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster whose nodes are planned for.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Images that are planned for.")] = "1024x1024",
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the model card's.")] = None,
+    latency_s: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Of an image on a full card; default: 3 × its own time."),
+    ] = None,
+    reserve_gib: Annotated[float, typer.Option(min=0, help="Of each card, for others.")] = 0.0,
+    adaln_8_bit: Annotated[
+        bool, typer.Option("--adaln-8-bit", help="Store more of FP8 models in 8 bit.")
+    ] = False,
+    encoders_on_cpu: Annotated[bool, typer.Option("--encoders-on-cpu")] = False,
+    prices: Annotated[Path | None, typer.Option(help="YAML: card to $ an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_settings: Annotated[
+        bool, typer.Option("--settings", help="Print it as settings: CONFIG's, or their part.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Plan which replicas share which cards, what they draw and what an image costs.
+
+    Needs neither a GPU nor Ray. What does not fit is explained, with exit code 2.
+    """
+    with readable_errors(debug):
+        if bool(model) == bool(config) or bool(gpu) == bool(ray):
+            raise SettingsError("wanted: --gpu or --ray, and --model or --config")
+        settings = load_settings(config) if config else None
+        wants = (
+            planning.wants_of(settings)
+            if settings
+            else planning.parse_models(model or [], size, steps)
+        )
+        groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
+        if ray:
+            groups, notes = planning.cards_of(_nodes_of(ray), reserve_gib)
+        if prices:
+            groups = planning.with_prices(groups, prices)
+        try:
+            found = packing.plan(
+                groups,
+                wants,
+                terms=Terms(latency_s, adaln_8_bit),
+                encoders_on_gpu=not encoders_on_cpu,
+            )
+        except packing.DoesNotFit as error:
+            if as_json:
+                typer.echo(json.dumps({"reason": str(error)}))
+            else:
+                complain(error)
+            raise typer.Exit(2) from None
+        if as_json:
+            typer.echo(json.dumps(planning.as_json(found), indent=2))
+        elif as_settings:
+            base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
+            typer.echo(planning.as_settings(planned_pools(found), base), nl=False)
+        else:
+            planning.print_plan(found, notes)
+
+
+def _nodes_of(address: str) -> list[Node]:
+    """Raises `LaunchError`."""
+    import ray
+
+    from cluster.ray_nodes import living_nodes
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+        return living_nodes()
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise LaunchError(f"no Ray at {address}: {error}") from None
+    finally:
+        ray.shutdown()

@@ -1,0 +1,84 @@
+"""A packing plan for the nodes of a cluster, deployed there: replicas land as it says.
+
+The cards are fake and the replicas draw with the demo model; the plan is that of SD3.5, and where
+Ray puts replicas is real.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray import serve
+
+from cluster.packing import plan
+from cluster.pools import planned_pools
+from cluster.ray_nodes import living_nodes
+from cluster.structure import structure
+from cluster.ways import Want
+from serve.cost import ImageShape
+from serve.launch import Running
+from serve.planning import as_settings, cards_of
+from serve.settings_file import load_settings
+
+from ..integration.conftest import ROOT, free_port
+from .conftest import STORE_BYTES, landed, wait_for
+
+TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
+
+
+def a_want(model: str, steps: int, rows: int) -> Want:
+    """Of images so large that a T4 has no room for them."""
+    shape = ImageShape(1024, 1024, 333, rows, steps)
+    return Want(model, structure(model), shape, max_pixels=3 * 1024**2)
+
+
+def demo_settings(file: Path, pools: Any) -> None:
+    """Both models drawn by the demo model, in the pools that were planned."""
+    base = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
+    (demo,) = base["models"]
+    demo["source"]["location"] = str(ROOT / "demo" / "model")
+    base["text_encoders"][0]["source"] = demo["source"]
+    base["models"] = [{**demo, "id": model} for model in (TURBO, MEDIUM)]
+    planned = yaml.safe_load(as_settings(pools, base))
+    for model in planned["models"]:
+        model["pools"] = [{**pool, "num_cpus": 0.1} for pool in model["pools"]]
+    file.write_text(yaml.safe_dump({**planned, "http": {"port": free_port()}}))
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
+def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) -> None:
+    for labels in (
+        {"ray.io/accelerator-type": "H100"},
+        {"ray.io/accelerator-type": "T4"},
+        {"ray.io/accelerator-type": "A100", "octet/card": "a100-80"},
+    ):
+        cluster.add_node(num_cpus=1, num_gpus=1, labels=labels, object_store_memory=STORE_BYTES)
+    groups, unknown = cards_of(living_nodes(), reserved_gib=0)
+    assert {group.card.id: group.count for group in groups} == {"h100": 1, "t4": 1, "a100-80": 1}
+    assert not unknown
+
+    planned = plan(groups, [a_want(TURBO, 4, 1), a_want(MEDIUM, 28, 2)], encoders_on_gpu=False)
+    pools = planned_pools(planned)
+    assert sum(pool.replicas for pool in pools if pool.card == "h100") == 4
+    assert not any(pool.card == "t4" for pool in pools)
+
+    demo_settings(tmp_path / "planned.yaml", pools)
+    settings = load_settings(tmp_path / "planned.yaml", {})
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.http.host, "port": settings.http.port},
+    )
+    Running(settings).wait()
+    expected: dict[str, Counter[str]] = {}
+    for pool in pools:
+        precision = "fp8" if pool.recipe == "fp8" else "fp16"
+        name = f"Generator-{pool.model}-{precision}-{pool.card}"
+        card = {"h100": "H100", "a100-80": "A100"}[pool.card]
+        expected[name] = Counter({card: pool.replicas})
+    wait_for(lambda: landed() == expected, 120)
+    assert ray.available_resources()["GPU"] >= 1  # the T4's, which nobody has taken
