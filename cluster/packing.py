@@ -73,19 +73,22 @@ class Plan:
     def even_part(self, card: Card) -> float | None:
         """The part of such a card that each replica gets if all get the same, and as many a card.
 
-        None where that is not possible. Then any placement of them, and of one text encoder, fits.
+        None where that is not possible.
         """
         stacks = [stack for stack in self.stacks if stack.cards.card == card]
         replicas = {sum(way.replicas for way in stack.ways) for stack in stacks}
-        encoders = sum(stack.cards.count * stack.cards.encoders for stack in stacks)
-        if len(replicas) > 1 or not max(replicas) or encoders > 1:
+        if len(replicas) > 1 or not max(replicas):
             return None
         total_gib = stacks[0].cards.for_replicas_gib
-        taken = fraction_of(text_encoders_gib(), total_gib) if encoders else 0.0
+        taken = fraction_of(text_encoders_gib(), total_gib) if self.encoders(card) else 0.0
         # Not the last ten-thousandth: Ray Serve adds up in floating point.
         part = math.floor((FRACTIONS * (1 - taken) - 1) / replicas.pop()) / FRACTIONS
         fit = all(way.gib <= part * total_gib for stack in stacks for way in stack.ways)
         return part if fit else None
+
+    def encoders(self, card: Card) -> int:
+        """Text encoder replicas on all such cards."""
+        return sum(s.cards.count * s.cards.encoders for s in self.stacks if s.cards.card == card)
 
     @cached_property
     def images_s(self) -> dict[str, float]:

@@ -4,8 +4,8 @@ Ray adds up fractions and knows nothing of memory, and with its packing strategy
 before it takes the next. Fractions are rounded up to the ten-thousandths in which Ray counts, so
 whatever Ray puts on a card fits into its memory. Where every card of a kind has the same number of
 replicas and an equal part is enough for each, they all get that part: then no card can get more of
-them than planned, and whichever Ray puts where, all find a place. Otherwise Ray may place them so
-that the last ones find none: `Pool.even` says which it is.
+them than planned, and whichever Ray puts where, all find a place beside one text encoder. Otherwise
+Ray may place them so that the last ones find none: `PlannedPool.even` says which it is.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ class PlannedPool:
 def planned_pools(plan: Plan) -> list[PlannedPool]:
     """The models' pools, then those of the text encoders."""
     counted: dict[tuple[str, Way], int] = {}
-    encoders: dict[str, int] = {}
     for stack in plan.stacks:
         card = stack.cards.card.id
-        encoders[card] = encoders.get(card, 0) + stack.cards.count * stack.cards.encoders
         for way in stack.ways:
             key = card, way._replace(replicas=0, images_s=0.0)
             counted[key] = counted.get(key, 0) + stack.cards.count * way.replicas
@@ -59,14 +57,14 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
                 way.slots,
                 num_gpus,
                 num_gpus * total_gib,
-                even=part is not None,
+                even=part is not None and plan.encoders(kinds[card].card) <= 1,
             )
         )
     order = {want.model: i for i, want in enumerate(plan.wants)}
     pools.sort(key=lambda pool: order[pool.model or ""])
-    for card, replicas in encoders.items():
-        if replicas:
-            total_gib = kinds[card].for_replicas_gib
+    for card, cards in kinds.items():
+        if replicas := plan.encoders(cards.card):
+            total_gib = cards.for_replicas_gib
             num_gpus = fraction_of(text_encoders_gib(), total_gib)
             pools.append(
                 PlannedPool(None, "t5-quanto", card, replicas, 1, num_gpus, num_gpus * total_gib)

@@ -15,7 +15,7 @@ from cluster.pools import planned_pools
 from cluster.structure import TRANSFORMERS
 from cluster.ways import Terms
 
-from . import planning
+from . import plan_report, planning
 from .launch import LaunchError
 from .settings import SettingsError
 from .settings_file import load_settings
@@ -87,12 +87,12 @@ def plan(
                 complain(error)
             raise typer.Exit(2) from None
         if as_json:
-            typer.echo(json.dumps(planning.as_json(found), indent=2))
+            typer.echo(json.dumps(plan_report.as_json(found), indent=2))
         elif as_settings:
             base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
-            typer.echo(planning.as_settings(planned_pools(found), base), nl=False)
+            typer.echo(plan_report.as_settings(planned_pools(found), base), nl=False)
         else:
-            planning.print_plan(found, notes)
+            plan_report.print_plan(found, notes)
 
 
 def _nodes_of(address: str) -> list[Node]:

@@ -22,7 +22,8 @@ from cluster.structure import structure
 from cluster.ways import Want
 from serve.cost import ImageShape
 from serve.launch import Running
-from serve.planning import as_settings, cards_of
+from serve.plan_report import as_settings
+from serve.planning import cards_of
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
