@@ -29,6 +29,7 @@ from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
 from ..settings import Pool, ServedModel
+from .card import take_card
 from .checkpoint import open_checkpoint
 from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped
 from .image_file import encode_image
@@ -92,6 +93,7 @@ class Generator:
         self._room = Room()
         self._drawing: dict[Lease, _Image] = {}
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
+        self._card = await asyncio.to_thread(take_card, self._pool)
         self._denoiser = await asyncio.to_thread(self._load)
         self._denoising = DenoisingLoop(
             self._denoiser,
@@ -147,6 +149,8 @@ class Generator:
 
     async def check_health(self) -> None:
         """Called by Ray Serve; a replica that no longer reports itself would never be used."""
+        if self._card:
+            await asyncio.to_thread(self._card.check)
         if self._heartbeat.done() or not self._denoising.alive:
             raise RuntimeError("the heartbeat or the denoising loop has stopped")
 

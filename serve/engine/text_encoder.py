@@ -25,6 +25,7 @@ import torch
 from cluster.capability import capability, probe
 
 from ..settings import Encoder
+from .card import take_card
 from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES
 from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
@@ -131,6 +132,7 @@ class TextEncoder:
         """`lengths`: the `max_sequence_length` of every model that it serves."""
         settings = Encoder.model_validate(encoder)
         self._batch_size = settings.batch_size
+        self._card = await asyncio.to_thread(take_card, settings)
         self._encoder = await asyncio.to_thread(self._load, settings, models_folder)
         warm = [(prompt, length) for prompt in settings.warm_prompts for length in lengths]
         self._cache = EmbeddingCache(
@@ -147,6 +149,8 @@ class TextEncoder:
 
     async def check_health(self) -> None:
         """Called by Ray Serve; after a broken kernel every later prompt would fail."""
+        if self._card:
+            await asyncio.to_thread(self._card.check)
         await asyncio.to_thread(self._encoder.check_device)
 
     def _load(self, settings: Encoder, models_folder: str | None) -> PromptEncoder:

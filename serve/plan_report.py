@@ -1,0 +1,216 @@
+"""What `octet plan` says: a packing plan in tables and pictures, as JSON and as settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from rich.console import Console, Group
+from rich.table import Column, Table
+from rich.text import Text
+
+from cluster.footprint import text_encoders_gib
+from cluster.packing import Plan, Stack
+from cluster.pools import PlannedPool, planned_pools
+from cluster.ways import Way
+
+from .settings import SettingsError
+
+COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
+BAR = 64  # characters of a card's picture
+
+
+def usd_per_1000(usd_h: float | None, images_s: float) -> float | None:
+    return None if usd_h is None else usd_h / 3.6 / images_s
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as data; images/s of a card are those if it draws that model alone."""
+    return {
+        "models": {
+            want.model: {
+                "images_s": plan.images_s[want.model],
+                "share": want.share,
+                "size": f"{want.shape.width_px}x{want.shape.height_px}",
+                "steps": want.shape.steps,
+            }
+            for want in plan.wants
+        },
+        "mixed_images_s": plan.mixed_images_s,
+        "cards": [
+            {
+                "card": stack.cards.card.id,
+                "count": stack.cards.count,
+                "text_encoders": stack.cards.encoders,
+                "free_gib": _free_gib(stack),
+                "replicas": [_way_as_json(stack, way) for way in stack.ways],
+            }
+            for stack in plan.stacks
+        ],
+        "pools": [asdict(pool) for pool in planned_pools(plan)],
+    }
+
+
+def _way_as_json(stack: Stack, way: Way) -> dict[str, Any]:
+    card = stack.cards.card
+    return {
+        **way._asdict(),
+        "latency_s": way.latency_s,
+        "usd_per_1000_on_demand": usd_per_1000(card.on_demand_usd_h, way.images_s),
+        "usd_per_1000_spot": usd_per_1000(card.spot_usd_h, way.images_s),
+    }
+
+
+def _free_gib(stack: Stack) -> float:
+    return stack.cards.usable_gib - sum(way.total_gib for way in stack.ways)
+
+
+def as_settings(pools: Iterable[PlannedPool], base: Mapping[str, Any] | None = None) -> str:
+    """YAML: what the plan says of `base`, a settings file's data, in it; else that part alone."""
+    pools = list(pools)
+    data: dict[str, Any] = dict(base or {"text_encoders": [{"id": "sd35"}]})
+    encoders = [_on_card(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
+    first, *others = data["text_encoders"]
+    if others or len(encoders) > 1:
+        raise SettingsError("a plan has one set of text encoders, on one kind of card")
+    data["text_encoders"] = [{**_without_place(first), **encoders[0]}]
+    models = data.get("models") or [{"id": m} for m in dict.fromkeys(p.model for p in pools) if m]
+    data["models"] = [
+        {
+            "id": model["id"],
+            **model,
+            "pools": [_pool(pool) for pool in pools if pool.model == model["id"]],
+        }
+        for model in models
+    ]
+    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _on_card(pool: PlannedPool) -> dict[str, Any]:
+    return {
+        "card": pool.card,
+        "replicas": pool.replicas,
+        "num_gpus": pool.num_gpus,
+        "memory_gib": int(100 * pool.memory_gib) / 100,
+    }
+
+
+def _without_place(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    place = "card", "replicas", "num_gpus", "memory_gib"
+    return {key: value for key, value in encoder.items() if key not in place}
+
+
+def _pool(pool: PlannedPool) -> dict[str, Any]:
+    settings = {"precision": "fp8" if pool.recipe.startswith("fp8") else "fp16"}
+    adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
+    return {**settings, **_on_card(pool), "slots": pool.slots, **adaln}
+
+
+def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
+    """Tables and pictures for a person."""
+    return Group(_table(plan), Text(), *_pictures(plan), Text(), *_sums(plan, notes))
+
+
+def _table(plan: Plan) -> Table:
+    right = {"justify": "right"}
+    table = Table(
+        "cards",
+        "model",
+        "runs",
+        Column("replicas × slots", justify="right"),
+        Column("GiB each", **right),  # type: ignore[arg-type]  # a Literal
+        Column("GPU each", justify="right"),
+        Column("images/s a card", justify="right"),
+        Column("s when full", justify="right"),
+        Column("$ per 1,000", justify="right"),
+        Column("spot", justify="right"),
+    )
+    fractions = {(p.model, p.card, p.slots): p.num_gpus for p in planned_pools(plan)}
+    for stack in plan.stacks:
+        card, name = stack.cards.card, f"{stack.cards.count} × {stack.cards.card.id}"
+        for way in stack.ways:
+            table.add_row(
+                name,
+                way.model,
+                way.recipe,
+                f"{way.replicas} × {way.slots}",
+                f"{way.gib:.1f}",
+                f"{fractions[way.model, card.id, way.slots]:.4f}",
+                f"{way.images_s:.3g}",
+                f"{way.latency_s:.1f}",
+                _usd(usd_per_1000(card.on_demand_usd_h, way.images_s)),
+                _usd(usd_per_1000(card.spot_usd_h, way.images_s)),
+            )
+            name = ""
+        if not stack.ways:
+            table.add_row(name, "–")
+        if stack.cards.encoders:
+            gpu = fractions[None, card.id, 1]
+            table.add_row(
+                "", "text encoders", "t5-quanto", "1", f"{text_encoders_gib():.1f}", f"{gpu:.4f}"
+            )
+    return table
+
+
+def _usd(usd: float | None) -> str:
+    return "–" if usd is None else f"{usd:.2f}"
+
+
+def _pictures(plan: Plan) -> Iterable[Text]:
+    """One bar for each kind of card and arrangement: what takes its memory, true to scale."""
+    colours = {want.model: COLOURS[i % len(COLOURS)] for i, want in enumerate(plan.wants)}
+    for stack in plan.stacks:
+        parts = [
+            (way.gib, f"{way.model} {way.gib:.0f}", f"black on {colours[way.model]}")
+            for way in stack.ways
+            for _ in range(way.replicas)
+        ]
+        parts += [(text_encoders_gib(), "text", "black on white")] * stack.cards.encoders
+        if stack.cards.reserved_gib:
+            parts.append((stack.cards.reserved_gib, "reserved", "white on bright_black"))
+        total_gib = stack.cards.card.memory_gib
+        bar = Text(f"{stack.cards.count:>4} × {stack.cards.card.id:<8} |")
+        for gib, label, style in parts:
+            width = max(1, round(BAR * gib / total_gib))
+            bar.append(label[: width - 1].ljust(width - 1) + "|", style)
+        bar.append(f" {max(0.0, _free_gib(stack)):.0f} of {total_gib:.0f} GiB free")
+        yield bar
+
+
+def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
+    ways = [way for stack in plan.stacks for way in stack.ways]
+    for want in plan.wants:
+        size = f"{want.shape.width_px}x{want.shape.height_px}"
+        yield Text(
+            f"{want.model}: {plan.images_s[want.model]:.3g} images/s of {size}, "
+            f"{want.shape.steps} steps, if nothing else is asked for"
+        )
+    if len(plan.wants) > 1:
+        yield Text(f"all together: {plan.mixed_images_s:.3g} images/s, each model by its share")
+    if estimated := {way.model for way in ways if way.estimated}:
+        yield Text(
+            f"Estimated from arithmetic, not measured: images/s of {', '.join(sorted(estimated))}.",
+            "yellow",
+        )
+    if not any(way.recipe in ("bf16", "fp16") for way in ways):
+        yield Text(
+            "No 16-bit pool: `precision: fp16` is refused, and an image with non-finite numbers is "
+            "not drawn again. Cards without FP8 would have one.",
+            "yellow",
+        )
+    if not all(pool.even for pool in planned_pools(plan)):
+        yield Text(
+            "Replicas of one kind of card differ in size: Ray may put them elsewhere than planned, "
+            "and then the last ones find no place. No card's memory is ever exceeded.",
+            "yellow",
+        )
+    yield from (Text(note, "yellow") for note in notes)
+
+
+def print_plan(plan: Plan, notes: Iterable[str] = ()) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    console.print(as_text(plan, notes))

@@ -1,0 +1,89 @@
+"""A replica takes its part of a card and no more, on a card that other processes use too."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.card_memory import WAIT_S, CardFull, claim
+from cluster.footprint import CONTEXT_GIB, GIB
+
+
+class FakeCuda:
+    """A process's view of a card that has other users; allocations beyond its cap fail."""
+
+    def __init__(self, total_gib: float = 80.0, others_gib: float = 0.0) -> None:
+        self.total, self.others = round(total_gib * GIB), round(others_gib * GIB)
+        self.allocated = self.peak = 0
+        self.cap = self.total
+
+    def mem_get_info(self) -> tuple[int, int]:
+        context = round(CONTEXT_GIB * GIB)
+        return self.total - self.others - self.allocated - context, self.total
+
+    def set_per_process_memory_fraction(self, fraction: float) -> None:
+        assert 0 <= fraction <= 1  # torch refuses anything else
+        self.cap = int(fraction * self.total)
+
+    def allocate(self, gib: float) -> None:
+        wanted = round(gib * GIB)
+        if self.allocated + wanted > min(self.cap, self.mem_get_info()[0]):
+            raise MemoryError
+        self.allocated += wanted
+        self.peak = max(self.peak, self.allocated)
+
+    def memory_allocated(self) -> int:
+        return self.allocated
+
+    def memory_reserved(self) -> int:
+        return self.allocated
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+
+def test_it_takes_what_it_was_promised_and_no_more() -> None:
+    cuda = FakeCuda(others_gib=40)
+    mine = claim(cuda, num_gpus=0.25)
+    assert mine.promised_gib == 20
+    cuda.allocate(19.4)  # with the context of half a GiB
+    with pytest.raises(MemoryError):
+        cuda.allocate(0.2)
+    assert mine.taken_bytes["allocated"] == round(19.4 * GIB)
+    assert mine.taken_bytes["promised"] == 20 * GIB
+
+
+def test_the_settings_may_promise_less_than_its_part() -> None:
+    cuda = FakeCuda()
+    assert claim(cuda, num_gpus=0.5, memory_gib=10).promised_gib == 10
+    with pytest.raises(MemoryError):
+        cuda.allocate(10)
+
+
+def test_a_card_that_others_fill_is_refused_in_words() -> None:
+    waits: list[float] = []
+    with pytest.raises(CardFull) as error:
+        claim(FakeCuda(others_gib=65), num_gpus=0.25, sleep=waits.append)
+    assert "promised 20.0 GiB of the card, and 15.0 of 80.0 are free" in str(error.value)
+    assert sum(waits) == WAIT_S
+
+
+def test_it_waits_for_a_predecessor_that_has_just_died() -> None:
+    cuda = FakeCuda(others_gib=65)
+
+    def later(_: float) -> None:
+        cuda.others -= 2 * GIB
+
+    claim(cuda, num_gpus=0.25, sleep=later)
+    assert 58 * GIB <= cuda.others <= 60 * GIB
+
+
+def test_a_whole_card_and_several() -> None:
+    for num_gpus in (1.0, 2.0):
+        cuda = FakeCuda()
+        assert claim(cuda, num_gpus).promised_gib == 80
+        assert cuda.cap == pytest.approx(79.5 * GIB, rel=0.001)
+
+
+def test_less_than_a_context_is_no_promise() -> None:
+    with pytest.raises(CardFull, match="context alone"):
+        claim(FakeCuda(), num_gpus=0.005)

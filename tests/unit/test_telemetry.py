@@ -1,0 +1,110 @@
+"""Telemetry against a driver with faults, and this machine's real one."""
+
+import pynvml
+import pytest
+
+from cluster.telemetry import CardTelemetry, NoTelemetry, driver_version
+
+from .nvml import MIG_UUID, UUID, FakeNvml
+
+
+def test_a_card_says_what_it_does() -> None:
+    nvml = FakeNvml()
+    card = CardTelemetry(UUID, nvml)
+    nvml.busy_percent, nvml.used, nvml.milliwatts = 87, 3 * 2**30, 412_500
+    sample = card.sample()
+    assert sample["utilisation_percent"] == 87
+    assert sample["memory_used_bytes"] == 3 * 2**30
+    assert sample["power_watts"] == 412.5
+    assert sample["sm_clock_mhz"] == 1980
+    assert sample["ecc_errors"] == 0
+    assert "xid" not in sample
+    assert not card.broken
+    nvml.busy_percent = 3
+    assert card.sample()["utilisation_percent"] == 3
+
+
+def test_what_a_card_does_not_have_is_left_out() -> None:
+    """A consumer card: no ECC, no power reading, no events."""
+    nvml = FakeNvml(
+        unsupported=(
+            "nvmlDeviceGetTotalEccErrors",
+            "nvmlDeviceGetPowerUsage",
+            "nvmlDeviceGetSupportedEventTypes",
+            "nvmlDeviceIsMigDeviceHandle",
+        )
+    )
+    nvml.xids.append(79)
+    card = CardTelemetry(UUID, nvml)
+    sample = card.sample()
+    assert not sample.keys() & {"ecc_errors", "power_watts", "xid"}
+    assert sample["temperature_celsius"] == 35
+    assert not card.broken
+
+
+def test_a_partition_reports_its_memory_and_its_cards_rest() -> None:
+    nvml = FakeNvml()
+    sample = CardTelemetry(MIG_UUID, nvml).sample()
+    assert sample["memory_total_bytes"] == nvml.total // 7
+    assert sample["temperature_celsius"] == 35
+
+
+@pytest.mark.parametrize(("xid", "broken"), [(79, True), (48, True), (31, False), (13, False)])
+def test_faults_of_the_card_and_of_programs(xid: int, broken: bool) -> None:
+    nvml = FakeNvml()
+    card = CardTelemetry(UUID, nvml)
+    nvml.xids.append(xid)
+    assert card.sample()["xid"] == xid
+    assert bool(card.broken) is broken
+    assert "xid" not in card.sample()
+    assert bool(card.broken) is broken  # it stays so
+
+
+def test_memory_errors_count_from_the_start() -> None:
+    nvml = FakeNvml()
+    nvml.uncorrected = 2  # of before: the card has been reset or its rows remapped since
+    card = CardTelemetry(UUID, nvml)
+    card.sample()
+    assert not card.broken
+    nvml.uncorrected = 3
+    card.sample()
+    assert "memory errors" in card.broken
+
+
+def test_a_lost_card_is_broken() -> None:
+    nvml = FakeNvml()
+    card = CardTelemetry(UUID, nvml)
+    nvml.lost = True
+    assert card.sample() == {}
+    assert "lost" in card.broken.lower()
+
+
+def test_a_hiccup_of_the_driver_is_not() -> None:
+    nvml = FakeNvml()
+    card = CardTelemetry(UUID, nvml)
+
+    def hiccup(_: str) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    nvml.nvmlDeviceGetPowerUsage = hiccup  # type: ignore[method-assign]
+    assert "power_watts" not in card.sample()
+    assert not card.broken
+
+
+def test_without_a_driver_or_a_card_it_says_so() -> None:
+    with pytest.raises(NoTelemetry, match="Not Found"):
+        CardTelemetry(UUID, FakeNvml(installed=False))
+    with pytest.raises(NoTelemetry, match="Not Found"):
+        CardTelemetry("GPU-of-another-machine", FakeNvml())
+    assert driver_version(FakeNvml()) == "580.159.04"
+
+
+def test_this_machines_own_driver() -> None:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        with pytest.raises(NoTelemetry, match=str(error)):
+            CardTelemetry(UUID)
+    else:
+        uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
+        assert CardTelemetry(uuid).sample()["memory_total_bytes"] > 2**30
