@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("plan")(cli_cards.plan)
+app.command("doctor")(cli_cards.doctor)
 
 
 @app.command()

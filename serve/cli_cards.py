@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from cluster import packing
 from cluster.cards import CARDS
@@ -16,6 +18,7 @@ from cluster.structure import TRANSFORMERS
 from cluster.ways import Terms
 
 from . import plan_report, planning
+from .doctor import examine, examine_cluster, examine_settings, look
 from .launch import LaunchError
 from .settings import SettingsError
 from .settings_file import load_settings
@@ -108,3 +111,32 @@ def _nodes_of(address: str) -> list[Node]:
         raise LaunchError(f"no Ray at {address}: {error}") from None
     finally:
         ray.shutdown()
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Settings file (YAML) that should run here.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster to look at instead.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine or cluster can do, and what stands in the way.
+
+    Exit code 1 if there is a problem: with CONFIG, if a model of it cannot be served here.
+    """
+    with readable_errors(debug):
+        settings = load_settings(config) if config else None
+        if ray:
+            findings = list(examine_cluster(_nodes_of(ray), settings))
+        else:
+            machine = look(settings.models_folder if settings else None)
+            findings = list(examine(machine))
+            findings += examine_settings(settings, machine) if settings else []
+    signs = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
+    out = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        out.print(f"{signs[finding.verdict]} {escape(finding.text)}")
+    if any(finding.verdict == "problem" for finding in findings):
+        raise typer.Exit(1)

@@ -76,7 +76,7 @@ def wants_of(settings: Settings) -> list[Want]:
     return [
         Want(
             model.id,
-            _structure(model, settings),
+            structure_of(model, settings),
             ImageShape(
                 model.defaults.width,
                 model.defaults.height,
@@ -90,8 +90,11 @@ def wants_of(settings: Settings) -> list[Want]:
     ]
 
 
-def _structure(model: Model, settings: Settings) -> Structure:
-    """From the model's own files if they are here, else by the hub's name of it."""
+def structure_of(model: Model, settings: Settings) -> Structure:
+    """From the model's own files if they are here, else by the hub's name of it.
+
+    Raises `SettingsError` if neither says it.
+    """
     config = node_folder(model.source, settings.models_folder) / "transformer" / "config.json"
     if config.is_file():
         return Structure.of(json.loads(config.read_text(encoding="utf-8")))

@@ -1,0 +1,136 @@
+"""What the doctor says of machines that are described to it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.capability import Device
+from cluster.placement import Node
+from serve.doctor import Finding, Machine, examine, examine_cluster, examine_settings
+from serve.settings import Settings
+from serve.settings_file import load_settings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+H100 = Machine(
+    device=Device("NVIDIA H100 80GB HBM3", (9, 0), 79.1),
+    gpus=1,
+    free_gib=78.6,
+    torch="2.13.0",
+    torch_cuda="13.0",
+    driver="580.159.04",
+    compile_error="",
+    disk_free_gib=500.0,
+)
+A100 = replace(H100, device=Device("NVIDIA A100-SXM4-80GB", (8, 0), 79.2))
+LAPTOP = replace(
+    H100,
+    device=Device("cpu", None, 16.0),
+    gpus=0,
+    free_gib=16.0,
+    torch="2.13.0+cpu",
+    torch_cuda=None,
+    driver=None,
+)
+
+
+def settings(name: str, **environ: str) -> Settings:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return load_settings(EXAMPLES / name, {"OCTET_HTTP__PORT": str(port), **environ})
+
+
+def said(findings: Iterable[Finding], verdict: str) -> str:
+    return "\n".join(f.text for f in findings if f.verdict == verdict)
+
+
+def test_a_good_card_has_no_problem() -> None:
+    findings = list(examine(H100))
+    assert not said(findings, "problem")
+    assert not said(findings, "note")
+    assert "1 × NVIDIA H100 80GB HBM3, 78.6 of 79.1 GiB free" in said(findings, "ok")
+    assert "capability 9.0 has FP8" in said(findings, "ok")
+    assert "known as 'h100'" in said(findings, "ok")
+
+
+@pytest.mark.parametrize(
+    ("machine", "problem"),
+    [
+        (replace(H100, driver="470.82.01"), "driver 470.82.01 is older than R535"),
+        (replace(H100, compile_error="RuntimeError: no gcc"), "FP8 without it is slower"),
+        (replace(LAPTOP, driver="580.1"), "torch 2.13.0+cpu is built without CUDA"),
+        (replace(LAPTOP, driver="580.1", torch_cuda="13.0"), "torch sees no card"),
+    ],
+)
+def test_what_stands_in_the_way(machine: Machine, problem: str) -> None:
+    assert problem in said(examine(machine), "problem")
+
+
+def test_what_is_only_worth_knowing() -> None:
+    assert "no FP8 tensor cores (8.9 needed)" in said(examine(A100), "note")
+    assert "no GPU" in said(examine(LAPTOP), "note")
+    tight = replace(H100, disk_free_gib=20.0)
+    assert "20 GiB of disk free for weights; SD3.5 Large" in said(examine(tight), "note")
+    unheard_of = replace(H100, device=Device("NVIDIA Unheard-Of", (12, 1), 48.0), driver=None)
+    assert "no facts of this card" in said(examine(unheard_of), "note")
+
+
+def test_the_laptop_runs_the_demo_and_not_the_real_models() -> None:
+    assert not said(examine_settings(settings("laptop.yaml"), LAPTOP), "problem")
+    problems = said(examine_settings(settings("sd35.yaml"), LAPTOP), "problem")
+    assert "pool sd3.5-large-fp8: takes 0.3 GPU, and there is none" in problems
+    assert "text encoder sd35: takes 0.1 GPU" in problems
+
+
+def test_a_pool_that_cannot_run_is_no_problem_while_another_can() -> None:
+    """On an A100 the 16-bit pools serve Large and Medium; Turbo has only an FP8 pool."""
+    findings = list(examine_settings(settings("sd35.yaml"), A100))
+    assert "pool sd3.5-large-fp8: NVIDIA A100" in said(findings, "note")
+    assert said(findings, "problem").splitlines() == [
+        "pool sd3.5-large-turbo-fp8: NVIDIA A100-SXM4-80GB: capability 8.0 has no FP8 tensor "
+        "cores (8.9 needed)"
+    ]
+
+
+def test_memory_that_is_taken_and_promises_that_are_too_small() -> None:
+    full = replace(H100, free_gib=10.0)
+    problems = said(examine_settings(settings("sd35.yaml"), full), "problem")
+    assert "sd3.5-large-turbo-fp8: promised 23.7 GiB, and 10.0 are free" in problems
+    small = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.1")
+    notes = said(examine_settings(small, H100), "note")
+    assert "pool sd3.5-large-fp8: 4 images of 1048576 pixels need 15." in notes
+    assert "and 7.9 are promised" in notes
+
+
+def test_bound_to_another_card() -> None:
+    bound = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__CARD="h200")
+    problems = said(examine_settings(bound, H100), "problem")
+    assert "sd3.5-large-turbo-fp8-h200: bound to h200, and this is h100" in problems
+
+
+def test_a_port_that_is_taken() -> None:
+    taken = settings("laptop.yaml")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken.http.port))
+        other.listen()
+        problems = said(examine_settings(taken, LAPTOP), "problem")
+    assert "cannot listen on 127.0.0.1:" in problems
+
+
+def test_a_cluster() -> None:
+    nodes = [
+        Node("head", num_cpus=4),
+        Node("a" * 12, {"ray.io/accelerator-type": "T4"}, num_cpus=4, num_gpus=2),
+        Node("b" * 12, {"ray.io/accelerator-type": "Odd"}, num_cpus=4, num_gpus=1),
+    ]
+    findings = list(examine_cluster(nodes, settings("sd35.yaml")))
+    assert "node aaaaaaaa: 2 × t4, 4 CPUs" in said(findings, "ok")
+    assert "unknown card Odd" in said(findings, "note")
+    assert "pool sd3.5-large-fp8: none of the nodes" in said(findings, "note")
+    assert "pool sd3.5-large-fp16: 2 of the nodes" in said(findings, "ok")
+    assert said(findings, "problem") == "pool sd3.5-large-turbo-fp8: none of the nodes can hold it"

@@ -1,0 +1,167 @@
+"""`octet plan` at the terminal: numbers, settings that load, and errors in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cards import CARDS
+from cluster.placement import Node
+from cluster.structure import TRANSFORMERS
+from serve.cli import app
+from serve.planning import cards_of
+from serve.settings_file import load_settings
+
+SD35 = Path(__file__).parents[2] / "examples" / "sd35.yaml"
+ONE_H100 = "--gpu", "h100", "--model", "sd3.5-large"
+
+
+def octet_plan(*args: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *args])
+
+
+def as_json(*args: str) -> Any:
+    result = octet_plan(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_table_and_the_picture() -> None:
+    result = octet_plan("--gpu", "h100:8", "--gpu", "rtx4090:4", "--model", "sd3.5-large")
+    assert result.exit_code == 0
+    for shown in ("7 × h100", "4 × rtx4090", "text encoders", "|sd3.5-large", "GiB free"):
+        assert shown in result.stdout
+    assert "Estimated from arithmetic, not measured" in result.stdout
+    assert "No 16-bit pool" in result.stdout
+    assert "No 16-bit pool" not in octet_plan(*ONE_H100, "--gpu", "a100-80").stdout
+
+
+def test_large_on_an_h100_is_the_floor_over_a_half() -> None:
+    """49.6 ms a step with FP8 linears at 1024 × 1024, by a formula of its own; 40 steps."""
+    (card,) = as_json(*ONE_H100)["cards"]
+    (way,) = card["replicas"]
+    assert 1 / way["images_s"] == pytest.approx(40 * 2 * 0.0496, rel=0.05)
+    assert way["usd_per_1000_on_demand"] == pytest.approx(4.76 / 3.6 / way["images_s"])
+
+
+def test_prices_are_replaced(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("h100: {on_demand: 2.38}\n")
+    (before,), (after,) = (
+        found["cards"][0]["replicas"]
+        for found in (as_json(*ONE_H100), as_json(*ONE_H100, "--prices", str(prices)))
+    )
+    assert after["usd_per_1000_on_demand"] == pytest.approx(before["usd_per_1000_on_demand"] / 2)
+    assert after["usd_per_1000_spot"] == before["usd_per_1000_spot"]
+
+
+@pytest.mark.parametrize("text", ["h100: free", "h100: 0", "h1000: 1", "[1]", "h100: {a: 1}", "{"])
+def test_prices_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "prices.yaml").write_text(text)
+    result = octet_plan(*ONE_H100, "--prices", str(tmp_path / "prices.yaml"))
+    assert result.exit_code == 1
+    assert "prices.yaml" in result.stderr
+
+
+def test_what_does_not_fit_has_a_reason_and_exit_code_2() -> None:
+    result = octet_plan("--gpu", "t4:4", "--model", "sd3.5-large")
+    assert result.exit_code == 2
+    assert "sd3.5-large on t4: needs" in result.stderr
+    result = octet_plan("--gpu", "t4:4", "--model", "sd3.5-large", "--json")
+    assert result.exit_code == 2
+    assert "needs" in json.loads(result.stdout)["reason"]
+
+
+def test_planned_settings_load_and_say_what_the_plan_says(tmp_path: Path) -> None:
+    args = "--gpu", "h100:2", "--gpu", "a100-80", "--config", str(SD35)
+    planned = tmp_path / "planned.yaml"
+    planned.write_text(octet_plan(*args, "--settings").stdout)
+    settings, before = load_settings(planned, {}), load_settings(SD35, {})
+    pools = {
+        (m.id, p.card, p.slots, p.num_gpus, p.replicas) for m in settings.models for p in m.pools
+    }
+    assert pools == {
+        (p["model"], p["card"], p["slots"], p["num_gpus"], p["replicas"])
+        for p in as_json(*args)["pools"]
+        if p["model"]
+    }
+    (encoder,) = settings.text_encoders
+    assert encoder.card == "h100"
+    assert encoder.memory_gib == pytest.approx(7.08, abs=0.02)
+    assert encoder.warm_prompts == before.text_encoders[0].warm_prompts
+    assert [m.defaults for m in settings.models] == [m.defaults for m in before.models]
+    on_a100 = {p.precision for m in settings.models for p in m.pools if p.card == "a100-80"}
+    assert on_a100 == {"fp16"}
+
+
+def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
+    result = octet_plan(
+        "--gpu", "h100", "--config", str(SD35), "--encoders-on-cpu", "--adaln-8-bit", "--settings"
+    )
+    (tmp_path / "planned.yaml").write_text(result.stdout)
+    settings = load_settings(tmp_path / "planned.yaml", {})
+    assert settings.text_encoders[0].num_gpus == 0
+    assert all(p.adaln_8_bit for m in settings.models for p in m.pools)
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ((), "wanted: --gpu or --ray, and --model or --config"),
+        (("--gpu", "h100"), "wanted"),
+        ((*ONE_H100, "--config", str(SD35)), "wanted"),
+        (("--gpu", "h10", "--model", "sd3.5-large"), "did you mean 'h100'"),
+        (("--gpu", "h100:0", "--model", "sd3.5-large"), "'0' is no number of cards"),
+        (("--gpu", "h100:-1", "--model", "sd3.5-large"), "no number of cards"),
+        (("--gpu", "h100", "--model", "sd3.5-huge"), "did you mean"),
+        (("--gpu", "h100", "--model", "sd3.5-large=none"), "no share"),
+        ((*ONE_H100, "--model", "sd3.5-large"), "given twice"),
+        ((*ONE_H100, "--size", "big"), "WIDTHxHEIGHT"),
+        ((*ONE_H100, "--size", "1000x1000"), "multiples of 16"),
+        ((*ONE_H100, "--prices", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_wrong_input_is_named(args: tuple[str, ...], complaint: str) -> None:
+    result = octet_plan(*args)
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+
+
+def test_a_share_moves_the_plan() -> None:
+    """On cards that hold one of two models, the one that is asked for more gets more cards."""
+
+    def cards_of_turbo(share: str) -> int:
+        turbo = f"sd3.5-large-turbo={share}"
+        cards = as_json("--gpu", "rtx4090:8", "--model", "sd3.5-large", "--model", turbo)["cards"]
+        with_turbo = (c for c in cards if any("turbo" in r["model"] for r in c["replicas"]))
+        return sum(c["count"] for c in with_turbo)
+
+    assert cards_of_turbo("0.2") < cards_of_turbo("1") < cards_of_turbo("5")
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_every_card_of_the_file_is_answered(model: str) -> None:
+    for card in CARDS:
+        result = octet_plan("--gpu", f"{card}:2", "--model", model)
+        fits = card != "t4" or model == "sd3.5-medium"
+        assert result.exit_code == (0 if fits else 2), result.output
+
+
+def test_the_cards_of_a_cluster() -> None:
+    nodes = [
+        Node("1", {"ray.io/accelerator-type": "H100"}, 8, 8),
+        Node("2", {"ray.io/accelerator-type": "H100"}, 8, 4),
+        Node("3", {"ray.io/accelerator-type": "A100", "octet/card": "a100-80"}, 8, 1),
+        Node("4", {"ray.io/accelerator-type": "Odd"}, 8, 1),
+        Node("5", {}, 8, 0),
+    ]
+    groups, unknown = cards_of(nodes, reserved_gib=2)
+    assert {(g.card.id, g.count, g.reserved_gib) for g in groups} == {
+        ("h100", 12, 2),
+        ("a100-80", 1, 2),
+    }
+    assert unknown == ["node 4: 1 GPUs of an unknown card"]
