@@ -1,8 +1,9 @@
 """FP8 checkpoints: quantised once by `octet quantize`, loaded without the 16-bit weights.
 
-The transformer's `Fp8Linear` layers and T5 as quanto stores it go into plain safetensors; every
-other component is copied, so the folder loads alone. A component's config names a quantisation
-method that diffusers and transformers do not know: they refuse it instead of drawing noise.
+The transformer's `Fp8Linear` layers, q, k and v joined, and T5 as quanto stores it go into plain
+safetensors; every other component is copied, so the folder loads alone. A component's config names
+a quantisation method that diffusers and transformers do not know: they refuse it instead of drawing
+noise. On a CPU the weights stay mapped from the file, and the processes of a node share them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from transformers import AutoConfig, T5EncoderModel
 from transformers.utils import logging
 
 from .checkpoint import CheckpointError, size_bytes, write_manifest
+from .fused_attention import fuse_qkv
 from .precision import E4M3, RECIPES, Recipe, apply_recipe, store_in_fp8
 
 logging.disable_progress_bar()  # it would write lines into every replica's log
 
 TRANSFORMER, T5 = "transformer", "text_encoder_3"
-METHODS = {TRANSFORMER: "octet-fp8-rowwise", T5: "octet-quanto-fp8"}
+METHODS = {TRANSFORMER: "octet-fp8-rowwise-fused", T5: "octet-quanto-fp8"}
 WEIGHTS = "fp8.safetensors"
 QUANTO_MAP = "quanto_map.json"
 
@@ -97,7 +99,7 @@ def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
         transformer = SD3Transformer2DModel.from_pretrained(
             folder / TRANSFORMER, use_safetensors=True, torch_dtype=torch.bfloat16
         )
-        return apply_recipe(transformer, recipe, device).eval()
+        return fuse_qkv(apply_recipe(transformer, recipe, device)).eval()
     config = SD3Transformer2DModel.load_config(folder / TRANSFORMER)
     made = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
     if made.adaln_8_bit and not recipe.adaln_8_bit:
@@ -105,7 +107,7 @@ def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
             f"{folder} holds AdaLN in 8 bit: the pool needs adaln_8_bit: true, or the original"
         )
     with torch.device("meta"):
-        transformer = apply_recipe(SD3Transformer2DModel.from_config(config), made)
+        transformer = fuse_qkv(apply_recipe(SD3Transformer2DModel.from_config(config), made))
     weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
     transformer.load_state_dict(weights, assign=True)
     return apply_recipe(transformer, recipe).eval()

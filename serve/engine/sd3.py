@@ -30,6 +30,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from . import fp8_checkpoint
 from .checkpoint import CheckpointError
+from .fused_attention import fuse_qkv
 from .noise_schedule import TRAIN_STEPS, sigmas
 from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8
 from .preview import VAE_FACTOR, LatentToRgb
@@ -293,7 +294,7 @@ def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
     transformer = SD3Transformer2DModel.from_pretrained(
         folder / "transformer", use_safetensors=True, torch_dtype=recipe.dtype
     )
-    return apply_recipe(transformer, recipe, device).eval()
+    return fuse_qkv(apply_recipe(transformer, recipe, device)).eval()
 
 
 def _load_t5(folder: Path, recipe: EncoderRecipe) -> Any:

@@ -1,0 +1,83 @@
+"""Attention with one matrix product for q, k and v.
+
+In row-wise FP8 the joined layer is exact: each output channel keeps its numbers and its scale. The
+separate layers are given up, so the weights are there once. diffusers' own fused processor for SD3
+leaves out the norms of q and k, which SD3.5 has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from .precision import Fp8Linear
+
+
+def fuse_qkv(transformer: nn.Module) -> nn.Module:
+    """Join the projections of every attention, in place."""
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.to_qkv = _joined(module.to_q, module.to_k, module.to_v)
+            del module.to_q, module.to_k, module.to_v
+            if module.added_kv_proj_dim is not None:
+                module.to_added_qkv = _joined(
+                    module.add_q_proj, module.add_k_proj, module.add_v_proj
+                )
+                del module.add_q_proj, module.add_k_proj, module.add_v_proj
+            module.set_processor(FusedAttention())
+    return transformer
+
+
+def _joined(*layers: nn.Module) -> nn.Module:
+    """One layer with the output channels of several."""
+    first = layers[0]
+    weight, bias = _cat(layers, "weight", 0), _cat(layers, "bias", 0)
+    if isinstance(first, Fp8Linear):
+        return type(first)(weight, _cat(layers, "weight_scale", 1), bias)
+    with torch.device("meta"):
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        joined.bias = nn.Parameter(bias, requires_grad=False)
+    return joined
+
+
+def _cat(layers: Sequence[nn.Module], name: str, dim: int) -> Any:
+    tensors: list[Any] = [getattr(layer, name) for layer in layers]
+    return None if tensors[0] is None else torch.cat([t.detach() for t in tensors], dim)
+
+
+class FusedAttention:
+    """Of images, and of images and text together where text is given."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Any:
+        """Both (rows, tokens, width); the last block gives no text out."""
+        q, k, v = _heads(attn.to_qkv(hidden_states), attn.heads)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            q2, k2, v2 = _heads(attn.to_added_qkv(encoder_hidden_states), attn.heads)
+            q2, k2 = attn.norm_added_q(q2), attn.norm_added_k(k2)
+            q, k, v = torch.cat([q, q2], 2), torch.cat([k, k2], 2), torch.cat([v, v2], 2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return attn.to_out[0](out)
+        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[0](image), text
+
+
+def _heads(qkv: torch.Tensor, heads: int) -> Sequence[torch.Tensor]:
+    """(rows, tokens, 3 · width) → q, k and v, each (rows, heads, tokens, head width)."""
+    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)]
