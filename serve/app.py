@@ -82,6 +82,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             pool.model_dump(mode="json"),
             settings.emulate_fp8,
             settings.models_folder,
+            settings.compiled_folder,
             text_encoders[model.text_encoder],
             dispatcher,
         )

@@ -26,6 +26,7 @@ from .request import ImageRequest, Limits
 
 _LIMITS = Limits()
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+Size = Annotated[str, Field(pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$")]
 Share = Annotated[float, Field(ge=0)]
 
 
@@ -126,6 +127,9 @@ class Pool(OnCard):
     `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
     prefers nodes without FP8; `allow_fp8_nodes` lets it use the others too. A pool that takes no
     GPU runs anywhere. `adaln_8_bit` stores more of the weights in 8 bit: 2.5 GiB less for Large.
+
+    `compile`: `auto` is `default` on a card and `off` on a CPU. `warm_sizes`: images that get code
+    of their own before the replica is ready, as WIDTHxHEIGHT; by default the model's own size.
     """
 
     precision: Literal["fp8", "fp16"]
@@ -133,6 +137,8 @@ class Pool(OnCard):
     source: Source | None = None
     allow_fp8_nodes: bool = True
     adaln_8_bit: bool = False
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    warm_sizes: tuple[Size, ...] = ()
 
     @model_validator(mode="after")
     def _fp8_runs_on_fp8(self) -> Pool:
@@ -221,8 +227,8 @@ class Model(ServedModel, ModelTuning):
 class Application(Frozen):
     """The arguments of `serve.app.build`.
 
-    `models_folder`: where a node keeps what it pulls from the hub; `data_folder`: where images for
-    URLs are kept.
+    `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
+    has compiled; `data_folder`: where images for URLs are kept.
     """
 
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
@@ -231,6 +237,7 @@ class Application(Frozen):
     ingress: Resources = Resources(num_cpus=0.5)
     dispatcher_num_cpus: Share = 0.5
     models_folder: str | None = None
+    compiled_folder: str | None = None
     data_folder: str | None = None
     drain_timeout_s: PositiveFloat = 300.0
 

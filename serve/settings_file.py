@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from .settings import Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "OCTET_"
+FOLDERS = "models_folder", "compiled_folder", "data_folder"
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -39,7 +40,7 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
         if name.startswith(ENVIRONMENT_PREFIX):
             _override(data, name, environ[name])
     _resolve_folders(data, file.resolve().parent)
-    for key in ("models_folder", "data_folder"):  # one beginning with ~ is each node's own
+    for key in FOLDERS:  # one beginning with ~ is each node's own
         if isinstance(data.get(key), str) and not data[key].startswith("~"):
             data[key] = str(file.resolve().parent / data[key])
     try:

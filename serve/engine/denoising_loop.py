@@ -328,6 +328,11 @@ def bucket(rows: int) -> int:
     return next(size for size in BUCKETS if size >= rows)
 
 
+def buckets(most: int) -> list[int]:
+    """All numbers of rows that a call can have, up to `most`."""
+    return [size for size in BUCKETS if size <= most]
+
+
 def preview_steps(steps: int, previews: int) -> list[int]:
     """After which steps previews are drawn: evenly spread, fewer if there are too few steps."""
     return sorted({steps * i // (previews + 1) for i in range(1, previews + 1)} - {0})

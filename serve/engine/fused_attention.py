@@ -72,7 +72,7 @@ class FusedAttention:
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return attn.to_out[0](out)
-        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        image, text = out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         return attn.to_out[0](image), text
@@ -80,4 +80,5 @@ class FusedAttention:
 
 def _heads(qkv: torch.Tensor, heads: int) -> Sequence[torch.Tensor]:
     """(rows, tokens, 3 · width) → q, k and v, each (rows, heads, tokens, head width)."""
-    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)]
+    rows, tokens, _ = qkv.shape
+    return [part.view(rows, tokens, heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1)]

@@ -37,6 +37,7 @@ from .metrics import EngineMetrics
 from .precision import RECIPES, Recipe
 from .room import Room
 from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
+from .warm_up import Phases, WarmUp
 
 log = logging.getLogger("ray.serve")
 
@@ -78,6 +79,7 @@ class Generator:
         pool: dict[str, Any],
         emulate_fp8: bool,
         models_folder: str | None,
+        compiled_folder: str | None,
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
@@ -93,8 +95,11 @@ class Generator:
         self._room = Room()
         self._drawing: dict[Lease, _Image] = {}
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
+        phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
-        self._denoiser = await asyncio.to_thread(self._load)
+        self._denoiser = await asyncio.to_thread(self._load, phases)
+        warm_up = WarmUp(self._denoiser, self._pool, compiled_folder)
+        warm_up.prepare()
         self._denoising = DenoisingLoop(
             self._denoiser,
             max_rows=2 * self._pool.slots,
@@ -110,7 +115,13 @@ class Generator:
             )
         )
         self._metrics = EngineMetrics(self._model.pool_name(self._pool))
-        await self._draw(self._new_image(self._warm_up_request(), Watch()))
+        with phases.timed("text"):
+            embeds = await self._embed(self._warm_up_request())
+        with phases.timed("warm-up"):
+            attention = await asyncio.to_thread(warm_up.run, embeds)
+            await self._draw(self._new_image(self._warm_up_request(), Watch()))
+        log.info("ready after %s; attention: %s", phases, attention or "torch's choice")
+        self._metrics.started(phases.seconds)
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
@@ -260,11 +271,13 @@ class Generator:
 
     # -- the replica ----------------------------------------------------------------------------
 
-    def _load(self) -> Denoiser:
+    def _load(self, phases: Phases) -> Denoiser:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         source = self._pool.source or self._model.source
-        folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
-        return Denoiser(folder, self._recipe, device)
+        with phases.timed("checkpoint"):
+            folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
+        with phases.timed("load"):
+            return Denoiser(folder, self._recipe, device)
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""

@@ -5,6 +5,7 @@ Ray adds the tags deployment, replica and application.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from ray.serve import metrics
@@ -50,6 +51,11 @@ class EngineMetrics:
             boundaries=list(PHASE_S),
             tag_keys=("pool", "phase"),
         )
+        self._start = metrics.Gauge(
+            "octet_engine_start_seconds",
+            "Seconds of this replica's start: checkpoint, load, text, warm-up.",
+            tag_keys=("pool", "phase"),
+        )
         self._speed = metrics.Gauge(
             "octet_engine_speed", "Work of a reference replica done in a second.", tag_keys=tags
         )
@@ -58,6 +64,11 @@ class EngineMetrics:
             "Learnt coefficients of the work of an image: see serve/cost.py.",
             tag_keys=("pool", "coefficient"),
         )
+
+    def started(self, seconds: Mapping[str, float]) -> None:
+        """How long each phase of the start took."""
+        for phase, taken_s in seconds.items():
+            self._start.set(taken_s, {**self._pool, "phase": phase})
 
     def ended(self, outcome: str) -> None:
         self._outcomes.inc(tags={**self._pool, "outcome": outcome})

@@ -172,7 +172,8 @@ class Denoiser:
         self.vae: Any = AutoencoderKL.from_pretrained(
             folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
-        self.vae.to(device).eval()
+        # Convolutions are faster so, on cards and CPUs alike: bench/README.md.
+        self.vae.to(device, memory_format=torch.channels_last).eval()
         schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
         self.shift = float(schedule["shift"])
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR

@@ -16,8 +16,8 @@ HUNGRY = 7.125  # two such images never fit into memory together
 
 
 class FaultyGenerator(Generator):
-    def _load(self) -> Any:
-        denoiser = super()._load()
+    def _load(self, phases: Any) -> Any:
+        denoiser = super()._load(phases)
         original = denoiser.denoise_step
 
         def denoise_step(batch: Any, rows: int = 0) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from serve.engine.fused_attention import fuse_qkv
 from serve.engine.precision import (
     E4M3,
     ENCODER_RECIPES,
@@ -142,6 +143,33 @@ def test_adaln_can_be_stored_in_8_bit(transformer: SD3Transformer2DModel) -> Non
     assert 1e-4 < error < 2e-3  # 27 to 40 dB; activations in FP8 too would add as much again
     row_alone, row_beside = layer(x[:1]), layer(x)[:1]
     assert torch.allclose(row_alone, row_beside, atol=1e-2)
+
+
+def test_joined_projections_are_exact_and_there_once(transformer: SD3Transformer2DModel) -> None:
+    config, state = transformer.config, transformer.state_dict()
+    for recipe in ("fp8", "fp32"):
+        plain, fused = (SD3Transformer2DModel.from_config(config) for _ in range(2))
+        for model in (plain, fused):
+            model.load_state_dict(state)
+            apply_recipe(model, RECIPES[recipe])
+        fuse_qkv(fused)
+        names = {n.rpartition(".")[2] for n, _ in fused.named_modules() if ".attn" in n}
+        assert {"to_qkv", "to_added_qkv"} <= names
+        assert not names & {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+        sizes = [sum(t.nbytes for t in m.state_dict().values()) for m in (plain, fused)]
+        assert sizes[0] == sizes[1]
+        dtype = RECIPES[recipe].dtype
+        torch.manual_seed(0)
+        inputs = {
+            "hidden_states": torch.randn(2, 16, 16, 16).to(dtype),
+            "timestep": torch.tensor([900.0, 20.0]),
+            "encoder_hidden_states": torch.randn(2, 64, 128).to(dtype),
+            "pooled_projections": torch.randn(2, 128).to(dtype),
+        }
+        with torch.inference_mode():
+            out = [m.eval()(**inputs, return_dict=False)[0] for m in (plain, fused)]
+        assert out[0].std() > 0.01
+        assert torch.allclose(*out, atol=1e-5 if recipe == "fp32" else 0.0)
 
 
 def test_fp8_round_trips_through_safetensors(

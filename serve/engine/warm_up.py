@@ -1,0 +1,111 @@
+"""Before a replica takes requests: blocks compiled, attention chosen, every shape run once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from ..settings import Pool
+from .compiled import Mode, Shape, choose_attention, compile_blocks, keep_compiled_code
+from .denoising_loop import bucket, buckets
+from .preview import VAE_FACTOR
+from .sd3 import Denoiser, Denoising, PromptEmbeds
+
+PATCH = 2  # latents of a token's side
+OTHER_PX = 256  # a size of images for which flexible code is made
+
+
+class Phases:
+    """Seconds of each part of a start, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s: {parts}"
+
+
+def compile_mode(pool: Pool, denoiser: Denoiser) -> Literal["off"] | Mode:
+    """A card compiles unless it is told not to."""
+    if pool.compile == "auto":
+        return "default" if denoiser.on_cuda else "off"
+    return pool.compile
+
+
+def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
+    """Width and height in pixels; the model's own size if the settings name none."""
+    native_px = denoiser.native_size_px
+    named = [size.split("x") for size in pool.warm_sizes]
+    return [(int(width), int(height)) for width, height in named] or [(native_px, native_px)]
+
+
+class WarmUp:
+    """Of one replica; both methods block."""
+
+    def __init__(self, denoiser: Denoiser, pool: Pool, compiled_folder: str | None) -> None:
+        self._denoiser = denoiser
+        self._sizes = warm_sizes(pool, denoiser)
+        self._rows = buckets(bucket(2 * pool.slots))
+        self._mode = compile_mode(pool, denoiser)
+        self._compiled_folder = compiled_folder
+
+    def prepare(self) -> None:
+        """What has to be done before the first step."""
+        if self._mode != "off":
+            keep_compiled_code(self._compiled_folder)
+            warm: set[Shape] = {
+                (rows, width * height // (VAE_FACTOR * PATCH) ** 2)
+                for rows in self._rows
+                for width, height in self._sizes
+            }
+            compile_blocks(self._denoiser.transformer, warm, self._mode)
+
+    def run(self, embeds: PromptEmbeds) -> str | None:
+        """Every warm size in every number of rows, and the flexible code; returns the attention.
+
+        `embeds`: two rows, as every request with guidance has them.
+        """
+        if self._mode == "off" and not self._denoiser.on_cuda:
+            return None
+        attention = self._choose_attention(embeds)
+        for width, height in self._sizes:
+            for rows in self._rows:
+                self._step(embeds, width, height, rows)
+            self._denoiser.decode(self._begin(embeds, width, height).latents)
+        if self._mode != "off":
+            other = next(px for px in (OTHER_PX, 2 * OTHER_PX) if (px, px) not in self._sizes)
+            for rows in {1, self._rows[-1]}:  # compilers treat a single row apart
+                self._step(embeds, other, other, rows)
+        return attention
+
+    def _choose_attention(self, embeds: PromptEmbeds) -> str | None:
+        denoiser, (width, height) = self._denoiser, self._sizes[0]
+        if not denoiser.on_cuda:
+            return None
+        config = denoiser.transformer.config
+        tokens = width * height // (VAE_FACTOR * PATCH) ** 2 + embeds.tokens.shape[1]
+        return choose_attention(
+            config.num_attention_heads,
+            config.attention_head_dim,
+            tokens,
+            denoiser.device,
+            denoiser.recipe.dtype,
+        )
+
+    def _step(self, embeds: PromptEmbeds, width: int, height: int, rows: int) -> None:
+        rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])
+        self._denoiser.denoise_step([self._begin(rows_of_one, width, height)], rows)
+
+    def _begin(self, embeds: PromptEmbeds, width: int, height: int) -> Denoising:
+        return self._denoiser.begin(
+            embeds, width=width, height=height, num_inference_steps=1, guidance_scale=2.0, seed=0
+        )

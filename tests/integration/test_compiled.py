@@ -1,0 +1,151 @@
+"""Compiled blocks draw what eager ones draw, and no request ever waits for the compiler.
+
+Most of it runs on backends that trace as the real one does and generate no code: that needs no C++
+compiler and less time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from serve.engine import warm_up
+from serve.engine.compiled import compile_blocks, fastest
+from serve.engine.precision import RECIPES
+from serve.engine.sd3 import Denoiser, PromptEmbeds
+from serve.engine.warm_up import Phases, WarmUp
+from serve.settings import Pool
+
+from .conftest import DEMO_MODEL
+
+TOKENS = 109  # of the demo model's prompts
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def embeds() -> PromptEmbeds:
+    torch.manual_seed(0)
+    return PromptEmbeds(torch.randn(2, TOKENS, 128), torch.randn(2, 128))
+
+
+def latents(denoiser: Denoiser, px: int, images: int, guided: bool = True) -> torch.Tensor:
+    """After two steps of a batch."""
+    both = embeds()
+    rows = both if guided else PromptEmbeds(both.tokens[:1], both.pooled[:1])
+    batch = [
+        denoiser.begin(rows, width=px, height=px, num_inference_steps=2, guidance_scale=3.0, seed=s)
+        for s in range(images)
+    ]
+    for _ in range(2):
+        denoiser.denoise_step(batch)
+    return torch.cat([image.latents for image in batch])
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_compiled_blocks_draw_the_same() -> None:
+    eager, compiled = (Denoiser(DEMO_MODEL, RECIPES["fp8"]) for _ in range(2))
+    compile_blocks(compiled.transformer, {(2, 64)}, backend="aot_eager")
+    for px, images in ((128, 1), (192, 1), (160, 2)):
+        assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
+
+
+def test_after_the_warm_up_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a size that was not named, not for other numbers of rows, not for a single row."""
+    monkeypatch.setattr(
+        warm_up,
+        "compile_blocks",
+        lambda model, warm, mode: compile_blocks(model, warm, mode, backend="eager"),
+    )
+    denoiser = Denoiser(DEMO_MODEL, RECIPES["fp8"])
+    pool = Pool(
+        precision="fp8", num_gpus=1, slots=2, compile="default", warm_sizes=("128x128", "192x128")
+    )
+    warming = WarmUp(denoiser, pool, compiled_folder=None)
+    warming.prepare()
+    warming.run(embeds())
+    made = graphs()
+    # Three kinds of blocks; two sizes in 1, 2 and 4 rows, and flexible code for one row and more.
+    assert 3 * 2 * 3 <= made <= 3 * (2 * 3 + 3)
+    for px, images, guided in (
+        (128, 1, True),
+        (128, 2, True),
+        (128, 1, False),
+        (64, 1, False),
+        (64, 2, True),
+        (160, 1, True),
+        (256, 2, True),
+        (208, 1, False),
+    ):
+        latents(denoiser, px, images, guided)
+    assert graphs() == made
+
+
+def test_pools_say_whether_they_compile() -> None:
+    on_cpu = Denoiser(DEMO_MODEL, RECIPES["bf16"])
+    for setting, mode in (("auto", "off"), ("off", "off"), ("max-autotune", "max-autotune")):
+        pool = Pool(precision="fp16", compile=setting)
+        assert warm_up.compile_mode(pool, on_cpu) == mode
+    assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
+
+
+def test_the_fastest_that_works_is_chosen() -> None:
+    def seconds(name: str) -> float:
+        if name == "broken":
+            raise RuntimeError("no kernel")
+        return {"slow": 2.0, "quick": 1.0}[name]
+
+    assert fastest(["slow", "broken", "quick"], seconds) == "quick"
+    assert fastest(["broken"], seconds) is None
+
+
+def test_phases_add_up() -> None:
+    phases = Phases()
+    for _ in range(2):
+        with phases.timed("load"):
+            pass
+    assert phases.seconds.keys() == {"load"}
+    assert "load 0.0 s" in str(phases)
+
+
+START = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+from serve.engine.compiled import keep_compiled_code
+keep_compiled_code(sys.argv[1])
+torch.compile(torch.nn.Linear(16, 16))(torch.ones(2, 16))
+print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxgraph_cache_miss")}))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+def test_a_second_start_finds_the_code_of_the_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", START, str(tmp_path)]
+    first, second = (
+        json.loads(
+            subprocess.run(  # noqa: S603 - our own interpreter and program
+                command, capture_output=True, text=True, check=True
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    assert first == {"fxgraph_cache_hit": 0, "fxgraph_cache_miss": 1}
+    assert second == {"fxgraph_cache_hit": 1, "fxgraph_cache_miss": 0}
+    assert (tmp_path / torch.__version__).is_dir()
