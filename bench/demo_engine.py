@@ -34,7 +34,7 @@ class Engine:
         both = encoder.encode_prompts(["", "the sea at dawn"], TEXT_LENGTH)
         self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
         self.text_tokens = both.tokens.shape[1]
-        self.denoiser = Denoiser(MODEL, RECIPES[recipe])
+        self.denoiser = Denoiser.load(MODEL, RECIPES[recipe])
         self.steps: list[tuple[int, int, float]] = []  # size, padded rows, seconds
         self.denoiser.denoise_step = self._noting(self.denoiser.denoise_step)
         self.model_s = 0.0  # within transformer and VAE themselves

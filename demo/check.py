@@ -202,7 +202,7 @@ def main(seeds: int = 2, precision: str = "fp8") -> None:
     from serve.engine.precision import RECIPES
     from serve.engine.sd3 import Denoiser, PromptEncoder
 
-    encoder, denoiser = PromptEncoder(MODEL), Denoiser(MODEL, RECIPES[precision])
+    encoder, denoiser = PromptEncoder(MODEL), Denoiser.load(MODEL, RECIPES[precision])
     pictures, scenes, wrong = [], [], []
     for seed in range(seeds):
         for prompt, scene in track(scene_prompts(), description=f"seed {seed}"):

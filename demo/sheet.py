@@ -22,7 +22,7 @@ def main(out: Path = SHEET, seed: int = 1, model: Path = MODEL) -> None:
     from serve.engine.precision import RECIPES
     from serve.engine.sd3 import Denoiser, PromptEncoder
 
-    encoder, denoiser = PromptEncoder(model), Denoiser(model, RECIPES["fp8"])
+    encoder, denoiser = PromptEncoder(model), Denoiser.load(model, RECIPES["fp8"])
     prompts = [p for p, scene in scene_prompts() if not scene.extras][: 7 * HOURS]
     pitch = CELL_PX + GAP_PX
     sheet = Image.new("RGB", (7 * pitch - GAP_PX, HOURS * pitch - GAP_PX), "white")

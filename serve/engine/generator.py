@@ -277,7 +277,7 @@ class Generator:
         with phases.timed("checkpoint"):
             folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
         with phases.timed("load"):
-            return Denoiser(folder, self._recipe, device)
+            return Denoiser.load(folder, self._recipe, device)
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""

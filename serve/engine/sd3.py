@@ -164,18 +164,26 @@ class Denoising:
 class Denoiser:
     """Transformer and VAE of one model in one precision, on one device."""
 
+    @classmethod
     @torch.inference_mode()
-    def __init__(self, folder: Path, recipe: Recipe, device: str = "cpu") -> None:
+    def load(cls, folder: Path, recipe: Recipe, device: str = "cpu") -> Denoiser:
         """Raises `CheckpointError` if the checkpoint is not made for the recipe."""
-        self.recipe, self.device = recipe, device
-        self.transformer = _load_transformer(folder, recipe, device)
-        self.vae: Any = AutoencoderKL.from_pretrained(
+        vae = AutoencoderKL.from_pretrained(
             folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
+        schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
+        transformer = _load_transformer(folder, recipe, device)
+        return cls(transformer, vae, recipe, device, float(schedule["shift"]))
+
+    @torch.inference_mode()
+    def __init__(
+        self, transformer: Any, vae: Any, recipe: Recipe, device: str, shift: float
+    ) -> None:
+        """`transformer` as the recipe has it and on the device; `shift` of the noise schedule."""
+        self.recipe, self.device, self.shift = recipe, device, shift
+        self.transformer, self.vae = transformer, vae
         # Convolutions are faster so, on cards and CPUs alike: bench/README.md.
         self.vae.to(device, memory_format=torch.channels_last).eval()
-        schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
-        self.shift = float(schedule["shift"])
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
         self._latent_to_rgb = LatentToRgb(self.vae)
         # The VAE draws finished images while the transformer steps on with the others.

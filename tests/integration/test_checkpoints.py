@@ -44,7 +44,7 @@ def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) 
     latents = []
     for folder in (DEMO_MODEL, fp8_folder):
         encoder = PromptEncoder(folder, ENCODER_RECIPES["t5-quanto"])
-        denoiser = Denoiser(folder, RECIPES["fp8"])
+        denoiser = Denoiser.load(folder, RECIPES["fp8"])
         embeds = encoder.encode_prompts(["", "a city at night"], 32)
         image = denoiser.begin(
             embeds, width=64, height=64, num_inference_steps=3, guidance_scale=3.0, seed=1
@@ -88,7 +88,7 @@ def test_it_loads_alone_and_is_smaller(fp8_folder: Path) -> None:
 
 def test_pools_that_need_16_bit_weights_say_so(fp8_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="bf16 needs the original"):
-        Denoiser(fp8_folder, RECIPES["bf16"])
+        Denoiser.load(fp8_folder, RECIPES["bf16"])
     with pytest.raises(CheckpointError, match="fp32 needs the original"):
         PromptEncoder(fp8_folder, ENCODER_RECIPES["fp32"])
 
@@ -108,7 +108,7 @@ def test_adaln_in_8_bit_is_made_beforehand_or_at_load(fp8_folder: Path, tmp_path
                for f in (fp8_folder, tmp_path / "small")]  # fmt: skip
     assert weights[1] < 0.85 * weights[0]
     with pytest.raises(CheckpointError, match="adaln_8_bit: true"):
-        Denoiser(tmp_path / "small", RECIPES["fp8"])
+        Denoiser.load(tmp_path / "small", RECIPES["fp8"])
 
 
 def test_diffusers_and_transformers_refuse_it(fp8_folder: Path) -> None:
@@ -300,7 +300,7 @@ def test_pulled_weights_load_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     wanted = {p.relative_to(DEMO_MODEL).as_posix() for p in DEMO_MODEL.rglob("*") if p.is_file()}
     assert there == {*wanted, MANIFEST}
-    assert Denoiser(folder, RECIPES["bf16"])
+    assert Denoiser.load(folder, RECIPES["bf16"])
 
     served = len(hub.served)
     assert octet_pull(hub, models)[0] == 0  # it is there: nothing is fetched again

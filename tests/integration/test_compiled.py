@@ -60,7 +60,7 @@ def graphs() -> int:
 
 
 def test_compiled_blocks_draw_the_same() -> None:
-    eager, compiled = (Denoiser(DEMO_MODEL, RECIPES["fp8"]) for _ in range(2))
+    eager, compiled = (Denoiser.load(DEMO_MODEL, RECIPES["fp8"]) for _ in range(2))
     compile_blocks(compiled.transformer, {(2, 64)}, backend="aot_eager")
     for px, images in ((128, 1), (192, 1), (160, 2)):
         assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
@@ -73,7 +73,7 @@ def test_after_the_warm_up_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) 
         "compile_blocks",
         lambda model, warm, mode: compile_blocks(model, warm, mode, backend="eager"),
     )
-    denoiser = Denoiser(DEMO_MODEL, RECIPES["fp8"])
+    denoiser = Denoiser.load(DEMO_MODEL, RECIPES["fp8"])
     pool = Pool(
         precision="fp8", num_gpus=1, slots=2, compile="default", warm_sizes=("128x128", "192x128")
     )
@@ -98,7 +98,7 @@ def test_after_the_warm_up_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pools_say_whether_they_compile() -> None:
-    on_cpu = Denoiser(DEMO_MODEL, RECIPES["bf16"])
+    on_cpu = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
     for setting, mode in (("auto", "off"), ("off", "off"), ("max-autotune", "max-autotune")):
         pool = Pool(precision="fp16", compile=setting)
         assert warm_up.compile_mode(pool, on_cpu) == mode

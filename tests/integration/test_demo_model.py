@@ -12,7 +12,7 @@ from serve.engine.sd3 import Denoiser, PromptEncoder
 
 @pytest.fixture(scope="module")
 def operations(no_denormals: None) -> tuple[PromptEncoder, Denoiser]:
-    return PromptEncoder(MODEL), Denoiser(MODEL, RECIPES["fp8"])
+    return PromptEncoder(MODEL), Denoiser.load(MODEL, RECIPES["fp8"])
 
 
 def test_twelve_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:

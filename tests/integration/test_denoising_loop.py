@@ -61,7 +61,7 @@ class Model:
 
     def __init__(self, precision: str, encoder: PromptEncoder) -> None:
         self.encoder = encoder
-        self.denoiser = Denoiser(DEMO_MODEL, RECIPES[precision])
+        self.denoiser = Denoiser.load(DEMO_MODEL, RECIPES[precision])
         self.rows: list[int] = []
         self.entered: list[int] = []
         self.gate = threading.Event()

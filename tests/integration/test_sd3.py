@@ -23,7 +23,7 @@ class Both:
     """One model, loaded by us and by diffusers, float32 on the CPU."""
 
     def __init__(self, folder: Path, **absent: None) -> None:
-        self.encoder, self.denoiser = PromptEncoder(folder), Denoiser(folder, RECIPES["fp32"])
+        self.encoder, self.denoiser = PromptEncoder(folder), Denoiser.load(folder, RECIPES["fp32"])
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
 

@@ -1,0 +1,187 @@
+"""SD3.5 in its exact structure with random weights, on the device, in any way it can be run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import nn
+
+from cluster.footprint import TEXT_TOKENS
+from cluster.structure import TRANSFORMERS, config
+from serve.engine.compiled import compile_blocks
+from serve.engine.fused_attention import fuse_qkv
+from serve.engine.precision import RECIPES, apply_recipe, fp8_layer
+from serve.engine.sd3 import Denoiser, PromptEmbeds
+
+SHIFT = 3.0
+TINY = {"num_layers": 2, "num_attention_heads": 2, "dual_attention_layers": [0]}
+TINY_VAE = {"block_out_channels": [32, 32, 32, 32]}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a transformer is run. `torchao`: its row-wise FP8 in place of ours."""
+
+    name: str
+    recipe: str
+    compiled: bool = False
+    max_autotune: bool = False
+    torchao: bool = False
+
+
+WAYS = (
+    Way("fp8 compiled", "fp8", compiled=True),
+    Way("bf16 compiled", "bf16", compiled=True),
+    Way("bf16 eager", "bf16"),
+    Way("fp8 eager", "fp8"),
+    Way("torchao row-wise compiled", "bf16", compiled=True, torchao=True),
+    Way("fp8-adaln8 compiled", "fp8-adaln8", compiled=True),
+    Way("fp8 max-autotune", "fp8", compiled=True, max_autotune=True),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how large: `tiny` shrinks every structure, for a CPU and for tests."""
+
+    device: str
+    tiny: bool
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return (64,) if self.tiny else (1024, 512)
+
+    @property
+    def backend(self) -> str:
+        return "eager" if self.tiny else "inductor"
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """The median, after one call that does not count."""
+        work()
+        took = []
+        for _ in range(repeats):
+            self.sync()
+            began = time.perf_counter()
+            work()
+            self.sync()
+            took.append(time.perf_counter() - began)
+        return statistics.median(took)
+
+    @torch.inference_mode()
+    def transformer(self, model: str, way: Way) -> Any:
+        """Random weights; raises `ImportError` for torchao where it is missing."""
+        structure = config(TRANSFORMERS[model]) | (TINY if self.tiny else {})
+        structure["caption_projection_dim"] = (
+            structure["num_attention_heads"] * structure["attention_head_dim"]
+        )
+        with torch.device("meta"):
+            made = SD3Transformer2DModel.from_config(structure)
+            apply_recipe(made, RECIPES["bf16"])
+        made = fill(made.to_empty(device=self.device)).eval()
+        if way.torchao:
+            quantize_by_torchao(fuse_qkv(made))
+        else:
+            fuse_qkv(apply_recipe(made, RECIPES[way.recipe], self.device))
+        if way.compiled:
+            warm = _Everything()
+            mode = "max-autotune" if way.max_autotune else "default"
+            compile_blocks(made, warm, mode, self.backend)
+        return made
+
+    @torch.inference_mode()
+    def vae(self) -> Any:
+        with torch.device("meta"):
+            made: Any = AutoencoderKL.from_config(config("vae") | (TINY_VAE if self.tiny else {}))
+        return fill(made.to(torch.bfloat16).to_empty(device=self.device)).eval()
+
+    def denoiser(self, model: str, way: Way) -> Denoiser:
+        transformer = self.transformer(model, way)
+        made = Denoiser(transformer, self.vae(), RECIPES[way.recipe], self.device, SHIFT)
+        self.free()  # making it took more than having it does
+        return made
+
+    def embeds(self, rows: int) -> PromptEmbeds:
+        generator = torch.Generator("cpu").manual_seed(0)
+        return PromptEmbeds(
+            torch.randn(rows, TEXT_TOKENS, 4096, generator=generator),
+            torch.randn(rows, 2048, generator=generator),
+        )
+
+    def free(self) -> None:
+        """Memory of what has gone; peaks count anew."""
+        gc.collect()
+        torch._dynamo.reset()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
+
+    def machine(self) -> dict[str, str]:
+        """The card and the versions, for the record."""
+        found = {"device": platform.processor() or platform.machine()}
+        if self.device == "cuda":
+            found["device"] = torch.cuda.get_device_name(0)
+            found["cuda"] = str(torch.version.cuda)
+        else:
+            found["cores"] = str(os.cpu_count())
+        for package in ("torch", "diffusers", "transformers", "torchao", "optimum-quanto"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = "none"
+        return found
+
+
+class _Everything:
+    """Every shape gets code of its own."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> nn.Module:
+    """Weights as a fresh model has them, drawn on the device: 1/√inputs wide; buffers small."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.fill_(1)
+    for buffer in module.buffers():
+        buffer.normal_(0, 0.02)
+    return module
+
+
+def quantize_by_torchao(transformer: nn.Module) -> None:
+    """The same layers that our recipe has in FP8."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    quantize_(
+        transformer,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        filter_fn=lambda module, name: (
+            isinstance(module, nn.Linear) and fp8_layer(name, RECIPES["fp8"]) is not None
+        ),
+    )

@@ -1,0 +1,283 @@
+"""Milliseconds of a denoising step on this card, against the floor at its own rates.
+
+    python -m bench.gpu.steps [--minutes 9] [--out FOLDER]    # --tiny: small shapes, on a CPU too
+
+Measures matrix products and copies of this card; steps of Large and Medium in every way to run them
+at 1024² and 512² for 1, 2 and 4 requests with guidance; the VAE's decode; T5; peak memory; and the
+signal-to-noise ratio of each kind of FP8 linear. Needs torch and diffusers; torchao and
+optimum-quanto where they are compared. Cells that the time does not suffice for are left out, and
+the last lines say which. Writes steps.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.footprint import TEXT_TOKENS, footprint
+from cluster.structure import Structure, config, structure
+from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows
+
+from .floor import NOMINAL_H100, CardRates, floor_s
+from .model import WAYS, Bench, Way
+
+RESULTS = Path(__file__).parents[2] / "build" / "bench" / "gpu"
+MODELS = "sd3.5-large", "sd3.5-medium"
+REQUESTS = 1, 4, 2
+SIDE_OF_RATES = 8192
+STEP_REPEATS = 8
+
+
+class Clock:
+    """What is left of the time that there is."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def allows(self, seconds: float) -> bool:
+        return time.monotonic() + seconds < self._end
+
+
+# -- the card -------------------------------------------------------------------------------------
+
+
+def rates(bench: Bench) -> CardRates:
+    """What this card reaches in large products of random numbers, and in a copy."""
+    n = 256 if bench.tiny else SIDE_OF_RATES
+    a, b = torch.randn(2, n, n, device=bench.device, dtype=torch.bfloat16)
+    (rows, row_scale), (columns, column_scale) = quantize_rows(a), quantize_rows(b)
+
+    def fp8() -> object:
+        return torch._scaled_mm(
+            rows,
+            columns.t(),
+            scale_a=row_scale,
+            scale_b=column_scale.t().contiguous(),
+            out_dtype=torch.bfloat16,
+        )
+
+    source = torch.empty(n * n * 8, device=bench.device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return CardRates(
+        bf16=2 * n**3 / bench.seconds(lambda: a @ b, 20),
+        fp8=2 * n**3 / bench.seconds(fp8, 20),
+        bandwidth=2 * source.nbytes / bench.seconds(lambda: target.copy_(source), 20),
+    )
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def structure_of(bench: Bench, model: str) -> Structure:
+    if not bench.tiny:
+        return structure(model)
+    with_tiny = bench.transformer(model, WAYS[2]).config
+    return Structure.of(with_tiny)
+
+
+def cells(
+    bench: Bench, model: str, way: Way, card: CardRates, clock: Clock
+) -> Iterator[dict[str, Any]]:
+    """One for each size and number of requests, the most telling first."""
+    shape = structure_of(bench, model)
+    bench.free()
+    denoiser = bench.denoiser(model, way)
+    embeds = bench.embeds(2)
+    for side in bench.sides:
+        for requests in REQUESTS:
+            if not clock.allows(20):
+                yield {"model": model, "way": way.name, "side": side, "requests": requests}
+                continue
+            batch = [
+                denoiser.begin(
+                    embeds,
+                    width=side,
+                    height=side,
+                    num_inference_steps=1000,
+                    guidance_scale=4.5,
+                    seed=seed,
+                )
+                for seed in range(requests)
+            ]
+            began = time.perf_counter()
+            denoiser.denoise_step(batch)
+            bench.sync()
+            first_s = time.perf_counter() - began
+            step_s = bench.seconds(partial(denoiser.denoise_step, batch), STEP_REPEATS)
+            rows = 2 * requests
+            sizes = shape, rows, side, TEXT_TOKENS
+            floor = floor_s(*sizes, card, fp8=way.recipe != "bf16" or way.torchao)
+            yield {
+                "model": model,
+                "way": way.name,
+                "side": side,
+                "requests": requests,
+                "step_ms": 1e3 * step_s,
+                "first_s": first_s,
+                "floor_ms": 1e3 * floor,
+                "over_floor": step_s / floor,
+                "finite": bool(batch[0].latents.isfinite().all()),
+                "peak_gib": bench.peak_gib(),
+            }
+    del denoiser
+
+
+def decode_ms(bench: Bench) -> dict[str, float]:
+    vae = bench.denoiser("sd3.5-medium", WAYS[2])
+    return {
+        str(side): 1e3
+        * bench.seconds(
+            lambda s=side: vae.decode(torch.randn(1, 16, s // 8, s // 8, device=bench.device)), 5
+        )
+        for side in bench.sides
+    }
+
+
+def t5_ms(bench: Bench) -> dict[str, Any]:
+    """4 prompts of 256 tokens, in bf16 and stored in FP8 by quanto."""
+    from transformers import T5Config, T5EncoderModel
+
+    from .model import fill
+
+    tiny = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 1, "vocab_size": 32}
+    settings = T5Config(**(config("t5_xxl") | (tiny if bench.tiny else {})))
+    found: dict[str, Any] = {}
+    for how in ("bf16", "quanto fp8"):
+        with torch.device("meta"):
+            t5: Any = T5EncoderModel(settings).to(torch.bfloat16)
+        t5 = fill(t5.to_empty(device=bench.device)).eval()
+        if how != "bf16":
+            try:
+                from serve.engine.precision import store_in_fp8
+
+                store_in_fp8(t5)
+            except ImportError as error:
+                found[how] = f"not measured: {error}"
+                continue
+        ids = torch.zeros(4, 256, dtype=torch.long, device=bench.device)
+        with torch.inference_mode():
+            found[how] = 1e3 * bench.seconds(lambda m=t5, i=ids: m(i), 5)
+        del t5
+        bench.free()
+    return found
+
+
+# -- accuracy -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def sqnr_db(bench: Bench, model: str) -> dict[str, float]:
+    """Of each kind of FP8 linear, on random activations: signal to quantisation noise."""
+    transformer = bench.transformer(model, WAYS[2])
+    found: dict[str, float] = {}
+    for name, linear in transformer.named_modules():
+        kind = name.partition(".")[2].partition(".")[2]
+        if not isinstance(linear, nn.Linear) or kind in found:
+            continue
+        if not fp8_layer(name, RECIPES["fp8"]):
+            continue
+        x = torch.randn(512, linear.in_features, device=bench.device, dtype=torch.bfloat16)
+        exact = linear.float()(x.float())
+        noise = Fp8Linear.quantize(linear)(x).float() - exact
+        ratio = exact.square().mean() / noise.square().mean()
+        found[kind] = 10 * math.log10(ratio.item())
+    return found
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def report(found: dict[str, Any]) -> str:
+    """Short, to be read in a terminal."""
+    lines = [" ".join(f"{k} {v}" for k, v in found["machine"].items())]
+    card = CardRates(*found["rates"])
+    lines.append(
+        f"bf16 {card.bf16 / 1e12:.0f} TFLOP/s, FP8 {card.fp8 / 1e12:.0f} TFLOP/s, "
+        f"copy {card.bandwidth / 1e12:.2f} TB/s"
+    )
+    lines.append("model         way                        side  req  ms/step  ÷ floor  peak GiB")
+    measured = [cell for cell in found["steps"] if "step_ms" in cell]
+    for c in measured:
+        peak = f"{c['peak_gib']:8.2f}" if c["peak_gib"] else "       –"
+        lines.append(
+            f"{c['model']:13} {c['way']:26} {c['side']:4} {c['requests']:4} {c['step_ms']:8.1f} "
+            f"{c['over_floor']:8.2f}  {peak}{'' if c['finite'] else '  NOT FINITE'}"
+        )
+    for model, ratios in found["ratios"].items():
+        lines.append(f"{model}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    lines.append(f"VAE decode ms: {found['decode_ms']}; T5 ms: {found['t5_ms']}")
+    worst = {m: min(kinds.values()) for m, kinds in found["sqnr_db"].items()}
+    lines.append(
+        "least SQNR of a linear, dB: " + ", ".join(f"{m} {v:.1f}" for m, v in worst.items())
+    )
+    left = [c for c in found["steps"] if "step_ms" not in c] + found["failed"]
+    lines.append(f"left out: {len(left)}")
+    lines += [f"  {c['model']} {c['way']}: {c['why']}" for c in found["failed"]]
+    return "\n".join(lines)
+
+
+def ratios(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The aims, for one request at the larger size."""
+    found: dict[str, dict[str, float]] = {}
+    for model in MODELS:
+        ms = {
+            c["way"]: c["step_ms"]
+            for c in steps
+            if c["model"] == model and c["requests"] == 1 and "step_ms" in c
+            if c["side"] == max(other["side"] for other in steps)
+        }
+        ours = ms.get("fp8 compiled")
+        if ours:
+            found[model] = {f"{way} ÷ fp8 compiled": t / ours for way, t in ms.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
+    if device == "cpu" and not arguments.tiny:
+        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+    bench, clock = Bench(device, arguments.tiny), Clock(arguments.minutes)
+    card = rates(bench)
+    found: dict[str, Any] = {
+        "machine": bench.machine(),
+        "rates": card,
+        "nominal_h100": NOMINAL_H100,
+        "footprint_gib": {m: footprint(structure(m), "fp8", 1, 1024**2).torch_peak for m in MODELS},
+        "sqnr_db": {model: sqnr_db(bench, model) for model in MODELS},
+        "decode_ms": decode_ms(bench),
+        "t5_ms": t5_ms(bench),
+        "steps": [],
+        "failed": [],
+    }
+    for way in WAYS:
+        for model in MODELS:
+            try:
+                for cell in cells(bench, model, way, card, clock):
+                    found["steps"].append(cell)
+                    print(json.dumps(cell), flush=True)
+            except Exception as error:  # one way that fails, by any fault, must not hide the others
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                found["failed"].append({"model": model, "way": way.name, "why": why})
+            bench.free()
+    found["ratios"] = ratios(found["steps"])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "steps.json").write_text(json.dumps(found, indent=2))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
