@@ -3,7 +3,7 @@ PORT ?= 8000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo demo-check test check bench-engine format clean
+.PHONY: install demo demo-check test check bench-engine bench-gpu format clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,13 @@ check: install
 # QUICK=1: less than 4 minutes.
 bench-engine: .venv/bench
 	$(BIN)/python -W ignore -m bench.engine $(if $(QUICK),--quick)
+
+# On a machine with a GPU: about 30 minutes; writes bench/results/DATE-CARD.json.
+bench-gpu: install .venv/reference
+	PYTHONPATH=.venv/reference $(BIN)/python -W ignore -m bench.gpu.steps
+	$(BIN)/python -W ignore -m bench.gpu.packing --side 512
+	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024
+	$(BIN)/python -W ignore -m bench.gpu.engine
 
 format: install
 	$(BIN)/ruff format .

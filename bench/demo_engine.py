@@ -1,10 +1,10 @@
-"""The demo model to measure on, driven by our engine or by diffusers' pipeline."""
+"""A model to measure on, driven by our engine or by diffusers' pipeline; the demo model's."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,19 +27,23 @@ T = TypeVar("T")
 
 
 class Engine:
-    """The demo model in one recipe, with embeddings at hand: text is not what is measured."""
+    """A model in one recipe, with embeddings at hand: text is not what is measured."""
 
-    def __init__(self, recipe: str) -> None:
-        encoder = PromptEncoder(MODEL)
-        both = encoder.encode_prompts(["", "the sea at dawn"], TEXT_LENGTH)
+    def __init__(self, denoiser: Denoiser, both: PromptEmbeds, sizes: Sequence[int]) -> None:
+        """`both`: of an empty prompt and another; `sizes` in pixels that are drawn."""
         self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
         self.text_tokens = both.tokens.shape[1]
-        self.denoiser = Denoiser.load(MODEL, RECIPES[recipe])
+        self.denoiser, self.sizes = denoiser, sizes
         self.steps: list[tuple[int, int, float]] = []  # size, padded rows, seconds
         self.denoiser.denoise_step = self._noting(self.denoiser.denoise_step)
         self.model_s = 0.0  # within transformer and VAE themselves
         for part, method in ((self.denoiser.transformer, "forward"), (self.denoiser.vae, "decode")):
             setattr(part, method, self._timing(getattr(part, method)))
+
+    @classmethod
+    def demo(cls, recipe: str) -> Engine:
+        both = PromptEncoder(MODEL).encode_prompts(["", "the sea at dawn"], TEXT_LENGTH)
+        return cls(Denoiser.load(MODEL, RECIPES[recipe]), both, SIZES)
 
     def _noting(self, original: Callable[..., None]) -> Callable[..., None]:
         def step(batch: Any, rows: int = 0) -> None:
@@ -123,10 +127,10 @@ def apart(work: Callable[[], T]) -> T:
 def measure_costs(engine: Engine, repeats: int) -> Costs:
     """Medians of steps and decodes, sizes and row counts in turn."""
     steps: dict[int, dict[int, list[float]]] = {
-        s: {b: [] for b in BUCKETS if b <= MAX_ROWS} for s in SIZES
+        s: {b: [] for b in BUCKETS if b <= MAX_ROWS} for s in engine.sizes
     }
-    decodes: dict[int, list[float]] = {s: [] for s in SIZES}
-    for size in SIZES:
+    decodes: dict[int, list[float]] = {s: [] for s in engine.sizes}
+    for size in engine.sizes:
         for rows, found in steps[size].items():
             own = min(rows, 2)
             batch = [engine.begin((size, own, 100), seed) for seed in range(rows // own)]
@@ -194,14 +198,14 @@ def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
 def fitted(engine: Engine, costs: Costs) -> Coefficients:
     """Coefficients of the images alone, least squares of relative errors: see `serve.cost`."""
     rows_of, wanted = [], []
-    for size in SIZES:
+    for size in engine.sizes:
         for rows in (1, 2):
             n = engine.shape((size, rows, 1)).tokens
             rows_of.append([1, rows * n, rows * n * n])
             wanted.append(costs.step(size, rows))
     step, token, token2 = _least_squares(rows_of, wanted)
     constant, pixel = _least_squares(
-        [[1, s * s] for s in SIZES], [costs.decode_s[s] for s in SIZES]
+        [[1, s * s] for s in engine.sizes], [costs.decode_s[s] for s in engine.sizes]
     )
     return Coefficients(constant, step, token, token2, pixel)
 

@@ -32,7 +32,6 @@ from serve.engine.denoising_loop import DenoisingLoop, Drawn
 
 from .demo_engine import (
     MAX_ROWS,
-    SIZES,
     Engine,
     apart,
     bare_pipeline,
@@ -153,16 +152,16 @@ def decode_both_ways(engine: Engine, key: Key) -> tuple[float, float]:
 # -- latency --------------------------------------------------------------------------------------
 
 
-def mix(rng: random.Random) -> Key:
+def mix(rng: random.Random, sizes: Sequence[int]) -> Key:
     """Sizes, guidance and steps drawn evenly."""
-    return rng.choice(SIZES), rng.choice((1, 2)), rng.choice(STEPS)
+    return rng.choice(sizes), rng.choice((1, 2)), rng.choice(STEPS)
 
 
 def own_time_s(costs: Costs) -> float:
     """The mean of the mix, each image alone: one at a time can do one per so many seconds."""
     return statistics.mean(
         costs.alone(Asked(0, size, rows, steps))
-        for size in SIZES
+        for size in costs.step_s
         for rows in (1, 2)
         for steps in STEPS
     )
@@ -173,7 +172,9 @@ def replay(costs: Costs, images: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for load in LOADS:
         rng = random.Random(int(100 * load))
-        trace = poisson(rng, images, load / own_time_s(costs), lambda r=rng: mix(r))
+        trace = poisson(
+            rng, images, load / own_time_s(costs), lambda r=rng: mix(r, list(costs.step_s))
+        )
         finished = {
             "between steps": between_steps(trace, costs, EQUAL, MAX_ROWS),
             "one at a time": one_at_a_time(trace, costs),
@@ -202,7 +203,7 @@ def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[st
     """
     rng = random.Random(7)
     engine.steps.clear()
-    trace = poisson(rng, images, load / own_time_s(costs), lambda: mix(rng))
+    trace = poisson(rng, images, load / own_time_s(costs), lambda: mix(rng, engine.sizes))
     loop = DenoisingLoop(engine.denoiser, MAX_ROWS)
     slots = threading.Semaphore(EQUAL)
     learned = Learned(fitted(engine, costs))
@@ -247,7 +248,7 @@ def foretold(engine: Engine, costs: Costs, images: int) -> dict[str, float]:
     rng, coefficients = random.Random(11), fitted(engine, costs)
     errors = []
     for _ in range(images):
-        key = mix(rng)
+        key = mix(rng, engine.sizes)
         took_s = timed(lambda k=key: engine.static_batch(k, 1))
         errors.append(abs(coefficients.work_s(engine.shape(key)) - took_s) / took_s)
     errors.sort()
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats and steps, < 4 minutes")
     arguments = parser.parse_args()
     quick = arguments.quick
-    engine = apart(lambda: Engine(arguments.recipe))
+    engine = apart(lambda: Engine.demo(arguments.recipe))
     costs = apart(lambda: measure_costs(engine, repeats=7 if quick else 15))
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from serve.engine.fused_attention import fuse_qkv
 from serve.engine.precision import RECIPES, apply_recipe, fp8_layer
 from serve.engine.sd3 import Denoiser, PromptEmbeds
 
+RESULTS = Path(__file__).parents[1] / "results"
 SHIFT = 3.0
 TINY = {"num_layers": 2, "num_attention_heads": 2, "dual_attention_layers": [0]}
 TINY_VAE = {"block_out_channels": [32, 32, 32, 32]}
@@ -39,7 +43,7 @@ class Way:
     torchao: bool = False
 
 
-WAYS = (
+_WAYS = (
     Way("fp8 compiled", "fp8", compiled=True),
     Way("bf16 compiled", "bf16", compiled=True),
     Way("bf16 eager", "bf16"),
@@ -48,6 +52,8 @@ WAYS = (
     Way("fp8-adaln8 compiled", "fp8-adaln8", compiled=True),
     Way("fp8 max-autotune", "fp8", compiled=True, max_autotune=True),
 )
+WAYS = {way.name: way for way in _WAYS}
+BF16, FP8, FP8_EAGER = (WAYS[name] for name in ("bf16 eager", "fp8 compiled", "fp8 eager"))
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,15 @@ class Bench:
             except PackageNotFoundError:
                 found[package] = "none"
         return found
+
+
+def save(folder: Path, part: str, found: dict[str, Any]) -> None:
+    """Into the day's file of this card, beside what other measurements left there."""
+    card = found["machine"]["device"].lower().replace("nvidia ", "").replace(" ", "-")
+    file = folder / f"{date.today().isoformat()}-{card}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | {part: found}, indent=1) + "\n")
 
 
 class _Everything:

@@ -6,7 +6,7 @@ Measures matrix products and copies of this card; steps of Large and Medium in e
 at 1024² and 512² for 1, 2 and 4 requests with guidance; the VAE's decode; T5; peak memory; and the
 signal-to-noise ratio of each kind of FP8 linear. Needs torch and diffusers; torchao and
 optimum-quanto where they are compared. Cells that the time does not suffice for are left out, and
-the last lines say which. Writes steps.json.
+the last lines say which.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 from cluster.footprint import TEXT_TOKENS, footprint
-from cluster.structure import Structure, config, structure
+from cluster.structure import TOKEN_PX, Structure, config, structure
+from serve.engine.compiled import choose_attention
 from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows
 
 from .floor import NOMINAL_H100, CardRates, floor_s
-from .model import WAYS, Bench, Way
+from .model import BF16, RESULTS, WAYS, Bench, Way, save
 
-RESULTS = Path(__file__).parents[2] / "build" / "bench" / "gpu"
 MODELS = "sd3.5-large", "sd3.5-medium"
 REQUESTS = 1, 4, 2
 SIDE_OF_RATES = 8192
@@ -80,7 +80,7 @@ def rates(bench: Bench) -> CardRates:
 def structure_of(bench: Bench, model: str) -> Structure:
     if not bench.tiny:
         return structure(model)
-    with_tiny = bench.transformer(model, WAYS[2]).config
+    with_tiny = bench.transformer(model, BF16).config
     return Structure.of(with_tiny)
 
 
@@ -131,8 +131,19 @@ def cells(
     del denoiser
 
 
+def attention_ms(bench: Bench, model: str) -> dict[str, float] | str:
+    """Of each fused kernel for one request at the larger size; the fastest is used from then on."""
+    if bench.device != "cuda":
+        return "only on a GPU"
+    s = structure(model)
+    tokens = (bench.sides[0] // TOKEN_PX) ** 2 + TEXT_TOKENS
+    heads = s.width // s.head_width
+    took = choose_attention(heads, s.head_width, tokens, bench.device, torch.bfloat16)
+    return {name: 1e3 * seconds for name, seconds in took.items()}
+
+
 def decode_ms(bench: Bench) -> dict[str, float]:
-    vae = bench.denoiser("sd3.5-medium", WAYS[2])
+    vae = bench.denoiser("sd3.5-medium", BF16)
     return {
         str(side): 1e3
         * bench.seconds(
@@ -177,7 +188,7 @@ def t5_ms(bench: Bench) -> dict[str, Any]:
 @torch.inference_mode()
 def sqnr_db(bench: Bench, model: str) -> dict[str, float]:
     """Of each kind of FP8 linear, on random activations: signal to quantisation noise."""
-    transformer = bench.transformer(model, WAYS[2])
+    transformer = bench.transformer(model, BF16)
     found: dict[str, float] = {}
     for name, linear in transformer.named_modules():
         kind = name.partition(".")[2].partition(".")[2]
@@ -214,6 +225,7 @@ def report(found: dict[str, Any]) -> str:
         )
     for model, ratios in found["ratios"].items():
         lines.append(f"{model}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    lines.append(f"attention ms: {found['attention_ms']}")
     lines.append(f"VAE decode ms: {found['decode_ms']}; T5 ms: {found['t5_ms']}")
     worst = {m: min(kinds.values()) for m, kinds in found["sqnr_db"].items()}
     lines.append(
@@ -258,12 +270,13 @@ def main() -> None:
         "nominal_h100": NOMINAL_H100,
         "footprint_gib": {m: footprint(structure(m), "fp8", 1, 1024**2).torch_peak for m in MODELS},
         "sqnr_db": {model: sqnr_db(bench, model) for model in MODELS},
+        "attention_ms": {model: attention_ms(bench, model) for model in MODELS},
         "decode_ms": decode_ms(bench),
         "t5_ms": t5_ms(bench),
         "steps": [],
         "failed": [],
     }
-    for way in WAYS:
+    for way in WAYS.values():
         for model in MODELS:
             try:
                 for cell in cells(bench, model, way, card, clock):
@@ -274,8 +287,7 @@ def main() -> None:
                 found["failed"].append({"model": model, "way": way.name, "why": why})
             bench.free()
     found["ratios"] = ratios(found["steps"])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "steps.json").write_text(json.dumps(found, indent=2))
+    save(arguments.out, "steps", found)
     print(report(found))
 
 

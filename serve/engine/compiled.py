@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,23 +82,22 @@ ATTENTION = {
 }
 
 
-def fastest(candidates: Iterable[str], seconds: Callable[[str], float]) -> str | None:
-    """The one that takes least; None if none works. `seconds` raises for what does not work."""
+def those_that_work(candidates: Iterable[str], seconds: Callable[[str], float]) -> dict[str, float]:
+    """What each takes, fastest first; `seconds` raises `RuntimeError` for what does not work."""
     took: dict[str, float] = {}
     for name in candidates:
-        try:
+        # torch's answer to a kernel that this card or shape does not have
+        with suppress(RuntimeError):
             took[name] = seconds(name)
-        except RuntimeError:  # torch's answer to a kernel that this card or shape does not have
-            continue
-    return min(took, key=lambda name: took[name], default=None)
+    return dict(sorted(took.items(), key=lambda item: item[1]))
 
 
 def choose_attention(
     heads: int, head_width: int, tokens: int, device: str, dtype: torch.dtype
-) -> str | None:
+) -> dict[str, float]:
     """Time each kind of fused attention on this card for one image, and use the fastest for good.
 
-    For the whole process. None, and nothing changes, where none of them works.
+    For the whole process; nothing changes where none of them works. Returns seconds, fastest first.
     """
     q, k, v = torch.randn(3, 2, heads, tokens, head_width, device=device, dtype=dtype)
 
@@ -109,11 +109,12 @@ def choose_attention(
             for _ in range(TRIALS):
                 F.scaled_dot_product_attention(q, k, v)
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / TRIALS
 
-    chosen = fastest(ATTENTION, seconds)
-    if chosen:
+    took = those_that_work(ATTENTION, seconds)
+    if took:
+        chosen = next(iter(took))
         torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
         torch.backends.cuda.enable_flash_sdp(chosen == "flash")
         torch.backends.cuda.enable_mem_efficient_sdp(chosen == "efficient")
-    return chosen
+    return took

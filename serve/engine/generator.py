@@ -120,7 +120,7 @@ class Generator:
         with phases.timed("warm-up"):
             attention = await asyncio.to_thread(warm_up.run, embeds)
             await self._draw(self._new_image(self._warm_up_request(), Watch()))
-        log.info("ready after %s; attention: %s", phases, attention or "torch's choice")
+        log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
         self._heartbeat = asyncio.create_task(self._report())
 

@@ -69,13 +69,13 @@ class WarmUp:
             }
             compile_blocks(self._denoiser.transformer, warm, self._mode)
 
-    def run(self, embeds: PromptEmbeds) -> str | None:
+    def run(self, embeds: PromptEmbeds) -> str:
         """Every warm size in every number of rows, and the flexible code; returns the attention.
 
         `embeds`: two rows, as every request with guidance has them.
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
-            return None
+            return "torch's choice"
         attention = self._choose_attention(embeds)
         for width, height in self._sizes:
             for rows in self._rows:
@@ -87,19 +87,20 @@ class WarmUp:
                 self._step(embeds, other, other, rows)
         return attention
 
-    def _choose_attention(self, embeds: PromptEmbeds) -> str | None:
+    def _choose_attention(self, embeds: PromptEmbeds) -> str:
         denoiser, (width, height) = self._denoiser, self._sizes[0]
         if not denoiser.on_cuda:
-            return None
+            return "torch's choice"
         config = denoiser.transformer.config
         tokens = width * height // (VAE_FACTOR * PATCH) ** 2 + embeds.tokens.shape[1]
-        return choose_attention(
+        took = choose_attention(
             config.num_attention_heads,
             config.attention_head_dim,
             tokens,
             denoiser.device,
             denoiser.recipe.dtype,
         )
+        return next(iter(took), "torch's choice")
 
     def _step(self, embeds: PromptEmbeds, width: int, height: int, rows: int) -> None:
         rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])

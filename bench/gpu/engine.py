@@ -1,0 +1,104 @@
+"""The denoising loop itself on a card, under a mixed load; and the coefficients of `serve.cost`.
+
+    python -m bench.gpu.engine [--model sd3.5-medium] [--out FOLDER]   # --tiny: on a CPU too
+
+Random weights in the model's exact structure, FP8, compiled. Throughput of 8 equal images through
+the loop against one at a time and one static batch, decoding beside the steps and between them;
+then a stream of images of mixed sizes, guidance and steps in real time, at 80 % of what one at a
+time can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.structure import TRANSFORMERS
+from serve.engine.denoising_loop import DenoisingLoop
+
+from ..demo_engine import Engine, fitted, measure_costs, timed
+from ..engine import EQUAL, MAX_ROWS, foretold, real_cell
+from ..replay import Key
+from .model import FP8, FP8_EAGER, RESULTS, Bench, save
+from .steps import attention_ms
+
+
+def through_the_loop(engine: Engine, key: Key, beside: bool) -> float:
+    """Seconds of `EQUAL` images that are there at once."""
+    loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside=beside)
+
+    def draw() -> None:
+        futures = [loop.draw(engine.request(key, seed), engine.embeds(2)) for seed in range(EQUAL)]
+        for future in futures:
+            future.result()
+
+    draw()
+    seconds = timed(draw)
+    loop.close()
+    return seconds
+
+
+def throughput(engine: Engine, steps: int) -> dict[str, float]:
+    """Images/s of equal images, each way in turn, after one round that does not count."""
+    key = engine.sizes[-1], 2, steps
+    engine.static_batch(key, EQUAL)
+    engine.static_batch(key, 1)
+    seconds = {
+        "loop, decoding beside": through_the_loop(engine, key, beside=True),
+        "loop, decoding between": through_the_loop(engine, key, beside=False),
+        "static batch": timed(lambda: engine.static_batch(key, EQUAL)),
+        "one at a time": timed(lambda: [engine.static_batch(key, 1) for _ in range(EQUAL)]),
+    }
+    return {way: EQUAL / s for way, s in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sd3.5-medium", choices=[*TRANSFORMERS])
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
+    if device == "cpu" and not arguments.tiny:
+        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+    bench = Bench(device, arguments.tiny)
+    sizes = (32, 64) if arguments.tiny else (512, 768, 1024)
+    attention = attention_ms(bench, arguments.model)
+    way = FP8_EAGER if arguments.tiny else FP8  # on a CPU nothing is gained by compiling it
+    engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), sizes)
+    costs = measure_costs(engine, repeats=5)
+    found: dict[str, Any] = {
+        "machine": bench.machine(),
+        "model": arguments.model,
+        "runs": way.name,
+        "attention_ms": attention,
+        "step_s": costs.step_s,
+        "decode_s": costs.decode_s,
+        "coefficients": fitted(engine, costs)._asdict(),
+        "images_per_s": throughput(engine, steps=2 if arguments.tiny else 20),
+        "work_alone": foretold(engine, costs, images=3 if arguments.tiny else 20),
+        "stream": real_cell(engine, costs, images=arguments.images, load=0.8),
+        "peak_gib": bench.peak_gib(),
+    }
+    save(arguments.out, f"engine {arguments.model}", found)
+    for key in (
+        "machine",
+        "runs",
+        "coefficients",
+        "images_per_s",
+        "work_alone",
+        "stream",
+        "peak_gib",
+    ):
+        print(f"{key}: {found[key]}")
+    for size, by_rows in costs.step_s.items():
+        ms = ", ".join(f"{rows} rows {1e3 * s:.1f}" for rows, s in by_rows.items())
+        print(f"{size}²: ms a step at {ms}; decode {1e3 * costs.decode_s[size]:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What packing buys on one card: 1, 2 and 4 processes × slots, images/s and p99 latency.
+
+    python -m bench.gpu.packing [--model sd3.5-medium] [--side 512] [--out FOLDER]   # --tiny: CPU
+
+Each process holds its own model (random weights in the exact structure, FP8, compiled) and runs the
+denoising loop with all slots taken, as replicas that share a card do. All processes are there from
+the start; in each cell some of them draw, at the same time, and the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.structure import TRANSFORMERS
+from serve.engine.denoising_loop import DenoisingLoop
+
+from ..demo_engine import Engine
+from ..replay import percentile
+from .model import FP8, FP8_EAGER, RESULTS, Bench, save
+from .steps import attention_ms
+
+PROCESSES = 1, 2, 4
+SLOTS = 1, 2, 4
+
+
+def draw_for(engine: Engine, slots: int, seconds: float, steps: int) -> list[float]:
+    """Latencies of the images that are finished in time, all slots always taken."""
+    loop = DenoisingLoop(engine.denoiser, 2 * slots)
+    key = engine.sizes[0], 2, steps
+    end = time.monotonic() + seconds
+    latencies: list[float] = []
+
+    def one_slot(seed: int) -> None:
+        while True:
+            began = time.monotonic()
+            loop.draw(engine.request(key, seed), engine.embeds(2)).result()
+            if time.monotonic() > end:
+                return
+            latencies.append(time.monotonic() - began)
+
+    threads = [threading.Thread(target=one_slot, args=(seed,)) for seed in range(slots)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loop.close()
+    return latencies
+
+
+def replica(arguments: argparse.Namespace) -> None:
+    """One process: answers each line of slots and seconds with the latencies."""
+    bench = Bench("cpu" if arguments.tiny else "cuda", arguments.tiny)
+    attention_ms(bench, arguments.model)
+    way = FP8_EAGER if arguments.tiny else FP8
+    engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), [arguments.side])
+    for slots in SLOTS:
+        draw_for(engine, slots, 0.0, steps=1)  # every number of rows once
+    print(json.dumps({"peak_gib": bench.peak_gib()}), flush=True)
+    for line in sys.stdin:
+        slots, seconds = json.loads(line)
+        print(json.dumps(draw_for(engine, slots, seconds, arguments.steps)), flush=True)
+
+
+class Replica:
+    """A process of its own, as the parent sees it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing", "--replica"]
+        command += ["--model", arguments.model, "--side", str(arguments.side)]
+        command += ["--steps", str(arguments.steps), *(["--tiny"] if arguments.tiny else [])]
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, *what: float) -> None:
+        assert self._process.stdin
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+
+    def answer(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a replica ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def cell(replicas: list[Replica], slots: int, seconds: float) -> dict[str, Any]:
+    for one in replicas:
+        one.ask(slots, seconds)
+    latencies = sorted(latency for one in replicas for latency in one.answer())
+    return {
+        "processes": len(replicas),
+        "slots": slots,
+        "images_s": len(latencies) / seconds,
+        "latency_p50_s": percentile(latencies, 0.5) if latencies else None,
+        "latency_p99_s": percentile(latencies, 0.99) if latencies else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sd3.5-medium", choices=[*TRANSFORMERS])
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each cell")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--replica", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+    if arguments.replica:
+        replica(arguments)
+        return
+    first = Replica(arguments)  # alone, so that the others find its compiled code
+    peaks = [first.answer()]
+    others = [Replica(arguments) for _ in range(PROCESSES[-1] - 1)]
+    peaks += [one.answer() for one in others]
+    replicas = [first, *others]
+    cells = [cell(replicas[:n], slots, arguments.seconds) for n in PROCESSES for slots in SLOTS]
+    for one in replicas:
+        one.close()
+    found = {
+        "machine": Bench("cpu" if arguments.tiny else "cuda", arguments.tiny).machine(),
+        "model": arguments.model,
+        "side": arguments.side,
+        "steps": arguments.steps,
+        "peak_gib": [peak["peak_gib"] for peak in peaks],
+        "cells": cells,
+    }
+    save(arguments.out, f"packing {arguments.model} {arguments.side}", found)
+    print(found["machine"])
+    print(f"{arguments.model}, {arguments.side}², {arguments.steps} steps")
+    print("processes  slots  images/s  p50 s  p99 s")
+    for c in cells:
+        seconds = [f"{c[k]:6.2f}" if c[k] else "     –" for k in ("latency_p50_s", "latency_p99_s")]
+        print(f"{c['processes']:9} {c['slots']:6} {c['images_s']:9.2f} {' '.join(seconds)}")
+
+
+if __name__ == "__main__":
+    main()
