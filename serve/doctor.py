@@ -131,7 +131,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
         yield from _examine_driver(machine.driver)
         card = card_of_device(device.name, device.memory_gib)
         yield (
-            Finding("ok", f"its facts are known as '{card.id}'")
+            Finding("ok", f"its facts are known as '{card.id}'; Ray labels it {card.ray_names[0]}")
             if card
             else Finding("note", f"no facts of this card are known: see {CARD_LABEL} in the docs")
         )

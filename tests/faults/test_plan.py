@@ -6,6 +6,9 @@ Ray puts replicas is real.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,14 @@ def a_want(model: str, steps: int, rows: int) -> Want:
     return Want(model, structure(model), shape, max_pixels=3 * 1024**2)
 
 
+def octet(*args: str) -> str:
+    """What the command prints."""
+    command = [str(Path(sys.executable).parent / "octet"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def demo_settings(file: Path, pools: Any) -> None:
     """Both models drawn by the demo model, in the pools that were planned."""
     base = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
@@ -68,6 +79,11 @@ def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) ->
     assert sum(pool.replicas for pool in pools if pool.card == "h100") == 4
     assert not any(pool.card == "t4" for pool in pools)
 
+    # The command reads the same nodes, from a process of its own.
+    args = "--ray", cluster.address, "--model", MEDIUM, "--encoders-on-cpu", "--json"
+    found = json.loads(octet("plan", *args))
+    assert {card["card"] for card in found["cards"]} == {"h100", "t4", "a100-80"}
+
     demo_settings(tmp_path / "planned.yaml", pools)
     settings = load_settings(tmp_path / "planned.yaml", {})
     serve.start(
@@ -82,4 +98,6 @@ def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) ->
         card = {"h100": "H100", "a100-80": "A100"}[pool.card]
         expected[name] = Counter({card: pool.replicas})
     wait_for(lambda: landed() == expected, 120)
+    said = octet("doctor", str(tmp_path / "planned.yaml"), "--ray", cluster.address)
+    assert f"pool {TURBO}-fp8-h100: 1 of the nodes can hold it" in said
     assert ray.available_resources()["GPU"] >= 1  # the T4's, which nobody has taken

@@ -1,0 +1,99 @@
+"""What the engine's choices gain on the machine at hand, on the demo model.
+
+    python -m bench.choices [--compiled]
+
+Each pair runs in turn, step by step; printed are medians, and the median of the ratios.
+`--compiled` adds compiled blocks, which takes a C++ compiler and two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+from serve.engine.compiled import compile_blocks
+from serve.engine.fused_attention import fuse_qkv
+from serve.engine.precision import RECIPES, apply_recipe
+
+MODEL = Path(__file__).parents[1] / "demo" / "model"
+REPEATS = 25
+
+
+def transformer(recipe: str) -> Any:
+    made = SD3Transformer2DModel.from_pretrained(MODEL / "transformer", torch_dtype=torch.bfloat16)
+    return apply_recipe(made, RECIPES[recipe]).eval()
+
+
+def step(model: Any, images: int) -> Callable[[], object]:
+    rows = 2 * images
+    inputs = {
+        "hidden_states": torch.randn(rows, 16, 16, 16).bfloat16(),
+        "timestep": torch.full((rows,), 500.0),
+        "encoder_hidden_states": torch.randn(rows, 109, 128).bfloat16(),
+        "pooled_projections": torch.randn(rows, 128).bfloat16(),
+    }
+    return lambda: model(**inputs, return_dict=False)
+
+
+def decode(channels_last: bool, dtype: torch.dtype) -> Callable[[], object]:
+    vae: Any = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=dtype).eval()
+    if channels_last:
+        vae.to(memory_format=torch.channels_last)
+    latents = torch.randn(1, 16, 16, 16, dtype=dtype)
+    return lambda: vae.decode(latents, return_dict=False)
+
+
+@torch.inference_mode()
+def compare(name: str, before: Callable[[], object], after: Callable[[], object]) -> None:
+    pairs = []
+    for _ in range(REPEATS + 3):
+        seconds = []
+        for work in (before, after):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+        pairs.append(seconds)
+    pairs = pairs[3:]
+    ms = [1e3 * statistics.median(column) for column in zip(*pairs, strict=True)]
+    gain = statistics.median(b / a for b, a in pairs)
+    print(f"| {name} | {ms[0]:.1f} | {ms[1]:.1f} | {gain:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiled", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print("| demo model at 128² | ms without | ms with | × faster |")
+    print("|---|---|---|---|")
+    for recipe in ("fp8", "bf16"):
+        for images in (1, 4):
+            compare(
+                f"q, k, v joined: a step of {images} in {recipe}",
+                step(transformer(recipe), images),
+                step(fuse_qkv(transformer(recipe)), images),
+            )
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        compare(f"channels last: a decode in {name}", decode(False, dtype), decode(True, dtype))
+    if arguments.compiled:
+        for images in (1, 4):
+            eager = fuse_qkv(transformer("fp8"))
+            compiled = compile_blocks(fuse_qkv(transformer("fp8")), {(2 * images, 64)})
+            compare(
+                f"compiled: a step of {images} in fp8", step(eager, images), step(compiled, images)
+            )
+
+
+if __name__ == "__main__":
+    main()
