@@ -4,8 +4,9 @@
 
 Each is a process of its own with torch and diffusers in it that loads the checkpoint and touches
 every weight: mapped from the file as replicas load it, and copied. Counted is PSS, in which a page
-that n processes share counts 1/n for each. Two checkpoints: the demo model's, and a random one with
-SD3.5 Medium's structure at a reduced width, both as `octet quantize` writes them.
+that n processes share counts 1/n for each; torch's own libraries count so too. Two checkpoints: the
+demo model's, and a random one with SD3.5 Medium's structure at a reduced width, both as
+`octet quantize` writes them.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def pss_mib(folder: Path, copied: bool, processes: int) -> float:
     ]
     try:
         for process in holding:
-            assert process.stdout is not None
-            assert "ready" in iter(process.stdout.readline, "").__next__()
+            if process.stdout is None or "ready" not in process.stdout.readline():
+                raise RuntimeError("a process did not load the weights")
         return sum(_pss_mib(process.pid) for process in holding)
     finally:
         for process in holding:

@@ -51,11 +51,11 @@ def capability(device: Device, *, allow_emulated_fp8: bool = False) -> Capabilit
     return Capability("none", sixteen_bit, reason)
 
 
-def probe() -> Device:
-    """The device that torch would use in this process: its first visible GPU, else the CPU."""
+def probe(device: str = "cuda") -> Device:
+    """This process's first visible GPU if there is one and `device` is `cuda`; else the CPU."""
     import torch  # here alone, so that the decision above needs nothing
 
-    if torch.cuda.is_available():
+    if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(
             properties.name,

@@ -48,6 +48,11 @@ class Claim:
         }
 
 
+def is_free(promised_gib: float, free_gib: float) -> bool:
+    """Whether a promise can be kept; `free_gib` is asked for in a process that has a context."""
+    return promised_gib - CONTEXT_GIB <= free_gib + TOLERANCE_GIB
+
+
 def claim(
     cuda: Cuda,
     num_gpus: float,
@@ -63,8 +68,7 @@ def claim(
     while True:
         free_gib, total_gib = (n / GIB for n in cuda.mem_get_info())
         promised_gib = memory_gib or min(num_gpus, 1.0) * total_gib
-        needed_gib = promised_gib - CONTEXT_GIB
-        if needed_gib <= free_gib + TOLERANCE_GIB:
+        if is_free(promised_gib, free_gib):
             break
         if waited_s >= WAIT_S:
             raise CardFull(
@@ -73,6 +77,7 @@ def claim(
             )
         sleep(POLL_S)
         waited_s += POLL_S
+    needed_gib = promised_gib - CONTEXT_GIB
     if needed_gib <= 0:
         raise CardFull(f"promised {promised_gib:.1f} GiB, and CUDA's context alone takes as much")
     cuda.set_per_process_memory_fraction(min(needed_gib / total_gib, 1.0))

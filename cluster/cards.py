@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 FP8_SINCE = (8, 9)
 BF16_SINCE = (8, 0)
+SAME_MEMORY = 0.08  # how far what CUDA reports may be off: drivers keep more or less
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,16 @@ def card_of(ray_name: str) -> Card | None:
 
 
 def card_of_device(name: str, memory_gib: float) -> Card | None:
-    """The card that the driver calls so: "NVIDIA A100-SXM4-40GB" with its memory."""
-    named = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name)]
-    return min(named, key=lambda card: abs(card.memory_gib - memory_gib), default=None)
+    """The card that the driver calls so: "NVIDIA A100-SXM4-40GB" with its memory.
+
+    Others of the same name (mobile ones, partitions, larger ones) are not it.
+    """
+    return next(
+        (
+            card
+            for card in CARDS.values()
+            if re.search(rf"\b{card.name}\b", name)
+            and abs(memory_gib / card.memory_gib - 1) < SAME_MEMORY
+        ),
+        None,
+    )

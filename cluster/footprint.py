@@ -100,11 +100,11 @@ def footprint(
 ) -> Footprint:
     """Of a Generator that draws `slots` images with guidance at a time, at most this large.
 
-    Raises `ValueError` for an unknown recipe.
+    Batches are padded to a power of two of rows. Raises `ValueError` for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe '{recipe}' is none of {', '.join(RECIPES)}")
-    rows = ROWS_OF_AN_IMAGE * slots
+    rows = padded(ROWS_OF_AN_IMAGE * slots)
     vae_width = 4 if recipe == "fp16" else 2  # its decoder overflows in float16
     step = step_bytes(s, recipe, rows, pixels, text_tokens) / GIB
     decode = DECODE_BYTES_PER_PX * pixels * vae_width / 2 / GIB
@@ -117,6 +117,11 @@ def footprint(
         context=CONTEXT_GIB,
         slack=WORKSPACE_GIB + SLACK * (step + decode),
     )
+
+
+def padded(rows: int) -> int:
+    """Rows of the call in which so many run: the engine has code for powers of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def text_encoders_gib(t5_in_fp8: bool = True) -> float:

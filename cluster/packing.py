@@ -6,7 +6,8 @@ that model is asked for), geometric and weighted by their shares, is greatest. S
 no place weighs more than any speed, and models share cards as far as their memory allows. Cards of
 a kind are interchangeable: with few possibilities all are tried, else it climbs.
 
-Memory that is left gives slots, which let images overtake each other.
+Memory that is left gives slots, which let images overtake each other. Memory is counted in
+ten-thousandths of a card, as Ray counts GPUs: what is planned is what Ray can place.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from operator import le
 from serve.cost import EFFICIENCY
 
 from .cards import CARDS, Card
-from .footprint import footprint, text_encoders_gib
+from .footprint import footprint
 from .packing_search import Search
-from .ways import Terms, Want, Way, all_ways, recipe_on, times, ways
+from .ways import FRACTIONS, Cards, Terms, Want, Way, all_ways, recipe_on, times, ways
 
 ENCODER_FLOPS = 2.5e12  # of a prompt of 256 tokens: 2 × parameters × tokens
 ENCODER_LOAD = 0.7  # how busy text encoders may be
 
 
 USUAL = Terms()
-FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
 
 
 class DoesNotFit(Exception):
@@ -37,24 +37,6 @@ class DoesNotFit(Exception):
 
 
 Arrangement = tuple[Way | None, ...]  # one for each model wanted
-
-
-@dataclass(frozen=True, slots=True)
-class Cards:
-    """`count` equal cards; each keeps `reserved_gib` for others and has so many text encoders."""
-
-    card: Card
-    count: int
-    reserved_gib: float = 0.0
-    encoders: int = 0
-
-    @property
-    def for_replicas_gib(self) -> float:
-        return self.card.memory_gib - self.reserved_gib
-
-    @property
-    def usable_gib(self) -> float:
-        return self.for_replicas_gib - self.encoders * text_encoders_gib()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +52,8 @@ class Plan:
     wants: tuple[Want, ...]
     stacks: tuple[Stack, ...]
 
-    def even_part(self, card: Card) -> float | None:
-        """The part of such a card that each replica gets if all get the same, and as many a card.
+    def even_parts(self, card: Card) -> int | None:
+        """What each replica on such cards gets if all get the same, and as many on every card.
 
         None where that is not possible.
         """
@@ -79,16 +61,17 @@ class Plan:
         replicas = {sum(way.replicas for way in stack.ways) for stack in stacks}
         if len(replicas) > 1 or not max(replicas):
             return None
-        total_gib = stacks[0].cards.for_replicas_gib
-        taken = fraction_of(text_encoders_gib(), total_gib) if self.encoders(card) else 0.0
-        # Not the last ten-thousandth: Ray Serve adds up in floating point.
-        part = math.floor((FRACTIONS * (1 - taken) - 1) / replicas.pop()) / FRACTIONS
-        fit = all(way.gib <= part * total_gib for stack in stacks for way in stack.ways)
-        return part if fit else None
+        parts = min(stack.cards.free_parts for stack in stacks) // replicas.pop()
+        fit = all(way.parts <= parts for stack in stacks for way in stack.ways)
+        return parts if fit else None
 
     def encoders(self, card: Card) -> int:
         """Text encoder replicas on all such cards."""
-        return sum(s.cards.count * s.cards.encoders for s in self.stacks if s.cards.card == card)
+        return sum(
+            stack.cards.count
+            for stack in self.stacks
+            if stack.cards.card == card and stack.cards.encoder_gib
+        )
 
     @cached_property
     def images_s(self) -> dict[str, float]:
@@ -122,37 +105,37 @@ def plan(
     wants: Sequence[Want],
     *,
     terms: Terms = USUAL,
-    encoders_on_gpu: bool = True,
+    encoder_gib: float | None = None,
 ) -> Plan:
-    """Where everything goes. Raises `DoesNotFit`.
+    """Where everything goes. Raises `DoesNotFit`; `ValueError` for a kind of card given twice.
 
-    `terms.latency_s`: of an image while all slots are taken; by default `SLOWDOWN` × its own time
-    on the card.
+    `encoder_gib`: of a text encoder replica that takes a card's memory; None: they run on CPUs.
     """
+    if len({group.card.id for group in groups}) < len(groups):
+        raise ValueError("each kind of card once")
     without = _placed(groups, wants, terms)
     if without is None:
         raise DoesNotFit(why_not(groups, wants, terms))
-    if not encoders_on_gpu:
+    if encoder_gib is None:
         return _with_more_slots(without, terms)
-    plans = []
+    plans, too_few = [], []
     for i, group in enumerate(groups):
         needed = encoders_needed(without.mixed_images_s, group.card)
-        if needed <= group.count:
-            home = replace(group, count=needed, encoders=1)
+        home = replace(group, count=needed, encoder_gib=encoder_gib)
+        if needed > group.count:
+            too_few.append(f"{needed} × {group.card.id}")
+        elif home.free_parts >= 0:
             rest = replace(group, count=group.count - needed)
             plans.append(_placed([*groups[:i], rest, home, *groups[i + 1 :]], wants, terms))
     if not any(plans):
         raise DoesNotFit(
-            f"the text encoders need {text_encoders_gib():.1f} GiB, and there is no card left with "
-            "that beside the models: add a card, or run them on CPUs (--encoders-on-cpu)"
+            f"text encoders need {encoder_gib:.1f} GiB of a card, and no card has that left beside "
+            "the models"
+            + (f"; for so many prompts they need {' or '.join(too_few)}" if too_few else "")
+            + ": add a card, or run them on CPUs (--encoders-on-cpu)"
         )
     best = max((p for p in plans if p), key=lambda p: p.mean_images_s)
     return _with_more_slots(best, terms)
-
-
-def fraction_of(gib: float, total_gib: float) -> float:
-    """Of a GPU, rounded up to what Ray counts in."""
-    return math.ceil(FRACTIONS * gib / total_gib) / FRACTIONS
 
 
 def encoders_needed(images_s: float, card: Card) -> int:
@@ -164,15 +147,15 @@ def encoders_needed(images_s: float, card: Card) -> int:
 # -- the search -----------------------------------------------------------------------------------
 
 
-def arrangements(choices: Sequence[Sequence[Way]], usable_gib: float) -> list[Arrangement]:
+def arrangements(choices: Sequence[Sequence[Way]], free_parts: int) -> list[Arrangement]:
     """What fits on a card, without what another beats for every model; `choices`: by model."""
-    kept: list[tuple[float, Arrangement]] = [(0.0, ())]
+    kept: list[tuple[int, Arrangement]] = [(0, ())]
     for models_ways in choices:
         kept = [
-            (gib + (way.total_gib if way else 0.0), (*before, way))
-            for gib, before in kept
+            (parts + (way.total_parts if way else 0), (*before, way))
+            for parts, before in kept
             for way in (None, *models_ways)
-            if way is None or gib + way.total_gib <= usable_gib
+            if way is None or parts + way.total_parts <= free_parts
         ]
     kept.sort(key=lambda each: (-sum(_rates(each[1])), each[0]))
     best: dict[Arrangement, tuple[float, ...]] = {}
@@ -190,8 +173,8 @@ def _rates(arrangement: Arrangement) -> tuple[float, ...]:
 def _placed(groups: Sequence[Cards], wants: Sequence[Want], terms: Terms) -> Plan | None:
     """The best plan, or None if a model has no place in any."""
     options = [
-        arrangements([ways(w, g.card, g.usable_gib, terms) for w in wants], g.usable_gib)
-        for g in groups
+        arrangements([ways(want, group, terms) for want in wants], group.free_parts)
+        for group in groups
     ]
     counts = Search(
         [g.count for g in groups],
@@ -210,21 +193,21 @@ def _placed(groups: Sequence[Cards], wants: Sequence[Want], terms: Terms) -> Pla
 
 
 def _with_more_slots(plan: Plan, terms: Terms) -> Plan:
-    """What memory is left gives slots, in turns: they cost nothing."""
+    """What memory is left gives slots, in turns, as far as the latency target allows."""
     stacks = []
     for stack in plan.stacks:
         chosen, grown = list(stack.ways), True
-        part = plan.even_part(stack.cards.card)
+        most_parts = plan.even_parts(stack.cards.card) or FRACTIONS
         while grown:
             grown = False
             for i, way in enumerate(chosen):
-                spare_gib = stack.cards.usable_gib - sum(w.total_gib for w in chosen)
+                spare = stack.cards.free_parts - sum(w.total_parts for w in chosen)
                 (want,) = [w for w in plan.wants if w.model == way.model]
-                for more in all_ways(want, stack.cards.card, terms):
+                for more in all_ways(want, stack.cards, terms):
                     if (
-                        (more.replicas, more.slots) == (way.replicas, way.slots + 1)
-                        and more.total_gib - way.total_gib <= spare_gib
-                        and (part is None or more.gib <= part * stack.cards.for_replicas_gib)
+                        (more.replicas, more.slots) == (way.replicas, 2 * way.slots)
+                        and more.total_parts - way.total_parts <= spare
+                        and more.parts <= most_parts
                     ):
                         chosen[i], grown = more, True
         stacks.append(replace(stack, ways=tuple(chosen)))
@@ -236,7 +219,9 @@ def _with_more_slots(plan: Plan, terms: Terms) -> Plan:
 
 def why_not(groups: Sequence[Cards], wants: Sequence[Want], terms: Terms) -> str:
     """Of each model that fits nowhere why, and what would do; else that not all fit at once."""
-    homeless = [w for w in wants if not any(ways(w, g.card, g.usable_gib, terms) for g in groups)]
+    if not groups:
+        return "there are no cards"
+    homeless = [w for w in wants if not any(ways(w, group, terms) for group in groups)]
     if homeless:
         return "\n".join(line for want in homeless for line in _reasons(want, groups, terms))
     least = ", ".join(
@@ -246,25 +231,27 @@ def why_not(groups: Sequence[Cards], wants: Sequence[Want], terms: Terms) -> str
 
 
 def _reasons(want: Want, groups: Sequence[Cards], terms: Terms) -> Iterator[str]:
-    for card, usable_gib in {group.card: group.usable_gib for group in groups}.items():
+    for group in groups:
+        card = group.card
         recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
-        if (gib := _least_gib(want, card, terms)) > usable_gib:
-            why = f"needs {gib:.1f} GiB in {recipe}, and there are {usable_gib:.1f}"
+        if (gib := _least_gib(want, card, terms)) > group.free_gib:
+            why = f"needs {gib:.1f} GiB in {recipe}, and there are {group.free_gib:.1f}"
         else:
             alone_s = sum(times(want, recipe, card, 1))
             why = f"an image takes {alone_s:.1f} s in {recipe}, and {terms.latency_s:g} are allowed"
         yield f"{want.model} on {card.id}: {why}"
     would = []
     in_8_bit = replace(terms, adaln_8_bit=True)
-    if any(ways(want, g.card, g.usable_gib, in_8_bit) for g in groups):
+    if any(ways(want, group, in_8_bit) for group in groups):
         would.append("AdaLN stored in 8 bit (--adaln-8-bit)")
-    small = replace(
-        want.shape, width_px=want.shape.width_px // 2, height_px=want.shape.height_px // 2
-    )
+    width_px, height_px = (side // 32 * 16 for side in (want.shape.width_px, want.shape.height_px))
+    small = replace(want.shape, width_px=width_px, height_px=height_px)
     smaller = replace(want, shape=small, max_pixels=want.max_pixels // 4)
-    if any(ways(smaller, g.card, g.usable_gib, terms) for g in groups):
+    if small.pixels and any(ways(smaller, group, terms) for group in groups):
         would.append(f"images of {small.width_px}x{small.height_px}")
-    if enough := [c.id for c in CARDS.values() if ways(want, c, c.memory_gib, terms)]:
+    reserved_gib = max(group.reserved_gib for group in groups)
+    others = [Cards(card, 1, reserved_gib) for card in CARDS.values()]
+    if enough := [cards.card.id for cards in others if ways(want, cards, terms)]:
         would.append(f"another card: {', '.join(enough)}")
     yield f"{want.model}: what would do: " + ("; or ".join(would) or "no card that is known here")
 

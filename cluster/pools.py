@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .footprint import text_encoders_gib
-from .packing import Plan, fraction_of
-from .ways import Way
+from .packing import Plan
+from .ways import FRACTIONS, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +44,9 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
     kinds = {stack.cards.card.id: stack.cards for stack in plan.stacks}
     pools = []
     for (card, way), replicas in counted.items():
-        total_gib = kinds[card].for_replicas_gib
-        part = plan.even_part(kinds[card].card)
-        num_gpus = part or fraction_of(way.gib, total_gib)
+        cards = kinds[card]
+        parts = plan.even_parts(cards.card)
+        num_gpus = (parts or way.parts) / FRACTIONS
         pools.append(
             PlannedPool(
                 way.model,
@@ -56,17 +55,16 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
                 replicas,
                 way.slots,
                 num_gpus,
-                num_gpus * total_gib,
-                even=part is not None and plan.encoders(kinds[card].card) <= 1,
+                num_gpus * cards.total_gib,
+                even=parts is not None and plan.encoders(cards.card) <= 1,
             )
         )
     order = {want.model: i for i, want in enumerate(plan.wants)}
     pools.sort(key=lambda pool: order[pool.model or ""])
-    for card, cards in kinds.items():
-        if replicas := plan.encoders(cards.card):
-            total_gib = cards.for_replicas_gib
-            num_gpus = fraction_of(text_encoders_gib(), total_gib)
-            pools.append(
-                PlannedPool(None, "t5-quanto", card, replicas, 1, num_gpus, num_gpus * total_gib)
-            )
+    for stack in plan.stacks:
+        cards = stack.cards
+        if cards.encoder_gib and all(pool.model for pool in pools):
+            num_gpus = cards.parts(cards.encoder_gib) / FRACTIONS
+            replicas, gib = plan.encoders(cards.card), num_gpus * cards.total_gib
+            pools.append(PlannedPool(None, "", cards.card.id, replicas, 1, num_gpus, gib))
     return pools

@@ -35,16 +35,19 @@ class Structure(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Structure:
-        """From the configuration of an `SD3Transformer2DModel`."""
+        """From the configuration of an `SD3Transformer2DModel`; what it leaves out is diffusers'.
+
+        Raises `KeyError` for what every such configuration has.
+        """
         return cls(
             width=config["num_attention_heads"] * config["attention_head_dim"],
             layers=config["num_layers"],
-            dual_layers=len(config["dual_attention_layers"]),
+            dual_layers=len(config.get("dual_attention_layers", ())),
             head_width=config["attention_head_dim"],
             text_width=config["joint_attention_dim"],
             pooled_width=config["pooled_projection_dim"],
-            positions=config["pos_embed_max_size"] ** 2,
-            patch_values=config["patch_size"] ** 2 * config["in_channels"],
+            positions=config.get("pos_embed_max_size", 96) ** 2,
+            patch_values=config.get("patch_size", 2) ** 2 * config.get("in_channels", 16),
         )
 
 

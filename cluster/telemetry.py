@@ -28,7 +28,7 @@ class NoTelemetry(Exception):
 
 
 class CardTelemetry:
-    """One card, or one partition of it, by its UUID; `nvml` behaves like pynvml.
+    """One card, or one partition of it, by CUDA's UUID; `nvml` behaves like pynvml.
 
     `broken` says in words what is wrong with the card, once something is.
     """
@@ -38,25 +38,37 @@ class CardTelemetry:
         self._nvml, self.broken = nvml, ""
         try:
             nvml.nvmlInit()
-            self._part = self._card = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._part = self._card = self._handle(uuid)
         except pynvml.NVMLError as error:
             raise NoTelemetry(str(error)) from None
-        with suppress(*ABSENT, AttributeError):
-            if nvml.nvmlDeviceIsMigDeviceHandle(self._part):
-                self._card = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._part)
-        self._ecc_before = self._ecc_errors() or 0
+        if self._read(lambda: nvml.nvmlDeviceIsMigDeviceHandle(self._part)):
+            whole = self._read(
+                lambda: nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._part)
+            )
+            self._card = whole or self._part
+        self._ecc_before: float | None = self._ecc_errors()
         self._events = self._listen()
 
     def sample(self) -> dict[str, float]:
         """What it answers, by name with its unit; `broken` is up to date afterwards. Blocks."""
         values = {name: value for name, value in self._readings() if value is not None}
-        if values.get("ecc_errors", 0) > self._ecc_before:
+        errors = values.get("ecc_errors")
+        if self._ecc_before is None or errors is None:
+            self._ecc_before = errors
+        elif errors > self._ecc_before:
             self.broken = "memory errors that could not be corrected"
         for xid in self._xids():
             values["xid"] = xid
             if xid not in PROGRAMS_XIDS:
                 self.broken = f"the driver reports Xid {xid}"
         return values
+
+    def _handle(self, uuid: str) -> Any:
+        """CUDA does not say whether a UUID is a card's or a partition's."""
+        for prefix in ("GPU-", "MIG-"):
+            with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
+                return self._nvml.nvmlDeviceGetHandleByUUID(prefix + uuid)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
     def _readings(self) -> Iterator[tuple[str, float | None]]:
         nvml, card = self._nvml, self._card

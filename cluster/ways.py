@@ -12,6 +12,7 @@ A way is allowed only if all images under way at once are still finished within 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,13 +20,46 @@ from typing import NamedTuple
 from serve.cost import EFFICIENCY, REFERENCES, ImageShape, reference
 
 from .cards import BF16_SINCE, Card
-from .footprint import footprint, transformer_bytes
+from .footprint import footprint, padded, transformer_bytes
 from .structure import Structure
 
 MAX_REPLICAS = 8  # of a model on a card
-MAX_SLOTS = 8
+SLOTS = 1, 2, 4, 8  # with guidance they fill the numbers of rows that the engine has code for
+FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
 WORTH = 1.02  # a way that takes more memory is so much faster, or not considered
-SLOWDOWN = 3.0  # the latency target, where none is given: × the image's own time on that card
+SLOWDOWN = 4.0  # the latency target, where none is given: × the image's own time on that card
+
+
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """`count` equal cards. Each keeps `reserved_gib` for others; the rest is counted in parts.
+
+    A part is a ten-thousandth, as Ray counts. `encoder_gib`: of a text encoder on each of them.
+    """
+
+    card: Card
+    count: int
+    reserved_gib: float = 0.0
+    encoder_gib: float = 0.0
+
+    @property
+    def total_gib(self) -> float:
+        return max(self.card.memory_gib - self.reserved_gib, 0.0)
+
+    @property
+    def free_parts(self) -> int:
+        """For models; not the last one, because Ray Serve adds up in floating point."""
+        return FRACTIONS - 1 - self.parts(self.encoder_gib)
+
+    @property
+    def free_gib(self) -> float:
+        return max(self.total_gib - self.encoder_gib, 0.0)
+
+    def parts(self, gib: float) -> int:
+        """Rounded up; more than there are if nothing is left."""
+        if not gib:
+            return 0
+        return math.ceil(FRACTIONS * gib / self.total_gib) if self.total_gib else 2 * FRACTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +77,24 @@ class Want:
 
 
 class Way(NamedTuple):
-    """How a card serves a model: `gib` is one replica's, `images_s` the card's."""
+    """How a card serves a model: `gib` and `parts` are one replica's, `images_s` the card's."""
 
     model: str
     recipe: str
     replicas: int
     slots: int
     gib: float
+    parts: int
     images_s: float
     estimated: bool  # from arithmetic, not measured
 
     @property
-    def total_gib(self) -> float:
-        return self.replicas * self.gib
+    def total_parts(self) -> int:
+        return self.replicas * self.parts
 
     @property
     def latency_s(self) -> float:
-        """Of an image while all slots are taken."""
+        """Of an image while all slots of the way are taken, and the card draws nothing else."""
         return self.replicas * self.slots / self.images_s
 
 
@@ -83,39 +118,45 @@ def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
 
 
 def times(want: Want, recipe: str, card: Card, slots: int) -> tuple[float, float]:
-    """Seconds of the card and of its host for one image, of `slots` that are drawn together."""
+    """Seconds of the card and of its host for one image, of `slots` that are drawn together.
+
+    Their rows are padded to a power of two.
+    """
     costs, shape = reference(want.structure, recipe, card), want.shape
     n = shape.tokens
-    compute = slots * shape.rows * (costs.token * n + costs.token2 * n * n)
+    compute = padded(slots * shape.rows) * (costs.token * n + costs.token2 * n * n)
     reading = transformer_bytes(want.structure, recipe) / (1e9 * card.bandwidth_gb_s * EFFICIENCY)
     card_s = shape.steps * max(compute, reading) / slots + costs.pixel * shape.pixels
     return card_s, costs.constant + shape.steps * costs.step / slots
 
 
 @lru_cache(10_000)
-def all_ways(want: Want, card: Card, terms: Terms) -> list[Way]:
+def all_ways(want: Want, cards: Cards, terms: Terms) -> list[Way]:
     """The ways to serve a model on a card that keep its images in time, whatever they take."""
+    card = cards.card
     recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
     estimated = (want.structure, recipe, card.id) not in REFERENCES
     found = []
-    for slots in range(1, MAX_SLOTS + 1):
+    for slots in SLOTS:
         tokens = want.shape.text_tokens
         gib = footprint(want.structure, recipe, slots, want.max_pixels, tokens).total
         card_s, host_s = times(want, recipe, card, slots)
         for replicas in range(1, MAX_REPLICAS + 1):
             images_s = min(1 / card_s, replicas / (card_s + host_s))
-            way = Way(want.model, recipe, replicas, slots, gib, images_s, estimated)
+            way = Way(
+                want.model, recipe, replicas, slots, gib, cards.parts(gib), images_s, estimated
+            )
             if way.latency_s <= terms.allowed_s(want, card):
                 found.append(way)
     return found
 
 
 @lru_cache(10_000)
-def ways(want: Want, card: Card, usable_gib: float, terms: Terms) -> list[Way]:
+def ways(want: Want, cards: Cards, terms: Terms) -> list[Way]:
     """Those that fit, by memory, each worth what it takes."""
-    found = [way for way in all_ways(want, card, terms) if way.total_gib <= usable_gib]
+    found = [way for way in all_ways(want, cards, terms) if way.total_parts <= cards.free_parts]
     worth: list[Way] = []
-    for way in sorted(found, key=lambda w: (w.total_gib, -w.images_s)):
+    for way in sorted(found, key=lambda w: (w.total_parts, -w.images_s)):
         if not worth or way.images_s > WORTH * worth[-1].images_s:
             worth.append(way)
     return worth

@@ -12,13 +12,13 @@ from rich.markup import escape
 
 from cluster import packing
 from cluster.cards import CARDS
+from cluster.footprint import text_encoders_gib
 from cluster.placement import Node
-from cluster.pools import planned_pools
 from cluster.structure import TRANSFORMERS
 from cluster.ways import Terms
 
 from . import plan_report, planning
-from .doctor import examine, examine_cluster, examine_settings, look
+from .doctor import examine, examine_cluster, examine_settings, look, needs_gpu
 from .launch import LaunchError
 from .settings import SettingsError
 from .settings_file import load_settings
@@ -40,11 +40,18 @@ def plan(
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster whose nodes are planned for.")
     ] = None,
-    size: Annotated[str, typer.Option(help="Images that are planned for.")] = "1024x1024",
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: the model card's.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of images that are planned for; default: 1024x1024.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Of them; default: the model card's.")
+    ] = None,
     latency_s: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Of an image on a full card; default: 3 × its own time."),
+        typer.Option(
+            min=0.001,
+            help="Of an image while its model's slots are taken; default: 4 × its own time.",
+        ),
     ] = None,
     reserve_gib: Annotated[float, typer.Option(min=0, help="Of each card, for others.")] = 0.0,
     adaln_8_bit: Annotated[
@@ -65,35 +72,44 @@ def plan(
     with readable_errors(debug):
         if bool(model) == bool(config) or bool(gpu) == bool(ray):
             raise SettingsError("wanted: --gpu or --ray, and --model or --config")
+        if config and (size or steps):
+            raise SettingsError("--size and --steps are for --model: CONFIG has its own")
+        if as_json and as_settings:
+            raise SettingsError("--json or --settings, not both")
         settings = load_settings(config) if config else None
         wants = (
             planning.wants_of(settings)
             if settings
-            else planning.parse_models(model or [], size, steps)
+            else planning.parse_models(model or [], size or "1024x1024", steps)
         )
         groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
         if ray:
             groups, notes = planning.cards_of(_nodes_of(ray), reserve_gib)
         if prices:
             groups = planning.with_prices(groups, prices)
+        encoder_gib = text_encoders_gib()
+        if settings:
+            encoder_gib = planning.encoder_gib(planning.only_encoder(settings), settings)
         try:
             found = packing.plan(
                 groups,
                 wants,
                 terms=Terms(latency_s, adaln_8_bit),
-                encoders_on_gpu=not encoders_on_cpu,
+                encoder_gib=None if encoders_on_cpu else encoder_gib,
             )
         except packing.DoesNotFit as error:
             if as_json:
-                typer.echo(json.dumps({"reason": str(error)}))
+                typer.echo(json.dumps({"reason": str(error), "notes": notes}))
             else:
-                complain(error)
+                complain("\n".join([*notes, str(error)]))
             raise typer.Exit(2) from None
         if as_json:
-            typer.echo(json.dumps(plan_report.as_json(found), indent=2))
+            typer.echo(json.dumps(plan_report.as_json(found, notes), indent=2))
         elif as_settings:
+            if notes:
+                complain("\n".join(notes))
             base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
-            typer.echo(plan_report.as_settings(planned_pools(found), base), nl=False)
+            typer.echo(plan_report.as_settings(found, base), nl=False)
         else:
             plan_report.print_plan(found, notes)
 
@@ -132,7 +148,7 @@ def doctor(
             findings = list(examine_cluster(_nodes_of(ray), settings))
         else:
             machine = look(settings.models_folder if settings else None)
-            findings = list(examine(machine))
+            findings = list(examine(machine, needs_gpu(settings) if settings else True))
             findings += examine_settings(settings, machine) if settings else []
     signs = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
     out = Console(highlight=False, soft_wrap=True)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from cluster.capability import Device, capability, probe
-from cluster.cards import CARDS, card_of_device
-from cluster.footprint import GIB, footprint
-from cluster.placement import CARD_LABEL, Need, Node, fits, unknown_cards
+from cluster.card_memory import is_free
+from cluster.cards import BF16_SINCE, card_of_device
+from cluster.footprint import ENCODER_PEAK_GIB, GIB, WORKSPACE_GIB, footprint
+from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.telemetry import NoTelemetry, driver_version
 
 from .engine.checkpoint import DEFAULT_MODELS_FOLDER, node_folder, on_this_node
-from .planning import CLIP_TOKENS, structure_of
+from .planning import CLIP_TOKENS, encoder_gib, most_pixels, structure_of
 from .settings import Encoder, Model, OnCard, Pool, Settings, SettingsError, Source
 
-OLDEST_DRIVER = 535  # of NVIDIA's branches, the oldest that runs CUDA 12.2 and later
+OLDEST_DRIVER = {"12": 535, "13": 580}  # NVIDIA's branch, by the CUDA that torch is built for
 COMPILE_S = 180.0
 ROOMY_GIB = 60.0  # SD3.5 Large as it is published, with its text encoders, and an FP8 copy
 COMPILE = """
@@ -45,6 +47,7 @@ class Machine:
 
     device: Device  # the first GPU, or the CPU
     gpus: int
+    cpus: int
     free_gib: float
     torch: str
     torch_cuda: str | None
@@ -72,6 +75,7 @@ def look(models_folder: str | None) -> Machine:
     return Machine(
         device=device,
         gpus=torch.cuda.device_count(),
+        cpus=os.cpu_count() or 1,
         free_gib=free_gib,
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
@@ -108,36 +112,30 @@ def _disk_free_gib(folder: Path) -> float:
 # -- this machine ---------------------------------------------------------------------------------
 
 
-def examine(machine: Machine) -> Iterator[Finding]:
-    """The machine alone."""
+def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
+    """The machine alone. `needs_gpu`: whether it is a problem that a card cannot be used."""
     device = machine.device
     found = capability(device)
-    if not machine.has_gpu:
-        yield Finding("note", f"no GPU: {device.memory_gib:.0f} GiB of memory on a CPU")
-        if machine.driver and machine.torch_cuda is None:
-            yield Finding(
-                "problem",
-                f"driver {machine.driver} is here, but torch {machine.torch} is built without CUDA",
-            )
-        elif machine.driver:
-            yield Finding("problem", f"driver {machine.driver} is here, but torch sees no card")
-    else:
-        yield Finding(
-            "ok",
-            f"{machine.gpus} × {device.name}, {machine.free_gib:.1f} of "
-            f"{device.memory_gib:.1f} GiB free",
-        )
+    problem: Verdict = "problem" if needs_gpu else "note"
+    if machine.has_gpu:
+        free = f"{machine.free_gib:.1f} of {device.memory_gib:.1f} GiB free"
+        yield Finding("ok", f"{machine.gpus} × {device.name}, {free}")
         yield Finding("ok" if found.fp8 == "native" else "note", found.reason)
-        yield from _examine_driver(machine.driver)
         card = card_of_device(device.name, device.memory_gib)
         yield (
             Finding("ok", f"its facts are known as '{card.id}'; Ray labels it {card.ray_names[0]}")
             if card
-            else Finding("note", f"no facts of this card are known: see {CARD_LABEL} in the docs")
+            else Finding("note", "no facts of this card are known: `octet plan` leaves it out")
         )
+    else:
+        yield Finding("note", f"no GPU: {device.memory_gib:.0f} GiB of memory on a CPU")
+    if machine.driver:
+        yield from _examine_driver(machine, problem)
+    elif machine.has_gpu:
+        yield Finding("note", "the driver does not say its version")
     cuda = f"CUDA {machine.torch_cuda}" if machine.torch_cuda else "no CUDA"
     yield Finding("ok", f"torch {machine.torch}, {cuda}")
-    yield _examine_compile(machine)
+    yield _examine_compile(machine, problem)
     enough = machine.disk_free_gib >= ROOMY_GIB
     yield Finding(
         "ok" if enough else "note",
@@ -146,22 +144,29 @@ def examine(machine: Machine) -> Iterator[Finding]:
     )
 
 
-def _examine_driver(driver: str | None) -> Iterator[Finding]:
-    major = (driver or "").partition(".")[0]
-    if not major.isdigit():
-        yield Finding("note", "the driver does not say its version")
-    elif int(major) < OLDEST_DRIVER:
-        yield Finding("problem", f"driver {driver} is older than R{OLDEST_DRIVER}: update it")
+def _examine_driver(machine: Machine, problem: Verdict) -> Iterator[Finding]:
+    major = (machine.driver or "").partition(".")[0]
+    oldest = OLDEST_DRIVER.get((machine.torch_cuda or "").partition(".")[0], 535)
+    if major.isdigit() and int(major) < oldest:
+        wanted = f"R{oldest}, which torch for CUDA {machine.torch_cuda or '12'} needs"
+        yield Finding(problem, f"driver {machine.driver} is older than {wanted}: update it")
+    elif machine.has_gpu:
+        yield Finding("ok", f"driver {machine.driver}")
+    elif machine.torch_cuda is None:
+        yield Finding(
+            problem,
+            f"driver {machine.driver} is here, but torch {machine.torch} is built without CUDA",
+        )
     else:
-        yield Finding("ok", f"driver {driver}")
+        yield Finding(problem, f"driver {machine.driver} is here, but torch sees no card")
 
 
-def _examine_compile(machine: Machine) -> Finding:
+def _examine_compile(machine: Machine, problem: Verdict) -> Finding:
     if not machine.compile_error:
         return Finding("ok", "torch.compile works")
     if machine.has_gpu:
         return Finding(
-            "problem",
+            problem,
             f"torch.compile does not work ({machine.compile_error}): FP8 without it is slower than "
             "16 bit. It needs a C compiler and Python's headers",
         )
@@ -171,40 +176,69 @@ def _examine_compile(machine: Machine) -> Finding:
 # -- settings on it -------------------------------------------------------------------------------
 
 
+def needs_gpu(settings: Settings) -> bool:
+    pools = [pool for model in settings.models for pool in model.pools]
+    return any(part.num_gpus for part in (*settings.text_encoders, *pools))
+
+
 def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
     """Whether all models of the settings could be served by this machine alone."""
+    least: list[OnCard] = [*settings.text_encoders]
     for encoder in settings.text_encoders:
-        reason = _cannot_hold(encoder, machine)
+        reason = _cannot_hold(encoder, machine, _encoder_weights_gib(encoder, settings))
         name = f"text encoder {encoder.id}"
         yield Finding("problem", f"{name}: {reason}") if reason else Finding("ok", name)
     for model in settings.models:
-        reasons = {
-            model.pool_name(pool): _cannot_run(pool, settings, machine) for pool in model.pools
-        }
-        served = not all(reasons.values())
-        for name, reason in reasons.items():
-            verdict: Verdict = "ok" if not reason else "note" if served else "problem"
-            yield Finding(verdict, f"pool {name}" + (f": {reason}" if reason else ""))
-        yield from _examine_promises(model, settings, machine)
+        reasons = {pool: _cannot_run(model, pool, settings, machine) for pool in model.pools}
+        able = [pool for pool, reason in reasons.items() if not reason]
+        least += sorted(able, key=lambda pool: (pool.num_gpus, pool.num_cpus))[:1]
+        for pool, reason in reasons.items():
+            verdict: Verdict = "ok" if not reason else "note" if able else "problem"
+            why = f": {reason}" if reason else ""
+            yield Finding(verdict, f"pool {model.pool_name(pool)}{why}")
+        yield from _examine_promises(model, able, settings, machine)
         for location in dict.fromkeys(_missing_weights(model, settings)):
             yield Finding("note", f"{model.id}: {location} is not on this node yet: octet pull")
+    yield from _examine_together(least, settings, machine)
     yield _examine_port(settings.http.host, settings.http.port)
 
 
-def _cannot_run(pool: Pool, settings: Settings, machine: Machine) -> str:
+def _examine_together(
+    least: Sequence[OnCard], settings: Settings, machine: Machine
+) -> Iterator[Finding]:
+    """Whether the text encoders and a replica of each model find room at once."""
+    gpus = sum(part.num_gpus for part in least)
+    if machine.has_gpu and gpus > machine.gpus:
+        yield Finding(
+            "problem",
+            f"text encoders and one replica of each model take {gpus:.2f} GPUs together, and there "
+            f"are {machine.gpus}",
+        )
+    cpus = sum(part.num_cpus for part in least) + settings.dispatcher_num_cpus
+    cpus += settings.ingress.num_cpus
+    if cpus > machine.cpus:
+        yield Finding(
+            "problem",
+            f"with one replica of each model everything takes {cpus:.1f} CPUs, and there are "
+            f"{machine.cpus}: set num_cpus",
+        )
+
+
+def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) -> str:
     """Why a replica of a pool cannot run here; empty if it can."""
-    if reason := _cannot_hold(pool, machine):
-        return reason
-    emulate = settings.emulate_fp8
-    found = capability(machine.device, allow_emulated_fp8=emulate)
+    device = machine.device if pool.num_gpus else replace(machine.device, compute_capability=None)
+    found = capability(device, allow_emulated_fp8=settings.emulate_fp8)
+    if pool.num_gpus and not machine.has_gpu:
+        return _cannot_hold(pool, machine, 0.0)
     if pool.precision == "fp8" and found.fp8 == "none":
         return found.reason
     if pool.precision == "fp16" and not pool.allow_fp8_nodes and found.fp8 == "native":
         return "allow_fp8_nodes is false, and this card has FP8"
-    return ""
+    recipe = _recipe(pool, found.sixteen_bit)
+    return _cannot_hold(pool, machine, _weights_gib(model, recipe, settings))
 
 
-def _cannot_hold(part: OnCard, machine: Machine) -> str:
+def _cannot_hold(part: OnCard, machine: Machine, weights_gib: float) -> str:
     if not part.num_gpus:
         return ""
     if not machine.has_gpu:
@@ -215,33 +249,60 @@ def _cannot_hold(part: OnCard, machine: Machine) -> str:
     card = card_of_device(device.name, device.memory_gib)
     if part.card and part.card != (card and card.id):
         return f"bound to {part.card}, and this is {card.id if card else device.name}"
-    promised_gib = part.memory_gib or min(part.num_gpus, 1.0) * device.memory_gib
-    if promised_gib > machine.free_gib:
+    promised_gib = _promised_gib(part, device.memory_gib)
+    if promised_gib < weights_gib:
+        return f"promised {promised_gib:.1f} GiB, and its weights alone need {weights_gib:.1f}"
+    if not is_free(promised_gib, machine.free_gib):
         return f"promised {promised_gib:.1f} GiB, and {machine.free_gib:.1f} are free"
     return ""
 
 
-def _examine_promises(model: Model, settings: Settings, machine: Machine) -> Iterator[Finding]:
-    """Whether what replicas are promised is what they need by computation."""
+def _promised_gib(part: OnCard, memory_gib: float) -> float:
+    return part.memory_gib or min(part.num_gpus, 1.0) * memory_gib
+
+
+def _recipe(pool: Pool, sixteen_bit: str) -> str:
+    if pool.precision == "fp16":
+        return sixteen_bit
+    return "fp8-adaln8" if pool.adaln_8_bit else "fp8"
+
+
+def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
+    """With CUDA's context; zero where the model's structure is not known."""
+    try:
+        found = footprint(structure_of(model, settings), recipe, 1, 256 * 256)
+    except SettingsError:
+        return 0.0
+    return found.transformer + found.vae + found.context
+
+
+def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
+    try:
+        return encoder_gib(encoder, settings) - ENCODER_PEAK_GIB - WORKSPACE_GIB
+    except SettingsError:
+        return 0.0
+
+
+def _examine_promises(
+    model: Model, pools: Iterable[Pool], settings: Settings, machine: Machine
+) -> Iterator[Finding]:
+    """Whether what replicas are promised is what they need by computation with all slots full."""
     try:
         structure = structure_of(model, settings)
     except SettingsError:
         return
-    for pool in model.pools:
-        card = CARDS.get(pool.card or "")
-        memory_gib = card.memory_gib if card else machine.device.memory_gib
-        if not pool.num_gpus or not (card or machine.has_gpu):
+    for pool in pools:
+        if not pool.num_gpus:
             continue
-        promised_gib = pool.memory_gib or min(pool.num_gpus, 1.0) * memory_gib
-        recipe = "bf16" if pool.precision == "fp16" else "fp8"
-        recipe = "fp8-adaln8" if pool.adaln_8_bit else recipe
-        tokens = CLIP_TOKENS + model.max_sequence_length
-        needed = footprint(structure, recipe, pool.slots, model.limits.max_pixels, tokens).total
-        if needed > promised_gib:
+        promised_gib = _promised_gib(pool, machine.device.memory_gib)
+        recipe = _recipe(pool, capability(machine.device).sixteen_bit)
+        tokens, pixels = CLIP_TOKENS + model.max_sequence_length, most_pixels(model)
+        needed = footprint(structure, recipe, pool.slots, pixels, tokens).total
+        if needed > promised_gib + 0.01:
             yield Finding(
                 "note",
-                f"pool {model.pool_name(pool)}: {pool.slots} images of {model.limits.max_pixels} "
-                f"pixels need {needed:.1f} GiB as computed, and {promised_gib:.1f} are promised",
+                f"pool {model.pool_name(pool)}: {pool.slots} images of {pixels} pixels need "
+                f"{needed:.1f} GiB as computed, and {promised_gib:.1f} are promised",
             )
 
 
@@ -275,22 +336,36 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
         fp8 = ", FP8" if node.num_gpus and node.has_fp8(node.card) else ""
         yield Finding("ok", f"node {node.id[:8]}: {cards}{fp8}, {node.num_cpus:g} CPUs")
     yield from (Finding("note", text) for text in unknown_cards(nodes).values())
-    for model in settings.models if settings else ():
-        homes = {model.pool_name(pool): _homes(pool, nodes) for pool in model.pools}
+    if settings is None:
+        return
+    for model in settings.models:
+        homes = {model.pool_name(p): _homes(model, p, nodes, settings) for p in model.pools}
         for name, count in homes.items():
             verdict: Verdict = "ok" if count else "note" if any(homes.values()) else "problem"
             yield Finding(verdict, f"pool {name}: {count or 'none'} of the nodes can hold it")
-    for encoder in settings.text_encoders if settings else ():
-        count = _homes(encoder, nodes)
+    for encoder in settings.text_encoders:
+        weights_gib = _encoder_weights_gib(encoder, settings)
+        need = Need("fp16", encoder.num_cpus, encoder.num_gpus, card=encoder.card)
+        count = sum(fits(need, n) and _has_memory(encoder, n, weights_gib) for n in nodes)
         yield Finding(
             "ok" if count else "problem",
             f"text encoder {encoder.id}: {count or 'none'} of the nodes can hold it",
         )
 
 
-def _homes(part: Pool | Encoder, nodes: Iterable[Node]) -> int:
-    if isinstance(part, Pool):
-        need = Need(part.precision, part.num_cpus, part.num_gpus, part.allow_fp8_nodes, part.card)
-    else:  # any precision will do
-        need = Need("fp16", part.num_cpus, part.num_gpus, card=part.card)
-    return sum(fits(need, node) for node in nodes)
+def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) -> int:
+    need = Need(pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card)
+    count = 0
+    for node in nodes:
+        old = node.card and node.card.compute_capability < BF16_SINCE
+        recipe = _recipe(pool, "fp16" if old else "bf16")
+        weights_gib = _weights_gib(model, recipe, settings)
+        count += fits(need, node) and _has_memory(pool, node, weights_gib)
+    return count
+
+
+def _has_memory(part: OnCard, node: Node, weights_gib: float) -> bool:
+    """Whether its part of the node's card, if that is known, holds the weights."""
+    if not part.num_gpus or node.card is None:
+        return True
+    return _promised_gib(part, node.card.memory_gib) >= weights_gib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,14 +11,12 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from cluster.footprint import text_encoders_gib
 from cluster.packing import Plan, Stack
 from cluster.pools import PlannedPool, planned_pools
-from cluster.ways import Way
-
-from .settings import SettingsError
+from cluster.ways import Want, Way
 
 COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
+PLACE = "card", "replicas", "num_gpus", "memory_gib"
 BAR = 64  # characters of a card's picture
 
 
@@ -26,7 +24,7 @@ def usd_per_1000(usd_h: float | None, images_s: float) -> float | None:
     return None if usd_h is None else usd_h / 3.6 / images_s
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
     """The plan as data; images/s of a card are those if it draws that model alone."""
     return {
         "models": {
@@ -43,13 +41,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {
                 "card": stack.cards.card.id,
                 "count": stack.cards.count,
-                "text_encoders": stack.cards.encoders,
+                "text_encoder_gib": stack.cards.encoder_gib,
                 "free_gib": _free_gib(stack),
                 "replicas": [_way_as_json(stack, way) for way in stack.ways],
             }
             for stack in plan.stacks
         ],
         "pools": [asdict(pool) for pool in planned_pools(plan)],
+        "notes": [*notes],
     }
 
 
@@ -64,48 +63,55 @@ def _way_as_json(stack: Stack, way: Way) -> dict[str, Any]:
 
 
 def _free_gib(stack: Stack) -> float:
-    return stack.cards.usable_gib - sum(way.total_gib for way in stack.ways)
+    return stack.cards.free_gib - sum(way.replicas * way.gib for way in stack.ways)
 
 
-def as_settings(pools: Iterable[PlannedPool], base: Mapping[str, Any] | None = None) -> str:
-    """YAML: what the plan says of `base`, a settings file's data, in it; else that part alone."""
-    pools = list(pools)
+def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
+    """YAML: `base`, a settings file's data, with the plan's pools; else that part alone."""
+    pools = planned_pools(plan)
     data: dict[str, Any] = dict(base or {"text_encoders": [{"id": "sd35"}]})
-    encoders = [_on_card(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
-    first, *others = data["text_encoders"]
-    if others or len(encoders) > 1:
-        raise SettingsError("a plan has one set of text encoders, on one kind of card")
-    data["text_encoders"] = [{**_without_place(first), **encoders[0]}]
-    models = data.get("models") or [{"id": m} for m in dict.fromkeys(p.model for p in pools) if m]
+    encoders = [_place(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
+    data["text_encoders"] = [
+        {**_without(encoder, PLACE), **encoders[0]} for encoder in data["text_encoders"]
+    ]
+    given = {model["id"]: model for model in data.get("models", [])}
     data["models"] = [
         {
-            "id": model["id"],
-            **model,
-            "pools": [_pool(pool) for pool in pools if pool.model == model["id"]],
+            "id": want.model,
+            **given.get(want.model, {"limits": {"max_pixels": want.max_pixels}}),
+            "pools": [
+                _pool(pool, want, given.get(want.model, {}).get("pools", []))
+                for pool in pools
+                if pool.model == want.model
+            ],
         }
-        for model in models
+        for want in plan.wants
     ]
     return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
 
 
-def _on_card(pool: PlannedPool) -> dict[str, Any]:
+def _place(pool: PlannedPool) -> dict[str, Any]:
     return {
         "card": pool.card,
         "replicas": pool.replicas,
         "num_gpus": pool.num_gpus,
-        "memory_gib": int(100 * pool.memory_gib) / 100,
+        "memory_gib": round(pool.memory_gib, 3),
     }
 
 
-def _without_place(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    place = "card", "replicas", "num_gpus", "memory_gib"
-    return {key: value for key, value in encoder.items() if key not in place}
+def _without(settings: Mapping[str, Any], keys: Container[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
-def _pool(pool: PlannedPool) -> dict[str, Any]:
-    settings = {"precision": "fp8" if pool.recipe.startswith("fp8") else "fp16"}
+def _pool(pool: PlannedPool, want: Want, before: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a pool of the same precision had before stays, but for its place."""
+    precision = "fp8" if pool.recipe.startswith("fp8") else "fp16"
+    same = next((p for p in before if p["precision"] == precision), {})
+    size = f"{want.shape.width_px}x{want.shape.height_px}"
+    planned = {"precision": precision, **_place(pool), "slots": pool.slots}
     adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
-    return {**settings, **_on_card(pool), "slots": pool.slots, **adaln}
+    kept = _without(same, (*PLACE, "slots", "adaln_8_bit"))
+    return {"warm_sizes": [size], **kept, **planned, **adaln}
 
 
 def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
@@ -123,7 +129,7 @@ def _table(plan: Plan) -> Table:
         Column("GiB each", **right),  # type: ignore[arg-type]  # a Literal
         Column("GPU each", justify="right"),
         Column("images/s a card", justify="right"),
-        Column("s when full", justify="right"),
+        Column("s, own slots full", justify="right"),
         Column("$ per 1,000", justify="right"),
         Column("spot", justify="right"),
     )
@@ -146,10 +152,10 @@ def _table(plan: Plan) -> Table:
             name = ""
         if not stack.ways:
             table.add_row(name, "–")
-        if stack.cards.encoders:
+        if stack.cards.encoder_gib:
             gpu = fractions[None, card.id, 1]
             table.add_row(
-                "", "text encoders", "t5-quanto", "1", f"{text_encoders_gib():.1f}", f"{gpu:.4f}"
+                "", "text encoders", "", "1", f"{stack.cards.encoder_gib:.1f}", f"{gpu:.4f}"
             )
     return table
 
@@ -167,7 +173,8 @@ def _pictures(plan: Plan) -> Iterable[Text]:
             for way in stack.ways
             for _ in range(way.replicas)
         ]
-        parts += [(text_encoders_gib(), "text", "black on white")] * stack.cards.encoders
+        if stack.cards.encoder_gib:
+            parts.append((stack.cards.encoder_gib, "text", "black on white"))
         if stack.cards.reserved_gib:
             parts.append((stack.cards.reserved_gib, "reserved", "white on bright_black"))
         total_gib = stack.cards.card.memory_gib

@@ -12,18 +12,25 @@ from typing import Any
 import yaml
 
 from cluster.cards import CARDS, Card
-from cluster.footprint import TEXT_TOKENS
-from cluster.packing import Cards
+from cluster.footprint import (
+    CONTEXT_GIB,
+    ENCODER_PEAK_GIB,
+    GIB,
+    TEXT_TOKENS,
+    WORKSPACE_GIB,
+    text_encoders_gib,
+)
 from cluster.placement import Node
 from cluster.structure import TRANSFORMERS, Structure, structure
-from cluster.ways import Want
+from cluster.ways import Cards, Want
 
 from .cost import ImageShape
-from .engine.checkpoint import node_folder
+from .engine.checkpoint import node_folder, size_bytes
 from .errors import did_you_mean
-from .settings import Model, Settings, SettingsError
+from .settings import Encoder, Model, Settings, SettingsError
 
 CLIP_TOKENS = 77
+SD35_TEXT_WIDTH = 4096
 # Steps, and rows of an image, as the model cards have them; Medium's as diffusers' documentation.
 USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
@@ -43,15 +50,20 @@ def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[Cards]:
 
 
 def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[Cards], list[str]]:
-    """The cards of a cluster, and in words which nodes have cards that are not known."""
+    """The cards of a cluster, and in words which nodes are left out."""
     counts: dict[Card, int] = {}
-    unknown = []
+    left_out = []
     for node in nodes:
-        if node.num_gpus and node.card:
-            counts[node.card] = counts.get(node.card, 0) + int(node.num_gpus)
-        elif node.num_gpus:
-            unknown.append(f"node {node.id[:8]}: {node.num_gpus:g} GPUs of an unknown card")
-    return [Cards(card, count, reserved_gib) for card, count in counts.items()], unknown
+        card, name = node.card, f"node {node.id[:8]}"
+        if not node.num_gpus:
+            continue
+        if card is None:
+            left_out.append(f"{name}: {node.num_gpus:g} GPUs of an unknown card are not planned")
+        elif card.has_fp8 and not node.has_fp8(card):
+            left_out.append(f"{name}: {card.id}, labelled for 16 bit, is not planned")
+        else:
+            counts[card] = counts.get(card, 0) + int(node.num_gpus)
+    return [Cards(card, count, reserved_gib) for card, count in counts.items()], left_out
 
 
 def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Want]:
@@ -84,10 +96,15 @@ def wants_of(settings: Settings) -> list[Want]:
                 2 if model.defaults.guidance_scale > 1 else 1,
                 model.defaults.num_inference_steps,
             ),
-            model.limits.max_pixels,
+            most_pixels(model),
         )
         for model in settings.models
     ]
+
+
+def most_pixels(model: Model) -> int:
+    """Of the largest image that a model's limits allow."""
+    return min(model.limits.max_pixels, model.limits.max_size_px**2)
 
 
 def structure_of(model: Model, settings: Settings) -> Structure:
@@ -95,9 +112,12 @@ def structure_of(model: Model, settings: Settings) -> Structure:
 
     Raises `SettingsError` if neither says it.
     """
-    config = node_folder(model.source, settings.models_folder) / "transformer" / "config.json"
-    if config.is_file():
-        return Structure.of(json.loads(config.read_text(encoding="utf-8")))
+    file = node_folder(model.source, settings.models_folder) / "transformer" / "config.json"
+    if file.is_file():
+        try:
+            return Structure.of(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError):
+            raise SettingsError(f"{file}: not the configuration of an SD3.5 transformer") from None
     name = model.source.location.rpartition("/")[2].replace("stable-diffusion-", "sd")
     if name not in TRANSFORMERS:
         raise SettingsError(
@@ -107,8 +127,27 @@ def structure_of(model: Model, settings: Settings) -> Structure:
     return structure(name)
 
 
+def only_encoder(settings: Settings) -> Encoder:
+    """Raises `SettingsError` for several sets of text encoders, which a plan does not have."""
+    if len(settings.text_encoders) > 1:
+        raise SettingsError("a plan is for one set of text encoders: give each its own settings")
+    return settings.text_encoders[0]
+
+
+def encoder_gib(encoder: Encoder, settings: Settings) -> float:
+    """GiB of one replica: of SD3.5's text encoders, or by the size of their files."""
+    readers = [m for m in settings.models if m.text_encoder == encoder.id]
+    if any(structure_of(m, settings).text_width == SD35_TEXT_WIDTH for m in readers):
+        weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision == "t5-quanto")
+        return weights_gib * (2 if encoder.precision == "fp32" else 1)
+    folder = node_folder(encoder.source, settings.models_folder)
+    parts = [part.name for part in folder.glob("text_encoder*")]
+    files_gib = sum(size_bytes(folder, part) for part in parts) / GIB
+    return files_gib + ENCODER_PEAK_GIB + CONTEXT_GIB + WORKSPACE_GIB
+
+
 def _size(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(\d{2,5})x(\d{2,5})", text)):
+    if not (match := re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", text)):
         raise SettingsError(f"--size '{text}': WIDTHxHEIGHT in pixels is wanted")
     width, height = map(int, match.groups())
     if width % 16 or height % 16:
@@ -159,7 +198,8 @@ def _priced(card: Card, price: Any, file: Path) -> Card:
     given = price if isinstance(price, dict) else {"on_demand": price}
     known = {"on_demand": card.on_demand_usd_h, "spot": card.spot_usd_h}
     for key, value in given.items():
-        if key not in known or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in known or not number or not 0 < value < 1e6:
             raise SettingsError(
                 f"{file}: {card.id}: '{key}: {value}' is no price; known: {[*known]}"
             )

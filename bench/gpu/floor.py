@@ -40,14 +40,24 @@ def flops(s: Structure, rows: int, side_px: int, text_tokens: int) -> tuple[floa
 
 
 def floor_s(
-    s: Structure, rows: int, side_px: int, text_tokens: int, rates: CardRates, *, fp8: bool
+    s: Structure,
+    rows: int,
+    side_px: int,
+    text_tokens: int,
+    rates: CardRates,
+    *,
+    fp8: bool,
+    adaln_bytes: int = 2,
 ) -> float:
-    """Seconds of a step: linears in FP8 or 16 bit, attention in 16 bit, AdaLN's 16-bit weights."""
+    """Seconds of a step: linears in FP8 or 16 bit, attention in 16 bit, AdaLN's weights read.
+
+    `adaln_bytes`: of each of those weights.
+    """
     linear, attention = flops(s, rows, side_px, text_tokens)
     d = s.width
-    adaln_bytes = 2 * d * d * (12 * s.layers + 3 * s.dual_layers - 4)
+    adaln_weights = d * d * (12 * s.layers + 3 * s.dual_layers - 4)
     return (
         linear / (rates.fp8 if fp8 else rates.bf16)
         + attention / rates.bf16
-        + adaln_bytes / rates.bandwidth
+        + adaln_bytes * adaln_weights / rates.bandwidth
     )

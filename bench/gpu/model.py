@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -87,9 +87,14 @@ class Bench:
             took.append(time.perf_counter() - began)
         return statistics.median(took)
 
-    @torch.inference_mode()
-    def transformer(self, model: str, way: Way) -> Any:
-        """Random weights; raises `ImportError` for torchao where it is missing."""
+    @torch.no_grad()
+    def transformer(
+        self, model: str, way: Way, warm: Collection[tuple[int, int]] | None = None
+    ) -> Any:
+        """Random weights; `warm`: what gets code for its exact shape, by default everything.
+
+        Raises `ImportError` for torchao where it is missing.
+        """
         structure = config(TRANSFORMERS[model]) | (TINY if self.tiny else {})
         structure["caption_projection_dim"] = (
             structure["num_attention_heads"] * structure["attention_head_dim"]
@@ -103,19 +108,22 @@ class Bench:
         else:
             fuse_qkv(apply_recipe(made, RECIPES[way.recipe], self.device))
         if way.compiled:
-            warm = _Everything()
             mode = "max-autotune" if way.max_autotune else "default"
-            compile_blocks(made, warm, mode, self.backend)
+            exact = _Everything() if warm is None else warm
+            compile_blocks(made, exact, mode, self.backend)
         return made
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def vae(self) -> Any:
         with torch.device("meta"):
             made: Any = AutoencoderKL.from_config(config("vae") | (TINY_VAE if self.tiny else {}))
         return fill(made.to(torch.bfloat16).to_empty(device=self.device)).eval()
 
-    def denoiser(self, model: str, way: Way) -> Denoiser:
-        transformer = self.transformer(model, way)
+    def denoiser(
+        self, model: str, way: Way, warm: Collection[tuple[int, int]] | None = None
+    ) -> Denoiser:
+        """Its attention is the one that is preferred on this card."""
+        transformer = self.transformer(model, way, warm)
         made = Denoiser(transformer, self.vae(), RECIPES[way.recipe], self.device, SHIFT)
         self.free()  # making it took more than having it does
         return made
@@ -129,10 +137,14 @@ class Bench:
 
     def free(self) -> None:
         """Memory of what has gone; peaks count anew."""
-        gc.collect()
         torch._dynamo.reset()
+        gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+        self.reset_peak()
+
+    def reset_peak(self) -> None:
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float | None:
@@ -163,7 +175,7 @@ def save(folder: Path, part: str, found: dict[str, Any]) -> None:
     file.write_text(json.dumps(before | {part: found}, indent=1) + "\n")
 
 
-class _Everything:
+class _Everything(frozenset[tuple[int, int]]):
     """Every shape gets code of its own."""
 
     def __contains__(self, _: object) -> bool:

@@ -15,21 +15,23 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
+from cluster.cards import FP8_SINCE
 from cluster.footprint import TEXT_TOKENS, footprint
 from cluster.structure import TOKEN_PX, Structure, config, structure
-from serve.engine.compiled import choose_attention
-from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows
+from serve.engine.compiled import prefer_attention, preferred, time_attention
+from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows, store_in_fp8
 
 from .floor import NOMINAL_H100, CardRates, floor_s
-from .model import BF16, RESULTS, WAYS, Bench, Way, save
+from .model import BF16, RESULTS, WAYS, Bench, Way, fill, save
 
 MODELS = "sd3.5-large", "sd3.5-medium"
 REQUESTS = 1, 4, 2
@@ -63,13 +65,30 @@ def rates(bench: Bench) -> CardRates:
             scale_a=row_scale,
             scale_b=column_scale.t().contiguous(),
             out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
+
+    def whole() -> object:  # one scale for all; slow on a CPU
+        one = row_scale[:1].reshape(())
+        return torch._scaled_mm(
+            rows,
+            columns.t(),
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+
+    if not fp8_here(bench):
+        fp8_s = math.inf
+    else:
+        fp8_s = min(bench.seconds(way, 20) for way in ([fp8] if bench.tiny else [fp8, whole]))
 
     source = torch.empty(n * n * 8, device=bench.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return CardRates(
         bf16=2 * n**3 / bench.seconds(lambda: a @ b, 20),
-        fp8=2 * n**3 / bench.seconds(fp8, 20),
+        fp8=2 * n**3 / fp8_s,
         bandwidth=2 * source.nbytes / bench.seconds(lambda: target.copy_(source), 20),
     )
 
@@ -77,88 +96,123 @@ def rates(bench: Bench) -> CardRates:
 # -- steps ----------------------------------------------------------------------------------------
 
 
+def fp8_here(bench: Bench) -> bool:
+    """A CPU emulates it; cards have it or not."""
+    return bench.device == "cpu" or torch.cuda.get_device_capability() >= FP8_SINCE
+
+
 def structure_of(bench: Bench, model: str) -> Structure:
-    if not bench.tiny:
-        return structure(model)
-    with_tiny = bench.transformer(model, BF16).config
-    return Structure.of(with_tiny)
+    return Structure.of(bench.transformer(model, BF16).config) if bench.tiny else structure(model)
+
+
+Cell = tuple[int, int]  # side in pixels, and requests with guidance
 
 
 def cells(
-    bench: Bench, model: str, way: Way, card: CardRates, clock: Clock
+    bench: Bench, model: str, way: Way, card: CardRates, asked: list[Cell], clock: Clock
 ) -> Iterator[dict[str, Any]]:
-    """One for each size and number of requests, the most telling first."""
+    """Each in turn, as long as one like the last still fits into the time."""
     shape = structure_of(bench, model)
+    prefer_attention(preferred(attention_s(bench, model)))
     bench.free()
     denoiser = bench.denoiser(model, way)
     embeds = bench.embeds(2)
-    for side in bench.sides:
-        for requests in REQUESTS:
-            if not clock.allows(20):
-                yield {"model": model, "way": way.name, "side": side, "requests": requests}
-                continue
-            batch = [
-                denoiser.begin(
-                    embeds,
-                    width=side,
-                    height=side,
-                    num_inference_steps=1000,
-                    guidance_scale=4.5,
-                    seed=seed,
-                )
-                for seed in range(requests)
-            ]
-            began = time.perf_counter()
-            denoiser.denoise_step(batch)
-            bench.sync()
-            first_s = time.perf_counter() - began
-            step_s = bench.seconds(partial(denoiser.denoise_step, batch), STEP_REPEATS)
-            rows = 2 * requests
-            sizes = shape, rows, side, TEXT_TOKENS
-            floor = floor_s(*sizes, card, fp8=way.recipe != "bf16" or way.torchao)
-            yield {
-                "model": model,
-                "way": way.name,
-                "side": side,
-                "requests": requests,
-                "step_ms": 1e3 * step_s,
-                "first_s": first_s,
-                "floor_ms": 1e3 * floor,
-                "over_floor": step_s / floor,
-                "finite": bool(batch[0].latents.isfinite().all()),
-                "peak_gib": bench.peak_gib(),
-            }
+    last_s = 0.0
+    for side, requests in asked:
+        cell: dict[str, Any] = {
+            "model": model, "way": way.name, "side": side, "requests": requests,
+        }  # fmt: skip
+        if not clock.allows(1.2 * last_s):
+            yield cell
+            continue
+        batch = [
+            denoiser.begin(
+                embeds,
+                width=side,
+                height=side,
+                num_inference_steps=1000,
+                guidance_scale=4.5,
+                seed=seed,
+            )
+            for seed in range(requests)
+        ]
+        began = time.perf_counter()
+        denoiser.denoise_step(batch)
+        bench.sync()
+        first_s = time.perf_counter() - began
+        bench.reset_peak()
+        step_s = bench.seconds(partial(denoiser.denoise_step, batch), STEP_REPEATS)
+        peak_gib = bench.peak_gib()
+        bench.reset_peak()
+        with denoiser.beside_steps():
+            denoiser.decode(batch[0].latents)
+        denoiser.denoise_step(batch)
+        bench.sync()
+        floor = floor_s(
+            shape,
+            2 * requests,
+            side,
+            TEXT_TOKENS,
+            card,
+            fp8=way.recipe != "bf16" or way.torchao,
+            adaln_bytes=1 if way.recipe == "fp8-adaln8" else 2,
+        )
+        last_s = time.perf_counter() - began
+        yield cell | {
+            "step_ms": 1e3 * step_s,
+            "first_s": first_s,
+            "floor_ms": 1e3 * floor,
+            "over_floor": step_s / floor,
+            "finite": bool(batch[0].latents.isfinite().all()),
+            "peak_gib": peak_gib,
+            "peak_with_decode_gib": bench.peak_gib(),
+        }
     del denoiser
 
 
-def attention_ms(bench: Bench, model: str) -> dict[str, float] | str:
-    """Of each fused kernel for one request at the larger size; the fastest is used from then on."""
+def rounds(bench: Bench) -> Iterator[tuple[str, str, list[Cell]]]:
+    """Model, way and cells: first one request at the larger size in every way, for the ratios."""
+    first = [(bench.sides[0], 1)]
+    rest = [(side, n) for side in bench.sides for n in REQUESTS if (side, n) != first[0]]
+    last = "fp8 max-autotune"
+    ways = [name for name in WAYS if name != last]
+    for name in sorted(ways, key=lambda name: WAYS[name].compiled):
+        for model in MODELS:
+            yield model, name, first
+    for name in ("fp8 compiled", "bf16 compiled"):
+        for model in MODELS:
+            if name in WAYS:
+                yield model, name, rest
+    for model in MODELS:
+        if last in WAYS:
+            yield model, last, first
+
+
+def attention_s(bench: Bench, model: str) -> dict[str, float]:
+    """Of each fused kernel for one request at the larger size; none on a CPU."""
     if bench.device != "cuda":
-        return "only on a GPU"
+        return {}
     s = structure(model)
     tokens = (bench.sides[0] // TOKEN_PX) ** 2 + TEXT_TOKENS
     heads = s.width // s.head_width
-    took = choose_attention(heads, s.head_width, tokens, bench.device, torch.bfloat16)
-    return {name: 1e3 * seconds for name, seconds in took.items()}
+    return time_attention(heads, s.head_width, tokens, bench.device, torch.bfloat16)
 
 
 def decode_ms(bench: Bench) -> dict[str, float]:
-    vae = bench.denoiser("sd3.5-medium", BF16)
-    return {
-        str(side): 1e3
-        * bench.seconds(
-            lambda s=side: vae.decode(torch.randn(1, 16, s // 8, s // 8, device=bench.device)), 5
-        )
-        for side in bench.sides
-    }
+    """In both layouts of the VAE."""
+    denoiser = bench.denoiser("sd3.5-medium", BF16)
+    found = {}
+    for layout in (torch.channels_last, torch.contiguous_format):
+        denoiser.vae.to(memory_format=layout)
+        for side in bench.sides:
+            latents = torch.randn(1, 16, side // 8, side // 8, device=bench.device)
+            seconds = bench.seconds(partial(denoiser.decode, latents), 5)
+            found[f"{side} {str(layout).removeprefix('torch.')}"] = 1e3 * seconds
+    return found
 
 
 def t5_ms(bench: Bench) -> dict[str, Any]:
     """4 prompts of 256 tokens, in bf16 and stored in FP8 by quanto."""
-    from transformers import T5Config, T5EncoderModel
-
-    from .model import fill
-
     tiny = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 1, "vocab_size": 32}
     settings = T5Config(**(config("t5_xxl") | (tiny if bench.tiny else {})))
     found: dict[str, Any] = {}
@@ -168,11 +222,9 @@ def t5_ms(bench: Bench) -> dict[str, Any]:
         t5 = fill(t5.to_empty(device=bench.device)).eval()
         if how != "bf16":
             try:
-                from serve.engine.precision import store_in_fp8
-
                 store_in_fp8(t5)
-            except ImportError as error:
-                found[how] = f"not measured: {error}"
+            except Exception as error:  # quanto builds a kernel here, which can fail in many ways
+                found[how] = f"not measured: {_in_words(error)}"
                 continue
         ids = torch.zeros(4, 256, dtype=torch.long, device=bench.device)
         with torch.inference_mode():
@@ -215,17 +267,19 @@ def report(found: dict[str, Any]) -> str:
         f"bf16 {card.bf16 / 1e12:.0f} TFLOP/s, FP8 {card.fp8 / 1e12:.0f} TFLOP/s, "
         f"copy {card.bandwidth / 1e12:.2f} TB/s"
     )
-    lines.append("model         way                        side  req  ms/step  ÷ floor  peak GiB")
+    head = "model         way                        side  req  ms/step  ÷ floor"
+    lines.append(f"{head}  peak GiB, with a decode")
     measured = [cell for cell in found["steps"] if "step_ms" in cell]
     for c in measured:
-        peak = f"{c['peak_gib']:8.2f}" if c["peak_gib"] else "       –"
+        peaks = (c["peak_gib"], c["peak_with_decode_gib"])
+        peak = " ".join(f"{gib:8.2f}" if gib else "       –" for gib in peaks)
         lines.append(
             f"{c['model']:13} {c['way']:26} {c['side']:4} {c['requests']:4} {c['step_ms']:8.1f} "
             f"{c['over_floor']:8.2f}  {peak}{'' if c['finite'] else '  NOT FINITE'}"
         )
     for model, ratios in found["ratios"].items():
         lines.append(f"{model}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
-    lines.append(f"attention ms: {found['attention_ms']}")
+    lines.append(f"attention s: {found['attention_s']}")
     lines.append(f"VAE decode ms: {found['decode_ms']}; T5 ms: {found['t5_ms']}")
     worst = {m: min(kinds.values()) for m, kinds in found["sqnr_db"].items()}
     lines.append(
@@ -253,6 +307,18 @@ def ratios(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def guarded(found: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
+    """One part that fails, by any fault, must not lose the others."""
+    try:
+        found[name] = measure()
+    except Exception as error:
+        found[name] = f"not measured: {_in_words(error)}"
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -269,24 +335,26 @@ def main() -> None:
         "rates": card,
         "nominal_h100": NOMINAL_H100,
         "footprint_gib": {m: footprint(structure(m), "fp8", 1, 1024**2).torch_peak for m in MODELS},
-        "sqnr_db": {model: sqnr_db(bench, model) for model in MODELS},
-        "attention_ms": {model: attention_ms(bench, model) for model in MODELS},
-        "decode_ms": decode_ms(bench),
-        "t5_ms": t5_ms(bench),
+        "attention_s": {model: attention_s(bench, model) for model in MODELS},
         "steps": [],
         "failed": [],
+        "ratios": {},
     }
-    for way in WAYS.values():
-        for model in MODELS:
-            try:
-                for cell in cells(bench, model, way, card, clock):
-                    found["steps"].append(cell)
-                    print(json.dumps(cell), flush=True)
-            except Exception as error:  # one way that fails, by any fault, must not hide the others
-                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                found["failed"].append({"model": model, "way": way.name, "why": why})
-            bench.free()
-    found["ratios"] = ratios(found["steps"])
+    guarded(found, "decode_ms", lambda: decode_ms(bench))
+    for model, name, asked in rounds(bench):
+        if WAYS[name].recipe.startswith("fp8") and not fp8_here(bench):
+            continue
+        try:
+            for cell in cells(bench, model, WAYS[name], card, asked, clock):
+                found["steps"].append(cell)
+                print(json.dumps(cell), flush=True)
+        except Exception as error:  # as in `guarded`
+            found["failed"].append({"model": model, "way": name, "why": _in_words(error)})
+        bench.free()
+        found["ratios"] = ratios(found["steps"])
+        save(arguments.out, "steps", found)
+    guarded(found, "sqnr_db", lambda: {model: sqnr_db(bench, model) for model in MODELS})
+    guarded(found, "t5_ms", lambda: t5_ms(bench))
     save(arguments.out, "steps", found)
     print(report(found))
 

@@ -40,7 +40,7 @@ class CardInUse:
         except CardFull as error:
             raise OctetError(str(error)) from None
         properties = cuda.get_device_properties(0)
-        uuid = f"GPU-{properties.uuid}".replace("GPU-GPU-", "GPU-").replace("GPU-MIG-", "MIG-")
+        uuid = str(properties.uuid)
         self._tags = {"card": properties.name, "uuid": uuid}
         self._telemetry = telemetry or self._watch(uuid)
         keys = tuple(self._tags)
@@ -79,6 +79,11 @@ class CardInUse:
             return None
 
 
+def device_for(settings: OnCard) -> str:
+    """`cuda` for what takes a GPU, where there is one. Ray hides none from what takes none."""
+    return "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
+
+
 def take_card(settings: OnCard) -> CardInUse | None:
-    """This process's card; None without one. Raises `OctetError`; blocks."""
-    return CardInUse(settings) if torch.cuda.is_available() else None
+    """This process's card; None for what runs on a CPU. Raises `OctetError`; blocks."""
+    return CardInUse(settings) if device_for(settings) == "cuda" else None

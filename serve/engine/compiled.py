@@ -10,9 +10,10 @@ two an image runs depends on its size and rows alone.
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,46 +76,51 @@ def compile_blocks(
 
 # -- attention ------------------------------------------------------------------------------------
 
+# In order of preference; another is used if it takes less by `WORTH`.
 ATTENTION = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+WORTH = 0.9
+_for_good = ExitStack()  # what is entered here is never left
 
 
-def those_that_work(candidates: Iterable[str], seconds: Callable[[str], float]) -> dict[str, float]:
-    """What each takes, fastest first; `seconds` raises `RuntimeError` for what does not work."""
-    took: dict[str, float] = {}
-    for name in candidates:
-        # torch's answer to a kernel that this card or shape does not have
-        with suppress(RuntimeError):
-            took[name] = seconds(name)
-    return dict(sorted(took.items(), key=lambda item: item[1]))
+def preferred(took: Mapping[str, float]) -> list[str]:
+    """Those that work, the one to be used first."""
+    names = [name for name in ATTENTION if name in took]
+    fastest = min(names, key=lambda name: took[name], default=None)
+    if fastest and took[fastest] < WORTH * took[names[0]]:
+        names.remove(fastest)
+        names.insert(0, fastest)
+    return names
 
 
-def choose_attention(
+def time_attention(
     heads: int, head_width: int, tokens: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Time each kind of fused attention on this card for one image, and use the fastest for good.
-
-    For the whole process; nothing changes where none of them works. Returns seconds, fastest first.
-    """
+    """Seconds of each kind of fused attention that works on this card, for one image's two rows."""
     q, k, v = torch.randn(3, 2, heads, tokens, head_width, device=device, dtype=dtype)
-
-    def seconds(name: str) -> float:
-        with sdpa_kernel(ATTENTION[name]):
-            F.scaled_dot_product_attention(q, k, v)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+    took = {}
+    for name, backend in ATTENTION.items():
+        # RuntimeError: torch's answer to a kernel that this card or shape does not have
+        with suppress(RuntimeError), sdpa_kernel(backend):
+            seconds = []
             for _ in range(TRIALS):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
                 F.scaled_dot_product_attention(q, k, v)
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / TRIALS
-
-    took = those_that_work(ATTENTION, seconds)
-    if took:
-        chosen = next(iter(took))
-        torch.backends.cuda.enable_cudnn_sdp(chosen == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(chosen == "flash")
-        torch.backends.cuda.enable_mem_efficient_sdp(chosen == "efficient")
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+            took[name] = statistics.median(seconds)
     return took
+
+
+def prefer_attention(names: Sequence[str]) -> None:
+    """In this process from now on, where they work; others stay for what these cannot do.
+
+    The VAE's attention, with one wide head, is such.
+    """
+    order = [ATTENTION[name] for name in names]
+    rest = [backend for backend in ATTENTION.values() if backend not in order]
+    _for_good.enter_context(sdpa_kernel([*order, *rest, SDPBackend.MATH], set_priority=True))

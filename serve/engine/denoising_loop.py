@@ -15,6 +15,7 @@ memory after some attempts.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import queue
 import threading
@@ -117,7 +118,9 @@ class DenoisingLoop:
         self._jobs: list[_Job] = []
         self._arrivals = 0
         self._counts = Counts()
-        self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
+        # With this thread's settings of torch's compiler, which are kept by context.
+        run = partial(contextvars.copy_context().run, self._run)
+        self._thread = threading.Thread(target=run, name="denoising", daemon=True)
         self._thread.start()
 
     def draw(

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
@@ -29,7 +28,7 @@ from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
 from ..settings import Pool, ServedModel
-from .card import take_card
+from .card import device_for, take_card
 from .checkpoint import open_checkpoint
 from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped
 from .image_file import encode_image
@@ -37,7 +36,7 @@ from .metrics import EngineMetrics
 from .precision import RECIPES, Recipe
 from .room import Room
 from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
-from .warm_up import Phases, WarmUp
+from .warm_up import Phases, WarmUp, warm_sizes
 
 log = logging.getLogger("ray.serve")
 
@@ -86,7 +85,7 @@ class Generator:
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._models_folder = models_folder
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
-        device = probe()
+        device = probe(device_for(self._pool))
         found = capability(device, allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
@@ -272,22 +271,21 @@ class Generator:
     # -- the replica ----------------------------------------------------------------------------
 
     def _load(self, phases: Phases) -> Denoiser:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         source = self._pool.source or self._model.source
         with phases.timed("checkpoint"):
             folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
         with phases.timed("load"):
-            return Denoiser.load(folder, self._recipe, device)
+            return Denoiser.load(folder, self._recipe, device_for(self._pool))
 
     def _warm_up_request(self) -> ImageRequest:
         """Touches text encoder, kernels and VAE, so that the first client does not wait."""
-        native_px = self._denoiser.native_size_px
+        width, height = warm_sizes(self._pool, self._denoiser)[0]
         return ImageRequest(
             id=WARM_UP,
             model=self._model.id,
             prompt="warm-up",
-            width=native_px,
-            height=native_px,
+            width=width,
+            height=height,
             num_inference_steps=1,
             guidance_scale=2.0,
             seed=0,

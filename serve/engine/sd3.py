@@ -182,7 +182,7 @@ class Denoiser:
         """`transformer` as the recipe has it and on the device; `shift` of the noise schedule."""
         self.recipe, self.device, self.shift = recipe, device, shift
         self.transformer, self.vae = transformer, vae
-        # Convolutions are faster so, on cards and CPUs alike: bench/README.md.
+        # Faster on a CPU (bench/README.md); `bench.gpu.steps` compares both on a card.
         self.vae.to(device, memory_format=torch.channels_last).eval()
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
         self._latent_to_rgb = LatentToRgb(self.vae)

@@ -25,7 +25,7 @@ import torch
 from cluster.capability import capability, probe
 
 from ..settings import Encoder
-from .card import take_card
+from .card import device_for, take_card
 from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES
 from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
@@ -154,9 +154,9 @@ class TextEncoder:
         await asyncio.to_thread(self._encoder.check_device)
 
     def _load(self, settings: Encoder, models_folder: str | None) -> PromptEncoder:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_for(settings)
         folder = open_checkpoint(settings.source, models_folder, ENCODER_COMPONENTS)
-        recipe = ENCODER_RECIPES[settings.precision].on(capability(probe()).sixteen_bit)
+        recipe = ENCODER_RECIPES[settings.precision].on(capability(probe(device)).sixteen_bit)
         return PromptEncoder(folder, recipe, device)
 
     def _encode(self, prompts: list[str], max_sequence_length: int) -> list[PromptEmbeds]:

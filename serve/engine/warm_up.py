@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Literal
 
 from ..settings import Pool
-from .compiled import Mode, Shape, choose_attention, compile_blocks, keep_compiled_code
+from .compiled import (
+    Mode,
+    Shape,
+    compile_blocks,
+    keep_compiled_code,
+    prefer_attention,
+    preferred,
+    time_attention,
+)
+from .decoding import is_out_of_memory
 from .denoising_loop import bucket, buckets
 from .preview import VAE_FACTOR
 from .sd3 import Denoiser, Denoising, PromptEmbeds
+
+log = logging.getLogger("ray.serve")
 
 PATCH = 2  # latents of a token's side
 OTHER_PX = 256  # a size of images for which flexible code is made
@@ -76,31 +89,39 @@ class WarmUp:
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
-        attention = self._choose_attention(embeds)
-        for width, height in self._sizes:
-            for rows in self._rows:
-                self._step(embeds, width, height, rows)
-            self._denoiser.decode(self._begin(embeds, width, height).latents)
+        attention = self._prefer_attention(embeds)
+        shapes = [(size, rows) for size in self._sizes for rows in self._rows]
         if self._mode != "off":
-            other = next(px for px in (OTHER_PX, 2 * OTHER_PX) if (px, px) not in self._sizes)
-            for rows in {1, self._rows[-1]}:  # compilers treat a single row apart
-                self._step(embeds, other, other, rows)
+            warm = {width * height for width, height in self._sizes}
+            other = next(px for px in count(OTHER_PX, VAE_FACTOR * PATCH) if px * px not in warm)
+            shapes += [((other, other), rows) for rows in {1, self._rows[-1]}]  # one row is apart
+        for (width, height), rows in shapes:
+            try:
+                self._step(embeds, width, height, rows)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory at %d rows of %dx%d", rows, width, height)
+            self._denoiser.free_memory()
+        for width, height in self._sizes:
+            self._denoiser.decode(self._begin(embeds, width, height).latents)
         return attention
 
-    def _choose_attention(self, embeds: PromptEmbeds) -> str:
+    def _prefer_attention(self, embeds: PromptEmbeds) -> str:
         denoiser, (width, height) = self._denoiser, self._sizes[0]
         if not denoiser.on_cuda:
             return "torch's choice"
         config = denoiser.transformer.config
-        tokens = width * height // (VAE_FACTOR * PATCH) ** 2 + embeds.tokens.shape[1]
-        took = choose_attention(
+        took = time_attention(
             config.num_attention_heads,
             config.attention_head_dim,
-            tokens,
+            width * height // (VAE_FACTOR * PATCH) ** 2 + embeds.tokens.shape[1],
             denoiser.device,
             denoiser.recipe.dtype,
         )
-        return next(iter(took), "torch's choice")
+        names = preferred(took)
+        prefer_attention(names)
+        return ", ".join(f"{name} {1e3 * took[name]:.2f} ms" for name in names)
 
     def _step(self, embeds: PromptEmbeds, width: int, height: int, rows: int) -> None:
         rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])

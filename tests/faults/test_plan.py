@@ -18,7 +18,7 @@ import ray
 import yaml
 from ray import serve
 
-from cluster.packing import plan
+from cluster.packing import Plan, plan
 from cluster.pools import planned_pools
 from cluster.ray_nodes import living_nodes
 from cluster.structure import structure
@@ -49,17 +49,17 @@ def octet(*args: str) -> str:
     return done.stdout
 
 
-def demo_settings(file: Path, pools: Any) -> None:
+def demo_settings(file: Path, planned: Plan) -> None:
     """Both models drawn by the demo model, in the pools that were planned."""
     base = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
     (demo,) = base["models"]
     demo["source"]["location"] = str(ROOT / "demo" / "model")
     base["text_encoders"][0]["source"] = demo["source"]
     base["models"] = [{**demo, "id": model} for model in (TURBO, MEDIUM)]
-    planned = yaml.safe_load(as_settings(pools, base))
-    for model in planned["models"]:
-        model["pools"] = [{**pool, "num_cpus": 0.1} for pool in model["pools"]]
-    file.write_text(yaml.safe_dump({**planned, "http": {"port": free_port()}}))
+    settings = yaml.safe_load(as_settings(planned, base))
+    for model in settings["models"]:
+        model["pools"] = [{**pool, "num_cpus": 0.1, "warm_sizes": []} for pool in model["pools"]]
+    file.write_text(yaml.safe_dump({**settings, "http": {"port": free_port()}}))
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
@@ -74,7 +74,7 @@ def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) ->
     assert {group.card.id: group.count for group in groups} == {"h100": 1, "t4": 1, "a100-80": 1}
     assert not unknown
 
-    planned = plan(groups, [a_want(TURBO, 4, 1), a_want(MEDIUM, 28, 2)], encoders_on_gpu=False)
+    planned = plan(groups, [a_want(TURBO, 4, 1), a_want(MEDIUM, 28, 2)])
     pools = planned_pools(planned)
     assert sum(pool.replicas for pool in pools if pool.card == "h100") == 4
     assert not any(pool.card == "t4" for pool in pools)
@@ -84,7 +84,7 @@ def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) ->
     found = json.loads(octet("plan", *args))
     assert {card["card"] for card in found["cards"]} == {"h100", "t4", "a100-80"}
 
-    demo_settings(tmp_path / "planned.yaml", pools)
+    demo_settings(tmp_path / "planned.yaml", planned)
     settings = load_settings(tmp_path / "planned.yaml", {})
     serve.start(
         proxy_location="HeadOnly",

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from cluster.capability import probe
 from cluster.telemetry import CardTelemetry
-from serve.engine.card import READINGS, CardInUse, take_card
+from serve.engine.card import READINGS, CardInUse, device_for, take_card
 from serve.errors import OctetError
 from serve.settings import OnCard
 
@@ -18,7 +19,7 @@ from ..unit.test_card_memory import FakeCuda
 
 class NamedCuda(FakeCuda):
     def get_device_properties(self, _: int) -> Any:
-        return SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid=UUID.removeprefix("GPU-"))
+        return SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid=BARE)
 
 
 class Heard:
@@ -44,32 +45,33 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
     return Heard.values
 
 
+BARE = UUID.removeprefix("GPU-")
 PART = OnCard(num_gpus=0.25)
 NAME = "NVIDIA H100 80GB HBM3"
 
 
 def test_it_reports_the_card_and_its_own_part(heard: dict[tuple[str, ...], float]) -> None:
     nvml, cuda = FakeNvml(), NamedCuda()
-    card = CardInUse(PART, cuda, CardTelemetry(UUID, nvml))
+    card = CardInUse(PART, cuda, CardTelemetry(BARE, nvml))
     nvml.busy_percent = 64
     cuda.allocate(3)
     card.check()
-    assert heard["octet_card_utilisation_percent", UUID, NAME] == 64
-    assert heard["octet_replica_memory_bytes", UUID, NAME, "allocated"] == 3 * 2**30
-    assert heard["octet_replica_memory_bytes", UUID, NAME, "promised"] == 20 * 2**30
+    assert heard["octet_card_utilisation_percent", BARE, NAME] == 64
+    assert heard["octet_replica_memory_bytes", BARE, NAME, "allocated"] == 3 * 2**30
+    assert heard["octet_replica_memory_bytes", BARE, NAME, "promised"] == 20 * 2**30
     readings = {name.removeprefix("octet_card_") for name, *_ in heard}
     assert readings >= READINGS.keys()
 
 
 def test_a_broken_card_makes_its_replica_unhealthy(heard: dict[tuple[str, ...], float]) -> None:
     nvml = FakeNvml()
-    card = CardInUse(PART, NamedCuda(), CardTelemetry(UUID, nvml))
+    card = CardInUse(PART, NamedCuda(), CardTelemetry(BARE, nvml))
     nvml.xids.append(31)  # of a program
     card.check()
     nvml.xids.append(79)
     with pytest.raises(RuntimeError, match="Xid 79"):
         card.check()
-    assert heard["octet_card_xids", "79", UUID, NAME] == 1
+    assert heard["octet_card_xids", BARE, "79", NAME] == 1
 
 
 @pytest.mark.usefixtures("heard")
@@ -82,6 +84,13 @@ def test_it_runs_without_telemetry_and_starts_only_where_there_is_room(
         CardInUse(PART, NamedCuda(others_gib=70))
 
 
-def test_without_a_gpu_there_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray hides no card from a replica that takes none."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert take_card(PART) is None
+    assert device_for(PART) == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_for(PART) == "cuda"
+    assert device_for(OnCard()) == "cpu"
+    assert take_card(OnCard()) is None
+    assert probe(device_for(OnCard())).compute_capability is None

@@ -18,10 +18,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from serve.engine import warm_up
-from serve.engine.compiled import compile_blocks, those_that_work
+from serve.engine.compiled import compile_blocks, preferred
+from serve.engine.denoising_loop import DenoisingLoop
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEmbeds
 from serve.engine.warm_up import Phases, WarmUp
+from serve.request import ImageRequest
 from serve.settings import Pool
 
 from .conftest import DEMO_MODEL
@@ -105,14 +107,42 @@ def test_pools_say_whether_they_compile() -> None:
     assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
 
 
-def test_the_fastest_that_works_is_chosen() -> None:
-    def seconds(name: str) -> float:
-        if name == "broken":
-            raise RuntimeError("no kernel")
-        return {"slow": 2.0, "quick": 1.0}[name]
+def test_an_attention_is_preferred_by_a_clear_gain_alone() -> None:
+    assert preferred({"cudnn": 0.95, "flash": 1.0}) == ["flash", "cudnn"]
+    assert preferred({"cudnn": 0.8, "flash": 1.0}) == ["cudnn", "flash"]
+    assert preferred({"efficient": 2.0}) == ["efficient"]
+    assert preferred({}) == []
 
-    assert list(those_that_work(["slow", "broken", "quick"], seconds)) == ["quick", "slow"]
-    assert those_that_work(["broken"], seconds) == {}
+
+def test_what_the_preferred_attention_cannot_do_is_still_done() -> None:
+    script = """
+import torch, torch.nn.functional as F
+from serve.engine.compiled import prefer_attention
+x = torch.randn(1, 1, 64, 512)
+before = F.scaled_dot_product_attention(x, x, x)
+prefer_attention(["cudnn"])
+assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+assert torch._C._get_sdp_priority_order()[0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+assert torch.allclose(F.scaled_dot_product_attention(x, x, x), before, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)  # noqa: S603
+
+
+def test_the_loops_thread_may_compile_as_many_shapes() -> None:
+    """torch keeps its compiler's limits by context: eight shapes where they are not handed on."""
+    denoiser = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
+    del denoiser.transformer.transformer_blocks[1:]
+    everything = {(2, tokens * tokens) for tokens in range(64)}
+    compile_blocks(denoiser.transformer, everything, backend="eager")
+    loop = DenoisingLoop(denoiser, max_rows=2)
+    for px in range(32, 32 + 16 * 10, 16):
+        request = ImageRequest(
+            id="1", model="m", prompt="p", seed=0, width=px, height=px,
+            num_inference_steps=1, guidance_scale=2.0,
+        )  # fmt: skip
+        loop.draw(request, embeds()).result()
+    loop.close()
+    assert graphs() == 10
 
 
 def test_phases_add_up() -> None:

@@ -33,6 +33,9 @@ def test_facts_are_plausible(card) -> None:
         ("NVIDIA L4", 22.1, "l4"),
         ("Tesla T4", 14.6, "t4"),
         ("NVIDIA A10G", 22.1, None),  # not an A10
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.6, None),
+        ("NVIDIA H100 NVL", 93.1, None),
         ("NVIDIA GB200", 184.0, None),
         ("cpu", 24.0, None),
     ],

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.capability import Device
 from cluster.placement import Node
+from serve.cli import app
 from serve.doctor import Finding, Machine, examine, examine_cluster, examine_settings
 from serve.settings import Settings
 from serve.settings_file import load_settings
@@ -19,6 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 H100 = Machine(
     device=Device("NVIDIA H100 80GB HBM3", (9, 0), 79.1),
     gpus=1,
+    cpus=16,
     free_gib=78.6,
     torch="2.13.0",
     torch_cuda="13.0",
@@ -38,11 +41,14 @@ LAPTOP = replace(
 )
 
 
-def settings(name: str, **environ: str) -> Settings:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return load_settings(EXAMPLES / name, {"OCTET_HTTP__PORT": str(port), **environ})
+        return int(probe.getsockname()[1])
+
+
+def settings(name: str, **environ: str) -> Settings:
+    return load_settings(EXAMPLES / name, {"OCTET_HTTP__PORT": str(free_port()), **environ})
 
 
 def said(findings: Iterable[Finding], verdict: str) -> str:
@@ -61,7 +67,8 @@ def test_a_good_card_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("machine", "problem"),
     [
-        (replace(H100, driver="470.82.01"), "driver 470.82.01 is older than R535"),
+        (replace(LAPTOP, driver="470.82.01", torch_cuda="12.8"), "470.82.01 is older than R535"),
+        (replace(LAPTOP, driver="570.1", torch_cuda="13.0"), "570.1 is older than R580"),
         (replace(H100, compile_error="RuntimeError: no gcc"), "FP8 without it is slower"),
         (replace(LAPTOP, driver="580.1"), "torch 2.13.0+cpu is built without CUDA"),
         (replace(LAPTOP, driver="580.1", torch_cuda="13.0"), "torch sees no card"),
@@ -69,6 +76,7 @@ def test_a_good_card_has_no_problem() -> None:
 )
 def test_what_stands_in_the_way(machine: Machine, problem: str) -> None:
     assert problem in said(examine(machine), "problem")
+    assert not said(examine(machine, needs_gpu=False), "problem")
 
 
 def test_what_is_only_worth_knowing() -> None:
@@ -103,8 +111,40 @@ def test_memory_that_is_taken_and_promises_that_are_too_small() -> None:
     assert "sd3.5-large-turbo-fp8: promised 23.7 GiB, and 10.0 are free" in problems
     small = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.1")
     notes = said(examine_settings(small, H100), "note")
+    assert "sd3.5-large-fp8: promised 7.9 GiB, and its weights alone need 10.9" in notes
+    tight = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.15")
+    notes = said(examine_settings(tight, H100), "note")
     assert "pool sd3.5-large-fp8: 4 images of 1048576 pixels need 15." in notes
-    assert "and 7.9 are promised" in notes
+    assert "and 11.9 are promised" in notes
+    poor = settings("sd35.yaml", OCTET_TEXT_ENCODERS__0__NUM_GPUS="0.01")
+    problems = said(examine_settings(poor, H100), "problem")
+    assert "text encoder sd35: promised 0.8 GiB, and its weights alone need 6.6" in problems
+
+
+@pytest.mark.parametrize("part", ["1.0", "0.9999"])
+def test_a_whole_card_is_free_although_the_doctor_itself_takes_some(part: str) -> None:
+    whole = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__NUM_GPUS=part)
+    assert "promised" not in said(examine_settings(whole, H100), "problem")
+
+
+def test_what_fits_alone_and_not_together() -> None:
+    large = {f"OCTET_MODELS__{m}__POOLS__0__NUM_GPUS": "0.6" for m in range(3)}
+    without_16_bit = {f"OCTET_MODELS__{m}__POOLS__1__NUM_GPUS": "0.6" for m in (0, 2)}
+    problems = said(
+        examine_settings(settings("sd35.yaml", **large, **without_16_bit), H100), "problem"
+    )
+    assert "one replica of each model take 1.90 GPUs together, and there are 1" in problems
+    problems = said(examine_settings(settings("sd35.yaml"), replace(H100, cpus=2)), "problem")
+    assert "everything takes 5.0 CPUs, and there are 2" in problems
+
+
+def test_what_is_planned_is_fine(tmp_path: Path) -> None:
+    args = ["plan", "--gpu", "h100", "--config", str(EXAMPLES / "sd35.yaml"), "--settings"]
+    (tmp_path / "planned.yaml").write_text(CliRunner().invoke(app, args).stdout)
+    planned = load_settings(tmp_path / "planned.yaml", {"OCTET_HTTP__PORT": str(free_port())})
+    findings = list(examine_settings(planned, H100))
+    assert not said(findings, "problem")
+    assert "promised" not in said(findings, "note")
 
 
 def test_bound_to_another_card() -> None:
@@ -132,5 +172,7 @@ def test_a_cluster() -> None:
     assert "node aaaaaaaa: 2 × t4, 4 CPUs" in said(findings, "ok")
     assert "unknown card Odd" in said(findings, "note")
     assert "pool sd3.5-large-fp8: none of the nodes" in said(findings, "note")
-    assert "pool sd3.5-large-fp16: 2 of the nodes" in said(findings, "ok")
+    # 0.4 of a T4 are 5.8 GiB; nobody knows what the odd card has.
+    assert "pool sd3.5-large-fp16: 1 of the nodes" in said(findings, "ok")
+    assert "text encoder sd35: 1 of the nodes" in said(findings, "ok")
     assert said(findings, "problem") == "pool sd3.5-large-turbo-fp8: none of the nodes can hold it"

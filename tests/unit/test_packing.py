@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cards import CARDS
-from cluster.footprint import text_encoders_gib
-from cluster.packing import Cards, DoesNotFit, Plan, encoders_needed, plan
+from cluster.footprint import footprint, text_encoders_gib
+from cluster.packing import DoesNotFit, Plan, encoders_needed, plan
 from cluster.packing_search import Search
 from cluster.pools import planned_pools
 from cluster.structure import TRANSFORMERS, structure
-from cluster.ways import MAX_REPLICAS, MAX_SLOTS, WORTH, Terms, Want, all_ways, times
+from cluster.ways import MAX_REPLICAS, WORTH, Cards, Terms, Want, all_ways, times
 from serve.cost import ImageShape
 
 STEPS_AND_ROWS = {
@@ -36,6 +37,7 @@ def want(model: str, side: int = 1024, share: float = 1.0) -> Want:
 
 LARGE, TURBO, MEDIUM = map(want, TRANSFORMERS)
 ALL = [LARGE, TURBO, MEDIUM]
+ENCODER_GIB = text_encoders_gib()
 
 groups = st.lists(
     st.tuples(st.sampled_from(list(CARDS.values())), st.integers(1, 6)),
@@ -64,28 +66,33 @@ def planned(*args, **kwargs) -> Plan | None:
         return None
 
 
-@settings(deadline=None, max_examples=150)
-@given(groups, wants, terms, st.booleans(), st.sampled_from([0.0, 3.0]))
+@settings(deadline=None, max_examples=300)
+@given(groups, wants, terms, st.sampled_from([None, ENCODER_GIB]), st.floats(0, 20))
 def test_nothing_is_overcommitted_wherever_ray_puts_it(
-    groups, wants, terms, encoders_on_gpu, reserved_gib
+    groups, wants, terms, encoder_gib, reserved_gib
 ) -> None:
     groups = [Cards(g.card, g.count, reserved_gib) for g in groups]
-    found = planned(groups, wants, terms=terms, encoders_on_gpu=encoders_on_gpu)
+    found = planned(groups, wants, terms=terms, encoder_gib=encoder_gib)
     if found is None:
         return
+    pools = planned_pools(found)
+    fractions = {(p.model, p.card, p.slots): p.num_gpus for p in pools}
     for group in groups:
         stacks = [s for s in found.stacks if s.cards.card == group.card]
         assert sum(s.cards.count for s in stacks) <= group.count
         for stack in stacks:
-            encoders_gib = stack.cards.encoders * text_encoders_gib()
-            used = sum(w.total_gib for w in stack.ways) + encoders_gib
-            assert used <= group.card.memory_gib - reserved_gib + 1e-9
-    pools = planned_pools(found)
+            used = sum(w.replicas * w.gib for w in stack.ways) + stack.cards.encoder_gib
+            assert used <= max(group.card.memory_gib - reserved_gib, 0) + 1e-9
+            # Ray can put there what the plan puts there.
+            card = group.card.id
+            taken = sum(w.replicas * fractions[w.model, card, w.slots] for w in stack.ways)
+            taken += fractions[None, card, 1] if stack.cards.encoder_gib else 0
+            assert taken < 1
     for pool in pools:
         card = CARDS[pool.card]
         # Ray puts replicas on a card as long as their fractions, in ten-thousandths, sum to one.
         assert pool.num_gpus == round(pool.num_gpus, 4)
-        assert 0 < pool.num_gpus <= 1
+        assert 0 < pool.num_gpus < 1
         assert pool.memory_gib <= pool.num_gpus * (card.memory_gib - reserved_gib) + 1e-9
         needed = [
             w.gib
@@ -93,14 +100,14 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
             for w in s.ways
             if (w.model, w.slots, s.cards.card.id) == (pool.model, pool.slots, pool.card)
         ]
-        assert all(gib <= pool.memory_gib + 1e-9 for gib in needed or [text_encoders_gib()])
+        assert all(gib <= pool.memory_gib + 1e-9 for gib in needed or [ENCODER_GIB])
     assert {w.model for w in wants} == {pool.model for pool in pools if pool.model}
 
 
 @settings(deadline=None, max_examples=100)
 @given(groups, wants, st.integers(0, 2**32))
 def test_even_pools_find_a_place_in_any_order(groups, wants, seed) -> None:
-    found = planned(groups, wants)
+    found = planned(groups, wants, encoder_gib=ENCODER_GIB)
     pools = planned_pools(found) if found else []
     if not all(pool.even for pool in pools):
         return
@@ -126,12 +133,12 @@ def test_it_is_the_best_of_all_possible_plans(names, wants) -> None:
     cards = [CARDS[name] for name in names]
     per_card = []
     for card in cards:
-        choices = [[None, *all_ways(w, card, Terms())] for w in wants]
+        choices = [[None, *all_ways(w, Cards(card, 1), Terms())] for w in wants]
         per_card.append(
             {
                 tuple(way.images_s if way else 0.0 for way in arrangement)
                 for arrangement in product(*choices)
-                if sum(way.total_gib for way in arrangement if way) <= card.memory_gib
+                if sum(way.replicas * way.gib for way in arrangement if way) <= card.memory_gib
             }
         )
     best = max(
@@ -139,7 +146,7 @@ def test_it_is_the_best_of_all_possible_plans(names, wants) -> None:
         for picked in product(*per_card)
     )
     groups = [Cards(CARDS[name], names.count(name)) for name in dict.fromkeys(names)]
-    found = planned(groups, wants, encoders_on_gpu=False)
+    found = planned(groups, wants)
     assert (found is None) is (best == 0)
     if found:
         assert best / WORTH <= found.mean_images_s <= best * (1 + 1e-9)
@@ -176,9 +183,9 @@ def test_more_memory_never_makes_it_worse(card, count, wants, reserved_gib) -> N
 
 def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
     groups = [Cards(card, 91) for card in CARDS.values()]
-    began = time.perf_counter()
-    found = plan(groups, ALL)
-    assert time.perf_counter() - began < 1
+    began = time.process_time()
+    found = plan(groups, ALL, encoder_gib=ENCODER_GIB)
+    assert time.process_time() - began < 1
     assert sum(stack.cards.count for stack in found.stacks) > 900
 
 
@@ -197,7 +204,7 @@ def test_latency_targets_are_kept() -> None:
     found = plan([Cards(CARDS["h100"], 1)], [LARGE], terms=Terms(latency_s=8.0))
     (way,) = found.stacks[0].ways
     assert way.latency_s <= 8.0
-    assert (way.replicas, way.slots) == (1, 2)  # a third would take 12 s
+    assert (way.replicas, way.slots) == (1, 2)  # four would take 15 s
 
 
 def test_what_does_not_fit_is_explained_with_what_would() -> None:
@@ -209,25 +216,48 @@ def test_what_does_not_fit_is_explained_with_what_would() -> None:
     with pytest.raises(DoesNotFit, match="not all of them at once"):
         plan([Cards(CARDS["rtx4090"], 1)], [LARGE, TURBO])
 
-    with pytest.raises(DoesNotFit, match="images of 512x512"):
-        plan([Cards(CARDS["l4"], 1)], [LARGE], terms=Terms(latency_s=10.0))
-
     with pytest.raises(DoesNotFit, match=r"text encoders need 7\.1 GiB"):
-        plan([Cards(CARDS["t4"], 1)], [MEDIUM])
+        plan([Cards(CARDS["t4"], 1)], [MEDIUM], encoder_gib=ENCODER_GIB)
+
+    one_step = replace(TURBO, shape=ImageShape(64, 64, 333, 1, 1), max_pixels=64 * 64)
+    with pytest.raises(DoesNotFit, match="for so many prompts they need 4 × h100"):
+        plan([Cards(CARDS["h100"], 1)], [one_step], encoder_gib=ENCODER_GIB)
+
+    with pytest.raises(DoesNotFit, match="there are no cards"):
+        plan([], [LARGE])
 
 
-def test_advice_is_true() -> None:
-    """Cards that the reason names do, and 8-bit AdaLN does where it says so."""
-    tight = Cards(CARDS["l4"], 1, reserved_gib=10.0)
-    with pytest.raises(DoesNotFit, match="--adaln-8-bit"):
-        plan([tight], [LARGE], encoders_on_gpu=False)
-    plan([tight], [LARGE], terms=Terms(adaln_8_bit=True), encoders_on_gpu=False)
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("reserved_gib", [0.0, 12.0])
+@pytest.mark.parametrize("latency_s", [None, 10.0])
+def test_advice_is_true(name, reserved_gib, latency_s) -> None:
+    """Whatever the reason says would do, does."""
+    asked, terms = [Cards(CARDS[name], 1, reserved_gib)], Terms(latency_s)
+    try:
+        plan(asked, [want("sd3.5-large", 1040)], terms=terms)
+    except DoesNotFit as error:
+        advice = str(error).splitlines()[-1]
+    else:
+        return
+    if "--adaln-8-bit" in advice:
+        plan(asked, [want("sd3.5-large", 1040)], terms=Terms(latency_s, adaln_8_bit=True))
+    if "images of" in advice:
+        assert "images of 512x512" in advice
+        plan(asked, [want("sd3.5-large", 512)], terms=terms)
+    for other in advice.partition("another card: ")[2].split(", "):
+        if other:
+            plan([Cards(CARDS[other], 1, reserved_gib)], [want("sd3.5-large", 1040)], terms=terms)
+
+
+def test_a_kind_of_card_is_given_once() -> None:
+    with pytest.raises(ValueError, match="once"):
+        plan([Cards(CARDS["h100"], 1), Cards(CARDS["h100"], 1, 5.0)], [LARGE])
 
 
 def test_spare_memory_gives_slots_and_equal_parts() -> None:
-    found = plan([Cards(CARDS["h100"], 8)], [LARGE])
+    found = plan([Cards(CARDS["h100"], 8)], [LARGE], encoder_gib=ENCODER_GIB)
     large, encoder = planned_pools(found)
-    assert (large.replicas, large.slots, large.even) == (8, 3, True)
+    assert (large.replicas, large.slots, large.even) == (8, 4, True)
     assert 2 * large.num_gpus > 1  # so that Ray puts one on each card, and does not stack them
     assert large.num_gpus + encoder.num_gpus <= 1
     assert encoder.replicas == 1
@@ -236,8 +266,8 @@ def test_spare_memory_gives_slots_and_equal_parts() -> None:
 def test_text_encoders_keep_up_with_the_images() -> None:
     assert encoders_needed(0.1, CARDS["t4"]) == 1
     assert encoders_needed(1000, CARDS["h100"]) == math.ceil(1000 / (0.7 * 400e12 / 2.5e12))
-    found = plan([Cards(CARDS["h100"], 200)], [TURBO])
-    encoders = sum(s.cards.count * s.cards.encoders for s in found.stacks)
+    found = plan([Cards(CARDS["h100"], 200)], [TURBO], encoder_gib=ENCODER_GIB)
+    encoders = found.encoders(CARDS["h100"])
     assert encoders >= encoders_needed(0.9 * found.mixed_images_s, CARDS["h100"]) > 1
 
 
@@ -250,8 +280,14 @@ def test_weights_are_read_once_for_all_slots() -> None:
     assert large_one == pytest.approx(large_many, rel=0.01)
 
 
-def test_bounds_are_not_what_decides() -> None:
+def test_rows_that_are_padded_are_paid_for() -> None:
+    three, four = (times(TURBO, "fp8", CARDS["l4"], slots)[0] for slots in (3, 4))
+    assert three > 1.2 * four
+    planned_for = [footprint(LARGE.structure, "fp8", slots, 1024**2).step for slots in (3, 4)]
+    assert planned_for[0] == planned_for[1]
+
+
+def test_the_bound_on_replicas_is_not_what_decides() -> None:
     for card in CARDS.values():
         for model in ALL:
-            found = all_ways(model, card, Terms())
-            assert all(w.replicas < MAX_REPLICAS and w.slots < MAX_SLOTS for w in found)
+            assert all(w.replicas < MAX_REPLICAS for w in all_ways(model, Cards(card, 1), Terms()))

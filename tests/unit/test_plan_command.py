@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cluster.cards import CARDS
 from cluster.placement import Node
 from cluster.structure import TRANSFORMERS
 from serve.cli import app
-from serve.planning import cards_of
+from serve.planning import cards_of, encoder_gib, only_encoder
+from serve.settings import Settings, SettingsError
 from serve.settings_file import load_settings
 
 SD35 = Path(__file__).parents[2] / "examples" / "sd35.yaml"
@@ -59,7 +61,10 @@ def test_prices_are_replaced(tmp_path: Path) -> None:
     assert after["usd_per_1000_spot"] == before["usd_per_1000_spot"]
 
 
-@pytest.mark.parametrize("text", ["h100: free", "h100: 0", "h1000: 1", "[1]", "h100: {a: 1}", "{"])
+@pytest.mark.parametrize(
+    "text",
+    ["h100: free", "h100: 0", "h1000: 1", "[1]", "h100: {a: 1}", "{", "h100: true", "h100: .nan"],
+)
 def test_prices_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "prices.yaml").write_text(text)
     result = octet_plan(*ONE_H100, "--prices", str(tmp_path / "prices.yaml"))
@@ -98,6 +103,51 @@ def test_planned_settings_load_and_say_what_the_plan_says(tmp_path: Path) -> Non
     assert on_a100 == {"fp16"}
 
 
+def test_pools_keep_what_the_plan_does_not_decide(tmp_path: Path) -> None:
+    config = yaml.safe_load(SD35.read_text())
+    config["models"][0]["pools"][0].update(num_cpus=0.2, compile="max-autotune", card="l4")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = octet_plan("--gpu", "h100", "--config", str(tmp_path / "config.yaml"), "--settings")
+    (pool,) = yaml.safe_load(result.stdout)["models"][0]["pools"]
+    assert (pool["num_cpus"], pool["compile"], pool["card"]) == (0.2, "max-autotune", "h100")
+    assert pool["warm_sizes"] == ["1024x1024"]
+
+
+def test_a_plan_for_small_images_says_so_in_the_settings() -> None:
+    result = octet_plan(*ONE_H100, "--size", "512x512", "--settings")
+    (model,) = yaml.safe_load(result.stdout)["models"]
+    assert model["limits"] == {"max_pixels": 512 * 512}
+    assert model["pools"][0]["warm_sizes"] == ["512x512"]
+
+
+def test_the_demo_is_planned_by_its_own_files() -> None:
+    laptop = SD35.with_name("laptop.yaml")
+    found = as_json("--gpu", "l4", "--config", str(laptop), "--encoders-on-cpu")
+    (way,) = found["cards"][0]["replicas"]
+    assert way["gib"] < 1.5
+    settings = load_settings(laptop, {})
+    assert 0.9 < encoder_gib(only_encoder(settings), settings) < 1.2
+
+
+def test_a_plan_is_for_one_set_of_text_encoders() -> None:
+    config = yaml.safe_load(SD35.read_text())
+    config["text_encoders"].append({**config["text_encoders"][0], "id": "other"})
+    settings = Settings.model_validate(config)
+    with pytest.raises(SettingsError, match="one set"):
+        only_encoder(settings)
+
+
+def test_a_foreign_model_is_refused_in_words(tmp_path: Path) -> None:
+    config = yaml.safe_load(SD35.read_text())
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "transformer" / "config.json").write_text('{"layers": 3}')
+    config["models"][0]["source"] = {"location": str(tmp_path / "model")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = octet_plan("--gpu", "h100", "--config", str(tmp_path / "config.yaml"))
+    assert result.exit_code == 1
+    assert "not the configuration of an SD3.5 transformer" in result.stderr
+
+
 def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
     result = octet_plan(
         "--gpu", "h100", "--config", str(SD35), "--encoders-on-cpu", "--adaln-8-bit", "--settings"
@@ -122,6 +172,9 @@ def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
         ((*ONE_H100, "--model", "sd3.5-large"), "given twice"),
         ((*ONE_H100, "--size", "big"), "WIDTHxHEIGHT"),
         ((*ONE_H100, "--size", "1000x1000"), "multiples of 16"),
+        ((*ONE_H100, "--size", "00x00"), "WIDTHxHEIGHT"),
+        (("--gpu", "h100", "--config", str(SD35), "--size", "512x512"), "CONFIG has its own"),
+        ((*ONE_H100, "--json", "--settings"), "not both"),
         ((*ONE_H100, "--prices", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
@@ -158,10 +211,14 @@ def test_the_cards_of_a_cluster() -> None:
         Node("3", {"ray.io/accelerator-type": "A100", "octet/card": "a100-80"}, 8, 1),
         Node("4", {"ray.io/accelerator-type": "Odd"}, 8, 1),
         Node("5", {}, 8, 0),
+        Node("6", {"ray.io/accelerator-type": "H100", "octet/precision": "fp16"}, 8, 1),
     ]
-    groups, unknown = cards_of(nodes, reserved_gib=2)
+    groups, left_out = cards_of(nodes, reserved_gib=2)
     assert {(g.card.id, g.count, g.reserved_gib) for g in groups} == {
         ("h100", 12, 2),
         ("a100-80", 1, 2),
     }
-    assert unknown == ["node 4: 1 GPUs of an unknown card"]
+    assert left_out == [
+        "node 4: 1 GPUs of an unknown card are not planned",
+        "node 6: h100, labelled for 16 bit, is not planned",
+    ]

@@ -7,10 +7,12 @@ from cluster.telemetry import CardTelemetry, NoTelemetry, driver_version
 
 from .nvml import MIG_UUID, UUID, FakeNvml
 
+BARE = UUID.removeprefix("GPU-")  # as CUDA has it
+
 
 def test_a_card_says_what_it_does() -> None:
     nvml = FakeNvml()
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
     nvml.busy_percent, nvml.used, nvml.milliwatts = 87, 3 * 2**30, 412_500
     sample = card.sample()
     assert sample["utilisation_percent"] == 87
@@ -35,7 +37,7 @@ def test_what_a_card_does_not_have_is_left_out() -> None:
         )
     )
     nvml.xids.append(79)
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
     sample = card.sample()
     assert not sample.keys() & {"ecc_errors", "power_watts", "xid"}
     assert sample["temperature_celsius"] == 35
@@ -44,7 +46,7 @@ def test_what_a_card_does_not_have_is_left_out() -> None:
 
 def test_a_partition_reports_its_memory_and_its_cards_rest() -> None:
     nvml = FakeNvml()
-    sample = CardTelemetry(MIG_UUID, nvml).sample()
+    sample = CardTelemetry(MIG_UUID.removeprefix("MIG-"), nvml).sample()
     assert sample["memory_total_bytes"] == nvml.total // 7
     assert sample["temperature_celsius"] == 35
 
@@ -52,7 +54,7 @@ def test_a_partition_reports_its_memory_and_its_cards_rest() -> None:
 @pytest.mark.parametrize(("xid", "broken"), [(79, True), (48, True), (31, False), (13, False)])
 def test_faults_of_the_card_and_of_programs(xid: int, broken: bool) -> None:
     nvml = FakeNvml()
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
     nvml.xids.append(xid)
     assert card.sample()["xid"] == xid
     assert bool(card.broken) is broken
@@ -63,7 +65,7 @@ def test_faults_of_the_card_and_of_programs(xid: int, broken: bool) -> None:
 def test_memory_errors_count_from_the_start() -> None:
     nvml = FakeNvml()
     nvml.uncorrected = 2  # of before: the card has been reset or its rows remapped since
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
     card.sample()
     assert not card.broken
     nvml.uncorrected = 3
@@ -71,9 +73,21 @@ def test_memory_errors_count_from_the_start() -> None:
     assert "memory errors" in card.broken
 
 
+def test_a_count_that_could_not_be_read_at_first_is_no_error() -> None:
+    nvml = FakeNvml(unsupported=("nvmlDeviceGetTotalEccErrors",))
+    nvml.uncorrected = 2
+    card = CardTelemetry(BARE, nvml)
+    nvml.unsupported = ()
+    card.sample()
+    assert not card.broken
+    nvml.uncorrected = 3
+    card.sample()
+    assert card.broken
+
+
 def test_a_lost_card_is_broken() -> None:
     nvml = FakeNvml()
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
     nvml.lost = True
     assert card.sample() == {}
     assert "lost" in card.broken.lower()
@@ -81,7 +95,7 @@ def test_a_lost_card_is_broken() -> None:
 
 def test_a_hiccup_of_the_driver_is_not() -> None:
     nvml = FakeNvml()
-    card = CardTelemetry(UUID, nvml)
+    card = CardTelemetry(BARE, nvml)
 
     def hiccup(_: str) -> int:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
@@ -93,9 +107,9 @@ def test_a_hiccup_of_the_driver_is_not() -> None:
 
 def test_without_a_driver_or_a_card_it_says_so() -> None:
     with pytest.raises(NoTelemetry, match="Not Found"):
-        CardTelemetry(UUID, FakeNvml(installed=False))
+        CardTelemetry(BARE, FakeNvml(installed=False))
     with pytest.raises(NoTelemetry, match="Not Found"):
-        CardTelemetry("GPU-of-another-machine", FakeNvml())
+        CardTelemetry("of-another-machine", FakeNvml())
     assert driver_version(FakeNvml()) == "580.159.04"
 
 
@@ -104,7 +118,7 @@ def test_this_machines_own_driver() -> None:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         with pytest.raises(NoTelemetry, match=str(error)):
-            CardTelemetry(UUID)
+            CardTelemetry(BARE)
     else:
         uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
-        assert CardTelemetry(uuid).sample()["memory_total_bytes"] > 2**30
+        assert CardTelemetry(uuid.removeprefix("GPU-")).sample()["memory_total_bytes"] > 2**30
