@@ -134,13 +134,14 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
     """Check CONFIG and the OCTET_* overrides without starting anything."""
     with readable_errors(debug):
         settings = load_settings(config)
-    table = Table("model", "pool", "replicas", "GPU each", "CPU each")
+    table = Table("model", "pool", "replicas", "slots", "GPU each", "CPU each")
     for model in settings.models:
         for pool in model.pools:
             row = (
                 model.id,
-                pool.precision,
+                " on ".join(filter(None, (pool.precision, pool.card))),
                 pool.replicas,
+                pool.slots,
                 f"{pool.num_gpus:g}",
                 f"{pool.num_cpus:g}",
             )
