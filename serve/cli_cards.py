@@ -18,7 +18,8 @@ from cluster.structure import TRANSFORMERS
 from cluster.ways import Terms
 
 from . import plan_report, planning
-from .doctor import examine, examine_cluster, examine_settings, look, needs_gpu
+from .doctor import examine, look
+from .doctor_settings import examine_cluster, examine_settings, needs_gpu
 from .launch import LaunchError
 from .settings import SettingsError
 from .settings_file import load_settings

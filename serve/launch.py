@@ -173,7 +173,7 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
     for URLs are kept until the end. Raises `SettingsError` if the port is taken and `LaunchError`
     if a deployment fails.
     """
-    _check_port(settings.http.host, settings.http.port)
+    check_port(settings.http.host, settings.http.port)
     folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
     try:
         # Ray would write a token into the home directory; this one lives and dies with us.
@@ -241,7 +241,8 @@ def _reason(message: str) -> str:
     return errors[-1] if errors else " ".join(message.split())
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raises `SettingsError` if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

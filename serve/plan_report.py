@@ -120,13 +120,12 @@ def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
 
 
 def _table(plan: Plan) -> Table:
-    right = {"justify": "right"}
     table = Table(
         "cards",
         "model",
         "runs",
         Column("replicas × slots", justify="right"),
-        Column("GiB each", **right),  # type: ignore[arg-type]  # a Literal
+        Column("GiB each", justify="right"),
         Column("GPU each", justify="right"),
         Column("images/s a card", justify="right"),
         Column("s, own slots full", justify="right"),

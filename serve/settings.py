@@ -22,7 +22,7 @@ from pydantic import (
 from cluster.cards import CARDS
 
 from .errors import InvalidRequest, did_you_mean
-from .request import ImageRequest, Limits
+from .request import SIZE_MULTIPLE_PX, ImageRequest, Limits
 
 _LIMITS = Limits()
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
@@ -144,6 +144,11 @@ class Pool(OnCard):
     def _fp8_runs_on_fp8(self) -> Pool:
         if self.precision == "fp16" and self.adaln_8_bit:
             raise ValueError("adaln_8_bit is for fp8 pools")
+        for size in self.warm_sizes:
+            if any(int(side) % SIZE_MULTIPLE_PX for side in size.split("x")):
+                raise ValueError(
+                    f"warm_sizes '{size}': both must be multiples of {SIZE_MULTIPLE_PX}"
+                )
         if self.precision == "fp8" and not self.allow_fp8_nodes:
             raise ValueError("allow_fp8_nodes is for fp16 pools: an fp8 pool runs nowhere else")
         return self

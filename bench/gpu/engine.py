@@ -15,8 +15,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.structure import TOKEN_PX, TRANSFORMERS
 from serve.engine.compiled import prefer_attention, preferred
 from serve.engine.denoising_loop import BUCKETS, DenoisingLoop
@@ -68,10 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
-    bench = Bench(device, arguments.tiny)
+    bench = Bench.here(arguments.tiny)
     sizes = (32, 64) if arguments.tiny else (512, 768, 1024)
     attention = attention_s(bench, arguments.model)
     prefer_attention(preferred(attention))

@@ -63,6 +63,13 @@ class Bench:
     device: str
     tiny: bool
 
+    @classmethod
+    def here(cls, tiny: bool) -> Bench:
+        """On this machine's GPU, or with small shapes on its CPU."""
+        if not tiny and not torch.cuda.is_available():
+            raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+        return cls("cpu" if tiny else "cuda", tiny)
+
     @property
     def sides(self) -> tuple[int, ...]:
         return (64,) if self.tiny else (1024, 512)

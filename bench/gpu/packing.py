@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.structure import TRANSFORMERS
 from serve.engine.compiled import prefer_attention, preferred
 from serve.engine.denoising_loop import DenoisingLoop, bucket
@@ -64,9 +62,8 @@ def draw_for(engine: Engine, slots: int, seconds: float, steps: int) -> dict[str
     return {"images_s": sum(rates), "latencies_s": latencies}
 
 
-def replica(arguments: argparse.Namespace) -> None:
+def replica(bench: Bench, arguments: argparse.Namespace) -> None:
     """One process: answers each line of slots and seconds with what it drew."""
-    bench = Bench("cpu" if arguments.tiny else "cuda", arguments.tiny)
     prefer_attention(preferred(attention_s(bench, arguments.model)))
     way = FP8_EAGER if arguments.tiny else FP8
     engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), [arguments.side])
@@ -131,10 +128,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--replica", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.tiny and not torch.cuda.is_available():
-        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+    bench = Bench.here(arguments.tiny)
     if arguments.replica:
-        replica(arguments)
+        replica(bench, arguments)
         return
     first = Replica(arguments)  # alone, so that the others find its compiled code
     peaks = [first.answer()]
@@ -145,7 +141,7 @@ def main() -> None:
     for one in replicas:
         one.close()
     found = {
-        "machine": Bench("cpu" if arguments.tiny else "cuda", arguments.tiny).machine(),
+        "machine": bench.machine(),
         "model": arguments.model,
         "side": arguments.side,
         "steps": arguments.steps,

@@ -325,10 +325,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
-    bench, clock = Bench(device, arguments.tiny), Clock(arguments.minutes)
+    bench, clock = Bench.here(arguments.tiny), Clock(arguments.minutes)
     card = rates(bench)
     found: dict[str, Any] = {
         "machine": bench.machine(),

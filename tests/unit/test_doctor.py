@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from cluster.capability import Device
 from cluster.placement import Node
 from serve.cli import app
-from serve.doctor import Finding, Machine, examine, examine_cluster, examine_settings
+from serve.doctor import Finding, Machine, examine
+from serve.doctor_settings import examine_cluster, examine_settings
 from serve.settings import Settings
 from serve.settings_file import load_settings
 
@@ -28,6 +29,7 @@ H100 = Machine(
     driver="580.159.04",
     compile_error="",
     disk_free_gib=500.0,
+    nvcc=True,
 )
 A100 = replace(H100, device=Device("NVIDIA A100-SXM4-80GB", (8, 0), 79.2))
 LAPTOP = replace(
@@ -151,6 +153,12 @@ def test_bound_to_another_card() -> None:
     bound = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__CARD="h200")
     problems = said(examine_settings(bound, H100), "problem")
     assert "sd3.5-large-turbo-fp8-h200: bound to h200, and this is h100" in problems
+
+
+def test_quanto_on_a_card_wants_nvcc() -> None:
+    without = replace(H100, nvcc=False)
+    assert "with nvcc" in said(examine_settings(settings("sd35.yaml"), without), "note")
+    assert "nvcc" not in said(examine_settings(settings("sd35.yaml"), H100), "note")
 
 
 def test_a_port_that_is_taken() -> None:

@@ -61,6 +61,26 @@ def write(folder: Path, change: object) -> Path:
             ["two pools have the same precision"],
         ),
         (
+            lambda d: d["models"][0]["pools"][0].update(warm_sizes=["1000x1000"]),
+            ["warm_sizes '1000x1000': not multiples of 16"],
+        ),
+        (
+            lambda d: d["models"][0]["pools"][0].update(num_gpus=0.5, card="h10"),
+            ["models[0].pools[0]", "card 'h10'", "h100"],
+        ),
+        (
+            lambda d: d["models"][0]["pools"][0].update(num_gpus=0.5, card="h100", memory_gib=50),
+            ["memory_gib 50.0 is more than num_gpus 0.5 of a h100"],
+        ),
+        (
+            lambda d: d["models"][0]["pools"][0].update(memory_gib=5),
+            ["memory_gib are for what takes GPUs"],
+        ),
+        (
+            lambda d: d["models"][0]["pools"][1].update(adaln_8_bit=True),
+            ["adaln_8_bit is for fp8 pools"],
+        ),
+        (
             lambda d: d["models"][0]["pools"][0].update(allow_fp8_nodes=False),
             ["models[0].pools[0]", "allow_fp8_nodes is for fp16 pools"],
         ),
