@@ -146,9 +146,7 @@ class Pool(OnCard):
             raise ValueError("adaln_8_bit is for fp8 pools")
         for size in self.warm_sizes:
             if any(int(side) % SIZE_MULTIPLE_PX for side in size.split("x")):
-                raise ValueError(
-                    f"warm_sizes '{size}': both must be multiples of {SIZE_MULTIPLE_PX}"
-                )
+                raise ValueError(f"warm_sizes '{size}': not multiples of {SIZE_MULTIPLE_PX}")
         if self.precision == "fp8" and not self.allow_fp8_nodes:
             raise ValueError("allow_fp8_nodes is for fp16 pools: an fp8 pool runs nowhere else")
         return self
