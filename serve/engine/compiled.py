@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,10 +32,15 @@ MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 TRIALS = 10
 
 
-def keep_compiled_code(folder: str | None) -> None:
-    """In a folder of this node, by torch's version: a later start finds it there."""
+def keep_compiled_code(folder: str | None) -> FileLock:
+    """In a folder of this node, by torch's version: a later start finds it there.
+
+    Who holds the lock compiles; replicas that start together would else all compile the same.
+    """
     root = Path(folder or DEFAULT_COMPILED_FOLDER).expanduser() / torch.__version__
+    root.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # torch itself may have set it
+    return FileLock(root / "compiling.lock")
 
 
 class CompiledBlock(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Literal
 
@@ -70,11 +70,12 @@ class WarmUp:
         self._rows = buckets(bucket(2 * pool.slots))
         self._mode = compile_mode(pool, denoiser)
         self._compiled_folder = compiled_folder
+        self._compiling: AbstractContextManager[object] = nullcontext()
 
     def prepare(self) -> None:
         """What has to be done before the first step."""
         if self._mode != "off":
-            keep_compiled_code(self._compiled_folder)
+            self._compiling = keep_compiled_code(self._compiled_folder)
             warm: set[Shape] = {
                 (rows, width * height // (VAE_FACTOR * PATCH) ** 2)
                 for rows in self._rows
@@ -89,6 +90,10 @@ class WarmUp:
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
+        with self._compiling:
+            return self._run(embeds)
+
+    def _run(self, embeds: PromptEmbeds) -> str:
         attention = self._prefer_attention(embeds)
         shapes = [(size, rows) for size in self._sizes for rows in self._rows]
         if self._mode != "off":
