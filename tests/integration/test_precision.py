@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 from serve.engine.fused_attention import fuse_qkv
 from serve.engine.precision import (
+    ADALN,
     E4M3,
     ENCODER_RECIPES,
     RECIPES,
@@ -128,6 +130,9 @@ def test_adaln_can_be_stored_in_8_bit(transformer: SD3Transformer2DModel) -> Non
     config = transformer.config
     torch.manual_seed(0)
     original = SD3Transformer2DModel.from_config(config).to(torch.bfloat16)
+    for name, parameter in original.named_parameters():
+        if fnmatch(name, f"{ADALN}.weight"):  # output channels of very different size
+            parameter.data *= torch.logspace(0, 2, len(parameter)).bfloat16()[:, None]
     state = original.state_dict()
     small = SD3Transformer2DModel.from_config(config)
     small.load_state_dict(state)
@@ -138,9 +143,11 @@ def test_adaln_can_be_stored_in_8_bit(transformer: SD3Transformer2DModel) -> Non
     name, layer = next(iter(stored.items()))
     x = torch.randn(3, config.num_attention_heads * config.attention_head_dim).bfloat16()
     exact = original.get_submodule(name)(x).float()
-    error = (layer(x).float() - exact).square().mean() / exact.square().mean()
+    error = (layer(x).float() - exact).square().mean(0) / exact.square().mean(0)
     assert layer(x).dtype is torch.bfloat16
-    assert 1e-4 < error < 2e-3  # 27 to 40 dB; activations in FP8 too would add as much again
+    assert (
+        1e-4 < error.median() < 2e-3
+    )  # 27 to 40 dB; activations in FP8 too would add as much again
     row_alone, row_beside = layer(x[:1]), layer(x)[:1]
     assert torch.allclose(row_alone, row_beside, atol=1e-2)
 
