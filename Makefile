@@ -43,7 +43,7 @@ check: install
 bench-engine: .venv/bench
 	$(BIN)/python -W ignore -m bench.engine $(if $(QUICK),--quick)
 
-# On a machine with a GPU: about 30 minutes; writes bench/results/DATE-CARD.json.
+# On a machine with a GPU; writes bench/results/DATE-CARD.json.
 bench-gpu: install .venv/reference
 	PYTHONPATH=.venv/reference $(BIN)/python -W ignore -m bench.gpu.steps
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 512

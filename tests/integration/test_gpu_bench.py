@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 
 from bench.gpu import engine, packing, steps
 from bench.gpu.model import BF16, FP8, FP8_EAGER, WAYS, Bench
+
+from .conftest import ROOT
 
 TINY = Bench("cpu", tiny=True)
 
@@ -29,6 +33,23 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> An
     (file,) = out.iterdir()
     (found,) = json.loads(file.read_text()).values()
     return found
+
+
+def test_they_need_no_ray() -> None:
+    program = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "starlette"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import bench.gpu.steps, bench.gpu.engine, bench.gpu.packing
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
 
 
 def test_steps(
