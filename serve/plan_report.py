@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
@@ -17,7 +18,8 @@ from cluster.ways import Want, Way
 
 COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
 PLACE = "card", "replicas", "num_gpus", "memory_gib"
-BAR = 64  # characters of a card's picture
+WIDTH = 100  # characters that the table takes at least
+BAR = 44  # characters of a card's picture
 
 
 def usd_per_1000(usd_h: float | None, images_s: float) -> float | None:
@@ -120,17 +122,14 @@ def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
 
 
 def _table(plan: Plan) -> Table:
+    right = ("rep × slots", "GiB", "GPU", "images/s", "s full", "$/1,000", "spot")
     table = Table(
-        "cards",
-        "model",
-        "runs",
-        Column("replicas × slots", justify="right"),
-        Column("GiB each", justify="right"),
-        Column("GPU each", justify="right"),
-        Column("images/s a card", justify="right"),
-        Column("s, own slots full", justify="right"),
-        Column("$ per 1,000", justify="right"),
-        Column("spot", justify="right"),
+        Column("cards", no_wrap=True),
+        Column("model", no_wrap=True),
+        Column("runs", no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in right),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     fractions = {(p.model, p.card, p.slots): p.num_gpus for p in planned_pools(plan)}
     for stack in plan.stacks:
@@ -195,6 +194,8 @@ def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
         )
     if len(plan.wants) > 1:
         yield Text(f"all together: {plan.mixed_images_s:.3g} images/s, each model by its share")
+    yield Text("GiB and GPU of a replica; images/s and $ of a card that draws this model alone;")
+    yield Text("s full: an image's seconds while all slots of its model are taken", end="\n\n")
     if estimated := {way.model for way in ways if way.estimated}:
         yield Text(
             f"Estimated from arithmetic, not measured: images/s of {', '.join(sorted(estimated))}.",
@@ -216,7 +217,6 @@ def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
 
 
 def print_plan(plan: Plan, notes: Iterable[str] = ()) -> None:
+    """A narrow terminal wraps the lines, rather than lose numbers."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    console.print(as_text(plan, notes))
+    Console(width=max(console.width, WIDTH)).print(as_text(plan, notes))
