@@ -18,7 +18,7 @@ from cluster.ways import Want, Way
 
 COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
 PLACE = "card", "replicas", "num_gpus", "memory_gib"
-WIDTH = 100  # characters that the table takes at least
+WIDTH = 112  # characters that the table takes at least
 BAR = 44  # characters of a card's picture
 
 
