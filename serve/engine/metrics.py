@@ -23,6 +23,7 @@ class EngineMetrics:
     def __init__(self, pool: str) -> None:
         self._pool = {"pool": pool}
         self._counted = Counts()
+        self._start_s: dict[str, float] = {}
         tags = ("pool",)
         self._counters = {
             "steps": metrics.Counter(
@@ -67,8 +68,7 @@ class EngineMetrics:
 
     def started(self, seconds: Mapping[str, float]) -> None:
         """How long each phase of the start took."""
-        for phase, taken_s in seconds.items():
-            self._start.set(taken_s, {**self._pool, "phase": phase})
+        self._start_s = dict(seconds)
 
     def ended(self, outcome: str) -> None:
         self._outcomes.inc(tags={**self._pool, "outcome": outcome})
@@ -85,6 +85,9 @@ class EngineMetrics:
             if now[name] > before[name]:
                 counter.inc(now[name] - before[name], self._pool)
         self._counted = Counts(**now)
+        # Gauges again and again: Ray forgets what it has not heard of for a while.
+        for phase, taken_s in self._start_s.items():
+            self._start.set(taken_s, {**self._pool, "phase": phase})
         self._speed.set(speed, self._pool)
         for name, seconds in coefficients._asdict().items():
             self._coefficients.set(seconds, {**self._pool, "coefficient": name})
