@@ -44,7 +44,7 @@ def a_want(model: str, steps: int, rows: int) -> Want:
 def octet(*args: str) -> str:
     """What the command prints."""
     command = [str(Path(sys.executable).parent / "octet"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -136,7 +136,7 @@ assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_effic
 assert torch._C._get_sdp_priority_order()[0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
 assert torch.allclose(F.scaled_dot_product_attention(x, x, x), before, atol=1e-5)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)  # noqa: S603 - our own
 
 
 def test_the_loops_thread_may_compile_as_many_shapes() -> None:

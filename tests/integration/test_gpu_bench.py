@@ -48,7 +48,7 @@ sys.meta_path.insert(0, Blocked())
 import bench.gpu.steps, bench.gpu.engine, bench.gpu.packing
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603 - our own
     assert done.returncode == 0, done.stderr
 
 
