@@ -20,6 +20,7 @@ from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .settings import Application, Pool
+from .work import units
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
 UNBOUNDED = 10_000
@@ -40,13 +41,18 @@ def build(args: dict[str, Any]) -> serve.Application:
         for model in settings.models
         for pool in model.pools
     }
+    work = {model: list(unit) for model, unit in units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
         num_replicas=1,
         max_ongoing_requests=UNBOUNDED,
         # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
-    ).bind(needs)  # fmt: skip
+    ).bind(
+        needs,
+        settings.tenants_folder if settings.auth == "keys" else None,
+        f"{settings.data_folder}/usage" if settings.data_folder else None,
+    )  # fmt: skip
     text_encoders = {
         encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
             num_replicas=encoder.replicas,
@@ -81,6 +87,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             model.model_dump(mode="json"),
             pool.model_dump(mode="json"),
             settings.emulate_fp8,
+            work[model.id],
             settings.models_folder,
             settings.compiled_folder,
             text_encoders[model.text_encoder],
@@ -96,7 +103,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         ray_actor_options=settings.ingress.ray_actor_options,
     )
     application: serve.Application = ingress.bind(
-        settings.model_dump(mode="json"), dispatcher, generators
+        settings.model_dump(mode="json"), work, dispatcher, generators
     )
     return application
 

@@ -121,6 +121,9 @@ REFERENCES = {
 }
 
 
+USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
+
+
 class Learned:
     """A replica's own coefficients, refitted from each image that it has finished.
 
@@ -129,10 +132,11 @@ class Learned:
     prediction itself, and no factor leaves 1/`BOUND` … `BOUND`, so that a hiccup does little.
     """
 
-    def __init__(self, reference: Coefficients) -> None:
-        self.reference = reference
+    def __init__(self, reference: Coefficients, unit: Coefficients | None = None) -> None:
+        """`reference`: of this kind of replica, to begin with; `unit`: in which speed is told."""
+        self.reference, self._unit = reference, unit or reference
         self._factors = [1.0] * len(reference)
-        self._reference_s = self._busy_s = 0.0
+        self._unit_s = self._busy_s = 0.0
 
     @property
     def coefficients(self) -> Coefficients:
@@ -140,11 +144,13 @@ class Learned:
 
     @property
     def speed(self) -> float:
-        """Work of recent images ÷ the seconds that they took of the replica; 1 at the start.
+        """Work of recent images, in `unit`, ÷ the seconds that they took of the replica.
 
-        Their errors are bounded as above.
+        At the start, that of an image by the reference. Errors are bounded as above.
         """
-        return self._reference_s / self._busy_s if self._busy_s else 1.0
+        if self._busy_s:
+            return self._unit_s / self._busy_s
+        return self._unit.work_s(USUAL) / self.reference.work_s(USUAL)
 
     def observe(self, shape: ImageShape, busy_s: float) -> None:
         """An image is finished; `busy_s`: its share of the replica's time."""
@@ -156,5 +162,5 @@ class Learned:
             min(max(f + gain * p, 1 / BOUND), BOUND)
             for f, p in zip(self._factors, parts, strict=True)
         ]
-        self._reference_s = self._reference_s * (1 - RATE) + sum(parts) * RATE
+        self._unit_s = self._unit_s * (1 - RATE) + self._unit.work_s(shape) * RATE
         self._busy_s = self._busy_s * (1 - RATE) + (predicted + error) * RATE

@@ -14,8 +14,9 @@ from cluster.placement import Need, Node, fits, unknown_cards
 from .doctor import Finding, Machine, Verdict
 from .engine.checkpoint import node_folder, on_this_node
 from .launch import check_port
-from .planning import CLIP_TOKENS, encoder_gib, most_pixels, structure_of
+from .planning import encoder_gib, most_pixels
 from .settings import Encoder, Model, OnCard, Pool, Settings, SettingsError, Source
+from .work import CLIP_TOKENS, structure_of
 
 
 def needs_gpu(settings: Settings) -> bool:
@@ -115,7 +116,7 @@ def _recipe(pool: Pool, sixteen_bit: str) -> str:
 def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
     """With CUDA's context; zero where the model's structure is not known."""
     try:
-        found = footprint(structure_of(model, settings), recipe, 1, 256 * 256)
+        found = footprint(structure_of(model, settings.models_folder), recipe, 1, 256 * 256)
     except SettingsError:
         return 0.0
     return found.transformer + found.vae + found.context
@@ -133,7 +134,7 @@ def _examine_promises(
 ) -> Iterator[Finding]:
     """Whether what replicas are promised is what they need by computation with all slots full."""
     try:
-        structure = structure_of(model, settings)
+        structure = structure_of(model, settings.models_folder)
     except SettingsError:
         return
     for pool in pools:

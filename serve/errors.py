@@ -2,6 +2,7 @@
 
     OctetError                      500  server_error            internal_error
     ├── InvalidRequest              400  invalid_request_error   invalid_value
+    │   ├── KeyInvalid              401  invalid_request_error   invalid_api_key
     │   ├── LinkInvalid             403  invalid_request_error   link_invalid
     │   ├── NotFound                404  invalid_request_error   not_found
     │   │   └── ModelNotFound       404  invalid_request_error   model_not_found
@@ -10,16 +11,23 @@
     │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
     │   ├── BodyTooLarge            413  invalid_request_error   body_too_large
     │   └── RequestCancelled        499  invalid_request_error   request_cancelled
+    ├── RateLimited                 429  rate_limit_error        rate_limit_exceeded
+    │   ├── QuotaExceeded           429  insufficient_quota      insufficient_quota
+    │   ├── OwnQueueFull            429  rate_limit_error        queue_full
+    │   └── BacklogTooLong          429  rate_limit_error        deadline_unreachable
     ├── Unavailable                 503  server_error            unavailable
     │   ├── NoCapacity              503  server_error            no_capacity
     │   ├── QueueFull               503  server_error            queue_full
+    │   ├── DeadlineUnreachable     503  server_error            deadline_unreachable
     │   ├── ReplicaFailed           503  server_error            replica_failed
-    │   └── StoreFailed             503  server_error            store_failed
+    │   ├── StoreFailed             503  server_error            store_failed
+    │   └── UsageUnrecorded         503  server_error            usage_unrecorded
     ├── DeadlineExceeded            504  server_error            deadline_exceeded
     └── NonFiniteImage              500  server_error            non_finite_image
 
 Messages are written for the client: what was wrong, the value, what is allowed. They never hold
-paths, prompts or stack traces. `retryable` is what `x-should-retry` says.
+paths, prompts or stack traces. `retryable` is what `x-should-retry` says; `headers` are those of
+the answer.
 """
 
 from __future__ import annotations
@@ -41,6 +49,7 @@ class OctetError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers: dict[str, str] = {}
 
 
 class InvalidRequest(OctetError):
@@ -49,6 +58,13 @@ class InvalidRequest(OctetError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+
+
+class KeyInvalid(InvalidRequest):
+    """The API key is missing, wrong, or has been revoked."""
+
+    status = 401
+    code = "invalid_api_key"
 
 
 class LinkInvalid(InvalidRequest):
@@ -106,6 +122,35 @@ class RequestCancelled(InvalidRequest):
     code = "request_cancelled"
 
 
+class RateLimited(OctetError):
+    """More requests or work at a time than the tenant's limits; `retry-after` says when."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retryable = True
+
+
+class QuotaExceeded(RateLimited):
+    """What is left of the tenant's monthly budget does not suffice."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    retryable = False
+
+
+class OwnQueueFull(RateLimited):
+    """The tenant has as much waiting as it may; others may be taken."""
+
+    code = "queue_full"
+
+
+class BacklogTooLong(RateLimited):
+    """With what the tenant has waiting already it would not be done within `timeout_s`."""
+
+    code = "deadline_unreachable"
+
+
 class Unavailable(OctetError):
     """The request cannot be taken now; another time it may."""
 
@@ -126,6 +171,12 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class DeadlineUnreachable(Unavailable):
+    """It would not be done within `timeout_s`."""
+
+    code = "deadline_unreachable"
+
+
 class ReplicaFailed(Unavailable):
     """Every attempt ended with the death of its replica: perhaps the request kills them."""
 
@@ -137,6 +188,12 @@ class StoreFailed(Unavailable):
     """The image was drawn, but could not be stored for its URL."""
 
     code = "store_failed"
+
+
+class UsageUnrecorded(Unavailable):
+    """The image was drawn, but what it costs could not be written down; it is not charged."""
+
+    code = "usage_unrecorded"
 
 
 class DeadlineExceeded(OctetError):

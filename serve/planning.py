@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,15 +20,15 @@ from cluster.footprint import (
     text_encoders_gib,
 )
 from cluster.placement import Node
-from cluster.structure import TRANSFORMERS, Structure, structure
+from cluster.structure import TRANSFORMERS, structure
 from cluster.ways import Cards, Want
 
 from .cost import ImageShape
 from .engine.checkpoint import node_folder, size_bytes
 from .errors import did_you_mean
 from .settings import Encoder, Model, Settings, SettingsError
+from .work import CLIP_TOKENS, structure_of
 
-CLIP_TOKENS = 77
 SD35_TEXT_WIDTH = 4096
 # Steps, and rows of an image, as the model cards have them; Medium's as diffusers' documentation.
 USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
@@ -88,7 +87,7 @@ def wants_of(settings: Settings) -> list[Want]:
     return [
         Want(
             model.id,
-            structure_of(model, settings),
+            structure_of(model, settings.models_folder),
             ImageShape(
                 model.defaults.width,
                 model.defaults.height,
@@ -107,26 +106,6 @@ def most_pixels(model: Model) -> int:
     return min(model.limits.max_pixels, model.limits.max_size_px**2)
 
 
-def structure_of(model: Model, settings: Settings) -> Structure:
-    """From the model's own files if they are here, else by the hub's name of it.
-
-    Raises `SettingsError` if neither says it.
-    """
-    file = node_folder(model.source, settings.models_folder) / "transformer" / "config.json"
-    if file.is_file():
-        try:
-            return Structure.of(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError):
-            raise SettingsError(f"{file}: not the configuration of an SD3.5 transformer") from None
-    name = model.source.location.rpartition("/")[2].replace("stable-diffusion-", "sd")
-    if name not in TRANSFORMERS:
-        raise SettingsError(
-            f"model '{model.id}': its structure is not known before `octet pull`; "
-            f"known are {', '.join(TRANSFORMERS)}"
-        )
-    return structure(name)
-
-
 def only_encoder(settings: Settings) -> Encoder:
     """Raises `SettingsError` for several sets of text encoders, which a plan does not have."""
     if len(settings.text_encoders) > 1:
@@ -137,7 +116,7 @@ def only_encoder(settings: Settings) -> Encoder:
 def encoder_gib(encoder: Encoder, settings: Settings) -> float:
     """GiB of one replica: of SD3.5's text encoders, or by the size of their files."""
     readers = [m for m in settings.models if m.text_encoder == encoder.id]
-    if any(structure_of(m, settings).text_width == SD35_TEXT_WIDTH for m in readers):
+    if any(structure_of(m, settings.models_folder).text_width == SD35_TEXT_WIDTH for m in readers):
         weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision == "t5-quanto")
         return weights_gib * (2 if encoder.precision == "fp32" else 1)
     folder = node_folder(encoder.source, settings.models_folder)

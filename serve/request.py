@@ -199,6 +199,7 @@ class ImageResult:
     precision: str  # what the pool ran: fp8, bf16, fp16 or fp32
     emulated: bool  # FP8 arithmetic on hardware without FP8 tensor cores
     text_tokens: int  # that the transformer reads, padding and all
+    work_s: float  # that it took: seconds of its model's reference replica
     timings: Timings
 
 

@@ -7,6 +7,7 @@ The file has three parts, mixed for the reader's sake and told apart by type. `A
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -231,7 +232,9 @@ class Application(Frozen):
     """The arguments of `serve.app.build`.
 
     `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
-    has compiled; `data_folder`: where images for URLs are kept.
+    has compiled; `data_folder`: where images for URLs and usage are kept; `tenants_folder`: who may
+    call, and the digests of their keys. With `auth: none` everybody may, as one tenant; but on no
+    other address than this machine's own, unless it is `none-on-any-address`.
     """
 
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
@@ -242,6 +245,8 @@ class Application(Frozen):
     models_folder: str | None = None
     compiled_folder: str | None = None
     data_folder: str | None = None
+    auth: Literal["keys", "none", "none-on-any-address"] = "keys"
+    tenants_folder: str = "tenants"
     drain_timeout_s: PositiveFloat = 300.0
 
     @model_validator(mode="after")
@@ -260,6 +265,12 @@ class Application(Frozen):
                     f"model '{model.id}': text_encoder '{model.text_encoder}' is none of "
                     f"{sorted(encoders)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _usage_is_kept(self) -> Application:
+        if self.auth == "keys" and self.data_folder is None:
+            raise ValueError("auth keys: set data_folder, where the tenants' usage is kept")
         return self
 
     @model_validator(mode="after")
@@ -307,6 +318,13 @@ class Tuning(Live):
     models: dict[Name, ModelTuning]
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Http(Frozen):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -323,6 +341,15 @@ class Settings(Application, Live):
         most = max(model.limits.max_images for model in self.models)
         if self.max_queued < most:
             raise ValueError(f"max_queued {self.max_queued} must be at least max_images {most}")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> Settings:
+        if self.auth == "none" and not _is_loopback(self.http.host):
+            raise ValueError(
+                f"auth none: whoever reaches {self.http.host} could draw; use keys, or "
+                "none-on-any-address behind a gateway of your own"
+            )
         return self
 
     def application(self) -> Application:

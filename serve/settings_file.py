@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from .settings import Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "OCTET_"
-FOLDERS = "models_folder", "compiled_folder", "data_folder"
+FOLDERS = "models_folder", "compiled_folder", "data_folder", "tenants_folder"
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -40,6 +40,7 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
         if name.startswith(ENVIRONMENT_PREFIX):
             _override(data, name, environ[name])
     _resolve_folders(data, file.resolve().parent)
+    data.setdefault("tenants_folder", "tenants")
     for key in FOLDERS:  # one beginning with ~ is each node's own
         if isinstance(data.get(key), str) and not data[key].startswith("~"):
             data[key] = str(file.resolve().parent / data[key])

@@ -70,9 +70,30 @@ class Stream:
         return item.result()
 
 
-def a_dispatcher(*pools: str, max_queued: int = 9, recovery_s: float = 0) -> Dispatcher:
+class Someone:
+    """A client that stays until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    @property
+    def unwanted(self) -> bool:
+        return self.cancelled
+
+
+def a_dispatcher(
+    *pools: str,
+    max_queued: int = 9,
+    recovery_s: float = 0,
+    tenants_folder: str | None = None,
+    usage_folder: str | None = None,
+) -> Dispatcher:
     """A Dispatcher of pools that fit on the one node there is."""
     needs = {pool: Need("fp16", num_cpus=1, num_gpus=0) for pool in pools}
-    dispatcher = Dispatcher(needs, lambda: [Node("n", num_cpus=1)], recovery_s)
+    nodes = [Node("n", num_cpus=1)]
+    dispatcher = Dispatcher(needs, tenants_folder, usage_folder, lambda: nodes, recovery_s)
     dispatcher.reconfigure({"max_queued": max_queued})
     return dispatcher

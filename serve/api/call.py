@@ -14,6 +14,8 @@ T = TypeVar("T")
 class Call:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._client: asyncio.Task[Any] | None = None  # who waits for the work
         self._work: asyncio.Task[Any] | None = None
         self._cancelled = False
 
@@ -23,20 +25,30 @@ class Call:
         if self._work:
             self._work.cancel()
 
+    @property
+    def unwanted(self) -> bool:
+        """Its client has ended it, or is gone: not its deadline, and not an error."""
+        gone = self._client is not None and self._client.cancelling() > 0
+        return self._cancelled or (gone and not self._late)
+
+    @property
+    def _late(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._deadline
+
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. Raises `DeadlineExceeded` and `RequestCancelled`."""
+        self._client = own = asyncio.current_task()
         self._work = task = asyncio.create_task(work)
         if self._cancelled:
             task.cancel()
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
+            async with asyncio.timeout_at(self._deadline) as limit:
                 return await task
         except TimeoutError:
             if not limit.expired():
                 raise  # somebody else's
             raise DeadlineExceeded(f"the images were not done in {self._timeout_s:g} s") from None
         except asyncio.CancelledError:
-            own = asyncio.current_task()
             if not self._cancelled or (own and own.cancelling()):
                 raise  # the client has gone
             raise RequestCancelled("the request was cancelled") from None

@@ -12,9 +12,10 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from ..cost import Coefficients
 from ..dispatch.dispatcher import REPLICA_LEASE_S
-from ..dispatch.messages import Lease, Pools
-from ..dispatch.session import DispatchSession
+from ..dispatch.messages import Lease, Pools, Usage
+from ..dispatch.session import OpenCall, Slot, Wish
 from ..errors import (
     InvalidRequest,
     NoCapacity,
@@ -34,6 +35,7 @@ from ..request import (
     Watch,
 )
 from ..settings import ServedModel
+from ..work import shape_of
 from .metrics import FrontMetrics
 
 log = logging.getLogger("ray.serve")
@@ -45,6 +47,7 @@ TAKE_S = REPLICA_LEASE_S  # a replica that has not taken it by then is gone, or 
 
 
 Tell = Callable[[Progress | PartialImage], None]
+Drawn = tuple[ImageResult, Usage]
 
 
 class NotBegun(Exception):
@@ -63,70 +66,107 @@ class _Course:
     """What has become of an image so far, and where it may go on."""
 
     pools: Pools
-    accepted: bool = False
     lost: int = 0  # attempts that ended with their replica
     spared: int = 0
     failure: OctetError | None = None  # of the one that is drawn again for it
 
 
 class Drawing:
-    """Grants from the Dispatcher, calls to the Generators, and what follows if one fails."""
+    """Slots of a call, calls to the Generators, and what follows if one fails."""
 
     def __init__(
         self,
         models: Iterable[ServedModel],
-        session: DispatchSession,
+        work: Mapping[str, Coefficients],
         generators: Mapping[str, Any],
+        metrics: FrontMetrics,
     ) -> None:
-        """`generators`: a streaming handle for each pool."""
-        self._models = {model.id: model for model in models}
-        self._session, self._generators = session, generators
-        self._metrics = FrontMetrics()
+        """`work`: in what each model's requests are counted; `generators`: a handle per pool."""
+        self._models, self._work = {model.id: model for model in models}, work
+        self._generators = generators
+        self._precisions = {
+            model.pool_name(pool): pool.precision
+            for model in self._models.values()
+            for pool in model.pools
+        }
+        self._metrics = metrics
+
+    def wish(self, request: ImageRequest, watch: Watch) -> Wish:
+        """What the Dispatcher has to know of an image.
+
+        Raises `InvalidRequest` if the model has no such pool.
+        """
+        shape = shape_of(request, self._models[request.model].max_sequence_length)
+        pools = self._pools(request, request.precision)
+        return Wish(pools, self._work[request.model].work_s(shape), watch.progress)
 
     async def draw(
         self,
         request: ImageRequest,
-        request_id: str,
+        call: OpenCall,
+        image: int = 0,
         watch: Watch = Watch(),  # noqa: B008 - immutable
         tell: Tell = lambda _: None,
-    ) -> ImageResult:
-        """An image; `tell` hears what `watch` asks for.
+    ) -> Drawn:
+        """The image of a call at a place of its wishes, and what it is charged when delivered.
 
-        Raises `InvalidRequest` if the model has no such pool, and any other `OctetError`.
+        `tell` hears what `watch` asks for. Raises any `OctetError` that does not refuse a call.
         """
-        began, course = time.monotonic(), _Course(self._pools(request, request.precision))
+        began = time.monotonic()
+        course = _Course(call.opening.entries[image].pools)
 
         def queued(place: int) -> None:
             tell(Progress(0, request.num_inference_steps, queue_position=place))
 
         while True:
             try:
-                async with self._session.slot(
-                    course.pools,
-                    request_id,
-                    accepted=course.accepted,
-                    queued=queued if watch.progress else None,
-                ) as lease:
-                    course.accepted = True
+                told = queued if watch.progress else None
+                async with call.slot(image, course.pools, told) as slot:
                     queue_s = time.monotonic() - began
-                    self._metrics.queued(lease.pool, queue_s)
-                    result = await self._attempt(request, lease, course, watch, tell)
+                    self._metrics.queued(slot.lease.pool, queue_s)
+                    try:
+                        result = await self._attempt(request, slot, course, watch, tell)
+                    except asyncio.CancelledError:
+                        if call.client.unwanted:
+                            slot.cancelled = self._usage(request, call, image, slot.lease.pool)
+                        raise
             except NoCapacity:
                 if course.failure:  # and there is no other pool that could do better
                     raise course.failure from None
                 raise
             if result:
-                return replace(result, timings=replace(result.timings, queue_s=queue_s))
+                timings = replace(result.timings, queue_s=queue_s)
+                usage = self._usage(request, call, image, slot.lease.pool)
+                return replace(result, timings=timings), usage
+
+    def _usage(self, request: ImageRequest, call: OpenCall, image: int, pool: str) -> Usage:
+        """What a delivered image is charged; `pool`: where it was drawn."""
+        opening = call.opening
+        return Usage(
+            call=opening.call,
+            image=image,
+            tenant=opening.tenant,
+            request_id=opening.request_id,
+            model=request.model,
+            precision=self._precisions[pool],
+            size=request.size,
+            steps=request.num_inference_steps,
+            work_s=opening.entries[image].work_s,
+        )
 
     async def _attempt(
-        self, request: ImageRequest, lease: Lease, course: _Course, watch: Watch, tell: Tell
+        self, request: ImageRequest, slot: Slot, course: _Course, watch: Watch, tell: Tell
     ) -> ImageResult | None:
         """An image, or None after what is worth another attempt: `course` then says where."""
-        pool, last = lease.pool, course.lost == ATTEMPTS - 1
+        pool, last = slot.lease.pool, course.lost == ATTEMPTS - 1
         try:
-            return await self._on_replica(request, lease, watch, tell, alone=last)
+            result = await self._on_replica(request, slot.lease, watch, tell, alone=last)
+            slot.took_s = result.work_s
+            return result
         except (NotBegun, *REPLICA_LOST) as error:
             course.pools = _last(pool, course.pools)
+            if isinstance(error, NotBegun):
+                slot.took_s = 0.0
             if isinstance(error, NotBegun) and not (error.died and course.spared == SPARED):
                 course.spared += error.died
                 log.warning("%s: no replica of %s began; queueing again", request.id, pool)
@@ -139,6 +179,7 @@ class Drawing:
                 raise ReplicaFailed(f"the replica died in each of {ATTEMPTS} attempts") from None
             self._metrics.retried(pool, "replica_lost")
         except RayServeException:
+            slot.took_s = 0.0
             raise Unavailable(f"{pool} cannot be reached") from None
         except RayTaskError as error:
             if not isinstance(error.cause, OctetError):

@@ -22,23 +22,27 @@ STARLETTE_ERRORS: dict[int, type[OctetError]] = {404: NotFound, 405: MethodNotAl
 # Starlette's handlers are typed for any exception; each is registered for its own.
 
 
-async def octet_error(_: Request, error: Any) -> Response:
-    headers = {"x-should-retry": str(error.retryable).lower()}
+def error_answer(error: OctetError) -> Response:
+    headers = {"x-should-retry": str(error.retryable).lower(), **error.headers}
     return JSONResponse(error_body(error), error.status, headers)
+
+
+async def octet_error(_: Request, error: Any) -> Response:
+    return error_answer(error)
 
 
 async def http_error(http: Request, error: Any) -> Response:
     """Starlette's own: no such path, or not for this method."""
     kind = STARLETTE_ERRORS.get(error.status_code, InvalidRequest)
     path = http.url.path[:SHOWN_CHARS]
-    answer = await octet_error(http, kind(f"{http.method} {path}: {error.detail}"))
+    answer = error_answer(kind(f"{http.method} {path}: {error.detail}"))
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def unexpected_error(http: Request, error: Exception) -> Response:
+async def unexpected_error(_: Request, error: Exception) -> Response:
     log.error("unexpected error", exc_info=error)
-    return await octet_error(http, OctetError(UNEXPECTED))
+    return error_answer(OctetError(UNEXPECTED))
 
 
 async def client_disconnect(_: Request, error: Any) -> Response:

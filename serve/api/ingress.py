@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,27 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ..dispatch.session import DispatchSession
+from ..cost import Coefficients
+from ..dispatch.messages import Access
+from ..dispatch.refusals import standing_headers
+from ..dispatch.session import DispatchSession, OpenCall
 from ..errors import BodyTimeout, BodyTooLarge, InvalidRequest, NotFound, Unavailable
 from ..request import ImageResult
 from ..results.disk import DiskStore
 from ..results.store import ResultStore
 from ..settings import Application, Tuning
+from .access import Authentication
 from .call import Call
-from .drawing import Drawing
+from .drawing import Drawing, Drawn, Tell
 from .event_stream import EventStream, Frames, events
 from .http_errors import HANDLERS
+from .metrics import FrontMetrics
 from .openai_answers import CancelledRequest, ModelItem, ModelList, response
 from .openai_images import Generation, check_request_id, ignored_header, model_not_found, parse
 from .openapi import document
@@ -59,14 +65,21 @@ class Answer(Response):
 
 class Ingress:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self, application: dict[str, Any], dispatcher: Any, generators: Mapping[str, Any]
+        self,
+        application: dict[str, Any],
+        work: Mapping[str, Sequence[float]],
+        dispatcher: Any,
+        generators: Mapping[str, Any],
     ) -> None:
         settings = Application.model_validate(application)
         self._models = settings.models
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
-        self._drawing = Drawing(settings.models, self._session, streams)
+        units = {model: Coefficients(*unit) for model, unit in work.items()}
+        self._metrics = FrontMetrics()
+        self._drawing = Drawing(settings.models, units, streams, self._metrics)
+        self._open_to_all = settings.auth != "keys"
         self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
@@ -102,11 +115,18 @@ class Ingress:
                 Route("/v1/models/{model}", self.model),
                 Route("/v1/files/{name}", self.file),
                 Route("/openapi.json", self.openapi),
+                Route("/v1/state", self.state),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
             ],
             exception_handlers=HANDLERS,
+            middleware=[
+                Middleware(
+                    Authentication,
+                    directory=None if self._open_to_all else lambda: self._session.directory,
+                )
+            ],
         )
         app.router.redirect_slashes = False  # such a redirect would trust the Host header
         return app
@@ -114,24 +134,32 @@ class Ingress:
     # -- routes -------------------------------------------------------------------------------
 
     async def generate(self, http: Request) -> Response:
-        tuning = self.tuning
+        tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
         check_request_id(request_id)
-        asked = parse(await self._body(http), tuning, request_id)
+        known = self._known(tenant)
+        asked = parse(await self._body(http), self._offer(tenant), request_id, known.timeout_s)
         store = self._store_for(asked)
-        call, headers = Call(asked.timeout_s), ignored_header(asked.ignored)
-        self._session.begin(request_id, call.cancel)
+        wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
+        client, began = Call(asked.timeout_s), time.monotonic()
+        call = await client.run(
+            self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
+        )
 
         def sent() -> None:
-            self._session.end(request_id)
+            self._metrics.answered(call.eta_s, time.monotonic() - began)
+            call.close()
 
         try:
+            headers = {**ignored_header(asked.ignored), **standing_headers(call.standings)}
+            if call.eta_s is not None:
+                headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
             if asked.stream:
-                frames = self._events(asked, request_id, call)
+                frames = self._events(asked, call, client)
                 return EventStream(await anext(frames), frames, headers, sent)
-            body = await call.run(self._serve(asked, request_id, store, http))
+            body = await client.run(self._serve(asked, call, store, http))
         except BaseException:
-            sent()
+            call.close()
             raise
         return Answer(body, headers, sent)
 
@@ -141,7 +169,7 @@ class Ingress:
         check_request_id(request_id)
         try:
             async with asyncio.timeout(ANSWER_S):
-                found = await self._dispatcher.cancel.remote(request_id)
+                found = await self._dispatcher.cancel.remote(http.scope["tenant"], request_id)
         except (TimeoutError, RayError, RayServeException):
             found = None
         if found is None:
@@ -150,14 +178,15 @@ class Ingress:
             raise NotFound(f"no request '{request_id}' waits or runs")
         return JSONResponse(CancelledRequest(id=request_id).model_dump())
 
-    async def models(self, _: Request) -> Response:
-        models = [ModelItem(id=name, created=self._started) for name in self.tuning.models]
+    async def models(self, http: Request) -> Response:
+        offer = self._offer(http.scope["tenant"])
+        models = [ModelItem(id=name, created=self._started) for name in offer.models]
         return JSONResponse(ModelList(data=models).model_dump())
 
     async def model(self, http: Request) -> Response:
-        name = http.path_params["model"]
-        if name not in self.tuning.models:
-            raise model_not_found(name, self.tuning)
+        name, offer = http.path_params["model"], self._offer(http.scope["tenant"])
+        if name not in offer.models:
+            raise model_not_found(name, offer)
         return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
 
     async def file(self, http: Request) -> Response:
@@ -174,6 +203,16 @@ class Ingress:
 
     async def openapi(self, _: Request) -> Response:
         return JSONResponse(self._openapi)
+
+    async def state(self, http: Request) -> Response:
+        """Pools, queue and tenants, for those who operate the server."""
+        if not self._known(http.scope["tenant"]).operator:
+            raise NotFound("GET /v1/state: Not Found")
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return JSONResponse(await self._dispatcher.overview.remote())
+        except (TimeoutError, RayError, RayServeException):
+            raise Unavailable("the dispatcher is restarting: try again") from None
 
     async def health(self, _: Request) -> Response:
         """This process answers."""
@@ -200,26 +239,49 @@ class Ingress:
 
     # -- one request --------------------------------------------------------------------------
 
-    async def _serve(
-        self, asked: Generation, request_id: str, store: ResultStore | None, http: Request
-    ) -> bytes:
-        """The answer's body. Raises what `Drawing.draw` raises, and `StoreFailed`."""
-        results = await self._draw_all(asked, request_id)
-        links = await self._keep(store, asked, results, http) if store else []
-        return await asyncio.to_thread(response, asked.requests, results, links)
+    def _offer(self, tenant: str) -> Tuning:
+        """What there is to ask for, as far as a tenant may."""
+        allowed = self._known(tenant).models
+        if allowed is None:
+            return self.tuning
+        models = {name: model for name, model in self.tuning.models.items() if name in allowed}
+        return self.tuning.model_copy(update={"models": models})
 
-    def _events(self, asked: Generation, request_id: str, call: Call) -> Frames:
+    def _known(self, tenant: str) -> Access:
+        """Of the one tenant of a server without authentication: that it may do everything."""
+        if self._open_to_all:
+            return Access((), operator=True)
+        return (self._session.directory or {}).get(tenant, Access(()))
+
+    async def _serve(
+        self, asked: Generation, call: OpenCall, store: ResultStore | None, http: Request
+    ) -> bytes:
+        """The answer's body. Raises what drawing raises, `StoreFailed` and `UsageUnrecorded`."""
+        drawn = await self._draw_all(asked, call)
+        results = [result for result, _ in drawn]
+        links = await self._keep(store, asked, results, http) if store else []
+        body = await asyncio.to_thread(response, asked.requests, results, links)
+        await call.record([usage for _, usage in drawn])
+        return body
+
+    def _events(self, asked: Generation, call: OpenCall, client: Call) -> Frames:
         """What is streamed of the one image of a call."""
         (request,) = asked.requests
-        draw = self._drawing.draw
-        return events(request, lambda tell: call.run(draw(request, request_id, asked.watch, tell)))
 
-    async def _draw_all(self, asked: Generation, request_id: str) -> list[ImageResult]:
+        async def draw(tell: Tell) -> ImageResult:
+            result, usage = await self._drawing.draw(request, call, 0, asked.watch, tell)
+            await call.record([usage])
+            return result
+
+        return events(request, lambda tell: client.run(draw(tell)))
+
+    async def _draw_all(self, asked: Generation, call: OpenCall) -> list[Drawn]:
         """The images of one call, side by side; the first error ends them all."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._drawing.draw(r, request_id)) for r in asked.requests
+                    group.create_task(self._drawing.draw(request, call, i))
+                    for i, request in enumerate(asked.requests)
                 ]
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ray.serve import metrics
 
+ETA_RATIO = 0.25, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 4
 WAIT_S = 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100
 
 
@@ -20,6 +21,16 @@ class FrontMetrics:
             "Attempts after which an image was drawn again: not_begun, replica_lost, non_finite.",
             tag_keys=("pool", "reason"),
         )
+
+        self._eta = metrics.Histogram(
+            "octet_eta_ratio",
+            "Time that an answer took, over what was predicted when it was accepted.",
+            boundaries=list(ETA_RATIO),
+        )
+
+    def answered(self, eta_s: float | None, took_s: float) -> None:
+        if eta_s:
+            self._eta.observe(took_s / eta_s)
 
     def queued(self, pool: str, seconds: float) -> None:
         self._queue.observe(seconds, {"pool": pool})

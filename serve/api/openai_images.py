@@ -81,10 +81,16 @@ class Generation:
     ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
 
 
-def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generation:
+def parse(
+    body: bytes,
+    tuning: Tuning,
+    request_id: str = "request",
+    usual_timeout_s: float | None = None,
+) -> Generation:
     """What a body asks for: image i has seed + i and the id `request_id/i`.
 
-    The settings' first model is the default. Raises `InvalidRequest` with the field's name.
+    The settings' first model is the default; `usual_timeout_s` that of who does not state one,
+    if it is not the longest. Raises `InvalidRequest` with the field's name.
     """
     unknown = _unknown_fields(body)
     if unknown and not tuning.ignore_unknown_fields:
@@ -95,7 +101,7 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
         asked = ImageGeneration.model_validate_json(body, extra="ignore")
     except ValidationError as error:
         raise _explain(error) from None
-    name = next(iter(tuning.models)) if asked.model is None else asked.model
+    name = next(iter(tuning.models), "") if asked.model is None else asked.model
     model = tuning.models.get(name)
     if model is None:
         raise model_not_found(name, tuning)
@@ -134,7 +140,7 @@ def parse(body: bytes, tuning: Tuning, request_id: str = "request") -> Generatio
     return Generation(
         requests=requests,
         as_url=asked.response_format == "url",
-        timeout_s=timeout_s or longest_s,
+        timeout_s=timeout_s or min(usual_timeout_s or longest_s, longest_s),
         stream=bool(asked.stream),
         watch=Watch(progress=bool(asked.progress), partial_images=asked.partial_images or 0),
         ignored=unknown,

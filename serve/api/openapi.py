@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from ..errors import (
     InvalidRequest,
+    KeyInvalid,
     LinkInvalid,
     ModelNotFound,
     NotFound,
@@ -16,6 +17,7 @@ from ..errors import (
     Unavailable,
     tree,
 )
+from .access import is_open
 from .openai_answers import (
     CancelledRequest,
     CompletedEvent,
@@ -30,7 +32,14 @@ from .openai_answers import (
 from .openai_images import REQUEST_ID, ImageGeneration
 
 GENERATIONS_ERRORS = tuple(
-    error for error in tree() if error not in (LinkInvalid, NotFound) and error.status != 405
+    error
+    for error in tree()
+    if error not in (KeyInvalid, LinkInvalid, NotFound) and error.status != 405
+)
+LIMITS = tuple(
+    f"x-ratelimit-{name}-{of}"
+    for of in ("requests", "work", "budget")
+    for name in ("limit", "remaining", "reset")
 )
 EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
 
@@ -49,6 +58,13 @@ def document(version: str) -> dict[str, Any]:
         ],
         ref_template="#/components/schemas/{model}",
     )
+    paths = _paths()
+    for path, methods in paths.items():
+        for operation in methods.values():
+            if is_open(path):
+                operation["security"] = []
+            else:
+                operation["responses"] |= _errors(KeyInvalid)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -56,74 +72,93 @@ def document(version: str) -> dict[str, Any]:
             "version": version,
             "description": "OpenAI's Images API on Stable Diffusion 3.5.",
         },
-        "paths": {
-            "/v1/images/generations": {
-                "post": {
-                    "operationId": "createImage",
-                    "summary": "Draw images",
-                    "parameters": [_request_id()],
-                    "requestBody": {"required": True, **_json("ImageGeneration")},
-                    "responses": {
-                        "200": _images(),
-                        **_errors(*GENERATIONS_ERRORS),
-                    },
-                }
-            },
-            "/v1/requests/{id}": {
-                "delete": {
-                    "operationId": "cancelRequest",
-                    "summary": "End a call by its x-request-id",
-                    "parameters": [_parameter("id", "path")],
-                    "responses": {
-                        "200": _answer("It ends now", "CancelledRequest"),
-                        **_errors(InvalidRequest, NotFound, Unavailable),
-                    },
-                }
-            },
-            "/v1/models": {
-                "get": {
-                    "operationId": "listModels",
-                    "summary": "The models that are served",
-                    "responses": {"200": _answer("The models", "ModelList")},
-                }
-            },
-            "/v1/models/{model}": {
-                "get": {
-                    "operationId": "retrieveModel",
-                    "summary": "One of them",
-                    "parameters": [_parameter("model", "path")],
-                    "responses": {
-                        "200": _answer("The model", "ModelItem"),
-                        **_errors(ModelNotFound),
-                    },
-                }
-            },
-            "/v1/files/{name}": {
-                "get": {
-                    "operationId": "readImage",
-                    "summary": "An image that was answered as a URL",
-                    "parameters": [
-                        _parameter("name", "path"),
-                        _parameter("expires", "query"),
-                        _parameter("signature", "query"),
-                    ],
-                    "responses": {
-                        "200": {
-                            "description": "The file",
-                            "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
-                        },
-                        **_errors(LinkInvalid, NotFound),
-                    },
-                }
-            },
-            "/health": {"get": _status("health", {200: "This process answers"})},
-            "/ready": {
-                "get": _status(
-                    "ready", {200: "Every model has a replica", 503: "Not yet, or draining"}
-                )
-            },
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "components": {"schemas": schemas["$defs"]},
+        "security": [{"key": []}],
+    }
+
+
+def _paths() -> dict[str, Any]:
+    return {
+        "/v1/images/generations": {
+            "post": {
+                "operationId": "createImage",
+                "summary": "Draw images",
+                "parameters": [_request_id()],
+                "requestBody": {"required": True, **_json("ImageGeneration")},
+                "responses": {
+                    "200": _images(),
+                    **_errors(*GENERATIONS_ERRORS),
+                },
+            }
+        },
+        "/v1/requests/{id}": {
+            "delete": {
+                "operationId": "cancelRequest",
+                "summary": "End a call by its x-request-id",
+                "parameters": [_parameter("id", "path")],
+                "responses": {
+                    "200": _answer("It ends now", "CancelledRequest"),
+                    **_errors(InvalidRequest, NotFound, Unavailable),
+                },
+            }
+        },
+        "/v1/models": {
+            "get": {
+                "operationId": "listModels",
+                "summary": "The models that are served",
+                "responses": {"200": _answer("The models", "ModelList")},
+            }
+        },
+        "/v1/models/{model}": {
+            "get": {
+                "operationId": "retrieveModel",
+                "summary": "One of them",
+                "parameters": [_parameter("model", "path")],
+                "responses": {
+                    "200": _answer("The model", "ModelItem"),
+                    **_errors(ModelNotFound),
+                },
+            }
+        },
+        "/v1/files/{name}": {
+            "get": {
+                "operationId": "readImage",
+                "summary": "An image that was answered as a URL",
+                "parameters": [
+                    _parameter("name", "path"),
+                    _parameter("expires", "query"),
+                    _parameter("signature", "query"),
+                ],
+                "responses": {
+                    "200": {
+                        "description": "The file",
+                        "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
+                    },
+                    **_errors(LinkInvalid, NotFound),
+                },
+            }
+        },
+        "/v1/state": {
+            "get": {
+                "operationId": "readState",
+                "summary": "Pools, queue and tenants, for operators",
+                "responses": {
+                    "200": {
+                        "description": "The state",
+                        "content": {"application/json": {"schema": {"type": "object"}}},
+                    },
+                    **_errors(NotFound, Unavailable),
+                },
+            }
+        },
+        "/health": {"get": _status("health", {200: "This process answers"})},
+        "/ready": {
+            "get": _status("ready", {200: "Every model has a replica", 503: "Not yet, or draining"})
+        },
     }
 
 
@@ -139,7 +174,8 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
 
 def _images() -> dict[str, Any]:
     """JSON, or with `stream` events: the schema is one event's, its data's is within."""
-    answer = _answer("The images, or events", "ImagesResponse", "x-octet-ignored")
+    headers = "x-octet-ignored", "x-octet-eta-s", *LIMITS
+    answer = _answer("The images, or events", "ImagesResponse", *headers)
     answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
     return answer
 

@@ -2,13 +2,12 @@
 
 An *entry* is one image waiting; it names the pools it may run in, preferred first. A *slot* is
 room for one image in a pool: replicas × slots each, as the replicas report themselves. A *grant*
-gives a free slot to the entry that waited longest among those that may use it; binding is late,
-so an entry never waits while a pool that it allows has room. A grant is a lease of the *session*
-(one Ingress replica) that submitted the entry: a session that falls silent gives all of its
-entries and slots back.
+gives a free slot to the entry that is next by fairness (`fair_queue`) among those that may use it;
+binding is late, so an entry never waits while a pool that it allows has room. A grant is a lease of
+the *session* (one Ingress replica) that submitted the entry: a session that falls silent gives all
+of its entries and slots back.
 
-A *request id* belongs to the session whose entries carry it for as long as one of them waits or
-runs. A pool is *possible* if a replica of it lives or a node could hold one; an entry that has no
+A pool is *possible* if a replica of it lives or a node could hold one; an entry that has no
 possible pool is refused, and never waits for what cannot come.
 
 Time is an argument, in seconds on any steady clock.
@@ -16,34 +15,46 @@ Time is an argument, in seconds on any steady clock.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
-from .messages import Heartbeat, Lease, Outcome, Pools, Running, Submission
+from .fair_queue import FairQueue, Item
+from .messages import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission, Usage
+
+UNSETTLED_S = 30.0  # a Generator has said by then what it took of an entry, or it never will
+TOLD_POSITIONS = 1000  # who waits further back hears its position when it has come nearer
+
+
+@dataclass(slots=True)
+class _Waiting:
+    session: str
+    asked: Submission
+    position: int = 0  # as it was last told
+
+
+class _Taken(NamedTuple):
+    """A slot that is held, and by whom."""
+
+    tenant: str
+    said: Running
 
 
 @dataclass(slots=True)
 class _Session:
     last_heard: float
-    waiting: dict[str, _Entry] = field(default_factory=dict)
-    running: dict[str, Running] = field(default_factory=dict)
+    waiting: dict[str, Item] = field(default_factory=dict)
+    running: dict[str, _Taken] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Entry:
-    number: int  # order of arrival
-    session: str
-    asked: Submission
-    withdrawn: bool = False
-    position: int = 0  # as it was last told
+class _Unsettled(NamedTuple):
+    """A slot that was given back before its Generator has said what it took."""
 
-
-@dataclass(slots=True)
-class _Owner:
-    session: str
-    entries: int = 0
+    since: float
+    taken: _Taken
+    cancelled: Usage | None
 
 
 @dataclass(slots=True)
@@ -53,43 +64,38 @@ class _Replica:
 
 
 class Grants:
-    """FIFO among entries; see the module's text for the words."""
+    """See the module's text for the words."""
 
-    def __init__(self, *, max_queued: int, session_lease_s: float, replica_lease_s: float) -> None:
-        self.max_queued = max_queued
-        self.draining = False  # refuse what is new
+    def __init__(
+        self, pools: Sequence[str], *, session_lease_s: float, replica_lease_s: float
+    ) -> None:
+        """`pools`: those of a model in the order in which they are preferred."""
+        self.queue = FairQueue()
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
         self._sessions: dict[str, _Session] = {}
-        self._replicas: dict[str, dict[str, _Replica]] = {}
+        self._replicas: dict[str, dict[str, _Replica]] = {pool: {} for pool in pools}
         self._placeable: frozenset[str] | None = None  # not known yet: any pool may come
         self._running: dict[str, int] = {}  # granted slots per pool
-        self._owners: dict[str, _Owner] = {}  # of request ids
-        # One line per combination of pools: within it order of arrival is order of service, so
-        # only the heads are compared.
-        self._lines: dict[Pools, deque[_Entry]] = {}
-        self._watched: dict[int, _Entry] = {}  # waiting ones, by number
-        self._arrivals = 0
-        self._queued = 0
+        self._watched: dict[int, Item] = {}  # waiting ones, by number
+        self._unsettled: dict[Lease, _Unsettled] = {}
+        self._stopped: dict[Lease, tuple[float, Stopped]] = {}  # before their release
 
     # -- what the outside tells ---------------------------------------------------------------
 
-    def open(self, session: str, now: float, running: Iterable[Running] = ()) -> None:
-        """Begin a session; `running` is what it already runs by earlier grants."""
+    def open(self, session: str, now: float) -> None:
+        """Begin a session."""
         self.close(session)
         self._sessions[session] = _Session(now)
-        for entry in running:
-            self._sessions[session].running[entry.entry] = entry
-            self._running[entry.pool] = self._running.get(entry.pool, 0) + 1
-            self._claim(session, entry.request_id)
 
     def close(self, session: str) -> None:
         """End a session: its entries leave the queue and its slots are free."""
-        gone = self._sessions.get(session)
-        if gone:
-            for entry in [*gone.waiting, *gone.running]:
-                self.release(session, entry)
-            del self._sessions[session]
+        if gone := self._sessions.pop(session, None):
+            for item in gone.waiting.values():
+                self._leave_queue(item)
+            for taken in gone.running.values():
+                self._free(taken)
+                self._settle(taken, taken.said.work_s)
 
     def heard_from(self, session: str, now: float) -> bool:
         """Renew a session's lease; False if there is no such session (any more)."""
@@ -98,50 +104,60 @@ class Grants:
         self._sessions[session].last_heard = now
         return True
 
-    def submit(self, session: str, asked: Submission) -> Outcome | None:
+    def declare(self, session: str, running: Running, tenant: str) -> None:
+        """What a session already runs by an earlier grant."""
+        self._hold(session, _Taken(tenant, running))
+        self.queue.taken_before(tenant, running.pool)
+
+    def submit(self, session: str, asked: Submission, tenant: str) -> Outcome | None:
         """Queue an entry; an `Outcome` is returned only when it is refused at once."""
         holder = self._sessions[session]
         if asked.entry in holder.waiting or asked.entry in holder.running:
             return None
-        if not self._possible(asked.pools):
+        if not self.possible(asked.pools):
             return Outcome(session, asked.entry, None, "no_capacity")
-        if not asked.accepted:
-            owner = self._owners.get(asked.request_id)
-            if self.draining:
-                return Outcome(session, asked.entry, None, "draining")
-            if owner and owner.session != session:
-                return Outcome(session, asked.entry, None, "request_id_in_use")
-            if self._queued >= self.max_queued:
-                return Outcome(session, asked.entry, None, "queue_full")
-        self._arrivals += 1
-        queued = _Entry(self._arrivals, session, asked)
-        holder.waiting[asked.entry] = queued
-        self._lines.setdefault(asked.pools, deque()).append(queued)
-        self._queued += 1
+        item = Item(tenant, asked.work_s, asked.pools, _Waiting(session, asked))
+        self.queue.add(item)
+        holder.waiting[asked.entry] = item
         if asked.watched:
-            self._watched[queued.number] = queued
-        self._claim(session, asked.request_id)
+            self._watched[item.number] = item
         return None
 
-    def release(self, session: str, entry: str) -> None:
-        """The entry is done or no longer wanted, whether it waits, runs, or is unknown."""
+    def release(self, session: str, release: Release, now: float) -> Stopped | None:
+        """An entry is done or no longer wanted, whether it waits, runs, or is unknown.
+
+        Returns what its Generator said of it, if it was stopped and that is known; later it is
+        `stopped` that returns what was to be charged for it.
+        """
         holder = self._sessions[session]
-        if waiting := holder.waiting.pop(entry, None):
-            waiting.withdrawn = True
-            self._leave_queue(waiting)
-            self._disclaim(waiting.asked.request_id)
-        elif running := holder.running.pop(entry, None):
-            self._running[running.pool] -= 1
-            self._disclaim(running.request_id)
+        if item := holder.waiting.pop(release.entry, None):
+            self._leave_queue(item)
+        elif taken := holder.running.pop(release.entry, None):
+            self._free(taken)
+            if release.took_s is not None:
+                self._settle(taken, release.took_s)
+                return None
+            lease = Lease(session, release.entry, taken.said.pool)
+            if lease in self._stopped:
+                _, stopped = self._stopped.pop(lease)
+                self._settle(taken, stopped.work_s)
+                return stopped
+            self._unsettled[lease] = _Unsettled(now, taken, release.cancelled)
+        return None
+
+    def stopped(self, stopped: Stopped, now: float) -> Usage | None:
+        """A Generator says what it took of an entry; returns what was to be charged for it."""
+        unsettled = self._unsettled.pop(stopped.lease, None)
+        if unsettled is None:
+            if self.holds(stopped.lease):
+                self._stopped[stopped.lease] = now, stopped
+            return None
+        self._settle(unsettled.taken, stopped.work_s)
+        return unsettled.cancelled
 
     def report_replica(self, said: Heartbeat, now: float) -> None:
         """A replica of a pool is there."""
         self._replicas.setdefault(said.pool, {})[said.replica] = _Replica(said, now)
-
-    def owner(self, request_id: str) -> str | None:
-        """The session whose entries carry a request id."""
-        owner = self._owners.get(request_id)
-        return owner.session if owner else None
 
     def holds(self, lease: Lease) -> bool:
         """Whether the lease's session still runs its entry."""
@@ -158,6 +174,9 @@ class Grants:
             for name, replica in list(replicas.items()):
                 if now - replica.last_heard > self.replica_lease_s:
                     del replicas[name]
+        for lease, (since, _) in list(self._stopped.items()):
+            if now - since > UNSETTLED_S:
+                del self._stopped[lease]
         silent = [
             name
             for name, session in self._sessions.items()
@@ -167,62 +186,63 @@ class Grants:
             self.close(name)
         return silent
 
+    def give_up(self, now: float) -> list[Usage]:
+        """What was to be charged for entries of which no Generator has said what they took."""
+        late = [x for x, entry in self._unsettled.items() if now - entry.since > UNSETTLED_S]
+        gone = [self._unsettled.pop(lease) for lease in late]
+        for entry in gone:
+            self._settle(entry.taken, entry.taken.said.work_s)
+        return [entry.cancelled for entry in gone if entry.cancelled]
+
     # -- what follows -------------------------------------------------------------------------
 
     def grant(self) -> list[Outcome]:
-        """Give every free slot to the entry that waited longest among those that may use it."""
+        """Give every free slot to the entry that is next among those that may use it."""
         granted = []
-        while choice := self._next():
-            entry, pool = choice
-            asked = entry.asked
-            self._lines[asked.pools].popleft()
-            if not self._lines[asked.pools]:
-                del self._lines[asked.pools]
-            self._leave_queue(entry)
-            holder = self._sessions[entry.session]
-            del holder.waiting[asked.entry]
-            holder.running[asked.entry] = Running(asked.entry, pool, asked.request_id)
-            self._running[pool] = self._running.get(pool, 0) + 1
-            granted.append(Outcome(entry.session, asked.entry, pool, "granted"))
+        for pool in self._replicas:
+            while self.free_slots(pool) > 0 and (item := self.queue.first(pool)):
+                entry: _Waiting = item.what
+                # Pools come in order of preference, but a further attempt may prefer another one.
+                best = next(p for p in item.pools if p == pool or self._next_in(p) is item)
+                self.queue.take(item, best)
+                self._watched.pop(item.number, None)
+                asked = entry.asked
+                del self._sessions[entry.session].waiting[asked.entry]
+                running = Running(asked.entry, asked.call, best, asked.work_s)
+                self._hold(entry.session, _Taken(item.tenant, running))
+                granted.append(Outcome(entry.session, asked.entry, best, "granted"))
         return granted
 
     def refuse(self) -> list[Outcome]:
         """Take the entries out of the queue whose pools have all become impossible."""
-        hopeless = [
-            entry
-            for pools, line in self._lines.items()
-            if not self._possible(pools)
-            for entry in line
-            if not entry.withdrawn
-        ]
+        hopeless = [item.what for item in self.queue if not self.possible(item.pools)]
         for entry in hopeless:
-            self.release(entry.session, entry.asked.entry)
+            self.release(entry.session, Release(entry.asked.entry), 0.0)
         return [Outcome(e.session, e.asked.entry, None, "no_capacity") for e in hopeless]
 
     def positions(self) -> list[Outcome]:
         """Where the watched entries wait, if it has changed since it was last told.
 
-        Counted are those that came before and may run in one of the same pools.
+        In the pool in which they come first, if nobody else came.
         """
+        found: dict[int, int] = {}
+        for pool in {pool for item in self._watched.values() for pool in item.pools}:
+            for place, item in enumerate(islice(self.queue.order(pool), TOLD_POSITIONS), 1):
+                if item.number in self._watched:
+                    found[item.number] = min(place, found.get(item.number, place))
         moved: list[Outcome] = []
-        lines = {
-            pools: [entry.number for entry in line if not entry.withdrawn]
-            for pools, line in (self._lines.items() if self._watched else ())
-        }
-        for number, entry in self._watched.items():
-            wanted = set(entry.asked.pools)
-            position = 1 + sum(
-                bisect_left(numbers, number)
-                for pools, numbers in lines.items()
-                if not wanted.isdisjoint(pools)
-            )
-            if position != entry.position:
-                entry.position = position
-                moved.append(Outcome(entry.session, entry.asked.entry, None, "queued", position))
+        for number, place in found.items():
+            entry: _Waiting = self._watched[number].what
+            if place != entry.position:
+                entry.position = place
+                moved.append(Outcome(entry.session, entry.asked.entry, None, "queued", place))
         return moved
 
     def free_slots(self, pool: str) -> int:
-        return sum(said.slots for said in self.replicas(pool)) - self.running_in(pool)
+        return self.slots(pool) - self.running_in(pool)
+
+    def slots(self, pool: str) -> int:
+        return sum(said.slots for said in self.replicas(pool))
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """What the living replicas of a pool last said."""
@@ -232,42 +252,37 @@ class Grants:
         """Whether a node could hold a replica of the pool, as far as is known."""
         return self._placeable is None or pool in self._placeable
 
+    def possible(self, pools: Pools) -> bool:
+        return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+
     @property
     def queue_depth(self) -> int:
-        return self._queued
+        return len(self.queue)
 
     def running_in(self, pool: str) -> int:
         """Granted slots of a pool."""
         return self._running.get(pool, 0)
 
-    def _possible(self, pools: Pools) -> bool:
-        return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+    def _next_in(self, pool: str) -> Item | None:
+        """Who gets the pool's next slot, if one is free."""
+        return self.queue.first(pool) if self.free_slots(pool) > 0 else None
 
-    def _leave_queue(self, entry: _Entry) -> None:
-        self._queued -= 1
-        self._watched.pop(entry.number, None)
+    def running_by_tenant(self) -> Counter[str]:
+        """Granted slots."""
+        sessions = self._sessions.values()
+        return Counter(taken.tenant for held in sessions for taken in held.running.values())
 
-    def _claim(self, session: str, request_id: str) -> None:
-        if request_id:
-            self._owners.setdefault(request_id, _Owner(session)).entries += 1
+    def _hold(self, session: str, taken: _Taken) -> None:
+        pool = taken.said.pool
+        self._sessions[session].running[taken.said.entry] = taken
+        self._running[pool] = self._running.get(pool, 0) + 1
 
-    def _disclaim(self, request_id: str) -> None:
-        if owner := self._owners.get(request_id):
-            owner.entries -= 1
-            if not owner.entries:
-                del self._owners[request_id]
+    def _free(self, taken: _Taken) -> None:
+        self._running[taken.said.pool] -= 1
 
-    def _next(self) -> tuple[_Entry, str] | None:
-        best: tuple[_Entry, str] | None = None
-        for pools, line in list(self._lines.items()):
-            while line and line[0].withdrawn:
-                line.popleft()
-            if not line:
-                del self._lines[pools]
-                continue
-            if best and best[0].number < line[0].number:
-                continue
-            free = next((pool for pool in pools if self.free_slots(pool) > 0), None)
-            if free:
-                best = line[0], free
-        return best
+    def _leave_queue(self, item: Item) -> None:
+        self.queue.remove(item)
+        self._watched.pop(item.number, None)
+
+    def _settle(self, taken: _Taken, took_s: float) -> None:
+        self.queue.settle(taken.tenant, taken.said.pool, took_s - taken.said.work_s)

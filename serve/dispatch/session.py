@@ -1,11 +1,13 @@
 """An Ingress's side of its session with the Dispatcher.
 
-    session.begin(request_id, cancel)  # a call of a client, until `end`
-    async with session.slot(pools, request_id) as lease:
-        ...  # a slot of `lease.pool` is ours until the block ends
+    call = await session.open(tenant, request_id, wishes, timeout_s, client)  # or it is refused
+    async with call.slot(0) as slot:
+        ...  # a slot of `slot.lease.pool` is ours until the block ends
+    await call.record(usages)  # on disk now
+    call.close()
 
-Submits and releases are coalesced: while one message is under way the next ones collect. If the
-Dispatcher restarts, a new session resubmits what waits and declares what runs, so running images
+News is coalesced: while one message is under way the next collects. If the Dispatcher restarts, a
+new session says which calls are open, what they still wait for and what runs, so running images
 are not touched.
 """
 
@@ -15,44 +17,155 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
-from ..errors import NoCapacity, OctetError, QueueFull, RequestIdInUse, Unavailable
+from ..errors import NoCapacity, UsageUnrecorded
 from .dispatcher import HEARTBEAT_S
-from .messages import Lease, Outcome, Pools, Running, Submission
+from .messages import (
+    Directory,
+    Lease,
+    News,
+    Opening,
+    Outcome,
+    Pools,
+    Release,
+    Running,
+    Standing,
+    Submission,
+    Usage,
+    Verdict,
+)
+from .refusals import NO_CAPACITY, refusal
 
 log = logging.getLogger("ray.serve")
 
 RECONNECT_S = 0.5
 
-REFUSALS: dict[str, tuple[type[OctetError], str]] = {
-    "queue_full": (QueueFull, "the queue is full: try again later"),
-    "no_capacity": (NoCapacity, "no replica that may draw this lives, and no node can hold one"),
-    "draining": (Unavailable, "this server is shutting down"),
-    "request_id_in_use": (RequestIdInUse, "x-request-id: a request with this id is being served"),
-}
+Queued = Callable[[int], None]
 
 
-class _Waiting(NamedTuple):
+class Wish(NamedTuple):
+    """One image of a call: the pools it may run in, its work, and whether its place is wanted."""
+
+    pools: Pools
+    work_s: float
+    watched: bool = False
+
+
+class Client(Protocol):
+    """Who made a call."""
+
+    def cancel(self) -> None:
+        """Another call asks for its end."""
+
+    @property
+    def unwanted(self) -> bool:
+        """Its client has ended it, or is gone."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """A slot that is held; say before it ends what came of it, if that is known.
+
+    `took_s`: the work that it took; 0 if nothing was drawn. `cancelled`: what is charged in part,
+    if the client ends it.
+    """
+
+    lease: Lease
+    took_s: float | None = None
+    cancelled: Usage | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
     asked: Submission
     granted: asyncio.Future[str]
-    queued: Callable[[int], None] | None
+    queued: Queued | None = None
+    position: int = 0  # as it was last heard
+    pool: str | None = None  # once it runs
+
+
+@dataclass(slots=True)
+class _Recording:
+    """Usages that are to be on disk."""
+
+    usages: tuple[Usage, ...]
+    done: asyncio.Future[None]
+
+
+@dataclass(slots=True, eq=False)
+class OpenCall:
+    """A client's call from its admission until `close`."""
+
+    session: DispatchSession
+    opening: Opening
+    client: Client
+    verdict: asyncio.Future[Verdict]
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    recording: _Recording | None = None
+    eta_s: float | None = None
+    standings: tuple[Standing, ...] = ()
+
+    @asynccontextmanager
+    async def slot(
+        self, image: int, pools: Pools | None = None, queued: Queued | None = None
+    ) -> AsyncIterator[Slot]:
+        """Wait for a slot for one of the images and hold it.
+
+        The first time it is the one that was queued with the call, then another one in `pools`.
+        While it waits, `queued` is told its position whenever that changes (1: next).
+
+        Raises `NoCapacity`. Leaving the block, or being cancelled while waiting, gives the slot
+        back.
+        """
+        first = self.opening.entries[image]
+        entry = self.entries.get(first.entry) or self.session._submit(
+            self, first._replace(pools=pools or first.pools)
+        )
+        entry.queued = queued
+        if queued and entry.position:
+            queued(entry.position)
+        name = entry.asked.entry
+        slot = None
+        try:
+            slot = Slot(Lease(self.session.name, name, await entry.granted))
+            yield slot
+        finally:
+            self.session._release(
+                self, Release(name, slot.took_s, slot.cancelled) if slot else Release(name, 0.0)
+            )
+
+    async def record(self, usages: Sequence[Usage]) -> None:
+        """Wait until what is charged is on disk. Raises `UsageUnrecorded`."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.recording = _Recording(tuple(usages), done)
+        self.session._record(self)
+        await done
+
+    def close(self) -> None:
+        """The answer has been sent, or never will be. To say so twice does no harm."""
+        self.session._close(self)
 
 
 class DispatchSession:
     """`dispatcher` is a handle with the methods of `Dispatcher`; use inside a running loop."""
 
     def __init__(self, dispatcher: Any) -> None:
+        self.directory: Directory | None = None  # of tenants, once it was told
+        self.name = uuid.uuid4().hex
         self._dispatcher = dispatcher
-        self._name = uuid.uuid4().hex
-        self._entries = itertools.count()
-        self._calls: dict[str, Callable[[], None]] = {}  # how to cancel them, by request id
-        self._waiting: dict[str, _Waiting] = {}
-        self._running: dict[str, Running] = {}
-        self._submits: dict[str, Submission] = {}
-        self._releases: list[str] = []
+        self._numbers = itertools.count()
+        self._calls: dict[str, OpenCall] = {}
+        self._entries: dict[str, _Entry] = {}  # of all calls
+        # What was not yet told.
+        self._new_calls: dict[str, OpenCall] = {}
+        self._new_entries: dict[str, _Entry] = {}
+        self._new_usages: dict[str, OpenCall] = {}
+        self._releases: list[Release] = []
+        self._ended: list[str] = []
         self._news = asyncio.Event()
         self._open = False
         self._stream: Any = None
@@ -63,72 +176,94 @@ class DispatchSession:
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
-    def begin(self, request_id: str, cancel: Callable[[], None] = lambda: None) -> None:
-        """A client's call is open until `end`; `cancel` is called if another call asks for it.
-
-        Raises `RequestIdInUse`.
-        """
-        if request_id in self._calls:
-            error, message = REFUSALS["request_id_in_use"]
-            raise error(message)
-        self._calls[request_id] = cancel
-
-    def end(self, request_id: str) -> None:
-        """The call's answer has been sent, or never will be."""
-        self._calls.pop(request_id, None)
-        self._news.set()
-
-    @asynccontextmanager
-    async def slot(
+    async def open(
         self,
-        pools: Pools,
-        request_id: str = "",
-        *,
-        accepted: bool = False,
-        queued: Callable[[int], None] | None = None,
-    ) -> AsyncIterator[Lease]:
-        """Wait for a slot in one of `pools` (preferred first) and hold it.
+        tenant: str,
+        request_id: str,
+        wishes: Sequence[Wish],
+        timeout_s: float,
+        client: Client,
+    ) -> OpenCall:
+        """Have a call admitted, and its images queued; it is open until its `close`.
 
-        While it waits, `queued` is told its position whenever that changes (1: next).
-
-        Raises `NoCapacity`, and unless it was `accepted` before, `QueueFull`, `Unavailable` while
-        draining, and `RequestIdInUse` if another session has entries of this id. Leaving the
-        block, or being cancelled while waiting, gives the slot back.
+        Raises what `refusals` has.
         """
-        entry = str(next(self._entries))
-        granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        asked = Submission(entry, pools, request_id, accepted, queued is not None)
-        self._waiting[entry] = _Waiting(asked, granted, queued)
-        self._submits[entry] = asked
+        loop = asyncio.get_running_loop()
+        name = f"{self.name[:12]}-{next(self._numbers)}"
+        entries = tuple(
+            Submission(str(next(self._numbers)), name, wish.pools, wish.work_s, wish.watched)
+            for wish in wishes
+        )
+        work_s = sum(wish.work_s for wish in wishes)
+        opening = Opening(name, tenant, request_id, entries, timeout_s, work_s)
+        call = OpenCall(self, opening, client, loop.create_future())
+        for entry in entries:
+            call.entries[entry.entry] = _Entry(entry, loop.create_future())
+        self._entries.update(call.entries)
+        self._calls[name] = self._new_calls[name] = call
         self._news.set()
         try:
-            yield Lease(self._name, entry, await granted)
-        finally:
-            self._waiting.pop(entry, None)
-            self._running.pop(entry, None)
-            if self._submits.pop(entry, None) is None:  # else it was never told: nothing to undo
-                self._releases.append(entry)
-                self._news.set()
+            verdict = await call.verdict
+            if error := refusal(verdict):
+                raise error
+        except BaseException:
+            call.close()
+            raise
+        call.eta_s, call.standings = verdict.eta_s, verdict.standings
+        return call
+
+    # -- of a call ------------------------------------------------------------------------------
+
+    def _submit(self, call: OpenCall, asked: Submission) -> _Entry:
+        name = str(next(self._numbers))
+        entry = _Entry(asked._replace(entry=name), asyncio.get_running_loop().create_future())
+        call.entries[name] = self._entries[name] = self._new_entries[name] = entry
+        self._news.set()
+        return entry
+
+    def _release(self, call: OpenCall, release: Release) -> None:
+        call.entries.pop(release.entry, None)
+        known = self._entries.pop(release.entry, None)
+        if known and not self._new_entries.pop(release.entry, None):
+            self._releases.append(release)
+            self._news.set()
+
+    def _record(self, call: OpenCall) -> None:
+        self._new_usages[call.opening.call] = call
+        self._news.set()
+
+    def _close(self, call: OpenCall) -> None:
+        name = call.opening.call
+        if self._calls.pop(name, None) is None:
+            return
+        self._new_usages.pop(name, None)
+        told = self._new_calls.pop(name, None) is None
+        for entry in call.entries:
+            del self._entries[entry]
+            if not self._new_entries.pop(entry, None) and told:
+                self._releases.append(Release(entry, 0.0))
+        if told:
+            self._ended.append(name)
+            self._news.set()
+
+    # -- the session ----------------------------------------------------------------------------
 
     async def _listen(self) -> None:
-        """Keep a session open and hand its outcomes to those who wait."""
+        """Keep a session open and hand what it tells to those who wait."""
         while True:
-            waiting = [
-                w.asked._replace(accepted=w.asked.accepted or entry not in self._submits)
-                for entry, w in self._waiting.items()
-            ]
-            # The session starts anew from these facts: what was not yet told is in them.
-            self._submits.clear()
-            self._releases.clear()
+            calls, running = self._state()
             try:
                 self._stream = self._dispatcher.session.options(stream=True).remote(
-                    self._name, waiting, list(self._running.values())
+                    self.name, calls, running
                 )
-                async for outcomes in self._stream:
+                async for told in self._stream:
                     self._open = True
                     self._news.set()
-                    for outcome in outcomes:
-                        self._hear(Outcome(*outcome))
+                    if isinstance(told, dict):
+                        self.directory = told
+                        continue
+                    for one in told:
+                        self._hear(one)
                 log.warning("the dispatcher ended the session; opening it again")
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) and task.cancelling():
@@ -139,29 +274,82 @@ class DispatchSession:
             self._open = False
             await asyncio.sleep(RECONNECT_S)
 
-    def _hear(self, outcome: Outcome) -> None:
-        if outcome.kind == "cancelled":
-            self._calls.get(outcome.entry, lambda: None)()
-        elif outcome.kind == "queued":
-            waiting = self._waiting.get(outcome.entry)
-            if waiting and waiting.queued:
-                waiting.queued(outcome.position)
-        else:
-            self._settle(outcome)
+    def _state(self) -> tuple[list[Opening], list[Running]]:
+        """All that a Dispatcher has to know of us; what has no verdict yet is told later."""
+        self._releases.clear()
+        self._ended.clear()
+        self._new_entries.clear()
+        calls, running = [], []
+        for name, call in self._calls.items():
+            if call.recording:
+                self._new_usages[name] = call
+            if not call.verdict.done():
+                self._new_calls[name] = call
+                continue
+            for entry in call.entries.values():
+                if entry.pool:
+                    asked = entry.asked
+                    running.append(Running(asked.entry, name, entry.pool, asked.work_s))
+            waiting = tuple(entry.asked for entry in call.entries.values() if not entry.pool)
+            calls.append(call.opening._replace(entries=waiting, accepted=True))
+        return calls, running
 
-    def _settle(self, outcome: Outcome) -> None:
-        entry, pool = outcome.entry, outcome.pool
-        waiting = self._waiting.pop(entry, None)
-        if waiting is None or waiting.granted.done():
-            self._releases.append(entry)  # whoever waited is gone; to say so twice does no harm
-            self._news.set()
-            return
-        if pool is None:
-            error, message = REFUSALS[outcome.kind]
-            waiting.granted.set_exception(error(message))
+    def _collect(self) -> News:
+        """What was not yet told."""
+        recordings = [call.recording for call in self._new_usages.values() if call.recording]
+        news = News(
+            usages=tuple(usage for recording in recordings for usage in recording.usages),
+            releases=tuple(self._releases),
+            ended=tuple(self._ended),
+            openings=tuple(call.opening for call in self._new_calls.values()),
+            submits=tuple(entry.asked for entry in self._new_entries.values()),
+        )
+        for told in (self._new_usages, self._new_calls, self._new_entries):
+            told.clear()
+        self._releases.clear()
+        self._ended.clear()
+        return news
+
+    def _hear(self, told: Outcome | Verdict) -> None:
+        if isinstance(told, Verdict):
+            call = self._calls.get(told.call)
+            if call and not call.verdict.done():
+                call.verdict.set_result(told)
+        elif told.kind in ("cancelled", "recorded", "unrecorded"):
+            if call := self._calls.get(told.entry):
+                self._hear_of_call(call, told)
         else:
-            self._running[entry] = Running(entry, pool, waiting.asked.request_id)
-            waiting.granted.set_result(pool)
+            self._hear_of_entry(told)
+
+    def _hear_of_call(self, call: OpenCall, told: Outcome) -> None:
+        if told.kind == "cancelled":
+            call.client.cancel()
+        elif call.recording:
+            recording, call.recording = call.recording, None
+            call.opening = call.opening._replace(work_s=0.0)
+            if recording.done.done():
+                return
+            if told.kind == "recorded":
+                recording.done.set_result(None)
+            else:
+                recording.done.set_exception(UsageUnrecorded("the image could not be accounted"))
+
+    def _hear_of_entry(self, told: Outcome) -> None:
+        entry = self._entries.get(told.entry)
+        if entry is None:
+            if told.pool:  # whoever waited is gone; to say so twice does no harm
+                self._releases.append(Release(told.entry, 0.0))
+                self._news.set()
+        elif told.kind == "queued":
+            entry.position = told.position
+            if entry.queued:
+                entry.queued(told.position)
+        elif not entry.granted.done():
+            if told.pool is None:
+                entry.granted.set_exception(NoCapacity(NO_CAPACITY))
+            else:
+                entry.pool = told.pool
+                entry.granted.set_result(told.pool)
 
     async def _talk(self) -> None:
         """Tell what is new, or at least that we live, once per heartbeat."""
@@ -172,12 +360,8 @@ class DispatchSession:
             self._news.clear()
             if not self._open:
                 continue
-            submits, self._submits = list(self._submits.values()), {}
-            releases, self._releases = self._releases, []
             try:
-                understood = await self._dispatcher.tell.remote(
-                    self._name, submits, releases, len(self._calls)
-                )
+                understood = await self._dispatcher.tell.remote(self.name, self._collect())
             except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False

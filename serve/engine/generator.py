@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +21,9 @@ from cluster.capability import Capability, capability, probe
 from cluster.cards import card_of_device
 from cluster.structure import Structure
 
-from ..cost import UNKNOWN_GPU, ImageShape, Learned, reference
+from ..cost import UNKNOWN_GPU, Coefficients, ImageShape, Learned, reference
 from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
-from ..dispatch.messages import Heartbeat, Lease
+from ..dispatch.messages import Heartbeat, Lease, Stopped
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
@@ -66,6 +66,7 @@ class _Image:
     events: asyncio.Queue[Receipt | Stepped | Previewed | None]
     shape: ImageShape
     step: int = 0
+    done: bool = False
     task: asyncio.Task[ImageResult] | None = None
 
 
@@ -77,13 +78,14 @@ class Generator:
         model: dict[str, Any],
         pool: dict[str, Any],
         emulate_fp8: bool,
+        work: Sequence[float],
         models_folder: str | None,
         compiled_folder: str | None,
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
-        self._models_folder = models_folder
+        self._models_folder, self._work = models_folder, Coefficients(*work)
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
         device = probe(device_for(self._pool))
         found = capability(device, allow_emulated_fp8=emulate_fp8)
@@ -93,6 +95,7 @@ class Generator:
         self._file_thread = ThreadPoolExecutor(1)
         self._room = Room()
         self._drawing: dict[Lease, _Image] = {}
+        self._stopped: list[Stopped] = []  # not yet told
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
         phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
@@ -111,7 +114,8 @@ class Generator:
                 Structure.of(self._denoiser.transformer.config),
                 self._recipe.name,
                 card if device.compute_capability else None,
-            )
+            ),
+            self._work,
         )
         self._metrics = EngineMetrics(self._model.pool_name(self._pool))
         with phases.timed("text"):
@@ -141,6 +145,7 @@ class Generator:
             async for told in self._watched(image):
                 yield told
             result = await image.task
+            image.done = True
         except NonFiniteImage:
             self._metrics.ended("non_finite")
             raise
@@ -153,6 +158,10 @@ class Generator:
         finally:
             image.task.cancel()
             del self._drawing[lease]
+            if not image.done:
+                done = replace(image.shape, steps=image.step)
+                took_s = self._work.work_s(done) if image.step else 0.0
+                self._stopped.append(Stopped(lease, image.step, took_s))
         self._metrics.drew(result.timings)
         log.info("drew %s", request.id)
         yield result
@@ -202,6 +211,7 @@ class Generator:
             precision=self._recipe.name,
             emulated=self._emulated,
             text_tokens=image.shape.text_tokens,
+            work_s=drawn.busy_s * self._cost.speed,
             timings=Timings(
                 text_s=text_s,
                 denoise_s=drawn.denoise_s,
@@ -311,9 +321,12 @@ class Generator:
 
         self._replica = serve.get_replica_context().replica_id.unique_id
         while self._denoising.alive:
-            said = self._said()
+            said, stopped = self._said(), list(self._stopped)
             try:
-                orphans = await self._dispatcher.report_replica.remote(said, list(self._drawing))
+                orphans = await self._dispatcher.report_replica.remote(
+                    said, list(self._drawing), stopped
+                )
+                del self._stopped[: len(stopped)]
                 self._drop(orphans, time.monotonic())
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)

@@ -11,13 +11,15 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from serve.api import drawing as drawing_module
 from serve.api.drawing import ATTEMPTS, SPARED, Drawing
+from serve.api.metrics import FrontMetrics
+from serve.cost import Coefficients
 from serve.dispatch.messages import Heartbeat, Lease
 from serve.dispatch.session import DispatchSession
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from serve.request import ImageRequest, ImageResult, Precision, Receipt, Timings, Watch
 from serve.settings import Settings
 
-from ..in_process import Handle, a_dispatcher
+from ..in_process import Handle, Someone, a_dispatcher
 
 REQUEST = ImageRequest(
     id="1",
@@ -67,6 +69,7 @@ class Generator:
             precision=self.precision,
             emulated=False,
             text_tokens=77,
+            work_s=1.0,
             timings=timings,
         )
 
@@ -94,11 +97,19 @@ def draw(
         for pool in alive:
             await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
-        drawing = Drawing(settings.models, DispatchSession(Handle(dispatcher)), handles)
+        work = {model.id: Coefficients(1, 0, 0, 0, 0) for model in settings.models}
+        drawing = Drawing(settings.models, work, handles, FrontMetrics())
+        request = replace(REQUEST, precision=precision)
+        wishes = [drawing.wish(request, Watch())]
+        session = DispatchSession(Handle(dispatcher))
         async with asyncio.timeout(5):
+            call = await session.open("anonymous", "id", wishes, 60, Someone())
             try:
                 async with asyncio.timeout(abandon_after_s) as limit:
-                    return await drawing.draw(replace(REQUEST, precision=precision), "id")
+                    result, usage = await drawing.draw(request, call)
+                    assert usage.precision == ("fp8" if result.precision == "fp8" else "fp16")
+                    assert usage.work_s == 1
+                    return result
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -106,6 +117,7 @@ def draw(
                 assert stream.broken.is_set()  # the replica was told to stop
                 raise
             finally:
+                call.close()
                 await asyncio.sleep(0.05)
                 free = [dispatcher._grants.free_slots(pool) for pool in alive]
                 assert set(free) == {1}  # whatever happened, every slot came back

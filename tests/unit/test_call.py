@@ -1,6 +1,8 @@
 """A call ends by its deadline, by a cancellation from outside, or with its client."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -15,10 +17,14 @@ async def forever(ended: list[str]) -> None:
         ended.append("work")
 
 
+async def run(timeout_s: float, work: Coroutine[Any, Any, None]) -> None:
+    await Call(timeout_s).run(work)
+
+
 def test_a_deadline_ends_the_work() -> None:
     ended: list[str] = []
     with pytest.raises(DeadlineExceeded, match="not done in 0"):
-        asyncio.run(Call(0.01).run(forever(ended)))
+        asyncio.run(run(0.01, forever(ended)))
     assert ended == ["work"]
 
 
@@ -59,4 +65,45 @@ def test_errors_and_timeouts_of_the_work_are_its_own() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        asyncio.run(Call(60).run(late()))
+        asyncio.run(run(60, late()))
+
+
+def test_the_deadline_counts_all_that_is_done_for_a_call() -> None:
+    async def main() -> None:
+        call = Call(0.05)
+        await call.run(asyncio.sleep(0.03))
+        await call.run(asyncio.sleep(0.03))
+
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("ends", "unwanted"),
+    [("deadline", False), ("error", False), ("cancelled", True), ("client", True)],
+)
+def test_work_that_is_ended_knows_whether_its_client_wanted_that(ends: str, unwanted: bool) -> None:
+    found: list[bool] = []
+
+    async def main() -> None:
+        call = Call(0.02 if ends == "deadline" else 60)
+
+        async def work() -> None:
+            try:
+                if ends == "error":
+                    raise ZeroDivisionError
+                await asyncio.sleep(60)
+            finally:
+                found.append(call.unwanted)
+
+        running = asyncio.create_task(call.run(work()))
+        await asyncio.sleep(0.01)
+        if ends == "cancelled":
+            call.cancel()
+        if ends == "client":
+            running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled() or running.exception()
+
+    asyncio.run(main())
+    assert found == [unwanted]

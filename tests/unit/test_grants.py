@@ -4,20 +4,45 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.dispatch.grants import Grants
-from serve.dispatch.messages import Heartbeat, Outcome, Running, Submission
+from serve.dispatch.grants import UNSETTLED_S, Grants
+from serve.dispatch.messages import (
+    Heartbeat,
+    Lease,
+    Outcome,
+    Release,
+    Running,
+    Stopped,
+    Submission,
+    Usage,
+)
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)
+USAGE = Usage("call", 0, "t", "id", "m", "fp8", "64x64", 10, 1.0)
 
 
 def grants(**pools: int) -> Grants:
     """One session "s" at time 0, and one replica per pool with so many slots."""
-    book = Grants(max_queued=100, session_lease_s=10, replica_lease_s=5)
+    book = Grants(AUTO, session_lease_s=10, replica_lease_s=5)
     book.open("s", 0)
     for pool, slots in pools.items():
         book.report_replica(Heartbeat(pool.replace("_", "-"), "r", slots), 0)
     return book
+
+
+def asked(
+    entry: str, pools: tuple[str, ...] = AUTO, work_s: float = 1.0, watched: bool = False
+) -> Submission:
+    return Submission(entry, "call", pools, work_s, watched)
+
+
+def submit(book: Grants, *entries: Submission, tenant: str = "t", session: str = "s") -> None:
+    for entry in entries:
+        assert book.submit(session, entry, tenant) is None
+
+
+def release(book: Grants, entry: str, session: str = "s") -> None:
+    book.release(session, Release(entry, 1.0), 0)
 
 
 def ids(outcomes: list[Outcome]) -> list[tuple[str, str | None]]:
@@ -26,36 +51,96 @@ def ids(outcomes: list[Outcome]) -> list[tuple[str, str | None]]:
 
 def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
     book = grants(m_fp8=1, m_fp16=1)
-    for entry in "abc":
-        book.submit("s", Submission(entry, AUTO))
+    submit(book, *(asked(entry) for entry in "abc"))
     assert ids(book.grant()) == [("a", FP8), ("b", FP16)]
-    book.release("s", "b")
+    release(book, "b")
     assert ids(book.grant()) == [("c", FP16)]
 
 
-def test_order_of_arrival_holds_across_lines() -> None:
+def test_a_further_attempt_may_prefer_the_other_pool() -> None:
+    book = grants(m_fp8=1, m_fp16=1)
+    submit(book, asked("a", (FP16, FP8)))
+    assert ids(book.grant()) == [("a", FP16)]
+
+
+def test_but_not_at_the_expense_of_one_that_has_no_other() -> None:
+    book = grants(m_fp8=1, m_fp16=1)
+    submit(book, asked("a", (FP16,)), asked("b", (FP16, FP8)))
+    assert sorted(ids(book.grant())) == [("a", FP16), ("b", FP8)]
+
+
+def test_order_of_arrival_holds_within_a_tenant_whatever_the_pools() -> None:
     book = grants(m_fp8=0, m_fp16=0)
-    book.submit("s", Submission("a", AUTO))
-    book.submit("s", Submission("b", (FP16,)))
-    book.submit("s", Submission("c", AUTO))
+    submit(book, asked("a"), asked("b", (FP16,)), asked("c"))
     assert book.grant() == []
     book.report_replica(Heartbeat(FP16, "r", 3), 0)
     assert [o.entry for o in book.grant()] == ["a", "b", "c"]
 
 
+def test_tenants_take_turns() -> None:
+    book = grants(m_fp8=0)
+    submit(book, *(asked(entry) for entry in "abc"), tenant="flood")
+    submit(book, asked("x"), tenant="light")
+    book.report_replica(Heartbeat(FP8, "r", 2), 0)
+    assert [o.entry for o in book.grant()] == ["a", "x"]
+
+
+def test_what_an_image_took_in_truth_counts() -> None:
+    """a and b are charged 1 each; a took 3, so b has two more turns."""
+    book = grants(m_fp8=2)
+    submit(book, *(asked(f"a{i}", (FP8,)) for i in range(3)), tenant="a")
+    submit(book, *(asked(f"b{i}", (FP8,)) for i in range(4)), tenant="b")
+    assert [o.entry for o in book.grant()] == ["a0", "b0"]
+    book.release("s", Release("a0", 3.0), 0)
+    book.release("s", Release("b0", 1.0), 0)
+    assert [o.entry for o in book.grant()] == ["b1", "b2"]
+
+
+def test_an_image_that_was_stopped_is_settled_when_its_generator_has_said_so() -> None:
+    book = grants(m_fp8=1)
+    submit(book, *(asked(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
+    submit(book, *(asked(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
+    assert [o.entry for o in book.grant()] == ["a0"]
+    assert book.release("s", Release("a0", None, USAGE), 0) is None
+    said = Stopped(Lease("s", "a0", FP8), 1, 1.0)
+    assert book.stopped(said, 1) == USAGE
+    assert book.stopped(said, 1) is None
+    assert [o.entry for o in book.grant()] == ["b0"]
+    release(book, "b0")
+    assert [o.entry for o in book.grant()] == ["a1"]  # it was charged 1, b 2
+
+
+def test_a_generator_may_say_so_before_its_session_does() -> None:
+    book = grants(m_fp8=1)
+    submit(book, asked("a", (FP8,)))
+    book.grant()
+    said = Stopped(Lease("s", "a", FP8), 1, 1.0)
+    assert book.stopped(said, 0) is None
+    assert book.release("s", Release("a", None, USAGE), 0) == said
+
+
+def test_what_no_generator_has_settled_stays_as_charged_after_a_while() -> None:
+    book = grants(m_fp8=1)
+    submit(book, asked("a", (FP8,)))
+    book.grant()
+    book.release("s", Release("a", None, USAGE), 0)
+    assert book.give_up(UNSETTLED_S) == []
+    assert book.give_up(UNSETTLED_S + 1) == [USAGE]
+    assert book.stopped(Stopped(Lease("s", "a", FP8), 1, 1.0), 40) is None
+
+
 def test_an_entry_that_cannot_run_holds_up_nobody() -> None:
     book = grants(m_fp16=1)
-    book.submit("s", Submission("a", (FP8,)))
-    book.submit("s", Submission("b", (FP16,)))
+    submit(book, asked("a", (FP8,)), asked("b", (FP16,)))
     assert ids(book.grant()) == [("b", FP16)]
     assert book.queue_depth == 1
 
 
 def test_no_grant_without_a_living_replica() -> None:
     book = grants(m_fp8=1)
-    book.submit("s", Submission("a", AUTO))
+    submit(book, asked("a"))
     book.open("s", 6)
-    book.submit("s", Submission("b", AUTO))
+    submit(book, asked("b"))
     book.expire(6)
     assert book.grant() == []
     assert book.replicas(FP8) == []
@@ -63,11 +148,10 @@ def test_no_grant_without_a_living_replica() -> None:
 
 def test_a_silent_session_gives_everything_back() -> None:
     book = grants(m_fp8=1)
-    book.submit("s", Submission("a", AUTO))
-    book.submit("s", Submission("b", AUTO))
+    submit(book, asked("a"), asked("b"))
     assert ids(book.grant()) == [("a", FP8)]
     book.open("t", 11)
-    book.submit("t", Submission("c", AUTO))
+    submit(book, asked("c"), session="t")
     book.report_replica(Heartbeat(FP8, "r", 1), 11)
     assert book.expire(11) == ["s"]
     assert ids(book.grant()) == [("c", FP8)]
@@ -76,98 +160,45 @@ def test_a_silent_session_gives_everything_back() -> None:
 
 def test_running_work_declared_anew_keeps_its_slot() -> None:
     book = grants(m_fp8=1)
-    book.open("t", 0, running=[Running("a", FP8)])
-    book.submit("t", Submission("b", (FP8,)))
+    book.open("t", 0)
+    book.declare("t", Running("a", "call", FP8, 1.0), "t")
+    submit(book, asked("b", (FP8,)), session="t")
     assert book.grant() == []
-    book.release("t", "a")
+    release(book, "a", "t")
     assert ids(book.grant()) == [("b", FP8)]
-
-
-def test_a_full_queue_refuses() -> None:
-    book = Grants(max_queued=1, session_lease_s=10, replica_lease_s=5)
-    book.open("s", 0)
-    assert book.submit("s", Submission("a", AUTO)) is None
-    assert book.submit("s", Submission("b", AUTO)) == Outcome("s", "b", None, "queue_full")
-    book.release("s", "a")
-    assert book.submit("s", Submission("c", AUTO)) is None
-
-
-def test_a_request_id_belongs_to_one_session_while_it_is_used() -> None:
-    book = grants(m_fp8=1)
-    book.open("t", 0)
-    assert book.submit("s", Submission("a", AUTO, "id")) is None
-    assert book.submit("s", Submission("b", AUTO, "id")) is None
-    refused = Outcome("t", "c", None, "request_id_in_use")
-    assert book.submit("t", Submission("c", AUTO, "id")) == refused
-    book.grant()
-    book.release("s", "a")
-    assert book.submit("t", Submission("c", AUTO, "id")) == refused
-    book.close("s")
-    assert book.submit("t", Submission("c", AUTO, "id")) is None
-
-
-def test_declared_running_work_keeps_its_request_id() -> None:
-    book = grants()
-    book.open("t", 0, running=[Running("a", FP8, "id")])
-    assert book.submit("s", Submission("b", AUTO, "id"))
-    book.release("t", "a")
-    assert book.submit("s", Submission("b", AUTO, "id")) is None
-
-
-def test_what_was_accepted_before_is_not_refused_for_what_came_meanwhile() -> None:
-    """Another attempt, or what a restarted Dispatcher is told again."""
-    book = Grants(max_queued=1, session_lease_s=10, replica_lease_s=5)
-    book.open("s", 0)
-    book.open("t", 0)
-    book.submit("s", Submission("a", AUTO, "id"))
-    book.draining = True
-    assert book.submit("t", Submission("b", AUTO, "id", accepted=True)) is None
-    assert book.queue_depth == 2
-
-
-def test_draining_refuses_what_is_new() -> None:
-    book = grants(m_fp8=1)
-    book.submit("s", Submission("a", AUTO))
-    book.draining = True
-    assert book.submit("s", Submission("b", AUTO)) == Outcome("s", "b", None, "draining")
-    assert ids(book.grant()) == [("a", FP8)]
 
 
 def test_nobody_waits_for_what_cannot_come() -> None:
     book = grants()
-    assert book.submit("s", Submission("a", (FP8,))) is None  # nothing is known yet
-    book.submit("s", Submission("b", AUTO))
+    submit(book, asked("a", (FP8,)), asked("b"))  # nothing is known yet
     book.set_placeable({FP16})
     assert book.refuse() == [Outcome("s", "a", None, "no_capacity")]
-    assert book.submit("s", Submission("c", (FP8,))) == Outcome("s", "c", None, "no_capacity")
+    refused = book.submit("s", asked("c", (FP8,)), "t")
+    assert refused == Outcome("s", "c", None, "no_capacity")
     assert book.queue_depth == 1
     book.report_replica(Heartbeat(FP8, "r", 1), 0)  # a replica lives, whatever the nodes say
-    assert book.submit("s", Submission("d", (FP8,))) is None
+    submit(book, asked("d", (FP8,)))
 
 
-def test_positions_count_who_came_before_and_wants_the_same() -> None:
+def test_positions_are_where_one_comes_first() -> None:
     book = grants()
     for entry, pools in (("a", (FP8,)), ("b", (FP16,)), ("c", AUTO), ("d", (FP8,))):
-        book.submit("s", Submission(entry, pools, watched=entry != "b"))
+        submit(book, asked(entry, pools, watched=entry != "b"))
     moved = {o.entry: o.position for o in book.positions()}
-    assert moved == {"a": 1, "c": 3, "d": 3}  # b does not want what a and d want
+    assert moved == {"a": 1, "c": 2, "d": 3}
     assert book.positions() == []  # nothing has changed
-    book.release("s", "a")
-    assert {o.entry: o.position for o in book.positions()} == {"c": 2, "d": 2}
+    release(book, "a")
+    assert {o.entry: o.position for o in book.positions()} == {"c": 1, "d": 2}
     book.report_replica(Heartbeat(FP8, "r", 1), 0)
     assert ids(book.grant()) == [("c", FP8)]
     assert {o.entry: o.position for o in book.positions()} == {"d": 1}
 
 
-def test_a_request_id_has_one_owner_until_its_last_entry_ends() -> None:
-    book = grants(m_fp8=1)
-    for entry in "ab":
-        book.submit("s", Submission(entry, (FP8,), "id"))
-    book.grant()
-    for entry in "ab":
-        assert book.owner("id") == "s"
-        book.release("s", entry)
-    assert book.owner("id") is None
+def test_positions_are_by_fairness() -> None:
+    book = grants()
+    submit(book, *(asked(str(i)) for i in range(9)), tenant="flood")
+    submit(book, asked("x", watched=True), tenant="light")
+    assert [o.position for o in book.positions()] == [2]
 
 
 class GrantsMachine(RuleBasedStateMachine):
@@ -175,44 +206,38 @@ class GrantsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = Grants(max_queued=50, session_lease_s=10, replica_lease_s=5)
+        self.book = Grants(AUTO, session_lease_s=10, replica_lease_s=5)
         self.now = 0.0
         self.count = 0
-        self.waiting: dict[str, tuple[str, tuple[str, ...]]] = {}  # in order of arrival
+        self.waiting: dict[str, tuple[str, tuple[str, ...], str]] = {}  # in order of arrival
         self.running: dict[str, tuple[str, str]] = {}
         self.slots: dict[str, int] = {FP8: 0, FP16: 0}
         self.placeable = set(AUTO)
-        self.request_ids: dict[str, str] = {}  # of every entry that was taken
         for session in "st":
             self.book.open(session, 0)
 
     @rule(
         session=st.sampled_from("st"),
         pools=st.sampled_from([AUTO, (FP8,), (FP16,), (FP16, FP8)]),
-        request_id=st.sampled_from(["", "x", "y"]),
+        tenant=st.sampled_from("xyz"),
+        work_s=st.floats(0.1, 10),
     )
-    def submit(self, session: str, pools: tuple[str, ...], request_id: str) -> None:
+    def submit(self, session: str, pools: tuple[str, ...], tenant: str, work_s: float) -> None:
         self.count += 1
         entry = str(self.count)
-        refused = self.book.submit(session, Submission(entry, pools, request_id))
-        live = {**self.waiting, **self.running}
-        owners = {owner for e, (owner, _) in live.items() if self.request_ids[e] == request_id}
+        refused = self.book.submit(session, asked(entry, pools, work_s), tenant)
         if not self.possible(pools):
             assert refused == Outcome(session, entry, None, "no_capacity")
-        elif request_id and owners - {session}:
-            assert refused == Outcome(session, entry, None, "request_id_in_use")
-        elif refused is None:
-            self.waiting[entry] = session, pools
-            self.request_ids[entry] = request_id
         else:
-            assert len(self.waiting) == self.book.max_queued
+            assert refused is None
+            self.waiting[entry] = session, pools, tenant
 
     @rule(pools=st.sets(st.sampled_from(AUTO)))
     def nodes_change(self, pools: set[str]) -> None:
         self.placeable = pools
         self.book.set_placeable(pools)
         refused = {outcome.entry for outcome in self.book.refuse()}
-        hopeless = {e for e, (_, pools) in self.waiting.items() if not self.possible(pools)}
+        hopeless = {e for e, (_, pools, _) in self.waiting.items() if not self.possible(pools)}
         assert refused == hopeless
         for entry in hopeless:
             del self.waiting[entry]
@@ -226,11 +251,11 @@ class GrantsMachine(RuleBasedStateMachine):
         self.slots[pool] = slots
 
     @precondition(lambda self: self.waiting or self.running)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), took_s=st.none() | st.floats(0, 20))
+    def release(self, data: st.DataObject, took_s: float | None) -> None:
         entry = data.draw(st.sampled_from([*self.waiting, *self.running]))
         session = (self.waiting.pop(entry, None) or self.running.pop(entry, None) or "")[0]
-        self.book.release(session, entry)
+        self.book.release(session, Release(entry, took_s), self.now)
 
     @rule(session=st.sampled_from("st"))
     def restart(self, session: str) -> None:
@@ -243,14 +268,18 @@ class GrantsMachine(RuleBasedStateMachine):
     def grant(self) -> None:
         for outcome in self.book.grant():
             assert outcome.pool is not None
-            session, pools = self.waiting.pop(outcome.entry)
+            session, pools, tenant = self.waiting.pop(outcome.entry)
             assert session == outcome.session
             assert outcome.pool in pools
-            # Whoever came earlier and still waits could not have used this slot.
-            earlier = [p for e, (_, p) in self.waiting.items() if int(e) < int(outcome.entry)]
+            # Who came earlier, of the same tenant, and still waits could not have used this slot.
+            earlier = [
+                pools
+                for e, (_, pools, other) in self.waiting.items()
+                if other == tenant and int(e) < int(outcome.entry)
+            ]
             assert all(outcome.pool not in pools for pools in earlier)
             self.running[outcome.entry] = session, outcome.pool
-        for _, pools in self.waiting.values():  # nobody waits while an allowed pool has room
+        for _, pools, _ in self.waiting.values():  # nobody waits while an allowed pool has room
             assert all(self.free(pool) <= 0 for pool in pools)
 
     def free(self, pool: str) -> int:

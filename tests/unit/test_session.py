@@ -1,7 +1,9 @@
 """An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,14 @@ import pytest
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.messages import Heartbeat, Submission
-from serve.dispatch.session import DispatchSession
-from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable
+from serve.dispatch.messages import Heartbeat, Lease, News, Opening, Stopped, Submission, Usage
+from serve.dispatch.session import DispatchSession, OpenCall, Slot, Wish
+from serve.dispatch.usage import read_usage
+from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
 
-from ..in_process import Handle, a_dispatcher
+from ..in_process import Handle, Someone, a_dispatcher
+
+ONE = (Wish(("p",), 1.0),)
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +26,16 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "RECONNECT_S", 0.01)
 
 
-def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], max_queued: int = 9) -> None:
+def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: Any) -> None:
     async def main() -> None:
-        dispatcher = a_dispatcher("p", max_queued=max_queued)
+        dispatcher = a_dispatcher("p", **options)
         handle = Handle(dispatcher)
-        async with asyncio.timeout(5):
-            await test(dispatcher, DispatchSession(handle), handle)
+        try:
+            async with asyncio.timeout(5):
+                await test(dispatcher, DispatchSession(handle), handle)
+        finally:
+            if dispatcher._ledger:
+                dispatcher._ledger.close()
 
     asyncio.run(main())
 
@@ -35,14 +44,47 @@ async def settle() -> None:
     await asyncio.sleep(0.05)
 
 
+@asynccontextmanager
+async def opened(
+    session: DispatchSession,
+    id: str = "",
+    wishes: tuple[Wish, ...] = ONE,
+    client: Someone | None = None,
+    tenant: str = "t",
+) -> AsyncIterator[OpenCall]:
+    id = id or str(next(session._numbers))
+    call = await session.open(tenant, id, wishes, 60, client or Someone())
+    try:
+        yield call
+    finally:
+        call.close()
+
+
+@asynccontextmanager
+async def slot(session: DispatchSession, id: str = "", **options: Any) -> AsyncIterator[Slot]:
+    async with opened(session, id, **options) as call, call.slot(0) as held:
+        yield held
+
+
+async def hold(session: DispatchSession, until: asyncio.Event | None = None, id: str = "") -> str:
+    async with slot(session, id) as held:
+        if until:
+            await until.wait()
+        return held.lease.pool
+
+
+def usage(call: OpenCall, image: int = 0) -> Usage:
+    return Usage(call.opening.call, image, "t", "id", "m", "fp8", "64x64", 10, 1.0)
+
+
 def test_a_slot_is_held_until_its_block_ends() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         order = []
 
         async def use(name: str) -> None:
-            async with session.slot(("p",)) as lease:
-                assert lease.pool == "p"
+            async with slot(session) as held:
+                assert held.lease.pool == "p"
                 order.append(f"{name} in")
                 await asyncio.sleep(0.01)
                 order.append(f"{name} out")
@@ -55,12 +97,8 @@ def test_a_slot_is_held_until_its_block_ends() -> None:
 
 def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        async def hold(name: str) -> None:
-            async with session.slot(("p",)):
-                await asyncio.sleep(60)
-
         await dispatcher.report_replica(Heartbeat("p", "r", 2))
-        tasks = [asyncio.create_task(hold(str(i))) for i in range(8)]
+        tasks = [asyncio.create_task(hold(session, asyncio.Event())) for _ in range(8)]
         await settle()
         assert dispatcher._grants.queue_depth == 6
         for task in tasks:
@@ -68,6 +106,9 @@ def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
         await settle()
         assert dispatcher._grants.queue_depth == 0
         assert dispatcher._grants.free_slots("p") == 2
+        assert dispatcher._admission.open_calls == 0
+        assert dispatcher._admission.account("t").reserved == 0
+        assert not session._entries
 
     run(test)
 
@@ -75,12 +116,7 @@ def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
 def test_cancelled_before_it_was_told_is_never_told() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()
-
-        async def hold() -> None:
-            async with session.slot(("p",)):
-                pass
-
-        task = asyncio.create_task(hold())
+        task = asyncio.create_task(hold(session))
         await asyncio.sleep(0)  # submitted, not yet told
         task.cancel()
         await settle()
@@ -91,32 +127,39 @@ def test_cancelled_before_it_was_told_is_never_told() -> None:
 
 def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        async def hold(name: str) -> None:
-            async with session.slot(("p",)):
-                pass
-
-        first = asyncio.create_task(hold("a"))
+        first = asyncio.create_task(hold(session))
         await settle()
         with pytest.raises(QueueFull):
-            await hold("b")
+            await hold(session)
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await first
 
     run(test, max_queued=1)
 
 
+def test_a_call_is_admitted_as_a_whole() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        with pytest.raises(QueueFull):
+            async with opened(session, wishes=ONE * 3):
+                pass
+        async with opened(session, wishes=ONE * 2) as call:
+            await settle()
+            assert dispatcher._grants.queue_depth == 2
+            await dispatcher.report_replica(Heartbeat("p", "r", 2))
+            async with call.slot(0) as one, call.slot(1) as other:
+                assert one.lease != other.lease
+        await settle()
+        assert dispatcher._grants.free_slots("p") == 2
+
+    run(test, max_queued=2)
+
+
 def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         done = asyncio.Event()
-
-        async def hold(name: str) -> str:
-            async with session.slot(("p",)):
-                await done.wait()
-                return name
-
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        running = asyncio.create_task(hold("a"))
-        waiting = asyncio.create_task(hold("b"))
+        running = asyncio.create_task(hold(session, done))
+        waiting = asyncio.create_task(hold(session, done))
         await settle()
 
         fresh = a_dispatcher("p")
@@ -125,10 +168,13 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         await settle()
         assert fresh._grants.queue_depth == 1  # b was resubmitted
         assert fresh._grants.free_slots("p") == 0  # a still runs
+        assert fresh._admission.open_calls == 2
+        assert fresh._admission.account("t").reserved == 2.0
         done.set()
-        assert await asyncio.gather(running, waiting) == ["a", "b"]
+        assert await asyncio.gather(running, waiting) == ["p", "p"]
         await settle()
         assert fresh._grants.free_slots("p") == 1
+        assert fresh._admission.account("t").reserved == 0.0
 
     run(test)
 
@@ -146,10 +192,6 @@ def test_a_session_that_expired_is_opened_again() -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         assert await waiting == "p"
 
-    async def hold(session: DispatchSession) -> str:
-        async with session.slot(("p",)) as lease:
-            return lease.pool
-
     run(test)
 
 
@@ -161,7 +203,7 @@ def test_a_restarted_dispatcher_first_listens() -> None:
         session = DispatchSession(Handle(dispatcher))
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         began = asyncio.get_running_loop().time()
-        async with asyncio.timeout(5), session.slot(("p",)):
+        async with asyncio.timeout(5), slot(session):
             assert asyncio.get_running_loop().time() - began > 0.15
 
     asyncio.run(main())
@@ -178,18 +220,19 @@ def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
     run(test)
 
 
-def test_an_id_that_another_ingress_serves_is_in_use_until_it_is_done() -> None:
+def test_an_id_is_in_use_until_its_call_is_closed_whichever_ingress_has_it() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         other = DispatchSession(handle)
-        await dispatcher.report_replica(Heartbeat("p", "r", 2))
-        async with session.slot(("p",), "id"):
-            async with session.slot(("p",), "id"):
-                pass  # a second image of the same call
-            with pytest.raises(RequestIdInUse):
-                async with other.slot(("p",), "id"):
-                    pass
+        await dispatcher.report_replica(Heartbeat("p", "r", 3))
+        async with slot(session, "id"):
+            for one in (session, other):
+                with pytest.raises(RequestIdInUse):
+                    async with slot(one, "id"):
+                        pass
+            async with slot(other, "id", tenant="somebody else"):
+                pass
         await settle()
-        async with other.slot(("p",), "id"):
+        async with slot(other, "id"):
             pass
 
     run(test)
@@ -198,11 +241,12 @@ def test_an_id_that_another_ingress_serves_is_in_use_until_it_is_done() -> None:
 def test_what_no_node_can_hold_is_refused_and_not_queued() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()  # the nodes have been read
+        elsewhere = (Wish(("elsewhere",), 1.0),)
         with pytest.raises(NoCapacity):
-            async with session.slot(("elsewhere",)):
+            async with slot(session, wishes=elsewhere):
                 pass
         await dispatcher.report_replica(Heartbeat("elsewhere", "r", 1))
-        async with session.slot(("elsewhere",)):
+        async with slot(session, wishes=elsewhere):
             pass
 
     run(test)
@@ -212,11 +256,7 @@ def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dispatcher_module, "NODES_S", 0.02)
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        async def hold() -> None:
-            async with session.slot(("p",)):
-                pass
-
-        waiting = asyncio.create_task(hold())
+        waiting = asyncio.create_task(hold(session))
         await settle()
         assert dispatcher._grants.queue_depth == 1
         dispatcher._read_nodes = list
@@ -229,65 +269,39 @@ def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -
     run(test)
 
 
-def test_resubmitted_entries_were_accepted_before() -> None:
+def test_resubmitted_calls_were_accepted_before() -> None:
     """A Dispatcher that comes back with a full queue refuses newcomers, not those who waited."""
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
-        async def hold() -> str:
-            async with session.slot(("p",)) as lease:
-                return lease.pool
-
-        waiting = [asyncio.create_task(hold()) for _ in range(3)]
+        waiting = [asyncio.create_task(hold(session)) for _ in range(3)]
         await settle()
         fresh = a_dispatcher("p", max_queued=1)
         handle.break_off(fresh)
         await settle()
         assert fresh._grants.queue_depth == 3
         with pytest.raises(QueueFull):
-            await hold()
+            await hold(session)
         await fresh.report_replica(Heartbeat("p", "r", 3))
         assert await asyncio.gather(*waiting) == ["p"] * 3
 
     run(test)
 
 
-def test_a_drained_dispatcher_counts_down_to_nothing() -> None:
+def test_a_drained_dispatcher_refuses_calls_but_not_further_attempts() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        async with session.slot(("p",)):
-            assert await dispatcher.drain() == 1
-            with pytest.raises(Unavailable, match="shutting down"):
-                async with session.slot(("p",)):
-                    pass
-            async with asyncio.timeout(1):
-                again = asyncio.create_task(hold(session))
+        async with opened(session) as call:
+            async with call.slot(0):
                 await settle()
-                assert await dispatcher.drain() == 2
-        assert await again == "p"
+                assert await dispatcher.drain() == 2  # a call and its image
+                with pytest.raises(Unavailable, match="shutting down"):
+                    await hold(session)
+            async with asyncio.timeout(1), call.slot(0, ("p",)) as again:
+                assert again.lease.pool == "p"
+            await settle()
+            assert await dispatcher.drain() == 1  # drawn, not yet sent
         await settle()
         assert await dispatcher.drain() == 0
-
-    async def hold(session: DispatchSession) -> str:
-        async with session.slot(("p",), accepted=True) as lease:
-            return lease.pool
-
-    run(test)
-
-
-def test_draining_waits_for_answers_that_are_still_sent() -> None:
-    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        session.begin("id")
-        with pytest.raises(RequestIdInUse):
-            session.begin("id")
-        async with session.slot(("p",), "id"):
-            pass
-        await settle()
-        assert await dispatcher.drain() == 1  # drawn, not yet sent
-        session.end("id")
-        await settle()
-        assert await dispatcher.drain() == 0
-        session.begin("id")
 
     run(test)
 
@@ -296,7 +310,8 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        await dispatcher.tell(session._name, [Submission("late", ("p",))], [], 0)
+        late = Opening("late", "t", "id", (Submission("late", "late", ("p",)),), 60)
+        await dispatcher.tell(session.name, News(openings=(late,)))
         await settle()
         assert dispatcher._grants.free_slots("p") == 1
 
@@ -305,13 +320,13 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
 
 def test_a_generator_hears_which_leases_nobody_holds() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        async with session.slot(("p",)) as lease:
-            ghost = lease._replace(session="gone")
-            said = Heartbeat("p", "r", 1)
-            assert await dispatcher.report_replica(said, [lease, ghost]) == [ghost]
+        said = Heartbeat("p", "r", 1)
+        await dispatcher.report_replica(said)
+        async with slot(session) as held:
+            ghost = held.lease._replace(session="gone")
+            assert await dispatcher.report_replica(said, [held.lease, ghost]) == [ghost]
         await settle()
-        assert await dispatcher.report_replica(said, [lease]) == [lease]
+        assert await dispatcher.report_replica(said, [held.lease]) == [held.lease]
 
     run(test)
 
@@ -346,48 +361,140 @@ def test_who_watches_hears_its_position() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         heard: dict[str, list[int]] = {"b": [], "c": []}
 
-        async def hold(name: str) -> None:
+        async def watch(name: str) -> None:
             queued = heard[name].append if name in heard else None
-            async with session.slot(("p",), queued=queued):
+            wishes = (Wish(("p",), 1.0, watched=queued is not None),)
+            async with opened(session, wishes=wishes) as call, call.slot(0, queued=queued):
                 pass
 
-        first = asyncio.create_task(hold("a"))
-        others = [asyncio.create_task(hold(name)) for name in "bc"]
+        tasks = [asyncio.create_task(watch("a"))]
+        for name in "bc":
+            await settle()
+            tasks.append(asyncio.create_task(watch(name)))
         await settle()
         assert heard == {"b": [2], "c": [3]}
-        first.cancel()
+        tasks[0].cancel()
         await asyncio.sleep(dispatcher_module.HEARTBEAT_S)
         assert heard == {"b": [2, 1], "c": [3, 2]}
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        await asyncio.gather(*others)
+        await asyncio.gather(*tasks[1:])
         assert dispatcher._grants._watched == {}
 
     run(test)
 
 
-def test_a_call_is_cancelled_at_its_own_ingress() -> None:
+def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        other, cancelled = DispatchSession(handle), []
+        other = DispatchSession(handle)
+        runs, waits = Someone(), Someone()
 
-        async def hold(at: DispatchSession, id: str) -> None:
-            async with at.slot(("p",), id):
+        async def stay(at: DispatchSession, id: str, client: Someone) -> None:
+            async with slot(at, id, client=client):
                 await asyncio.sleep(60)
 
-        session.begin("runs", lambda: cancelled.append("runs"))
-        other.begin("waits", lambda: cancelled.append("waits"))
-        tasks = [asyncio.create_task(hold(session, "runs"))]
+        tasks = [asyncio.create_task(stay(session, "runs", runs))]
         await settle()
-        tasks.append(asyncio.create_task(hold(other, "waits")))
+        tasks.append(asyncio.create_task(stay(other, "waits", waits)))
         await settle()
-        assert not await dispatcher.cancel("unknown")
-        for id in ("waits", "runs"):
-            assert await dispatcher.cancel(id)
+        assert not await dispatcher.cancel("t", "unknown")
+        assert not await dispatcher.cancel("somebody else", "runs")
+        await settle()
+        assert not runs.cancelled
+        for id, client in (("waits", waits), ("runs", runs)):
+            assert await dispatcher.cancel("t", id)
             await settle()
-        assert cancelled == ["waits", "runs"]
+            assert client.cancelled
         for task in tasks:
             task.cancel()
         await settle()
-        assert not await dispatcher.cancel("runs")
+        assert not await dispatcher.cancel("t", "runs")
 
     run(test)
+
+
+# -- usage ----------------------------------------------------------------------------------------
+
+
+def test_what_is_recorded_is_on_disk(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async with opened(session, wishes=ONE * 2) as call:
+            assert dispatcher._admission.account("t").reserved == 2.0
+            await call.record([usage(call, 0), usage(call, 1)])
+            assert [r["image"] for r in read_usage(tmp_path)] == [0, 1]
+            account = dispatcher._admission.account("t")
+            assert (account.spent, account.reserved) == (2.0, 0.0)
+
+    run(test, usage_folder=str(tmp_path))
+
+
+def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path: Path) -> None:
+    """The Dispatcher dies between the disk and its word."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        async with opened(session) as call:
+            dispatcher._deliver = lambda told: None  # type: ignore[method-assign]  # silent
+            recording = asyncio.create_task(call.record([usage(call)]))
+            await settle()
+            assert len(list(read_usage(tmp_path))) == 1
+            assert not recording.done()
+            fresh = a_dispatcher("p", usage_folder=str(tmp_path))
+            assert fresh._admission.account("t").spent == 1.0
+            handle.break_off(fresh)
+            await recording
+            assert len(list(read_usage(tmp_path))) == 1
+            assert fresh._admission.account("t").spent == 1.0
+            assert fresh._ledger
+            fresh._ledger.close()
+
+    run(test, usage_folder=str(tmp_path))
+
+
+def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        assert dispatcher._ledger
+        dispatcher._ledger.close()
+        dispatcher._ledger._file = full
+        async with opened(session) as call:
+            with pytest.raises(UsageUnrecorded):
+                await call.record([usage(call)])
+        assert dispatcher._admission.account("t").spent == 0
+
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        run(test, usage_folder=str(tmp_path))
+
+
+def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        async with opened(session) as call:
+            async with call.slot(0) as held:
+                held.cancelled = usage(call)
+            await settle()
+            said = Stopped(held.lease, 3, 0.3)
+            await dispatcher.report_replica(Heartbeat("p", "r", 1), [], [said])
+            await settle()
+        (record,) = read_usage(tmp_path)
+        assert (record["outcome"], record["steps"]) == ("cancelled", 3)
+        assert record["work_s"] == pytest.approx(0.3)
+        await settle()
+        account = dispatcher._admission.account("t")
+        assert account.spent == pytest.approx(0.3)
+        assert account.reserved == pytest.approx(0)
+
+    run(test, usage_folder=str(tmp_path))
+
+
+def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        async with opened(session) as call, call.slot(0) as held:
+            held.cancelled = usage(call)
+        await settle()
+        said = [Stopped(Lease(session.name, held.lease.entry, "p"), 0, 0.0)]
+        await dispatcher.report_replica(Heartbeat("p", "r", 1), [], said)
+        await settle()
+        assert list(read_usage(tmp_path)) == []
+        assert dispatcher._admission.account("t").reserved == 0
+
+    run(test, usage_folder=str(tmp_path))

@@ -1,0 +1,298 @@
+"""Which calls are admitted: every tenant's limits, budget and deadlines, decided in one place.
+
+Gates, in this order: a server that is stopping · the request id · request rate · pools that could
+ever come · open requests · work rate · budget · queued work, the tenant's own and all · deadline.
+Nothing is taken from a limit unless the call passes all of them, except its place in the request
+rate.
+
+A tenant may queue four times as many images as there are places left, so even many floods together
+leave room for others (Choudhury & Hahne 1998, dynamic thresholds).
+
+Time is an argument, in seconds on any steady clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .forecast import Accuracy, Demand, Rate, wait_s
+from .grants import Grants
+from .limits import Account
+from .messages import Opening, Refusal, Usage, Verdict
+from .tenant import Tenant
+
+OWN_SHARE = 4  # places that a tenant may have for each one that is left
+IDLE_S = 60.0  # arrivals that are older are forgotten
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One that was admitted; `reserved` is work that it may still be charged."""
+
+    session: str
+    name: str
+    tenant: str
+    request_id: str
+    opened: float
+    predicted_s: float | None
+    reserved: float
+
+
+class _Refused(Exception):
+    def __init__(
+        self, refusal: Refusal, retry_after_s: float | None = None, own: bool = False
+    ) -> None:
+        super().__init__()
+        self.refusal: Refusal = refusal
+        self.retry_after_s, self.own = retry_after_s, own
+
+
+@dataclass(slots=True)
+class _Tenancy:
+    account: Account
+    calls: set[Call] = field(default_factory=set)
+
+
+class Admission:
+    def __init__(self, grants: Grants, *, max_queued: int) -> None:
+        self.max_queued = max_queued
+        self.draining = False  # refuse what is new
+        self.month_ends = math.inf
+        self._grants = grants
+        self._tenants: dict[str, _Tenancy] = {}
+        self._known: Mapping[str, Tenant] = {}
+        self._calls: dict[tuple[str, str], Call] = {}  # by session and name
+        self._ids: dict[tuple[str, str], Call] = {}  # by tenant and request id
+        self._arrivals: dict[str, dict[str, Rate]] = {}  # work, by pool and tenant
+        self._accuracy = Accuracy()
+
+    # -- tenants --------------------------------------------------------------------------------
+
+    def set_tenants(self, tenants: Mapping[str, Tenant]) -> None:
+        """Those that exist from now on; what they have used stays used."""
+        self._known = tenants
+        self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
+        for name, tenancy in self._tenants.items():
+            tenancy.account.change(tenants.get(name, Tenant()))
+
+    def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
+        """A month, what was spent in it so far, and when it ends."""
+        self.month_ends = ends
+        for name in {*self._tenants, *spent}:
+            self.account(name).spent = spent.get(name, 0.0)
+
+    def account(self, tenant: str) -> Account:
+        return self._tenancy(tenant).account
+
+    def accounts(self) -> Iterator[tuple[str, Account, int]]:
+        """Every tenant that has been heard of, its account and its open calls."""
+        for name, tenancy in self._tenants.items():
+            yield name, tenancy.account, len(tenancy.calls)
+
+    def _tenancy(self, tenant: str) -> _Tenancy:
+        if tenant not in self._tenants:
+            self._tenants[tenant] = _Tenancy(Account(self._known.get(tenant, Tenant())))
+        return self._tenants[tenant]
+
+    # -- calls ----------------------------------------------------------------------------------
+
+    def open(self, session: str, opening: Opening, now: float) -> Verdict:
+        """Admit a call or refuse it; entries of an admitted one are then to be queued."""
+        account = self.account(opening.tenant)
+        predicted_s = None
+        try:
+            if not opening.accepted:
+                predicted_s = self._pass(opening, account, now)
+        except _Refused as no:
+            standings = account.standings(now, self.month_ends - now)
+            return Verdict(
+                session, opening.call, no.refusal, None, no.retry_after_s, no.own, standings
+            )
+        self._admit(session, opening, predicted_s, now)
+        standings = account.standings(now, self.month_ends - now)
+        eta_s = None if predicted_s is None else self._accuracy.expected(predicted_s)
+        return Verdict(session, opening.call, None, eta_s, standings=standings)
+
+    def call(self, session: str, name: str) -> Call | None:
+        return self._calls.get((session, name))
+
+    def find(self, tenant: str, request_id: str) -> Call | None:
+        """A tenant's open call by the id that its client gave it."""
+        return self._ids.get((tenant, request_id))
+
+    def spend(self, session: str, usage: Usage, now: float) -> None:
+        """An image was paid for."""
+        account = self.account(usage.tenant)
+        account.spent += usage.work_s
+        if call := self._calls.get((session, usage.call)):
+            paid = min(usage.work_s, call.reserved)
+            call.reserved -= paid
+            account.reserved -= paid
+            if call.predicted_s is not None:
+                self._accuracy.learn(call.predicted_s, now - call.opened)
+                call.predicted_s = None
+
+    def reserve(self, tenant: str, work_s: float) -> None:
+        """Hold back work that may yet be spent, beside that of open calls; negative ends it."""
+        self.account(tenant).reserved += work_s
+
+    def end(self, session: str, name: str) -> None:
+        """A call was answered, or nobody waits for it any more."""
+        if call := self._calls.pop((session, name), None):
+            tenancy = self._tenancy(call.tenant)
+            tenancy.calls.discard(call)
+            tenancy.account.reserved -= call.reserved
+            if self._ids.get((call.tenant, call.request_id)) is call:
+                del self._ids[call.tenant, call.request_id]
+
+    def end_session(self, session: str) -> None:
+        for owner, name in [key for key in self._calls if key[0] == session]:
+            self.end(owner, name)
+
+    @property
+    def open_calls(self) -> int:
+        return len(self._calls)
+
+    def forget(self, now: float) -> None:
+        """Drop what has faded."""
+        for rates in self._arrivals.values():
+            for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
+                del rates[tenant]
+
+    # -- gates ----------------------------------------------------------------------------------
+
+    def _pass(self, opening: Opening, account: Account, now: float) -> float | None:
+        """When the call is predicted to be done, as the model has it. Raises `_Refused`."""
+        tenant, entries = account.tenant, opening.entries
+        if self.draining:
+            raise _Refused("draining")
+        if (opening.tenant, opening.request_id) in self._ids:
+            raise _Refused("request_id_in_use")
+        if account.requests:
+            if late_s := account.requests.wait_s(1, now):
+                raise _Refused("rate_limit_exceeded", late_s, own=True)
+            account.requests.take(1, now)
+        if not all(self._grants.possible(entry.pools) for entry in entries):
+            raise _Refused("no_capacity")
+        calls = self._tenancy(opening.tenant).calls
+        if tenant.max_requests is not None and len(calls) >= tenant.max_requests:
+            ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
+            raise _Refused("rate_limit_exceeded", max(min(ends, default=0.0), 1.0), own=True)
+        if account.work and (late_s := account.work.wait_s(opening.work_s, now)):
+            raise _Refused("rate_limit_exceeded", late_s, own=True)
+        if account.budget_left is not None and opening.work_s > account.budget_left + 1e-6:
+            raise _Refused("insufficient_quota", self.month_ends - now, own=True)
+        self._check_queue(opening, tenant, now)
+        predicted_s = self._predicted_s(opening, now)
+        if predicted_s is not None:
+            self._check_deadline(opening, predicted_s, now)
+        return predicted_s
+
+    def _check_queue(self, opening: Opening, tenant: Tenant, now: float) -> None:
+        items, work_s = self._grants.queue.waiting(opening.tenant)
+        coming, free = len(opening.entries), self.max_queued - self._grants.queue_depth
+        if coming > free:
+            raise _Refused("queue_full", self._drained_s(opening, coming - free))
+        if items + coming > OWN_SHARE * free:
+            raise _Refused("queue_full", self._drained_s(opening, 1), own=True)
+        limit = tenant.max_queued_work
+        if limit is not None and items and work_s + opening.work_s > limit:
+            excess_s = work_s + opening.work_s - limit
+            later_s = self._wait_s(opening, min(excess_s, work_s), now)
+            raise _Refused("queue_full", later_s, own=True)
+
+    def _check_deadline(self, opening: Opening, predicted_s: float, now: float) -> None:
+        late_s = self._accuracy.at_most(predicted_s) - opening.timeout_s
+        if late_s <= 0:
+            return
+        first_s = self._accuracy.at_most(self._predicted_s(opening, now, first=True) or 0.0)
+        own = first_s <= opening.timeout_s
+        never = self._accuracy.at_most(self._service_s(opening)) > opening.timeout_s
+        raise _Refused("deadline_unreachable", None if never else late_s, own)
+
+    def _admit(self, session: str, opening: Opening, predicted_s: float | None, now: float) -> None:
+        tenancy = self._tenancy(opening.tenant)
+        call = Call(
+            session,
+            opening.call,
+            opening.tenant,
+            opening.request_id,
+            now,
+            predicted_s,
+            opening.work_s,
+        )
+        self._calls[session, opening.call] = call
+        self._ids.setdefault((opening.tenant, opening.request_id), call)
+        tenancy.calls.add(call)
+        tenancy.account.reserved += opening.work_s
+        if opening.accepted:
+            return
+        if tenancy.account.work:
+            tenancy.account.work.take(opening.work_s, now)
+        for pool in {pool for entry in opening.entries for pool in entry.pools}:
+            rates = self._arrivals.setdefault(pool, {})
+            rate = rates.setdefault(opening.tenant, Rate())
+            rate.add(sum(e.work_s for e in opening.entries if pool in e.pools), now)
+
+    # -- forecasts ------------------------------------------------------------------------------
+
+    def _predicted_s(self, opening: Opening, now: float, *, first: bool = False) -> float | None:
+        """Until the call is done; None while none of its pools has a replica.
+
+        `first`: if its tenant had nothing else waiting.
+        """
+        if not opening.entries:
+            return None
+        pools = opening.entries[0].pools
+        speed, slots, running = self._capacity(pools)
+        if not speed:
+            return None
+        backlogs = self._grants.queue.backlogs(pools)
+        coming = len(opening.entries)
+        wait_s = 0.0
+        if backlogs or running + coming > slots:
+            own_s = 0.0 if first else backlogs.get(opening.tenant, 0.0)
+            wait_s = self._wait_s(opening, own_s + opening.work_s, now)
+        return wait_s + self._service_s(opening, running)
+
+    def _service_s(self, opening: Opening, running: int = 0) -> float:
+        """From the grants to the end, with so many images beside them."""
+        pools = opening.entries[0].pools
+        speed, slots, _ = self._capacity(pools)
+        replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
+        company = max(replicas, min(slots, running + len(opening.entries)))
+        return max(entry.work_s for entry in opening.entries) * company / speed
+
+    def _wait_s(self, opening: Opening, own_s: float, now: float) -> float:
+        """Until so much of the tenant's own work is under way."""
+        pools = opening.entries[0].pools
+        queue = self._grants.queue
+        backlogs = queue.backlogs(pools)
+        arriving: dict[str, float] = {}
+        for pool in pools:
+            for name, rate in self._arrivals.get(pool, {}).items():
+                arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
+        others = [
+            Demand(queue.weight(name), backlogs.get(name, 0.0), arriving.get(name, 0.0))
+            for name in arriving.keys() | backlogs.keys()
+            if name != opening.tenant
+        ]
+        speed, _, _ = self._capacity(pools)
+        return wait_s(own_s, queue.weight(opening.tenant), others, speed)
+
+    def _drained_s(self, opening: Opening, items: int) -> float | None:
+        """Until so many of those who wait are granted."""
+        pools = opening.entries[0].pools
+        speed, _, _ = self._capacity(pools)
+        depth = self._grants.queue_depth
+        if not (speed and depth):
+            return None
+        return items * sum(self._grants.queue.backlogs(pools).values()) / depth / speed
+
+    def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
+        """Speed, slots and running images of pools together."""
+        said = [heartbeat for pool in pools for heartbeat in self._grants.replicas(pool)]
+        running = sum(self._grants.running_in(pool) for pool in pools)
+        return sum(h.speed for h in said), sum(h.slots for h in said), running

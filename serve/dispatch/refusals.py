@@ -1,0 +1,71 @@
+"""Why a call was refused, as the error that its client sees."""
+
+from __future__ import annotations
+
+from ..errors import (
+    BacklogTooLong,
+    DeadlineUnreachable,
+    NoCapacity,
+    OctetError,
+    OwnQueueFull,
+    QueueFull,
+    QuotaExceeded,
+    RateLimited,
+    RequestIdInUse,
+    Unavailable,
+)
+from .messages import Standing, Verdict
+
+NO_CAPACITY = "no replica that may draw this lives, and no node can hold one"
+REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
+    ("draining", False): (Unavailable, "this server is shutting down"),
+    ("request_id_in_use", False): (
+        RequestIdInUse,
+        "x-request-id: a request with this id is being served",
+    ),
+    ("no_capacity", False): (NoCapacity, NO_CAPACITY),
+    ("rate_limit_exceeded", True): (RateLimited, "you ask for more at a time than your limits"),
+    ("insufficient_quota", True): (QuotaExceeded, "this month's budget does not suffice for it"),
+    ("queue_full", True): (OwnQueueFull, "you have as much waiting as you may"),
+    ("queue_full", False): (QueueFull, "the queue is full: try again later"),
+    ("deadline_unreachable", True): (
+        BacklogTooLong,
+        "it would not be done in time after what you have waiting already",
+    ),
+    ("deadline_unreachable", False): (DeadlineUnreachable, "it would not be done in time"),
+}
+
+
+def refusal(verdict: Verdict) -> OctetError | None:
+    """None if the call is admitted."""
+    if verdict.refusal is None:
+        return None
+    kind, message = REFUSALS[verdict.refusal, verdict.own]
+    if verdict.retry_after_s is not None and verdict.refusal != "insufficient_quota":
+        message += f"; in {verdict.retry_after_s:.1f} s it may be taken"
+    error = kind(message)
+    error.headers = {**standing_headers(verdict.standings), **retry_after(verdict.retry_after_s)}
+    if verdict.refusal == "deadline_unreachable" and verdict.retry_after_s is None:
+        error.headers["x-should-retry"] = "false"  # it takes longer even if nothing else is there
+    return error
+
+
+def standing_headers(standings: tuple[Standing, ...]) -> dict[str, str]:
+    """`x-ratelimit-…`, as OpenAI names them."""
+    return {
+        f"x-ratelimit-{name}-{standing.of}": value
+        for standing in standings
+        for name, value in (
+            ("limit", f"{standing.limit:.6g}"),
+            ("remaining", f"{standing.remaining:.6g}"),
+            ("reset", f"{standing.reset_s:.3f}s"),
+        )
+    }
+
+
+def retry_after(seconds: float | None) -> dict[str, str]:
+    """In whole seconds, and in milliseconds as OpenAI's clients read it first."""
+    if seconds is None:
+        return {}
+    milliseconds = int(seconds * 1000) + 1
+    return {"retry-after": str(-(-milliseconds // 1000)), "retry-after-ms": str(milliseconds)}

@@ -1,0 +1,243 @@
+"""The tenants' folder: who they are, and the digests of their keys.
+
+`tenants.yaml` is written by hand or by `octet tenant`, `keys.json` by `octet tenant` alone. A key
+itself is nowhere: it is shown once, and what is kept is its SHA-256. Keys are random, so a plain
+digest cannot be searched for as that of a password can.
+
+    tenants.yaml                            keys.json, readable by its owner alone
+    acme:                                   {"acme": [{"sha256": "…", "created": "2026-11-22"}]}
+      weight: 2
+      requests_per_s: 5
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .dispatch.messages import Access, Directory
+from .dispatch.tenant import ID, Tenant
+from .errors import did_you_mean
+from .settings import SettingsError
+
+KEY_BYTES = 20  # 160 random bits
+KEY = re.compile(r"octet_([a-z0-9-]{1,63})_[0-9a-f]{40}")
+VALID_KEYS = 2  # of a tenant, while it moves from one to the next
+TENANTS, KEYS = "tenants.yaml", "keys.json"
+NO_DIGEST = "0" * 64
+
+_TENANTS = TypeAdapter(dict[str, Tenant])
+Digests = dict[str, list[dict[str, str]]]
+
+
+def read_tenants(folder: Path) -> dict[str, Tenant]:
+    """Raises `SettingsError` with one line per fault; a folder without the file has no tenants."""
+    file = folder / TENANTS
+    try:
+        return _parse(file.read_text(encoding="utf-8"), file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+
+
+def read_keys(folder: Path) -> Digests:
+    """Raises `SettingsError`, also if others than its owner can read the file."""
+    file = folder / KEYS
+    try:
+        if file.stat().st_mode & 0o077:
+            raise SettingsError(f"{file}: others can read it: chmod 600")
+        keys: Digests = json.loads(file.read_text(encoding="utf-8"))
+        for owned in keys.values():
+            for key in owned:
+                bytes.fromhex(key["sha256"])
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SettingsError(f"{file}: not a file of keys") from None
+    return keys
+
+
+def directory(tenants: Mapping[str, Tenant], keys: Digests) -> Directory:
+    """What Ingresses have to know of all tenants."""
+    return {
+        name: Access(
+            tuple(key["sha256"] for key in keys.get(name, ())),
+            tenant.models,
+            tenant.timeout_s,
+            tenant.operator,
+        )
+        for name, tenant in tenants.items()
+    }
+
+
+def tenant_of(key: str, directory: Directory) -> str | None:
+    """The tenant that a key belongs to; takes as long whether there is one or not."""
+    match = KEY.fullmatch(key)
+    name = match[1] if match else ""
+    access = directory.get(name)
+    known = access.digests if access else ()
+    digest = _digest(key)
+    same = [
+        hmac.compare_digest(digest, (*known, NO_DIGEST, NO_DIGEST)[i]) for i in range(VALID_KEYS)
+    ]
+    return name if any(same) else None
+
+
+class Stamp(NamedTuple):
+    """That a file has not changed."""
+
+    changed_ns: int
+    size: int
+    inode: int
+
+
+def stamps(folder: Path) -> tuple[Stamp | None, ...]:
+    """Of both files; different when one of them is."""
+
+    def stamp(file: Path) -> Stamp | None:
+        try:
+            found = file.stat()
+        except OSError:
+            return None
+        return Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+
+    return tuple(stamp(folder / name) for name in (TENANTS, KEYS))
+
+
+# -- what `octet tenant` does ---------------------------------------------------------------------
+
+
+def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
+    """Append a tenant to the file, as it stands; returns its key. Raises `SettingsError`."""
+    with _changing(folder):
+        file = folder / TENANTS
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        if name in _parse(before, file):
+            raise SettingsError(f"tenant '{name}' is there already")
+        entry = yaml.safe_dump({name: dict(values)}, sort_keys=False, allow_unicode=True)
+        after = before + ("\n" if before and not before.endswith("\n") else "") + entry
+        _parse(after, file)
+        keys = read_keys(folder)
+        key = _new_key(keys, name, [])
+        _write(file, after, 0o644)
+        _write_keys(folder, keys)
+        return key
+
+
+def rotate_key(folder: Path, name: str) -> str:
+    """A second key, beside the newest one; what was older ends. Raises `SettingsError`."""
+    with _changing(folder):
+        _known(folder, name)
+        keys = read_keys(folder)
+        key = _new_key(keys, name, keys.get(name, [])[-(VALID_KEYS - 1) :])
+        _write_keys(folder, keys)
+        return key
+
+
+def revoke_keys(folder: Path, name: str, *, but_newest: bool = False) -> int:
+    """End a tenant's keys; returns how many. Raises `SettingsError`."""
+    with _changing(folder):
+        keys = read_keys(folder)
+        if name not in keys:
+            _known(folder, name)
+        kept = keys.get(name, [])[-1:] if but_newest else []
+        ended = len(keys.get(name, [])) - len(kept)
+        keys[name] = kept
+        _write_keys(folder, keys)
+        return ended
+
+
+def _known(folder: Path, name: str) -> None:
+    tenants = read_tenants(folder)
+    if name not in tenants:
+        raise SettingsError(f"tenant '{name}' does not exist: {did_you_mean(name, tenants)}")
+
+
+def _new_key(keys: Digests, name: str, kept: list[dict[str, str]]) -> str:
+    from datetime import datetime
+
+    key = f"octet_{name}_{secrets.token_hex(KEY_BYTES)}"
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    keys[name] = [*kept, {"sha256": _digest(key), "created": created}]
+    return key
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+
+
+def _parse(text: str, file: Path) -> dict[str, Tenant]:
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{file}: expected tenants by their id, found {type(data).__name__}")
+    for name in data:
+        if not (isinstance(name, str) and ID.fullmatch(name)):
+            raise SettingsError(f"{file}: tenant '{name}': an id is 1 to 63 of a-z 0-9 -")
+    try:
+        return _TENANTS.validate_python({name: entry or {} for name, entry in data.items()})
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{file}: {line}" for line in _faults(error))) from None
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    known = [field.name for field in fields(Tenant)]
+    for fault in error.errors():
+        where = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "unexpected_keyword_argument":
+            yield f"{where}: unknown key: {did_you_mean(str(fault['loc'][-1]), known)}"
+        elif fault["type"] == "value_error":
+            yield f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+        else:
+            yield f"{where}: {fault['msg']} (found {fault['input']!r})"
+
+
+@contextmanager
+def _changing(folder: Path) -> Iterator[None]:
+    """One change at a time, whoever else runs the command."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise SettingsError(f"{folder}: {error.strerror}") from None
+
+
+def _write_keys(folder: Path, keys: Digests) -> None:
+    _write(folder / KEYS, json.dumps(keys, indent=1) + "\n", 0o600)
+
+
+def _write(file: Path, text: str, mode: int) -> None:
+    """Whole or not at all, whoever reads meanwhile."""
+    handle, part = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            os.fchmod(handle, mode)
+            out.write(text)
+            out.flush()
+            os.fsync(handle)
+        Path(part).rename(file)
+    except OSError:
+        Path(part).unlink(missing_ok=True)
+        raise

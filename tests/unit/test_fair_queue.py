@@ -1,0 +1,322 @@
+"""Shares between tenants, as examples, in simulation and for any sequence of events."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from serve.dispatch.fair_queue import FairQueue, Item
+
+P, Q = "p", "q"
+
+
+def item(tenant: str, work_s: float = 1.0, pools: tuple[str, ...] = (P,), what: str = "") -> Item:
+    return Item(tenant, work_s, pools, what)
+
+
+def filled(*items: Item, **weights: float) -> FairQueue:
+    queue = FairQueue()
+    queue.weights = weights
+    for one in items:
+        queue.add(one)
+    return queue
+
+
+def served(queue: FairQueue, times: int, pool: str = P) -> str:
+    """The tenants that are served, one letter each."""
+    found = ""
+    for _ in range(times):
+        first = queue.first(pool)
+        assert first
+        queue.take(first, pool)
+        found += first.tenant
+    return found
+
+
+def test_tenants_take_turns_and_each_is_served_in_order() -> None:
+    queue = filled(*(item("a", what=str(i)) for i in range(4)), item("b"), item("b"))
+    whats = []
+    for _ in range(6):
+        first = queue.first(P)
+        assert first
+        queue.take(first, P)
+        whats.append(first.tenant + first.what)
+    assert whats == ["a0", "b", "a1", "b", "a2", "a3"]
+    assert queue.first(P) is None
+    assert len(queue) == 0
+
+
+def test_weights_and_work_count() -> None:
+    queue = filled(*(item("a") for _ in range(9)), *(item("b") for _ in range(9)), b=2.0)
+    assert sorted(served(queue, 9)) == sorted("aaabbbbbb")
+    queue = filled(*(item("a", 3.0) for _ in range(9)), *(item("b") for _ in range(9)))
+    assert sorted(served(queue, 8)) == sorted("aabbbbbb")
+
+
+def test_who_comes_back_goes_next_but_has_no_credit() -> None:
+    queue = filled(*(item("a") for _ in range(99)))
+    served(queue, 50)
+    for _ in range(9):
+        queue.add(item("b"))
+    assert served(queue, 1) == "b"
+    assert served(queue, 8).count("b") == 4
+
+
+def test_an_empty_queue_leaves_no_debts_to_those_who_were_served_last() -> None:
+    queue = filled(item("a", 100.0))
+    served(queue, 1)
+    queue.settle("a", P, 0.0)
+    queue.add(item("a"))
+    queue.add(item("b"))
+    assert served(queue, 2) == "ba"  # a was just served, b was not
+    queue.add(item("c"))
+    queue.add(item("a"))
+    assert served(queue, 2) == "ca"
+
+
+def test_the_true_work_corrects_the_clock() -> None:
+    """a says 1 and takes 3: the shares are of what is taken."""
+    queue = filled(*(item(tenant) for tenant in "ab" for _ in range(40)))
+    took = {"a": 0.0, "b": 0.0}
+    for _ in range(40):
+        first = queue.first(P)
+        assert first
+        queue.take(first, P)
+        truth = 3.0 if first.tenant == "a" else 1.0
+        queue.settle(first.tenant, P, truth - 1.0)
+        took[first.tenant] += truth
+    assert abs(took["a"] - took["b"]) <= 3.0
+
+
+def test_what_never_ran_is_paid_back() -> None:
+    queue = filled(*(item(tenant) for tenant in "ab" for _ in range(4)))
+    assert served(queue, 1) == "a"
+    queue.settle("a", P, -1.0)
+    assert served(queue, 1) == "a"
+
+
+def test_each_pool_is_shared_by_itself() -> None:
+    """c waits for q alone, and is not behind because b was served in p."""
+    queue = filled(*(item("b", pools=(P, Q)) for _ in range(20)))
+    served(queue, 10)
+    for _ in range(6):
+        queue.add(item("c", pools=(Q,)))
+    assert served(queue, 8, Q).count("c") == 4
+
+
+def test_an_item_of_several_pools_is_served_once() -> None:
+    queue = filled(item("a", pools=(P, Q)), item("b", pools=(Q,)))
+    assert served(queue, 1) == "a"
+    assert served(queue, 1, Q) == "b"
+    assert queue.first(P) is None
+    assert queue.first(Q) is None
+
+
+def test_order_says_who_would_be_served() -> None:
+    queue = filled(*(item(tenant) for tenant in "aaabbc"), b=2.0)
+    expected = "".join(i.tenant for i in queue.order(P))
+    assert served(queue, 6) == expected
+
+
+def test_backlogs() -> None:
+    queue = filled(item("a", 2.0, (P, Q)), item("a", 1.0, (Q,)), item("b", 4.0))
+    assert queue.backlogs((P, Q)) == {"a": 3.0, "b": 4.0}
+    assert queue.backlogs((P,)) == {"a": 2.0, "b": 4.0}
+    assert queue.waiting("a") == (2, 3.0)
+    assert queue.waiting("c") == (0, 0.0)
+
+
+@given(
+    weights=st.lists(st.floats(0.25, 8), min_size=2, max_size=5),
+    works=st.lists(st.floats(0.1, 10), min_size=5, max_size=50),
+)
+def test_backlogged_tenants_never_drift_apart(weights: list[float], works: list[float]) -> None:
+    """At any time, by no more than the largest item per weight, whoever it belongs to."""
+    names = "abcde"[: len(weights)]
+    queue = filled(**dict(zip(names, weights, strict=True)))
+    for tenant in names:
+        for i, work in enumerate(works):
+            queue.add(item(tenant, work * (1 + (i + ord(tenant)) % 3)))
+    got = dict.fromkeys(names, 0.0)
+    largest = {t: max(i.work_s for i in queue if i.tenant == t) / queue.weight(t) for t in names}
+    while all(queue.waiting(tenant)[0] for tenant in names):
+        first = queue.first(P)
+        assert first
+        queue.take(first, P)
+        got[first.tenant] += first.work_s / queue.weight(first.tenant)
+        for one, other in combinations(names, 2):
+            assert abs(got[one] - got[other]) <= max(largest[one], largest[other]) + 1e-6
+
+
+def test_a_flood_is_felt_by_itself_alone() -> None:
+    """One tenant asks for ten times what there is, nine for half of their share, 8 slots."""
+
+    def latencies(flood: bool) -> dict[str, list[float]]:
+        rng, queue = random.Random(4), FairQueue()
+        rates = {f"light{i}": 0.4 for i in range(9)} | ({"flood": 80.0} if flood else {})
+        arrivals = sorted(
+            (t, tenant) for tenant, rate in rates.items() for t in poisson(rng, rate, until=200.0)
+        )
+        found: dict[str, list[float]] = {tenant: [] for tenant in rates}
+        free_at = [0.0] * 8
+        now = 0.0
+        while arrivals or len(queue):
+            now = max(now, min(free_at))
+            if not len(queue):
+                now = max(now, arrivals[0][0])
+            while arrivals and arrivals[0][0] <= now:
+                came, tenant = arrivals.pop(0)
+                queue.add(Item(tenant, 1.0, (P,), came))
+            slot = free_at.index(min(free_at))
+            if (first := queue.first(P)) is None:
+                continue
+            queue.take(first, P)
+            queue.settle(first.tenant, P, 0.0)
+            took = rng.uniform(0.5, 1.5)
+            found[first.tenant].append(now - first.what + took)
+            free_at[slot] = now + took
+            if now > 200.0:
+                break
+        return found
+
+    def poisson(rng: random.Random, rate: float, until: float) -> list[float]:
+        times, now = [], rng.expovariate(rate)
+        while now < until:
+            times.append(now)
+            now += rng.expovariate(rate)
+        return times
+
+    calm, flooded = latencies(False), latencies(True)
+
+    def p99(found: dict[str, list[float]]) -> float:
+        light = sorted(took for tenant in found if tenant != "flood" for took in found[tenant])
+        return light[int(0.99 * len(light))]
+
+    assert p99(flooded) < 2 * p99(calm)
+    assert len(flooded["flood"]) > 0.4 * 8 * 200  # and it gets what the others leave
+
+
+def test_many_entries_and_many_tenants() -> None:
+    """10⁵ entries of 10⁴ tenants cost little more each than 10³ of 100."""
+
+    def seconds_each(entries: int, tenants: int) -> float:
+        queue, rng = FairQueue(), random.Random(1)
+        began = time.perf_counter()
+        items = [item(str(i % tenants), rng.random(), (P, Q)) for i in range(entries)]
+        for one in items:
+            queue.add(one)
+        for one in rng.sample(items, entries // 2):
+            queue.remove(one)
+        while first := queue.first(P):
+            queue.take(first, P)
+            queue.settle(first.tenant, P, 0.0)
+        assert not len(queue)
+        return (time.perf_counter() - began) / entries
+
+    few = min(seconds_each(1000, 100) for _ in range(3))
+    assert seconds_each(100_000, 10_000) < 8 * few
+
+
+class FairQueueMachine(RuleBasedStateMachine):
+    """Any order of events, against clocks that are kept and searched one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = FairQueue()
+        self.queue.weights = {"a": 1.0, "b": 2.0}
+        self.items: list[Item] = []
+        self.taken: list[tuple[str, str]] = []
+        self.clocks: dict[tuple[str, str], float] = {}
+        self.granted_at = {P: 0.0, Q: 0.0}
+
+    def waits(self, tenant: str, pool: str) -> list[Item]:
+        return [i for i in self.items if i.tenant == tenant and pool in i.pools]
+
+    @rule(
+        tenant=st.sampled_from("abcd"),
+        work_s=st.integers(1, 8),
+        pools=st.sampled_from([(P,), (Q,), (P, Q), (Q, P)]),
+    )
+    def add(self, tenant: str, work_s: int, pools: tuple[str, ...]) -> None:
+        for pool in pools:
+            if not self.waits(tenant, pool):
+                clock = self.clocks.get((tenant, pool), 0.0)
+                self.clocks[tenant, pool] = max(clock, self.granted_at[pool])
+        one = item(tenant, float(work_s), pools)
+        self.queue.add(one)
+        self.items.append(one)
+
+    @precondition(lambda self: self.items)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.items))
+        self.queue.remove(one)
+        self.items.remove(one)
+
+    @rule(pool=st.sampled_from([P, Q]))
+    def take(self, pool: str) -> None:
+        first = self.queue.first(pool)
+        there = [i for i in self.items if pool in i.pools]
+        if first is None:
+            assert not there  # nobody waits: no slot stays free otherwise
+            return
+        heads = {i.tenant: i for i in reversed(there)}.values()
+        assert first is min(heads, key=lambda i: (self.clocks[i.tenant, pool], i.number))
+        self.granted_at[pool] = max(self.granted_at[pool], self.clocks[first.tenant, pool])
+        self.clocks[first.tenant, pool] += first.work_s / self.queue.weight(first.tenant)
+        self.queue.take(first, pool)
+        self.items.remove(first)
+        self.taken.append((first.tenant, pool))
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data(), correction_s=st.integers(-8, 8))
+    def settle(self, data: st.DataObject, correction_s: int) -> None:
+        tenant, pool = data.draw(st.sampled_from(self.taken))
+        self.taken.remove((tenant, pool))
+        self.queue.settle(tenant, pool, correction_s)
+        self.clocks[tenant, pool] += correction_s / self.queue.weight(tenant)
+
+    @invariant()
+    def it_counts_right(self) -> None:
+        assert list(self.queue) == self.items
+        for tenant in "abcd":
+            own = [i for i in self.items if i.tenant == tenant]
+            assert self.queue.waiting(tenant) == (len(own), sum(i.work_s for i in own))
+
+    def teardown(self) -> None:
+        """What is idle and has no lead leaves nothing behind."""
+        for one in self.items:
+            self.queue.remove(one)
+        for tenant, pool in self.taken:
+            self.queue.settle(tenant, pool, 0.0)
+        for pool in (P, Q):
+            self.queue.add(item("last", 1000.0, (pool,)))
+            self.queue.take(self.queue.first(pool), pool)  # type: ignore[arg-type]  # it is there
+            self.queue.settle("last", pool, 0.0)
+            self.queue.add(item("last", 1.0, (pool,)))
+            self.queue.take(self.queue.first(pool), pool)  # type: ignore[arg-type]  # it is there
+            self.queue.settle("last", pool, 0.0)
+            assert set(self.queue._pools[pool].flows) == {"last"}
+
+
+TestFairQueueMachine = FairQueueMachine.TestCase
+TestFairQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("pools", [(P,), (P, Q)])
+def test_coming_and_going_does_not_fill_the_memory(pools: tuple[str, ...]) -> None:
+    queue = filled(item("a", pools=pools), item("b", pools=pools))
+    for _ in range(3000):
+        for tenant in "ac":
+            one = item(tenant, pools=pools)
+            queue.add(one)
+            queue.remove(one)
+    for pool in pools:
+        assert len(queue._pools[pool]._heap) < 200
+        assert len(queue._pools[pool]._ahead) < 200
