@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import schemathesis
 import uvicorn
@@ -351,6 +352,19 @@ def test_a_deadline_that_passes_is_504_and_frees_the_slots(client: httpx.Client)
         assert "0.05 s" in answer.json()["error"]["message"]
     assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
     assert time.perf_counter() - began < 8 * Painter.takes_s
+
+
+def test_a_deadline_that_passes_later_is_an_event(edge: Edge) -> None:
+    with openai.OpenAI(base_url=f"{edge.url}/v1", api_key="any", max_retries=0) as client:
+        stream = client.images.generate(
+            model="landscapes",
+            prompt="slow",
+            stream=True,
+            extra_body={"progress": True, "timeout_s": 0.1},
+        )
+        with pytest.raises(openai.APIError, match=r"not done in 0\.1 s") as caught:
+            list(stream)
+    assert caught.value.body["code"] == "deadline_exceeded"  # type: ignore[call-overload, index]
 
 
 def test_what_nobody_expected_is_the_last_event_of_a_stream(client: httpx.Client) -> None:

@@ -130,20 +130,9 @@ def test_what_goes_wrong_before_the_first_event_has_its_status(url: str) -> None
     answer = httpx.post(url + GENERATE, json={"prompt": "x", "stream": True, "n": 2})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     tiny = {**LONG, "stream": True, "timeout_s": 0.2}
-    assert httpx.post(url + GENERATE, json=tiny, timeout=60).status_code == 504
-
-
-def test_what_goes_wrong_later_is_an_event(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
-        stream = client.images.generate(
-            model="landscapes",
-            prompt="dunes",
-            stream=True,
-            extra_body={"num_inference_steps": 100, "progress": True, "timeout_s": 1},
-        )
-        with pytest.raises(openai.APIError, match="not done in 1 s") as caught:
-            list(stream)
-    assert caught.value.body["code"] == "deadline_exceeded"  # type: ignore[call-overload, index]
+    answer = httpx.post(url + GENERATE, json=tiny, timeout=60)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "deadline_unreachable"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -187,7 +176,7 @@ def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
     statuses: list[int] = []
 
     async def ask(client: httpx.AsyncClient, stream: bool, leaves_after_s: float) -> None:
-        body = {**LONG, "size": "128x128", "stream": stream, "progress": stream}
+        body = {**LONG, "size": "64x64", "stream": stream, "progress": stream}
         try:
             async with asyncio.timeout(leaves_after_s):
                 async with client.stream("POST", GENERATE, json=body) as answer:
