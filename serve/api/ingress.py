@@ -73,17 +73,17 @@ class Ingress:
     ) -> None:
         settings = Application.model_validate(application)
         self._models = settings.models
+        self._open_to_all = settings.auth != "keys"
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
         units = {model: Coefficients(*unit) for model, unit in work.items()}
         self._metrics = FrontMetrics()
         self._drawing = Drawing(settings.models, units, streams, self._metrics)
-        self._open_to_all = settings.auth != "keys"
         self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
-        self._openapi = document(version("octet"))
+        self._openapi = document(version("octet"), keys=not self._open_to_all)
         self._store: ResultStore | None = None
         self._sweeping: asyncio.Task[None] | None = None
         if settings.data_folder is not None:

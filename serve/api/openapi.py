@@ -44,8 +44,8 @@ LIMITS = tuple(
 EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
 
 
-def document(version: str) -> dict[str, Any]:
-    """OpenAPI 3.1 as plain data."""
+def document(version: str, *, keys: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 as plain data; `keys`: whether callers need one."""
     _, schemas = models_json_schema(
         [
             (ImageGeneration, "validation"),
@@ -60,10 +60,9 @@ def document(version: str) -> dict[str, Any]:
     )
     paths = _paths()
     for path, methods in paths.items():
-        for operation in methods.values():
-            if is_open(path):
-                operation["security"] = []
-            else:
+        if keys and not is_open(path):
+            for operation in methods.values():
+                operation["security"] = [{"key": []}]
                 operation["responses"] |= _errors(KeyInvalid)
     return {
         "openapi": "3.1.0",
@@ -77,7 +76,6 @@ def document(version: str) -> dict[str, Any]:
             "schemas": schemas["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{"key": []}],
     }
 
 

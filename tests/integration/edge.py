@@ -1,0 +1,127 @@
+"""An Ingress and a Dispatcher behind real HTTP, with Generators that draw plain colours."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from PIL import Image
+
+from serve.api.ingress import Ingress
+from serve.api.proxy_guard import ProxyGuard
+from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.messages import Heartbeat, Lease
+from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
+from serve.settings import Settings
+
+from ..in_process import Handle, a_dispatcher
+from .conftest import free_port
+
+WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # of an image, and of a step
+
+
+class Painter:
+    """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow"."""
+
+    takes_s = 0.5
+
+    async def generate(
+        self, request: ImageRequest, _: Lease, watch: Watch, alone: bool
+    ) -> AsyncIterator[Any]:
+        yield Receipt.TAKEN
+        yield Receipt.BEGUN
+        if watch.progress:
+            yield Progress(0, request.num_inference_steps)
+        if request.prompt == "broken":
+            raise ZeroDivisionError
+        if request.prompt == "slow":
+            await asyncio.sleep(self.takes_s)
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, request.output_format)
+        yield ImageResult(
+            image=file.getvalue(),
+            seed=request.seed,
+            precision="fp8",
+            emulated=True,
+            text_tokens=77,
+            work_s=1.0,
+            timings=Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0),
+        )
+
+
+class Edge:
+    """An Ingress behind uvicorn, in a thread of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.port = settings, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server: uvicorn.Server
+        self.ingress: Ingress
+        self.dispatcher: Dispatcher
+        self.loop: asyncio.AbstractEventLoop
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        application = self.settings.application()
+        pools = [m.pool_name(p) for m in application.models for p in m.pools]
+        keyed = application.auth == "keys"
+        self.dispatcher = dispatcher = a_dispatcher(
+            *pools,
+            max_queued=100,
+            tenants_folder=application.tenants_folder if keyed else None,
+            usage_folder=f"{application.data_folder}/usage" if keyed else None,
+        )
+        for pool in pools:
+            await dispatcher.report_replica(Heartbeat(pool, "r", 4))
+        ingress = Ingress.__new__(Ingress)
+        await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
+            application.model_dump(mode="json"),
+            WORK,
+            Handle(dispatcher),
+            {pool: Handle(Painter()) for pool in pools},
+        )
+        self.ingress = ingress
+        self.tune(self.settings)
+        config = uvicorn.Config(
+            ProxyGuard(ingress.__serve_build_asgi_app__()),
+            port=self.port,
+            log_level="error",
+            ws="none",
+        )
+        self.server = uvicorn.Server(config)
+        heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
+        await self.server.serve()
+        heartbeat.cancel()
+        if dispatcher._ledger:
+            dispatcher._ledger.close()
+
+    async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
+        while True:
+            for pool in pools:
+                await dispatcher.report_replica(Heartbeat(pool, "r", 4))
+            await asyncio.sleep(1)
+
+    def tune(self, settings: Settings) -> None:
+        self.ingress.reconfigure(settings.tuning().model_dump(mode="json"))
+
+
+@contextmanager
+def started(settings: Settings) -> Iterator[Edge]:
+    edge = Edge(settings)
+    edge.thread.start()
+    deadline = time.monotonic() + 10
+    while not (getattr(edge, "server", None) and edge.server.started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        yield edge
+    finally:
+        edge.server.should_exit = True
+        edge.thread.join(10)

@@ -1,0 +1,346 @@
+"""Tenants over real HTTP, with the real Ingress and Dispatcher and painted images."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from starlette.routing import Route
+
+from serve.api.access import is_open
+from serve.dispatch.usage import read_usage
+from serve.settings import Settings
+from serve.tenants import TENANTS, add_tenant, revoke_keys, rotate_key
+
+from .edge import WORK, Edge, started
+
+GENERATE = "/v1/images/generations"
+A_HILL = {"prompt": "a hill"}
+PRICE = WORK["landscapes"][0] + 28 * WORK["landscapes"][1]
+LONG = {"prompt": "a hill", "num_inference_steps": 100, "timeout_s": 0.015}  # it takes 0.021
+TENANTS_OF_TESTS: dict[str, dict[str, Any]] = {
+    "acme": {},
+    "other": {},
+    "elsewhere": {"models": ["sdxl"]},
+    "hasty": {"timeout_s": 0.1},
+    "slow": {"requests_per_s": 0.5, "request_burst": 2},
+    "worker": {"work_per_s": PRICE, "work_burst": 2 * PRICE},
+    "single": {"max_requests": 1},
+    "thrifty": {"monthly_work": 10 * PRICE},
+    "boss": {"operator": True},
+}
+
+
+class Guarded:
+    """An edge with authentication, and a client for each tenant's key."""
+
+    def __init__(self, edge: Edge, folder: Path, keys: dict[str, str]) -> None:
+        self.edge, self.folder, self.keys = edge, folder, keys
+        self.tenants = folder / "tenants"
+
+    def client(self, tenant: str, key: str = "") -> httpx.Client:
+        headers = {"authorization": f"Bearer {key or self.keys[tenant]}"}
+        return httpx.Client(base_url=self.edge.url, timeout=30, headers=headers)
+
+    def ask(
+        self, tenant: str, body: dict[str, Any] | None = None, **headers: str
+    ) -> httpx.Response:
+        with self.client(tenant) as client:
+            return client.post(GENERATE, json=body or A_HILL, headers=headers)
+
+    def usage(self, tenant: str) -> list[dict[str, Any]]:
+        return list(read_usage(self.folder / "usage", tenant=tenant))
+
+
+@pytest.fixture(scope="module")
+def guarded(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("data")
+    tenants = folder / "tenants"
+    keys = {name: add_tenant(tenants, name, values) for name, values in TENANTS_OF_TESTS.items()}
+    changes = {"auth": "keys", "data_folder": str(folder), "tenants_folder": str(tenants)}
+    with started(laptop.model_copy(update=changes)) as edge:
+        yield Guarded(edge, folder, keys)
+
+
+def soon(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+# -- who may call ---------------------------------------------------------------------------------
+
+
+def test_every_route_wants_a_key_but_those_that_are_named(guarded: Guarded) -> None:
+    routes = list(guarded.edge.ingress.__serve_build_asgi_app__().routes)
+    paths = {(route.path, method) for route in routes for method in route.methods}  # type: ignore[attr-defined]
+    assert len(paths) > 10
+    assert all(isinstance(route, Route) for route in routes)
+    with httpx.Client(base_url=guarded.edge.url) as nobody:
+        for path, method in [*sorted(paths), ("/v1", "GET"), ("/v1/files", "GET")]:
+            for given in (path, path + "/x" if "{" not in path and path != "/" else path):
+                answer = nobody.request(method, given)
+                assert (answer.status_code == 401) != is_open(given), (method, given)
+    opened = {path for path, _ in paths if is_open(path)}
+    assert opened == {"/", "/health", "/ready", "/v1/files/{name}"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer octet_acme_" + "0" * 40,
+        "Basic {key}",
+        "{key}",
+        "Bearer x{key}",
+    ],
+)
+def test_a_wrong_key_is_401(guarded: Guarded, header: str) -> None:
+    headers = {"authorization": header.format(key=guarded.keys["acme"])}
+    answer = httpx.post(guarded.edge.url + GENERATE, json=A_HILL, headers=headers)
+    assert code(answer) == (401, "invalid_api_key")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-should-retry"] == "false"
+    assert guarded.keys["acme"] not in answer.text
+
+
+def test_the_openai_client_with_and_without_its_key(guarded: Guarded) -> None:
+    base = f"{guarded.edge.url}/v1"
+    with openai.OpenAI(base_url=base, api_key=guarded.keys["acme"]) as client:
+        assert client.images.generate(model="landscapes", prompt="a hill").data
+    with (
+        openai.OpenAI(base_url=base, api_key="sk-other") as client,
+        pytest.raises(openai.AuthenticationError, match="API key"),
+    ):
+        client.models.list()
+
+
+def test_keys_come_and_go_within_five_seconds_and_nothing_restarts(guarded: Guarded) -> None:
+    first = add_tenant(guarded.tenants, "passing", {})
+
+    def works(key: str) -> bool:
+        with guarded.client("passing", key) as client:
+            return client.get("/v1/models").status_code == 200
+
+    soon(lambda: works(first))
+    second = rotate_key(guarded.tenants, "passing")
+    soon(lambda: works(second))
+    assert works(first)
+    revoke_keys(guarded.tenants, "passing", but_newest=True)
+    soon(lambda: not works(first))
+    assert works(second)
+    revoke_keys(guarded.tenants, "passing")
+    soon(lambda: not works(second))
+
+
+def test_a_broken_file_changes_nothing(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    file = guarded.tenants / TENANTS
+    before = file.read_text()
+    file.write_text(before + "acme: [")
+    soon(lambda: "tenants stay as they were" in caplog.text)
+    assert guarded.ask("acme").status_code == 200
+    file.write_text(before)
+
+
+# -- what is whose --------------------------------------------------------------------------------
+
+
+def test_a_tenant_sees_its_own_models(guarded: Guarded) -> None:
+    with guarded.client("elsewhere") as client:
+        assert client.get("/v1/models").json()["data"] == []
+        assert code(client.get("/v1/models/landscapes")) == (404, "model_not_found")
+    for body in (A_HILL, {**A_HILL, "model": "landscapes"}):
+        answer = guarded.ask("elsewhere", body)
+        assert code(answer) == (404, "model_not_found")
+        assert "known: landscapes" not in answer.text
+
+
+def test_request_ids_are_each_tenants_own(guarded: Guarded) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=guarded.edge.url, timeout=30) as client:
+
+            def headers(tenant: str) -> dict[str, str]:
+                return {"authorization": f"Bearer {guarded.keys[tenant]}", "x-request-id": "same"}
+
+            body = {"prompt": "slow"}
+            both = [
+                asyncio.create_task(client.post(GENERATE, json=body, headers=headers(tenant)))
+                for tenant in ("acme", "other")
+            ]
+            await asyncio.sleep(0.2)
+            again = await client.post(GENERATE, json=body, headers=headers("acme"))
+            assert code(again) == (409, "request_id_in_use")
+            stranger = await client.delete("/v1/requests/same", headers=headers("slow"))
+            assert code(stranger) == (404, "not_found")
+            assert (await client.delete("/v1/requests/same", headers=headers("acme"))).is_success
+            acme, other = await asyncio.gather(*both)
+            assert code(acme) == (499, "request_cancelled")
+            assert other.status_code == 200
+
+    asyncio.run(main())
+
+
+def test_the_servers_state_is_for_operators(guarded: Guarded) -> None:
+    with guarded.client("boss") as boss:
+        soon(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))
+        assert boss.get("/v1/state").json()["pools"]["landscapes-fp8"]["slots"] == 4
+    with guarded.client("acme") as client:
+        assert code(client.get("/v1/state")) == (404, "not_found")
+
+
+# -- limits ---------------------------------------------------------------------------------------
+
+
+def test_request_rate_with_its_headers(guarded: Guarded) -> None:
+    answers = [guarded.ask("slow") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[0].headers["x-ratelimit-limit-requests"] == "2"
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+    refused = answers[2]
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert refused.headers["x-should-retry"] == "true"
+    wait_s = int(refused.headers["retry-after-ms"]) / 1000
+    assert 1 < wait_s <= 2.01
+    assert int(refused.headers["retry-after"]) == 2
+    time.sleep(wait_s)
+    assert guarded.ask("slow").status_code == 200  # it said the truth
+
+
+def test_work_rate(guarded: Guarded) -> None:
+    answers = [guarded.ask("worker", {**A_HILL, "n": 2}) for _ in range(2)]
+    assert answers[0].status_code == 200
+    assert code(answers[1]) == (429, "rate_limit_exceeded")
+    assert answers[0].headers["x-ratelimit-remaining-work"] == "0"
+
+
+def test_open_requests(guarded: Guarded) -> None:
+    async def main() -> list[int]:
+        headers = {"authorization": f"Bearer {guarded.keys['single']}"}
+        async with httpx.AsyncClient(base_url=guarded.edge.url, headers=headers) as client:
+            asked = [client.post(GENERATE, json={"prompt": "slow"}) for _ in range(3)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert sorted(asyncio.run(main())) == [200, 429, 429]
+    soon(lambda: guarded.ask("single").status_code == 200)
+
+
+def test_two_hundred_parallel_requests_with_a_budget_for_ten(guarded: Guarded) -> None:
+    async def main() -> list[httpx.Response]:
+        headers = {"authorization": f"Bearer {guarded.keys['thrifty']}"}
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(
+            base_url=guarded.edge.url, headers=headers, limits=limits, timeout=30
+        ) as client:
+            return await asyncio.gather(*(client.post(GENERATE, json=A_HILL) for _ in range(200)))
+
+    answers = asyncio.run(main())
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert len(refused) == 190
+    assert {code(answer) for answer in refused} == {(429, "insufficient_quota")}
+    assert {answer.headers["x-should-retry"] for answer in refused} == {"false"}
+    assert {answer.json()["error"]["type"] for answer in refused} == {"insufficient_quota"}
+    assert len(guarded.usage("thrifty")) == 10
+    assert guarded.ask("thrifty").status_code == 429
+
+
+def test_a_tenants_own_deadline(guarded: Guarded) -> None:
+    assert code(guarded.ask("hasty", {"prompt": "slow"})) == (504, "deadline_exceeded")
+    assert guarded.ask("hasty", {"prompt": "slow", "timeout_s": 20}).status_code == 200
+    never = guarded.ask("hasty", LONG)
+    assert code(never) == (503, "deadline_unreachable")
+    assert never.headers["x-should-retry"] == "false"
+    assert "retry-after" not in never.headers
+
+
+def test_changed_limits_hold_without_a_restart(guarded: Guarded) -> None:
+    key = add_tenant(guarded.tenants, "changing", {})
+    guarded.keys["changing"] = key
+    soon(lambda: guarded.ask("changing").status_code == 200)
+    file = guarded.tenants / TENANTS
+    tenants = yaml.safe_load(file.read_text())
+    tenants["changing"] = {"monthly_work": 0}
+    file.write_text(yaml.safe_dump(tenants))
+    soon(lambda: guarded.ask("changing").status_code == 429)
+
+
+# -- what is charged ------------------------------------------------------------------------------
+
+
+def test_every_delivered_image_is_charged_once_and_before_its_answer(guarded: Guarded) -> None:
+    before = len(guarded.usage("acme"))
+    answer = guarded.ask("acme", {**A_HILL, "n": 3}, **{"x-request-id": "mine"})
+    assert answer.status_code == 200
+    assert float(answer.headers["x-octet-eta-s"]) > 0
+    records = guarded.usage("acme")[before:]
+    assert [(r["request_id"], r["image"]) for r in records] == [("mine", i) for i in range(3)]
+    assert {r["call"] for r in records} == {records[0]["call"]}
+    assert {(r["model"], r["size"], r["steps"], r["outcome"]) for r in records} == {
+        ("landscapes", "128x128", 28, "delivered")
+    }
+    assert sum(r["work_s"] for r in records) == pytest.approx(3 * PRICE)
+    again = guarded.ask("acme", **{"x-request-id": "mine"})  # the same id, another call
+    assert again.status_code == 200
+    assert len(guarded.usage("acme")) == before + 4
+
+
+def test_a_streamed_image_is_charged_too(guarded: Guarded) -> None:
+    before = len(guarded.usage("acme"))
+    asked = {**A_HILL, "stream": True}
+    with (
+        guarded.client("acme") as client,
+        client.stream("POST", GENERATE, json=asked) as answer,
+    ):
+        for line in answer.iter_lines():
+            if line.startswith("event: image_generation.completed"):
+                assert len(guarded.usage("acme")) == before + 1
+    assert len(guarded.usage("acme")) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"prompt": "broken"}, 500),
+        ({"prompt": "slow", "timeout_s": 0.1}, 504),
+        ({"prompt": ""}, 400),
+        (LONG, 503),
+    ],
+)
+def test_what_failed_or_was_refused_costs_nothing(
+    guarded: Guarded, body: dict[str, Any], status: int
+) -> None:
+    before = guarded.usage("acme")
+    assert guarded.ask("acme", body).status_code == status
+    assert guarded.usage("acme") == before
+
+
+def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: Guarded) -> None:
+    ledger = guarded.edge.dispatcher._ledger
+    assert ledger
+    file = ledger._file
+    with Path("/dev/full").open("wb", buffering=0) as ledger._file:
+        answer = guarded.ask("acme")
+    ledger._file = file
+    assert code(answer) == (503, "usage_unrecorded")
+    assert guarded.ask("acme").status_code == 200
+
+
+def test_the_document_says_where_keys_are_wanted(guarded: Guarded) -> None:
+    with guarded.client("acme") as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert ("401" in operation["responses"]) == ("security" in operation) != is_open(path)

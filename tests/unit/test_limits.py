@@ -1,0 +1,157 @@
+"""Rates, budgets and forecasts, as examples and for any sequence of events."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.dispatch.forecast import MEMORY_S, Accuracy, Demand, Rate, wait_s
+from serve.dispatch.limits import Account, Gcra
+from serve.dispatch.tenant import Tenant
+
+
+def test_a_burst_then_the_rate() -> None:
+    gcra = Gcra(rate=2.0, burst=3.0)
+    for _ in range(3):
+        assert gcra.wait_s(1, 0.0) == 0
+        gcra.take(1, 0.0)
+    assert gcra.wait_s(1, 0.0) == pytest.approx(0.5)
+    assert gcra.wait_s(1, 0.5) == pytest.approx(0)
+    assert gcra.remaining(0.5) == pytest.approx(1)
+    assert gcra.reset_s(0.5) == pytest.approx(1)
+
+
+def test_what_is_larger_than_a_burst_passes_when_nothing_else_did() -> None:
+    gcra = Gcra(rate=1.0, burst=2.0)
+    assert gcra.wait_s(10, 0.0) == 0
+    gcra.take(10, 0.0)
+    assert gcra.wait_s(1, 0.0) == pytest.approx(9)
+    assert gcra.wait_s(10, 0.0) == pytest.approx(10)
+    assert gcra.remaining(0.0) == 0
+
+
+@given(
+    rate=st.floats(0.1, 100),
+    burst=st.floats(1, 50),
+    events=st.lists(st.tuples(st.floats(0, 5), st.floats(0.1, 1)), max_size=60),
+)
+def test_never_more_than_rate_and_burst_and_the_wait_is_true(
+    rate: float, burst: float, events: list[tuple[float, float]]
+) -> None:
+    gcra, now, taken = Gcra(rate, burst), 0.0, 0.0
+    for pause_s, amount in events:
+        now += pause_s
+        if (late_s := gcra.wait_s(amount, now)) == 0:
+            gcra.take(amount, now)
+            taken += amount
+        else:
+            assert gcra.wait_s(amount, now + late_s * 0.99) > 0
+            assert gcra.wait_s(amount, now + late_s) < 1e-6
+        assert taken <= burst + rate * now + 1e-6
+
+
+def test_standings_and_what_is_left_of_a_budget() -> None:
+    account = Account(Tenant(requests_per_s=2, request_burst=4, work_per_s=1, monthly_work=100))
+    account.spent, account.reserved = 30.0, 20.0
+    assert account.requests
+    account.requests.take(1, 0.0)
+    found = {s.of: (s.limit, s.remaining, s.reset_s) for s in account.standings(0.0, 999.0)}
+    assert found == {
+        "requests": (4, 3, 0.5),
+        "work": (10, 10, 0),
+        "budget": (100, 50, 999),
+    }
+    assert Account(Tenant()).standings(0.0, 0.0) == ()
+
+
+def test_changed_limits_do_not_forget_what_was_used() -> None:
+    account = Account(Tenant(requests_per_s=1, request_burst=2))
+    assert account.requests
+    for _ in range(2):
+        account.requests.take(1, 0.0)
+    account.change(Tenant(requests_per_s=1, request_burst=1))
+    assert account.requests
+    assert account.requests.wait_s(1, 0.0) > 0
+    account.change(Tenant())
+    assert account.requests is None
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"weight": 0}, "weight 0"),
+        ({"weight": math.inf}, "weight inf"),
+        ({"requests_per_s": -1.0}, "requests_per_s -1"),
+        ({"request_burst": 5.0}, "request_burst is for a tenant with requests_per_s"),
+        ({"requests_per_s": 1, "request_burst": 0.5}, "request_burst 0.5 must be at least 1"),
+        ({"work_burst": 5.0}, "work_burst is for a tenant with work_per_s"),
+        ({"monthly_work": -1}, "monthly_work -1"),
+    ],
+)
+def test_tenants_are_valid_by_construction(values: dict[str, float], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        Tenant(**values)  # type: ignore[arg-type]  # the point of it
+
+
+def test_a_tenant_may_be_given_nothing() -> None:
+    assert Tenant(monthly_work=0, max_requests=0).monthly_work == 0
+
+
+# -- forecasts ------------------------------------------------------------------------------------
+
+
+def test_alone_one_waits_for_ones_own() -> None:
+    assert wait_s(10, 1, [], speed=2) == 5
+    assert wait_s(10, 1, [], speed=0) == math.inf
+
+
+def test_others_take_their_share_but_no_more_than_they_have() -> None:
+    assert wait_s(10, 1, [Demand(1, 4, 0)], speed=1) == 14
+    assert wait_s(10, 1, [Demand(1, 1000, 0)], speed=1) == 20
+    assert wait_s(10, 2, [Demand(1, 1000, 0)], speed=1) == 15
+
+
+def test_who_keeps_asking_keeps_its_share() -> None:
+    """Half of the speed is asked for by another one all the time."""
+    assert wait_s(10, 1, [Demand(1, 0, 0.5)], speed=1) == pytest.approx(20, rel=0.02)
+    assert wait_s(10, 1, [Demand(1, 0, 9)], speed=1) == pytest.approx(20)
+    assert wait_s(10, 1, [Demand(1, 0, 0.1)], speed=1) == pytest.approx(11.1, rel=0.02)
+
+
+DEMANDS = st.lists(
+    st.builds(Demand, st.floats(0.1, 10), st.floats(0, 100), st.floats(0, 10)), max_size=8
+)
+
+
+@given(own_s=st.floats(0.1, 100), weight=st.floats(0.1, 10), others=DEMANDS)
+def test_a_forecast_lies_between_ones_own_and_ones_share(
+    own_s: float, weight: float, others: list[Demand]
+) -> None:
+    t = wait_s(own_s, weight, others, speed=1)
+    share = weight / (weight + sum(other.weight for other in others))
+    assert own_s <= t * (1 + 1e-9)
+    assert t <= own_s / share * (1 + 1e-9)
+    more = wait_s(own_s, weight, [*others, Demand(1, 5, 1)], speed=1)
+    assert more >= t * 0.9  # the solution is found to about a hundredth per round
+
+
+def test_rates_fade() -> None:
+    rate = Rate()
+    assert rate.per_s(5.0) == 0
+    for i in range(1000):
+        rate.add(0.5, i * 0.1)
+    assert rate.per_s(100.0) == pytest.approx(5, rel=0.02)
+    assert rate.per_s(100.0 + MEMORY_S) == pytest.approx(5 / math.e, rel=0.02)
+
+
+def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded() -> None:
+    accuracy = Accuracy()
+    assert (accuracy.expected(2), accuracy.at_most(2)) == (2, 2)
+    for i in range(3000):
+        accuracy.learn(1.0, 1.5 if i % 20 == 0 else 0.8)
+    assert accuracy.expected(1.0) == pytest.approx(0.83, abs=0.1)
+    assert accuracy.at_most(1.0) == pytest.approx(1.5, abs=0.25)
+    for _ in range(10):
+        accuracy.learn(0.0, 1e9)
+    assert accuracy.expected(1.0) <= 4

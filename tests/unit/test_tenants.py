@@ -1,0 +1,151 @@
+"""The tenants' folder: what may stand in it, and who a key belongs to."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from serve.settings import SettingsError
+from serve.tenants import (
+    KEY,
+    KEYS,
+    TENANTS,
+    add_tenant,
+    directory,
+    read_keys,
+    read_tenants,
+    revoke_keys,
+    rotate_key,
+    stamps,
+    tenant_of,
+)
+
+
+def who(folder: Path, key: str) -> str | None:
+    return tenant_of(key, directory(read_tenants(folder), read_keys(folder)))
+
+
+def test_an_empty_folder_has_no_tenants(tmp_path: Path) -> None:
+    assert read_tenants(tmp_path / "none") == {}
+    assert who(tmp_path, "octet_acme_" + "0" * 40) is None
+
+
+def test_a_key_is_shown_once_and_kept_as_its_digest(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path, "acme", {"weight": 2.0})
+    assert KEY.fullmatch(key)
+    assert key.startswith("octet_acme_")
+    assert who(tmp_path, key) == "acme"
+    assert read_tenants(tmp_path)["acme"].weight == 2
+    secret = key.rpartition("_")[2]
+    for file in tmp_path.iterdir():
+        assert secret not in file.read_text()
+    assert stat.S_IMODE((tmp_path / KEYS).stat().st_mode) == 0o600
+
+
+def test_a_key_must_be_its_own_tenants(tmp_path: Path) -> None:
+    acme, other = add_tenant(tmp_path, "acme", {}), add_tenant(tmp_path, "other", {})
+    assert who(tmp_path, other) == "other"
+    swapped = acme.replace("acme", "other")
+    for wrong in (swapped, acme[:-1], acme + "0", acme.upper(), "", "octet_", "octet__", "é" * 60):
+        assert who(tmp_path, wrong) is None
+
+
+def test_two_keys_while_rotating_and_none_after_revoking(tmp_path: Path) -> None:
+    first = add_tenant(tmp_path, "acme", {})
+    second = rotate_key(tmp_path, "acme")
+    assert [who(tmp_path, key) for key in (first, second)] == ["acme", "acme"]
+    third = rotate_key(tmp_path, "acme")
+    assert [who(tmp_path, key) for key in (first, second, third)] == [None, "acme", "acme"]
+    assert revoke_keys(tmp_path, "acme", but_newest=True) == 1
+    assert [who(tmp_path, key) for key in (second, third)] == [None, "acme"]
+    assert revoke_keys(tmp_path, "acme") == 1
+    assert who(tmp_path, third) is None
+    assert "acme" in read_tenants(tmp_path)
+
+
+def test_a_tenant_that_was_taken_out_has_no_keys_and_a_new_one_inherits_none(
+    tmp_path: Path,
+) -> None:
+    old = add_tenant(tmp_path, "acme", {})
+    (tmp_path / TENANTS).write_text("")
+    assert who(tmp_path, old) is None
+    new = add_tenant(tmp_path, "acme", {})
+    assert [who(tmp_path, key) for key in (old, new)] == [None, "acme"]
+
+
+def test_adding_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
+    (tmp_path / TENANTS).write_text("# by hand\nacme:\n  weight: 2 # twice")
+    add_tenant(tmp_path, "other", {"models": ["m"], "monthly_work": 10})
+    text = (tmp_path / TENANTS).read_text()
+    assert text.startswith("# by hand\nacme:\n  weight: 2 # twice\nother:\n")
+    assert read_tenants(tmp_path)["other"].models == ("m",)
+    with pytest.raises(SettingsError, match="'acme' is there already"):
+        add_tenant(tmp_path, "acme", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("acme: {wieght: 2}", "acme.wieght: unknown key: did you mean 'weight'"),
+        ("acme: {weight: -1}", "acme: weight -1.0 must be"),
+        ("acme: {weight: heavy}", "acme.weight: .*number.*heavy"),
+        ("ACME: {}", "tenant 'ACME': an id is"),
+        ("a_b: {}", "tenant 'a_b': an id is"),
+        ("-a: {}", "tenant '-a': an id is"),
+        ("1: {}", "tenant '1': an id is"),
+        ("[acme]", "expected tenants by their id, found list"),
+        ("acme: [", "not YAML"),
+        ("acme: 7", "acme: "),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / TENANTS).write_text(text)
+    with pytest.raises(SettingsError, match=fault):
+        read_tenants(tmp_path)
+
+
+def test_nothing_is_written_if_the_tenant_would_be_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="weight"):
+        add_tenant(tmp_path, "acme", {"weight": 0})
+    assert not (tmp_path / TENANTS).exists()
+    for change in (rotate_key, revoke_keys):
+        with pytest.raises(SettingsError, match="'acme' does not exist"):
+            change(tmp_path, "acme")
+
+
+def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    add_tenant(tmp_path, "acme", {})
+    (tmp_path / KEYS).chmod(0o644)
+    with pytest.raises(SettingsError, match="chmod 600"):
+        read_keys(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a": [1]}', '{"a": [{"sha256": "x"}]}'])
+def test_a_foreign_file_of_keys_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / KEYS).write_text(content)
+    (tmp_path / KEYS).chmod(0o600)
+    with pytest.raises(SettingsError, match="not a file of keys"):
+        read_keys(tmp_path)
+
+
+def test_a_change_of_either_file_is_seen(tmp_path: Path) -> None:
+    seen = {stamps(tmp_path)}
+    add_tenant(tmp_path, "acme", {})
+    seen.add(stamps(tmp_path))
+    rotate_key(tmp_path, "acme")
+    seen.add(stamps(tmp_path))
+    (tmp_path / TENANTS).write_text("acme:\n  weight: 3\n")
+    seen.add(stamps(tmp_path))
+    assert len(seen) == 4
+    assert stamps(tmp_path) in seen
+
+
+def test_every_digest_is_compared(tmp_path: Path) -> None:
+    """Also the second of two, and digests are what is kept."""
+    keys = [add_tenant(tmp_path, "acme", {}), rotate_key(tmp_path, "acme")]
+    kept = json.loads((tmp_path / KEYS).read_text())["acme"]
+    assert len({key["sha256"] for key in kept}) == 2
+    assert all(who(tmp_path, key) == "acme" for key in keys)

@@ -1,0 +1,146 @@
+"""The ledger: every line whole, every record once, every sum right after any end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from serve.dispatch.messages import Usage
+from serve.dispatch.usage import UsageLedger, month_end, month_of, read_usage, usage_files
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
+DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
+
+
+def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> Usage:
+    return Usage(f"c{call}", image, tenant, f"id{call}", "m", "fp8", "64x64", 10, work_s)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[UsageLedger]:
+    with closing(UsageLedger(tmp_path, NOW, file_bytes=2000)) as ledger:
+        yield ledger
+
+
+def spent(folder: Path, now: float = NOW) -> dict[str, float]:
+    with closing(UsageLedger(folder, now)) as again:
+        return dict(again.spent)
+
+
+def test_a_record_says_who_had_what(ledger: UsageLedger, tmp_path: Path) -> None:
+    ledger.append([usage(1)], NOW)
+    (record,) = read_usage(tmp_path)
+    assert record == {
+        "time": "2026-11-22T12:00:00.000Z",
+        "call": "c1",
+        "image": 0,
+        "tenant": "acme",
+        "request_id": "id1",
+        "model": "m",
+        "precision": "fp8",
+        "size": "64x64",
+        "steps": 10,
+        "work_s": 1.5,
+        "outcome": "delivered",
+    }
+
+
+def test_what_is_told_twice_is_written_once(ledger: UsageLedger, tmp_path: Path) -> None:
+    assert ledger.append([usage(1), usage(1), usage(1, image=1)], NOW) == [
+        usage(1),
+        usage(1, image=1),
+    ]
+    assert ledger.append([usage(1), usage(2)], NOW) == [usage(2)]
+    assert spent(tmp_path) == {"acme": 4.5}
+    with closing(UsageLedger(tmp_path, NOW)) as again:
+        assert again.append([usage(1), usage(2)], NOW) == []
+
+
+def test_sums_are_found_again_over_many_files(ledger: UsageLedger, tmp_path: Path) -> None:
+    for i in range(50):
+        ledger.append([usage(i, "acme" if i % 2 else "umbrella")], NOW + i)
+    assert len(usage_files(tmp_path)) > 3
+    assert spent(tmp_path) == dict(ledger.spent) == {"acme": 37.5, "umbrella": 37.5}
+    for old in usage_files(tmp_path)[:-1]:
+        old.unlink()  # archived
+    assert spent(tmp_path) == {"acme": 37.5, "umbrella": 37.5}
+
+
+def test_a_torn_line_is_cut_off_and_its_record_may_come_again(tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, NOW)) as ledger:
+        ledger.append([usage(1), usage(2)], NOW)
+    (file,) = usage_files(tmp_path)
+    file.write_bytes(file.read_bytes()[:-7])
+    assert [r["call"] for r in read_usage(tmp_path)] == ["c1"]
+    with closing(UsageLedger(tmp_path, NOW)) as again:
+        assert dict(again.spent) == {"acme": 1.5}
+        again.append([usage(2)], NOW)
+    assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2"]
+    for line in file.read_text().splitlines():
+        json.loads(line)
+
+
+def test_every_cut_of_the_file_is_a_ledger(tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, NOW)) as ledger:
+        for i in range(3):
+            ledger.append([usage(i)], NOW)
+    (file,) = usage_files(tmp_path)
+    whole = file.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole), 7):
+        file.write_bytes(whole[:end])
+        assert spent(tmp_path).get("acme", 0.0) == 1.5 * whole[first:end].count(b"\n")
+
+
+def test_a_new_month_begins_with_nothing_spent(ledger: UsageLedger, tmp_path: Path) -> None:
+    ledger.append([usage(1)], NOW)
+    ledger.append([usage(2)], DECEMBER)
+    assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 1.5})
+    assert spent(tmp_path, DECEMBER) == {"acme": 1.5}
+    assert spent(tmp_path, DECEMBER + 40 * 86400) == {}
+    assert (month_of(DECEMBER - 1), month_of(DECEMBER)) == ("2026-11", "2026-12")
+    assert month_end(NOW) == DECEMBER
+    assert month_of(month_end(DECEMBER)) == "2027-01"
+
+
+def test_usage_since_a_time_and_of_a_tenant(tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, NOW, file_bytes=300)) as ledger:
+        for hour in range(10):
+            ledger.append([usage(hour, "acme" if hour % 2 else "umbrella")], NOW + 3600 * hour)
+    found = [r["call"] for r in read_usage(tmp_path, "2026-11-22T18:30", "acme")]
+    assert found == ["c7", "c9"]
+    assert len(list(read_usage(tmp_path, "2026-11-23"))) == 0
+    assert len(list(read_usage(tmp_path, "2026-11-22"))) == 10
+
+
+def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: Path) -> None:
+    class Full:
+        """Takes ten bytes, then no more."""
+
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def write(self, lines: bytes) -> int:
+            return self.file.write(lines[:10])  # type: ignore[attr-defined, no-any-return]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+    ledger.append([usage(1)], NOW)
+    file, ledger._file = ledger._file, Full(ledger._file)
+    with pytest.raises(OSError, match="No space"):
+        ledger.append([usage(2)], NOW)
+    ledger._file = file
+    assert ledger.append([usage(2)], NOW) == [usage(2)]
+    assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2"]
+
+
+def test_a_foreign_file_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "2026-11-22T120000.000000.jsonl").write_text('{"sums":{},"month":"2026-11"}\nx\n')
+    with pytest.raises(ValueError, match=r"jsonl:2 is not a usage record"):
+        UsageLedger(tmp_path, NOW)
