@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import cli_cards
+from . import cli_cards, cli_tenants
 from .engine.checkpoint import node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import Running, running
 from .settings import Model, Settings, SettingsError, Source
 from .settings_file import load_settings
+from .tenants import read_keys, read_tenants
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -34,6 +35,9 @@ app = typer.Typer(
 )
 app.command("plan")(cli_cards.plan)
 app.command("doctor")(cli_cards.doctor)
+app.add_typer(cli_tenants.app, name="tenant")
+app.command("usage")(cli_tenants.usage)
+app.command("top")(cli_tenants.top)
 
 
 @app.command()
@@ -134,6 +138,9 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
     """Check CONFIG and the OCTET_* overrides without starting anything."""
     with readable_errors(debug):
         settings = load_settings(config)
+        if settings.auth == "keys":
+            read_tenants(Path(settings.tenants_folder).expanduser())
+            read_keys(Path(settings.tenants_folder).expanduser())
     table = Table("model", "pool", "replicas", "slots", "GPU each", "CPU each")
     for model in settings.models:
         for pool in model.pools:
@@ -189,7 +196,9 @@ def _serve(read: Callable[[], Settings]) -> None:
     on_stop(interrupt)
     signal.signal(APPLY, signal.SIG_IGN)
     try:
-        with running(read(), _tell_changes()) as octet:
+        settings = read()
+        _warn_of_strangers(settings)
+        with running(settings, _tell_changes()) as octet:
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
@@ -208,6 +217,15 @@ def _serve(read: Callable[[], Settings]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     console.print("stopped")
+
+
+def _warn_of_strangers(settings: Settings) -> None:
+    """Raises `SettingsError` for tenants that cannot be read."""
+    if settings.auth != "keys":
+        host = settings.http.host
+        complain(f"auth is {settings.auth}: whoever reaches {host} may draw, without a key")
+    elif not read_tenants(Path(settings.tenants_folder).expanduser()):
+        complain("there are no tenants yet: octet tenant add")
 
 
 def _apply(octet: Running, read: Callable[[], Settings]) -> None:
@@ -237,10 +255,11 @@ def _tell_changes() -> Callable[[str], None]:
 def _announce(octet: Running) -> None:
     url, model = octet.url, octet.settings.models[0]
     prompt = "a futuristic cityscape at sunset"
+    key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nDraw a picture:\n")
     out.print(
-        f"curl -s {url}/v1/images/generations -H 'content-type: application/json' \\\n"
+        f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
         f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'
         "  | python3 -c 'import base64, json, sys; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '

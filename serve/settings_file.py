@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from .settings import Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "OCTET_"
+NO_SETTINGS = {"OCTET_KEY"}  # what clients read
 FOLDERS = "models_folder", "compiled_folder", "data_folder", "tenants_folder"
 
 
@@ -37,7 +38,7 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
     if not isinstance(data, dict):
         raise SettingsError(f"{file}: expected keys and values, found {type(data).__name__}")
     for name in sorted(environ):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NO_SETTINGS:
             _override(data, name, environ[name])
     _resolve_folders(data, file.resolve().parent)
     data.setdefault("tenants_folder", "tenants")

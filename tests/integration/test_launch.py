@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 import httpx
 import psutil
 from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner
 
+from serve.cli import app
 from serve.engine.fp8_checkpoint import quantize
 from serve.launch import serve_config
 from serve.settings import Application, Settings, Tuning
@@ -55,7 +58,9 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     settings = settings.replace("precision: fp16,", "precision: fp16, slots: 1,")
     assert "slots: 1" in settings
     assert str(fp8) in settings
+    settings = settings.replace("auth: none", "auth: keys\ndata_folder: data")
     file.write_text(settings)
+    key = octet_command("tenant", "add", "acme", "--config", str(file), "--operator").strip()
     command = [sys.executable, "-c", "from serve.cli import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     long = {"prompt": "the sea at dawn", "num_inference_steps": 40, "precision": "fp16"}
@@ -70,15 +75,25 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
             processes = psutil.Process(octet.pid).children(recursive=True)
             assert processes
 
+            assert draw(second, long, "octet_acme_" + "0" * 40).status_code == 401
             file.write_text(f"max_body_bytes: 200\n{settings}")
             octet.send_signal(signal.SIGUSR1)
-            wait_until(lambda: draw(second, {"prompt": "x" * 300}).status_code == 413)
+            wait_until(lambda: draw(second, {"prompt": "x" * 300}, key).status_code == 413)
 
-            drawn = draw(second, {"prompt": "the sea at dawn", "precision": "fp8"})
+            drawn = draw(second, {"prompt": "the sea at dawn", "precision": "fp8"}, key)
             assert drawn.json()["data"][0]["precision"] == "fp8"
 
-            answers = [pool.submit(draw, second, long) for _ in range(3)]  # one runs, two wait
-            time.sleep(0.5)
+            longest = {**long, "num_inference_steps": 100, "size": "256x256"}
+            cancelled = pool.submit(draw, second, longest, key, "mine")
+            time.sleep(1.5)
+            headers = {"authorization": f"Bearer {key}"}
+            httpx.delete(f"{second}/v1/requests/mine", headers=headers, timeout=10)
+            assert cancelled.result().status_code == 499
+
+            answers = [pool.submit(draw, second, long, key) for _ in range(3)]  # two wait
+            time.sleep(1.5)
+            shown = octet_command("top", second, "--key", key, "--once")
+            assert "acme" in shown
             octet.send_signal(signal.SIGTERM)
             assert [answer.result().status_code for answer in answers] == [200] * 3
         finally:
@@ -87,6 +102,15 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     assert octet.returncode == 0
     assert f"Playground: {second}/" in announced
     assert f"curl -s {second}/v1/images/generations" in announced
+    charged = [
+        json.loads(line)
+        for line in octet_command("usage", "--config", str(file), "--records").splitlines()
+    ]
+    answered = [r for r in charged if r["outcome"] == "delivered" and r["steps"] == 40]
+    assert [r["tenant"] for r in answered] == ["acme"] * 3
+    (ended,) = [r for r in charged if r["outcome"] == "cancelled"]
+    assert 0 < ended["steps"] < 100
+    assert ended["work_s"] > 0
     gone, alive = psutil.wait_procs(processes, timeout=15)
     assert not alive, alive
     assert len(gone) == len(processes)
@@ -94,8 +118,16 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
 
 
-def draw(address: str, body: dict) -> httpx.Response:
-    return httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
+def draw(address: str, body: dict, key: str, id: str | None = None) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}", **({"x-request-id": id} if id else {})}
+    return httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=60)
+
+
+def octet_command(*arguments: str) -> str:
+    """What a command prints; it has to succeed."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def wait_until(truth: Callable[[], bool]) -> None:

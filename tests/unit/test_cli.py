@@ -1,9 +1,15 @@
+import json
+import re
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from serve.cli import app
+from serve.dispatch.messages import Usage
+from serve.dispatch.usage import UsageLedger
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -58,3 +64,69 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         code, output = octet("demo", "--port", str(taken.getsockname()[1]))
     assert code == 1
     assert "cannot listen on 127.0.0.1" in output
+
+
+def test_tenants_from_the_first_to_the_last_key(tmp_path: Path) -> None:
+    def command(*arguments: str) -> tuple[int, str]:
+        return octet("tenant", *arguments, "--folder", str(tmp_path))
+
+    code, output = command("add", "acme", "--weight", "2", "--model", "m", "--requests-per-s", "5")
+    assert code == 0
+    assert re.search(r"^octet_acme_[0-9a-f]{40}$", output, re.MULTILINE)
+    code, output = command("list")
+    assert all(word in output for word in ("acme", "2", "m", "requests/s 5"))
+    for change, words in (
+        (["rotate-key", "acme"], "octet_acme_"),
+        (["revoke", "acme", "--old"], "1 of the keys of acme ended"),
+        (["revoke", "acme"], "1 of the keys of acme ended"),
+        (["list"], "no key"),
+    ):
+        code, output = command(*change)
+        assert (code, words in output) == (0, True), output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["tenant", "add", "acme"], "whose tenants? Name a settings file"),
+        (["tenant", "add", "a_b", "--folder", "{}"], "tenant 'a_b': an id is"),
+        (["tenant", "rotate-key", "acme", "--folder", "{}"], "tenant 'acme' does not exist"),
+        (["usage"], "which usage? Name a settings file"),
+        (["usage", "--folder", "{}/none"], "no such folder"),
+        (["usage", "--folder", "{}", "--since", "yesterday"], "--since 'yesterday': YYYY-MM-DD"),
+        (["top", "nowhere"], "'nowhere' is no http address"),
+        (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: "),
+    ],
+)
+def test_errors_of_tenants_are_one_line(tmp_path: Path, command: list[str], words: str) -> None:
+    code, output = octet(*(part.format(tmp_path) for part in command))
+    assert code == 1
+    assert words in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, time.time())) as ledger:
+        for i, tenant in enumerate(("acme", "acme", "other")):
+            usage = Usage(str(i), 0, tenant, "id", "m", "fp8", "64x64", 10, 1.25)
+            ledger.append([usage], time.time())
+    _, output = octet("usage", "--folder", str(tmp_path))
+    lines = [line for line in output.splitlines() if "acme" in line]
+    assert len(lines) == 2  # the sum and its one part
+    assert all("2.500" in line for line in lines)
+    assert "other" in output
+    _, output = octet("usage", "--folder", str(tmp_path), "--tenant", "other", "--records")
+    assert [json.loads(line)["tenant"] for line in output.splitlines()] == ["other"]
+
+
+def test_strangers_are_let_in_on_this_machine_alone(tmp_path: Path) -> None:
+    text = (EXAMPLES / "laptop.yaml").read_text().replace("../demo", str(EXAMPLES.parent / "demo"))
+    file = tmp_path / "octet.yaml"
+    file.write_text(text.replace("127.0.0.1", "0.0.0.0"))  # noqa: S104 - that is refused
+    code, output = octet("check-config", str(file))
+    assert code == 1
+    assert "auth none: whoever reaches 0.0.0.0 could draw" in output
+    file.write_text(file.read_text().replace("auth: none", "auth: none-on-any-address"))
+    assert octet("check-config", str(file))[0] == 0
+    file.write_text(text.replace("auth: none", "auth: keys"))
+    assert "set data_folder" in octet("check-config", str(file))[1]

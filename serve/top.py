@@ -1,0 +1,37 @@
+"""The state of a server as `octet top` shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+SHOWN = 30  # tenants, those with most under way
+
+
+def overview_table(state: dict[str, Any]) -> Group:
+    """Of the answer of `GET /v1/state`."""
+    head = f"{state['calls']} requests open, {state['queued']} images queued"
+    pools = Table(title=head + (" · draining" if state["draining"] else ""), title_justify="left")
+    for name in ("pool", "replicas", "slots used", "work left", "speed"):
+        pools.add_column(name, justify="left" if name == "pool" else "right")
+    for name, pool in state["pools"].items():
+        used = f"{pool['running']} / {pool['slots']}"
+        missing = "" if pool["replicas"] or pool["placeable"] else " (no node)"
+        row = str(pool["replicas"]), used, f"{pool['running_work_s']:.1f}", f"{pool['speed']:.2f}"
+        pools.add_row(name + missing, *row)
+    tenants = Table()
+    for name in ("tenant", "weight", "requests", "running", "queued", "queued work", "this month"):
+        tenants.add_column(name, justify="left" if name == "tenant" else "right")
+    for row in state["tenants"][:SHOWN]:
+        budget = row["monthly_work"]
+        tenants.add_row(
+            row["tenant"],
+            f"{row['weight']:g}",
+            *(str(row[name]) for name in ("calls", "running", "queued")),
+            f"{row['queued_work']:.1f}",
+            f"{row['spent']:.1f}" + ("" if budget is None else f" / {budget:g}"),
+        )
+    more = len(state["tenants"]) - SHOWN
+    return Group(pools, tenants, f"and {more} more" if more > 0 else "")
