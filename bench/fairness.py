@@ -1,0 +1,323 @@
+"""What one tenant feels of the others, who is admitted, and what the Dispatcher can do.
+
+    python -m bench.fairness [--quick]
+
+Real Ray, real HTTP, an own server on loopback. Most of it runs on Generators that only wait
+(`bench/timed.py`), 8 slots, so that two cores measure dispatch; one part runs on the demo model.
+Plain Ray Serve, first come first served, is measured beside it. Writes build/bench/fairness.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serve import launch
+from serve.cli import DEMO_SETTINGS
+from serve.launch import Running, running
+from serve.settings import Settings
+from serve.settings_file import load_settings
+from serve.tenants import add_tenant
+
+from .fairness_report import table
+from .load import STEP_S, Answered, Ask, Load, jain, percentile, poisson
+
+RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
+SLOTS = 8
+LIGHT = [f"light{i}" for i in range(9)]
+WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}
+BUDGETS = [f"budget{i}" for i in range(4)]
+POOL = "landscapes-fp16"
+
+
+def body(steps: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": "the sea", "size": "64x64", "num_inference_steps": steps, **more}
+
+
+class Bench:
+    """One Ray with the application on it, and a client with every tenant's key."""
+
+    def __init__(self, octet: Running, keys: dict[str, str]) -> None:
+        self.octet, self.keys = octet, keys
+        self.load = Load(f"{octet.url}/v1/images/generations", keys)
+
+    def ingresses(self, replicas: int) -> None:
+        """Serve with so many; waits until they and the rest are there again."""
+        before = self.octet.settings
+        ingress = before.ingress.model_copy(update={"replicas": replicas})
+        if ingress != before.ingress:
+            self.octet.apply(before.model_copy(update={"ingress": ingress}))
+            time.sleep(3)
+            self.octet.wait()
+            time.sleep(3)
+
+
+@contextmanager
+def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
+    """An application with the tenants of all parts."""
+    keys = {name: add_tenant(folder / "tenants", name, {}) for name in ("flood", *LIGHT)}
+    for name, weight in WEIGHTS.items():
+        keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
+    for name in BUDGETS:
+        keys[name] = add_tenant(folder / "tenants", name, {"monthly_work": 10 * 4 * STEP_S})
+    settings = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(_free_port())}).model_copy(
+        update={
+            "auth": "keys",
+            "data_folder": str(folder),
+            "tenants_folder": str(folder / "tenants"),
+            **changes,
+        }
+    )
+    config = launch.serve_config
+
+    def patched(settings: Settings) -> Any:
+        found = config(settings)
+        found["applications"][0]["import_path"] = import_path
+        return found
+
+    launch.serve_config = patched
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with running(settings) as octet:
+                yield Bench(octet, keys)
+    finally:
+        launch.serve_config = config
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+def flood(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
+    """Nine tenants at half of their share, without and with one at ten times all there is."""
+    capacity = SLOTS / (steps * STEP_S)
+    share = capacity / (len(LIGHT) + 1)
+    light = [ask for t in LIGHT for ask in poisson("1", t, share / 2, seconds, body(steps))]
+    heavy = poisson("1", "flood", 10 * capacity, seconds, body(steps, timeout_s=30))
+    calm = asyncio.run(bench.load.open_loop(light))
+    flooded = asyncio.run(bench.load.open_loop([*light, *heavy]))
+
+    def p99(found: Sequence[Answered]) -> float:
+        return percentile([a.latency_s for a in _of(found, LIGHT) if a.status == 200], 0.99)
+
+    return {
+        "light_requests": len(light),
+        "flood_requests": len(heavy),
+        "light_failed": sum(a.status != 200 for a in _of(flooded, LIGHT)),
+        "light_p99_calm_s": p99(calm),
+        "light_p99_flooded_s": p99(flooded),
+        "light_p99_ratio": p99(flooded) / p99(calm),
+        "used": sum(a.status == 200 and a.done_at < seconds for a in flooded) / capacity / seconds,
+    }
+
+
+def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
+    """Four tenants who always wait: what each is served, per weight."""
+    asking = dict.fromkeys(WEIGHTS, 2 * SLOTS)
+    found = asyncio.run(bench.load.closed_loop(asking, body(steps), seconds))
+    settled = [a for a in found if 0.1 * seconds < a.done_at < seconds and a.status == 200]
+    served = {t: len(_of(settled, [t])) / weight for t, weight in WEIGHTS.items()}
+    return {
+        "images": len(settled),
+        "per_weight": served,
+        "jain": jain(list(served.values())),
+        "max_min_service_ratio": max(served.values()) / min(served.values()),
+    }
+
+
+def budget(bench: Bench, tenant: str) -> int:
+    """Of 200 parallel requests of a tenant with budget for ten, how many are drawn."""
+    asks = [Ask(0, tenant, body(4)) for _ in range(200)]
+    found = asyncio.run(bench.load.open_loop(asks))
+    assert {a.code for a in found if a.status != 200} == {"insufficient_quota"}
+    return sum(a.status == 200 for a in found)
+
+
+def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
+    """Three tenants who together ask for three times what there is, with deadlines."""
+    capacity = SLOTS / (steps * STEP_S)
+    deadline_s = 5 * steps * STEP_S
+    tenants = LIGHT[:3]
+    peak = asyncio.run(
+        bench.load.closed_loop(dict.fromkeys(tenants, SLOTS), body(steps), seconds / 2)
+    )
+    peak_per_s = _rate(peak, seconds / 2)
+    asked = body(steps, timeout_s=deadline_s)
+    asks = [a for t in tenants for a in poisson("2", t, capacity, seconds, asked)]
+    found = asyncio.run(bench.load.open_loop(asks))
+    accepted = [a for a in found if a.status in (200, 504)]
+    met = [a for a in accepted if a.status == 200 and a.latency_s <= deadline_s + 0.1]
+    refused = [a for a in found if a.status in (429, 503)]
+    assert len(accepted) + len(refused) == len(found)
+    return {
+        "requests": len(found),
+        "accepted": len(accepted),
+        "deadline_met": len(met) / len(accepted),
+        "refusal_handler_p99_ms": percentile([a.handler_ms or 0.0 for a in refused], 0.99),
+        "peak_per_s": peak_per_s,
+        "goodput_per_s": _rate(met, seconds),
+        "goodput_of_peak": _rate(met, seconds) / peak_per_s,
+    }
+
+
+def fifo(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
+    """The flood on plain Ray Serve with the same slots; less of it, because nobody is refused."""
+    from ray import serve
+
+    from .timed import fifo as application
+
+    serve.run(application(SLOTS), name="fifo", route_prefix="/fifo")
+    load = Load(f"{bench.octet.url}/fifo", {})
+    capacity = SLOTS / (steps * STEP_S)
+    rate = capacity / (len(LIGHT) + 1) / 2
+    light = [ask for t in LIGHT for ask in poisson("1", t, rate, seconds, body(steps))]
+    # As many as Octet's own flood has accepted: twice what there is.
+    heavy = poisson("1", "flood", 2 * capacity, seconds, body(steps))
+    calm = asyncio.run(load.open_loop(light))
+    flooded = asyncio.run(load.open_loop([*light, *heavy]))
+    serve.delete("fifo")
+    tails = [percentile([a.latency_s for a in _of(f, LIGHT)], 0.99) for f in (calm, flooded)]
+    return {
+        "light_p99_calm_s": tails[0],
+        "light_p99_flooded_s": tails[1],
+        "light_p99_ratio": tails[1] / tails[0],
+    }
+
+
+def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
+    """Grants a second without HTTP and without drawing, with limits and metering."""
+    from ray import serve
+
+    from .timed import Driver
+
+    handle = bench.octet._dispatcher()
+    driver = serve.deployment(Driver).options(
+        max_ongoing_requests=10, ray_actor_options={"num_cpus": 0.1}
+    )
+    drive = serve.run(driver.bind(handle), name="driver", route_prefix=None).drive
+    found = {}
+    for opened in (32, 256):
+        drive.remote(opened, 2.0, POOL, LIGHT).result()  # warm
+        before = _dispatcher_cpu_s()
+        driven = drive.remote(opened, seconds, POOL, LIGHT).result()
+        cpu_s, waits = _dispatcher_cpu_s() - before, driven["waits"]
+        found[opened] = {
+            "grants_per_s": len(waits) / driven["took_s"],
+            "dispatch_ms_p50": 1000 * percentile(waits, 0.5),
+            "dispatch_ms_p99": 1000 * percentile(waits, 0.99),
+            "dispatcher_cpu_ms": 1000 * cpu_s / len(waits),
+            "ingress_cpu_ms": 1000 * driven["cpu_s"] / len(waits),
+        }
+    serve.delete("driver")
+    return found
+
+
+def demo(bench: Bench, seconds: float) -> dict[str, Any]:
+    """One tenant asks for an image at a time, alone and beside one with 32 requests open."""
+    asked = body(28)
+    calm = asyncio.run(bench.load.closed_loop({"light0": 1}, asked, seconds))
+
+    found = asyncio.run(bench.load.closed_loop({"light0": 1, "flood": 32}, asked, seconds))
+    light = [a.latency_s for a in _of(found, LIGHT)]
+    heavy = [a.latency_s for a in _of(found, ["flood"]) if a.status == 200]
+    alone = [a.latency_s for a in calm]
+    return {
+        "light_calm_s": percentile(alone, 0.5),
+        "light_flooded_s": percentile(light, 0.5),
+        "flood_s": percentile(heavy, 0.5),
+        "light_images": len(light),
+        "flood_images": len(heavy),
+    }
+
+
+# -- helpers --------------------------------------------------------------------------------------
+
+
+def _of(found: Sequence[Answered], tenants: Sequence[str]) -> list[Answered]:
+    return [a for a in found if a.ask.tenant in tenants]
+
+
+def _rate(found: Sequence[Answered], seconds: float) -> float:
+    """Images a second after the first fifth, in which slots fill."""
+    begin = 0.2 * seconds
+    done = [a for a in found if a.status == 200 and begin < a.done_at < seconds]
+    return len(done) / (seconds - begin)
+
+
+def _dispatcher_cpu_s() -> float:
+    import psutil
+
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if any("ServeReplica:octet:Dispatcher" in part for part in process.info["cmdline"] or ()):
+            used = process.cpu_times()
+            return float(used.user + used.system)
+    raise RuntimeError("no Dispatcher")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    found: dict[str, Any] = {"slots": SLOTS, "step_s": STEP_S}
+    model = load_settings(DEMO_SETTINGS, {}).models[0]
+    pools = tuple(
+        pool.model_copy(update={"slots": SLOTS}) for pool in model.pools if pool.precision == "fp16"
+    )
+    timed = model.model_copy(update={"pools": pools})
+    seconds, steps = (20.0, 20) if quick else (60.0, 40)
+    with tempfile.TemporaryDirectory() as folder:
+        changes: dict[str, Any] = {"models": (timed,)}
+        with served("bench.timed:build", Path(folder), **changes) as bench:
+            for part in ("flood", "shares", "budget_admitted"):
+                found[part] = {}
+            for number, replicas in enumerate((1, 4) if quick else (1, 2, 4)):
+                tell(f"{replicas} Ingresses")
+                bench.ingresses(replicas)
+                found["flood"][replicas] = flood(bench, steps, seconds)
+                found["shares"][replicas] = shares(bench, 8, seconds)
+                found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
+            bench.ingresses(1)
+            tell("overload")
+            found["overload"] = overload(bench, 10, seconds)
+            tell("plain Ray Serve")
+            found["fifo"] = fifo(bench, steps, seconds / 2)
+            tell("the Dispatcher")
+            found["dispatcher"] = dispatcher(bench, seconds / 4)
+    with tempfile.TemporaryDirectory() as folder:
+        tell("the demo model")
+        with served("serve.app:build", Path(folder)) as bench:
+            found["demo"] = demo(bench, seconds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less than 5 minutes")
+    quick = parser.parse_args().quick
+    logging.disable(logging.WARNING)
+    began = time.monotonic()
+    found = measure(quick, lambda news: print(f"{time.monotonic() - began:5.0f} s  {news}"))
+    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What `bench.fairness` found, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['machine']}, {found['slots']} slots",
+        "",
+        "| Ingresses | light p99 s, calm | flooded | `light_p99_ratio` | slots used | `jain` "
+        "| `max_min_service_ratio` | `budget_admitted` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for replicas, cell in found["flood"].items():
+        shares = found["shares"][replicas]
+        lines.append(
+            f"| {replicas} | {cell['light_p99_calm_s']:.2f} | {cell['light_p99_flooded_s']:.2f} "
+            f"| {cell['light_p99_ratio']:.2f} | {cell['used']:.0%} | {shares['jain']:.4f} "
+            f"| {shares['max_min_service_ratio']:.3f} | {found['budget_admitted'][replicas]} |"
+        )
+    fifo, over, demo = found["fifo"], found["overload"], found["demo"]
+    lines.append(
+        f"| plain Ray Serve, flood of twice what there is | {fifo['light_p99_calm_s']:.2f} "
+        f"| {fifo['light_p99_flooded_s']:.2f} | {fifo['light_p99_ratio']:.2f} | | | | |"
+    )
+    lines += [
+        "",
+        "| three times what there is, with deadlines | |",
+        "|---|---|",
+        f"| requests, accepted | {over['requests']}, {over['accepted']} |",
+        f"| `deadline_met` | {over['deadline_met']:.4f} |",
+        f"| `goodput_of_peak` | {over['goodput_of_peak']:.3f} |",
+        f"| `refusal_handler_p99_ms` | {over['refusal_handler_p99_ms']:.1f} |",
+        "",
+        "| open requests | `grants_per_s` | `dispatch_ms` p50 | p99 | CPU ms, Dispatcher "
+        "| Ingress |",
+        "|---|---|---|---|---|---|",
+    ]
+    for opened, cell in found["dispatcher"].items():
+        lines.append(
+            f"| {opened} | {cell['grants_per_s']:.0f} | {cell['dispatch_ms_p50']:.1f} "
+            f"| {cell['dispatch_ms_p99']:.1f} | {cell['dispatcher_cpu_ms']:.3f} "
+            f"| {cell['ingress_cpu_ms']:.3f} |"
+        )
+    lines += [
+        "",
+        "| the demo model, one image after the other | median s |",
+        "|---|---|",
+        f"| alone | {demo['light_calm_s']:.2f} |",
+        f"| beside one with 32 requests open | {demo['light_flooded_s']:.2f} |",
+        f"| that one | {demo['flood_s']:.2f} |",
+    ]
+    return "\n".join(lines)
