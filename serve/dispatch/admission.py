@@ -200,7 +200,8 @@ class Admission:
         limit = tenant.max_queued_work
         if limit is not None and items and work_s + opening.work_s > limit:
             excess_s = work_s + opening.work_s - limit
-            later_s = self._wait_s(opening, min(excess_s, work_s), now)
+            backlogs = self._grants.queue.backlogs(opening.entries[0].pools)
+            later_s = self._wait_s(opening, min(excess_s, work_s), backlogs, now)
             raise _Refused("queue_full", later_s, own=True)
 
     def _check_deadline(self, opening: Opening, predicted_s: float, now: float) -> None:
@@ -254,7 +255,7 @@ class Admission:
         wait_s = 0.0
         if backlogs or running + coming > slots:
             own_s = 0.0 if first else backlogs.get(opening.tenant, 0.0)
-            wait_s = self._wait_s(opening, own_s + opening.work_s, now)
+            wait_s = self._wait_s(opening, own_s + opening.work_s, backlogs, now)
         return wait_s + self._service_s(opening, running)
 
     def _service_s(self, opening: Opening, running: int = 0) -> float:
@@ -265,19 +266,20 @@ class Admission:
         company = max(replicas, min(slots, running + len(opening.entries)))
         return max(entry.work_s for entry in opening.entries) * company / speed
 
-    def _wait_s(self, opening: Opening, own_s: float, now: float) -> float:
+    def _wait_s(
+        self, opening: Opening, own_s: float, backlogs: Mapping[str, float], now: float
+    ) -> float:
         """Until so much of the tenant's own work is under way."""
         pools = opening.entries[0].pools
         queue = self._grants.queue
-        backlogs = queue.backlogs(pools)
-        arriving: dict[str, float] = {}
+        arriving = dict.fromkeys(backlogs, 0.0)
         for pool in pools:
             for name, rate in self._arrivals.get(pool, {}).items():
                 arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
+        arriving.pop(opening.tenant, None)
         others = [
-            Demand(queue.weight(name), backlogs.get(name, 0.0), arriving.get(name, 0.0))
-            for name in arriving.keys() | backlogs.keys()
-            if name != opening.tenant
+            Demand(queue.weight(name), backlogs.get(name, 0.0), per_s)
+            for name, per_s in arriving.items()
         ]
         speed, _, _ = self._capacity(pools)
         return wait_s(own_s, queue.weight(opening.tenant), others, speed)
@@ -293,6 +295,10 @@ class Admission:
 
     def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
         """Speed, slots and running images of pools together."""
-        said = [heartbeat for pool in pools for heartbeat in self._grants.replicas(pool)]
-        running = sum(self._grants.running_in(pool) for pool in pools)
-        return sum(h.speed for h in said), sum(h.slots for h in said), running
+        speed, slots, running = 0.0, 0, 0
+        for pool in pools:
+            running += self._grants.running_in(pool)
+            for said in self._grants.replicas(pool):
+                speed += said.speed
+                slots += said.slots
+        return speed, slots, running

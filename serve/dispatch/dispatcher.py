@@ -51,6 +51,17 @@ RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could
 Told = list[Outcome | Verdict] | Directory
 
 
+class _Stream:
+    """What one session has still to be told."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory: Directory | None = directory
+        self.told: list[Outcome | Verdict] = []
+        self.news = asyncio.Event()
+        self.news.set()
+        self.ended = False
+
+
 class Dispatcher:
     """See `serve.dispatch.session` for the other end of `session` and `tell`."""
 
@@ -74,7 +85,7 @@ class Dispatcher:
         )
         self._admission = Admission(self._grants, max_queued=Live().max_queued)
         self._grants_from = time.monotonic() + recovery_s
-        self._streams: dict[str, asyncio.Queue[Outcome | Verdict | Directory | None]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._warned: set[str] = set()
         self._tenants_folder = Path(tenants_folder).expanduser() if tenants_folder else None
         self._stamps: Any = None
@@ -108,30 +119,22 @@ class Dispatcher:
         tenants comes first, and again whenever it changes.
         """
         self._end(session)
-        stream: asyncio.Queue[Outcome | Verdict | Directory | None] = asyncio.Queue()
-        self._streams[session] = stream
-        stream.put_nowait(self._directory)
+        stream = self._streams[session] = _Stream(self._directory)
         self._grants.open(session, time.monotonic())
         tenants = {call.call: call.tenant for call in calls}
         for entry in running:
             self._grants.declare(session, entry, tenants[entry.call])
         self._open_calls(session, calls)
         try:
-            while (first := await stream.get()) is not None:
-                batch: list[Outcome | Verdict] = []
-                item: Outcome | Verdict | Directory | None = first
-                while item is not None:
-                    if isinstance(item, dict):
-                        yield item
-                    else:
-                        batch.append(item)
-                    if stream.empty():
-                        break
-                    item = stream.get_nowait()
-                if batch:
-                    yield batch
-                if item is None:
-                    return
+            while not stream.ended:
+                await stream.news.wait()
+                stream.news.clear()
+                known, stream.directory = stream.directory, None
+                if known is not None:
+                    yield known
+                told, stream.told = stream.told, []
+                if told:
+                    yield told
         finally:
             if self._streams.get(session) is stream:
                 self._end(session)
@@ -263,13 +266,15 @@ class Dispatcher:
     def _deliver(self, told: Iterable[Outcome | Verdict]) -> None:
         for one in told:
             if stream := self._streams.get(one.session):
-                stream.put_nowait(one)
+                stream.told.append(one)
+                stream.news.set()
 
     def _end(self, session: str) -> None:
         self._grants.close(session)
         self._admission.end_session(session)
         if stream := self._streams.pop(session, None):
-            stream.put_nowait(None)
+            stream.ended = True
+            stream.news.set()
 
     async def _expire(self) -> None:
         while True:
@@ -334,7 +339,8 @@ class Dispatcher:
         self._admission.set_tenants(tenants)
         self._directory = known
         for stream in self._streams.values():
-            stream.put_nowait(known)
+            stream.directory = known
+            stream.news.set()
 
     async def _watch_tenants(self) -> None:
         while True:

@@ -80,9 +80,10 @@ def wait_s(backlog_s: float, weight: float, others: Sequence[Demand], speed: flo
     per_weight = backlog_s / weight
 
     def served_by(t: float) -> float:
-        return backlog_s + sum(
-            min(other.backlog_s + other.arriving * t, other.weight * per_weight) for other in others
-        )
+        served = backlog_s
+        for other_weight, other_backlog_s, arriving in others:
+            served += min(other_backlog_s + arriving * t, other_weight * per_weight)
+        return served
 
     longest = (backlog_s + sum(other.weight for other in others) * per_weight) / speed
     t = served_by(0.0) / speed

@@ -6,7 +6,7 @@ all others together are `other`.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from ray.serve import metrics
@@ -23,6 +23,9 @@ class TenantMetrics:
     def __init__(self) -> None:
         self._lately: Counter[str] = Counter()
         self._named: set[str] = set()
+        # Since the last report: telling Ray of each costs more than dispatching it.
+        self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        self._refusals: Counter[tuple[str, str]] = Counter()
         self._gauges = {
             name: metrics.Gauge(f"octet_tenant_{name}", text, tag_keys=("tenant",))
             for name, text in (
@@ -46,16 +49,22 @@ class TenantMetrics:
 
     def charged(self, usage: Usage) -> None:
         self._lately[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
-        tags = {"tenant": self._label(usage.tenant), "outcome": usage.outcome}
-        self._images.inc(tags=tags)
-        if usage.work_s:
-            self._work.inc(usage.work_s, tags)
+        self._charges[usage.tenant, usage.outcome].append(usage.work_s)
 
     def refused(self, tenant: str, code: str) -> None:
-        self._refused.inc(tags={"tenant": self._label(tenant), "code": code})
+        self._refusals[tenant, code] += 1
 
     def report(self, rows: Sequence[TenantRow]) -> None:
         """Once per heartbeat: Ray forgets gauges that are not set again."""
+        for (tenant, outcome), work in self._charges.items():
+            tags = {"tenant": self._label(tenant), "outcome": outcome}
+            self._images.inc(len(work), tags)
+            if sum(work):
+                self._work.inc(sum(work), tags)
+        for (tenant, code), count in self._refusals.items():
+            self._refused.inc(count, {"tenant": self._label(tenant), "code": code})
+        self._charges.clear()
+        self._refusals.clear()
         for tenant in list(self._lately):
             self._lately[tenant] *= FADE  # type: ignore[assignment]  # floats
         queued = {row["tenant"]: row["queued_work"] for row in rows}
