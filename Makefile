@@ -3,7 +3,7 @@ PORT ?= 8000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo demo-check test check bench-engine bench-gpu format clean
+.PHONY: install demo demo-check test check bench-engine bench-fairness bench-gpu format clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,10 @@ check: install
 # QUICK=1: less than 4 minutes.
 bench-engine: .venv/bench
 	$(BIN)/python -W ignore -m bench.engine $(if $(QUICK),--quick)
+
+# What tenants feel of each other; QUICK=1: less than 5 minutes.
+bench-fairness: .venv/bench
+	$(BIN)/python -W ignore -m bench.fairness $(if $(QUICK),--quick)
 
 # On a machine with a GPU; writes bench/results/DATE-CARD.json.
 bench-gpu: install .venv/reference

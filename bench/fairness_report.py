@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.cards import CARDS
+from cluster.structure import structure
+from serve.cost import ImageShape, reference
+
 
 def table(found: dict[str, Any]) -> str:
     lines = [
@@ -44,7 +48,13 @@ def table(found: dict[str, Any]) -> str:
             f"| {cell['dispatch_ms_p99']:.1f} | {cell['dispatcher_cpu_ms']:.3f} "
             f"| {cell['ingress_cpu_ms']:.3f} |"
         )
+    most = max(cell["grants_per_s"] for cell in found["dispatcher"].values())
+    turbo = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=1, steps=4)
+    work_s = reference(structure("sd3.5-large-turbo"), "fp8", CARDS["h100"]).work_s(turbo)
     lines += [
+        "",
+        f"{most:.0f} grants/s are what {most * work_s:.0f} H100 draw of SD3.5 Large Turbo at 1024² "
+        f"in FP8, by arithmetic ({work_s:.2f} s an image).",
         "",
         "| the demo model, one image after the other | median s |",
         "|---|---|",
