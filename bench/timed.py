@@ -185,7 +185,8 @@ class Driver:
                 number += 1
                 began, id = time.monotonic(), f"{worker}-{number}-{seconds}"
                 wishes = [Wish((pool,), 0.001)]
-                opened = await session.open(tenant, id, wishes, 60, Client())
+                opened = session.open(tenant, id, wishes, 60, Client())
+                await opened.admitted()
                 async with opened.slot(0) as slot:
                     waits.append(time.monotonic() - began)
                     slot.took_s = 0.001

@@ -142,15 +142,14 @@ class Ingress:
         store = self._store_for(asked)
         wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
         client, began = Call(asked.timeout_s), time.monotonic()
-        call = await client.run(
-            self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
-        )
+        call = self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
 
         def sent() -> None:
             self._metrics.answered(call.eta_s, time.monotonic() - began)
             call.close()
 
         try:
+            await client.run(call.admitted())
             headers = {**ignored_header(asked.ignored), **standing_headers(call.standings)}
             if call.eta_s is not None:
                 headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"

@@ -1,6 +1,7 @@
 """An Ingress's side of its session with the Dispatcher.
 
-    call = await session.open(tenant, request_id, wishes, timeout_s, client)  # or it is refused
+    call = session.open(tenant, request_id, wishes, timeout_s, client)
+    await call.admitted()  # or it is refused
     async with call.slot(0) as slot:
         ...  # a slot of `slot.lease.pool` is ours until the block ends
     await call.record(usages)  # on disk now
@@ -109,6 +110,13 @@ class OpenCall:
     eta_s: float | None = None
     standings: tuple[Standing, ...] = ()
 
+    async def admitted(self) -> None:
+        """Wait for the verdict. Raises what `refusals` has."""
+        verdict = await self.verdict
+        if error := refusal(verdict):
+            raise error
+        self.eta_s, self.standings = verdict.eta_s, verdict.standings
+
     @asynccontextmanager
     async def slot(
         self, image: int, pools: Pools | None = None, queued: Queued | None = None
@@ -176,7 +184,7 @@ class DispatchSession:
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
-    async def open(
+    def open(
         self,
         tenant: str,
         request_id: str,
@@ -184,10 +192,7 @@ class DispatchSession:
         timeout_s: float,
         client: Client,
     ) -> OpenCall:
-        """Have a call admitted, and its images queued; it is open until its `close`.
-
-        Raises what `refusals` has.
-        """
+        """Ask for a call to be admitted and its images queued; `close` has to follow, always."""
         loop = asyncio.get_running_loop()
         name = f"{self.name[:12]}-{next(self._numbers)}"
         entries = tuple(
@@ -202,14 +207,6 @@ class DispatchSession:
         self._entries.update(call.entries)
         self._calls[name] = self._new_calls[name] = call
         self._news.set()
-        try:
-            verdict = await call.verdict
-            if error := refusal(verdict):
-                raise error
-        except BaseException:
-            call.close()
-            raise
-        call.eta_s, call.standings = verdict.eta_s, verdict.standings
         return call
 
     # -- of a call ------------------------------------------------------------------------------

@@ -103,8 +103,9 @@ def draw(
         wishes = [drawing.wish(request, Watch())]
         session = DispatchSession(Handle(dispatcher))
         async with asyncio.timeout(5):
-            call = await session.open("anonymous", "id", wishes, 60, Someone())
+            call = session.open("anonymous", "id", wishes, 60, Someone())
             try:
+                await call.admitted()
                 async with asyncio.timeout(abandon_after_s) as limit:
                     result, usage = await drawing.draw(request, call)
                     assert usage.precision == ("fp8" if result.precision == "fp8" else "fp16")

@@ -53,8 +53,9 @@ async def opened(
     tenant: str = "t",
 ) -> AsyncIterator[OpenCall]:
     id = id or str(next(session._numbers))
-    call = await session.open(tenant, id, wishes, 60, client or Someone())
+    call = session.open(tenant, id, wishes, 60, client or Someone())
     try:
+        await call.admitted()
         yield call
     finally:
         call.close()
