@@ -1,28 +1,35 @@
 """What tenants are charged: one line of JSON for each image, on disk before its answer begins.
 
-Files in a folder, named by when they were begun; the newest is written to. Each begins with the
-sums of its calendar month (UTC) so far, so a start reads one file, however long the month. A record
-that was told twice is written once. A file's last line is cut off if it is not whole: such a record
-was never confirmed, so no image was delivered for it.
+Files in a folder, named by when they were begun; the newest is written to, by one process alone.
+Each begins with the sums of its calendar month (UTC) so far, so a start reads one file, however long
+the month. A record that was told twice is written once. A file's last line is cut off if it is not
+whole: such a record was never confirmed, so no image was delivered for it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from .messages import Usage
 
+log = logging.getLogger("ray.serve")
+
 FILE_BYTES = 64 * 2**20
 KNOWN = 100_000  # records that would be recognised if they were told again
+LOCKED_S = 10.0  # the process before this one has let go by then
 SUMS = "sums"
+NAMES = "????-??-??T??????.??????.jsonl"
+NAMED = "%Y-%m-%dT%H%M%S.%f"
 
 
 class UsageLedger:
@@ -35,15 +42,16 @@ class UsageLedger:
         self._file: Any = None
         self.month = month_of(now)
         self.spent: Counter[str] = Counter()  # work of each tenant in `month`
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _locked(folder)
         files = usage_files(folder)
         if files:
             _cut_torn_line(files[-1])
         for file in files[-2:]:
-            self._learn(file, counting=file is files[-1])
-        if files and month_of(_begun(files[-1])) == self.month:
+            self._learn(file)
+        if files:
             self._file = files[-1].open("ab", buffering=0)
-        else:
+        if not files or month_of(_begun(files[-1]).timestamp()) != self.month:
             self._begin_file(now)
 
     def append(self, usages: Iterable[Usage], now: float) -> list[Usage]:
@@ -51,9 +59,9 @@ class UsageLedger:
 
         Raises `OSError`; what was not confirmed may be told again.
         """
-        if month_of(now) != self.month:
+        if month_of(now) > self.month:
             self.month, self.spent = month_of(now), Counter()
-            self._begin_file(now)
+            self._rotate(now)
         fresh = {
             (usage.call, usage.image): usage
             for usage in usages
@@ -61,54 +69,84 @@ class UsageLedger:
         }
         lines = [_line({"time": _stamp(now), **usage._asdict()}) for usage in fresh.values()]
         if lines:
-            self._write(b"".join(lines))
+            self._write(self._file, b"".join(lines))
         for key, usage in fresh.items():
             self._remember(key)
             self.spent[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
         if self._file.tell() > self._file_bytes:
-            self._begin_file(now)
+            self._rotate(now)
         return list(fresh.values())
 
     def close(self) -> None:
         self._file.close()
+        os.close(self._lock)
+
+    def _rotate(self, now: float) -> None:
+        """Go on in the file there is if another one cannot be begun: its lines say their month."""
+        try:
+            self._begin_file(now)
+        except OSError:
+            log.warning("usage: no new file; going on in the old one", exc_info=True)
 
     def _begin_file(self, now: float) -> None:
+        """Under its own name only when its first line is on disk."""
+        begun = datetime.fromtimestamp(now, UTC)
+        if files := usage_files(self._folder):  # the clock may have been set back
+            begun = max(begun, _begun(files[-1]) + timedelta(microseconds=1))
+        part = self._folder / "part"
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        opened = os.fdopen(file, "ab", buffering=0)
+        try:
+            self._write(opened, _line({SUMS: self.spent, "month": self.month}))
+            part.rename(self._folder / f"{begun.strftime(NAMED)}.jsonl")
+        except OSError:
+            opened.close()
+            raise
         if self._file:
             self._file.close()
-        name = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H%M%S.%f")
-        self._file = (self._folder / f"{name}.jsonl").open("ab", buffering=0)
-        self._write(_line({SUMS: self.spent, "month": self.month}))
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else the file itself may be gone after a power cut
-        finally:
-            os.close(folder)
+        self._file = opened
+        _sync(self._folder)
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self, file: Any, lines: bytes) -> None:
         """All of it or nothing."""
-        end = self._file.tell()
+        end = file.tell()
         try:
-            if self._file.write(lines) < len(lines):
+            if file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
+            os.fsync(file.fileno())
         except OSError:
-            self._file.truncate(end)
+            file.truncate(end)
             raise
 
-    def _learn(self, file: Path, *, counting: bool) -> None:
+    def _learn(self, file: Path) -> None:
         for entry in _entries(file):
             if SUMS in entry:
-                if counting and entry["month"] == self.month:
-                    self.spent = Counter(entry[SUMS])
+                self.spent = Counter(entry[SUMS] if entry["month"] == self.month else {})
                 continue
             self._remember((entry["call"], entry["image"]))
-            if counting and entry["time"].startswith(self.month):
+            if entry["time"].startswith(self.month):
                 self.spent[entry["tenant"]] += entry["work_s"]
 
     def _remember(self, key: tuple[str, int]) -> None:
         self._known[key] = None
         if len(self._known) > KNOWN:
             self._known.popitem(last=False)
+
+
+def _locked(folder: Path) -> int:
+    """The folder's lock, held until it is closed. Raises `OSError` if another process has it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    until = time.monotonic() + LOCKED_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(lock)
+                raise OSError(f"{folder}: another process writes usage here") from None
+            time.sleep(0.1)
+        else:
+            return lock
 
 
 def month_of(now: float) -> str:
@@ -124,13 +162,16 @@ def month_end(now: float) -> float:
 
 
 def usage_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jsonl"))
+    return sorted(folder.glob(NAMES))
 
 
 def read_usage(
     folder: Path, since: str = "", tenant: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Records from a time on, oldest first; `since` as YYYY-MM-DD or longer."""
+    """Records from a time on, oldest first; `since` as they have it, or the beginning of that.
+
+    Raises `OSError`, and `ValueError` for a line that is not ours.
+    """
     files = usage_files(folder)
     for file, following in zip(files, [*files[1:], None], strict=True):
         if following and following.stem < since.replace(":", ""):
@@ -146,9 +187,13 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return  # it is being written
             try:
-                yield json.loads(line)
-            except ValueError:
+                entry = json.loads(line)
+                if SUMS not in entry:
+                    Usage(**{name: entry[name] for name in Usage._fields})
+                    entry["time"][0]
+            except (ValueError, KeyError, TypeError, IndexError):
                 raise ValueError(f"{file}:{number} is not a usage record") from None
+            yield entry
 
 
 def _cut_torn_line(file: Path) -> None:
@@ -156,6 +201,15 @@ def _cut_torn_line(file: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(file, whole)
+
+
+def _sync(folder: Path) -> None:
+    """Else a file that is new here may be gone after a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -166,6 +220,5 @@ def _stamp(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
-def _begun(file: Path) -> float:
-    begun = datetime.strptime(file.stem, "%Y-%m-%dT%H%M%S.%f")
-    return begun.replace(tzinfo=UTC).timestamp()
+def _begun(file: Path) -> datetime:
+    return datetime.strptime(file.stem, NAMED).replace(tzinfo=UTC)

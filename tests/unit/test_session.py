@@ -34,7 +34,7 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
             async with asyncio.timeout(5):
                 await test(dispatcher, DispatchSession(handle), handle)
         finally:
-            if dispatcher._ledger:
+            if dispatcher._ledger and not dispatcher._ledger._file.closed:
                 dispatcher._ledger.close()
 
     asyncio.run(main())
@@ -439,6 +439,8 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
             await settle()
             assert len(list(read_usage(tmp_path))) == 1
             assert not recording.done()
+            assert dispatcher._ledger
+            dispatcher._ledger.close()  # as its end does
             fresh = a_dispatcher("p", usage_folder=str(tmp_path))
             assert fresh._admission.account("t").spent == 1.0
             handle.break_off(fresh)
@@ -454,7 +456,7 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
 def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         assert dispatcher._ledger
-        dispatcher._ledger.close()
+        dispatcher._ledger._file.close()
         dispatcher._ledger._file = full
         async with opened(session) as call:
             with pytest.raises(UsageUnrecorded):

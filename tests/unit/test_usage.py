@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.dispatch import usage as usage_module
 from serve.dispatch.messages import Usage
 from serve.dispatch.usage import UsageLedger, month_end, month_of, read_usage, usage_files
 
@@ -23,13 +25,21 @@ def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[UsageLedger]:
-    with closing(UsageLedger(tmp_path, NOW, file_bytes=2000)) as ledger:
-        yield ledger
+    ledger = UsageLedger(tmp_path, NOW, file_bytes=2000)
+    yield ledger
+    if not ledger._file.closed:
+        ledger.close()
 
 
 def spent(folder: Path, now: float = NOW) -> dict[str, float]:
-    with closing(UsageLedger(folder, now)) as again:
-        return dict(again.spent)
+    """As a process finds it that comes after a sudden end."""
+    copy = folder.parent / f"{folder.name}-copy"
+    shutil.copytree(folder, copy)
+    try:
+        with closing(UsageLedger(copy, now)) as again:
+            return dict(again.spent)
+    finally:
+        shutil.rmtree(copy)
 
 
 def test_a_record_says_who_had_what(ledger: UsageLedger, tmp_path: Path) -> None:
@@ -57,6 +67,7 @@ def test_what_is_told_twice_is_written_once(ledger: UsageLedger, tmp_path: Path)
     ]
     assert ledger.append([usage(1), usage(2)], NOW) == [usage(2)]
     assert spent(tmp_path) == {"acme": 4.5}
+    ledger.close()
     with closing(UsageLedger(tmp_path, NOW)) as again:
         assert again.append([usage(1), usage(2)], NOW) == []
 
@@ -89,12 +100,16 @@ def test_every_cut_of_the_file_is_a_ledger(tmp_path: Path) -> None:
     with closing(UsageLedger(tmp_path, NOW)) as ledger:
         for i in range(3):
             ledger.append([usage(i)], NOW)
-    (file,) = usage_files(tmp_path)
+    with closing(UsageLedger(tmp_path, NOW, file_bytes=1)) as ledger:
+        ledger.append([usage(3)], NOW)  # and a new file
+    with closing(UsageLedger(tmp_path, NOW)) as ledger:
+        ledger.append([usage(4)], NOW)
+    _, file = usage_files(tmp_path)
     whole = file.read_bytes()
     first = whole.index(b"\n") + 1
-    for end in range(first, len(whole), 7):
+    for end in range(0, len(whole), 7):
         file.write_bytes(whole[:end])
-        assert spent(tmp_path).get("acme", 0.0) == 1.5 * whole[first:end].count(b"\n")
+        assert spent(tmp_path)["acme"] == 6.0 + 1.5 * whole[first:end].count(b"\n")
 
 
 def test_a_new_month_begins_with_nothing_spent(ledger: UsageLedger, tmp_path: Path) -> None:
@@ -133,6 +148,7 @@ def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: P
 
     ledger.append([usage(1)], NOW)
     file, ledger._file = ledger._file, Full(ledger._file)
+    assert isinstance(ledger._file, Full)
     with pytest.raises(OSError, match="No space"):
         ledger.append([usage(2)], NOW)
     ledger._file = file
@@ -141,6 +157,49 @@ def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: P
 
 
 def test_a_foreign_file_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "2026-11-22T120000.000000.jsonl").write_text('{"sums":{},"month":"2026-11"}\nx\n')
-    with pytest.raises(ValueError, match=r"jsonl:2 is not a usage record"):
+    (tmp_path / "backup.jsonl").write_text("not one of ours")
+    file = tmp_path / "2026-11-22T120000.000000.jsonl"
+    for line in ("x", "5", "null", "{}", '{"time": 1}'):
+        file.write_text('{"sums":{},"month":"2026-11"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"jsonl:2 is not a usage record"):
+            list(read_usage(tmp_path))
+
+
+def test_a_file_that_cannot_be_begun_holds_nothing_up(
+    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_begin_file", full)
+        for i in range(30):
+            assert ledger.append([usage(i)], NOW)
+        assert ledger.append([usage(99)], DECEMBER)
+    assert len(usage_files(tmp_path)) == 1
+    assert spent(tmp_path, NOW) == {"acme": 45.0}
+    assert spent(tmp_path, DECEMBER) == dict(ledger.spent) == {"acme": 1.5}
+    ledger.append([usage(100)], DECEMBER)
+    assert len(usage_files(tmp_path)) == 2
+    assert spent(tmp_path, DECEMBER) == {"acme": 3.0}
+
+
+def test_a_clock_that_is_set_back_loses_nothing(ledger: UsageLedger, tmp_path: Path) -> None:
+    for i in range(40):
+        ledger.append([usage(i)], NOW - 100 * i)
+    assert len(usage_files(tmp_path)) > 3
+    assert spent(tmp_path) == {"acme": 60.0}
+
+
+def test_one_process_writes_at_a_time(
+    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_module, "LOCKED_S", 0.1)
+    with pytest.raises(OSError, match="another process writes usage here"):
         UsageLedger(tmp_path, NOW)
+    ledger.close()
+    UsageLedger(tmp_path, NOW).close()
+
+
+def test_others_cannot_read_it(ledger: UsageLedger, tmp_path: Path) -> None:
+    assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}
