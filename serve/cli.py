@@ -231,10 +231,12 @@ def _warn_of_strangers(settings: Settings) -> None:
 def _apply(octet: Running, read: Callable[[], Settings]) -> None:
     """Bring the running application to the settings as they are now; it runs on if that fails."""
     try:
-        restarts = octet.apply(read())
+        settings = read()
+        restarts = octet.apply(settings)
     except Exception as error:  # also whatever Ray raises while its controller restarts
         complain(f"octet: settings not applied: {error}")
     else:
+        _warn_of_strangers(settings)
         news = "replicas restart for them; /ready shows when they are back"
         console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)
 

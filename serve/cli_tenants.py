@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import time
@@ -9,14 +10,16 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from .dispatch.usage import month_of, read_usage
 from .settings import SettingsError
@@ -75,7 +78,7 @@ def list_tenants(
     with readable_errors(debug):
         where = _folder(config, folder)
         tenants, keys = read_tenants(where), read_keys(where)
-    table = Table("tenant", "weight", "models", "limits", "keys since")
+    table = Table(Column("tenant", overflow="fold"), "weight", "models", "limits", "keys since")
     for name, tenant in tenants.items():
         limits = {
             "requests/s": tenant.requests_per_s,
@@ -92,6 +95,9 @@ def list_tenants(
             ", ".join(f"{key} {value:g}" for key, value in limits.items() if value is not None),
             ", ".join(key["created"][:10] for key in keys.get(name, ())) or "no key",
         )
+    for name in sorted(set(keys) - set(tenants)):
+        if keys[name]:
+            table.add_row(name, "", "not in tenants.yaml: it cannot call", "", "keys are kept")
     Console().print(table)
 
 
@@ -149,7 +155,7 @@ def usage(
                     sys.stdout.write(json.dumps(record) + "\n")
             else:
                 Console().print(_sums(found, begin))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SettingsError(str(error)) from None
 
 
@@ -166,13 +172,16 @@ def top(
         if once:
             Console().print(overview_table(_state(url, key)))
             return
-        with Live(overview_table(_state(url, key)), auto_refresh=False) as live:
-            try:
-                while True:
-                    time.sleep(1)
-                    live.update(overview_table(_state(url, key)), refresh=True)
-            except KeyboardInterrupt:
-                pass
+        shown = overview_table(_state(url, key))
+        with Live(shown, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
+                try:
+                    shown = overview_table(_state(url, key))
+                except SettingsError as error:  # a restart is no reason to look away
+                    live.update(Group(shown, f"[red]{escape(str(error))}[/]"), refresh=True)
+                else:
+                    live.update(shown, refresh=True)
 
 
 def _folder(config: Path | None, folder: Path | None) -> Path:
@@ -192,10 +201,11 @@ def _since(given: str | None) -> str:
     if given is None:
         return month_of(time.time())
     try:
-        datetime.fromisoformat(given)
+        begin = datetime.fromisoformat(given)
     except ValueError:
         raise SettingsError(f"--since '{given}': YYYY-MM-DD, or YYYY-MM-DDTHH:MM") from None
-    return given
+    utc = begin.replace(tzinfo=UTC) if begin.tzinfo is None else begin.astimezone(UTC)
+    return utc.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
@@ -207,7 +217,7 @@ def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
             images[key] += 1
             work[key] += record["work_s"]
     now = datetime.now(UTC).isoformat(timespec="seconds")[:19]
-    columns = "tenant", "model", "precision", "outcome"
+    columns = [Column(n, overflow="fold") for n in ("tenant", "model", "precision", "outcome")]
     table = Table(*columns, title=f"since {since}, until {now} UTC")
     for name in ("images", "work"):
         table.add_column(name, justify="right")
@@ -221,14 +231,23 @@ def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
 def _state(url: str, key: str) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"'{url}' is no http address")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"authorization": f"Bearer {key.strip()}"} if key else {}
     request = urllib.request.Request(url.rstrip("/") + "/v1/state", headers=headers)  # noqa: S310 - checked
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310 - checked
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_S) as answer:
             state: dict[str, Any] = json.load(answer)
             return state
     except urllib.error.HTTPError as error:
         what = {401: "the key is missing or wrong", 404: "the key is not an operator's"}
         raise SettingsError(f"{url}: {what.get(error.code, error.reason)}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SettingsError(f"{url}: {getattr(error, 'reason', error)}") from None
+    except (ValueError, http.client.HTTPException) as error:  # whose words may hold the key
+        raise SettingsError(f"{url}: no answer of an Octet ({type(error).__name__})") from None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for one server alone."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None

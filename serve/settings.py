@@ -270,7 +270,9 @@ class Application(Frozen):
     @model_validator(mode="after")
     def _usage_is_kept(self) -> Application:
         if self.auth == "keys" and self.data_folder is None:
-            raise ValueError("auth keys: set data_folder, where the tenants' usage is kept")
+            raise ValueError(
+                "auth keys: set data_folder, where the tenants' usage is kept (or auth: none on a laptop)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -318,7 +320,8 @@ class Tuning(Live):
     models: dict[Name, ModelTuning]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Of this machine alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -345,7 +348,7 @@ class Settings(Application, Live):
 
     @model_validator(mode="after")
     def _strangers_need_keys(self) -> Settings:
-        if self.auth == "none" and not _is_loopback(self.http.host):
+        if self.auth == "none" and not is_loopback(self.http.host):
             raise ValueError(
                 f"auth none: whoever reaches {self.http.host} could draw; use keys, or "
                 "none-on-any-address behind a gateway of your own"

@@ -21,7 +21,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC
 from pathlib import Path
@@ -32,6 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .dispatch.messages import Access, Directory
 from .dispatch.tenant import ID, Tenant
+from .dispatch.usage import sync_folder
 from .errors import did_you_mean
 from .settings import SettingsError
 
@@ -66,11 +67,12 @@ def read_keys(folder: Path) -> Digests:
         for owned in keys.values():
             for key in owned:
                 bytes.fromhex(key["sha256"])
+                str.strip(key["created"])
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SettingsError(f"{file}: not a file of keys") from None
     return keys
 
@@ -102,24 +104,21 @@ def tenant_of(key: str, directory: Directory) -> str | None:
 
 
 class Stamp(NamedTuple):
-    """That a file has not changed."""
+    """That a file has not changed, nor who may read it."""
 
     changed_ns: int
+    status_changed_ns: int
     size: int
     inode: int
 
 
-def stamps(folder: Path) -> tuple[Stamp | None, ...]:
-    """Of both files; different when one of them is."""
-
-    def stamp(file: Path) -> Stamp | None:
-        try:
-            found = file.stat()
-        except OSError:
-            return None
-        return Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
-
-    return tuple(stamp(folder / name) for name in (TENANTS, KEYS))
+def stamp(file: Path) -> Stamp | None:
+    """None if there is no such file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return Stamp(found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 # -- what `octet tenant` does ---------------------------------------------------------------------
@@ -137,7 +136,7 @@ def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
         _parse(after, file)
         keys = read_keys(folder)
         key = _new_key(keys, name, [])
-        _write(file, after, 0o644)
+        _write(file, after, file.stat().st_mode & 0o777 if file.exists() else 0o644)
         _write_keys(folder, keys)
         return key
 
@@ -186,17 +185,24 @@ def _digest(key: str) -> str:
 
 def _parse(text: str, file: Path) -> dict[str, Tenant]:
     try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _UniqueKeys)  # noqa: S506 - it is a SafeLoader
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise SettingsError(f"{file}: expected tenants by their id, found {type(data).__name__}")
-    for name in data:
+    for name, entry in data.items():
         if not (isinstance(name, str) and ID.fullmatch(name)):
             raise SettingsError(f"{file}: tenant '{name}': an id is 1 to 63 of a-z 0-9 -")
-    try:
-        return _TENANTS.validate_python({name: entry or {} for name, entry in data.items()})
-    except ValidationError as error:
+        for key in entry if isinstance(entry, dict) else ():
+            if entry[key] is None:
+                raise SettingsError(f"{file}: {name}.{key} is empty: leave it out for no limit")
+    given = {name: {} if entry is None else entry for name, entry in data.items()}
+    try:  # as JSON, because there a list may be a tuple, and "yes" is no number
+        return _TENANTS.validate_json(json.dumps(given), strict=True)
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise SettingsError(f"{file}: {error}") from None
         raise SettingsError("\n".join(f"{file}: {line}" for line in _faults(error))) from None
 
 
@@ -228,12 +234,27 @@ def _write_keys(folder: Path, keys: Digests) -> None:
     _write(folder / KEYS, json.dumps(keys, indent=1) + "\n", 0o600)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _write(file: Path, text: str, mode: int) -> None:
-    """Whole or not at all, whoever reads meanwhile."""
+    """Whole or not at all, whoever reads meanwhile; where it was, of whom it was."""
+    file = file.resolve()
+    before = (file if file.exists() else file.parent).stat()
     handle, part = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             os.fchmod(handle, mode)
+            with suppress(PermissionError):  # else what root wrote could not be read by the server
+                os.fchown(handle, before.st_uid, before.st_gid)
             out.write(text)
             out.flush()
             os.fsync(handle)
@@ -241,3 +262,4 @@ def _write(file: Path, text: str, mode: int) -> None:
     except OSError:
         Path(part).unlink(missing_ok=True)
         raise
+    sync_folder(file.parent)

@@ -1,10 +1,11 @@
-"""The state of a server as `octet top` shows it."""
+"""The state of a server as `octet top` shows it, and files that it could not read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 SHOWN = 30  # tenants, those with most under way
@@ -34,4 +35,5 @@ def overview_table(state: dict[str, Any]) -> Group:
             f"{row['spent']:.1f}" + ("" if budget is None else f" / {budget:g}"),
         )
     more = len(state["tenants"]) - SHOWN
-    return Group(pools, tenants, f"and {more} more" if more > 0 else "")
+    faults = [f"[red]{escape(f'{name}: {fault}')}[/]" for name, fault in state["faults"].items()]
+    return Group(pools, tenants, f"and {more} more" if more > 0 else "", *faults)

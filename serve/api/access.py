@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..dispatch.messages import Directory
 from ..errors import KeyInvalid, Unavailable
+from ..settings import is_loopback
 from ..tenants import tenant_of
 from .http_errors import error_answer
 
@@ -18,18 +19,22 @@ OPEN_FOLDER = "/v1/files/"  # its links are signed
 
 
 class Authentication:
-    """Puts the tenant into the scope, or answers 401. Without a `directory` nobody needs a key.
+    """Puts the tenant into the scope, or answers 401.
 
-    `directory` returns what is known of the tenants; None until anything is.
+    `directory` returns what is known of the tenants, None until anything is. With another `mode`
+    than `keys` nobody needs one; with `none` nobody from another machine is let in.
     """
 
-    def __init__(self, app: ASGIApp, directory: Callable[[], Directory | None] | None) -> None:
-        self._app, self._directory = app, directory
+    def __init__(self, app: ASGIApp, mode: str, directory: Callable[[], Directory | None]) -> None:
+        self._app, self._mode, self._directory = app, mode, directory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(scope["path"]):
             return await self._app(scope, receive, send)
-        if self._directory is None:
+        if self._mode != "keys":
+            if self._mode == "none" and scope.get("client") and not is_loopback(scope["client"][0]):
+                error = KeyInvalid("auth is none: this server is for its own machine alone")
+                return await error_answer(error)(scope, receive, send)
             return await self._app({**scope, "tenant": ANONYMOUS}, receive, send)
         if (directory := self._directory()) is None:
             answer = error_answer(Unavailable("this server is starting"))
@@ -41,7 +46,7 @@ class Authentication:
             error = KeyInvalid(f"the API key {what}")
             error.headers = {"www-authenticate": "Bearer"}
             return await error_answer(error)(scope, receive, send)
-        return await self._app({**scope, "tenant": tenant}, receive, send)
+        return await self._app({**scope, "tenant": tenant, "key": key.strip()}, receive, send)
 
 
 def is_open(path: str) -> bool:

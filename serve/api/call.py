@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Call:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._began = asyncio.get_running_loop().time()
+        self._deadline = self._began + timeout_s
         self._client: asyncio.Task[Any] | None = None  # who waits for the work
         self._work: asyncio.Task[Any] | None = None
         self._cancelled = False
@@ -30,6 +31,10 @@ class Call:
         """Its client has ended it, or is gone: not its deadline, and not an error."""
         gone = self._client is not None and self._client.cancelling() > 0
         return self._cancelled or (gone and not self._late)
+
+    @property
+    def age_s(self) -> float:
+        return asyncio.get_running_loop().time() - self._began
 
     @property
     def _late(self) -> bool:

@@ -127,7 +127,7 @@ class Drawing:
                     try:
                         result = await self._attempt(request, slot, course, watch, tell)
                     except asyncio.CancelledError:
-                        if call.client.unwanted:
+                        if call.client.unwanted and slot.took_s is None:
                             slot.cancelled = self._usage(request, call, image, slot.lease.pool)
                         raise
             except NoCapacity:
@@ -137,6 +137,7 @@ class Drawing:
             if result:
                 timings = replace(result.timings, queue_s=queue_s)
                 usage = self._usage(request, call, image, slot.lease.pool)
+                call.drawn.append(usage)
                 return replace(result, timings=timings), usage
 
     def _usage(self, request: ImageRequest, call: OpenCall, image: int, pool: str) -> Usage:

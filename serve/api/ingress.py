@@ -21,14 +21,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..cost import Coefficients
-from ..dispatch.messages import Access
+from ..dispatch.messages import Access, Usage
 from ..dispatch.refusals import standing_headers
 from ..dispatch.session import DispatchSession, OpenCall
-from ..errors import BodyTimeout, BodyTooLarge, InvalidRequest, NotFound, Unavailable
+from ..errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    InvalidRequest,
+    KeyInvalid,
+    NotFound,
+    Unavailable,
+)
 from ..request import ImageResult
 from ..results.disk import DiskStore
 from ..results.store import ResultStore
 from ..settings import Application, Tuning
+from ..tenants import tenant_of
 from .access import Authentication
 from .call import Call
 from .drawing import Drawing, Drawn, Tell
@@ -73,7 +81,7 @@ class Ingress:
     ) -> None:
         settings = Application.model_validate(application)
         self._models = settings.models
-        self._open_to_all = settings.auth != "keys"
+        self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
@@ -123,8 +131,7 @@ class Ingress:
             exception_handlers=HANDLERS,
             middleware=[
                 Middleware(
-                    Authentication,
-                    directory=None if self._open_to_all else lambda: self._session.directory,
+                    Authentication, mode=self._auth, directory=lambda: self._session.directory
                 )
             ],
         )
@@ -138,15 +145,13 @@ class Ingress:
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
         check_request_id(request_id)
         known = self._known(tenant)
-        asked = parse(await self._body(http), self._offer(tenant), request_id, known.timeout_s)
+        body = await self._body(http)
+        self._authenticate_again(http)
+        asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
         store = self._store_for(asked)
         wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
-        client, began = Call(asked.timeout_s), time.monotonic()
+        client = Call(asked.timeout_s)
         call = self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
-
-        def sent() -> None:
-            self._metrics.answered(call.eta_s, time.monotonic() - began)
-            call.close()
 
         try:
             await client.run(call.admitted())
@@ -155,12 +160,12 @@ class Ingress:
                 headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
             if asked.stream:
                 frames = self._events(asked, call, client)
-                return EventStream(await anext(frames), frames, headers, sent)
-            body = await client.run(self._serve(asked, call, store, http))
+                return EventStream(await anext(frames), frames, headers, call.close)
+            answer = await self._serve(asked, call, client, store, http)
         except BaseException:
             call.close()
             raise
-        return Answer(body, headers, sent)
+        return Answer(answer, headers, call.close)
 
     async def cancel(self, http: Request) -> Response:
         """End a call at whichever Ingress it is; its slots are free before their next step."""
@@ -230,8 +235,8 @@ class Ingress:
         }
         served = all(any(p and p["replicas"] for p in pools.values()) for pools in models.values())
         status = "draining" if found["draining"] else "ready" if served else "starting"
-        body = {"status": status, "queued": found["queued"], "models": models}
-        return JSONResponse(body, 200 if status == "ready" else 503)
+        details = {"queued": found["queued"], "models": models} if self._open_to_all else {}
+        return JSONResponse({"status": status, **details}, 200 if status == "ready" else 503)
 
     async def playground(self, _: Request) -> Response:
         return HTMLResponse(self._playground)
@@ -250,29 +255,52 @@ class Ingress:
         """Of the one tenant of a server without authentication: that it may do everything."""
         if self._open_to_all:
             return Access((), operator=True)
-        return (self._session.directory or {}).get(tenant, Access(()))
+        return (self._session.directory or {}).get(tenant, Access((), models=()))
+
+    def _authenticate_again(self, http: Request) -> None:
+        """A body may take its time. Raises `KeyInvalid` if the key has been revoked meanwhile."""
+        if not self._open_to_all:
+            key, directory = http.scope["key"], self._session.directory or {}
+            if tenant_of(key, directory) != http.scope["tenant"]:
+                raise KeyInvalid("the API key was revoked")
 
     async def _serve(
-        self, asked: Generation, call: OpenCall, store: ResultStore | None, http: Request
+        self,
+        asked: Generation,
+        call: OpenCall,
+        client: Call,
+        store: ResultStore | None,
+        http: Request,
     ) -> bytes:
         """The answer's body. Raises what drawing raises, `StoreFailed` and `UsageUnrecorded`."""
-        drawn = await self._draw_all(asked, call)
-        results = [result for result, _ in drawn]
-        links = await self._keep(store, asked, results, http) if store else []
-        body = await asyncio.to_thread(response, asked.requests, results, links)
-        await call.record([usage for _, usage in drawn])
+
+        async def draw() -> tuple[bytes, list[Usage]]:
+            drawn = await self._draw_all(asked, call)
+            results = [result for result, _ in drawn]
+            links = await self._keep(store, asked, results, http) if store else []
+            body = await asyncio.to_thread(response, asked.requests, results, links)
+            return body, [usage for _, usage in drawn]
+
+        body, usages = await client.run(draw())
+        await self._charge(call, client, usages)
         return body
+
+    async def _charge(self, call: OpenCall, client: Call, usages: Sequence[Usage]) -> None:
+        """No deadline ends this: what is charged is delivered. Raises `UsageUnrecorded`."""
+        await call.record(usages)
+        self._metrics.answered(call.eta_s, client.age_s)
 
     def _events(self, asked: Generation, call: OpenCall, client: Call) -> Frames:
         """What is streamed of the one image of a call."""
         (request,) = asked.requests
 
         async def draw(tell: Tell) -> ImageResult:
-            result, usage = await self._drawing.draw(request, call, 0, asked.watch, tell)
-            await call.record([usage])
+            drawing = self._drawing.draw(request, call, 0, asked.watch, tell)
+            result, usage = await client.run(drawing)
+            await self._charge(call, client, [usage])
             return result
 
-        return events(request, lambda tell: client.run(draw(tell)))
+        return events(request, draw)
 
     async def _draw_all(self, asked: Generation, call: OpenCall) -> list[Drawn]:
         """The images of one call, side by side; the first error ends them all."""

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, NotFound
 from .openai_answers import error_body
 from .openai_images import check_request_id
 
@@ -26,8 +26,14 @@ SERVES_OWN = {
 }
 
 
+SERVES_ROUTES = "/-/routes"  # which Serve's proxy would answer to everybody
+
+
 class ProxyGuard:
-    """Takes out the headers that steer Serve; an `x-request-id` that is not safe is a 400."""
+    """Takes out the headers that steer Serve; an `x-request-id` that is not safe is a 400.
+
+    Of Serve's own paths only /-/healthz is answered, which says whether this proxy works.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,6 +43,9 @@ class ProxyGuard:
             return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["path"] == SERVES_ROUTES:
+            error = NotFound("/-/routes: Not Found")
+            return await JSONResponse(error_body(error), error.status)(scope, receive, send)
         given = Headers(scope=scope).getlist("x-request-id")
         try:
             if given:

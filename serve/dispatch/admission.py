@@ -1,7 +1,8 @@
 """Which calls are admitted: every tenant's limits, budget and deadlines, decided in one place.
 
-Gates, in this order: a server that is stopping · the request id · request rate · pools that could
-ever come · open requests · work rate · budget · queued work, the tenant's own and all · deadline.
+Gates, in this order: a tenant that is no more · a server that is stopping · request id · request
+rate · pools that could ever come · open requests · work rate · budget · queued work, the tenant's
+own and all · deadline.
 Nothing is taken from a limit unless the call passes all of them, except its place in the request
 rate.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .forecast import Accuracy, Demand, Rate, wait_s
 from .grants import Grants
@@ -40,6 +42,13 @@ class Call:
     reserved: float
 
 
+class Forecast(NamedTuple):
+    """Seconds until the last grant of a call, and from there to its end."""
+
+    wait_s: float
+    service_s: float
+
+
 class _Refused(Exception):
     def __init__(
         self, refusal: Refusal, retry_after_s: float | None = None, own: bool = False
@@ -62,7 +71,7 @@ class Admission:
         self.month_ends = math.inf
         self._grants = grants
         self._tenants: dict[str, _Tenancy] = {}
-        self._known: Mapping[str, Tenant] = {}
+        self._known: Mapping[str, Tenant] | None = None  # None: whoever comes
         self._calls: dict[tuple[str, str], Call] = {}  # by session and name
         self._ids: dict[tuple[str, str], Call] = {}  # by tenant and request id
         self._arrivals: dict[str, dict[str, Rate]] = {}  # work, by pool and tenant
@@ -75,7 +84,8 @@ class Admission:
         self._known = tenants
         self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
         for name, tenancy in self._tenants.items():
-            tenancy.account.change(tenants.get(name, Tenant()))
+            if name in tenants:
+                tenancy.account.change(tenants[name])
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
         """A month, what was spent in it so far, and when it ends."""
@@ -93,7 +103,7 @@ class Admission:
 
     def _tenancy(self, tenant: str) -> _Tenancy:
         if tenant not in self._tenants:
-            self._tenants[tenant] = _Tenancy(Account(self._known.get(tenant, Tenant())))
+            self._tenants[tenant] = _Tenancy(Account((self._known or {}).get(tenant, Tenant())))
         return self._tenants[tenant]
 
     # -- calls ----------------------------------------------------------------------------------
@@ -122,41 +132,51 @@ class Admission:
         """A tenant's open call by the id that its client gave it."""
         return self._ids.get((tenant, request_id))
 
-    def spend(self, session: str, usage: Usage, now: float) -> None:
-        """An image was paid for."""
+    def hold(self, session: str, usage: Usage) -> float:
+        """Of a call's reservation, what stays until `free`, whatever becomes of the call."""
+        call = self._calls.get((session, usage.call))
+        held = min(usage.work_s, call.reserved) if call else 0.0
+        if call:
+            call.reserved -= held
+        return held
+
+    def free(self, tenant: str, held: float) -> None:
+        self.account(tenant).reserved -= held
+
+    def spend(self, session: str, usage: Usage, spent: float | None, now: float) -> None:
+        """An image was paid for; `spent`: by its tenant this month, where somebody else counts."""
         account = self.account(usage.tenant)
-        account.spent += usage.work_s
+        account.spent = account.spent + usage.work_s if spent is None else spent
         if call := self._calls.get((session, usage.call)):
-            paid = min(usage.work_s, call.reserved)
-            call.reserved -= paid
-            account.reserved -= paid
-            if call.predicted_s is not None:
-                self._accuracy.learn(call.predicted_s, now - call.opened)
-                call.predicted_s = None
+            self._learn(call, now)
 
-    def reserve(self, tenant: str, work_s: float) -> None:
-        """Hold back work that may yet be spent, beside that of open calls; negative ends it."""
-        self.account(tenant).reserved += work_s
-
-    def end(self, session: str, name: str) -> None:
+    def end(self, session: str, name: str, now: float) -> None:
         """A call was answered, or nobody waits for it any more."""
         if call := self._calls.pop((session, name), None):
+            if call.predicted_s is not None and now - call.opened > call.predicted_s:
+                self._learn(call, now)  # it took at least so long
             tenancy = self._tenancy(call.tenant)
             tenancy.calls.discard(call)
             tenancy.account.reserved -= call.reserved
             if self._ids.get((call.tenant, call.request_id)) is call:
                 del self._ids[call.tenant, call.request_id]
 
-    def end_session(self, session: str) -> None:
+    def end_session(self, session: str, now: float) -> None:
         for owner, name in [key for key in self._calls if key[0] == session]:
-            self.end(owner, name)
+            self.end(owner, name, now)
+
+    def _learn(self, call: Call, now: float) -> None:
+        if call.predicted_s is not None:
+            self._accuracy.learn(call.predicted_s, now - call.opened)
+            call.predicted_s = None
 
     @property
     def open_calls(self) -> int:
         return len(self._calls)
 
-    def forget(self, now: float) -> None:
-        """Drop what has faded."""
+    def forget(self, now: float, passed_s: float) -> None:
+        """Drop what has faded; so much time has passed since the last time."""
+        self._accuracy.fade(passed_s)
         for rates in self._arrivals.values():
             for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
                 del rates[tenant]
@@ -166,6 +186,8 @@ class Admission:
     def _pass(self, opening: Opening, account: Account, now: float) -> float | None:
         """When the call is predicted to be done, as the model has it. Raises `_Refused`."""
         tenant, entries = account.tenant, opening.entries
+        if self._known is not None and opening.tenant not in self._known:
+            raise _Refused("no_tenant")
         if self.draining:
             raise _Refused("draining")
         if (opening.tenant, opening.request_id) in self._ids:
@@ -179,16 +201,20 @@ class Admission:
         calls = self._tenancy(opening.tenant).calls
         if tenant.max_requests is not None and len(calls) >= tenant.max_requests:
             ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
-            raise _Refused("rate_limit_exceeded", max(min(ends, default=0.0), 1.0), own=True)
+            later_s = max(min(ends, default=0.0), 1.0) if tenant.max_requests else None
+            raise _Refused("rate_limit_exceeded", later_s, own=True)
         if account.work and (late_s := account.work.wait_s(opening.work_s, now)):
             raise _Refused("rate_limit_exceeded", late_s, own=True)
         if account.budget_left is not None and opening.work_s > account.budget_left + 1e-6:
-            raise _Refused("insufficient_quota", self.month_ends - now, own=True)
+            never = opening.work_s > (tenant.monthly_work or 0.0)
+            later_s = None if never else self.month_ends - now
+            raise _Refused("insufficient_quota", later_s, own=True)
         self._check_queue(opening, tenant, now)
-        predicted_s = self._predicted_s(opening, now)
-        if predicted_s is not None:
-            self._check_deadline(opening, predicted_s, now)
-        return predicted_s
+        forecast = self._forecast(opening, now)
+        if forecast is None:
+            return None
+        self._check_deadline(opening, forecast, now)
+        return sum(forecast)
 
     def _check_queue(self, opening: Opening, tenant: Tenant, now: float) -> None:
         items, work_s = self._grants.queue.waiting(opening.tenant)
@@ -202,16 +228,21 @@ class Admission:
             excess_s = work_s + opening.work_s - limit
             backlogs = self._grants.queue.backlogs(opening.entries[0].pools)
             later_s = self._wait_s(opening, min(excess_s, work_s), backlogs, now)
-            raise _Refused("queue_full", later_s, own=True)
+            known_s = later_s if math.isfinite(later_s) else None
+            raise _Refused("queue_full", known_s, own=True)
 
-    def _check_deadline(self, opening: Opening, predicted_s: float, now: float) -> None:
-        late_s = self._accuracy.at_most(predicted_s) - opening.timeout_s
+    def _check_deadline(self, opening: Opening, forecast: Forecast, now: float) -> None:
+        late_s = self._at_most_s(forecast) - opening.timeout_s
         if late_s <= 0:
             return
-        first_s = self._accuracy.at_most(self._predicted_s(opening, now, first=True) or 0.0)
-        own = first_s <= opening.timeout_s
-        never = self._accuracy.at_most(self._service_s(opening)) > opening.timeout_s
+        first = self._forecast(opening, now, first=True) or forecast
+        own = self._at_most_s(first) <= opening.timeout_s
+        never = self._service_s(opening) > opening.timeout_s
         raise _Refused("deadline_unreachable", None if never else late_s, own)
+
+    def _at_most_s(self, forecast: Forecast) -> float:
+        """Past errors count where something is waited for: they alone refuse nobody."""
+        return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 
     def _admit(self, session: str, opening: Opening, predicted_s: float | None, now: float) -> None:
         tenancy = self._tenancy(opening.tenant)
@@ -239,11 +270,8 @@ class Admission:
 
     # -- forecasts ------------------------------------------------------------------------------
 
-    def _predicted_s(self, opening: Opening, now: float, *, first: bool = False) -> float | None:
-        """Until the call is done; None while none of its pools has a replica.
-
-        `first`: if its tenant had nothing else waiting.
-        """
+    def _forecast(self, opening: Opening, now: float, *, first: bool = False) -> Forecast | None:
+        """None while none of the pools has a replica. `first`: with nothing else of its tenant."""
         if not opening.entries:
             return None
         pools = opening.entries[0].pools
@@ -256,7 +284,7 @@ class Admission:
         if backlogs or running + coming > slots:
             own_s = 0.0 if first else backlogs.get(opening.tenant, 0.0)
             wait_s = self._wait_s(opening, own_s + opening.work_s, backlogs, now)
-        return wait_s + self._service_s(opening, running)
+        return Forecast(wait_s, self._service_s(opening, running))
 
     def _service_s(self, opening: Opening, running: int = 0) -> float:
         """From the grants to the end, with so many images beside them."""

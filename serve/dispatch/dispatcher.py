@@ -1,9 +1,8 @@
 """The Dispatcher deployment: the one owner of the queue, exactly one replica, no GPU.
 
-It is `Admission` and `Grants` with a clock, a network and two folders. Each Ingress opens a stream
-on which verdicts and outcomes arrive in batches, and tells its news in batches; each Generator
-reports itself. Tenants are read again when their files change, and usage is written by one thread,
-as many records at a time as have come together.
+It is `Admission` and `Grants` with a clock, a network and two folders: `TenantFiles` says who may
+call, `Metering` writes what they are charged. Each Ingress opens a stream on which verdicts and
+outcomes arrive in batches, and tells its news in batches; each Generator reports itself.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from typing import Any
 from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
-from ..settings import Live, SettingsError
-from ..tenants import directory, read_keys, read_tenants, stamps
+from ..settings import Live
 from .admission import Admission
 from .grants import Grants
 from .messages import (
@@ -29,22 +27,27 @@ from .messages import (
     News,
     Opening,
     Outcome,
+    Release,
     Running,
     Stopped,
     Submission,
     Usage,
     Verdict,
 )
+from .metering import Charge, Metering
 from .metrics import TenantMetrics
 from .overview import overview
+from .tenant_files import TenantFiles
 from .usage import UsageLedger, month_end, month_of
 
 log = logging.getLogger("ray.serve")
 
 SESSION_LEASE_S = 10.0
 REPLICA_LEASE_S = 5.0
+POSITIONS_S = 0.05  # until places in the queue are told
 HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
 NODES_S = 2.0  # how often the cluster's nodes are looked up
+AGAIN_S = 1.0  # until a charge is tried again that could not be written
 TENANTS_S = 1.0  # how often the tenants' files are looked at
 RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
 
@@ -85,24 +88,26 @@ class Dispatcher:
         )
         self._admission = Admission(self._grants, max_queued=Live().max_queued)
         self._grants_from = time.monotonic() + recovery_s
+        self._early: list[tuple[str, Opening]] = []  # calls that came before that
         self._streams: dict[str, _Stream] = {}
         self._warned: set[str] = set()
-        self._tenants_folder = Path(tenants_folder).expanduser() if tenants_folder else None
-        self._stamps: Any = None
+        self._positions_due = False
+        self._tenants: TenantFiles | None = None
         self._directory: Directory = {}
-        if self._tenants_folder:
-            self._stamps = stamps(self._tenants_folder)
-            self._take_tenants(*_read(self._tenants_folder))
-        self._ledger = (
-            UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
-        )
-        self._begin_month(dict(self._ledger.spent) if self._ledger else {})
-        self._usages: asyncio.Queue[tuple[str, Usage]] = asyncio.Queue()
+        if tenants_folder:
+            self._tenants = TenantFiles(Path(tenants_folder).expanduser())
+            self._take_tenants()
+        ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
+        self._metering = Metering(ledger, self._written)
+        self._held: dict[tuple[str, int], float] = {}  # of budgets, for what was cancelled
+        self._month = ""
+        self._begin_month(month_of(time.time()))
         self._metrics = TenantMetrics()
         self._tasks = [
             asyncio.create_task(task())
-            for task in (self._expire, self._place, self._watch_tenants, self._write_usages)
+            for task in (self._expire, self._place, self._watch_tenants, self._metering.run)
         ]
+        asyncio.get_running_loop().call_later(recovery_s, self._begin)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with `max_queued`, at the start and when it changes."""
@@ -121,9 +126,8 @@ class Dispatcher:
         self._end(session)
         stream = self._streams[session] = _Stream(self._directory)
         self._grants.open(session, time.monotonic())
-        tenants = {call.call: call.tenant for call in calls}
         for entry in running:
-            self._grants.declare(session, entry, tenants[entry.call])
+            self._grants.declare(session, entry)
         self._open_calls(session, calls)
         try:
             while not stream.ended:
@@ -145,15 +149,15 @@ class Dispatcher:
         if not self._grants.heard_from(session, now):
             return False
         for usage in news.usages:
-            self._usages.put_nowait((session, usage))
+            self._metering.add(Charge(session, usage, self._admission.hold(session, usage)))
         for release in news.releases:
-            stopped = self._grants.release(session, release, now)
-            if release.cancelled:
-                self._admission.reserve(release.cancelled.tenant, release.cancelled.work_s)
-                if stopped:
-                    self._charge_cancelled(release.cancelled, stopped)
+            self._release(session, release, now)
         for call in news.ended:
-            self._admission.end(session, call)
+            self._admission.end(session, call, now)
+        if self._early:
+            self._early = [
+                (s, o) for s, o in self._early if s != session or o.call not in news.ended
+            ]
         self._open_calls(session, news.openings)
         self._submit(session, news.submits)
         return True
@@ -178,7 +182,7 @@ class Dispatcher:
         self._grants.report_replica(said, now)
         for one in stopped:
             if usage := self._grants.stopped(one, now):
-                self._charge_cancelled(usage, one)
+                self._charge_cancelled(one.lease.session, usage, one)
         self._grant()
         return [lease for lease in drawing if not self._grants.holds(lease)]
 
@@ -209,7 +213,9 @@ class Dispatcher:
 
     async def overview(self) -> dict[str, Any]:
         """`state`, and what each tenant has under way and has used: for `octet top`."""
-        return {**await self.state(), "tenants": overview(self._admission, self._grants)}
+        faults = self._tenants.faults if self._tenants else {}
+        tenants = overview(self._admission, self._grants)
+        return {**await self.state(), "faults": faults, "tenants": tenants}
 
     async def drain(self) -> int:
         """Refuse new images from now on; returns how many calls and images are still open.
@@ -228,36 +234,55 @@ class Dispatcher:
 
     # -- calls and entries ----------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        """Every Ingress could say by now what it has: limits are known, so calls are admitted."""
+        early, self._early = self._early, []
+        for session, opening in early:
+            if session in self._streams:
+                self._open_calls(session, [opening])
+        self._grant()
+
     def _open_calls(self, session: str, openings: Iterable[Opening]) -> None:
         now = time.monotonic()
         entries: list[Submission] = []
         for opening in openings:
+            if now < self._grants_from and not opening.accepted:
+                self._early.append((session, opening))
+                continue
             verdict = self._admission.open(session, opening, now)
             if verdict.refusal:
                 self._metrics.refused(opening.tenant, verdict.refusal)
             if not opening.accepted:
                 self._deliver([verdict])
             if not verdict.refusal:
-                self._submit(session, opening.entries, grant=False)
+                for entry in opening.entries:
+                    self._queue(session, entry, opening.tenant)
                 entries += opening.entries
         self._grant()
         self._tell_positions(entries)
 
-    def _submit(self, session: str, entries: Iterable[Submission], grant: bool = True) -> None:
+    def _submit(self, session: str, entries: Iterable[Submission]) -> None:
+        """Further attempts."""
         for entry in entries:
             if call := self._admission.call(session, entry.call):
-                refused = self._grants.submit(session, entry, call.tenant)
-            else:
-                refused = Outcome(session, entry.entry, None, "no_capacity")
-            if refused:
-                self._deliver([refused])
-        if grant:
-            self._grant()
-            self._tell_positions(entries)
+                self._queue(session, entry, call.tenant)
+        self._grant()
+        self._tell_positions(entries)
+
+    def _queue(self, session: str, entry: Submission, tenant: str) -> None:
+        if refused := self._grants.submit(session, entry, tenant):
+            self._deliver([refused])
 
     def _tell_positions(self, entries: Iterable[Submission]) -> None:
-        if any(entry.watched for entry in entries):
+        """Soon, and all together: it takes time that grows with the queue."""
+
+        def tell() -> None:
+            self._positions_due = False
             self._deliver(self._grants.positions())
+
+        if not self._positions_due and any(entry.watched for entry in entries):
+            self._positions_due = True
+            asyncio.get_running_loop().call_later(POSITIONS_S, tell)
 
     def _grant(self) -> None:
         if time.monotonic() >= self._grants_from:
@@ -271,7 +296,8 @@ class Dispatcher:
 
     def _end(self, session: str) -> None:
         self._grants.close(session)
-        self._admission.end_session(session)
+        self._admission.end_session(session, time.monotonic())
+        self._early = [early for early in self._early if early[0] != session]
         if stream := self._streams.pop(session, None):
             stream.ended = True
             stream.news.set()
@@ -284,78 +310,75 @@ class Dispatcher:
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
             for usage in self._grants.give_up(now):
-                self._admission.reserve(usage.tenant, -usage.work_s)
-            self._admission.forget(now)
-            if month_of(time.time()) != self._month:
-                self._begin_month({})
+                self._admission.free(usage.tenant, self._held.pop((usage.call, usage.image), 0.0))
+            self._admission.forget(now, HEARTBEAT_S)
+            if month_of(time.time()) > self._month:
+                self._begin_month(month_of(time.time()))
             self._grant()
             self._deliver(self._grants.positions())
             self._metrics.report(overview(self._admission, self._grants))
 
     # -- usage ----------------------------------------------------------------------------------
 
-    def _begin_month(self, spent: Mapping[str, float]) -> None:
-        now = time.time()
-        self._month = month_of(now)
+    def _begin_month(self, month: str) -> None:
+        now, ledger = time.time(), self._metering.ledger
+        self._month = month
+        spent = ledger.spent if ledger and ledger.month == month else {}
         self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
 
-    def _charge_cancelled(self, usage: Usage, stopped: Stopped) -> None:
-        """The steps that were done of an image that its client did not want to the end."""
-        self._admission.reserve(usage.tenant, -usage.work_s)
-        if stopped.steps:
-            part = stopped.steps / usage.steps
-            done = usage._replace(
-                steps=stopped.steps, work_s=usage.work_s * part, outcome="cancelled"
-            )
-            self._usages.put_nowait((stopped.lease.session, done))
+    def _release(self, session: str, release: Release, now: float) -> None:
+        said = self._grants.release(session, release, now)
+        if said and (usage := release.cancelled):
+            self._held[usage.call, usage.image] = self._admission.hold(session, usage)
+            if isinstance(said, Stopped):
+                self._charge_cancelled(session, usage, said)
 
-    async def _write_usages(self) -> None:
-        """Confirm what is on disk. What could not be written is not confirmed, but refused."""
-        while True:
-            batch = [await self._usages.get()]
-            while not self._usages.empty():
-                batch.append(self._usages.get_nowait())
-            usages = [usage for _, usage in batch]
-            kind: Any = "recorded"
-            fresh: Iterable[Usage] = usages
-            if self._ledger:
-                try:
-                    fresh = await asyncio.to_thread(self._ledger.append, usages, time.time())
-                except OSError:
-                    log.error("usage cannot be written: images are not delivered", exc_info=True)
-                    kind, fresh = "unrecorded", ()
-            now, new = time.monotonic(), set(fresh)
-            for session, usage in batch:
-                if usage in new:
-                    new.discard(usage)
-                    self._admission.spend(session, usage, now)
-                    self._metrics.charged(usage)
-            told = {(session, usage.call) for session, usage in batch}
-            self._deliver([Outcome(session, call, None, kind) for session, call in told])
+    def _charge_cancelled(self, session: str, usage: Usage, stopped: Stopped) -> None:
+        """The steps that were done of an image that its client did not want to the end."""
+        held = self._held.pop((usage.call, usage.image), 0.0)
+        if stopped.steps:
+            work_s = usage.work_s * stopped.steps / usage.steps
+            done = usage._replace(steps=stopped.steps, work_s=work_s, outcome="cancelled")
+            self._metering.add(Charge(session, done, held))
+        else:
+            self._admission.free(usage.tenant, held)
+
+    def _written(self, batch: list[Charge], fresh: list[Charge] | None, month: str) -> None:
+        """Confirm what is on disk. What could not be written is refused, or tried again."""
+        now, ledger = time.monotonic(), self._metering.ledger
+        if month > self._month:
+            self._begin_month(month)
+        told: dict[tuple[str, str], Outcome] = {}
+        for charge in batch:
+            session, usage = charge.session, charge.usage
+            if fresh is None and usage.outcome == "cancelled":
+                asyncio.get_running_loop().call_later(AGAIN_S, self._metering.add, charge)
+                continue
+            self._admission.free(usage.tenant, charge.held)
+            kind: Any = "unrecorded" if fresh is None else "recorded"
+            told[session, usage.call] = Outcome(session, usage.call, None, kind)
+        for session, usage, _ in fresh or ():
+            spent = ledger.spent[usage.tenant] if ledger else None
+            self._admission.spend(session, usage, spent, now)
+            self._metrics.charged(usage)
+        self._deliver(told.values())
 
     # -- tenants and nodes ----------------------------------------------------------------------
 
-    def _take_tenants(self, tenants: Any, known: Directory) -> None:
-        self._admission.set_tenants(tenants)
-        self._directory = known
+    def _take_tenants(self) -> None:
+        if self._tenants:
+            self._admission.set_tenants(self._tenants.tenants)
+            self._directory = self._tenants.directory
         for stream in self._streams.values():
-            stream.directory = known
+            stream.directory = self._directory
             stream.news.set()
 
     async def _watch_tenants(self) -> None:
         while True:
             await asyncio.sleep(TENANTS_S)
-            if (folder := self._tenants_folder) is None:
-                continue
-            found = await asyncio.to_thread(stamps, folder)
-            if found == self._stamps:
-                continue
-            self._stamps = found
-            try:
-                self._take_tenants(*await asyncio.to_thread(_read, folder))
-                log.info("tenants read again: %d", len(self._directory))
-            except SettingsError as error:
-                log.error("tenants stay as they were: %s", error)
+            tenants = self._tenants
+            if tenants is not None and await asyncio.to_thread(tenants.read):
+                self._take_tenants()
 
     async def _place(self) -> None:
         """Learn which pools could be held, and refuse what waits for pools that cannot."""
@@ -379,9 +402,3 @@ class Dispatcher:
             if node not in self._warned:
                 log.warning(warning)
                 self._warned.add(node)
-
-
-def _read(folder: Path) -> tuple[Any, Directory]:
-    """Raises `SettingsError`."""
-    tenants = read_tenants(folder)
-    return tenants, directory(tenants, read_keys(folder))

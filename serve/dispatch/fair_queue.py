@@ -4,7 +4,8 @@ Every pool is shared by itself. A tenant's *clock* in a pool is the work that it
 its weight; a slot of the pool goes to the waiting tenant whose clock is lowest, and that clock then
 moves on by the work of the item ÷ weight. So while two tenants wait for a pool, what they were
 granted there per weight never drifts further apart than their largest item is per weight, and no
-slot stays free while somebody waits for it. What an item took in truth corrects the clock later.
+slot stays free while somebody waits for it. What an item took in truth corrects the clock later,
+so over time it is what was taken that is shared.
 
 A tenant that comes back is lifted to the clock at which the pool last granted: it has no credit for
 having been away, and goes next.
@@ -187,10 +188,12 @@ class FairQueue:
         self._pools[pool].charge(item.tenant, item.work_s / self.weight(item.tenant))
         self.remove(item)
 
-    def taken_before(self, tenant: str, pool: str) -> None:
-        """As `take` for what a queue before this one has granted: it is charged nothing."""
+    def taken_before(self, tenant: str, pool: str, work_s: float) -> None:
+        """As `take`, for what a queue before this one has granted."""
         queue = self._pools.setdefault(pool, _Pool())
-        queue.flows.setdefault(tenant, _Flow(queue.granted_at)).running += 1
+        flow = queue.flows.setdefault(tenant, _Flow(queue.granted_at))
+        flow.running += 1
+        flow.clock += work_s / self.weight(tenant)
 
     def settle(self, tenant: str, pool: str, correction_s: float) -> None:
         """What was taken has ended; it took so much more work than it was charged."""

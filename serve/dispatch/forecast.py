@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MEMORY_S = 10.0  # how far back `Rate` looks
-ROUNDS = 12
 MET = 0.99
 BOUND = 4.0  # how far `Accuracy` may leave what was predicted
 LEARN = 0.05
 MOVE = 0.2
+FADE_S = 300.0
 
 
 class Demand(NamedTuple):
@@ -52,17 +52,25 @@ class Accuracy:
     """How predictions and what came of them compare: their usual ratio, and one seldom exceeded.
 
     The first is an exponential mean; the second follows the quantile `MET` by stochastic
-    approximation: each ratio above it moves it up, each below it 99 times less down.
+    approximation: each ratio above it moves it up, each below it 99 times less down. Both fade
+    towards 1, so that what refuses requests does not last when none are admitted. Of what takes
+    less than a second, overheads are no matter of the forecast.
     """
 
     def __init__(self) -> None:
         self._usual = self._most = 1.0
 
     def learn(self, predicted_s: float, took_s: float) -> None:
-        ratio = min(max(took_s / max(predicted_s, 1e-3), 1 / BOUND), BOUND)
+        ratio = min(max(took_s, 1.0) / max(predicted_s, 1.0), BOUND)
         self._usual += LEARN * (ratio - self._usual)
         self._most += MOVE * (MET if ratio > self._most else MET - 1)
-        self._most = min(max(self._most, self._usual), BOUND)
+        self._most = min(max(self._most, self._usual, 1.0), BOUND)
+
+    def fade(self, seconds: float) -> None:
+        """Time has passed."""
+        part = math.exp(-seconds / FADE_S)
+        self._usual = 1 + (self._usual - 1) * part
+        self._most = 1 + (self._most - 1) * part
 
     def expected(self, predicted_s: float) -> float:
         """When it will be done, as such predictions go."""
@@ -85,10 +93,12 @@ def wait_s(backlog_s: float, weight: float, others: Sequence[Demand], speed: flo
             served += min(other_backlog_s + arriving * t, other_weight * per_weight)
         return served
 
-    longest = (backlog_s + sum(other.weight for other in others) * per_weight) / speed
-    t = served_by(0.0) / speed
-    for _ in range(ROUNDS):  # rises towards the solution
-        before, t = t, served_by(t) / speed
-        if t - before <= 0.01 * t:
-            return t
-    return longest
+    soonest = served_by(0.0) / speed
+    latest = (backlog_s + sum(other.weight for other in others) * per_weight) / speed
+    while latest - soonest > 0.01 * latest:  # what is served grows ever more slowly: one crossing
+        t = (soonest + latest) / 2
+        if served_by(t) > speed * t:
+            soonest = t
+        else:
+            latest = t
+    return latest

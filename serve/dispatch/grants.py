@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .fair_queue import FairQueue, Item
 from .messages import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission, Usage
@@ -35,25 +35,18 @@ class _Waiting:
     position: int = 0  # as it was last told
 
 
-class _Taken(NamedTuple):
-    """A slot that is held, and by whom."""
-
-    tenant: str
-    said: Running
-
-
 @dataclass(slots=True)
 class _Session:
     last_heard: float
     waiting: dict[str, Item] = field(default_factory=dict)
-    running: dict[str, _Taken] = field(default_factory=dict)
+    running: dict[str, Running] = field(default_factory=dict)
 
 
 class _Unsettled(NamedTuple):
     """A slot that was given back before its Generator has said what it took."""
 
     since: float
-    taken: _Taken
+    taken: Running
     cancelled: Usage | None
 
 
@@ -95,7 +88,7 @@ class Grants:
                 self._leave_queue(item)
             for taken in gone.running.values():
                 self._free(taken)
-                self._settle(taken, taken.said.work_s)
+                self._settle(taken, taken.work_s)
 
     def heard_from(self, session: str, now: float) -> bool:
         """Renew a session's lease; False if there is no such session (any more)."""
@@ -104,10 +97,10 @@ class Grants:
         self._sessions[session].last_heard = now
         return True
 
-    def declare(self, session: str, running: Running, tenant: str) -> None:
+    def declare(self, session: str, running: Running) -> None:
         """What a session already runs by an earlier grant."""
-        self._hold(session, _Taken(tenant, running))
-        self.queue.taken_before(tenant, running.pool)
+        self._hold(session, running)
+        self.queue.taken_before(running.tenant, running.pool, running.work_s)
 
     def submit(self, session: str, asked: Submission, tenant: str) -> Outcome | None:
         """Queue an entry; an `Outcome` is returned only when it is refused at once."""
@@ -123,11 +116,13 @@ class Grants:
             self._watched[item.number] = item
         return None
 
-    def release(self, session: str, release: Release, now: float) -> Stopped | None:
+    def release(
+        self, session: str, release: Release, now: float
+    ) -> Stopped | Literal["awaited"] | None:
         """An entry is done or no longer wanted, whether it waits, runs, or is unknown.
 
-        Returns what its Generator said of it, if it was stopped and that is known; later it is
-        `stopped` that returns what was to be charged for it.
+        Of one that was stopped, returns what its Generator has said of it. If that is awaited,
+        `stopped` or `give_up` return what was to be charged for it.
         """
         holder = self._sessions[session]
         if item := holder.waiting.pop(release.entry, None):
@@ -137,12 +132,13 @@ class Grants:
             if release.took_s is not None:
                 self._settle(taken, release.took_s)
                 return None
-            lease = Lease(session, release.entry, taken.said.pool)
+            lease = Lease(session, release.entry, taken.pool)
             if lease in self._stopped:
                 _, stopped = self._stopped.pop(lease)
                 self._settle(taken, stopped.work_s)
                 return stopped
             self._unsettled[lease] = _Unsettled(now, taken, release.cancelled)
+            return "awaited"
         return None
 
     def stopped(self, stopped: Stopped, now: float) -> Usage | None:
@@ -191,7 +187,7 @@ class Grants:
         late = [x for x, entry in self._unsettled.items() if now - entry.since > UNSETTLED_S]
         gone = [self._unsettled.pop(lease) for lease in late]
         for entry in gone:
-            self._settle(entry.taken, entry.taken.said.work_s)
+            self._settle(entry.taken, entry.taken.work_s)
         return [entry.cancelled for entry in gone if entry.cancelled]
 
     # -- what follows -------------------------------------------------------------------------
@@ -208,8 +204,8 @@ class Grants:
                 self._watched.pop(item.number, None)
                 asked = entry.asked
                 del self._sessions[entry.session].waiting[asked.entry]
-                running = Running(asked.entry, asked.call, best, asked.work_s)
-                self._hold(entry.session, _Taken(item.tenant, running))
+                running = Running(asked.entry, asked.call, item.tenant, best, asked.work_s)
+                self._hold(entry.session, running)
                 granted.append(Outcome(entry.session, asked.entry, best, "granted"))
         return granted
 
@@ -272,17 +268,16 @@ class Grants:
         sessions = self._sessions.values()
         return Counter(taken.tenant for held in sessions for taken in held.running.values())
 
-    def _hold(self, session: str, taken: _Taken) -> None:
-        pool = taken.said.pool
-        self._sessions[session].running[taken.said.entry] = taken
-        self._running[pool] = self._running.get(pool, 0) + 1
+    def _hold(self, session: str, taken: Running) -> None:
+        self._sessions[session].running[taken.entry] = taken
+        self._running[taken.pool] = self._running.get(taken.pool, 0) + 1
 
-    def _free(self, taken: _Taken) -> None:
-        self._running[taken.said.pool] -= 1
+    def _free(self, taken: Running) -> None:
+        self._running[taken.pool] -= 1
 
     def _leave_queue(self, item: Item) -> None:
         self.queue.remove(item)
         self._watched.pop(item.number, None)
 
-    def _settle(self, taken: _Taken, took_s: float) -> None:
-        self.queue.settle(taken.tenant, taken.said.pool, took_s - taken.said.work_s)
+    def _settle(self, taken: Running, took_s: float) -> None:
+        self.queue.settle(taken.tenant, taken.pool, took_s - taken.work_s)

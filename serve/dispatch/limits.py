@@ -40,7 +40,6 @@ class Account:
     """What a tenant has under way and has used; `spent` is of one calendar month."""
 
     def __init__(self, tenant: Tenant) -> None:
-        self.open_calls = 0
         self.reserved = 0.0  # work that calls under way may still be charged
         self.spent = 0.0
         self.requests: Gcra | None = None

@@ -24,7 +24,7 @@ class Submission(NamedTuple):
 class Opening(NamedTuple):
     """A call, which is admitted as a whole or not at all.
 
-    `timeout_s`: what is left until its deadline. `work_s`: what it may still be charged. Nothing
+    `timeout_s`: from its beginning to its deadline. `work_s`: what it may still be charged. Nothing
     refuses what was `accepted` before, but the lack of every replica and node that it needs.
     """
 
@@ -42,6 +42,7 @@ class Running(NamedTuple):
 
     entry: str
     call: str
+    tenant: str
     pool: str
     work_s: float = 0.0
 
@@ -114,6 +115,7 @@ class Heartbeat(NamedTuple):
 
 
 Refusal = Literal[
+    "no_tenant",
     "no_capacity",
     "queue_full",
     "request_id_in_use",

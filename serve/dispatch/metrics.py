@@ -1,7 +1,7 @@
 """What the Dispatcher counts of tenants; Ray exports it with the names `ray_octet_tenant_…`.
 
-However many tenants there are, labels stay few: the `MOST` who have used most lately are named,
-all others together are `other`.
+However many tenants there are, labels stay few: the `MOST` who have used most lately are named, all
+others together are `_other`; and no more than `EVER` are named while this process lives.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from ray.serve import metrics
 from .messages import Usage
 from .overview import TenantRow
 
-MOST = 20
+MOST, EVER = 20, 100
 FADE = 0.999  # of what was used lately, at each report
-OTHER = "other"
+OTHER = "_other"  # no tenant's id
 
 
 class TenantMetrics:
     def __init__(self) -> None:
         self._lately: Counter[str] = Counter()
-        self._named: set[str] = set()
+        self._named: set[str] = set()  # now
+        self._ever: set[str] = set()  # whose counters go on
         # Since the last report: telling Ray of each costs more than dispatching it.
         self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._refusals: Counter[tuple[str, str]] = Counter()
@@ -56,28 +57,39 @@ class TenantMetrics:
 
     def report(self, rows: Sequence[TenantRow]) -> None:
         """Once per heartbeat: Ray forgets gauges that are not set again."""
+        queued = {row["tenant"]: row["queued_work"] for row in rows}
+        use = Counter({t: self._lately[t] + queued.get(t, 0) for t in {*self._lately, *queued}})
+        before, self._named = self._named, self._admitted(use)
         for (tenant, outcome), work in self._charges.items():
-            tags = {"tenant": self._label(tenant), "outcome": outcome}
+            tags = {"tenant": self._counted(tenant), "outcome": outcome}
             self._images.inc(len(work), tags)
             if sum(work):
                 self._work.inc(sum(work), tags)
         for (tenant, code), count in self._refusals.items():
-            self._refused.inc(count, {"tenant": self._label(tenant), "code": code})
+            self._refused.inc(count, {"tenant": self._counted(tenant), "code": code})
         self._charges.clear()
         self._refusals.clear()
         for tenant in list(self._lately):
             self._lately[tenant] *= FADE  # type: ignore[assignment]  # floats
-        queued = {row["tenant"]: row["queued_work"] for row in rows}
-        use = Counter({t: self._lately[t] + queued.get(t, 0) for t in {*self._lately, *queued}})
-        before, self._named = self._named, {tenant for tenant, _ in use.most_common(MOST)}
         for name, gauge in self._gauges.items():
             sums: Counter[str] = Counter(dict.fromkeys(before - self._named, 0))
             for row in rows:
-                sums[self._label(row["tenant"])] += row[name]  # type: ignore[literal-required]
+                label = row["tenant"] if row["tenant"] in self._named else OTHER
+                sums[label] += row[name]  # type: ignore[literal-required]
             for label, value in sums.items():
                 gauge.set(value, {"tenant": label})
 
-    def _label(self, tenant: str) -> str:
-        if len(self._named) < MOST:
-            self._named.add(tenant)
-        return tenant if tenant in self._named else OTHER
+    def _admitted(self, use: Counter[str]) -> set[str]:
+        """Those with most, as far as they have a name or may still get one."""
+        named: set[str] = set()
+        for tenant, _ in use.most_common():
+            if tenant in self._ever or len(self._ever) < EVER:
+                self._ever.add(tenant)
+                named.add(tenant)
+            if len(named) == MOST:
+                break
+        return named
+
+    def _counted(self, tenant: str) -> str:
+        """A counter's label stays once it has begun."""
+        return tenant if tenant in self._ever else OTHER

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from ..errors import (
     BacklogTooLong,
     DeadlineUnreachable,
+    KeyInvalid,
     NoCapacity,
     OctetError,
     OwnQueueFull,
@@ -18,6 +21,7 @@ from .messages import Standing, Verdict
 
 NO_CAPACITY = "no replica that may draw this lives, and no node can hold one"
 REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
+    ("no_tenant", False): (KeyInvalid, "the tenant of this API key is no more"),
     ("draining", False): (Unavailable, "this server is shutting down"),
     ("request_id_in_use", False): (
         RequestIdInUse,
@@ -56,16 +60,21 @@ def standing_headers(standings: tuple[Standing, ...]) -> dict[str, str]:
         f"x-ratelimit-{name}-{standing.of}": value
         for standing in standings
         for name, value in (
-            ("limit", f"{standing.limit:.6g}"),
-            ("remaining", f"{standing.remaining:.6g}"),
+            ("limit", _plain(standing.limit)),
+            ("remaining", _plain(standing.remaining)),
             ("reset", f"{standing.reset_s:.3f}s"),
         )
     }
+
+
+def _plain(amount: float) -> str:
+    """To a thousandth below, without an exponent."""
+    return f"{math.floor(amount * 1000 + 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
     """In whole seconds, and in milliseconds as OpenAI's clients read it first."""
     if seconds is None:
         return {}
-    milliseconds = int(seconds * 1000) + 1
+    milliseconds = int(max(seconds, 0.0) * 1000) + 1
     return {"retry-after": str(-(-milliseconds // 1000)), "retry-after-ms": str(milliseconds)}

@@ -44,6 +44,7 @@ from .refusals import NO_CAPACITY, refusal
 log = logging.getLogger("ray.serve")
 
 RECONNECT_S = 0.5
+RECORD_S = 30.0  # for usage to be on disk, a restart of the Dispatcher included
 
 Queued = Callable[[int], None]
 
@@ -85,6 +86,7 @@ class _Entry:
     asked: Submission
     granted: asyncio.Future[str]
     queued: Queued | None = None
+    held: bool = False  # somebody waits for it or uses it, and will release it
     position: int = 0  # as it was last heard
     pool: str | None = None  # once it runs
 
@@ -107,6 +109,8 @@ class OpenCall:
     verdict: asyncio.Future[Verdict]
     entries: dict[str, _Entry] = field(default_factory=dict)
     recording: _Recording | None = None
+    drawn: list[Usage] = field(default_factory=list)
+    closed: bool = False
     eta_s: float | None = None
     standings: tuple[Standing, ...] = ()
 
@@ -133,7 +137,7 @@ class OpenCall:
         entry = self.entries.get(first.entry) or self.session._submit(
             self, first._replace(pools=pools or first.pools)
         )
-        entry.queued = queued
+        entry.queued, entry.held = queued, True
         if queued and entry.position:
             queued(entry.position)
         name = entry.asked.entry
@@ -151,10 +155,18 @@ class OpenCall:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = _Recording(tuple(usages), done)
         self.session._record(self)
-        await done
+        try:
+            async with asyncio.timeout(RECORD_S):
+                await done
+        except TimeoutError:
+            raise UsageUnrecorded("the image could not be accounted in time") from None
+        self.drawn.clear()
 
     def close(self) -> None:
-        """The answer has been sent, or never will be. To say so twice does no harm."""
+        """The answer has been sent, or never will be. To say so twice does no harm.
+
+        What was drawn and not recorded, because its client did not wait for it, is charged.
+        """
         self.session._close(self)
 
 
@@ -172,6 +184,7 @@ class DispatchSession:
         self._new_calls: dict[str, OpenCall] = {}
         self._new_entries: dict[str, _Entry] = {}
         self._new_usages: dict[str, OpenCall] = {}
+        self._usages: list[Usage] = []  # of calls that are closed
         self._releases: list[Release] = []
         self._ended: list[str] = []
         self._news = asyncio.Event()
@@ -224,24 +237,45 @@ class DispatchSession:
         if known and not self._new_entries.pop(release.entry, None):
             self._releases.append(release)
             self._news.set()
+        if call.closed and not call.entries:
+            self._end(call)
 
     def _record(self, call: OpenCall) -> None:
         self._new_usages[call.opening.call] = call
         self._news.set()
 
     def _close(self, call: OpenCall) -> None:
-        name = call.opening.call
-        if self._calls.pop(name, None) is None:
+        if call.closed:
             return
-        self._new_usages.pop(name, None)
-        told = self._new_calls.pop(name, None) is None
+        call.closed = True
+        name = call.opening.call
+        if name in self._new_calls or name not in self._calls:  # not told, or refused
+            self._forget(call)
+            return
+        for entry in [name for name, entry in call.entries.items() if not entry.held]:
+            self._release(call, Release(entry, 0.0))
+        if not call.entries:
+            self._end(call)
+
+    def _end(self, call: OpenCall) -> None:
+        """A closed call holds nothing any more."""
+        name = call.opening.call
+        if self._calls.get(name) is not call:
+            return
+        untold = name in self._new_usages or call.recording is None
+        if call.drawn and untold and call.client.unwanted:
+            self._usages += [usage._replace(outcome="cancelled") for usage in call.drawn]
+        self._forget(call)
+        self._ended.append(name)
+        self._news.set()
+
+    def _forget(self, call: OpenCall) -> None:
+        name = call.opening.call
+        for pending in (self._calls, self._new_calls, self._new_usages):
+            pending.pop(name, None)
         for entry in call.entries:
-            del self._entries[entry]
-            if not self._new_entries.pop(entry, None) and told:
-                self._releases.append(Release(entry, 0.0))
-        if told:
-            self._ended.append(name)
-            self._news.set()
+            self._entries.pop(entry, None)
+            self._new_entries.pop(entry, None)
 
     # -- the session ----------------------------------------------------------------------------
 
@@ -286,7 +320,8 @@ class DispatchSession:
             for entry in call.entries.values():
                 if entry.pool:
                     asked = entry.asked
-                    running.append(Running(asked.entry, name, entry.pool, asked.work_s))
+                    tenant = call.opening.tenant
+                    running.append(Running(asked.entry, name, tenant, entry.pool, asked.work_s))
             waiting = tuple(entry.asked for entry in call.entries.values() if not entry.pool)
             calls.append(call.opening._replace(entries=waiting, accepted=True))
         return calls, running
@@ -295,7 +330,10 @@ class DispatchSession:
         """What was not yet told."""
         recordings = [call.recording for call in self._new_usages.values() if call.recording]
         news = News(
-            usages=tuple(usage for recording in recordings for usage in recording.usages),
+            usages=(
+                *self._usages,
+                *(usage for recording in recordings for usage in recording.usages),
+            ),
             releases=tuple(self._releases),
             ended=tuple(self._ended),
             openings=tuple(call.opening for call in self._new_calls.values()),
@@ -305,13 +343,19 @@ class DispatchSession:
             told.clear()
         self._releases.clear()
         self._ended.clear()
+        self._usages.clear()
         return news
 
     def _hear(self, told: Outcome | Verdict) -> None:
         if isinstance(told, Verdict):
             call = self._calls.get(told.call)
-            if call and not call.verdict.done():
+            if call is None and not told.refusal:  # it was closed while it was told
+                self._ended.append(told.call)
+                self._news.set()
+            elif call and not call.verdict.done():
                 call.verdict.set_result(told)
+                if told.refusal:
+                    self._forget(call)
         elif told.kind in ("cancelled", "recorded", "unrecorded"):
             if call := self._calls.get(told.entry):
                 self._hear_of_call(call, told)
@@ -357,11 +401,17 @@ class DispatchSession:
             self._news.clear()
             if not self._open:
                 continue
+            news = self._collect()
             try:
-                understood = await self._dispatcher.tell.remote(self.name, self._collect())
+                understood = await self._dispatcher.tell.remote(self.name, news)
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise  # it was this task that was cancelled, and not the call
+                understood = False
             except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False
             if not understood:  # `_listen` then opens a session that knows the whole state
+                self._usages += [u for u in news.usages if u.outcome == "cancelled"]
                 with suppress(Exception):
                     self._stream.cancel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+MAY_BE_NOTHING = "max_requests", "monthly_work"
 BURST_S = 10.0  # of a rate: how much of it may come at once, unless the tenant says otherwise
 
 
@@ -40,17 +41,13 @@ class Tenant:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not (math.isfinite(value) and value > 0) and not self._may_be_zero(field.name):
+            least = 0 if field.name in MAY_BE_NOTHING else math.ulp(0.0)
+            if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{field.name} {value} must be a finite number above 0")
-            if value < 0:
-                raise ValueError(f"{field.name} {value} must be 0 or more")
+        if not 0.001 <= self.weight <= 1000:
+            raise ValueError(f"weight {self.weight} must be between 0.001 and 1000")
         for burst, rate in ("request_burst", "requests_per_s"), ("work_burst", "work_per_s"):
             if getattr(self, burst) is not None and getattr(self, rate) is None:
                 raise ValueError(f"{burst} is for a tenant with {rate}")
         if self.request_burst is not None and self.request_burst < 1:
             raise ValueError(f"request_burst {self.request_burst} must be at least 1")
-
-    @staticmethod
-    def _may_be_zero(field: str) -> bool:
-        """Of what a tenant may be given nothing at all."""
-        return field in ("max_requests", "monthly_work")

@@ -1,9 +1,9 @@
 """What tenants are charged: one line of JSON for each image, on disk before its answer begins.
 
 Files in a folder, named by when they were begun; the newest is written to, by one process alone.
-Each begins with the sums of its calendar month (UTC) so far, so a start reads one file, however long
-the month. A record that was told twice is written once. A file's last line is cut off if it is not
-whole: such a record was never confirmed, so no image was delivered for it.
+Each begins with the sums of its calendar month (UTC) so far, so a start reads one file, however
+long the month. A record that was told twice is written once. A file's last line is cut off if it is
+not whole: such a record was never confirmed, so no image was delivered for it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class UsageLedger:
         for key, usage in fresh.items():
             self._remember(key)
             self.spent[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
-        if self._file.tell() > self._file_bytes:
+        if os.fstat(self._file.fileno()).st_size > self._file_bytes:
             self._rotate(now)
         return list(fresh.values())
 
@@ -105,11 +105,11 @@ class UsageLedger:
         if self._file:
             self._file.close()
         self._file = opened
-        _sync(self._folder)
+        sync_folder(self._folder)
 
     def _write(self, file: Any, lines: bytes) -> None:
         """All of it or nothing."""
-        end = file.tell()
+        end = os.fstat(file.fileno()).st_size
         try:
             if file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -203,7 +203,7 @@ def _cut_torn_line(file: Path) -> None:
         os.truncate(file, whole)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Else a file that is new here may be gone after a power cut."""
     opened = os.open(folder, os.O_RDONLY)
     try:

@@ -16,7 +16,7 @@ from PIL import Image
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.messages import Heartbeat, Lease
+from serve.dispatch.messages import Heartbeat, Lease, Stopped
 from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
 from serve.settings import Settings
 
@@ -27,12 +27,18 @@ WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # of an image, and of a s
 
 
 class Painter:
-    """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow"."""
+    """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow".
+
+    Who stops it has had half of its steps.
+    """
 
     takes_s = 0.5
 
+    def __init__(self) -> None:
+        self.stopped: list[Stopped] = []
+
     async def generate(
-        self, request: ImageRequest, _: Lease, watch: Watch, alone: bool
+        self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
     ) -> AsyncIterator[Any]:
         yield Receipt.TAKEN
         yield Receipt.BEGUN
@@ -41,7 +47,11 @@ class Painter:
         if request.prompt == "broken":
             raise ZeroDivisionError
         if request.prompt == "slow":
-            await asyncio.sleep(self.takes_s)
+            try:
+                await asyncio.sleep(self.takes_s)
+            except asyncio.CancelledError:
+                self.stopped.append(Stopped(lease, request.num_inference_steps // 2, 0.0))
+                raise
         file = io.BytesIO()
         Image.new("RGB", (8, 8)).save(file, request.output_format)
         yield ImageResult(
@@ -61,6 +71,7 @@ class Edge:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port = settings, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.painter = Painter()
         self.server: uvicorn.Server
         self.ingress: Ingress
         self.dispatcher: Dispatcher
@@ -85,7 +96,7 @@ class Edge:
             application.model_dump(mode="json"),
             WORK,
             Handle(dispatcher),
-            {pool: Handle(Painter()) for pool in pools},
+            {pool: Handle(self.painter) for pool in pools},
         )
         self.ingress = ingress
         self.tune(self.settings)
@@ -99,14 +110,15 @@ class Edge:
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
         await self.server.serve()
         heartbeat.cancel()
-        if dispatcher._ledger:
-            dispatcher._ledger.close()
+        if dispatcher._metering.ledger:
+            dispatcher._metering.ledger.close()
 
     async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
         while True:
             for pool in pools:
-                await dispatcher.report_replica(Heartbeat(pool, "r", 4))
-            await asyncio.sleep(1)
+                stopped, self.painter.stopped = self.painter.stopped, []
+                await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
+            await asyncio.sleep(0.2)
 
     def tune(self, settings: Settings) -> None:
         self.ingress.reconfigure(settings.tuning().model_dump(mode="json"))

@@ -76,6 +76,8 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
             assert processes
 
             assert draw(second, long, "octet_acme_" + "0" * 40).status_code == 401
+            assert httpx.get(f"{second}/-/routes", timeout=10).status_code == 404
+            assert httpx.get(f"{second}/ready", timeout=10).json() == {"status": "ready"}
             file.write_text(f"max_body_bytes: 200\n{settings}")
             octet.send_signal(signal.SIGUSR1)
             wait_until(lambda: draw(second, {"prompt": "x" * 300}, key).status_code == 413)

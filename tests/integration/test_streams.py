@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import random
@@ -11,6 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,10 +22,11 @@ import ray
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
+from serve.dispatch.usage import read_usage
 from serve.launch import Running
 
 GENERATE = "/v1/images/generations"
-LONG = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+LONG: dict[str, Any] = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
 
 
 def picture(b64: str) -> Image.Image:
@@ -168,6 +171,29 @@ def wait_until_idle(octet: Running, seconds: float) -> float:
         assert time.monotonic() - began < seconds, state(octet)
         time.sleep(0.05)
     return time.monotonic() - began
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_pays_the_steps_that_were_done(url: str, octet: Running, stream: bool) -> None:
+    """Also of a stream that has not begun: its first event would be the image."""
+    usage, name = Path(octet.settings.data_folder or "") / "usage", f"gone-{stream}"
+
+    async def main() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            asking = client.post(
+                url + GENERATE, json={**LONG, "stream": stream}, headers={"x-request-id": name}
+            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asking, 1.5)
+
+    asyncio.run(main())
+    deadline = time.monotonic() + 10
+    while not (found := [r for r in read_usage(usage) if r["request_id"] == name]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    (record,) = found
+    assert record["outcome"] == "cancelled"
+    assert 0 < record["steps"] < LONG["num_inference_steps"]
 
 
 def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:

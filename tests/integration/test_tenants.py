@@ -150,9 +150,23 @@ def test_a_broken_file_changes_nothing(guarded: Guarded, caplog: pytest.LogCaptu
     file = guarded.tenants / TENANTS
     before = file.read_text()
     file.write_text(before + "acme: [")
-    soon(lambda: "tenants stay as they were" in caplog.text)
+    soon(lambda: "tenants.yaml stays as it was" in caplog.text)
     assert guarded.ask("acme").status_code == 200
     file.write_text(before)
+
+
+def test_a_key_that_is_revoked_while_a_body_comes_is_a_key_no_more(guarded: Guarded) -> None:
+    key = add_tenant(guarded.tenants, "lengthy", {})
+    with guarded.client("lengthy", key) as client:
+        soon(lambda: client.get("/v1/models").status_code == 200)
+
+        def body() -> Iterator[bytes]:
+            yield b'{"prompt": '
+            revoke_keys(guarded.tenants, "lengthy")
+            time.sleep(2.5)
+            yield b'"a hill"}'
+
+        assert code(client.post(GENERATE, content=body())) == (401, "invalid_api_key")
 
 
 # -- what is whose --------------------------------------------------------------------------------
@@ -310,6 +324,28 @@ def test_a_streamed_image_is_charged_too(guarded: Guarded) -> None:
     assert len(guarded.usage("acme")) == before + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_cancelled_costs_the_steps_that_were_done(guarded: Guarded, stream: bool) -> None:
+    before = len(guarded.usage("acme"))
+    body = {"prompt": "slow", "stream": stream}
+
+    async def main() -> None:
+        headers = {"authorization": f"Bearer {guarded.keys['acme']}", "x-request-id": "leaving"}
+        async with httpx.AsyncClient(base_url=guarded.edge.url, headers=headers) as client:
+            asked = asyncio.create_task(client.post(GENERATE, json=body))
+            await asyncio.sleep(0.25)
+            await client.delete("/v1/requests/leaving")
+            await asyncio.wait([asked])
+
+    asyncio.run(main())
+    soon(lambda: len(guarded.usage("acme")) == before + 1)
+    (record,) = guarded.usage("acme")[before:]
+    assert (record["outcome"], record["steps"]) == ("cancelled", 14)
+    assert record["work_s"] == pytest.approx(PRICE / 2)
+    account = guarded.edge.dispatcher._admission.account("acme")
+    soon(lambda: abs(account.reserved) < 1e-9)
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -324,11 +360,12 @@ def test_what_failed_or_was_refused_costs_nothing(
 ) -> None:
     before = guarded.usage("acme")
     assert guarded.ask("acme", body).status_code == status
+    time.sleep(0.6)  # a Generator's word comes with its heartbeat
     assert guarded.usage("acme") == before
 
 
 def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: Guarded) -> None:
-    ledger = guarded.edge.dispatcher._ledger
+    ledger = guarded.edge.dispatcher._metering.ledger
     assert ledger
     file = ledger._file
     with Path("/dev/full").open("wb", buffering=0) as ledger._file:

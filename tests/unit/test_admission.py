@@ -26,7 +26,9 @@ class Desk:
     ) -> None:
         self.grants = Grants(P, session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=max_queued)
-        self.admission.set_tenants(tenants)
+        others = ["t", "other", "flood", "light", "third", "late", "a", "b", "c"]
+        others += [f"other{i}" for i in range(9)]
+        self.admission.set_tenants({**dict.fromkeys(others, Tenant()), **tenants})
         self.admission.month_ends = 1000.0
         self.grants.open("s", 0)
         if slots:
@@ -56,7 +58,9 @@ class Desk:
 
     def pay(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
         usage = Usage(call, 0, tenant, "id", "m", "fp8", "64x64", 10, work_s)
-        self.admission.spend("s", usage, now)
+        held = self.admission.hold("s", usage)
+        self.admission.spend("s", usage, None, now)
+        self.admission.free(tenant, held)
 
 
 def test_request_rate_comes_first_and_says_when() -> None:
@@ -91,7 +95,7 @@ def test_work_rate() -> None:
 def test_open_requests() -> None:
     desk = Desk(t=Tenant(max_requests=2), slots=4)
     assert [desk.ask().refusal for _ in range(3)] == [None, None, "rate_limit_exceeded"]
-    desk.admission.end("s", "c1")
+    desk.admission.end("s", "c1", 0.0)
     assert desk.ask().refusal is None
     assert desk.ask(tenant="other").refusal is None
 
@@ -103,9 +107,9 @@ def test_a_budget_is_promised_once() -> None:
     assert verdicts[-1].refusal == "insufficient_quota"
     assert verdicts[-1].retry_after_s == 1000
     desk.pay("c1")
-    desk.admission.end("s", "c1")  # delivered: paid
+    desk.admission.end("s", "c1", 0.0)  # delivered: paid
     assert desk.ask().refusal == "insufficient_quota"
-    desk.admission.end("s", "c2")  # failed: not paid
+    desk.admission.end("s", "c2", 0.0)  # failed: not paid
     assert desk.ask().refusal is None
     desk.admission.begin_month({}, 2000.0)
     assert [desk.ask().refusal for _ in range(2)] == [None, "insufficient_quota"]  # 9 are open
@@ -183,7 +187,7 @@ def test_ids_belong_to_a_tenant() -> None:
     assert found
     assert found.name == "c1"
     assert desk.admission.find("c", "x") is None
-    desk.admission.end("s", "c1")
+    desk.admission.end("s", "c1", 0.0)
     assert desk.ask("a", request_id="x").refusal is None
 
 
@@ -192,7 +196,7 @@ def test_what_was_accepted_before_is_taken_whatever_the_limits_say() -> None:
     for _ in range(3):
         assert desk.ask(accepted=True).refusal is None
     assert desk.admission.account("t").reserved == 3
-    desk.admission.end_session("s")
+    desk.admission.end_session("s", 0.0)
     assert desk.admission.account("t").reserved == 0
     assert desk.admission.open_calls == 0
 
@@ -229,7 +233,7 @@ class Budget(RuleBasedStateMachine):
         if delivered:
             self.desk.pay(call, work_s)
             self.spent += work_s
-        self.desk.admission.end("s", call)
+        self.desk.admission.end("s", call, 0.0)
 
     @rule()
     def restart(self) -> None:

@@ -101,7 +101,7 @@ def test_an_image_that_was_stopped_is_settled_when_its_generator_has_said_so() -
     submit(book, *(asked(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
     submit(book, *(asked(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
     assert [o.entry for o in book.grant()] == ["a0"]
-    assert book.release("s", Release("a0", None, USAGE), 0) is None
+    assert book.release("s", Release("a0", None, USAGE), 0) == "awaited"
     said = Stopped(Lease("s", "a0", FP8), 1, 1.0)
     assert book.stopped(said, 1) == USAGE
     assert book.stopped(said, 1) is None
@@ -161,7 +161,7 @@ def test_a_silent_session_gives_everything_back() -> None:
 def test_running_work_declared_anew_keeps_its_slot() -> None:
     book = grants(m_fp8=1)
     book.open("t", 0)
-    book.declare("t", Running("a", "call", FP8, 1.0), "t")
+    book.declare("t", Running("a", "call", "t", FP8, 1.0))
     submit(book, asked("b", (FP8,)), session="t")
     assert book.grant() == []
     release(book, "a", "t")

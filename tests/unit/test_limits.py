@@ -81,6 +81,9 @@ def test_changed_limits_do_not_forget_what_was_used() -> None:
     ("values", "fault"),
     [
         ({"weight": 0}, "weight 0"),
+        ({"weight": 1e-4}, "weight 0.0001 must be between"),
+        ({"monthly_work": math.nan}, "monthly_work nan"),
+        ({"monthly_work": math.inf}, "monthly_work inf"),
         ({"weight": math.inf}, "weight inf"),
         ({"requests_per_s": -1.0}, "requests_per_s -1"),
         ({"request_burst": 5.0}, "request_burst is for a tenant with requests_per_s"),
@@ -107,9 +110,16 @@ def test_alone_one_waits_for_ones_own() -> None:
 
 
 def test_others_take_their_share_but_no_more_than_they_have() -> None:
-    assert wait_s(10, 1, [Demand(1, 4, 0)], speed=1) == 14
+    assert wait_s(10, 1, [Demand(1, 4, 0)], speed=1) == pytest.approx(14, rel=0.01)
     assert wait_s(10, 1, [Demand(1, 1000, 0)], speed=1) == 20
     assert wait_s(10, 2, [Demand(1, 1000, 0)], speed=1) == 15
+
+
+@pytest.mark.parametrize(("tenants", "load"), [(20, 0.9), (100, 0.8), (1000, 0.9), (1000, 0.99)])
+def test_many_who_ask_for_almost_all_there_is(tenants: int, load: float) -> None:
+    """3 are waited for; of what comes meanwhile the others take their part of the speed."""
+    others = [Demand(1, 0.0, load / tenants)] * tenants
+    assert wait_s(3, 1, others, speed=1) == pytest.approx(3 / (1 - load), rel=0.05)
 
 
 def test_who_keeps_asking_keeps_its_share() -> None:
@@ -130,10 +140,10 @@ def test_a_forecast_lies_between_ones_own_and_ones_share(
 ) -> None:
     t = wait_s(own_s, weight, others, speed=1)
     share = weight / (weight + sum(other.weight for other in others))
-    assert own_s <= t * (1 + 1e-9)
+    assert own_s <= t * 1.01
     assert t <= own_s / share * (1 + 1e-9)
     more = wait_s(own_s, weight, [*others, Demand(1, 5, 1)], speed=1)
-    assert more >= t * 0.9  # the solution is found to about a hundredth per round
+    assert more >= t * 0.98  # both are found to a hundredth
 
 
 def test_rates_fade() -> None:
@@ -149,9 +159,18 @@ def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded
     accuracy = Accuracy()
     assert (accuracy.expected(2), accuracy.at_most(2)) == (2, 2)
     for i in range(3000):
-        accuracy.learn(1.0, 1.5 if i % 20 == 0 else 0.8)
+        accuracy.learn(10.0, 15.0 if i % 20 == 0 else 8.0)
     assert accuracy.expected(1.0) == pytest.approx(0.83, abs=0.1)
     assert accuracy.at_most(1.0) == pytest.approx(1.5, abs=0.25)
-    for _ in range(10):
+    for _ in range(50):
         accuracy.learn(0.0, 1e9)
-    assert accuracy.expected(1.0) <= 4
+    assert 2 < accuracy.expected(1.0) <= accuracy.at_most(1.0) <= 4
+    accuracy.fade(1500.0)  # nobody is admitted, so nothing is learnt: it is forgotten
+    assert accuracy.at_most(1.0) < 1.05
+
+
+def test_overheads_of_small_images_say_nothing_of_large_ones() -> None:
+    accuracy = Accuracy()
+    for _ in range(100):
+        accuracy.learn(0.05, 0.9)
+    assert accuracy.at_most(10.0) == 10.0

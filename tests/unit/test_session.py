@@ -34,8 +34,8 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
             async with asyncio.timeout(5):
                 await test(dispatcher, DispatchSession(handle), handle)
         finally:
-            if dispatcher._ledger and not dispatcher._ledger._file.closed:
-                dispatcher._ledger.close()
+            if dispatcher._metering.ledger and not dispatcher._metering.ledger._file.closed:
+                dispatcher._metering.ledger.close()
 
     asyncio.run(main())
 
@@ -372,7 +372,7 @@ def test_who_watches_hears_its_position() -> None:
         for name in "bc":
             await settle()
             tasks.append(asyncio.create_task(watch(name)))
-        await settle()
+            await asyncio.sleep(2 * dispatcher_module.POSITIONS_S)
         assert heard == {"b": [2], "c": [3]}
         tasks[0].cancel()
         await asyncio.sleep(dispatcher_module.HEARTBEAT_S)
@@ -439,25 +439,25 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
             await settle()
             assert len(list(read_usage(tmp_path))) == 1
             assert not recording.done()
-            assert dispatcher._ledger
-            dispatcher._ledger.close()  # as its end does
+            assert dispatcher._metering.ledger
+            dispatcher._metering.ledger.close()  # as its end does
             fresh = a_dispatcher("p", usage_folder=str(tmp_path))
             assert fresh._admission.account("t").spent == 1.0
             handle.break_off(fresh)
             await recording
             assert len(list(read_usage(tmp_path))) == 1
             assert fresh._admission.account("t").spent == 1.0
-            assert fresh._ledger
-            fresh._ledger.close()
+            assert fresh._metering.ledger
+            fresh._metering.ledger.close()
 
     run(test, usage_folder=str(tmp_path))
 
 
 def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        assert dispatcher._ledger
-        dispatcher._ledger._file.close()
-        dispatcher._ledger._file = full
+        assert dispatcher._metering.ledger
+        dispatcher._metering.ledger._file.close()
+        dispatcher._metering.ledger._file = full
         async with opened(session) as call:
             with pytest.raises(UsageUnrecorded):
                 await call.record([usage(call)])
@@ -501,3 +501,98 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         assert dispatcher._admission.account("t").reserved == 0
 
     run(test, usage_folder=str(tmp_path))
+
+
+def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> None:
+    """One image of two is done, the other at its third step, when the client leaves."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 2))
+        client = Someone()
+        async with opened(session, wishes=ONE * 2, client=client) as call:
+            async with call.slot(0) as done:
+                done.took_s = 1.0
+            call.drawn.append(usage(call, 0))
+            async with call.slot(1) as stopped:
+                client.cancel()
+                call.close()  # by whoever hears of it first
+                stopped.cancelled = usage(call, 1)
+        await settle()
+        assert dispatcher._admission.open_calls == 0
+        said = Stopped(stopped.lease, 3, 0.3)
+        await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [said])
+        await settle()
+        records = {r["image"]: r for r in read_usage(tmp_path)}
+        assert {r["outcome"] for r in records.values()} == {"cancelled"}
+        assert (records[0]["steps"], records[1]["steps"]) == (10, 3)
+        account = dispatcher._admission.account("t")
+        assert account.spent == pytest.approx(1.3)
+        assert account.reserved == pytest.approx(0)
+        assert dispatcher._grants.free_slots("p") == 2
+        assert not dispatcher._held
+
+    run(test, usage_folder=str(tmp_path))
+
+
+def test_a_slot_that_never_began_holds_no_budget() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        async with opened(session) as call, call.slot(0) as held:
+            held.took_s, held.cancelled = 0.0, usage(call)
+        await settle()
+        assert dispatcher._admission.account("t").reserved == 0
+
+    run(test)
+
+
+def test_a_client_that_goes_while_it_is_admitted_leaves_nothing() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        call = session.open("t", "id", ONE, 60, Someone())
+        await asyncio.wait([call.verdict])
+        call.close()  # its verdict is there, and nobody has heard it
+        await settle()
+        assert dispatcher._grants.free_slots("p") == 1
+        assert dispatcher._admission.open_calls == 0
+
+    run(test)
+
+
+def test_a_verdict_that_nobody_waits_for_ends_its_call() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        await settle()
+        await dispatcher.tell(session.name, News(openings=(Opening("late", "t", "id", (), 60),)))
+        await settle()
+        assert dispatcher._admission.open_calls == 0
+
+    run(test)
+
+
+def test_a_restarted_dispatcher_admits_nobody_before_it_knows_what_is_promised() -> None:
+    async def main() -> None:
+        dispatcher = a_dispatcher("p", recovery_s=0.2)
+        session = DispatchSession(Handle(dispatcher))
+        call = session.open("t", "id", ONE, 60, Someone())
+        await asyncio.sleep(0.1)
+        assert not call.verdict.done()
+        gone = session.open("t", "gone", ONE, 60, Someone())
+        await settle()
+        gone.close()
+        async with asyncio.timeout(5):
+            await call.admitted()
+        await settle()
+        assert dispatcher._admission.open_calls == 1
+
+    asyncio.run(main())
+
+
+def test_a_refused_call_is_told_once() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async with opened(session):
+            with pytest.raises(QueueFull):
+                async with opened(session):
+                    pass
+            assert (session._releases, session._ended) == ([], [])
+            assert len(session._entries) == 1
+
+    run(test, max_queued=1)

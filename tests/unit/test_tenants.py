@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.dispatch.tenant_files import TenantFiles
 from serve.settings import SettingsError
 from serve.tenants import (
     KEY,
@@ -19,7 +20,6 @@ from serve.tenants import (
     read_tenants,
     revoke_keys,
     rotate_key,
-    stamps,
     tenant_of,
 )
 
@@ -99,6 +99,18 @@ def test_adding_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
         ("[acme]", "expected tenants by their id, found list"),
         ("acme: [", "not YAML"),
         ("acme: 7", "acme: "),
+        ("acme: false", "acme: "),
+        ("acme: {}\nacme: {}", "'acme' stands there twice"),
+        ("acme: {weight: 1, weight: 2}", "'weight' stands there twice"),
+        ("acme: {models: }", "acme.models is empty"),
+        ("acme: {monthly_work: off}", "acme.monthly_work: .*number"),
+        ("acme: {max_requests: no}", "acme.max_requests: .*integer"),
+        ("acme: {weight: .nan}", "weight nan"),
+        ("acme: {operator: 1}", "acme.operator: .*boolean"),
+        ("acme: {weight: 2026-13-45}", "not YAML"),
+        ("acme: {weight: 2026-11-22}", "date"),
+        ("a: !!bool x", "not YAML"),
+        ("a: " + "[" * 5000, "not YAML"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, text: str, fault: str) -> None:
@@ -131,16 +143,67 @@ def test_a_foreign_file_of_keys_is_refused(tmp_path: Path, content: str) -> None
         read_keys(tmp_path)
 
 
-def test_a_change_of_either_file_is_seen(tmp_path: Path) -> None:
-    seen = {stamps(tmp_path)}
-    add_tenant(tmp_path, "acme", {})
-    seen.add(stamps(tmp_path))
-    rotate_key(tmp_path, "acme")
-    seen.add(stamps(tmp_path))
+def test_what_changes_is_read_again(tmp_path: Path) -> None:
+    files = TenantFiles(tmp_path)
+    assert not files.read()
+    key = add_tenant(tmp_path, "acme", {})
+    assert files.read()
+    assert not files.read()
+    assert tenant_of(key, files.directory) == "acme"
+    second = rotate_key(tmp_path, "acme")
+    assert files.read()
+    assert tenant_of(second, files.directory) == "acme"
     (tmp_path / TENANTS).write_text("acme:\n  weight: 3\n")
-    seen.add(stamps(tmp_path))
-    assert len(seen) == 4
-    assert stamps(tmp_path) in seen
+    assert files.read()
+    assert files.tenants["acme"].weight == 3
+
+
+def test_a_key_is_revoked_while_the_other_file_is_wrong(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path, "acme", {})
+    files = TenantFiles(tmp_path)
+    (tmp_path / TENANTS).write_text("acme: [")
+    revoke_keys(tmp_path, "acme")
+    assert files.read()
+    assert tenant_of(key, files.directory) is None
+    assert files.faults.keys() == {TENANTS}
+    (tmp_path / TENANTS).write_text("acme: {}")
+    files.read()
+    assert files.faults == {}
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path, "acme", {})
+    files = TenantFiles(tmp_path)
+    revoke_keys(tmp_path, "acme")
+    (tmp_path / KEYS).chmod(0o644)
+    assert not files.read()
+    assert "chmod 600" in files.faults[KEYS]
+    (tmp_path / KEYS).chmod(0o600)
+    assert files.read()
+    assert tenant_of(key, files.directory) is None
+
+
+def test_a_folder_that_is_lost_loses_no_tenants(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path / "mounted", "acme", {})
+    files = TenantFiles(tmp_path / "mounted")
+    (tmp_path / "mounted").rename(tmp_path / "gone")
+    assert not files.read()
+    assert tenant_of(key, files.directory) == "acme"
+    assert files.faults.keys() == {TENANTS, KEYS}
+
+
+def test_files_stay_where_they_are_and_whose_they_are(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    real = tmp_path / "config" / TENANTS
+    real.write_text("acme: {}\n")
+    real.chmod(0o640)
+    folder = tmp_path / "tenants"
+    folder.mkdir()
+    (folder / TENANTS).symlink_to(real)
+    add_tenant(folder, "other", {})
+    assert (folder / TENANTS).is_symlink()
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert "other" in read_tenants(folder)
 
 
 def test_every_digest_is_compared(tmp_path: Path) -> None:
