@@ -100,37 +100,35 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def flood(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
-    """Nine tenants at half of their share, without and with one at ten times all there is.
+def light_tenants(steps: int, seconds: float) -> list[Ask]:
+    """Nine tenants at half of their share each."""
+    share = SLOTS / (steps * STEP_S) / (len(LIGHT) + 1)
+    return [ask for t in LIGHT for ask in poisson("1", t, share / 2, seconds, body(steps))]
 
-    The flood sets in when they have begun; they are compared from then on.
+
+def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[Ask]]:
+    """The light tenants without and with one that asks for ten times all there is.
+
+    The flood sets in when they have begun; they are compared from then on. Also what was drawn
+    of it, when it was asked for.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s
-    share = capacity / (len(LIGHT) + 1)
-    light = [ask for t in LIGHT for ask in poisson("1", t, share / 2, seconds, body(steps))]
-    asked = body(steps, timeout_s=10 * service_s)
+    light, asked = light_tenants(steps, seconds), body(steps, timeout_s=10 * service_s)
     heavy = [
         ask._replace(at=begins + ask.at)
         for ask in poisson("1", "flood", 10 * capacity, seconds - begins, asked)
     ]
     calm = asyncio.run(bench.load.open_loop(light))
     flooded = asyncio.run(bench.load.open_loop([*light, *heavy]))
-
-    def p99(found: Sequence[Answered]) -> float:
-        answered = [a for a in _of(found, LIGHT) if a.status == 200 and a.ask.at >= begins]
-        return percentile([a.latency_s for a in answered], 0.99)
-
     done = [a for a in flooded if a.status == 200 and begins + service_s < a.done_at < seconds]
+    drawn = [a.ask for a in _of(flooded, ["flood"]) if a.status == 200]
     return {
-        "light_requests": len(light),
+        **_tails(calm, flooded, begins),
         "flood_requests": len(heavy),
-        "light_failed": sum(a.status != 200 for a in _of(flooded, LIGHT)),
-        "light_p99_calm_s": p99(calm),
-        "light_p99_flooded_s": p99(flooded),
-        "light_p99_ratio": p99(flooded) / p99(calm),
+        "flood_drawn": len(drawn),
         "used": len(done) / capacity / (seconds - begins - service_s),
-    }
+    }, drawn
 
 
 def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
@@ -175,39 +173,34 @@ def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
         "requests": len(found),
         "accepted": len(accepted),
         "deadline_met": len(met) / len(accepted),
-        "refusal_handler_p99_ms": percentile([a.handler_ms or 0.0 for a in refused], 0.99),
+        "refusal_handler_p99_ms": percentile(
+            [a.handler_ms for a in refused if a.handler_ms is not None], 0.99
+        ),
         "peak_per_s": peak_per_s,
         "goodput_per_s": _rate(met, seconds),
         "goodput_of_peak": _rate(met, seconds) / peak_per_s,
     }
 
 
-def fifo(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
-    """The flood on plain Ray Serve with the same slots; less of it, because nobody is refused."""
+def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[Ask]) -> dict[str, Any]:
+    """Plain Ray Serve with the same slots, the same light tenants, and of the flood `heavy`."""
     from ray import serve
 
     from .timed import fifo as application
 
     serve.run(application(SLOTS), name="fifo", route_prefix="/fifo")
-    load = Load(f"{bench.octet.url}/fifo", {})
-    capacity = SLOTS / (steps * STEP_S)
-    rate = capacity / (len(LIGHT) + 1) / 2
-    light = [ask for t in LIGHT for ask in poisson("1", t, rate, seconds, body(steps))]
-    # As many as Octet's own flood has accepted: twice what there is.
-    heavy = poisson("1", "flood", 2 * capacity, seconds, body(steps))
+    load, light = Load(f"{bench.octet.url}/fifo", {}), light_tenants(steps, seconds)
     calm = asyncio.run(load.open_loop(light))
     flooded = asyncio.run(load.open_loop([*light, *heavy]))
     serve.delete("fifo")
-    tails = [percentile([a.latency_s for a in _of(f, LIGHT)], 0.99) for f in (calm, flooded)]
-    return {
-        "light_p99_calm_s": tails[0],
-        "light_p99_flooded_s": tails[1],
-        "light_p99_ratio": tails[1] / tails[0],
-    }
+    return _tails(calm, flooded, 2 * steps * STEP_S)
 
 
 def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Grants a second without HTTP and without drawing, with limits and metering."""
+    """Grants a second without HTTP and without drawing, with limits and metering.
+
+    As many slots as calls: nobody waits for another.
+    """
     from ray import serve
 
     from .timed import Driver
@@ -255,6 +248,22 @@ def demo(bench: Bench, seconds: float) -> dict[str, Any]:
 # -- helpers --------------------------------------------------------------------------------------
 
 
+def _tails(calm: Sequence[Answered], flooded: Sequence[Answered], begins: float) -> dict[str, Any]:
+    """Of the light tenants' requests since a time."""
+
+    def p99(found: Sequence[Answered]) -> float:
+        return percentile([a.latency_s for a in found if a.status == 200], 0.99)
+
+    before, after = ([a for a in _of(f, LIGHT) if a.ask.at >= begins] for f in (calm, flooded))
+    return {
+        "light_requests": len(after),
+        "light_failed": sum(a.status != 200 for a in [*before, *after]),
+        "light_p99_calm_s": p99(before),
+        "light_p99_flooded_s": p99(after),
+        "light_p99_ratio": p99(after) / p99(before),
+    }
+
+
 def _of(found: Sequence[Answered], tenants: Sequence[str]) -> list[Answered]:
     return [a for a in found if a.ask.tenant in tenants]
 
@@ -269,8 +278,8 @@ def _rate(found: Sequence[Answered], seconds: float) -> float:
 def _dispatcher_cpu_s() -> float:
     import psutil
 
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if any("ServeReplica:octet:Dispatcher" in part for part in process.info["cmdline"] or ()):
+    for process in psutil.Process().children(recursive=True):
+        if any("ServeReplica:octet:Dispatcher" in part for part in process.cmdline()):
             used = process.cpu_times()
             return float(used.user + used.system)
     raise RuntimeError("no Dispatcher")
@@ -291,23 +300,25 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
         pool.model_copy(update={"slots": SLOTS}) for pool in model.pools if pool.precision == "fp16"
     )
     timed = model.model_copy(update={"pools": pools})
-    seconds, steps = (12.0, 20) if quick else (60.0, 40)
+    seconds, steps = (12.0 if quick else 45.0), 20
+    found["seconds"] = seconds
     with tempfile.TemporaryDirectory() as folder:
         changes: dict[str, Any] = {"models": (timed,)}
         with served("bench.timed:build", Path(folder), **changes) as bench:
             for part in ("flood", "shares", "budget_admitted"):
                 found[part] = {}
+            drawn: list[Ask] = []
             for number, replicas in enumerate((1, 4) if quick else (1, 2, 4)):
                 tell(f"{replicas} Ingresses")
                 bench.ingresses(replicas)
-                found["flood"][replicas] = flood(bench, steps, seconds)
-                found["shares"][replicas] = shares(bench, 8, min(seconds, 30.0))
+                found["flood"][replicas], drawn = flood(bench, steps, seconds)
+                found["shares"][replicas] = shares(bench, 8, min(seconds, 20.0))
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
             tell("overload")
-            found["overload"] = overload(bench, 10, 15.0 if quick else 60.0)
+            found["overload"] = overload(bench, 10, 15.0 if quick else 45.0)
             tell("plain Ray Serve")
-            found["fifo"] = fifo(bench, steps, seconds / 2)  # half as long, for it queues all
+            found["fifo"] = fifo(bench, steps, seconds, drawn)
             tell("the Dispatcher")
             found["dispatcher"] = dispatcher(bench, 5.0)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,22 +11,24 @@ from serve.cost import ImageShape, reference
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['machine']}, {found['slots']} slots",
+        f"{found['machine']}, {found['slots']} slots, {found['seconds']:.0f} s",
         "",
-        "| Ingresses | light p99 s, calm | flooded | `light_p99_ratio` | slots used | `jain` "
+        "| Ingresses | light requests, failed | p99 s, calm | flooded | `light_p99_ratio` | slots used | `jain` "
         "| `max_min_service_ratio` | `budget_admitted` |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for replicas, cell in found["flood"].items():
         shares = found["shares"][replicas]
         lines.append(
-            f"| {replicas} | {cell['light_p99_calm_s']:.2f} | {cell['light_p99_flooded_s']:.2f} "
+            f"| {replicas} | {cell['light_requests']}, {cell['light_failed']} "
+            f"| {cell['light_p99_calm_s']:.2f} | {cell['light_p99_flooded_s']:.2f} "
             f"| {cell['light_p99_ratio']:.2f} | {cell['used']:.0%} | {shares['jain']:.4f} "
             f"| {shares['max_min_service_ratio']:.3f} | {found['budget_admitted'][replicas]} |"
         )
     fifo, over, demo = found["fifo"], found["overload"], found["demo"]
     lines.append(
-        f"| plain Ray Serve, flood of twice what there is | {fifo['light_p99_calm_s']:.2f} "
+        f"| plain Ray Serve, with as much of the flood as Octet drew "
+        f"| {fifo['light_requests']}, {fifo['light_failed']} | {fifo['light_p99_calm_s']:.2f} "
         f"| {fifo['light_p99_flooded_s']:.2f} | {fifo['light_p99_ratio']:.2f} | | | | |"
     )
     lines += [
@@ -35,7 +37,8 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|",
         f"| requests, accepted | {over['requests']}, {over['accepted']} |",
         f"| `deadline_met` | {over['deadline_met']:.4f} |",
-        f"| `goodput_of_peak` | {over['goodput_of_peak']:.3f} |",
+        f"| `goodput_of_peak` (peak: {over['peak_per_s']:.1f} a second) "
+        f"| {over['goodput_of_peak']:.3f} |",
         f"| `refusal_handler_p99_ms` | {over['refusal_handler_p99_ms']:.1f} |",
         "",
         "| open requests | `grants_per_s` | `dispatch_ms` p50 | p99 | CPU ms, Dispatcher "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,7 +105,7 @@ def poisson(
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest rank; nan if there are none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+    return ordered[math.ceil(share * len(ordered)) - 1] if ordered else float("nan")
 
 
 def jain(values: Sequence[float]) -> float:

@@ -271,7 +271,8 @@ class Application(Frozen):
     def _usage_is_kept(self) -> Application:
         if self.auth == "keys" and self.data_folder is None:
             raise ValueError(
-                "auth keys: set data_folder, where the tenants' usage is kept (or auth: none on a laptop)"
+                "auth keys: set data_folder, where the tenants' usage is kept "
+                "(or auth: none on a laptop)"
             )
         return self
 
