@@ -13,8 +13,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['machine']}, {found['slots']} slots, {found['seconds']:.0f} s",
         "",
-        "| Ingresses | light requests, failed | p99 s, calm | flooded | `light_p99_ratio` | slots used | `jain` "
-        "| `max_min_service_ratio` | `budget_admitted` |",
+        "| Ingresses | light requests, failed | p99 s, calm | flooded | `light_p99_ratio` "
+        "| slots used | `jain` | `max_min_service_ratio` | `budget_admitted` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for replicas, cell in found["flood"].items():

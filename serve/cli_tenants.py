@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -155,6 +156,8 @@ def usage(
                     sys.stdout.write(json.dumps(record) + "\n")
             else:
                 Console().print(_sums(found, begin))
+        except BrokenPipeError:  # `| head` has what it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError) as error:
             raise SettingsError(str(error)) from None
 

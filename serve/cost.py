@@ -121,9 +121,6 @@ REFERENCES = {
 }
 
 
-USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
-
-
 class Learned:
     """A replica's own coefficients, refitted from each image that it has finished.
 
@@ -132,10 +129,19 @@ class Learned:
     prediction itself, and no factor leaves 1/`BOUND` … `BOUND`, so that a hiccup does little.
     """
 
-    def __init__(self, reference: Coefficients, unit: Coefficients | None = None) -> None:
-        """`reference`: of this kind of replica, to begin with; `unit`: in which speed is told."""
+    def __init__(
+        self,
+        reference: Coefficients,
+        unit: Coefficients | None = None,
+        usual: ImageShape | None = None,
+    ) -> None:
+        """`reference`: of this kind of replica; `unit`: in which speed is told, by default that.
+
+        Until an image is observed, speed is that of a `usual` one.
+        """
         self.reference, self._unit = reference, unit or reference
         self._factors = [1.0] * len(reference)
+        self._first = self._unit.work_s(usual) / reference.work_s(usual) if usual else 1.0
         self._unit_s = self._busy_s = 0.0
 
     @property
@@ -146,11 +152,9 @@ class Learned:
     def speed(self) -> float:
         """Work of recent images, in `unit`, ÷ the seconds that they took of the replica.
 
-        At the start, that of an image by the reference. Errors are bounded as above.
+        Their errors are bounded as above.
         """
-        if self._busy_s:
-            return self._unit_s / self._busy_s
-        return self._unit.work_s(USUAL) / self.reference.work_s(USUAL)
+        return self._unit_s / self._busy_s if self._busy_s else self._first
 
     def observe(self, shape: ImageShape, busy_s: float) -> None:
         """An image is finished; `busy_s`: its share of the replica's time."""

@@ -98,7 +98,8 @@ class Drawing:
         """
         shape = shape_of(request, self._models[request.model].max_sequence_length)
         pools = self._pools(request, request.precision)
-        return Wish(pools, self._work[request.model].work_s(shape), watch.progress)
+        work_s = round(self._work[request.model].work_s(shape), 6)
+        return Wish(pools, work_s, watch.progress)
 
     async def draw(
         self,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .forecast import Accuracy, Demand, Rate, wait_s
 from .grants import Grants
 from .limits import Account
-from .messages import Opening, Refusal, Usage, Verdict
+from .messages import Opening, Pools, Refusal, Usage, Verdict
 from .tenant import Tenant
 
 OWN_SHARE = 4  # places that a tenant may have for each one that is left
@@ -237,7 +237,7 @@ class Admission:
             return
         first = self._forecast(opening, now, first=True) or forecast
         own = self._at_most_s(first) <= opening.timeout_s
-        never = self._service_s(opening) > opening.timeout_s
+        never = self._alone_s(opening) > opening.timeout_s
         raise _Refused("deadline_unreachable", None if never else late_s, own)
 
     def _at_most_s(self, forecast: Forecast) -> float:
@@ -284,15 +284,26 @@ class Admission:
         if backlogs or running + coming > slots:
             own_s = 0.0 if first else backlogs.get(opening.tenant, 0.0)
             wait_s = self._wait_s(opening, own_s + opening.work_s, backlogs, now)
-        return Forecast(wait_s, self._service_s(opening, running))
+        return Forecast(wait_s, self._service_s(opening, full=wait_s > 0))
 
-    def _service_s(self, opening: Opening, running: int = 0) -> float:
-        """From the grants to the end, with so many images beside them."""
+    def _service_s(self, opening: Opening, *, full: bool) -> float:
+        """From the grants to the end: of the first pool that has room, or of all when `full`."""
         pools = opening.entries[0].pools
-        speed, slots, _ = self._capacity(pools)
+        if not full:
+            pools = tuple(p for p in pools if self._grants.free_slots(p) > 0)[:1] or pools
+        speed, slots, running = self._capacity(pools)
+        return self._drawn_s(opening, pools, min(slots, running + len(opening.entries)), speed)
+
+    def _alone_s(self, opening: Opening) -> float:
+        """With nothing beside it, in the fastest of its pools."""
+        speeds = {pool: self._capacity((pool,))[0] for pool in opening.entries[0].pools}
+        coming = len(opening.entries)
+        return min(self._drawn_s(opening, (p,), coming, s) for p, s in speeds.items() if s)
+
+    def _drawn_s(self, opening: Opening, pools: Pools, images: int, speed: float) -> float:
+        """The largest of a call's images among so many in these pools."""
         replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
-        company = max(replicas, min(slots, running + len(opening.entries)))
-        return max(entry.work_s for entry in opening.entries) * company / speed
+        return max(entry.work_s for entry in opening.entries) * max(replicas, images) / speed
 
     def _wait_s(
         self, opening: Opening, own_s: float, backlogs: Mapping[str, float], now: float

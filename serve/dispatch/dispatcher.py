@@ -100,8 +100,7 @@ class Dispatcher:
         ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
         self._metering = Metering(ledger, self._written)
         self._held: dict[tuple[str, int], float] = {}  # of budgets, for what was cancelled
-        self._month = ""
-        self._begin_month(month_of(time.time()))
+        self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
         self._metrics = TenantMetrics()
         self._tasks = [
             asyncio.create_task(task())
@@ -236,6 +235,7 @@ class Dispatcher:
 
     def _begin(self) -> None:
         """Every Ingress could say by now what it has: limits are known, so calls are admitted."""
+        self._grants_from = min(self._grants_from, time.monotonic())  # timers may be early
         early, self._early = self._early, []
         for session, opening in early:
             if session in self._streams:
@@ -312,18 +312,17 @@ class Dispatcher:
             for usage in self._grants.give_up(now):
                 self._admission.free(usage.tenant, self._held.pop((usage.call, usage.image), 0.0))
             self._admission.forget(now, HEARTBEAT_S)
-            if month_of(time.time()) > self._month:
-                self._begin_month(month_of(time.time()))
+            if (month := month_of(time.time())) > self._month:
+                self._begin_month(month, {})  # what is written meanwhile counts itself
             self._grant()
             self._deliver(self._grants.positions())
             self._metrics.report(overview(self._admission, self._grants))
 
     # -- usage ----------------------------------------------------------------------------------
 
-    def _begin_month(self, month: str) -> None:
-        now, ledger = time.time(), self._metering.ledger
+    def _begin_month(self, month: str, spent: Mapping[str, float]) -> None:
+        now = time.time()
         self._month = month
-        spent = ledger.spent if ledger and ledger.month == month else {}
         self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
 
     def _release(self, session: str, release: Release, now: float) -> None:
@@ -337,7 +336,7 @@ class Dispatcher:
         """The steps that were done of an image that its client did not want to the end."""
         held = self._held.pop((usage.call, usage.image), 0.0)
         if stopped.steps:
-            work_s = usage.work_s * stopped.steps / usage.steps
+            work_s = round(usage.work_s * stopped.steps / usage.steps, 6)
             done = usage._replace(steps=stopped.steps, work_s=work_s, outcome="cancelled")
             self._metering.add(Charge(session, done, held))
         else:
@@ -347,7 +346,7 @@ class Dispatcher:
         """Confirm what is on disk. What could not be written is refused, or tried again."""
         now, ledger = time.monotonic(), self._metering.ledger
         if month > self._month:
-            self._begin_month(month)
+            self._begin_month(month, {})
         told: dict[tuple[str, str], Outcome] = {}
         for charge in batch:
             session, usage = charge.session, charge.usage

@@ -43,6 +43,7 @@ log = logging.getLogger("ray.serve")
 ENCODER_ATTEMPTS = 3
 ENCODER_PAUSE_S = 0.5  # between them
 WARM_UP = "warm-up"
+USUAL_STEPS = 28  # of an image of the model's own size, by which a replica's speed is foretold
 PROGRESS_S = 0.1  # progress is told no more often
 
 Told = Progress | PartialImage
@@ -116,6 +117,7 @@ class Generator:
                 card if device.compute_capability else None,
             ),
             self._work,
+            replace(self._new_image(self._warm_up_request(), Watch()).shape, steps=USUAL_STEPS),
         )
         self._metrics = EngineMetrics(self._model.pool_name(self._pool))
         with phases.timed("text"):

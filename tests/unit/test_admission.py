@@ -178,6 +178,24 @@ def test_eta_of_one_that_runs_at_once_and_of_one_that_waits() -> None:
     assert desk.ask(work_s=4).eta_s == pytest.approx(6)
 
 
+def test_eta_is_of_the_pool_that_will_draw_it() -> None:
+    """The preferred one, slower, while it has room."""
+    grants = Grants(("slow", "fast"), session_lease_s=1e9, replica_lease_s=1e9)
+    admission = Admission(grants, max_queued=100)
+    grants.open("s", 0)
+    grants.report_replica(Heartbeat("slow", "r", 1, speed=0.5), 0)
+    grants.report_replica(Heartbeat("fast", "r", 4, speed=4.0), 0)
+
+    def ask(call: str) -> float | None:
+        entry = Submission(call, call, ("slow", "fast"), 1.0)
+        verdict = admission.open("s", Opening(call, "t", call, (entry,), 60, 1.0), 0)
+        grants.submit("s", entry, "t")
+        grants.grant()
+        return verdict.eta_s
+
+    assert [ask("a"), ask("b"), ask("c")] == [2.0, 0.25, 0.5]
+
+
 def test_ids_belong_to_a_tenant() -> None:
     desk = Desk()
     assert desk.ask("a", request_id="x").refusal is None

@@ -100,3 +100,13 @@ def test_speed_is_work_over_time() -> None:
     for _ in range(40):
         learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 2)
     assert learned.speed == pytest.approx(2, rel=0.01)
+
+
+def test_speed_is_told_in_another_unit_and_foretold_by_a_usual_image() -> None:
+    unit = Coefficients(*(2 * c for c in TRUE))
+    learned = Learned(TRUE, unit, MEGAPIXEL)
+    assert learned.speed == pytest.approx(2)
+    for _ in range(20):
+        learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 3)
+    assert learned.speed == pytest.approx(6, rel=0.1)
+    assert Learned(TRUE).speed == 1

@@ -1,0 +1,82 @@
+"""The server that `bench.fairness` measures, with a key for every tenant of its parts."""
+
+from __future__ import annotations
+
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serve import launch
+from serve.cli import DEMO_SETTINGS
+from serve.launch import Running, running
+from serve.settings import Settings
+from serve.settings_file import load_settings
+from serve.tenants import add_tenant
+
+from .load import STEP_S, Load
+
+LIGHT = [f"light{i}" for i in range(9)]
+WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}
+BUDGETS = [f"budget{i}" for i in range(4)]
+
+
+class Bench:
+    """One Ray with the application on it, and a client with every tenant's key."""
+
+    def __init__(self, octet: Running, keys: dict[str, str]) -> None:
+        self.octet, self.keys = octet, keys
+        self.load = Load(f"{octet.url}/v1/images/generations", keys)
+
+    def ingresses(self, replicas: int) -> None:
+        """Serve with so many; waits until they and the rest are there again."""
+        before = self.octet.settings
+        ingress = before.ingress.model_copy(update={"replicas": replicas})
+        if ingress != before.ingress:
+            self.octet.apply(before.model_copy(update={"ingress": ingress}))
+            time.sleep(3)
+            self.octet.wait()
+            time.sleep(3)
+
+
+@contextmanager
+def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
+    """An application with the tenants of all parts."""
+    limits = {"requests_per_s": 1e5, "work_per_s": 1e5, "monthly_work": 1e9}  # and never reached
+    keys = {name: add_tenant(folder / "tenants", name, limits) for name in ("flood", *LIGHT)}
+    for name, weight in WEIGHTS.items():
+        keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
+    for name in BUDGETS:
+        keys[name] = add_tenant(folder / "tenants", name, {"monthly_work": 10 * 4 * STEP_S})
+    settings = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(_free_port())}).model_copy(
+        update={
+            "auth": "keys",
+            "data_folder": str(folder),
+            "tenants_folder": str(folder / "tenants"),
+            **changes,
+        }
+    )
+    config = launch.serve_config
+
+    def patched(settings: Settings) -> Any:
+        found = config(settings)
+        found["applications"][0]["import_path"] = import_path
+        return found
+
+    launch.serve_config = patched
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with running(settings) as octet:
+                yield Bench(octet, keys)
+    finally:
+        launch.serve_config = config
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
