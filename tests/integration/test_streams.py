@@ -234,6 +234,9 @@ def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
         assert time.monotonic() - began < 1.5
 
 
+TAGS = "tenant", "pool", "phase", "outcome", "reason", "code"
+
+
 def exported() -> dict[str, dict[str, float]]:
     """Our metrics on this node: by name, by the values of our own tags."""
     (node,) = ray.nodes()
@@ -242,7 +245,7 @@ def exported() -> dict[str, dict[str, float]]:
     for line in text.splitlines():
         if match := re.match(r"ray_(octet_\w+){(.*)} (\S+)$", line):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
-            own = "/".join(tags[t] for t in ("pool", "phase", "outcome", "reason") if t in tags)
+            own = "/".join(tags[t] for t in TAGS if t in tags)
             values = found.setdefault(match[1], {})
             values[own] = values.get(own, 0) + float(match[3])
     return found
@@ -255,9 +258,17 @@ def test_the_engine_is_counted(url: str) -> None:
     deadline = time.monotonic() + 25
     pool = "landscapes-fp16"
     wanted = {f"{pool}/drawn", f"{pool}/cancelled"}
-    while not wanted <= (found := exported()).get("octet_engine_images_total", {}).keys():
+    charged = {"anonymous/delivered", "anonymous/cancelled"}
+    while not (
+        wanted <= (found := exported()).get("octet_engine_images_total", {}).keys()
+        and charged <= found.get("octet_tenant_images_total", {}).keys()
+    ):
         assert time.monotonic() < deadline, found
         time.sleep(1)
+    assert found["octet_tenant_work_total"]["anonymous/delivered"] > 0
+    assert found["octet_tenant_refused_total"]["anonymous/deadline_unreachable"] > 0
+    assert found["octet_tenant_queued"]["anonymous"] == 0
+    assert found["octet_eta_ratio_count"][""] > 0
     steps, rows = found["octet_engine_steps_total"][pool], found["octet_engine_rows_total"][pool]
     assert steps >= 4
     assert rows > 2 * steps  # the hundred were drawn several at a time
