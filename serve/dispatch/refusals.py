@@ -50,7 +50,8 @@ def refusal(verdict: Verdict) -> OctetError | None:
     error = kind(message)
     error.headers = {**standing_headers(verdict.standings), **retry_after(verdict.retry_after_s)}
     if verdict.refusal == "deadline_unreachable" and verdict.retry_after_s is None:
-        error.headers["x-should-retry"] = "false"  # it takes longer even if nothing else is there
+        error.message = "timeout_s is less than it takes, even with nothing else there"
+        error.headers["x-should-retry"] = "false"
     return error
 
 
