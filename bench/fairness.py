@@ -152,7 +152,7 @@ def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
     drive = serve.run(driver.bind(handle), name="driver", route_prefix=None).drive
     found = {}
     for opened in (32, 256):
-        drive.remote(opened, 2.0, POOL, LIGHT).result()  # warm
+        drive.remote(opened, 1.0, POOL, LIGHT).result()  # warm
         before = _dispatcher_cpu_s()
         driven = drive.remote(opened, seconds, POOL, LIGHT).result()
         cpu_s, waits = _dispatcher_cpu_s() - before, driven["waits"]
@@ -244,19 +244,19 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
                 tell(f"{replicas} Ingresses")
                 bench.ingresses(replicas)
                 found["flood"][replicas], drawn = flood(bench, steps, seconds)
-                found["shares"][replicas] = shares(bench, 8, min(seconds, 20.0))
+                found["shares"][replicas] = shares(bench, 8, 8.0 if quick else 20.0)
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
             tell("overload")
-            found["overload"] = overload(bench, 10, 15.0 if quick else 45.0)
+            found["overload"] = overload(bench, 10, 12.0 if quick else 45.0)
             tell("plain Ray Serve")
             found["fifo"] = fifo(bench, steps, seconds, drawn)
             tell("the Dispatcher")
-            found["dispatcher"] = dispatcher(bench, 5.0)
+            found["dispatcher"] = dispatcher(bench, 3.0 if quick else 5.0)
     with tempfile.TemporaryDirectory() as folder:
         tell("the demo model")
         with served("serve.app:build", Path(folder)) as bench:
-            found["demo"] = demo(bench, min(seconds, 30.0))
+            found["demo"] = demo(bench, 8.0 if quick else 30.0)
     return found
 
 
