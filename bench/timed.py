@@ -81,7 +81,7 @@ class TimedGenerator:
             stopped, self._stopped = self._stopped, []
             try:
                 await self._dispatcher.report_replica.remote(said, list(self._drawing), stopped)
-            except Exception:
+            except Exception:  # whatever it is, the next heartbeat comes
                 logging.getLogger("ray.serve").warning("no dispatcher", exc_info=True)
             await asyncio.sleep(1)
 

@@ -75,7 +75,7 @@ class TenantMetrics:
             sums: Counter[str] = Counter(dict.fromkeys(before - self._named, 0))
             for row in rows:
                 label = row["tenant"] if row["tenant"] in self._named else OTHER
-                sums[label] += row[name]  # type: ignore[literal-required]
+                sums[label] += row[name]  # type: ignore[literal-required]  # a gauge's name
             for label, value in sums.items():
                 gauge.set(value, {"tenant": label})
 
