@@ -244,7 +244,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
                 tell(f"{replicas} Ingresses")
                 bench.ingresses(replicas)
                 found["flood"][replicas], drawn = flood(bench, steps, seconds)
-                found["shares"][replicas] = shares(bench, 8, 8.0 if quick else 20.0)
+                found["shares"][replicas] = shares(bench, *((5, 10.0) if quick else (8, 20.0)))
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
             tell("overload")
@@ -256,7 +256,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tell("the demo model")
         with served("serve.app:build", Path(folder)) as bench:
-            found["demo"] = demo(bench, 8.0 if quick else 30.0)
+            found["demo"] = demo(bench, 6.0 if quick else 30.0)
     return found
 
 

@@ -37,9 +37,9 @@ class Bench:
         ingress = before.ingress.model_copy(update={"replicas": replicas})
         if ingress != before.ingress:
             self.octet.apply(before.model_copy(update={"ingress": ingress}))
-            time.sleep(3)
+            time.sleep(1.5)
             self.octet.wait()
-            time.sleep(3)
+            time.sleep(1.5)
 
 
 @contextmanager
