@@ -22,7 +22,8 @@ import serve.app
 from serve.api.ingress import Ingress
 from serve.cost import Coefficients
 from serve.dispatch.messages import Heartbeat, Lease, Stopped, Usage
-from serve.dispatch.session import DispatchSession, Wish
+from serve.dispatch.open_call import Wish
+from serve.dispatch.session import DispatchSession
 from serve.errors import OctetError
 from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
 from serve.settings import Application, Pool, ServedModel

@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ..cost import Coefficients
 from ..dispatch.dispatcher import REPLICA_LEASE_S
 from ..dispatch.messages import Lease, Pools, Usage
-from ..dispatch.session import OpenCall, Slot, Wish
+from ..dispatch.open_call import OpenCall, Slot, Wish
 from ..errors import (
     InvalidRequest,
     NoCapacity,

@@ -22,8 +22,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..cost import Coefficients
 from ..dispatch.messages import Access, Usage
+from ..dispatch.open_call import OpenCall
 from ..dispatch.refusals import standing_headers
-from ..dispatch.session import DispatchSession, OpenCall
+from ..dispatch.session import DispatchSession
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,

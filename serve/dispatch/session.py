@@ -18,156 +18,29 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 from ..errors import NoCapacity, UsageUnrecorded
 from .dispatcher import HEARTBEAT_S
 from .messages import (
     Directory,
-    Lease,
     News,
     Opening,
     Outcome,
-    Pools,
     Release,
     Running,
-    Standing,
     Submission,
     Usage,
     Verdict,
 )
-from .refusals import NO_CAPACITY, refusal
+from .open_call import Client, Entry, OpenCall, Wish
+from .refusals import NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
 
 RECONNECT_S = 0.5
-RECORD_S = 30.0  # for usage to be on disk, a restart of the Dispatcher included
-
-Queued = Callable[[int], None]
-
-
-class Wish(NamedTuple):
-    """One image of a call: the pools it may run in, its work, and whether its place is wanted."""
-
-    pools: Pools
-    work_s: float
-    watched: bool = False
-
-
-class Client(Protocol):
-    """Who made a call."""
-
-    def cancel(self) -> None:
-        """Another call asks for its end."""
-
-    @property
-    def unwanted(self) -> bool:
-        """Its client has ended it, or is gone."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """A slot that is held; say before it ends what came of it, if that is known.
-
-    `took_s`: the work that it took; 0 if nothing was drawn. `cancelled`: what is charged in part,
-    if the client ends it.
-    """
-
-    lease: Lease
-    took_s: float | None = None
-    cancelled: Usage | None = None
-
-
-@dataclass(slots=True)
-class _Entry:
-    asked: Submission
-    granted: asyncio.Future[str]
-    queued: Queued | None = None
-    held: bool = False  # somebody waits for it or uses it, and will release it
-    position: int = 0  # as it was last heard
-    pool: str | None = None  # once it runs
-
-
-@dataclass(slots=True)
-class _Recording:
-    """Usages that are to be on disk."""
-
-    usages: tuple[Usage, ...]
-    done: asyncio.Future[None]
-
-
-@dataclass(slots=True, eq=False)
-class OpenCall:
-    """A client's call from its admission until `close`."""
-
-    session: DispatchSession
-    opening: Opening
-    client: Client
-    verdict: asyncio.Future[Verdict]
-    entries: dict[str, _Entry] = field(default_factory=dict)
-    recording: _Recording | None = None
-    drawn: list[Usage] = field(default_factory=list)
-    closed: bool = False
-    eta_s: float | None = None
-    standings: tuple[Standing, ...] = ()
-
-    async def admitted(self) -> None:
-        """Wait for the verdict. Raises what `refusals` has."""
-        verdict = await self.verdict
-        if error := refusal(verdict):
-            raise error
-        self.eta_s, self.standings = verdict.eta_s, verdict.standings
-
-    @asynccontextmanager
-    async def slot(
-        self, image: int, pools: Pools | None = None, queued: Queued | None = None
-    ) -> AsyncIterator[Slot]:
-        """Wait for a slot for one of the images and hold it.
-
-        The first time it is the one that was queued with the call, then another one in `pools`.
-        While it waits, `queued` is told its position whenever that changes (1: next).
-
-        Raises `NoCapacity`. Leaving the block, or being cancelled while waiting, gives the slot
-        back.
-        """
-        first = self.opening.entries[image]
-        entry = self.entries.get(first.entry) or self.session._submit(
-            self, first._replace(pools=pools or first.pools)
-        )
-        entry.queued, entry.held = queued, True
-        if queued and entry.position:
-            queued(entry.position)
-        name = entry.asked.entry
-        slot = None
-        try:
-            slot = Slot(Lease(self.session.name, name, await entry.granted))
-            yield slot
-        finally:
-            self.session._release(
-                self, Release(name, slot.took_s, slot.cancelled) if slot else Release(name, 0.0)
-            )
-
-    async def record(self, usages: Sequence[Usage]) -> None:
-        """Wait until what is charged is on disk. Raises `UsageUnrecorded`."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.recording = _Recording(tuple(usages), done)
-        self.session._record(self)
-        try:
-            async with asyncio.timeout(RECORD_S):
-                await done
-        except TimeoutError:
-            raise UsageUnrecorded("the image could not be accounted in time") from None
-        self.drawn.clear()
-
-    def close(self) -> None:
-        """The answer has been sent, or never will be. To say so twice does no harm.
-
-        What was drawn and not recorded, because its client did not wait for it, is charged.
-        """
-        self.session._close(self)
 
 
 class DispatchSession:
@@ -179,10 +52,10 @@ class DispatchSession:
         self._dispatcher = dispatcher
         self._numbers = itertools.count()
         self._calls: dict[str, OpenCall] = {}
-        self._entries: dict[str, _Entry] = {}  # of all calls
+        self._entries: dict[str, Entry] = {}  # of all calls
         # What was not yet told.
         self._new_calls: dict[str, OpenCall] = {}
-        self._new_entries: dict[str, _Entry] = {}
+        self._new_entries: dict[str, Entry] = {}
         self._new_usages: dict[str, OpenCall] = {}
         self._usages: list[Usage] = []  # of calls that are closed
         self._releases: list[Release] = []
@@ -216,7 +89,7 @@ class DispatchSession:
         opening = Opening(name, tenant, request_id, entries, timeout_s, work_s)
         call = OpenCall(self, opening, client, loop.create_future())
         for entry in entries:
-            call.entries[entry.entry] = _Entry(entry, loop.create_future())
+            call.entries[entry.entry] = Entry(entry, loop.create_future())
         self._entries.update(call.entries)
         self._calls[name] = self._new_calls[name] = call
         self._news.set()
@@ -224,14 +97,14 @@ class DispatchSession:
 
     # -- of a call ------------------------------------------------------------------------------
 
-    def _submit(self, call: OpenCall, asked: Submission) -> _Entry:
+    def submit(self, call: OpenCall, asked: Submission) -> Entry:
         name = str(next(self._numbers))
-        entry = _Entry(asked._replace(entry=name), asyncio.get_running_loop().create_future())
+        entry = Entry(asked._replace(entry=name), asyncio.get_running_loop().create_future())
         call.entries[name] = self._entries[name] = self._new_entries[name] = entry
         self._news.set()
         return entry
 
-    def _release(self, call: OpenCall, release: Release) -> None:
+    def release(self, call: OpenCall, release: Release) -> None:
         call.entries.pop(release.entry, None)
         known = self._entries.pop(release.entry, None)
         if known and not self._new_entries.pop(release.entry, None):
@@ -240,11 +113,11 @@ class DispatchSession:
         if call.closed and not call.entries:
             self._end(call)
 
-    def _record(self, call: OpenCall) -> None:
+    def record(self, call: OpenCall) -> None:
         self._new_usages[call.opening.call] = call
         self._news.set()
 
-    def _close(self, call: OpenCall) -> None:
+    def close(self, call: OpenCall) -> None:
         if call.closed:
             return
         call.closed = True
@@ -253,7 +126,7 @@ class DispatchSession:
             self._forget(call)
             return
         for entry in [name for name, entry in call.entries.items() if not entry.held]:
-            self._release(call, Release(entry, 0.0))
+            self.release(call, Release(entry, 0.0))
         if not call.entries:
             self._end(call)
 

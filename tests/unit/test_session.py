@@ -12,7 +12,8 @@ from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.messages import Heartbeat, Lease, News, Opening, Stopped, Submission, Usage
-from serve.dispatch.session import DispatchSession, OpenCall, Slot, Wish
+from serve.dispatch.open_call import OpenCall, Slot, Wish
+from serve.dispatch.session import DispatchSession
 from serve.dispatch.usage import read_usage
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
 
