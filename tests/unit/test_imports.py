@@ -4,6 +4,11 @@ import subprocess
 import sys
 
 PURE = [
+    "autoscaling.load",
+    "autoscaling.policy",
+    "autoscaling.rates",
+    "autoscaling.simulator",
+    "autoscaling.workloads",
     "serve.request",
     "serve.errors",
     "serve.cost",

@@ -1,0 +1,216 @@
+"""What the simulator compares with: Ray Serve's own policy, a queue-length rule as KEDA and
+Kubernetes apply it, a fixed fleet, and an oracle. For measurements, not for serving.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from ray.serve import autoscaling_policy
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from .load import Pool
+from .simulator import TICK_S, View
+
+
+class _Now:
+    """In the place of the `time` module where Ray's delays read the clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+class RayServe:
+    """`replica_queue_length_autoscaling_policy` as installed, through Serve's factors and delays.
+
+    It is told the requests that wait or run, as Serve would count them if they waited in its
+    handles: their mean over `look_back_period_s` (Serve's default, 30 s, as for the interval).
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        target_ongoing_requests: float,
+        upscale_delay_s: float,
+        downscale_delay_s: float,
+    ) -> None:
+        self._pools = pools
+        self._clock = _Now()
+        self._configs = {
+            name: AutoscalingConfig(
+                min_replicas=pool.min_replicas,
+                max_replicas=pool.max_replicas,
+                target_ongoing_requests=target_ongoing_requests,
+                upscale_delay_s=upscale_delay_s,
+                downscale_delay_s=downscale_delay_s,
+            )
+            for name, pool in pools.items()
+        }
+        self._policy = autoscaling_policy._apply_autoscaling_config(
+            autoscaling_policy.replica_queue_length_autoscaling_policy
+        )
+        self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
+        self._states: dict[str, dict[str, Any]] = {name: {} for name in pools}
+        any_config = next(iter(self._configs.values()))
+        self._counts: dict[str, deque[int]] = {
+            name: deque(maxlen=round(any_config.look_back_period_s / TICK_S)) for name in pools
+        }
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        self._clock.now = now
+        kept, autoscaling_policy.time = autoscaling_policy.time, self._clock
+        try:
+            for name, pool in self._pools.items():
+                self._wanted[name] = self._decide(name, pool, view, now)
+        finally:
+            autoscaling_policy.time = kept
+        return self._wanted
+
+    def _decide(self, name: str, pool: Pool, view: View, now: float) -> int:
+        counts, config = self._counts[name], self._configs[name]
+        counts.append(view.requests[name])
+        context = AutoscalingContext(
+            deployment_id=None,
+            deployment_name=name,
+            app_name=None,
+            current_num_replicas=view.load.supplies[name].ready,
+            target_num_replicas=self._wanted[name],
+            running_replicas=[],
+            total_num_requests=sum(counts) / len(counts),
+            total_queued_requests=0.0,
+            aggregated_metrics={},
+            raw_metrics={},
+            capacity_adjusted_min_replicas=pool.min_replicas,
+            capacity_adjusted_max_replicas=pool.max_replicas,
+            policy_state=self._states[name],
+            last_scale_up_time=None,
+            last_scale_down_time=None,
+            current_time=now,
+            config=config,
+        )
+        wanted, self._states[name] = self._policy(context)
+        return int(min(max(math.ceil(wanted), pool.min_replicas), pool.max_replicas))
+
+
+class QueueLength:
+    """KEDA's rule on the number of requests that wait or run, carried out by Kubernetes' HPA.
+
+    Every 15 s: replicas = ⌈requests ÷ `target`⌉, unless within 10 % of what there is; no more than
+    twice as many at once, or four more; and no fewer than were called for within
+    `stabilisation_s`. KEDA itself goes to zero after `cooldown_s` without requests and to one with
+    the first, looking every 30 s.
+    """
+
+    EVERY_S, POLL_S, TOLERANCE = 15.0, 30.0, 0.1
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        target: float,
+        stabilisation_s: float = 300.0,
+        cooldown_s: float = 300.0,
+    ) -> None:
+        self._pools, self._target = pools, target
+        self._stabilisation_s, self._cooldown_s = stabilisation_s, cooldown_s
+        self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
+        self._called: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
+        self._active = dict.fromkeys(pools, -math.inf)
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        for name, pool in self._pools.items():
+            requests, wanted = view.requests[name], self._wanted[name]
+            if now % self.POLL_S == 0 and requests:
+                self._active[name] = now
+                wanted = max(wanted, 1)
+            if wanted and now % self.EVERY_S == 0:
+                wanted = self._hpa(name, requests, wanted, now)
+            if now - self._active[name] > self._cooldown_s:
+                wanted = 0
+            self._wanted[name] = min(max(wanted, pool.min_replicas), pool.max_replicas)
+        return self._wanted
+
+    def _hpa(self, name: str, requests: int, wanted: int, now: float) -> int:
+        near = abs(requests / (self._target * wanted) - 1) <= self.TOLERANCE
+        called = wanted if near else max(math.ceil(requests / self._target), 1)
+        recent = self._called[name]
+        recent.append((now, called))
+        while now - recent[0][0] > self._stabilisation_s:
+            recent.popleft()
+        if called < wanted:
+            return min(max(c for _, c in recent), wanted)
+        return min(called, max(2 * wanted, wanted + 4))
+
+
+class Static:
+    """Always so many of the first pool."""
+
+    def __init__(self, pools: Mapping[str, Pool], replicas: int) -> None:
+        self._wanted = dict.fromkeys(pools, 0) | {next(iter(pools)): replicas}
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        return self._wanted
+
+
+class Oracle:
+    """Knows every request before it comes, and orders replicas so that they are ready for it.
+
+    A moment needs the work that arrives within `window_s` around it, and `spare` standard
+    deviations of the images drawn at a time. What will be needed again within the time of two
+    starts is kept. Both are tuned, so its cost says what it is worth to know the future, and is no
+    proof that nothing is cheaper.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        arrivals: Sequence[tuple[float, float]],
+        seconds: float,
+        start_s: float,
+        spare: float,
+        window_s: float,
+    ) -> None:
+        """`arrivals`: times and work, in order."""
+        self._name, pool = next((name, pool) for name, pool in pools.items())
+        self._zero = dict.fromkeys(pools, 0)
+        times = [at for at, _ in arrivals]
+        sums = [0.0, *accumulate(work for _, work in arrivals)]
+        last = int(seconds / TICK_S) + 1
+        needs = []
+        for tick in range(last):
+            at = tick * TICK_S
+            work = (
+                sums[bisect_left(times, at + window_s / 2)]
+                - sums[bisect_left(times, at - window_s / 2)]
+            )
+            always = work / window_s / pool.speed
+            need = math.ceil(always + spare * math.sqrt(always / pool.slots) - 1e-9)
+            needs.append(min(max(need, pool.min_replicas), pool.max_replicas))
+        ahead = math.ceil(start_s / TICK_S)
+        # Wanted now is the most that is needed between now and when a replica that is ordered now
+        # would be ready; for another such time it is cheaper to keep one than to start it again.
+        self._wanted = _most_ahead(needs, 2 * ahead)
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        tick = int(now / TICK_S)
+        return self._zero | {self._name: self._wanted[min(tick, len(self._wanted) - 1)]}
+
+
+def _most_ahead(values: Sequence[int], ticks: int) -> list[int]:
+    """Of each value and the next ones."""
+    found, window = [0] * len(values), deque[int]()
+    for i in range(len(values) - 1, -1, -1):
+        while window and values[window[-1]] <= values[i]:
+            window.pop()
+        window.append(i)
+        if window[0] > i + ticks:
+            window.popleft()
+        found[i] = values[window[0]]
+    return found

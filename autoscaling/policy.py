@@ -1,0 +1,336 @@
+"""How many replicas each pool should have.
+
+A demand names the pools that may serve it; a model's pools are filled in order of preference, and
+what is too much for one goes on to the next. A pool whose replicas do `speed` seconds of work a
+second needs
+
+- for what arrives: rate ÷ speed, plus room for the chance by which images meet, which grows with
+  the square root of their number, and for the usual rise within a start's time (`rates`);
+- for what waits: enough to drain, within `target_wait_s` or half of a start's time if that is
+  longer, what will be left when a replica that is ordered now is ready. A queue that is gone by
+  then orders nothing; what was ordered for one stays until it is gone.
+
+*Wanted* replicas are *ready* or *starting*. Wanted goes up at once, and down to the most that was
+needed within `hold_s` and within two starts, so neither chance nor a short pause releases anything;
+to zero when a pool has had nothing to do for `idle_s`. Replicas that do not come in time are not
+waited for: until they do, their share goes to the next pool.
+
+Time is an argument, in seconds on any steady clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from .load import Demand, Follower, Limits, Load, Pool, Supply, Tuning
+from .rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
+
+LEARN = 0.3  # how far one start moves the time that is expected of the next
+LATE = 3.0  # a start that takes so many times as long as expected may never end
+QUEUE_S = 1.0  # a queue that lasts no longer is chance
+DUST = 1e-6  # of a replica
+
+
+class Order(NamedTuple):
+    """Replicas that were wanted at a time and are not ready yet."""
+
+    at: float
+    replicas: int
+
+
+class Needed(NamedTuple):
+    """So many were needed at a time, and fewer ever since."""
+
+    at: float
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """`start_s`, `speed`: of a replica, as learnt. `busy`: when there was last anything to do."""
+
+    wanted: int
+    ready: int
+    start_s: float
+    speed: float
+    busy: float
+    orders: tuple[Order, ...] = ()
+    arriving: tuple[Needed, ...] = ()  # for what arrives
+    draining: tuple[Needed, ...] = ()  # for what waits
+    given_up: bool = False  # its replicas do not come
+
+    @property
+    def starting(self) -> int:
+        return max(self.wanted - self.ready, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What `decide` remembers."""
+
+    at: float = -math.inf
+    samples: Mapping[tuple[str, ...], Samples] = field(default_factory=dict)
+    rises: Mapping[str, Rises] = field(default_factory=dict)  # by model
+    pools: Mapping[str, PoolState] = field(default_factory=dict)
+    followers: Mapping[str, tuple[Needed, ...]] = field(default_factory=dict)
+
+
+class Decision(NamedTuple):
+    """Replicas of every pool and follower; `reasons`: of the pools for which it changed."""
+
+    replicas: Mapping[str, int]
+    state: State
+    reasons: Mapping[str, str]
+
+
+class _Share(NamedTuple):
+    """What a pool has to serve, and the replicas that it takes, not rounded."""
+
+    rate: float = 0.0  # work a second
+    queued_s: float = 0.0
+    oldest_wait_s: float = 0.0
+    for_rate: float = 0.0
+    for_queue: float = 0.0
+
+    @property
+    def replicas(self) -> float:
+        return max(self.for_rate, self.for_queue)
+
+
+def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
+    """Replicas to run from now on, within their bounds whatever the load says."""
+    if now < state.at:
+        state = _clock_was_set_back(state, now)
+    samples = dict(state.samples)
+    for d in load.demands:
+        new = Sample(now, d.arrived_s, d.squares)
+        samples[d.pools] = sampled(samples.get(d.pools, ()), new)
+    pools = {
+        name: _seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
+        for name, pool in limits.pools.items()
+    }
+    rises, reasons = {}, {}
+    for model in dict.fromkeys(pool.model for pool in limits.pools.values()):
+        names = preferred(model, limits)
+        demands = [d for d in load.demands if set(d.pools) & set(names)]
+        theirs = [samples[d.pools] for d in demands]
+        arriving, known = rates(theirs), state.rises.get(model, Rises())
+        start_s = pools[names[0]].start_s
+        rises[model] = risen(known, sum(arriving), recent_rate(theirs), start_s, now)
+        filling = _Filling(demands, arriving, rises[model].usual, pools, limits, now)
+        for place, name in enumerate(names):
+            before, share = pools[name], filling.share(name, names[place + 1 :])
+            if name in load.supplies:
+                after = _wanting(before, share, name, limits, first=not place, now=now)
+                pools[name] = after
+                if after.wanted != before.wanted:
+                    reasons[name] = _reason(before, after, share, limits.pools[name])
+    replicas = {name: pool.wanted for name, pool in pools.items()}
+    followers = {}
+    for name, follower in limits.followers.items():
+        wanted = _following(follower, replicas, load, limits)
+        history = state.followers.get(name, ())
+        followers[name] = _held(history, wanted, limits.tuning.hold_s, now)
+    replicas |= {name: history[0].replicas for name, history in followers.items()}
+    return Decision(replicas, State(now, samples, rises, pools, followers), reasons)
+
+
+def preferred(model: str, limits: Limits) -> list[str]:
+    """A model's pools, best first."""
+    names = [name for name, pool in limits.pools.items() if pool.model == model]
+    if all(limits.pools[name].usd_h for name in names):
+        names.sort(key=lambda name: limits.pools[name].usd_h / limits.pools[name].speed)
+    return names
+
+
+def _clock_was_set_back(state: State, now: float) -> State:
+    """What is wanted stays; what is known of the past is void."""
+    pools = {
+        name: replace(pool, busy=now, orders=(), arriving=(Needed(now, pool.wanted),), draining=())
+        for name, pool in state.pools.items()
+    }
+    return State(pools=pools)
+
+
+# -- replicas that have come, and those that have not ---------------------------------------------
+
+
+def _seen(
+    known: PoolState | None, pool: Pool, supply: Supply | None, tuning: Tuning, now: float
+) -> PoolState:
+    if known is None:
+        ready = supply.ready if supply else 0
+        wanted = _bounded(ready, pool)
+        known = PoolState(
+            wanted, ready, pool.start_s, pool.speed, now, arriving=(Needed(now, wanted),)
+        )
+    if supply is None:
+        return known
+    came, orders, start_s = supply.ready - known.ready, known.orders, known.start_s
+    while came > 0 and orders:
+        oldest, *others = orders
+        taken = min(came, oldest.replicas)
+        start_s += (1 - (1 - LEARN) ** taken) * (now - oldest.at - start_s)
+        left = oldest._replace(replicas=oldest.replicas - taken)
+        orders, came = (left, *others) if left.replicas else tuple(others), came - taken
+    orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
+    late_s = now - orders[0].at if orders else 0.0
+    patience_s = tuning.node_wait_s + (LATE * start_s if supply.placeable else 0.0)
+    still = known.given_up and bool(orders) and supply.ready <= known.ready
+    return replace(
+        known,
+        ready=supply.ready,
+        start_s=start_s,
+        speed=supply.speed or known.speed,
+        orders=orders,
+        given_up=still or late_s > patience_s or not (supply.placeable or tuning.node_wait_s),
+    )
+
+
+def _ordered(orders: tuple[Order, ...], starting: int, now: float) -> tuple[Order, ...]:
+    """So many in all: more are ordered now; fewer, and the newest are called off."""
+    missing = starting - sum(order.replicas for order in orders)
+    if missing > 0:
+        return (*orders, Order(now, missing))
+    kept = list(orders)
+    while missing < 0:
+        last = kept.pop()
+        missing += last.replicas
+        if missing > 0:
+            kept.append(last._replace(replicas=missing))
+    return tuple(kept)
+
+
+# -- what is needed -------------------------------------------------------------------------------
+
+
+class _Filling:
+    """A model's demands, shared out among its pools one after the other."""
+
+    def __init__(
+        self,
+        demands: Sequence[Demand],
+        arriving: Sequence[float],
+        rise: float,
+        pools: Mapping[str, PoolState],
+        limits: Limits,
+        now: float,
+    ) -> None:
+        self._demands, self._rise, self._now = demands, rise, now
+        self._rates, self._queues = list(arriving), [d.queued_s for d in demands]
+        self._pools, self._limits = dict(pools), limits
+
+    def share(self, name: str, later: Sequence[str]) -> _Share:
+        """The pool's share; what is too much for it is left to those that come `later`."""
+        pool, state, demands = self._limits.pools[name], self._pools[name], self._demands
+        mine = [i for i, d in enumerate(demands) if name in d.pools]
+        movable = [i for i in mine if set(later) & set(demands[i].pools)]
+        share = _Share(
+            sum(self._rates[i] for i in mine),
+            sum(self._queues[i] for i in mine),
+            max((demands[i].oldest_wait_s for i in mine if self._queues[i]), default=0.0),
+        )
+        share = self._needs(share, pool, state, self._helping(later, mine) if movable else 0.0)
+        limit = state.ready if state.given_up else pool.max_replicas
+        over = max(1 - limit / share.replicas, 0.0) if share.replicas else 0.0
+        for amounts in (self._rates, self._queues):
+            here, elsewhere = sum(amounts[i] for i in mine), sum(amounts[i] for i in movable)
+            part = min(over * here / elsewhere, 1.0) if elsewhere else 0.0
+            for i in mine:
+                amounts[i] *= part if i in movable else 0.0
+        return share
+
+    def _helping(self, later: Sequence[str], mine: Sequence[int]) -> float:
+        """Work a second that later pools have left for a queue that they share."""
+        theirs = [
+            self._rates[i]
+            for i, d in enumerate(self._demands)
+            if i not in mine and set(later) & set(d.pools)
+        ]
+        there = sum(self._pools[name].ready * self._pools[name].speed for name in later)
+        return max(there - sum(theirs), 0.0)
+
+    def _needs(self, share: _Share, pool: Pool, state: PoolState, helping: float) -> _Share:
+        tuning, start_s = self._limits.tuning, state.start_s
+        always = share.rate / state.speed  # replicas that are at work at any time
+        chance = tuning.spare * math.sqrt(always / pool.slots)
+        room = math.hypot(chance, self._rise / state.speed) if share.rate else 0.0
+        for_queue = 0.0
+        if share.queued_s:
+            done_s = state.ready * start_s  # by replicas, until one that is ordered now is ready
+            for order in () if state.given_up else state.orders:
+                due_s = abs(start_s - (self._now - order.at))  # who is late may be so again
+                done_s += order.replicas * max(start_s - due_s, 0.0)
+            left_s = share.queued_s + (share.rate - helping) * start_s - state.speed * done_s
+            if left_s > 0:
+                drain_s = max(tuning.target_wait_s, start_s / 2)
+                for_queue = always + left_s / drain_s / state.speed
+        for_rate = max(always + room, always / tuning.utilisation)
+        return share._replace(for_rate=for_rate, for_queue=for_queue)
+
+
+# -- what is wanted -------------------------------------------------------------------------------
+
+
+def _wanting(
+    before: PoolState, share: _Share, name: str, limits: Limits, *, first: bool, now: float
+) -> PoolState:
+    """`first`: of its model's pools."""
+    pool, tuning = limits.pools[name], limits.tuning
+    busy = now if share.replicas else before.busy
+    idle = now - busy >= tuning.idle_s
+    for_rate = math.ceil(share.for_rate - DUST)
+    if first and not idle:
+        for_rate += tuning.warm_reserve
+    for_queue = math.ceil(share.for_queue - DUST)
+    if share.oldest_wait_s > max(tuning.target_wait_s, before.start_s) and not before.starting:
+        for_queue = max(for_queue, before.ready + 1)  # whatever was predicted
+    if share.queued_s > QUEUE_S * before.speed * before.ready:
+        for_queue = max(for_queue, before.wanted)
+    hold_s = max(tuning.hold_s, 2 * before.start_s)
+    arriving = _held(before.arriving, _bounded(for_rate, pool), hold_s, now)
+    draining = _held(before.draining, _bounded(for_queue, pool), tuning.target_wait_s, now)
+    wanted = max(arriving[0].replicas, draining[0].replicas)
+    if not wanted and before.wanted and not idle:
+        wanted = min(1, pool.max_replicas)
+    return replace(before, wanted=wanted, busy=busy, arriving=arriving, draining=draining)
+
+
+def _following(follower: Follower, replicas: Mapping[str, int], load: Load, limits: Limits) -> int:
+    most = follower.max_replicas
+    if follower.each:
+        wanted = math.ceil(load.open_requests / follower.each)
+    else:
+        full = sum(limits.pools[name].max_replicas for name in follower.pools)
+        wanted = math.ceil(most * sum(replicas[name] for name in follower.pools) / full)
+    return min(max(wanted, follower.min_replicas), most)
+
+
+def _bounded(replicas: int, pool: Pool) -> int:
+    return min(max(replicas, pool.min_replicas), pool.max_replicas)
+
+
+def _held(
+    history: tuple[Needed, ...], needed: int, hold_s: float, now: float
+) -> tuple[Needed, ...]:
+    """The first is the most that was needed within `hold_s`, and so on of what came after it."""
+    kept = [then for then in history if then.replicas > needed and now - then.at <= hold_s]
+    return (*kept, Needed(now, needed))
+
+
+def _reason(before: PoolState, after: PoolState, share: _Share, pool: Pool) -> str:
+    """In words, for people."""
+    words = [f"{share.rate:.2f} s of work arrive a second"] if share.rate else ["nothing arrives"]
+    if share.queued_s:
+        words.append(f"{share.queued_s:.1f} s wait")
+    words.append(f"{after.ready} ready at {after.speed:.2f}")
+    if after.wanted > before.wanted:
+        words.append(f"a start takes {after.start_s:.0f} s")
+    if share.replicas > pool.max_replicas:
+        words.append(f"{pool.max_replicas} is its limit")
+    if after.given_up:
+        words.append("its replicas do not come")
+    return f"{before.wanted} → {after.wanted} replicas: {', '.join(words)}"

@@ -1,0 +1,186 @@
+"""Requests over time, to simulate: made from a seed, or read from a trace.
+
+Requests of independent users are a Poisson process; where the rate changes, requests at the highest
+rate are drawn and thinned (Lewis & Shedler 1979). What is asked for is a mix of shapes with
+weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+
+
+class Shape(NamedTuple):
+    width: int
+    height: int
+    steps: int
+    guidance: float
+
+
+class Arrival(NamedTuple):
+    """A request for one image, at a time in seconds from the start."""
+
+    at: float
+    tenant: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`arrivals` gives the requests of a seed, in order of time."""
+
+    name: str
+    seconds: float
+    arrivals: Callable[[int], Iterable[Arrival]]
+
+
+Mix = Sequence[tuple[Shape, float]]  # and how often each is asked for
+
+# Mostly the model's own size; a few that are much cheaper or dearer.
+USUAL: Mix = (
+    (Shape(1024, 1024, 28, 4.5), 0.5),
+    (Shape(768, 768, 28, 4.5), 0.3),
+    (Shape(1024, 1024, 40, 4.5), 0.2),
+)
+# Most requests are small, most of the work is in few: a factor of 60 between the ends.
+HEAVY_TAILED: Mix = (
+    (Shape(512, 512, 4, 1.0), 0.6),
+    (Shape(512, 512, 28, 4.5), 0.2),
+    (Shape(1024, 1024, 28, 4.5), 0.15),
+    (Shape(1024, 1024, 50, 4.5), 0.05),
+)
+TENANTS = 20
+
+
+def poisson(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
+    return Workload(
+        "poisson", seconds, lambda seed: _thinned(seed, lambda _: per_s, per_s, seconds, mix)
+    )
+
+
+def diurnal(peak_per_s: float, seconds: float, trough: float = 0.2, mix: Mix = USUAL) -> Workload:
+    """One day, however long: from `trough` of the peak at night to the peak, as a sine."""
+
+    def rate(at: float) -> float:
+        return peak_per_s * (trough + (1 - trough) * 0.5 * (1 - math.cos(math.tau * at / seconds)))
+
+    return Workload("diurnal", seconds, lambda seed: _thinned(seed, rate, peak_per_s, seconds, mix))
+
+
+def spikes(per_s: float, seconds: float, times: float = 10.0, mix: Mix = USUAL) -> Workload:
+    """About once an hour, for 3 to 6 minutes, so many times as much at once."""
+
+    def arrivals(seed: int) -> Iterator[Arrival]:
+        chance, when, begins = random.Random(seed + 1), [], 0.0
+        while (begins := begins + chance.uniform(0.5, 1.5) * HOUR_S) < seconds:
+            when.append((begins, begins + chance.uniform(180, 360)))
+
+        def rate(at: float) -> float:
+            return per_s * (times if any(a <= at < b for a, b in when) else 1.0)
+
+        return _thinned(seed, rate, per_s * times, seconds, mix)
+
+    return Workload("spikes", seconds, arrivals)
+
+
+def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> Workload:
+    """Tenants that ask for 10 minutes and rest for 30, on average, each by itself."""
+
+    def arrivals(seed: int) -> Iterator[Arrival]:
+        chance = random.Random(seed)
+        shapes, weights = zip(*mix, strict=True)
+        each, found = per_s * 4 / tenants, []
+        for tenant in range(tenants):
+            at, on = 0.0, chance.random() < 0.25
+            while at < seconds:
+                until = at + chance.expovariate(1 / (600 if on else 1800))
+                while on and (at := at + chance.expovariate(each)) < min(until, seconds):
+                    found.append(Arrival(at, f"t{tenant}", *chance.choices(shapes, weights)))
+                at, on = until, not on
+        return iter(sorted(found))
+
+    return Workload("on-off", seconds, arrivals)
+
+
+def heavy_tailed(per_s: float, seconds: float) -> Workload:
+    """Bursts of a Pareto-distributed number of requests of one tenant (mean 3), in a mix of
+    shapes of which few make most of the work.
+    """
+
+    def arrivals(seed: int) -> Iterator[Arrival]:
+        chance = random.Random(seed)
+        shapes, weights = zip(*HEAVY_TAILED, strict=True)
+        at = 0.0
+        while (at := at + chance.expovariate(per_s / 3)) < seconds:
+            tenant = f"t{chance.randrange(TENANTS)}"
+            for _ in range(min(int(chance.paretovariate(1.5)), 200)):
+                yield Arrival(at, tenant, *chance.choices(shapes, weights))
+
+    return Workload("heavy-tailed", seconds, arrivals)
+
+
+def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
+    """Work for about 20 minutes, then nothing for about 40."""
+
+    def arrivals(seed: int) -> Iterator[Arrival]:
+        chance = random.Random(seed)
+        shapes, weights = zip(*mix, strict=True)
+        at = 0.0
+        while at < seconds:
+            until = at + chance.uniform(900, 1500)
+            while (at := at + chance.expovariate(per_s)) < min(until, seconds):
+                tenant = f"t{chance.randrange(TENANTS)}"
+                yield Arrival(at, tenant, *chance.choices(shapes, weights))
+            at = until + chance.uniform(1800, 3000)
+
+    return Workload("sparse", seconds, arrivals)
+
+
+def trace(file: Path) -> Workload:
+    """From a CSV file with the columns time (s), tenant, width, height, steps and guidance.
+
+    Raises `OSError`, and `ValueError` with the line of what is wrong.
+    """
+    found: list[Arrival] = []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = csv.DictReader(lines)
+        for row in rows:
+            try:
+                shape = Shape(
+                    int(row["width"]), int(row["height"]), int(row["steps"]), float(row["guidance"])
+                )
+                arrival = Arrival(float(row["time"]), row["tenant"], shape)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file}: line {rows.line_num}: {_what(error)}") from None
+            if not (math.isfinite(arrival.at) and arrival.at >= 0 and min(shape[:3]) > 0):
+                raise ValueError(f"{file}: line {rows.line_num}: times and sizes must be positive")
+            found.append(arrival)
+    if not found:
+        raise ValueError(f"{file}: no requests")
+    found.sort(key=lambda arrival: arrival.at)
+    return Workload(file.stem, found[-1].at + 60, lambda _: found)
+
+
+def _what(error: Exception) -> str:
+    return f"no column {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _thinned(
+    seed: int, rate: Callable[[float], float], most: float, seconds: float, mix: Mix
+) -> Iterator[Arrival]:
+    chance = random.Random(seed)
+    shapes, weights = zip(*mix, strict=True)
+    at = 0.0
+    while (at := at + chance.expovariate(most)) < seconds:
+        if chance.random() * most < rate(at):
+            tenant = f"t{chance.randrange(TENANTS)}"
+            yield Arrival(at, tenant, *chance.choices(shapes, weights))

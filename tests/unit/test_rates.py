@@ -1,0 +1,103 @@
+import random
+
+import pytest
+
+from autoscaling.rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
+
+
+def poisson(per_s: float, seconds: int, seed: int = 0, work_s: float = 1.0) -> Samples:
+    chance, samples, work, at = random.Random(seed), (), 0.0, 0.0
+    arrivals = []
+    while (at := at + chance.expovariate(per_s)) < seconds:
+        arrivals.append(at)
+    for second in range(seconds + 1):
+        while arrivals and arrivals[0] <= second:
+            arrivals.pop(0)
+            work += work_s
+        samples = sampled(samples, Sample(second, work, work * work_s))
+    return samples
+
+
+def test_an_even_stream_has_its_rate() -> None:
+    samples: Samples = ()
+    for second in range(300):
+        samples = sampled(samples, Sample(second, 5.0 * second, 0.0))
+    assert rates([samples]) == pytest.approx([5.0])
+    assert len(samples) <= 123
+
+
+def test_chance_is_not_taken_for_a_rise() -> None:
+    found = [sum(rates([poisson(2.0, 400, seed)])) for seed in range(40)]
+    assert sum(found) / 40 == pytest.approx(2.0, rel=0.15)
+    assert max(found) < 3.2
+
+
+def test_a_jump_is_seen_within_seconds_where_there_are_many_requests() -> None:
+    samples = poisson(10.0, 300)
+    last = samples[-1]
+    for second in range(1, 6):
+        work = last.work_s + 100.0 * second
+        samples = sampled(samples, Sample(last.at + second, work, work))
+    assert sum(rates([samples])) > 80
+
+
+def test_one_large_request_proves_nothing() -> None:
+    samples = poisson(1.0, 300)
+    last = samples[-1]
+    jumped = sampled(samples, Sample(last.at + 1, last.work_s + 60, last.squares + 3600))
+    assert sum(rates([jumped])) == pytest.approx(sum(rates([samples])) + 60 / 120, rel=0.1)
+
+
+def test_demands_are_raised_together() -> None:
+    steady, jumping = poisson(10.0, 300), poisson(10.0, 300, seed=1)
+    last = jumping[-1]
+    for second in range(1, 6):
+        work = last.work_s + 100.0 * second
+        steady = sampled(
+            steady, Sample(last.at + second, steady[-1].work_s + 10, steady[-1].squares + 10)
+        )
+        jumping = sampled(jumping, Sample(last.at + second, work, work))
+    one, other = rates([steady, jumping])
+    assert other > 7 * one
+    assert recent_rate([steady, jumping]) > 20
+
+
+def test_a_counter_that_begins_anew_and_a_clock_that_was_set_back() -> None:
+    samples = poisson(10.0, 300)
+    assert sampled(samples, Sample(301, 1.0, 1.0)) == (Sample(301, 1.0, 1.0),)
+    assert sampled(samples, Sample(5, 1e6, 1e6)) == (Sample(5, 1e6, 1e6),)
+
+
+def test_a_gap_is_filled_by_the_counter() -> None:
+    samples = sampled((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0))
+    assert rates([samples]) == [3.0]
+
+
+def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
+    """An hour in which the rate rises by so much, for 50 s each time."""
+    known = Rises()
+    for second in range(0, 4000, 5):
+        arriving = 10.0 + (height if second % every_s >= every_s - 50 else 0.0)
+        known = risen(known, 10.0, arriving, start_s, second)
+    return known
+
+
+def test_what_happens_often_is_usual() -> None:
+    assert rises(300, 4.0).usual == pytest.approx(4.0)
+    assert rises(2000, 4.0).usual == 0.0  # 50 s of 2000 are less than one part in 20
+
+
+def test_rises_are_forgotten_and_their_memory_is_bounded() -> None:
+    known = rises(300, 4.0)
+    assert len(known.rises) <= 361
+    assert len(known.expected) <= 13
+    for second in range(4000, 8000, 10):
+        known = risen(known, 10.0, 10.0, 100.0, second)
+    assert known.usual == 0.0
+
+
+def test_what_was_expected_is_no_rise() -> None:
+    known = Rises()
+    for second in range(0, 4000, 10):
+        known = risen(known, second / 10, second / 10 - 10, 100.0, second)
+    assert known.usual == 0.0
