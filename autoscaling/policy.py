@@ -107,7 +107,9 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
     samples = dict(state.samples)
     for d in load.demands:
         new = Sample(now, d.arrived_s, d.squares)
-        samples[d.pools] = sampled(samples.get(d.pools, ()), new)
+        # Nobody had asked for these pools by the last decision, if there was one.
+        first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
+        samples[d.pools] = sampled(samples.get(d.pools, first), new)
     pools = {
         name: _seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
         for name, pool in limits.pools.items()

@@ -1,15 +1,63 @@
-"""How many replicas Ray Serve should run of each pool.
+"""What Ray Serve calls for the number of replicas of every deployment of the application.
 
-Every pool asks for its full size from the start, whether nodes are there or not: replicas that
-wait for a node tell Ray's autoscaler to add one, and do not hold up the application, because the
-pool's minimum is zero. Load does not count yet.
+The Dispatcher decides (`serve.dispatch.scaling`) and reports numbers through Serve's
+`record_autoscaling_stats`; here its newest ones are taken. Where Ray Serve is to decide, they are
+the requests that wait or run: those that wait stand in the Dispatcher's queue, where Serve does not
+see them.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 
-def full_size(context: Any) -> tuple[int, dict[str, Any]]:
-    """Ray Serve's autoscaling policy interface: replicas wanted, and state for the next call."""
-    return int(context.capacity_adjusted_max_replicas), {}
+DISPATCHER = "Dispatcher"
+
+log = logging.getLogger("ray.serve")
+
+
+def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, dict[str, Any]]]:
+    """Ray Serve's application-level policy: replicas by deployment, and what it is to remember.
+
+    A deployment that is left out keeps its number. Raises nothing: an exception in one policy
+    would hold up those of every application.
+    """
+    found: dict[Any, float] = {}
+    states: dict[Any, dict[str, Any]] = {}
+    try:
+        reported, means = _reported(contexts)
+        for deployment, context in contexts.items():
+            wanted = reported.get(f"replicas/{deployment.name}")
+            requests = means.get(f"requests/{deployment.name}")
+            if wanted or (wanted == 0 and context.target_num_replicas):
+                # What stays at zero is left out: Serve would start one for any request that waits
+                # in a handle.
+                found[deployment] = wanted
+            elif requests is not None:
+                asked = copy.copy(context)
+                asked.total_num_requests = requests
+                found[deployment], states[deployment] = replica_queue_length_autoscaling_policy(
+                    asked
+                )
+    except Exception:  # see above
+        log.exception("autoscaling: every deployment keeps its replicas")
+        return {}, {}
+    return found, states
+
+
+def _reported(contexts: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """What the Dispatcher said last, and what it said on average over Serve's window."""
+    newest: dict[str, float] = {}
+    means: dict[str, float] = {}
+    for deployment, context in contexts.items():
+        if deployment.name == DISPATCHER:
+            for name, of_replicas in context.raw_metrics.items():
+                if samples := [sample for series in of_replicas.values() for sample in series]:
+                    newest[name] = max(samples, key=lambda sample: sample.timestamp).value
+            for name, by_replica in context.aggregated_metrics.items():
+                means[name] = max(by_replica.values(), default=0.0)
+    return newest, means

@@ -30,6 +30,7 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     num_cpus: float = 0.0
     num_gpus: float = 0.0
+    draining: bool = False  # about to go: nothing new is placed on it
 
     @property
     def card(self) -> Card | None:

@@ -12,20 +12,28 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from autoscaling.ray_policy import full_size
 from cluster.placement import Need, Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
-from .settings import Application, Pool
+from .settings import Application, Pool, Resources
+from .sizing import limits
 from .work import units
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
 UNBOUNDED = 10_000
 # The default back-off of Serve's router leaves a replica idle between two images.
-PROMPT_ROUTER = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
+PROMPT_ROUTER = RequestRouterConfig(
+    initial_backoff_s=0.005,
+    max_backoff_s=0.02,
+    request_router_class="serve.engine.routing:StayingReplicas",
+    request_routing_stats_period_s=1,
+)
+# What the policy decides is done at once: delays would only blur it.
+AT_ONCE = {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0}
+REPORTING = {"metrics_interval_s": 0.5, "look_back_period_s": 30}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -41,21 +49,25 @@ def build(args: dict[str, Any]) -> serve.Application:
         for model in settings.models
         for pool in model.pools
     }
+    ours = settings.autoscaling_policy == "queued-work"
     work = {model: list(unit) for model, unit in units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
-        num_replicas=1,
         max_ongoing_requests=UNBOUNDED,
         # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
+        # Serve asks only what it scales how it is doing.
+        autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
         needs,
+        limits(settings),
+        settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
         f"{settings.data_folder}/usage" if settings.data_folder else None,
     )  # fmt: skip
     text_encoders = {
         encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
-            num_replicas=encoder.replicas,
+            **_size(encoder, at_once=encoder.replicas),
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options={
@@ -75,7 +87,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         model.pool_name(pool): serve.deployment(
             Generator, name=f"Generator-{model.pool_name(pool)}"
         ).options(
-            autoscaling_config=_pool_size(pool),
+            **_pool_size(pool, ours=ours),
             max_ongoing_requests=pool.slots,
             ray_actor_options={
                 **pool.ray_actor_options,
@@ -97,7 +109,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         for pool in model.pools
     }  # fmt: skip
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
-        num_replicas=settings.ingress.replicas,
+        **_size(settings.ingress, at_once=settings.ingress.least),
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
@@ -108,19 +120,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application
 
 
-def _pool_size(pool: Pool) -> dict[str, Any]:
-    """Replicas by our own policy, from zero up: what cannot be placed holds nothing up."""
-    return {
-        "min_replicas": 0,
-        "initial_replicas": 0,
-        "max_replicas": pool.replicas,
-        # Delays and factors would only blur what the policy decides.
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 0,
-        "metrics_interval_s": 1,
-        "look_back_period_s": 2,
-        "policy": {"policy_function": full_size},
-    }
+def _size(resources: Resources, at_once: int) -> dict[str, Any]:
+    """A number of replicas, or between which numbers it follows the pools."""
+    if resources.least == resources.replicas:
+        return {"num_replicas": resources.replicas}
+    bounds = {"min_replicas": resources.least, "max_replicas": resources.replicas}
+    return {"autoscaling_config": {**bounds, "initial_replicas": at_once, **AT_ONCE}}
+
+
+def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
+    """From zero up: what cannot be placed then holds nothing up. Our policy knows the least."""
+    bounds = {"initial_replicas": pool.least, "max_replicas": pool.replicas}
+    if ours:
+        return {"autoscaling_config": {"min_replicas": 0, **bounds, **AT_ONCE}}
+    return {"autoscaling_config": {"min_replicas": pool.least, **bounds}}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

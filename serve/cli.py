@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +25,7 @@ from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readab
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 APPLY = signal.SIGUSR1
+LOOK_S = 1.0
 DEMO_SETTINGS = Path(__file__).parent.parent / "examples" / "laptop.yaml"
 
 app = typer.Typer(
@@ -202,8 +203,11 @@ def _serve(read: Callable[[], Settings]) -> None:
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
-            while events.get() == APPLY:
-                _apply(octet, read)
+            decided = _tell_decisions(octet)
+            while (event := _next(events)) in (None, APPLY):
+                if event:
+                    _apply(octet, read)
+                decided()
             signal.signal(APPLY, signal.SIG_IGN)
             on_stop(interrupt)
             console.print("finishing what is being drawn; Ctrl-C again drops it")
@@ -239,6 +243,27 @@ def _apply(octet: Running, read: Callable[[], Settings]) -> None:
         _warn_of_strangers(settings)
         news = "replicas restart for them; /ready shows when they are back"
         console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)
+
+
+def _next(events: SimpleQueue[int]) -> int | None:
+    """The next signal, or None after a while."""
+    try:
+        return events.get(timeout=LOOK_S)
+    except Empty:
+        return None
+
+
+def _tell_decisions(octet: Running) -> Callable[[], None]:
+    """Print how many replicas each pool should have, and why, where that has changed."""
+    last: dict[str, str] = {}
+
+    def tell() -> None:
+        for pool, reason in octet.reasons().items():
+            if reason and reason != last.get(pool):
+                console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
+            last[pool] = reason
+
+    return tell
 
 
 def _tell_changes() -> Callable[[str], None]:

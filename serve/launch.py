@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
 }
 ANSWER_S = 10.0
+GLANCE_S = 1.0
 OTHERS_S = 30.0
 LAST_BYTES_S = 2.0  # for what Serve's proxy still has to send
 
@@ -57,8 +58,14 @@ def serve_config(settings: Settings) -> dict[str, Any]:
         "args": settings.application().model_dump(mode="json"),
         "deployments": [
             {"name": "Ingress", "user_config": tuning.model_dump(mode="json")},
-            {"name": "Dispatcher", "user_config": {"max_queued": tuning.max_queued}},
+            {
+                "name": "Dispatcher",
+                "user_config": tuning.model_dump(
+                    mode="json", include={"max_queued", "autoscaling"}
+                ),
+            },
         ],
+        "autoscaling_policy": {"policy_function": "autoscaling.ray_policy:replicas"},
     }
     return {"applications": [application]}
 
@@ -101,7 +108,7 @@ class Running:
                 awaited = [name for name, d in states if d.status != "HEALTHY"]
                 if application.status == "RUNNING":
                     pools = self._dispatcher().state.remote().result(timeout_s=ANSWER_S)["pools"]
-                    empty = [name for name, pool in pools.items() if not pool["replicas"]]
+                    empty = [name for name, p in pools.items() if p["wanted"] and not p["replicas"]]
                     coming = {name for name in empty if pools[name]["placeable"]}
                     if self._served(empty, coming):
                         served_since = served_since or time.monotonic()
@@ -114,6 +121,17 @@ class Running:
             if awaited or application is None:
                 tell("waiting for " + (", ".join(awaited) or "the application"))
             time.sleep(POLL_S)
+
+    def reasons(self) -> dict[str, str]:
+        """Why each pool has as many replicas as it has; nothing if nobody answers soon."""
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            state = self._dispatcher().state.remote().result(timeout_s=GLANCE_S)
+        except (RayError, RayServeException, TimeoutError):
+            return {}
+        return {name: pool["reason"] for name, pool in state["pools"].items()}
 
     def drain(self) -> None:
         """Refuse new images; returns when the others are answered, or after `drain_timeout_s`.

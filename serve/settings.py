@@ -15,17 +15,21 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
+from autoscaling.load import Tuning as ScalingTuning
 from cluster.cards import CARDS
 
 from .errors import InvalidRequest, did_you_mean
 from .request import SIZE_MULTIPLE_PX, ImageRequest, Limits
 
 _LIMITS = Limits()
+_TUNING = ScalingTuning()
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$")]
 Share = Annotated[float, Field(ge=0)]
@@ -70,11 +74,26 @@ class Source(Frozen):
 
 
 class Resources(Frozen):
-    """What one replica takes of a node, in Ray's units; 0.25 GPU = four replicas a card."""
+    """What one replica takes of a node, in Ray's units; 0.25 GPU = four replicas a card.
+
+    `replicas`: at most; `min_replicas`: at least, by default as many, so that their number is
+    fixed.
+    """
 
     replicas: PositiveInt = 1
+    min_replicas: NonNegativeInt | None = None
     num_cpus: Share = 1.0
     num_gpus: Share = 0.0
+
+    @model_validator(mode="after")
+    def _least_is_no_more_than_most(self) -> Self:
+        if self.least > self.replicas:
+            raise ValueError(f"min_replicas {self.least} must be at most replicas {self.replicas}")
+        return self
+
+    @property
+    def least(self) -> int:
+        return self.replicas if self.min_replicas is None else self.min_replicas
 
     @property
     def ray_actor_options(self) -> dict[str, float]:
@@ -234,7 +253,8 @@ class Application(Frozen):
     `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
     has compiled; `data_folder`: where images for URLs and usage are kept; `tenants_folder`: who may
     call, and the digests of their keys. With `auth: none` everybody may, as one tenant; but on no
-    other address than this machine's own, unless it is `none-on-any-address`.
+    other address than this machine's own, unless it is `none-on-any-address`. `autoscaling_policy`:
+    ours, or Ray Serve's own on the same requests.
     """
 
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
@@ -248,6 +268,7 @@ class Application(Frozen):
     auth: Literal["keys", "none", "none-on-any-address"] = "keys"
     tenants_folder: str = "tenants"
     drain_timeout_s: PositiveFloat = 300.0
+    autoscaling_policy: Literal["queued-work", "ray-default"] = "queued-work"
 
     @model_validator(mode="after")
     def _names_fit(self) -> Application:
@@ -265,6 +286,12 @@ class Application(Frozen):
                     f"model '{model.id}': text_encoder '{model.text_encoder}' is none of "
                     f"{sorted(encoders)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> Application:
+        if not self.ingress.least:
+            raise ValueError("ingress: min_replicas must be at least 1: it takes the requests")
         return self
 
     @model_validator(mode="after")
@@ -304,6 +331,18 @@ class Results(Frozen):
         return self
 
 
+class Autoscaling(Frozen):
+    """How replicas follow the load: see `autoscaling.load.Tuning` and docs/autoscaling.md."""
+
+    target_wait_s: PositiveFloat = _TUNING.target_wait_s
+    utilisation: Annotated[float, Field(gt=0, le=1)] = _TUNING.utilisation
+    spare: NonNegativeFloat = _TUNING.spare
+    hold_s: NonNegativeFloat = _TUNING.hold_s
+    idle_s: NonNegativeFloat = _TUNING.idle_s
+    node_wait_s: NonNegativeFloat = _TUNING.node_wait_s
+    warm_reserve: NonNegativeInt = _TUNING.warm_reserve
+
+
 class Live(Frozen):
     """What may change while requests are served."""
 
@@ -313,6 +352,7 @@ class Live(Frozen):
     ignore_unknown_fields: bool = False
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")] | None = None
     results: Results = Results()
+    autoscaling: Autoscaling = Autoscaling()
 
 
 class Tuning(Live):

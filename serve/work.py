@@ -16,7 +16,7 @@ from cluster.structure import TRANSFORMERS, Structure, structure
 from .cost import UNKNOWN_GPU, Coefficients, ImageShape, reference
 from .engine.checkpoint import node_folder
 from .request import ImageRequest
-from .settings import Application, ServedModel, SettingsError
+from .settings import Application, Pool, ServedModel, SettingsError
 
 CLIP_TOKENS = 77
 
@@ -24,19 +24,23 @@ log = logging.getLogger("ray.serve")
 
 
 def units(application: Application) -> dict[str, Coefficients]:
-    """Of each model. One whose structure is not known yet is counted as SD3.5 Large."""
-    found = {}
-    for model in application.models:
-        pool = model.pools[0]
-        try:
-            known = structure_of(model, application.models_folder)
-        except SettingsError as error:
-            known = structure("sd3.5-large")
-            log.warning("%s; its work is counted as SD3.5 Large's", error)
-        card = CARDS[pool.card] if pool.card else UNKNOWN_GPU
-        recipe = "fp8" if pool.precision == "fp8" else "bf16"
-        found[model.id] = reference(known, recipe, card if pool.num_gpus else None)
-    return found
+    """Of each model."""
+    return {
+        model.id: cost_of(model, model.pools[0], application.models_folder)
+        for model in application.models
+    }
+
+
+def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> Coefficients:
+    """On a replica of a pool. A model whose structure is not known yet counts as SD3.5 Large."""
+    try:
+        known = structure_of(model, models_folder)
+    except SettingsError as error:
+        known = structure("sd3.5-large")
+        log.warning("%s; its work is counted as SD3.5 Large's", error)
+    card = CARDS[pool.card] if pool.card else UNKNOWN_GPU
+    recipe = "fp8" if pool.precision == "fp8" else "bf16"
+    return reference(known, recipe, card if pool.num_gpus else None)
 
 
 def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:

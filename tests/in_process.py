@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from autoscaling.load import Limits
+from autoscaling.load import Pool as PoolLimits
 from cluster.placement import Need, Node
 from serve.dispatch.dispatcher import Dispatcher
 
@@ -90,10 +92,19 @@ def a_dispatcher(
     recovery_s: float = 0,
     tenants_folder: str | None = None,
     usage_folder: str | None = None,
+    limits: Limits | None = None,
 ) -> Dispatcher:
     """A Dispatcher of pools that fit on the one node there is."""
     needs = {pool: Need("fp16", num_cpus=1, num_gpus=0) for pool in pools}
     nodes = [Node("n", num_cpus=1)]
-    dispatcher = Dispatcher(needs, tenants_folder, usage_folder, lambda: nodes, recovery_s)
+    dispatcher = Dispatcher(
+        needs,
+        limits or Limits({pool: PoolLimits("m", 0, 9, 4) for pool in pools}),
+        "queued-work",
+        tenants_folder,
+        usage_folder,
+        lambda: nodes,
+        recovery_s,
+    )
     dispatcher.reconfigure({"max_queued": max_queued})
     return dispatcher

@@ -224,7 +224,7 @@ class Ingress:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Every model has a replica that answers, and new images are taken."""
+        """Every model has a replica, or may have none and wakes; and new images are taken."""
         try:
             async with asyncio.timeout(ANSWER_S):
                 found = await self._dispatcher.state.remote()
@@ -234,7 +234,12 @@ class Ingress:
             model.id: {p: found["pools"].get(p) for p in map(model.pool_name, model.pools)}
             for model in self._models
         }
-        served = all(any(p and p["replicas"] for p in pools.values()) for pools in models.values())
+        served = all(
+            any(
+                p and (p["replicas"] or (p["placeable"] and not p["least"])) for p in pools.values()
+            )
+            for pools in models.values()
+        )
         status = "draining" if found["draining"] else "ready" if served else "starting"
         details = {"queued": found["queued"], "models": models} if self._open_to_all else {}
         return JSONResponse({"status": status, **details}, 200 if status == "ready" else 503)

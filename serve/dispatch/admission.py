@@ -76,6 +76,8 @@ class Admission:
         self._ids: dict[tuple[str, str], Call] = {}  # by tenant and request id
         self._arrivals: dict[str, dict[str, Rate]] = {}  # work, by pool and tenant
         self._accuracy = Accuracy()
+        # Work that was admitted for the same pools, and the sum of its squares.
+        self.arrived: dict[Pools, tuple[float, float]] = {}
 
     # -- tenants --------------------------------------------------------------------------------
 
@@ -263,6 +265,9 @@ class Admission:
             return
         if tenancy.account.work:
             tenancy.account.work.take(opening.work_s, now)
+        for entry in opening.entries:
+            work_s, squares = self.arrived.get(entry.pools, (0.0, 0.0))
+            self.arrived[entry.pools] = work_s + entry.work_s, squares + entry.work_s**2
         for pool in {pool for entry in opening.entries for pool in entry.pools}:
             rates = self._arrivals.setdefault(pool, {})
             rate = rates.setdefault(opening.tenant, Rate())

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from autoscaling.load import Limits, Tuning
 from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
@@ -28,6 +29,7 @@ from .messages import (
     Opening,
     Outcome,
     Release,
+    Reply,
     Running,
     Stopped,
     Submission,
@@ -35,8 +37,9 @@ from .messages import (
     Verdict,
 )
 from .metering import Charge, Metering
-from .metrics import TenantMetrics
+from .metrics import ReplicaMetrics, TenantMetrics
 from .overview import overview
+from .scaling import Scaling
 from .tenant_files import TenantFiles
 from .usage import UsageLedger, month_end, month_of
 
@@ -71,12 +74,16 @@ class Dispatcher:
     def __init__(
         self,
         pools: Mapping[str, Need],
+        limits: Limits,
+        autoscaling_policy: str = "queued-work",
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
         recovery_s: float = RECOVERY_S,
     ) -> None:
-        """`pools` and what one replica of each needs; `read_nodes` may block.
+        """`pools`: what one replica of each needs; `limits`: how many there may be.
+
+        `read_nodes` may block.
 
         Without `tenants_folder` there are no tenants to know, without `usage_folder` usage is
         counted until this process ends. Raises `SettingsError`, `OSError` and `ValueError` for
@@ -87,6 +94,9 @@ class Dispatcher:
             list(pools), session_lease_s=SESSION_LEASE_S, replica_lease_s=REPLICA_LEASE_S
         )
         self._admission = Admission(self._grants, max_queued=Live().max_queued)
+        self._scaling = Scaling(
+            self._grants, self._admission, limits, ours=autoscaling_policy == "queued-work"
+        )
         self._grants_from = time.monotonic() + recovery_s
         self._early: list[tuple[str, Opening]] = []  # calls that came before that
         self._streams: dict[str, _Stream] = {}
@@ -101,7 +111,7 @@ class Dispatcher:
         self._metering = Metering(ledger, self._written)
         self._held: dict[tuple[str, int], float] = {}  # of budgets, for what was cancelled
         self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
-        self._metrics = TenantMetrics()
+        self._metrics, self._replica_metrics = TenantMetrics(), ReplicaMetrics()
         self._tasks = [
             asyncio.create_task(task())
             for task in (self._expire, self._place, self._watch_tenants, self._metering.run)
@@ -109,8 +119,14 @@ class Dispatcher:
         asyncio.get_running_loop().call_later(recovery_s, self._begin)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Ray Serve with `max_queued`, at the start and when it changes."""
+        """Called by Ray Serve with parts of `Live`, at the start and when they change."""
         self._admission.max_queued = user_config["max_queued"]
+        if "autoscaling" in user_config:
+            self._scaling.tune(Tuning(**user_config["autoscaling"]))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve, which keeps every replica as long as nothing is said."""
+        return self._scaling.reported()
 
     # -- Ingresses ------------------------------------------------------------------------------
 
@@ -175,22 +191,24 @@ class Dispatcher:
 
     async def report_replica(
         self, said: Heartbeat, drawing: Iterable[Lease] = (), stopped: Iterable[Stopped] = ()
-    ) -> list[Lease]:
-        """The heartbeat of a Generator replica; returns the leases that no session holds."""
+    ) -> Reply:
+        """The heartbeat of a Generator replica."""
         now = time.monotonic()
         self._grants.report_replica(said, now)
         for one in stopped:
             if usage := self._grants.stopped(one, now):
                 self._charge_cancelled(one.lease.session, usage, one)
         self._grant()
-        return [lease for lease in drawing if not self._grants.holds(lease)]
+        orphans = tuple(lease for lease in drawing if not self._grants.holds(lease))
+        return Reply(orphans, said.node in self._grants.draining)
 
     # -- those who operate it -------------------------------------------------------------------
 
     async def state(self) -> dict[str, Any]:
         """Open `calls` of clients, `queued` images, and of each pool what its replicas say.
 
-        `running`: images granted to the pool; `speed`: reference replicas that it amounts to.
+        `running`: images granted to the pool; `speed`: reference replicas that it amounts to;
+        `wanted`: replicas, `least` of which there are always, and why their number last changed.
         """
         pools = {}
         for pool in self._pools:
@@ -202,6 +220,9 @@ class Dispatcher:
                 "running_work_s": round(sum(said.running_work_s for said in replicas), 3),
                 "speed": round(sum(said.speed for said in replicas), 3),
                 "placeable": self._grants.placeable(pool),
+                "least": self._scaling.limits.pools[pool].min_replicas,
+                "wanted": self._scaling.replicas[pool],
+                "reason": self._scaling.reasons.get(pool, ""),
             }
         return {
             "draining": self._admission.draining,
@@ -270,7 +291,7 @@ class Dispatcher:
         self._tell_positions(entries)
 
     def _queue(self, session: str, entry: Submission, tenant: str) -> None:
-        if refused := self._grants.submit(session, entry, tenant):
+        if refused := self._grants.submit(session, entry, tenant, time.monotonic()):
             self._deliver([refused])
 
     def _tell_positions(self, entries: Iterable[Submission]) -> None:
@@ -314,9 +335,16 @@ class Dispatcher:
             self._admission.forget(now, HEARTBEAT_S)
             if (month := month_of(time.time())) > self._month:
                 self._begin_month(month, {})  # what is written meanwhile counts itself
+            self._scale(now)
             self._grant()
             self._deliver(self._grants.positions())
             self._metrics.report(overview(self._admission, self._grants))
+
+    def _scale(self, now: float) -> None:
+        if now >= self._grants_from + REPLICA_LEASE_S:  # every replica could say that it is there
+            for pool, reason in self._scaling.decide(now).items():
+                log.info("%s: %s", pool, reason)
+        self._replica_metrics.report(self._scaling, self._grants)
 
     # -- usage ----------------------------------------------------------------------------------
 
@@ -388,11 +416,14 @@ class Dispatcher:
                 log.warning("could not read the cluster's nodes; trying again", exc_info=True)
             else:
                 self._warn(nodes)
-                self._grants.set_placeable(
+                self._grants.draining = frozenset(node.id for node in nodes if node.draining)
+                staying = [node for node in nodes if not node.draining]
+                self._scaling.placeable = frozenset(
                     pool
                     for pool, need in self._pools.items()
-                    if any(fits(need, node) for node in nodes)
+                    if any(fits(need, node) for node in staying)
                 )
+                self._grants.set_placeable(filter(self._scaling.may_come, self._pools))
                 self._deliver(self._grants.refuse())
             await asyncio.sleep(NODES_S)
 

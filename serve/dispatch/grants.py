@@ -16,7 +16,7 @@ Time is an argument, in seconds on any steady clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -32,6 +32,7 @@ TOLD_POSITIONS = 1000  # who waits further back hears its position when it has c
 class _Waiting:
     session: str
     asked: Submission
+    since: float
     position: int = 0  # as it was last told
 
 
@@ -69,6 +70,8 @@ class Grants:
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {pool: {} for pool in pools}
         self._placeable: frozenset[str] | None = None  # not known yet: any pool may come
+        self.wanted: Mapping[str, int] = {}  # replicas; those in excess may be stopped at any time
+        self.draining: frozenset[str] = frozenset()  # nodes that are about to go
         self._running: dict[str, int] = {}  # granted slots per pool
         self._watched: dict[int, Item] = {}  # waiting ones, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
@@ -102,14 +105,14 @@ class Grants:
         self._hold(session, running)
         self.queue.taken_before(running.tenant, running.pool, running.work_s)
 
-    def submit(self, session: str, asked: Submission, tenant: str) -> Outcome | None:
+    def submit(self, session: str, asked: Submission, tenant: str, now: float) -> Outcome | None:
         """Queue an entry; an `Outcome` is returned only when it is refused at once."""
         holder = self._sessions[session]
         if asked.entry in holder.waiting or asked.entry in holder.running:
             return None
         if not self.possible(asked.pools):
             return Outcome(session, asked.entry, None, "no_capacity")
-        item = Item(tenant, asked.work_s, asked.pools, _Waiting(session, asked))
+        item = Item(tenant, asked.work_s, asked.pools, _Waiting(session, asked, now))
         self.queue.add(item)
         holder.waiting[asked.entry] = item
         if asked.watched:
@@ -161,7 +164,7 @@ class Grants:
         return session is not None and lease.entry in session.running
 
     def set_placeable(self, pools: Iterable[str]) -> None:
-        """The pools of which some node of the cluster could hold a replica."""
+        """The pools of which a replica could be placed, now or on a node that is added."""
         self._placeable = frozenset(pools)
 
     def expire(self, now: float) -> list[str]:
@@ -238,11 +241,20 @@ class Grants:
         return self.slots(pool) - self.running_in(pool)
 
     def slots(self, pool: str) -> int:
-        return sum(said.slots for said in self.replicas(pool))
+        """Of the replicas that stay."""
+        slots = [said.slots for said in self.staying(pool)]
+        wanted = self.wanted.get(pool, len(slots))
+        if len(slots) > wanted:
+            slots = sorted(slots, reverse=True)[:wanted]
+        return sum(slots)
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """What the living replicas of a pool last said."""
         return [replica.said for replica in self._replicas.get(pool, {}).values()]
+
+    def staying(self, pool: str) -> list[Heartbeat]:
+        """Those whose nodes are not being drained."""
+        return [said for said in self.replicas(pool) if said.node not in self.draining]
 
     def placeable(self, pool: str) -> bool:
         """Whether a node could hold a replica of the pool, as far as is known."""
@@ -250,6 +262,10 @@ class Grants:
 
     def possible(self, pools: Pools) -> bool:
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+
+    @property
+    def pools(self) -> list[str]:
+        return list(self._replicas)
 
     @property
     def queue_depth(self) -> int:

@@ -104,7 +104,7 @@ class Heartbeat(NamedTuple):
     """What a Generator replica says of itself.
 
     `running_work_s`: what it still has to do, in its own seconds; `speed`: work of a reference
-    replica that it does in a second.
+    replica that it does in a second; `node`: Ray's id of its node.
     """
 
     pool: str
@@ -112,6 +112,18 @@ class Heartbeat(NamedTuple):
     slots: int
     running_work_s: float = 0.0
     speed: float = 1.0
+    node: str = ""
+
+
+class Reply(NamedTuple):
+    """The Dispatcher's answer to a heartbeat.
+
+    `orphans`: leases that no session holds. `leaving`: the replica's node is being drained, so it
+    is to get no new images.
+    """
+
+    orphans: tuple[Lease, ...] = ()
+    leaving: bool = False
 
 
 Refusal = Literal[

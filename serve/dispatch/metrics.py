@@ -1,4 +1,4 @@
-"""What the Dispatcher counts of tenants; Ray exports it with the names `ray_octet_tenant_…`.
+"""What the Dispatcher counts of pools and tenants; Ray exports it with names `ray_octet_…`.
 
 However many tenants there are, labels stay few: the `MOST` who have used most lately are named, all
 others together are `_other`; and no more than `EVER` are named while this process lives.
@@ -11,12 +11,42 @@ from collections.abc import Sequence
 
 from ray.serve import metrics
 
+from .grants import Grants
 from .messages import Usage
 from .overview import TenantRow
+from .scaling import Scaling
 
 MOST, EVER = 20, 100
 FADE = 0.999  # of what was used lately, at each report
 OTHER = "_other"  # no tenant's id
+
+
+class ReplicaMetrics:
+    """Of every pool: replicas that are wanted, ready and starting."""
+
+    def __init__(self) -> None:
+        self._replicas = metrics.Gauge(
+            "octet_pool_replicas", "Replicas of a pool.", tag_keys=("pool", "state")
+        )
+        self._changes = metrics.Counter(
+            "octet_pool_decisions",
+            "Decisions that changed how many replicas are wanted.",
+            tag_keys=("pool", "direction"),
+        )
+        self._wanted: dict[str, int] = {}
+
+    def report(self, scaling: Scaling, grants: Grants) -> None:
+        """Once per heartbeat."""
+        for pool in grants.pools:
+            wanted, ready = scaling.replicas[pool], len(grants.staying(pool))
+            counts = {"wanted": wanted, "ready": ready, "starting": max(wanted - ready, 0)}
+            for state, count in counts.items():
+                self._replicas.set(count, {"pool": pool, "state": state})
+            before = self._wanted.get(pool, wanted)
+            self._wanted[pool] = wanted
+            if wanted != before:
+                direction = "up" if wanted > before else "down"
+                self._changes.inc(1, {"pool": pool, "direction": direction})
 
 
 class TenantMetrics:

@@ -98,6 +98,7 @@ class Generator:
         self._drawing: dict[Lease, _Image] = {}
         self._stopped: list[Stopped] = []  # not yet told
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
+        self._leaving = False  # the node is being drained
         phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
         self._denoiser = await asyncio.to_thread(self._load, phases)
@@ -316,20 +317,28 @@ class Generator:
             slots=len(drawing) if self._room.reserved else self._pool.slots,
             running_work_s=work_s,
             speed=self._cost.speed,
+            node=self._node,
         )
 
+    def record_routing_stats(self) -> dict[str, bool]:
+        """Called by Ray Serve for `serve.engine.routing`."""
+        return {"leaving": self._leaving}
+
     async def _report(self) -> None:
-        from ray import serve  # the context exists only inside a replica
+        import ray
+        from ray import serve  # the contexts exist only inside a replica
 
         self._replica = serve.get_replica_context().replica_id.unique_id
+        self._node = ray.get_runtime_context().get_node_id()
         while self._denoising.alive:
             said, stopped = self._said(), list(self._stopped)
             try:
-                orphans = await self._dispatcher.report_replica.remote(
+                reply = await self._dispatcher.report_replica.remote(
                     said, list(self._drawing), stopped
                 )
                 del self._stopped[: len(stopped)]
-                self._drop(orphans, time.monotonic())
+                self._leaving = reply.leaving
+                self._drop(reply.orphans, time.monotonic())
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
                 self._orphans.clear()  # sessions need their time anew

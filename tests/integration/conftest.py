@@ -43,7 +43,8 @@ def no_denormals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def laptop() -> Settings:
-    environ = {"OCTET_HTTP__PORT": str(free_port())}
+    """With one replica of each pool, whatever the load."""
+    environ = {"OCTET_HTTP__PORT": str(free_port()), "OCTET_MODELS__0__POOLS__0__REPLICAS": "1"}
     return load_settings(ROOT / "examples" / "laptop.yaml", environ)
 
 

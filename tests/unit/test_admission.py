@@ -52,7 +52,7 @@ class Desk:
         verdict = self.admission.open("s", opening, now)
         if not verdict.refusal:
             for entry in entries:
-                self.grants.submit("s", entry, tenant)
+                self.grants.submit("s", entry, tenant, 0.0)
             self.grants.grant()
         return verdict
 
@@ -189,7 +189,7 @@ def test_eta_is_of_the_pool_that_will_draw_it() -> None:
     def ask(call: str) -> float | None:
         entry = Submission(call, call, ("slow", "fast"), 1.0)
         verdict = admission.open("s", Opening(call, "t", call, (entry,), 60, 1.0), 0)
-        grants.submit("s", entry, "t")
+        grants.submit("s", entry, "t", 0.0)
         grants.grant()
         return verdict.eta_s
 

@@ -38,7 +38,7 @@ def asked(
 
 def submit(book: Grants, *entries: Submission, tenant: str = "t", session: str = "s") -> None:
     for entry in entries:
-        assert book.submit(session, entry, tenant) is None
+        assert book.submit(session, entry, tenant, 0.0) is None
 
 
 def release(book: Grants, entry: str, session: str = "s") -> None:
@@ -173,7 +173,7 @@ def test_nobody_waits_for_what_cannot_come() -> None:
     submit(book, asked("a", (FP8,)), asked("b"))  # nothing is known yet
     book.set_placeable({FP16})
     assert book.refuse() == [Outcome("s", "a", None, "no_capacity")]
-    refused = book.submit("s", asked("c", (FP8,)), "t")
+    refused = book.submit("s", asked("c", (FP8,)), "t", 0.0)
     assert refused == Outcome("s", "c", None, "no_capacity")
     assert book.queue_depth == 1
     book.report_replica(Heartbeat(FP8, "r", 1), 0)  # a replica lives, whatever the nodes say
@@ -225,7 +225,7 @@ class GrantsMachine(RuleBasedStateMachine):
     def submit(self, session: str, pools: tuple[str, ...], tenant: str, work_s: float) -> None:
         self.count += 1
         entry = str(self.count)
-        refused = self.book.submit(session, asked(entry, pools, work_s), tenant)
+        refused = self.book.submit(session, asked(entry, pools, work_s), tenant, 0.0)
         if not self.possible(pools):
             assert refused == Outcome(session, entry, None, "no_capacity")
         else:

@@ -249,6 +249,16 @@ def test_a_wait_that_no_prediction_explains_orders_one_more() -> None:
     assert decision.replicas["p"] == 4
 
 
+def test_the_first_requests_of_all_have_a_rate() -> None:
+    limits = Limits({"p": replace(POOL, min_replicas=1)})
+    quiet = decide(Load([], {"p": Supply(1)}), limits, State(), 0.0)
+    many = [Demand(("p",), 100.0, 50.0, 10.0)]
+    assert decide(Load(many, {"p": Supply(1)}), limits, quiet.state, 1.0).replicas["p"] > 10
+    # Of a counter that was there before us, nothing is known.
+    unknown = decide(Load(many, {"p": Supply(1)}), limits, State(), 1.0)
+    assert unknown.replicas["p"] == 1
+
+
 def test_every_change_has_its_reason() -> None:
     plant = Plant()
     plant.run(1, 0.0)

@@ -326,9 +326,9 @@ def test_a_generator_hears_which_leases_nobody_holds() -> None:
         await dispatcher.report_replica(said)
         async with slot(session) as held:
             ghost = held.lease._replace(session="gone")
-            assert await dispatcher.report_replica(said, [held.lease, ghost]) == [ghost]
+            assert await dispatcher.report_replica(said, [held.lease, ghost]) == ((ghost,), False)
         await settle()
-        assert await dispatcher.report_replica(said, [held.lease]) == [held.lease]
+        assert await dispatcher.report_replica(said, [held.lease]) == ((held.lease,), False)
 
     run(test)
 
@@ -354,6 +354,9 @@ def test_heartbeats_say_what_a_pool_has_to_do() -> None:
             "running_work_s": 2.0,
             "speed": 1.75,
             "placeable": True,
+            "least": 0,
+            "wanted": 0,
+            "reason": "",
         }
 
     run(test)

@@ -187,7 +187,7 @@ def test_tuning_is_no_argument_of_the_application(name: str) -> None:
 def test_the_rest_is_no_tuning() -> None:
     plain, other = load_settings(LAPTOP, {}), load_settings(LAPTOP, {"OCTET_EMULATE_FP8": "true"})
     assert other.tuning() == plain.tuning()
-    bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "2"})
+    bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "3"})
     assert bigger.tuning() == plain.tuning()
     assert bigger.application() != plain.application()
 

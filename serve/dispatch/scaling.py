@@ -1,0 +1,102 @@
+"""How many replicas the Dispatcher wants: the autoscaling policy, told what queue and replicas say.
+
+Without clock, network or Ray; `Dispatcher` calls `decide` with every heartbeat and passes on
+`reported` to Ray Serve, where `autoscaling.ray_policy` takes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import fmean
+
+from autoscaling.load import Demand, Limits, Load, Supply, Tuning
+from autoscaling.policy import State, decide
+
+from .admission import Admission
+from .grants import Grants
+from .messages import Pools
+
+GENERATOR = "Generator-"  # and its pool: a deployment's name
+
+
+class Scaling:
+    """`ours`: else Ray Serve's own policy decides, and is told how many requests there are."""
+
+    def __init__(
+        self, grants: Grants, admission: Admission, limits: Limits, *, ours: bool = True
+    ) -> None:
+        self._grants, self._admission = grants, admission
+        self.limits, self._ours = limits, ours
+        self._state = State()
+        # Wanted, of every pool and follower.
+        self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
+        self.reasons: dict[str, str] = {}  # of each pool's last change
+        self.placeable = frozenset(limits.pools)  # by the nodes that are there
+
+    def tune(self, tuning: Tuning) -> None:
+        self.limits = replace(self.limits, tuning=tuning)
+
+    def decide(self, now: float) -> Mapping[str, str]:
+        """Decide anew; returns the reasons of the pools for which it changed."""
+        if not self._ours:
+            return {}
+        decision = decide(self._load(now), self.limits, self._state, now)
+        self._state, self.replicas = decision.state, decision.replicas
+        self.reasons |= decision.reasons
+        self._grants.wanted = {pool: decision.replicas[pool] for pool in self.limits.pools}
+        return decision.reasons
+
+    def starting(self, pool: str) -> int:
+        """Wanted and not ready."""
+        known = self._state.pools.get(pool)
+        return known.starting if known else 0
+
+    def may_come(self, pool: str) -> bool:
+        """Whether there is a node that could hold a replica, or one may still be added."""
+        known = self._state.pools.get(pool)
+        added = self._ours and self.limits.tuning.node_wait_s > 0
+        return pool in self.placeable or (added and not (known and known.given_up))
+
+    def reported(self) -> dict[str, float]:
+        """For Ray Serve: replicas of each deployment, or requests where it decides itself.
+
+        Nothing before the first decision.
+        """
+        if not self._ours:
+            return {f"requests/{GENERATOR}{pool}": n for pool, n in self._requests().items()}
+        if not self._state.pools:
+            return {}
+        return {
+            f"replicas/{GENERATOR if name in self.limits.pools else ''}{name}": float(replicas)
+            for name, replicas in self.replicas.items()
+        }
+
+    def _requests(self) -> dict[str, float]:
+        """That run in each pool or wait for it; who may use several counts for the first."""
+        waiting = Counter(item.pools[0] for item in self._grants.queue)
+        return {p: float(waiting[p] + self._grants.running_in(p)) for p in self.limits.pools}
+
+    def _load(self, now: float) -> Load:
+        queued: dict[Pools, float] = {}
+        since: dict[Pools, float] = {}
+        for item in self._grants.queue:  # by arrival
+            queued[item.pools] = queued.get(item.pools, 0.0) + item.work_s
+            since.setdefault(item.pools, item.what.since)
+        arrived = self._admission.arrived
+        demands = []
+        for pools in {*arrived, *queued}:
+            work_s, squares = arrived.get(pools, (0.0, 0.0))
+            wait_s = now - since.get(pools, now)
+            demands.append(Demand(pools, work_s, squares, queued.get(pools, 0.0), wait_s))
+        return Load(
+            demands,
+            {pool: self._supply(pool) for pool in self.limits.pools},
+            self._admission.open_calls,
+        )
+
+    def _supply(self, pool: str) -> Supply:
+        ready = self._grants.staying(pool)
+        speed = fmean(said.speed for said in ready) if ready else None
+        return Supply(len(ready), speed, pool in self.placeable)

@@ -1,0 +1,222 @@
+"""What the Dispatcher tells the policy, and what it does with the answer."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from autoscaling.load import Follower, Limits, Pool, Tuning
+from autoscaling.ray_policy import replicas
+from serve.dispatch.admission import Admission
+from serve.dispatch.grants import Grants
+from serve.dispatch.messages import Heartbeat, Opening, Submission
+from serve.dispatch.scaling import Scaling
+
+BOTH = ("fp8", "fp16")
+POOLS = {"fp8": Pool("m", 0, 4, 2), "fp16": Pool("m", 0, 2, 2)}
+
+
+class Desk:
+    """An Admission, its Grants and a Scaling, with replicas that report themselves."""
+
+    def __init__(self, limits: Limits | None = None, *, ours: bool = True) -> None:
+        self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
+        self.admission = Admission(self.grants, max_queued=1000)
+        self.scaling = Scaling(self.grants, self.admission, limits or Limits(POOLS), ours=ours)
+        self.grants.open("s", 0)
+        self.calls = 0
+
+    def ask(self, now: float, work_s: float = 1.0, pools: tuple[str, ...] = BOTH) -> None:
+        self.calls += 1
+        entry = Submission(f"e{self.calls}", f"c{self.calls}", pools, work_s)
+        opening = Opening(f"c{self.calls}", "t", f"id{self.calls}", (entry,), 60.0, work_s)
+        assert not self.admission.open("s", opening, now).refusal
+        self.grants.submit("s", entry, "t", now)
+
+    def replica(self, pool: str, name: str, node: str = "n", speed: float = 1.0) -> None:
+        self.grants.report_replica(Heartbeat(pool, name, 2, speed=speed, node=node), 0)
+
+
+def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
+    desk = Desk()
+    assert desk.scaling.decide(0.0) == {}
+    for _ in range(30):
+        desk.ask(1.0)
+    desk.ask(1.0, pools=("fp16",))
+    load = desk.scaling._load(3.0)
+    both, only = sorted(load.demands, key=lambda demand: -len(demand.pools))
+    assert (both.pools, both.arrived_s, both.squares) == (BOTH, 30.0, 30.0)
+    assert (both.queued_s, both.oldest_wait_s) == (30.0, 2.0)
+    assert (only.pools, only.queued_s) == (("fp16",), 1.0)
+    assert load.open_requests == 31
+    reasons = desk.scaling.decide(3.0)
+    assert desk.scaling.replicas["fp8"] == 4
+    assert reasons["fp8"].startswith("0 → 4 replicas: ")
+    assert desk.scaling.reasons == reasons
+    assert desk.scaling.reported() == {
+        "replicas/Generator-fp8": 4.0,
+        "replicas/Generator-fp16": float(desk.scaling.replicas["fp16"]),
+    }
+
+
+def test_nothing_is_reported_before_the_first_decision() -> None:
+    desk = Desk()
+    assert desk.scaling.reported() == {}
+
+
+def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
+    desk = Desk()
+    desk.scaling.decide(0.0)
+    desk.replica("fp8", "r", speed=0.5)
+    for _ in range(2):
+        desk.ask(1.0)
+    desk.grants.grant()
+    load = desk.scaling._load(2.0)
+    assert load.demands[0].arrived_s == 2.0
+    assert load.demands[0].queued_s == load.demands[0].oldest_wait_s == 0.0
+    assert load.supplies["fp8"].ready == 1
+    assert load.supplies["fp8"].speed == 0.5
+
+
+def test_replicas_in_excess_are_granted_nothing() -> None:
+    desk = Desk()
+    for name in "abc":
+        desk.replica("fp8", name)
+    assert desk.grants.slots("fp8") == 6
+    desk.grants.wanted = {"fp8": 1}
+    assert desk.grants.slots("fp8") == 2
+    for _ in range(5):
+        desk.ask(0.0)
+    assert len(desk.grants.grant()) == 2
+    desk.grants.wanted = {"fp8": 2}
+    assert len(desk.grants.grant()) == 2
+
+
+def test_a_draining_node_is_granted_nothing_and_its_replicas_are_no_supply() -> None:
+    desk = Desk()
+    desk.replica("fp8", "a", node="stays")
+    desk.replica("fp8", "b", node="goes")
+    desk.grants.draining = frozenset({"goes"})
+    assert desk.grants.slots("fp8") == 2
+    assert desk.scaling._load(0.0).supplies["fp8"].ready == 1
+
+
+def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> None:
+    fixed = Desk()
+    fixed.scaling.placeable = frozenset({"fp16"})
+    assert not fixed.scaling.may_come("fp8")
+    elastic = Desk(Limits(POOLS, tuning=Tuning(node_wait_s=60)))
+    elastic.scaling.placeable = frozenset({"fp16"})
+    elastic.scaling.decide(0.0)
+    elastic.ask(1.0, pools=("fp8",))
+    for second in range(1, 60):
+        elastic.scaling.decide(second)
+        assert elastic.scaling.may_come("fp8")
+    for second in range(60, 70):
+        elastic.scaling.decide(second)
+    assert not elastic.scaling.may_come("fp8")
+    assert elastic.scaling.starting("fp8") > 0
+
+
+def test_tuning_changes_what_is_decided_from_then_on() -> None:
+    desk = Desk()
+    desk.scaling.decide(0.0)
+    desk.scaling.tune(Tuning(warm_reserve=2))
+    desk.scaling.decide(1.0)
+    assert desk.scaling.replicas["fp8"] == 2
+
+
+def test_followers_are_reported_by_their_own_names() -> None:
+    desk = Desk(Limits(POOLS, {"Ingress": Follower(1, 3, each=10)}))
+    for _ in range(25):
+        desk.ask(0.0)
+    desk.scaling.decide(0.0)
+    assert desk.scaling.reported()["replicas/Ingress"] == 3.0
+
+
+def test_ray_serve_is_told_requests_where_it_decides_itself() -> None:
+    desk = Desk(ours=False)
+    assert desk.scaling.decide(0.0) == {}
+    desk.replica("fp8", "r")
+    for _ in range(5):
+        desk.ask(0.0)
+    desk.grants.grant()
+    desk.ask(0.0, pools=("fp16",))
+    assert desk.scaling.reported() == {
+        "requests/Generator-fp8": 5.0,
+        "requests/Generator-fp16": 1.0,
+    }
+
+
+# -- Ray Serve's side -----------------------------------------------------------------------------
+
+
+class Deployment(NamedTuple):
+    name: str
+
+
+class Sample(NamedTuple):
+    timestamp: float
+    value: float
+
+
+class Config:
+    def get_target_ongoing_requests(self) -> float:
+        return 2.0
+
+    def get_upscaling_factor(self) -> float:
+        return 1.0
+
+
+class Context:
+    """What our policy reads of Ray Serve's."""
+
+    def __init__(self, current: int = 0, target: int = 0, **reported: list[tuple[float, float]]):
+        self.current_num_replicas, self.target_num_replicas = current, target
+        self.total_num_requests, self.policy_state, self.config = 0.0, {}, Config()
+        series = {name.replace("__", "/"): pairs for name, pairs in reported.items()}
+        self.raw_metrics: Any = {
+            name: {"replica": [Sample(*pair) for pair in pairs]} for name, pairs in series.items()
+        }
+        self.aggregated_metrics = {
+            name: {"replica": sum(value for _, value in pairs) / len(pairs)}
+            for name, pairs in series.items()
+            if pairs
+        }
+
+
+def contexts(target: int = 2, current: int = 2, **reported: list[tuple[float, float]]) -> Any:
+    return {
+        Deployment("Dispatcher"): Context(1, 1, **reported),
+        Deployment("pool"): Context(current, target),
+    }
+
+
+def test_the_newest_number_counts_and_not_the_mean() -> None:
+    given = contexts(replicas__pool=[(1.0, 9.0), (3.0, 4.0), (2.0, 7.0)])
+    assert replicas(given) == ({Deployment("pool"): 4.0}, {})
+
+
+def test_what_stays_at_zero_is_left_out_and_what_goes_to_zero_is_not() -> None:
+    assert replicas(contexts(target=0, current=0, replicas__pool=[(1.0, 0.0)]))[0] == {}
+    going = contexts(target=1, replicas__pool=[(1.0, 0.0)])
+    assert replicas(going)[0] == {Deployment("pool"): 0.0}
+
+
+def test_without_numbers_every_deployment_keeps_its_replicas() -> None:
+    assert replicas(contexts()) == ({}, {})
+    assert replicas(contexts(replicas__pool=[])) == ({}, {})
+    assert replicas({}) == ({}, {})
+
+
+def test_whatever_happens_nothing_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    broken = contexts()
+    broken[Deployment("Dispatcher")].raw_metrics = None
+    assert replicas(broken) == ({}, {})
+    assert replicas({None: None}) == ({}, {})
+
+
+def test_ray_serves_own_policy_decides_on_the_requests_of_the_dispatcher() -> None:
+    given = contexts(requests__pool=[(1.0, 4.0), (2.0, 16.0)])
+    assert replicas(given)[0] == {Deployment("pool"): 5.0}  # a mean of 10, 2 each
+    asleep = contexts(target=0, current=0, requests__pool=[(1.0, 3.0)])
+    assert replicas(asleep)[0] == {Deployment("pool"): 1}
