@@ -19,6 +19,7 @@ PURE = [
     "serve.dispatch.limits",
     "serve.dispatch.messages",
     "serve.dispatch.overview",
+    "serve.dispatch.scaling",
     "serve.dispatch.tenant",
     "serve.engine.batching",
     "serve.engine.noise_schedule",

@@ -65,8 +65,8 @@ def test_nothing_is_reported_before_the_first_decision() -> None:
 
 def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
     desk = Desk()
-    desk.scaling.decide(0.0)
     desk.replica("fp8", "r", speed=0.5)
+    desk.scaling.decide(0.0)
     for _ in range(2):
         desk.ask(1.0)
     desk.grants.grant()
