@@ -1,5 +1,5 @@
 """What the simulator compares with: Ray Serve's own policy, a queue-length rule as KEDA and
-Kubernetes apply it, a fixed fleet, and an oracle. For measurements, not for serving.
+Kubernetes apply it, and an oracle. For measurements, not for serving.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class RayServe:
     def __init__(
         self,
         pools: Mapping[str, Pool],
-        target_ongoing_requests: float,
-        upscale_delay_s: float,
-        downscale_delay_s: float,
+        target_ongoing_requests: float = 2.0,
+        upscale_delay_s: float = 30.0,
+        downscale_delay_s: float = 600.0,
     ) -> None:
         self._pools = pools
         self._clock = _Now()
@@ -69,14 +69,15 @@ class RayServe:
         kept, autoscaling_policy.time = autoscaling_policy.time, self._clock
         try:
             for name, pool in self._pools.items():
-                self._wanted[name] = self._decide(name, pool, view, now)
+                requests = _requests(name, self._pools, self._wanted, view)
+                self._wanted[name] = self._decide(name, pool, requests, view, now)
         finally:
             autoscaling_policy.time = kept
         return self._wanted
 
-    def _decide(self, name: str, pool: Pool, view: View, now: float) -> int:
+    def _decide(self, name: str, pool: Pool, requests: int, view: View, now: float) -> int:
         counts, config = self._counts[name], self._configs[name]
-        counts.append(view.requests[name])
+        counts.append(requests)
         context = AutoscalingContext(
             deployment_id=None,
             deployment_name=name,
@@ -100,6 +101,13 @@ class RayServe:
         return int(min(max(math.ceil(wanted), pool.min_replicas), pool.max_replicas))
 
 
+def _requests(name: str, pools: Mapping[str, Pool], wanted: Mapping[str, int], view: View) -> int:
+    """That run in a pool, or wait for it because those before it are at their limits."""
+    before = list(pools)[: list(pools).index(name)]
+    full = all(wanted[other] >= pools[other].max_replicas for other in before)
+    return view.running[name] + (view.waiting if full else 0)
+
+
 class QueueLength:
     """KEDA's rule on the number of requests that wait or run, carried out by Kubernetes' HPA.
 
@@ -114,7 +122,7 @@ class QueueLength:
     def __init__(
         self,
         pools: Mapping[str, Pool],
-        target: float,
+        target: float = 2.0,
         stabilisation_s: float = 300.0,
         cooldown_s: float = 300.0,
     ) -> None:
@@ -126,7 +134,8 @@ class QueueLength:
 
     def __call__(self, view: View, now: float) -> Mapping[str, int]:
         for name, pool in self._pools.items():
-            requests, wanted = view.requests[name], self._wanted[name]
+            requests = _requests(name, self._pools, self._wanted, view)
+            wanted = self._wanted[name]
             if now % self.POLL_S == 0 and requests:
                 self._active[name] = now
                 wanted = max(wanted, 1)
@@ -149,16 +158,6 @@ class QueueLength:
         return min(called, max(2 * wanted, wanted + 4))
 
 
-class Static:
-    """Always so many of the first pool."""
-
-    def __init__(self, pools: Mapping[str, Pool], replicas: int) -> None:
-        self._wanted = dict.fromkeys(pools, 0) | {next(iter(pools)): replicas}
-
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
-        return self._wanted
-
-
 class Oracle:
     """Knows every request before it comes, and orders replicas so that they are ready for it.
 
@@ -174,12 +173,13 @@ class Oracle:
         arrivals: Sequence[tuple[float, float]],
         seconds: float,
         start_s: float,
-        spare: float,
-        window_s: float,
+        spare: float = 2.0,
+        window_s: float = 60.0,
     ) -> None:
         """`arrivals`: times and work, in order."""
-        self._name, pool = next((name, pool) for name, pool in pools.items())
-        self._zero = dict.fromkeys(pools, 0)
+        self._pools = pools
+        most = sum(pool.max_replicas for pool in pools.values())
+        (pool, *_) = pools.values()
         times = [at for at, _ in arrivals]
         sums = [0.0, *accumulate(work for _, work in arrivals)]
         last = int(seconds / TICK_S) + 1
@@ -192,7 +192,7 @@ class Oracle:
             )
             always = work / window_s / pool.speed
             need = math.ceil(always + spare * math.sqrt(always / pool.slots) - 1e-9)
-            needs.append(min(max(need, pool.min_replicas), pool.max_replicas))
+            needs.append(min(max(need, pool.min_replicas), most))
         ahead = math.ceil(start_s / TICK_S)
         # Wanted now is the most that is needed between now and when a replica that is ordered now
         # would be ready; for another such time it is cheaper to keep one than to start it again.
@@ -200,7 +200,11 @@ class Oracle:
 
     def __call__(self, view: View, now: float) -> Mapping[str, int]:
         tick = int(now / TICK_S)
-        return self._zero | {self._name: self._wanted[min(tick, len(self._wanted) - 1)]}
+        left, wanted = self._wanted[min(tick, len(self._wanted) - 1)], {}
+        for name, pool in self._pools.items():
+            wanted[name] = min(math.ceil(left / pool.speed), pool.max_replicas)
+            left -= math.floor(wanted[name] * pool.speed)
+        return wanted
 
 
 def _most_ahead(values: Sequence[int], ticks: int) -> list[int]:

@@ -16,9 +16,10 @@ class Tuning:
 
     `target_wait_s`: how soon a queue is to be drained; `utilisation`: how busy replicas are at most
     with what is expected; `spare`: room for chance, in standard deviations of the images that are
-    drawn at a time; `hold_s`: how long what was needed is kept; `idle_s`: until the last replica
-    goes; `node_wait_s`: how long a node may take that is added for a replica, 0: nobody adds nodes;
-    `warm_reserve`: replicas beyond what is needed, of each model that is not idle.
+    drawn at a time; `hold_s`: over how long the work that arrives is averaged, and how long what
+    was needed is kept; `idle_s`: until the last replica goes; `node_wait_s`: how long a node may
+    take that is added for a replica, 0: nobody adds nodes; `warm_reserve`: replicas beyond what is
+    needed, of each model that is not idle.
     """
 
     target_wait_s: float = 10.0

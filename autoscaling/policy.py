@@ -102,6 +102,7 @@ class _Share(NamedTuple):
 
 def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
     """Replicas to run from now on, within their bounds whatever the load says."""
+    mean_s = limits.tuning.hold_s
     if now < state.at:
         state = _clock_was_set_back(state, now)
     samples = dict(state.samples)
@@ -109,7 +110,7 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         new = Sample(now, d.arrived_s, d.squares)
         # Nobody had asked for these pools by the last decision, if there was one.
         first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
-        samples[d.pools] = sampled(samples.get(d.pools, first), new)
+        samples[d.pools] = sampled(samples.get(d.pools, first), new, mean_s)
     pools = {
         name: _seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
         for name, pool in limits.pools.items()
@@ -119,9 +120,9 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         names = preferred(model, limits)
         demands = [d for d in load.demands if set(d.pools) & set(names)]
         theirs = [samples[d.pools] for d in demands]
-        arriving, known = rates(theirs), state.rises.get(model, Rises())
+        arriving, known = rates(theirs, mean_s), state.rises.get(model, Rises())
         start_s = pools[names[0]].start_s
-        rises[model] = risen(known, sum(arriving), recent_rate(theirs), start_s, now)
+        rises[model] = risen(known, sum(arriving), recent_rate(theirs, mean_s), start_s, now)
         filling = _Filling(demands, arriving, rises[model].usual, pools, limits, now)
         for place, name in enumerate(names):
             before, share = pools[name], filling.share(name, names[place + 1 :])

@@ -16,8 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MEAN_S = 120.0  # the long window
-WINDOWS_S = (5.0, 15.0, 40.0)
+SHORT = (1 / 24, 1 / 8, 1 / 3)  # windows, as parts of the long one
 DOUBT = 1.5
 
 RISES_S = 3600.0  # how far back rises are remembered
@@ -36,24 +35,24 @@ class Sample(NamedTuple):
 Samples = tuple[Sample, ...]
 
 
-def sampled(samples: Samples, new: Sample) -> Samples:
-    """With one more, and without those that are no longer looked at.
+def sampled(samples: Samples, new: Sample, mean_s: float) -> Samples:
+    """With one more, and without those that the long window, `mean_s`, no longer needs.
 
     If a counter has become less it is a new process's, and if time has the clock was set back:
     what was known begins anew.
     """
     if samples and (new.at < samples[-1].at or new.work_s < samples[-1].work_s):
         return (new,)
-    first = bisect_right(samples, new.at - MEAN_S, key=lambda sample: sample.at) - 1
+    first = bisect_right(samples, new.at - mean_s, key=lambda sample: sample.at) - 1
     return (*samples[max(first, 0) :], new)
 
 
-def rates(demands: Sequence[Samples]) -> list[float]:
+def rates(demands: Sequence[Samples], mean_s: float) -> list[float]:
     """Of demands that share replicas, work a second; their sum is the highest that is proven."""
-    means = [_rate(samples, MEAN_S)[0] for samples in demands]
+    means = [_rate(samples, mean_s)[0] for samples in demands]
     most = sum(means)
-    for window_s in WINDOWS_S:
-        found = [_rate(samples, window_s) for samples in demands]
+    for part in SHORT:
+        found = [_rate(samples, part * mean_s) for samples in demands]
         total = sum(mean for mean, _ in found)
         proven = total - DOUBT * sum(variance for _, variance in found) ** 0.5
         if proven > most:
@@ -61,9 +60,9 @@ def rates(demands: Sequence[Samples]) -> list[float]:
     return means
 
 
-def recent_rate(demands: Sequence[Samples]) -> float:
+def recent_rate(demands: Sequence[Samples], mean_s: float) -> float:
     """Work a second within the longest of the short windows."""
-    return sum(_rate(samples, WINDOWS_S[-1])[0] for samples in demands)
+    return sum(_rate(samples, SHORT[-1] * mean_s)[0] for samples in demands)
 
 
 def _rate(samples: Samples, window_s: float) -> tuple[float, float]:

@@ -38,14 +38,11 @@ class Site:
 
 
 class View(NamedTuple):
-    """What a policy may know; `requests`: waiting for or running in each pool.
-
-    A request that may wait for several pools counts for the first.
-    """
+    """What a policy may know; requests: `running` in each pool, and `waiting` for all of them."""
 
     load: Load
-    requests: Mapping[str, int]
-    waiting: Mapping[str, int]
+    running: Mapping[str, int]
+    waiting: int
 
 
 Policy = Callable[[View, float], Mapping[str, int]]  # replicas of each pool, at a time
@@ -105,14 +102,29 @@ class _Request(NamedTuple):
     kind: _Kind
 
 
-class Simulation:
-    """See the module's text. `sites`: pools by name, preferred first, for one model."""
+def image_of(shape: Shape) -> ImageShape:
+    rows = 1 + (shape.guidance > 1)
+    return ImageShape(shape.width, shape.height, TEXT_TOKENS, rows, shape.steps)
 
-    def __init__(self, sites: Mapping[str, Site], policy: Policy, seed: int = 0) -> None:
+
+class Simulation:
+    """See the module's text.
+
+    `sites`: a model's pools by name, preferred first; `unit`: what an image is counted as, by
+    default its cost in the first of them.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        policy: Policy,
+        seed: int = 0,
+        unit: Coefficients | None = None,
+    ) -> None:
         self._policy, self._seed = policy, seed
         self._names = tuple(sites)
         self._sites = list(sites.values())
-        self._reference = self._sites[0].costs
+        self._unit = unit or self._sites[0].costs
         self._events: list[tuple[float, int, Any, Any]] = []
         self._number = 0
         self._queue = FairQueue()
@@ -133,7 +145,7 @@ class Simulation:
     def run(self, workload: Workload, warm_up_s: float = 0.0) -> Outcome:
         """What happens within `warm_up_s` is not counted."""
         self._counted_from = warm_up_s
-        for fleet in self._fleets:
+        for fleet in self._fleets if warm_up_s else ():
             self.later(warm_up_s, fleet.forget)
         arrivals = iter(workload.arrivals(self._seed))
         upcoming: Arrival | None = next(arrivals, None)
@@ -237,15 +249,9 @@ class Simulation:
             self._grant(now)
 
     def _kind(self, shape: Shape) -> _Kind:
-        image = ImageShape(
-            shape.width, shape.height, TEXT_TOKENS, 1 + (shape.guidance > 1), shape.steps
-        )
-        row_s = []
-        for site in self._sites:
-            costs = site.costs
-            row_s.append(costs.work_s(image) / shape.steps - costs.step)
-        work_s = self._reference.work_s(image)
-        kind = _Kind(work_s, image.image_tokens, shape.steps, tuple(row_s))
+        image = image_of(shape)
+        row_s = [site.costs.work_s(image) / shape.steps - site.costs.step for site in self._sites]
+        kind = _Kind(self._unit.work_s(image), image.image_tokens, shape.steps, tuple(row_s))
         self._kinds[shape] = kind
         return kind
 
@@ -287,10 +293,8 @@ class Simulation:
             name: Supply(len(replicas))
             for name, replicas in zip(self._names, self._open, strict=True)
         }
-        requests = dict(zip(self._names, self._running, strict=True))
-        waiting = dict.fromkeys(self._names, 0) | {self._names[0]: len(self._queue)}
-        requests[self._names[0]] += len(self._queue)
-        return View(Load([demand], supplies), requests, waiting)
+        running = dict(zip(self._names, self._running, strict=True))
+        return View(Load([demand], supplies), running, len(self._queue))
 
     def _tick(self, now: float) -> None:
         wanted = self._policy(self._view(now), now)

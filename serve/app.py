@@ -19,7 +19,7 @@ from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .settings import Application, Pool, Resources
-from .sizing import limits
+from .sizing import limits_of
 from .work import units
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
@@ -60,7 +60,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
         needs,
-        limits(settings),
+        limits_of(settings),
         settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
         f"{settings.data_folder}/usage" if settings.data_folder else None,

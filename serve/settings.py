@@ -337,7 +337,7 @@ class Autoscaling(Frozen):
     target_wait_s: PositiveFloat = _TUNING.target_wait_s
     utilisation: Annotated[float, Field(gt=0, le=1)] = _TUNING.utilisation
     spare: NonNegativeFloat = _TUNING.spare
-    hold_s: NonNegativeFloat = _TUNING.hold_s
+    hold_s: PositiveFloat = _TUNING.hold_s
     idle_s: NonNegativeFloat = _TUNING.idle_s
     node_wait_s: NonNegativeFloat = _TUNING.node_wait_s
     warm_reserve: NonNegativeInt = _TUNING.warm_reserve

@@ -14,7 +14,7 @@ USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps
 REQUESTS_PER_INGRESS = 200  # open ones; most of them only wait
 
 
-def limits(application: Application) -> Limits:
+def limits_of(application: Application) -> Limits:
     """Of every pool by its name, and of the deployments that follow them.
 
     What a replica can do and costs is arithmetic until replicas say how fast they are.

@@ -128,7 +128,8 @@ def test_playground_and_readiness(client: httpx.Client) -> None:
     assert pools.keys() == {"landscapes-fp8", "landscapes-fp16"}
     for pool in pools.values():
         assert pool.keys() == {
-            *("replicas", "slots", "running", "running_work_s", "speed", "placeable")
+            *("replicas", "slots", "running", "running_work_s", "speed", "placeable"),
+            *("least", "wanted", "reason"),
         }
         assert (pool["replicas"], pool["slots"], pool["placeable"]) == (1, 4, True)
         assert pool["speed"] > 0

@@ -4,6 +4,8 @@ import pytest
 
 from autoscaling.rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
 
+MEAN_S = 120.0
+
 
 def poisson(per_s: float, seconds: int, seed: int = 0, work_s: float = 1.0) -> Samples:
     chance, samples, work, at = random.Random(seed), (), 0.0, 0.0
@@ -14,20 +16,20 @@ def poisson(per_s: float, seconds: int, seed: int = 0, work_s: float = 1.0) -> S
         while arrivals and arrivals[0] <= second:
             arrivals.pop(0)
             work += work_s
-        samples = sampled(samples, Sample(second, work, work * work_s))
+        samples = sampled(samples, Sample(second, work, work * work_s), MEAN_S)
     return samples
 
 
 def test_an_even_stream_has_its_rate() -> None:
     samples: Samples = ()
     for second in range(300):
-        samples = sampled(samples, Sample(second, 5.0 * second, 0.0))
-    assert rates([samples]) == pytest.approx([5.0])
+        samples = sampled(samples, Sample(second, 5.0 * second, 0.0), MEAN_S)
+    assert rates([samples], MEAN_S) == pytest.approx([5.0])
     assert len(samples) <= 123
 
 
 def test_chance_is_not_taken_for_a_rise() -> None:
-    found = [sum(rates([poisson(2.0, 400, seed)])) for seed in range(40)]
+    found = [sum(rates([poisson(2.0, 400, seed)], MEAN_S)) for seed in range(40)]
     assert sum(found) / 40 == pytest.approx(2.0, rel=0.15)
     assert max(found) < 3.2
 
@@ -37,15 +39,17 @@ def test_a_jump_is_seen_within_seconds_where_there_are_many_requests() -> None:
     last = samples[-1]
     for second in range(1, 6):
         work = last.work_s + 100.0 * second
-        samples = sampled(samples, Sample(last.at + second, work, work))
-    assert sum(rates([samples])) > 80
+        samples = sampled(samples, Sample(last.at + second, work, work), MEAN_S)
+    assert sum(rates([samples], MEAN_S)) > 80
 
 
 def test_one_large_request_proves_nothing() -> None:
     samples = poisson(1.0, 300)
     last = samples[-1]
-    jumped = sampled(samples, Sample(last.at + 1, last.work_s + 60, last.squares + 3600))
-    assert sum(rates([jumped])) == pytest.approx(sum(rates([samples])) + 60 / 120, rel=0.1)
+    jumped = sampled(samples, Sample(last.at + 1, last.work_s + 60, last.squares + 3600), MEAN_S)
+    assert sum(rates([jumped], MEAN_S)) == pytest.approx(
+        sum(rates([samples], MEAN_S)) + 60 / 120, rel=0.1
+    )
 
 
 def test_demands_are_raised_together() -> None:
@@ -54,23 +58,25 @@ def test_demands_are_raised_together() -> None:
     for second in range(1, 6):
         work = last.work_s + 100.0 * second
         steady = sampled(
-            steady, Sample(last.at + second, steady[-1].work_s + 10, steady[-1].squares + 10)
+            steady,
+            Sample(last.at + second, steady[-1].work_s + 10, steady[-1].squares + 10),
+            MEAN_S,
         )
-        jumping = sampled(jumping, Sample(last.at + second, work, work))
-    one, other = rates([steady, jumping])
+        jumping = sampled(jumping, Sample(last.at + second, work, work), MEAN_S)
+    one, other = rates([steady, jumping], MEAN_S)
     assert other > 7 * one
-    assert recent_rate([steady, jumping]) > 20
+    assert recent_rate([steady, jumping], MEAN_S) > 20
 
 
 def test_a_counter_that_begins_anew_and_a_clock_that_was_set_back() -> None:
     samples = poisson(10.0, 300)
-    assert sampled(samples, Sample(301, 1.0, 1.0)) == (Sample(301, 1.0, 1.0),)
-    assert sampled(samples, Sample(5, 1e6, 1e6)) == (Sample(5, 1e6, 1e6),)
+    assert sampled(samples, Sample(301, 1.0, 1.0), MEAN_S) == (Sample(301, 1.0, 1.0),)
+    assert sampled(samples, Sample(5, 1e6, 1e6), MEAN_S) == (Sample(5, 1e6, 1e6),)
 
 
 def test_a_gap_is_filled_by_the_counter() -> None:
-    samples = sampled((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0))
-    assert rates([samples]) == [3.0]
+    samples = sampled((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0), MEAN_S)
+    assert rates([samples], MEAN_S) == [3.0]
 
 
 def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
