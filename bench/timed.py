@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import ray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
@@ -44,6 +45,7 @@ class TimedGenerator:
         self._dispatcher = others[-1]
         self._drawing: set[Lease] = set()
         self._stopped: list[Stopped] = []
+        self._leaving = False
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
@@ -75,13 +77,20 @@ class TimedGenerator:
         if self._heartbeat.done():
             raise RuntimeError("no heartbeat")
 
+    def record_routing_stats(self) -> dict[str, bool]:
+        return {"leaving": self._leaving}
+
     async def _report(self) -> None:
         name = ray_serve.get_replica_context().replica_id.unique_id
+        node = ray.get_runtime_context().get_node_id()
         while True:
-            said = Heartbeat(self._pool, name, self._slots, speed=float(self._slots))
+            said = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node)
             stopped, self._stopped = self._stopped, []
             try:
-                await self._dispatcher.report_replica.remote(said, list(self._drawing), stopped)
+                reply = await self._dispatcher.report_replica.remote(
+                    said, list(self._drawing), stopped
+                )
+                self._leaving = reply.leaving
             except Exception:  # whatever it is, the next heartbeat comes
                 logging.getLogger("ray.serve").warning("no dispatcher", exc_info=True)
             await asyncio.sleep(1)
