@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from autoscaling.simulator import SLOWDOWN, Outcome
 
@@ -70,8 +70,8 @@ def simulate(
             scene = scene_of_card(model or "sd3.5-large", card, slots, least, most, node_s, start_s)
         requests = workload_of(workload, rate, hours)
         outcomes: dict[str, Outcome] = {}
-        for text in policy or ["queued-work"]:
-            name, numbers = policy_of(text)
+        policies = {text: policy_of(text) for text in policy or ["queued-work"]}
+        for text, (name, numbers) in policies.items():
             with console.status(text):
                 outcomes[text] = scene.run(requests, name, seed, **numbers)
         if as_json:
@@ -103,16 +103,16 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
 
 def _table(outcomes: dict[str, Outcome]) -> Table:
     some = next(iter(outcomes.values()))
-    table = Table(title=f"{some.requests} requests", title_justify="left")
-    table.add_column("policy")
+    title = f"{some.requests} requests; in time: within {SLOWDOWN:g} × what each takes alone"
+    table = Table(Column("policy", overflow="fold"), title=title, title_justify="left")
     for name in (
         "$",
         "replica hours",
-        f"answered within {SLOWDOWN:g} × own time",
+        "in time",
         "wait p50 s",
         "p99 s",
-        "up",
-        "down",
+        "ups",
+        "downs",
         "starts",
     ):
         table.add_column(name, justify="right")

@@ -1,0 +1,116 @@
+"""`octet simulate`, and the settings that autoscaling has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.cli import app
+from serve.settings import SettingsError
+from serve.settings_file import load_settings
+from serve.simulation import policy_of, scene_of_settings
+from serve.sizing import limits_of
+
+ROOT = Path(__file__).parents[2]
+LAPTOP, SD35 = ROOT / "examples" / "laptop.yaml", ROOT / "examples" / "sd35.yaml"
+
+
+def simulate(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["simulate", "--hours", "0.2", *arguments])
+
+
+def test_policies_side_by_side() -> None:
+    result = simulate("--policy", "queued-work", "--policy", "static:12", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found.keys() == {"queued-work", "static:12"}
+    assert found["queued-work"]["requests"] == found["static:12"]["requests"] > 1000
+    assert found["static:12"]["ups"] == 1
+    assert found["queued-work"]["usd_by_card"].keys() == {"h100"}
+    table = simulate("--policy", "ray-serve:1,0,60")
+    assert "ray-ser" in table.output
+
+
+def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "day.csv"
+    rows = "".join(f"{i},t,128,128,28,3.0\n" for i in range(0, 300, 3))
+    file.write_text("time,tenant,width,height,steps,guidance\n" + rows)
+    result = simulate("--workload", str(file), "--config", str(LAPTOP), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["queued-work"]["requests"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--workload", "weekly"), "--workload 'weekly': one of poisson"),
+        (("--policy", "magic"), "--policy 'magic'"),
+        (("--policy", "static"), "how many replicas? static:8"),
+        (("--policy", "keda:1,2,3,4"), "keda takes target, stabilisation_s, cooldown_s"),
+        (("--policy", "queued-work:3"), "queued-work takes no numbers"),
+        (("--policy", "keda:nan"), "keda takes"),
+        (("--card", "h1000"), "--card 'h1000'"),
+        (("--model", "sd4"), "--model 'sd4'"),
+        (("--config", str(LAPTOP), "--model", "other"), "--model 'other'"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], said: str) -> None:
+    result = simulate(*arguments)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+def test_numbers_of_a_policy_have_their_places() -> None:
+    assert policy_of("ray-serve:1.5,0") == (
+        "ray-serve",
+        {"target_ongoing_requests": 1.5, "upscale_delay_s": 0.0},
+    )
+    assert policy_of("queued-work") == ("queued-work", {})
+
+
+def test_limits_follow_from_settings() -> None:
+    environ = {
+        "OCTET_INGRESS__REPLICAS": "3",
+        "OCTET_INGRESS__MIN_REPLICAS": "1",
+        "OCTET_TEXT_ENCODERS__0__REPLICAS": "4",
+        "OCTET_TEXT_ENCODERS__0__MIN_REPLICAS": "0",
+        "OCTET_MODELS__0__POOLS__0__CARD": "h100",
+        "OCTET_MODELS__0__POOLS__1__CARD": "a100-80",
+        "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": "1",
+    }
+    limits = limits_of(load_settings(SD35, environ).application())
+    fp8, fp16 = limits.pools["sd3.5-large-fp8-h100"], limits.pools["sd3.5-large-fp16-a100-80"]
+    assert (fp8.min_replicas, fp8.max_replicas, fp16.min_replicas) == (1, 2, 1)
+    assert fp8.speed == 1.0 > fp16.speed > 0.1  # of the same work
+    assert fp8.usd_h > 0
+    assert limits.followers["Ingress"].max_replicas == 3
+    assert set(limits.followers["TextEncoder-sd35"].pools) == set(limits.pools)
+    assert not limits_of(load_settings(LAPTOP, {}).application()).followers
+
+
+def test_replicas_that_share_a_card_share_its_time() -> None:
+    scene = scene_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
+    site = scene.sites["sd3.5-medium-fp8"]
+    assert site.machine.per_node == 6
+    assert site.costs.token == pytest.approx(6 * scene.unit.token)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS",
+            "3",
+            "min_replicas 3 must be at most replicas 2",
+        ),
+        ("OCTET_INGRESS__MIN_REPLICAS", "0", "ingress: min_replicas must be at least 1"),
+        ("OCTET_AUTOSCALING__UTILISATION", "1.5", "utilisation"),
+        ("OCTET_AUTOSCALING__HOLDS", "5", "unknown key 'holds'"),
+        ("OCTET_AUTOSCALING_POLICY", "magic", "queued-work"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, value: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said.replace("(", r"\(")):
+        load_settings(LAPTOP, {name: value})

@@ -1,0 +1,253 @@
+import random
+from pathlib import Path
+
+import pytest
+
+from autoscaling.baselines import Oracle, QueueLength, RayServe, _most_ahead
+from autoscaling.contestants import QueuedWork, Static
+from autoscaling.fleet import Machine, Replica
+from autoscaling.load import Limits, Load, Pool, Supply
+from autoscaling.simulator import Outcome, Policy, Simulation, Site, View
+from autoscaling.workloads import (
+    HOUR_S,
+    Arrival,
+    Shape,
+    Workload,
+    diurnal,
+    heavy_tailed,
+    on_off,
+    poisson,
+    sparse,
+    spikes,
+    trace,
+)
+from serve.cost import Coefficients
+
+COSTS = Coefficients(constant=0.0, step=0.0, token=1e-3 / 8, token2=0.0, pixel=0.0)
+SHAPE = Shape(256, 256, 10, 1.0)  # 589 tokens, 10 steps
+IMAGE_S = 589 * 10 * 1e-3 / 8
+POOL = Pool("m", 0, 50, 2)
+MACHINE = Machine("h100", 3.6, node_s=20, start_s=10)
+
+
+def given(*at: float, tenant: str = "t") -> Workload:
+    arrivals = [Arrival(time, tenant, SHAPE) for time in at]
+    return Workload("given", 60.0, lambda _: arrivals)
+
+
+def run(
+    workload: Workload,
+    policy: Policy,
+    machine: Machine = MACHINE,
+    costs: Coefficients = COSTS,
+    warm_up_s: float = 0.0,
+) -> Outcome:
+    return Simulation({"p": Site(POOL, machine, costs)}, policy, 1).run(workload, warm_up_s)
+
+
+def static(replicas: int) -> Static:
+    return Static({"p": POOL}, replicas)
+
+
+# -- replicas -------------------------------------------------------------------------------------
+
+
+def test_images_of_a_replica_take_turns_step_by_step() -> None:
+    replica = Replica(0, 0.0, step_s=1.0)
+    replica.join("a", size=1, row_s=2.0, steps=10)
+    assert replica.ends_at == 10 * 3.0  # a step costs 1, and 2 for its row
+    replica.advance(15.0)  # after 5 steps
+    replica.join("b", size=1, row_s=2.0, steps=2)
+    assert replica.next.what == "b"
+    assert replica.ends_at == 15.0 + 2 * 5.0  # two rows of one size share the step
+    replica.advance(25.0)
+    replica.leave(replica.next)
+    assert replica.ends_at == 25.0 + 3 * 3.0
+    replica.join("c", size=9, row_s=2.0, steps=1)
+    assert replica.ends_at == 25.0 + 6.0  # of another size: a step of its own
+
+
+def test_a_request_waits_for_node_and_start_and_then_takes_its_time() -> None:
+    outcome = run(given(0.0), static(1))
+    assert outcome.requests == 1
+    (wait_s,) = outcome.waits
+    assert 20 + 8 <= wait_s <= 20 + 12
+    assert outcome.violations == 1
+    warm = run(given(40.0), static(1))
+    assert list(warm.waits) == [0.0]
+    assert warm.violations == 0
+
+
+def test_cost_is_nodes_by_the_hour() -> None:
+    outcome = run(given(0.0), static(3))
+    assert outcome.usd == pytest.approx(3 * 60 * 3.6 / 3600, rel=0.05)
+    assert outcome.usd_by_card == {"h100": outcome.usd}
+    packed = run(given(0.0), static(3), Machine("h100", 3.6, per_node=4, node_s=20, start_s=10))
+    assert packed.usd == pytest.approx(outcome.usd / 3, rel=0.05)
+    assert packed.replica_h == pytest.approx(outcome.replica_h, rel=0.01)
+
+
+def test_empty_nodes_are_given_back_and_the_emptiest_is_emptied_first() -> None:
+    def shrinking(_: View, now: float) -> dict[str, int]:
+        return {"p": 5 if now < 100 else 4}
+
+    machine = Machine("h100", 3600.0, per_node=4, node_s=0, start_s=1, idle_s=30)
+    workload = Workload("idle", 1000.0, lambda _: [])
+    outcome = run(workload, shrinking, machine)
+    assert outcome.usd == pytest.approx(1000 + 100 + 30, abs=5)
+
+
+def test_what_a_dead_replica_drew_is_drawn_again() -> None:
+    machine = Machine("h100", 1.0, node_s=0, start_s=1, replica_fails_s=40)
+    workload = poisson(2.0, 600, ((SHAPE, 1.0),))
+    outcome = run(workload, static(4), machine)
+    assert outcome.retried > 0
+    assert len(outcome.waits) == outcome.requests
+
+
+def test_a_node_that_is_taken_away_is_emptied_before_where_there_is_time() -> None:
+    workload = poisson(2.0, 600, ((SHAPE, 1.0),))
+    notice = Machine("h100", 1.0, node_s=0, start_s=1, node_taken_s=100, notice_s=60)
+    assert run(workload, static(4), notice).retried == 0
+    sudden = Machine("h100", 1.0, node_s=0, start_s=1, node_taken_s=20, notice_s=0)
+    taken = run(workload, static(4), sudden)
+    assert taken.retried > 0
+    assert len(taken.waits) == taken.requests
+
+
+def test_tenants_share_through_the_fair_queue() -> None:
+    flood = [Arrival(40.0, "flood", SHAPE) for _ in range(200)]
+    light = [Arrival(40.1, "light", SHAPE)]
+    outcome = run(Workload("two", 60.0, lambda _: [*flood, *light]), static(1))
+    waits = list(outcome.waits)  # sorted
+    assert waits[-1] > 100 * IMAGE_S / 2
+    # The light one was next: of 201 waits, one is short although it came last.
+    assert sum(wait < 2 * IMAGE_S for wait in waits) >= 3
+
+
+def test_the_same_seed_gives_the_same_result_and_a_warm_up_is_not_counted() -> None:
+    workload = poisson(3.0, 600)
+    one, two = (run(workload, QueuedWork(Limits({"p": POOL}))) for _ in range(2))
+    assert one == two
+    warm = run(workload, QueuedWork(Limits({"p": POOL})), warm_up_s=300)
+    assert 0 < warm.requests < one.requests
+    assert warm.usd < one.usd
+
+
+def test_a_policy_that_follows_the_load_beats_a_fleet_of_its_average() -> None:
+    workload = diurnal(16, HOUR_S, trough=0.02, mix=((SHAPE, 1.0),))
+    ours = run(workload, QueuedWork(Limits({"p": POOL})), warm_up_s=300)
+    assert ours.attainment > 0.97
+    same_cost = static(round(ours.replica_h * HOUR_S / (HOUR_S - 300)))
+    assert run(workload, same_cost, warm_up_s=300).violations > 2 * ours.violations
+
+
+# -- workloads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workload", "per_s"),
+    [
+        (poisson(5, 4000), 5),
+        (diurnal(5, 4000), 3),
+        (spikes(0.5, 8 * HOUR_S), 0.84),
+        (on_off(2, 10 * HOUR_S), 2),
+        (heavy_tailed(6, 4000), 5),
+        (sparse(2, 20 * HOUR_S), 0.67),
+    ],
+    ids=lambda value: value.name if isinstance(value, Workload) else "",
+)
+def test_workloads_are_in_order_repeatable_and_as_dense_as_they_say(
+    workload: Workload, per_s: float
+) -> None:
+    arrivals = list(workload.arrivals(3))
+    times = [arrival.at for arrival in arrivals]
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] < workload.seconds + 1
+    assert arrivals == list(workload.arrivals(3))
+    assert arrivals != list(workload.arrivals(4))
+    assert len(times) / workload.seconds == pytest.approx(per_s, rel=0.35)
+
+
+def test_spikes_are_ten_times_as_high() -> None:
+    arrivals = [arrival.at for arrival in spikes(1, 6 * HOUR_S).arrivals(0)]
+    minutes = [0] * 361
+    for at in arrivals:
+        minutes[int(at // 60)] += 1
+    assert sorted(minutes)[180] < 90
+    assert max(minutes) > 450
+
+
+def test_a_trace_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    head = "time,tenant,width,height,steps,guidance\n"
+    file.write_text(head + "5,b,512,512,4,1\n1.5,a,1024,768,28,4.5\n")
+    assert list(trace(file).arrivals(0)) == [
+        Arrival(1.5, "a", Shape(1024, 768, 28, 4.5)),
+        Arrival(5.0, "b", Shape(512, 512, 4, 1.0)),
+    ]
+    file.write_text(head + "1,a,512,512,4,1\n2,a,big,512,4,1\n")
+    with pytest.raises(ValueError, match=r"line 3: .*'big'"):
+        trace(file)
+    file.write_text("time,tenant\n1,a\n")
+    with pytest.raises(ValueError, match="line 2: no column 'width'"):
+        trace(file)
+    file.write_text(head + "-1,a,512,512,4,1\n")
+    with pytest.raises(ValueError, match="line 2: times and sizes must be positive"):
+        trace(file)
+    file.write_text(head)
+    with pytest.raises(ValueError, match="no requests"):
+        trace(file)
+
+
+# -- those that are compared ----------------------------------------------------------------------
+
+
+def seen(ready: int, running: int, waiting: int = 0) -> View:
+    return View(Load([], {"p": Supply(ready)}), {"p": running}, waiting)
+
+
+def test_ray_serves_policy_waits_out_its_delays_on_our_clock() -> None:
+    ray = RayServe({"p": POOL}, 2.0, upscale_delay_s=30, downscale_delay_s=600)
+    assert ray(seen(0, 0), 0)["p"] == 0
+    assert ray(seen(0, 0, 4), 1)["p"] == 1  # from zero at once
+    wanted = [ray(seen(1, 2, 18), now)["p"] for now in range(2, 100)]
+    first = next(i for i, n in enumerate(wanted) if n > 1)
+    assert 28 <= first <= 40
+    assert wanted[-1] == 10
+    wanted = [ray(seen(10, 4), now)["p"] for now in range(100, 900)]
+    falls = next(i for i, n in enumerate(wanted) if n < 10)
+    assert 600 <= falls <= 640
+    assert wanted[-1] == 2
+
+
+def test_the_queue_length_rule_doubles_at_most_and_remembers_five_minutes() -> None:
+    keda = QueueLength({"p": POOL}, target=2)
+    assert keda(seen(0, 0, 1), 1)["p"] == 0  # it looks every 30 s
+    assert keda(seen(0, 0, 100), 30)["p"] == 5
+    assert keda(seen(5, 10, 90), 45)["p"] == 10
+    assert keda(seen(10, 20, 80), 60)["p"] == 20
+    for now in range(61, 360):
+        assert keda(seen(20, 4), now)["p"] == 20
+    assert keda(seen(20, 4), 375)["p"] == 2
+    for now in range(376, 2000):
+        wanted = keda(seen(2, 0), now)["p"]
+    assert wanted == 0
+
+
+def test_the_oracle_has_replicas_ready_before_they_are_needed() -> None:
+    arrivals = [(1000.0 + i / 10, 1.0) for i in range(3000)]
+    oracle = Oracle({"p": POOL}, arrivals, 2000, start_s=60, spare=0.0, window_s=10)
+    wanted = [oracle(seen(0, 0), float(now))["p"] for now in range(2000)]
+    assert wanted[870] == 0
+    assert wanted[935] == 10
+    assert wanted[1290] == 10
+    assert wanted[1320] == 0
+    assert _most_ahead([1, 5, 2, 0, 0, 3], 1) == [5, 5, 2, 0, 3, 3]
+
+
+def test_simulated_chance_is_not_the_tests_chance() -> None:
+    random.seed(1)
+    first = run(poisson(2.0, 100), static(2))
+    random.seed(2)
+    assert run(poisson(2.0, 100), static(2)) == first
