@@ -3,7 +3,8 @@ PORT ?= 8000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo demo-check test check bench-engine bench-fairness bench-gpu format clean
+.PHONY: install demo demo-check test check bench-engine bench-fairness bench-autoscaling \
+	bench-autoscaling-ray bench-gpu format clean
 
 install: $(INSTALLED)
 
@@ -46,6 +47,14 @@ bench-engine: .venv/bench
 # What tenants feel of each other; QUICK=1: less than 5 minutes.
 bench-fairness: .venv/bench
 	$(BIN)/python -W ignore -m bench.fairness $(if $(QUICK),--quick)
+
+# Policies in the simulator; QUICK=1: less than 3 minutes.
+bench-autoscaling: .venv/bench
+	$(BIN)/python -W ignore -m bench.autoscaling $(if $(QUICK),--quick)
+
+# The demo model on real Ray, from nothing and back; about 7 minutes.
+bench-autoscaling-ray: .venv/bench
+	$(BIN)/python -W ignore -m bench.autoscaling_ray
 
 # On a machine with a GPU; writes bench/results/DATE-CARD.json.
 bench-gpu: install .venv/reference

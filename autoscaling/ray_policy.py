@@ -1,8 +1,9 @@
 """What Ray Serve calls for the number of replicas of every deployment of the application.
 
 The Dispatcher decides (`serve.dispatch.scaling`) and reports numbers through Serve's
-`record_autoscaling_stats`; here its newest ones are taken. Where Ray Serve is to decide, they are
-the requests that wait or run: those that wait stand in the Dispatcher's queue, where Serve does not
+`record_autoscaling_stats`; here its newest ones are taken: the `replicas` of each deployment, or at
+`least` how many as long as it has not decided. Where Ray Serve is to decide, they are the
+`requests` that wait or run: those that wait stand in the Dispatcher's queue, where Serve does not
 see them.
 """
 
@@ -32,6 +33,8 @@ def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, d
         reported, means = _reported(contexts)
         for deployment, context in contexts.items():
             wanted = reported.get(f"replicas/{deployment.name}")
+            if wanted is None and (least := reported.get(f"least/{deployment.name}")):
+                wanted = max(least, context.target_num_replicas)
             requests = means.get(f"requests/{deployment.name}")
             if wanted or (wanted == 0 and context.target_num_replicas):
                 # What stays at zero is left out: Serve would start one for any request that waits

@@ -51,7 +51,7 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
         keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
     for name in BUDGETS:
         keys[name] = add_tenant(folder / "tenants", name, {"monthly_work": 10 * 4 * STEP_S})
-    settings = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(_free_port())}).model_copy(
+    settings = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(free_port())}).model_copy(
         update={
             "auth": "keys",
             "data_folder": str(folder),
@@ -76,7 +76,7 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
         launch.serve_config = config
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -130,10 +130,10 @@ def _size(resources: Resources, at_once: int) -> dict[str, Any]:
 
 def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
     """From zero up: what cannot be placed then holds nothing up. Our policy knows the least."""
-    bounds = {"initial_replicas": pool.least, "max_replicas": pool.replicas}
+    bounds = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": pool.replicas}
     if ours:
-        return {"autoscaling_config": {"min_replicas": 0, **bounds, **AT_ONCE}}
-    return {"autoscaling_config": {"min_replicas": pool.least, **bounds}}
+        return {"autoscaling_config": {**bounds, **AT_ONCE}}
+    return {"autoscaling_config": bounds | {"min_replicas": pool.least, "initial_replicas": None}}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ POLL_S = 0.25
 # What Ray and its Serve read from the environment, unless it says otherwise.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call must not start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
     # Fill cards as the packing plan counts on, and never move a replica to tidy up: that would load
@@ -75,6 +76,7 @@ class Running:
 
     def __init__(self, settings: Settings, default_data_folder: str | None = None) -> None:
         self._default_data_folder = default_data_folder
+        self._handle: Any = None
         self.settings = self._deploy(settings)
         self.url = f"http://{settings.http.host}:{settings.http.port}"
 
@@ -173,10 +175,17 @@ class Running:
         _get_global_client().deploy_apps(config)
         return settings
 
+    def close(self) -> None:
+        """Let go of the application, which runs on: its handle would report to Ray for ever."""
+        if self._handle is not None:
+            self._handle.shutdown()
+
     def _dispatcher(self) -> Any:
         from ray import serve
 
-        return serve.get_deployment_handle("Dispatcher", APPLICATION)
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("Dispatcher", APPLICATION)
+        return self._handle
 
 
 def _generators(pools: Iterable[str]) -> str:
@@ -207,8 +216,9 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
             tell("starting Ray")
             _start(settings, folder)
             octet = Running(settings, default_data_folder=f"{folder}/data")
-            octet.wait(tell)
-            yield octet
+            with contextlib.closing(octet):
+                octet.wait(tell)
+                yield octet
         finally:
             tell("stopping")
             ray.shutdown()  # the whole Ray is ours: with it end Serve and every replica

@@ -125,7 +125,7 @@ class Dispatcher:
             self._scaling.tune(Tuning(**user_config["autoscaling"]))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve, which keeps every replica as long as nothing is said."""
+        """Called by Ray Serve for `autoscaling.ray_policy`."""
         return self._scaling.reported()
 
     # -- Ingresses ------------------------------------------------------------------------------

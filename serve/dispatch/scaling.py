@@ -62,14 +62,13 @@ class Scaling:
     def reported(self) -> dict[str, float]:
         """For Ray Serve: replicas of each deployment, or requests where it decides itself.
 
-        Nothing before the first decision.
+        Before the first decision only the fewest that there are to be: others may be there.
         """
         if not self._ours:
             return {f"requests/{GENERATOR}{pool}": n for pool, n in self._requests().items()}
-        if not self._state.pools:
-            return {}
+        kind = "replicas" if self._state.pools else "least"
         return {
-            f"replicas/{GENERATOR if name in self.limits.pools else ''}{name}": float(replicas)
+            f"{kind}/{GENERATOR if name in self.limits.pools else ''}{name}": float(replicas)
             for name, replicas in self.replicas.items()
         }
 

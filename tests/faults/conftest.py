@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from serve.launch import ENVIRONMENT
+from serve.launch import ENVIRONMENT, Running
+from serve.settings import Settings
 
 # Ray reads these when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -58,6 +60,13 @@ def cluster(folder: Path) -> Iterator[Any]:
         warnings.simplefilter("ignore")
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def deploy(cluster: Any) -> Iterator[Callable[[Settings], Running]]:
+    """Deploys settings on the cluster."""
+    with contextlib.ExitStack() as running:
+        yield lambda settings: running.enter_context(contextlib.closing(Running(settings)))
 
 
 def landed() -> dict[str, Counter[str]]:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ class Load:
             thread.join()
 
 
-@pytest.fixture(scope="module")
-def octet(cluster: Any) -> Iterator[Running]:
+@pytest.fixture
+def octet(cluster: Any, deploy: Callable[[Settings], Running]) -> Iterator[Running]:
     for _ in range(2):
         cluster.add_node(
             num_cpus=2,
@@ -95,7 +95,7 @@ def octet(cluster: Any) -> Iterator[Running]:
             proxy_location="HeadOnly",
             http_options={"host": settings.http.host, "port": settings.http.port},
         )
-        running = Running(settings)
+        running = deploy(settings)
         running.wait()
     yield running
     patch.undo()

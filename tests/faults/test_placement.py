@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from ray import serve
 
 from serve.launch import Running
+from serve.settings import Settings
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
@@ -29,6 +31,7 @@ from .conftest import STORE_BYTES, landed, wait_for
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
 SETTINGS = {
     "OCTET_MODELS__0__POOLS__0__REPLICAS": "2",
+    "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": "2",
     "OCTET_MODELS__0__POOLS__0__NUM_GPUS": "0.5",
     "OCTET_MODELS__0__POOLS__1__NUM_GPUS": "0.5",
 }
@@ -74,14 +77,16 @@ class Client:
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
-def test_a_mixed_cluster_through_its_life(cluster: Any, folder: Path) -> None:
+def test_a_mixed_cluster_through_its_life(
+    cluster: Any, folder: Path, deploy: Callable[[Settings], Running]
+) -> None:
     environ = {**SETTINGS, "OCTET_HTTP__PORT": str(free_port())}
     settings = load_settings(ROOT / "examples" / "laptop.yaml", environ)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.http.host, "port": settings.http.port},
     )
-    octet, news = Running(settings), []
+    octet, news = deploy(settings), []
 
     # No node can hold any pool: start-up ends all the same, and requests are not swallowed.
     octet.wait(news.append)

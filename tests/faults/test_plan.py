@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from serve.cost import ImageShape
 from serve.launch import Running
 from serve.plan_report import as_settings
 from serve.planning import cards_of
+from serve.settings import Settings
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
@@ -63,7 +65,9 @@ def demo_settings(file: Path, planned: Plan) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
-def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) -> None:
+def test_replicas_land_where_the_plan_puts_them(
+    cluster: Any, tmp_path: Path, deploy: Callable[[Settings], Running]
+) -> None:
     for labels in (
         {"ray.io/accelerator-type": "H100"},
         {"ray.io/accelerator-type": "T4"},
@@ -90,7 +94,7 @@ def test_replicas_land_where_the_plan_puts_them(cluster: Any, tmp_path: Path) ->
         proxy_location="HeadOnly",
         http_options={"host": settings.http.host, "port": settings.http.port},
     )
-    Running(settings).wait()
+    deploy(settings).wait()
     expected: dict[str, Counter[str]] = {}
     for pool in pools:
         precision = "fp8" if pool.recipe == "fp8" else "fp16"

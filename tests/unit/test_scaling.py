@@ -58,9 +58,10 @@ def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
     }
 
 
-def test_nothing_is_reported_before_the_first_decision() -> None:
-    desk = Desk()
-    assert desk.scaling.reported() == {}
+def test_before_the_first_decision_only_the_least_is_reported() -> None:
+    desk = Desk(Limits({"fp8": Pool("m", 2, 4, 2), "fp16": POOLS["fp16"]}))
+    least = {"least/Generator-fp8": 2.0, "least/Generator-fp16": 0.0}
+    assert desk.scaling.reported() == least
 
 
 def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
@@ -200,6 +201,14 @@ def test_what_stays_at_zero_is_left_out_and_what_goes_to_zero_is_not() -> None:
     assert replicas(contexts(target=0, current=0, replicas__pool=[(1.0, 0.0)]))[0] == {}
     going = contexts(target=1, replicas__pool=[(1.0, 0.0)])
     assert replicas(going)[0] == {Deployment("pool"): 0.0}
+
+
+def test_what_is_there_at_least_takes_nothing_away() -> None:
+    assert replicas(contexts(target=0, least__pool=[(1.0, 2.0)]))[0] == {Deployment("pool"): 2.0}
+    assert replicas(contexts(target=5, least__pool=[(1.0, 2.0)]))[0] == {Deployment("pool"): 5}
+    assert replicas(contexts(target=0, current=0, least__pool=[(1.0, 0.0)]))[0] == {}
+    decided = contexts(target=5, least__pool=[(1.0, 2.0)], replicas__pool=[(2.0, 3.0)])
+    assert replicas(decided)[0] == {Deployment("pool"): 3.0}
 
 
 def test_without_numbers_every_deployment_keeps_its_replicas() -> None:

@@ -1,0 +1,118 @@
+"""Autoscaling on real Ray with the demo model, under load over HTTP: `make bench-autoscaling-ray`.
+
+From 0 and from 1 replica to as many as the load needs and back, by our policy; then the same load
+under Ray Serve's own with its default settings. Times of holding and of idleness are shortened to
+seconds. Replicas share this machine's cores, so more of them draw no faster here: what is measured
+is when they come and go, and that no request fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from autoscaling.plot import draw
+from autoscaling.simulator import Point
+from serve.cli import DEMO_SETTINGS
+from serve.launch import running
+from serve.settings_file import load_settings
+
+from .fairness_server import free_port
+from .load import Load, percentile
+
+OUT = Path("build/bench")
+MOST, CLIENTS = 3, 16
+CALM_S, LOAD_S, AFTER_S = 10.0, 60.0, 100.0
+BODY = {"prompt": "dunes", "size": "64x64", "num_inference_steps": 12}
+POOL = "landscapes-fp8"
+
+
+def settings(policy: str, least: int) -> Any:
+    environ = {
+        "OCTET_HTTP__PORT": str(free_port()),
+        "OCTET_AUTOSCALING_POLICY": policy,
+        "OCTET_MODELS__0__POOLS__0__REPLICAS": str(MOST),
+        "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": str(least),
+        "OCTET_AUTOSCALING__HOLD_S": "10",
+        "OCTET_AUTOSCALING__IDLE_S": "20",
+        "OCTET_AUTOSCALING__TARGET_WAIT_S": "3",
+    }
+    found = load_settings(DEMO_SETTINGS, environ)
+    model = found.models[0]
+    return found.model_copy(
+        update={"models": (model.model_copy(update={"pools": model.pools[:1]}),)}
+    )
+
+
+class Watch(threading.Thread):
+    """What the pool has, twice a second."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url, self.began, self.points = url, time.monotonic(), []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.5):
+            try:
+                state = httpx.get(f"{self._url}/ready", timeout=5).json()
+                pool = state["models"]["landscapes"][POOL]
+            except (httpx.HTTPError, ValueError):
+                continue
+            if pool:
+                at = time.monotonic() - self.began
+                queued = state["queued"] + pool["running"]
+                self.points.append(Point(at, queued, queued, pool["wanted"], pool["replicas"]))
+
+
+def play(policy: str, least: int) -> tuple[dict[str, Any], list[Point]]:
+    with running(settings(policy, least)) as octet:
+        watch = Watch(octet.url)
+        watch.start()
+        time.sleep(CALM_S)
+        begins = time.monotonic() - watch.began
+        load = Load(f"{octet.url}/v1/images/generations", {})
+        answers = asyncio.run(load.closed_loop({"anyone": CLIENTS}, BODY, LOAD_S))
+        ended = time.monotonic() - watch.began
+        time.sleep(AFTER_S if policy == "queued-work" else 10)
+        watch.done.set()
+        watch.join()
+    points = watch.points
+    up = next((p.at - begins for p in points if p.at > begins and p.ready == MOST), None)
+    down = next((p.at - ended for p in points if p.at > ended and p.ready == least), None)
+    took = sorted(answer.latency_s for answer in answers)
+    return {
+        "requests": len(answers),
+        "statuses": dict(Counter(str(answer.status) for answer in answers)),
+        "failed": sum(answer.status != 200 for answer in answers),
+        "burst_to_all_ready_s": round(up, 1) if up else None,
+        "end_to_least_s": round(down, 1) if down else None,
+        "latency_p50_s": round(percentile(took, 0.5), 2),
+        "latency_p99_s": round(percentile(took, 0.99), 2),
+    }, points
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {"cores": os.cpu_count(), "clients": CLIENTS, "replicas": MOST}
+    timelines: dict[str, list[Point]] = {}
+    for policy, least in (("queued-work", 0), ("queued-work", 1), ("ray-default", 1)):
+        name = f"{policy}, from {least}"
+        results[name], timelines[name] = play(policy, least)
+        print(name, json.dumps(results[name]), flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "autoscaling-ray.json").write_text(json.dumps(results, indent=1))
+    draw(timelines, "the demo model on real Ray", OUT / "autoscaling-ray.png")
+
+
+if __name__ == "__main__":
+    main()
