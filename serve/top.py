@@ -15,12 +15,13 @@ def overview_table(state: dict[str, Any]) -> Group:
     """Of the answer of `GET /v1/state`."""
     head = f"{state['calls']} requests open, {state['queued']} images queued"
     pools = Table(title=head + (" · draining" if state["draining"] else ""), title_justify="left")
-    for name in ("pool", "replicas", "slots used", "work left", "speed"):
+    for name in ("pool", "ready / wanted", "slots used", "work left", "speed"):
         pools.add_column(name, justify="left" if name == "pool" else "right")
     for name, pool in state["pools"].items():
         used = f"{pool['running']} / {pool['slots']}"
         missing = "" if pool["replicas"] or pool["placeable"] else " (no node)"
-        row = str(pool["replicas"]), used, f"{pool['running_work_s']:.1f}", f"{pool['speed']:.2f}"
+        replicas = f"{pool['replicas']} / {pool['wanted']}"
+        row = replicas, used, f"{pool['running_work_s']:.1f}", f"{pool['speed']:.2f}"
         pools.add_row(name + missing, *row)
     tenants = Table()
     for name in ("tenant", "weight", "requests", "running", "queued", "queued work", "this month"):
@@ -34,6 +35,11 @@ def overview_table(state: dict[str, Any]) -> Group:
             f"{row['queued_work']:.1f}",
             f"{row['spent']:.1f}" + ("" if budget is None else f" / {budget:g}"),
         )
+    why = [
+        f"[dim]{escape(name + ': ' + pool['reason'])}[/]"
+        for name, pool in state["pools"].items()
+        if pool["reason"]
+    ]
     more = len(state["tenants"]) - SHOWN
     faults = [f"[red]{escape(f'{name}: {fault}')}[/]" for name, fault in state["faults"].items()]
-    return Group(pools, tenants, f"and {more} more" if more > 0 else "", *faults)
+    return Group(pools, *why, tenants, f"and {more} more" if more > 0 else "", *faults)
