@@ -74,7 +74,8 @@ def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
     data: dict[str, Any] = dict(base or {"text_encoders": [{"id": "sd35"}]})
     encoders = [_place(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
     data["text_encoders"] = [
-        {**_without(encoder, PLACE), **encoders[0]} for encoder in data["text_encoders"]
+        {**_kept(encoder, PLACE, encoders[0].get("replicas", 1)), **encoders[0]}
+        for encoder in data["text_encoders"]
     ]
     given = {model["id"]: model for model in data.get("models", [])}
     data["models"] = [
@@ -101,8 +102,12 @@ def _place(pool: PlannedPool) -> dict[str, Any]:
     }
 
 
-def _without(settings: Mapping[str, Any], keys: Container[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in keys}
+def _kept(settings: Mapping[str, Any], keys: Container[str], replicas: int) -> dict[str, Any]:
+    """Without these keys; there are so many replicas at most."""
+    kept = {key: value for key, value in settings.items() if key not in keys}
+    if kept.get("min_replicas") is not None:
+        kept["min_replicas"] = min(kept["min_replicas"], replicas)
+    return kept
 
 
 def _pool(pool: PlannedPool, want: Want, before: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def _pool(pool: PlannedPool, want: Want, before: Iterable[Mapping[str, Any]]) ->
     size = f"{want.shape.width_px}x{want.shape.height_px}"
     planned = {"precision": precision, **_place(pool), "slots": pool.slots}
     adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
-    kept = _without(same, (*PLACE, "slots", "adaln_8_bit"))
+    kept = _kept(same, (*PLACE, "slots", "adaln_8_bit"), pool.replicas)
     return {"warm_sizes": [size], **kept, **planned, **adaln}
 
 

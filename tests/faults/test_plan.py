@@ -60,7 +60,8 @@ def demo_settings(file: Path, planned: Plan) -> None:
     base["models"] = [{**demo, "id": model} for model in (TURBO, MEDIUM)]
     settings = yaml.safe_load(as_settings(planned, base))
     for model in settings["models"]:
-        model["pools"] = [{**pool, "num_cpus": 0.1, "warm_sizes": []} for pool in model["pools"]]
+        for pool in model["pools"]:
+            pool.update(num_cpus=0.1, warm_sizes=[], min_replicas=pool["replicas"])
     file.write_text(yaml.safe_dump({**settings, "http": {"port": free_port()}}))
 
 

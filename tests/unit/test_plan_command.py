@@ -113,6 +113,19 @@ def test_pools_keep_what_the_plan_does_not_decide(tmp_path: Path) -> None:
     assert pool["warm_sizes"] == ["1024x1024"]
 
 
+def test_pools_that_follow_the_load_go_on_to(tmp_path: Path) -> None:
+    config = tmp_path / "elastic.yaml"
+    data = yaml.safe_load(SD35.read_text())
+    for pool in data["models"][0]["pools"]:
+        pool.update(replicas=9, min_replicas=3)
+    config.write_text(yaml.safe_dump(data))
+    result = octet_plan("--gpu", "h100:2", "--config", str(config), "--settings")
+    (large, *others) = yaml.safe_load(result.stdout)["models"]
+    for pool in large["pools"]:
+        assert pool["min_replicas"] == min(3, pool["replicas"])
+    assert not any("min_replicas" in pool for model in others for pool in model["pools"])
+
+
 def test_a_plan_for_small_images_says_so_in_the_settings() -> None:
     result = octet_plan(*ONE_H100, "--size", "512x512", "--settings")
     (model,) = yaml.safe_load(result.stdout)["models"]
