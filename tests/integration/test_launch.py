@@ -36,7 +36,11 @@ def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
     assert Application.model_validate(application.args) == laptop.application()
     ingress, dispatcher = application.deployments
     assert Tuning.model_validate(ingress.user_config) == laptop.tuning()
-    assert dispatcher.user_config == {"max_queued": laptop.max_queued}
+    assert dispatcher.user_config == {
+        "max_queued": laptop.max_queued,
+        "autoscaling": laptop.autoscaling.model_dump(),
+    }
+    assert application.autoscaling_policy.policy_function == "autoscaling.ray_policy:replicas"
 
 
 def octet_folders() -> set[Path]:

@@ -234,7 +234,7 @@ def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
         assert time.monotonic() - began < 1.5
 
 
-TAGS = "tenant", "pool", "phase", "outcome", "reason", "code"
+TAGS = "tenant", "pool", "state", "phase", "outcome", "reason", "code"
 
 
 def exported() -> dict[str, dict[str, float]]:
@@ -262,12 +262,15 @@ def test_the_engine_is_counted(url: str) -> None:
     while not (
         wanted <= (found := exported()).get("octet_engine_images_total", {}).keys()
         and charged <= found.get("octet_tenant_images_total", {}).keys()
+        and found["octet_tenant_queued"]["anonymous"] == 0
     ):
         assert time.monotonic() < deadline, found
         time.sleep(1)
     assert found["octet_tenant_work_total"]["anonymous/delivered"] > 0
     assert found["octet_tenant_refused_total"]["anonymous/deadline_unreachable"] > 0
-    assert found["octet_tenant_queued"]["anonymous"] == 0
+    replicas = found["octet_pool_replicas"]
+    assert replicas[f"{pool}/wanted"] == replicas[f"{pool}/ready"] == 1
+    assert replicas[f"{pool}/starting"] == 0
     assert found["octet_eta_ratio_count"][""] > 0
     steps, rows = found["octet_engine_steps_total"][pool], found["octet_engine_rows_total"][pool]
     assert steps >= 4
