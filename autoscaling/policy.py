@@ -30,6 +30,8 @@ from .rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
 
 LEARN = 0.3  # how far one start moves the time that is expected of the next
 LATE = 3.0  # a start that takes so many times as long as expected may never end
+RETRY_S = 600.0  # until replicas that did not come are waited for again
+PAUSE_S = 10.0  # without a decision for so long, nothing is known of the time between
 QUEUE_S = 1.0  # a queue that lasts no longer is chance
 DUST = 1e-6  # of a replica
 
@@ -60,11 +62,15 @@ class PoolState:
     orders: tuple[Order, ...] = ()
     arriving: tuple[Needed, ...] = ()  # for what arrives
     draining: tuple[Needed, ...] = ()  # for what waits
-    given_up: bool = False  # its replicas do not come
+    given_up_at: float | None = None  # its replicas do not come
 
     @property
     def starting(self) -> int:
         return max(self.wanted - self.ready, 0)
+
+    @property
+    def given_up(self) -> bool:
+        return self.given_up_at is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class State:
 
 
 class Decision(NamedTuple):
-    """Replicas of every pool and follower; `reasons`: of the pools for which it changed."""
+    """Replicas of every pool and follower; `reasons`: of those for which it changed."""
 
     replicas: Mapping[str, int]
     state: State
@@ -103,8 +109,8 @@ class _Share(NamedTuple):
 def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
     """Replicas to run from now on, within their bounds whatever the load says."""
     mean_s = limits.tuning.hold_s
-    if now < state.at:
-        state = _clock_was_set_back(state, now)
+    if now < state.at or now - state.at > PAUSE_S:
+        state = _resumed(state, now)
     samples = dict(state.samples)
     for d in load.demands:
         new = Sample(now, d.arrived_s, d.squares)
@@ -137,7 +143,11 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         wanted = _following(follower, replicas, load, limits)
         history = state.followers.get(name, ())
         followers[name] = _held(history, wanted, limits.tuning.hold_s, now)
-    replicas |= {name: history[0].replicas for name, history in followers.items()}
+    for name, history in followers.items():
+        replicas[name] = wanted = history[0].replicas
+        last = state.followers.get(name)
+        if last and last[0].replicas != wanted:
+            reasons[name] = f"{last[0].replicas} → {wanted} replicas: along with what it serves"
     return Decision(replicas, State(now, samples, rises, pools, followers), reasons)
 
 
@@ -149,13 +159,25 @@ def preferred(model: str, limits: Limits) -> list[str]:
     return names
 
 
-def _clock_was_set_back(state: State, now: float) -> State:
-    """What is wanted stays; what is known of the past is void."""
+def _resumed(state: State, now: float) -> State:
+    """After a pause, or a clock that was set: what is wanted stays until more is known."""
+    if state.at == -math.inf:
+        return state
     pools = {
-        name: replace(pool, busy=now, orders=(), arriving=(Needed(now, pool.wanted),), draining=())
+        name: replace(
+            pool,
+            busy=now,
+            orders=(Order(now, pool.starting),) if pool.starting else (),
+            arriving=(Needed(now, pool.wanted),),
+            draining=(),
+            given_up_at=now if pool.given_up else None,
+        )
         for name, pool in state.pools.items()
     }
-    return State(pools=pools)
+    followers = {name: (Needed(now, held[0].replicas),) for name, held in state.followers.items()}
+    if now < state.at:
+        return State(pools=pools, followers=followers)
+    return replace(state, pools=pools, followers=followers)
 
 
 # -- replicas that have come, and those that have not ---------------------------------------------
@@ -176,20 +198,25 @@ def _seen(
     while came > 0 and orders:
         oldest, *others = orders
         taken = min(came, oldest.replicas)
-        start_s += (1 - (1 - LEARN) ** taken) * (now - oldest.at - start_s)
+        took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
+        start_s += (1 - (1 - LEARN) ** taken) * (took_s - start_s)
         left = oldest._replace(replicas=oldest.replicas - taken)
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
     late_s = now - orders[0].at if orders else 0.0
     patience_s = tuning.node_wait_s + (LATE * start_s if supply.placeable else 0.0)
-    still = known.given_up and bool(orders) and supply.ready <= known.ready
+    given_up_at = known.given_up_at
+    if late_s > patience_s or not (supply.placeable or tuning.node_wait_s):
+        given_up_at = now
+    elif supply.ready > known.ready or now - (given_up_at or now) > RETRY_S:
+        given_up_at = None
     return replace(
         known,
         ready=supply.ready,
         start_s=start_s,
         speed=supply.speed or known.speed,
         orders=orders,
-        given_up=still or late_s > patience_s or not (supply.placeable or tuning.node_wait_s),
+        given_up_at=given_up_at,
     )
 
 
@@ -238,8 +265,8 @@ class _Filling:
         )
         share = self._needs(share, pool, state, self._helping(later, mine) if movable else 0.0)
         limit = state.ready if state.given_up else pool.max_replicas
-        over = max(1 - limit / share.replicas, 0.0) if share.replicas else 0.0
-        for amounts in (self._rates, self._queues):
+        for amounts, needed in ((self._rates, share.for_rate), (self._queues, share.for_queue)):
+            over = max(1 - limit / needed, 0.0) if needed else 0.0
             here, elsewhere = sum(amounts[i] for i in mine), sum(amounts[i] for i in movable)
             part = min(over * here / elsewhere, 1.0) if elsewhere else 0.0
             for i in mine:
@@ -271,6 +298,8 @@ class _Filling:
             if left_s > 0:
                 drain_s = max(tuning.target_wait_s, start_s / 2)
                 for_queue = always + left_s / drain_s / state.speed
+        if share.oldest_wait_s > max(tuning.target_wait_s, start_s) and not state.starting:
+            for_queue = max(for_queue, state.ready + 1.0)  # whatever was predicted
         for_rate = max(always + room, always / tuning.utilisation)
         return share._replace(for_rate=for_rate, for_queue=for_queue)
 
@@ -284,13 +313,11 @@ def _wanting(
     """`first`: of its model's pools."""
     pool, tuning = limits.pools[name], limits.tuning
     busy = now if share.replicas else before.busy
-    idle = now - busy >= tuning.idle_s
+    idle = now - busy > tuning.idle_s
     for_rate = math.ceil(share.for_rate - DUST)
     if first and not idle:
         for_rate += tuning.warm_reserve
     for_queue = math.ceil(share.for_queue - DUST)
-    if share.oldest_wait_s > max(tuning.target_wait_s, before.start_s) and not before.starting:
-        for_queue = max(for_queue, before.ready + 1)  # whatever was predicted
     if share.queued_s > QUEUE_S * before.speed * before.ready:
         for_queue = max(for_queue, before.wanted)
     hold_s = max(tuning.hold_s, 2 * before.start_s)
@@ -307,8 +334,10 @@ def _following(follower: Follower, replicas: Mapping[str, int], load: Load, limi
     if follower.each:
         wanted = math.ceil(load.open_requests / follower.each)
     else:
-        full = sum(limits.pools[name].max_replicas for name in follower.pools)
-        wanted = math.ceil(most * sum(replicas[name] for name in follower.pools) / full)
+        pools = {name: limits.pools[name] for name in follower.pools}
+        full = sum(pool.max_replicas * pool.speed for pool in pools.values())
+        part = sum(replicas[name] * pool.speed for name, pool in pools.items()) / full
+        wanted = math.ceil(most * part - DUST)
     return min(max(wanted, follower.min_replicas), most)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 
-DISPATCHER = "Dispatcher"
+DISPATCHER, REQUESTS = "Dispatcher", "requests/"
 
 log = logging.getLogger("ray.serve")
 
@@ -30,22 +30,22 @@ def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, d
     found: dict[Any, float] = {}
     states: dict[Any, dict[str, Any]] = {}
     try:
-        reported, means = _reported(contexts)
+        reported, requests = _reported(contexts)
         for deployment, context in contexts.items():
-            wanted = reported.get(f"replicas/{deployment.name}")
-            if wanted is None and (least := reported.get(f"least/{deployment.name}")):
-                wanted = max(least, context.target_num_replicas)
-            requests = means.get(f"requests/{deployment.name}")
-            if wanted or (wanted == 0 and context.target_num_replicas):
+            name, target = deployment.name, context.target_num_replicas
+            wanted = reported.get(f"replicas/{name}")
+            least = reported.get(f"least/{name}", 0.0)
+            if requests and name != DISPATCHER:
+                asked = copy.copy(context)
+                asked.total_num_requests = requests.get(name, context.total_num_requests)
+                told, states[deployment] = replica_queue_length_autoscaling_policy(asked)
+                found[deployment] = max(told, least)
+            elif wanted or (wanted == 0 and target):
                 # What stays at zero is left out: Serve would start one for any request that waits
                 # in a handle.
                 found[deployment] = wanted
-            elif requests is not None:
-                asked = copy.copy(context)
-                asked.total_num_requests = requests
-                found[deployment], states[deployment] = replica_queue_length_autoscaling_policy(
-                    asked
-                )
+            elif wanted is None and least:
+                found[deployment] = max(target, least)
     except Exception:  # see above
         log.exception("autoscaling: every deployment keeps its replicas")
         return {}, {}
@@ -53,14 +53,17 @@ def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, d
 
 
 def _reported(contexts: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """What the Dispatcher said last, and what it said on average over Serve's window."""
+    """What the Dispatcher said last, and the mean of each deployment's requests if it told them."""
     newest: dict[str, float] = {}
-    means: dict[str, float] = {}
+    requests: dict[str, float] = {}
     for deployment, context in contexts.items():
         if deployment.name == DISPATCHER:
             for name, of_replicas in context.raw_metrics.items():
                 if samples := [sample for series in of_replicas.values() for sample in series]:
                     newest[name] = max(samples, key=lambda sample: sample.timestamp).value
-            for name, by_replica in context.aggregated_metrics.items():
-                means[name] = max(by_replica.values(), default=0.0)
-    return newest, means
+            if any(name.startswith(REQUESTS) for name in newest):
+                for name, by_replica in context.aggregated_metrics.items():
+                    if name.startswith(REQUESTS):
+                        mean = max(by_replica.values(), default=0.0)
+                        requests[name.removeprefix(REQUESTS)] = mean
+    return newest, requests

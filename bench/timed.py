@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -151,7 +152,7 @@ class FifoIngress:
 def fifo(slots: int) -> Any:
     generator = ray_serve.deployment(FifoGenerator).options(
         max_ongoing_requests=slots,
-        request_router_config=serve.app.PROMPT_ROUTER,
+        request_router_config=RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02),
         ray_actor_options={"num_cpus": 0.1},
     )
     ingress = ray_serve.deployment(FifoIngress).options(

@@ -29,11 +29,11 @@ PROMPT_ROUTER = RequestRouterConfig(
     initial_backoff_s=0.005,
     max_backoff_s=0.02,
     request_router_class="serve.engine.routing:StayingReplicas",
-    request_routing_stats_period_s=1,
+    request_routing_stats_period_s=2,
 )
 # What the policy decides is done at once: delays would only blur it.
 AT_ONCE = {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0}
-REPORTING = {"metrics_interval_s": 0.5, "look_back_period_s": 30}
+REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -67,7 +67,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     )  # fmt: skip
     text_encoders = {
         encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
-            **_size(encoder, at_once=encoder.replicas),
+            **_size(encoder, ours=ours),
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options={
@@ -109,7 +109,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         for pool in model.pools
     }  # fmt: skip
     ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
-        **_size(settings.ingress, at_once=settings.ingress.least),
+        **_size(settings.ingress, ours=ours),
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
@@ -120,20 +120,21 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application
 
 
-def _size(resources: Resources, at_once: int) -> dict[str, Any]:
+def _size(resources: Resources, *, ours: bool) -> dict[str, Any]:
     """A number of replicas, or between which numbers it follows the pools."""
     if resources.least == resources.replicas:
         return {"num_replicas": resources.replicas}
     bounds = {"min_replicas": resources.least, "max_replicas": resources.replicas}
-    return {"autoscaling_config": {**bounds, "initial_replicas": at_once, **AT_ONCE}}
+    return {"autoscaling_config": {**bounds, **(AT_ONCE if ours else {})}}
 
 
 def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
-    """From zero up: what cannot be placed then holds nothing up. Our policy knows the least."""
-    bounds = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": pool.replicas}
-    if ours:
-        return {"autoscaling_config": {**bounds, **AT_ONCE}}
-    return {"autoscaling_config": bounds | {"min_replicas": pool.least, "initial_replicas": None}}
+    """From zero up: what cannot be placed then holds nothing up. The policy keeps the least.
+
+    Without `initial_replicas`, which Serve would go back to with every new version.
+    """
+    bounds = {"min_replicas": 0, "max_replicas": pool.replicas}
+    return {"autoscaling_config": {**bounds, **(AT_ONCE if ours else {})}}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

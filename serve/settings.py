@@ -334,6 +334,8 @@ class Results(Frozen):
 class Autoscaling(Frozen):
     """How replicas follow the load: see `autoscaling.load.Tuning` and docs/autoscaling.md."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     target_wait_s: PositiveFloat = _TUNING.target_wait_s
     utilisation: Annotated[float, Field(gt=0, le=1)] = _TUNING.utilisation
     spare: NonNegativeFloat = _TUNING.spare

@@ -94,8 +94,8 @@ def a_dispatcher(
     usage_folder: str | None = None,
     limits: Limits | None = None,
 ) -> Dispatcher:
-    """A Dispatcher of pools that fit on the one node there is."""
-    needs = {pool: Need("fp16", num_cpus=1, num_gpus=0) for pool in pools}
+    """A Dispatcher of pools that fit on the one node there is, but for "elsewhere"."""
+    needs = {p: Need("fp16", num_cpus=1, num_gpus=float(p == "elsewhere")) for p in pools}
     nodes = [Node("n", num_cpus=1)]
     dispatcher = Dispatcher(
         needs,

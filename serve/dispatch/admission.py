@@ -338,11 +338,11 @@ class Admission:
         return items * sum(self._grants.queue.backlogs(pools).values()) / depth / speed
 
     def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
-        """Speed, slots and running images of pools together."""
+        """Speed, slots and running images of the pools' replicas that stay."""
         speed, slots, running = 0.0, 0, 0
         for pool in pools:
-            running += self._grants.running_in(pool)
-            for said in self._grants.replicas(pool):
-                speed += said.speed
-                slots += said.slots
+            staying = self._grants.slots(pool)
+            slots += staying
+            running += staying - self._grants.free_slots(pool)
+            speed += sum(said.speed for said in self._grants.staying(pool))
         return speed, slots, running

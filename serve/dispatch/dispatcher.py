@@ -18,7 +18,7 @@ from autoscaling.load import Limits, Tuning
 from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
-from ..settings import Live
+from ..settings import Autoscaling, Live
 from .admission import Admission
 from .grants import Grants
 from .messages import (
@@ -121,10 +121,10 @@ class Dispatcher:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with parts of `Live`, at the start and when they change."""
         self._admission.max_queued = user_config["max_queued"]
-        if "autoscaling" in user_config:
-            self._scaling.tune(Tuning(**user_config["autoscaling"]))
+        tuning = Autoscaling.model_validate(user_config.get("autoscaling", {}))
+        self._scaling.tune(Tuning(**tuning.model_dump()))
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve for `autoscaling.ray_policy`."""
         return self._scaling.reported()
 
@@ -194,7 +194,7 @@ class Dispatcher:
     ) -> Reply:
         """The heartbeat of a Generator replica."""
         now = time.monotonic()
-        self._grants.report_replica(said, now)
+        self._grants.report_replica(said, now, drawing)
         for one in stopped:
             if usage := self._grants.stopped(one, now):
                 self._charge_cancelled(one.lease.session, usage, one)
@@ -212,7 +212,7 @@ class Dispatcher:
         """
         pools = {}
         for pool in self._pools:
-            replicas = self._grants.replicas(pool)
+            replicas = self._grants.staying(pool)
             pools[pool] = {
                 "replicas": len(replicas),
                 "slots": self._grants.slots(pool),
@@ -324,9 +324,12 @@ class Dispatcher:
             stream.news.set()
 
     async def _expire(self) -> None:
+        before = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            now = time.monotonic()
+            now, last, before = time.monotonic(), before, time.monotonic()
+            if now - last > 2 * HEARTBEAT_S:
+                continue  # it was this process that stood still: let the others be heard first
             for session in self._grants.expire(now):
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
@@ -341,10 +344,14 @@ class Dispatcher:
             self._metrics.report(overview(self._admission, self._grants))
 
     def _scale(self, now: float) -> None:
-        if now >= self._grants_from + REPLICA_LEASE_S:  # every replica could say that it is there
-            for pool, reason in self._scaling.decide(now).items():
-                log.info("%s: %s", pool, reason)
-        self._replica_metrics.report(self._scaling, self._grants)
+        """Never raises: without this task nothing else would expire."""
+        try:
+            if now >= self._grants_from + REPLICA_LEASE_S:  # every replica could say that it lives
+                for name, reason in self._scaling.decide(now).items():
+                    log.info("%s: %s", name, reason)
+            self._replica_metrics.report(self._scaling, self._grants)
+        except Exception:  # whatever it is, what was wanted stays
+            log.exception("autoscaling: no decision")
 
     # -- usage ----------------------------------------------------------------------------------
 
@@ -416,7 +423,11 @@ class Dispatcher:
                 log.warning("could not read the cluster's nodes; trying again", exc_info=True)
             else:
                 self._warn(nodes)
-                self._grants.draining = frozenset(node.id for node in nodes if node.draining)
+                alive = {node.id for node in nodes}
+                gone = {node for node in self._grants.draining if node not in alive}
+                self._grants.draining = frozenset(
+                    {node.id for node in nodes if node.draining} | gone
+                )
                 staying = [node for node in nodes if not node.draining]
                 self._scaling.placeable = frozenset(
                     pool

@@ -16,7 +16,7 @@ Time is an argument, in seconds on any steady clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -25,6 +25,7 @@ from .fair_queue import FairQueue, Item
 from .messages import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission, Usage
 
 UNSETTLED_S = 30.0  # a Generator has said by then what it took of an entry, or it never will
+EXCESS_S = 600.0  # a replica that is still there then was not stopped
 TOLD_POSITIONS = 1000  # who waits further back hears its position when it has come nearer
 
 
@@ -54,7 +55,16 @@ class _Unsettled(NamedTuple):
 @dataclass(slots=True)
 class _Replica:
     said: Heartbeat
+    first_heard: float
     last_heard: float
+    drawing: frozenset[Lease]
+
+
+class _Excess(NamedTuple):
+    """Of the replicas that were there at a time, so many stay; Ray Serve stops the others."""
+
+    since: float
+    staying: int
 
 
 class Grants:
@@ -70,7 +80,7 @@ class Grants:
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {pool: {} for pool in pools}
         self._placeable: frozenset[str] | None = None  # not known yet: any pool may come
-        self.wanted: Mapping[str, int] = {}  # replicas; those in excess may be stopped at any time
+        self._excess: dict[str, _Excess] = {}
         self.draining: frozenset[str] = frozenset()  # nodes that are about to go
         self._running: dict[str, int] = {}  # granted slots per pool
         self._watched: dict[int, Item] = {}  # waiting ones, by number
@@ -154,9 +164,17 @@ class Grants:
         self._settle(unsettled.taken, stopped.work_s)
         return unsettled.cancelled
 
-    def report_replica(self, said: Heartbeat, now: float) -> None:
-        """A replica of a pool is there."""
-        self._replicas.setdefault(said.pool, {})[said.replica] = _Replica(said, now)
+    def report_replica(self, said: Heartbeat, now: float, drawing: Iterable[Lease] = ()) -> None:
+        """A replica of a pool is there. One of a pool that is no more is not heard."""
+        if (replicas := self._replicas.get(said.pool)) is not None:
+            known = replicas.get(said.replica)
+            first_heard = known.first_heard if known else now
+            replicas[said.replica] = _Replica(said, first_heard, now, frozenset(drawing))
+
+    def keep(self, pool: str, replicas: int, now: float) -> None:
+        """No more than so many of those that are there stay: the others get nothing new."""
+        if replicas < len(self._staying(pool)):
+            self._excess[pool] = _Excess(now, replicas)
 
     def holds(self, lease: Lease) -> bool:
         """Whether the lease's session still runs its entry."""
@@ -173,6 +191,9 @@ class Grants:
             for name, replica in list(replicas.items()):
                 if now - replica.last_heard > self.replica_lease_s:
                     del replicas[name]
+        for pool, excess in list(self._excess.items()):
+            if now - excess.since > EXCESS_S:
+                del self._excess[pool]
         for lease, (since, _) in list(self._stopped.items()):
             if now - since > UNSETTLED_S:
                 del self._stopped[lease]
@@ -238,23 +259,42 @@ class Grants:
         return moved
 
     def free_slots(self, pool: str) -> int:
-        return self.slots(pool) - self.running_in(pool)
+        """Of the replicas that stay; what others draw takes none of them."""
+        staying = self._staying(pool)
+        free = sum(replica.said.slots for replica in staying) - self.running_in(pool)
+        if len(staying) < len(self._replicas.get(pool, {})):
+            names = {replica.said.replica for replica in staying}
+            for name, replica in self._replicas[pool].items():
+                if name not in names:
+                    free += sum(map(self.holds, replica.drawing))
+        return free
 
     def slots(self, pool: str) -> int:
         """Of the replicas that stay."""
-        slots = [said.slots for said in self.staying(pool)]
-        wanted = self.wanted.get(pool, len(slots))
-        if len(slots) > wanted:
-            slots = sorted(slots, reverse=True)[:wanted]
-        return sum(slots)
+        return sum(said.slots for said in self.staying(pool))
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """What the living replicas of a pool last said."""
         return [replica.said for replica in self._replicas.get(pool, {}).values()]
 
     def staying(self, pool: str) -> list[Heartbeat]:
-        """Those whose nodes are not being drained."""
-        return [said for said in self.replicas(pool) if said.node not in self.draining]
+        """What those last said that are neither in excess nor on a node that is drained."""
+        return [replica.said for replica in self._staying(pool)]
+
+    def _staying(self, pool: str) -> list[_Replica]:
+        there = [
+            replica
+            for replica in self._replicas.get(pool, {}).values()
+            if replica.said.node not in self.draining
+        ]
+        if not (excess := self._excess.get(pool)):
+            return there
+        before = [replica for replica in there if replica.first_heard <= excess.since]
+        if len(before) <= excess.staying:
+            return there
+        # Which of them Serve stops is not known: those that draw most can take least anyway.
+        before.sort(key=lambda replica: len(replica.drawing))
+        return before[: excess.staying] + [r for r in there if r.first_heard > excess.since]
 
     def placeable(self, pool: str) -> bool:
         """Whether a node could hold a replica of the pool, as far as is known."""
@@ -262,10 +302,6 @@ class Grants:
 
     def possible(self, pools: Pools) -> bool:
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
-
-    @property
-    def pools(self) -> list[str]:
-        return list(self._replicas)
 
     @property
     def queue_depth(self) -> int:

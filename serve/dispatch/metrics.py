@@ -37,7 +37,7 @@ class ReplicaMetrics:
 
     def report(self, scaling: Scaling, grants: Grants) -> None:
         """Once per heartbeat."""
-        for pool in grants.pools:
+        for pool in scaling.limits.pools:
             wanted, ready = scaling.replicas[pool], len(grants.staying(pool))
             counts = {"wanted": wanted, "ready": ready, "starting": max(wanted - ready, 0)}
             for state, count in counts.items():

@@ -6,6 +6,7 @@ Without clock, network or Ray; `Dispatcher` calls `decide` with every heartbeat 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,8 @@ class Scaling:
         self._grants, self._admission = grants, admission
         self.limits, self._ours = limits, ours
         self._state = State()
+        self._began = math.inf
+        self._settled = False  # what was there before this process would have been heard
         # Wanted, of every pool and follower.
         self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
         self.reasons: dict[str, str] = {}  # of each pool's last change
@@ -45,36 +48,39 @@ class Scaling:
         decision = decide(self._load(now), self.limits, self._state, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
-        self._grants.wanted = {pool: decision.replicas[pool] for pool in self.limits.pools}
+        self._began = min(self._began, now)
+        self._settled = now - self._began >= self.limits.tuning.hold_s
+        if self._settled:
+            for pool in self.limits.pools:
+                self._grants.keep(pool, decision.replicas[pool], now)
         return decision.reasons
-
-    def starting(self, pool: str) -> int:
-        """Wanted and not ready."""
-        known = self._state.pools.get(pool)
-        return known.starting if known else 0
 
     def may_come(self, pool: str) -> bool:
         """Whether there is a node that could hold a replica, or one may still be added."""
         known = self._state.pools.get(pool)
-        added = self._ours and self.limits.tuning.node_wait_s > 0
+        added = self.limits.tuning.node_wait_s > 0
         return pool in self.placeable or (added and not (known and known.given_up))
 
     def reported(self) -> dict[str, float]:
         """For Ray Serve: replicas of each deployment, or requests where it decides itself.
 
-        Before the first decision only the fewest that there are to be: others may be there.
+        At first only the fewest that there are to be: others may be there or be about to start.
         """
-        if not self._ours:
-            return {f"requests/{GENERATOR}{pool}": n for pool, n in self._requests().items()}
-        kind = "replicas" if self._state.pools else "least"
-        return {
-            f"{kind}/{GENERATOR if name in self.limits.pools else ''}{name}": float(replicas)
-            for name, replicas in self.replicas.items()
+        kind = "replicas" if self._settled else "least"
+        replicas = {
+            f"{kind}/{GENERATOR if name in self.limits.pools else ''}{name}": float(n)
+            for name, n in self.replicas.items()
         }
+        if self._ours:
+            return replicas
+        requests = self._requests()
+        return replicas | {f"requests/{GENERATOR}{pool}": n for pool, n in requests.items()}
 
     def _requests(self) -> dict[str, float]:
-        """That run in each pool or wait for it; who may use several counts for the first."""
-        waiting = Counter(item.pools[0] for item in self._grants.queue)
+        """That run in each pool, or wait for it as the first of theirs that may come."""
+        waiting = Counter(
+            next(filter(self.may_come, item.pools), item.pools[0]) for item in self._grants.queue
+        )
         return {p: float(waiting[p] + self._grants.running_in(p)) for p in self.limits.pools}
 
     def _load(self, now: float) -> Load:

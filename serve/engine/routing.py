@@ -20,4 +20,6 @@ class StayingReplicas(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
     ) -> list[list[RunningReplica]]:
         staying = [r for r in candidate_replicas if not r.routing_stats.get("leaving")]
         among = staying or candidate_replicas
+        if pending_request:  # else who waits for a full replica asks it again without a pause
+            pending_request.routing_context.should_backoff = True
         return [random.sample(among, min(len(among), 2))]

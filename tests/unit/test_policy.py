@@ -205,6 +205,31 @@ def test_a_clock_that_jumps_and_counters_that_begin_anew_release_nothing_at_once
     assert set(plant.run(600, 10.0)) == {before}
 
 
+def test_after_a_pause_nothing_is_released_for_what_nobody_has_counted() -> None:
+    plant = Plant()
+    plant.run(600, 10.0)
+    before = plant.wanted[-1]
+    plant.now += 3600  # everything stood still
+    assert set(plant.run(110, 10.0)) == {before}
+    assert set(plant.run(600, 10.0)) == {before}
+
+
+def test_one_strange_start_teaches_little() -> None:
+    plant = Plant()
+    plant.run(600, 10.0)
+    ready, plant.ready = plant.ready, 0  # nobody was heard for a second
+    plant.tick()
+    plant.ready = ready
+    plant.tick()
+    assert plant.state.pools["p"].start_s > START_S / 4
+    late = Plant(replace(POOL, max_replicas=16))
+    late.comes = False
+    late.run(8000, 10.0)  # and one comes after all
+    late.ready = 1
+    late.tick()
+    assert late.state.pools["p"].start_s < 3 * START_S
+
+
 def test_a_new_dispatcher_keeps_the_replicas_that_it_finds() -> None:
     plant = Plant(replicas=12)
     assert set(plant.run(110, 10.0)) <= {12, 13, 14}
@@ -333,6 +358,49 @@ def test_replicas_that_do_not_come_are_not_waited_for() -> None:
     assert late.state.pools["fp8"].given_up
 
 
+def test_what_did_not_come_is_remembered_when_nothing_is_wanted_of_it() -> None:
+    limits = Limits(PAIR, tuning=Tuning(idle_s=30, hold_s=30, node_wait_s=30))
+    state, arrived, waits = State(), 0.0, []
+    for second in range(500):
+        wake = second < 200 or second == 400
+        arrived += 3.0 * wake
+        supplies = {"fp8": Supply(0), "fp16": Supply(state.pools["fp16"].wanted if second else 0)}
+        queued = 3.0 if wake else 0.0
+        load = Load([Demand(BOTH, arrived, arrived, queued)], supplies)
+        decision = decide(load, limits, state, second)
+        if decision.replicas["fp16"] > (state.pools["fp16"].wanted if second else 0):
+            waits.append(second)
+        state = decision.state
+    assert 400 in waits  # at once: half a minute and three starts had been enough before
+    assert state.pools["fp8"].wanted == 0
+
+
+def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:
+    def drained(wanted: dict[str, int]) -> dict[str, Supply]:
+        return {"fp8": Supply(4), "fp16": Supply(wanted["fp16"], 0.5)}
+
+    state, wanted, sizes = State(), {"fp8": 4, "fp16": 0}, []
+    for second in range(300):
+        queued = 300.0 if 150 <= second < 160 else 0.0
+        load = Load([Demand(BOTH, 1.5 * second, second, queued)], drained(wanted))
+        decision = decide(load, Limits(PAIR, tuning=Tuning(idle_s=1)), state, second)
+        state, wanted = decision.state, dict(decision.replicas)
+        sizes.append(wanted["fp16"])
+    assert max(sizes) > 0  # helps to drain
+    assert sizes[-100] == 0  # and goes when the queue is gone
+
+
+def test_a_wait_at_the_limit_goes_to_the_next_pool() -> None:
+    state = State()
+    for second in range(30):
+        load = Load(
+            [Demand(BOTH, 1.0 * second, second, 0.5, 60.0)], {"fp8": Supply(4), "fp16": Supply(0)}
+        )
+        decision = decide(load, Limits(PAIR), state, second)
+        state = decision.state
+    assert decision.replicas["fp16"] >= 1
+
+
 def test_without_a_node_that_could_hold_it_the_next_pool_is_taken_at_once() -> None:
     def none_fits(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(0, placeable=False), "fp16": Supply(wanted["fp16"], 0.5)}
@@ -379,13 +447,16 @@ def test_text_encoders_and_ingresses_follow() -> None:
         "Ingress": 1,
     }
     busy = settle(limits, {BOTH: 5.0}, all_come)
-    share = (busy.replicas["fp8"] + busy.replicas["fp16"]) / 14
+    share = (busy.replicas["fp8"] + 0.5 * busy.replicas["fp16"]) / 9  # by what they do
     assert busy.replicas["TextEncoder"] == math.ceil(3 * share)
     full = decide(Load([], {}, open_requests=250), limits, State(), 0.0)
     assert full.replicas["Ingress"] == 3
-    later = decide(Load([], {}, open_requests=0), limits, full.state, 60.0)
-    assert later.replicas["Ingress"] == 3
-    assert decide(Load([], {}), limits, later.state, 130.0).replicas["Ingress"] == 1
+    sizes = []
+    for second in range(1, 140):
+        full = decide(Load([], {}), limits, full.state, second)
+        sizes.append(full.replicas["Ingress"])
+    assert sizes[110] == 3
+    assert sizes[-1] == 1
 
 
 # -- whatever the load ----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What the Dispatcher tells the policy, and what it does with the answer."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ from autoscaling.load import Follower, Limits, Pool, Tuning
 from autoscaling.ray_policy import replicas
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.messages import Heartbeat, Opening, Submission
+from serve.dispatch.messages import Heartbeat, Lease, Opening, Outcome, Release, Submission
 from serve.dispatch.scaling import Scaling
 
 BOTH = ("fp8", "fp16")
@@ -21,7 +22,8 @@ class Desk:
     def __init__(self, limits: Limits | None = None, *, ours: bool = True) -> None:
         self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=1000)
-        self.scaling = Scaling(self.grants, self.admission, limits or Limits(POOLS), ours=ours)
+        limits = limits or Limits(POOLS, tuning=Tuning(hold_s=2))
+        self.scaling = Scaling(self.grants, self.admission, limits, ours=ours)
         self.grants.open("s", 0)
         self.calls = 0
 
@@ -32,8 +34,18 @@ class Desk:
         assert not self.admission.open("s", opening, now).refusal
         self.grants.submit("s", entry, "t", now)
 
-    def replica(self, pool: str, name: str, node: str = "n", speed: float = 1.0) -> None:
-        self.grants.report_replica(Heartbeat(pool, name, 2, speed=speed, node=node), 0)
+    def replica(
+        self,
+        pool: str,
+        name: str,
+        node: str = "n",
+        speed: float = 1.0,
+        now: float = 0.0,
+        drawing: Sequence[Outcome] = (),
+    ) -> None:
+        leases = [Lease(one.session, one.entry, pool) for one in drawing]
+        said = Heartbeat(pool, name, 2, speed=speed, node=node)
+        self.grants.report_replica(said, now, leases)
 
 
 def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
@@ -78,18 +90,68 @@ def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
     assert load.supplies["fp8"].speed == 0.5
 
 
-def test_replicas_in_excess_are_granted_nothing() -> None:
+def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
     desk = Desk()
     for name in "abc":
         desk.replica("fp8", name)
     assert desk.grants.slots("fp8") == 6
-    desk.grants.wanted = {"fp8": 1}
+    desk.grants.keep("fp8", 1, 1.0)
     assert desk.grants.slots("fp8") == 2
-    for _ in range(5):
+    for _ in range(9):
         desk.ask(0.0)
     assert len(desk.grants.grant()) == 2
-    desk.grants.wanted = {"fp8": 2}
+    desk.grants.keep("fp8", 3, 2.0)  # Serve stops the others all the same
+    assert desk.grants.grant() == []
+    desk.replica("fp8", "d", now=3.0)
     assert len(desk.grants.grant()) == 2
+
+
+def test_what_leaving_replicas_draw_takes_no_slot_of_those_that_stay() -> None:
+    desk = Desk()
+    desk.replica("fp8", "a", node="stays")
+    desk.replica("fp8", "b", node="goes")
+    for _ in range(9):
+        desk.ask(0.0)
+    granted = desk.grants.grant()
+    desk.replica("fp8", "a", node="stays", drawing=granted[:2])
+    desk.replica("fp8", "b", node="goes", drawing=granted[2:])
+    desk.grants.draining = frozenset({"goes"})
+    assert desk.grants.grant() == []
+    desk.grants.release("s", Release(granted[0].entry, 1.0), 1.0)
+    assert len(desk.grants.grant()) == 1
+    desk.grants.release("s", Release(granted[2].entry, 1.0), 1.0)  # on the node that goes
+    assert desk.grants.grant() == []
+
+
+def test_of_replicas_in_excess_those_that_draw_most_count_as_leaving() -> None:
+    desk = Desk()
+    for name in "abc":
+        desk.replica("fp8", name)
+    for _ in range(4):
+        desk.ask(0.0)
+    granted = desk.grants.grant()
+    desk.replica("fp8", "b", drawing=granted[:2])
+    desk.replica("fp8", "c", drawing=granted[2:])
+    desk.grants.keep("fp8", 1, 1.0)
+    for _ in range(9):
+        desk.ask(0.0)
+    assert len(desk.grants.grant()) == 2  # a's
+
+
+def test_a_replica_of_a_pool_that_is_no_more_is_not_heard() -> None:
+    desk = Desk()
+    desk.replica("renamed", "old")
+    assert desk.grants.replicas("renamed") == []
+
+
+def test_a_new_dispatcher_takes_nothing_away_before_it_has_looked_for_a_while() -> None:
+    desk = Desk(Limits(POOLS, tuning=Tuning(hold_s=60)))
+    for name in "abc":
+        desk.replica("fp8", name)
+    for second in range(50):
+        desk.scaling.decide(second)
+        assert set(desk.scaling.reported()) == {"least/Generator-fp8", "least/Generator-fp16"}
+    assert desk.grants.slots("fp8") == 6
 
 
 def test_a_draining_node_is_granted_nothing_and_its_replicas_are_no_supply() -> None:
@@ -115,7 +177,7 @@ def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> No
     for second in range(60, 70):
         elastic.scaling.decide(second)
     assert not elastic.scaling.may_come("fp8")
-    assert elastic.scaling.starting("fp8") > 0
+    assert elastic.scaling.replicas["fp8"] > 0  # so that a node may still be added
 
 
 def test_tuning_changes_what_is_decided_from_then_on() -> None:
@@ -127,10 +189,11 @@ def test_tuning_changes_what_is_decided_from_then_on() -> None:
 
 
 def test_followers_are_reported_by_their_own_names() -> None:
-    desk = Desk(Limits(POOLS, {"Ingress": Follower(1, 3, each=10)}))
+    desk = Desk(Limits(POOLS, {"Ingress": Follower(1, 3, each=10)}, Tuning(hold_s=1)))
+    desk.scaling.decide(0.0)
     for _ in range(25):
         desk.ask(0.0)
-    desk.scaling.decide(0.0)
+    assert desk.scaling.decide(1.0)["Ingress"].startswith("1 → 3 replicas")
     assert desk.scaling.reported()["replicas/Ingress"] == 3.0
 
 
@@ -143,9 +206,13 @@ def test_ray_serve_is_told_requests_where_it_decides_itself() -> None:
     desk.grants.grant()
     desk.ask(0.0, pools=("fp16",))
     assert desk.scaling.reported() == {
+        "least/Generator-fp8": 0.0,
+        "least/Generator-fp16": 0.0,
         "requests/Generator-fp8": 5.0,
         "requests/Generator-fp16": 1.0,
     }
+    desk.scaling.placeable = frozenset({"fp16"})
+    assert desk.scaling.reported()["requests/Generator-fp16"] == 4.0  # who may wait for it does
 
 
 # -- Ray Serve's side -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: Any) -> None:
     async def main() -> None:
-        dispatcher = a_dispatcher("p", **options)
+        dispatcher = a_dispatcher("p", "elsewhere", **options)
         handle = Handle(dispatcher)
         try:
             async with asyncio.timeout(5):
