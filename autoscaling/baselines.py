@@ -33,6 +33,8 @@ class RayServe:
 
     It is told the requests that wait or run, as Serve would count them if they waited in its
     handles: their mean over `look_back_period_s` (Serve's default, 30 s, as for the interval).
+    `target_ongoing_requests` is that of the first pool; others have as much for each of their
+    slots.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class RayServe:
     ) -> None:
         self._pools = pools
         self._clock = _Now()
+        (first, *_) = pools.values()
         self._configs = {
             name: AutoscalingConfig(
                 min_replicas=pool.min_replicas,
                 max_replicas=pool.max_replicas,
-                target_ongoing_requests=target_ongoing_requests,
+                target_ongoing_requests=target_ongoing_requests * pool.slots / first.slots,
                 upscale_delay_s=upscale_delay_s,
                 downscale_delay_s=downscale_delay_s,
             )
@@ -102,10 +105,10 @@ class RayServe:
 
 
 def _requests(name: str, pools: Mapping[str, Pool], wanted: Mapping[str, int], view: View) -> int:
-    """That run in a pool, or wait for it because those before it are at their limits."""
-    before = list(pools)[: list(pools).index(name)]
-    full = all(wanted[other] >= pools[other].max_replicas for other in before)
-    return view.running[name] + (view.waiting if full else 0)
+    """That run in a pool; those that wait count for the first that is not at its limit."""
+    *_, last = pools
+    growing = (other for other, pool in pools.items() if wanted[other] < pool.max_replicas)
+    return view.running[name] + (view.waiting if name == next(growing, last) else 0)
 
 
 class QueueLength:
@@ -126,7 +129,9 @@ class QueueLength:
         stabilisation_s: float = 300.0,
         cooldown_s: float = 300.0,
     ) -> None:
-        self._pools, self._target = pools, target
+        (first, *_) = pools.values()
+        self._pools = pools
+        self._targets = {n: target * pool.slots / first.slots for n, pool in pools.items()}
         self._stabilisation_s, self._cooldown_s = stabilisation_s, cooldown_s
         self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
         self._called: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
@@ -147,8 +152,9 @@ class QueueLength:
         return self._wanted
 
     def _hpa(self, name: str, requests: int, wanted: int, now: float) -> int:
-        near = abs(requests / (self._target * wanted) - 1) <= self.TOLERANCE
-        called = wanted if near else max(math.ceil(requests / self._target), 1)
+        target = self._targets[name]
+        near = abs(requests / (target * wanted) - 1) <= self.TOLERANCE
+        called = wanted if near else max(math.ceil(requests / target), 1)
         recent = self._called[name]
         recent.append((now, called))
         while now - recent[0][0] > self._stabilisation_s:
@@ -190,20 +196,24 @@ class Oracle:
                 sums[bisect_left(times, at + window_s / 2)]
                 - sums[bisect_left(times, at - window_s / 2)]
             )
-            always = work / window_s / pool.speed
+            always = work / window_s
             need = math.ceil(always + spare * math.sqrt(always / pool.slots) - 1e-9)
             needs.append(min(max(need, pool.min_replicas), most))
         ahead = math.ceil(start_s / TICK_S)
-        # Wanted now is the most that is needed between now and when a replica that is ordered now
-        # would be ready; for another such time it is cheaper to keep one than to start it again.
-        self._wanted = _most_ahead(needs, 2 * ahead)
+        # Ordered when it has just time to start; kept if it is needed again within another start,
+        # which would cost as much.
+        ordered, kept = _most_ahead(needs, ahead), _most_ahead(needs, 2 * ahead)
+        self._wanted: list[int] = []
+        for now, later in zip(ordered, kept, strict=True):
+            before = self._wanted[-1] if self._wanted else 0
+            self._wanted.append(max(now, min(before, later)))
 
     def __call__(self, view: View, now: float) -> Mapping[str, int]:
         tick = int(now / TICK_S)
         left, wanted = self._wanted[min(tick, len(self._wanted) - 1)], {}
         for name, pool in self._pools.items():
             wanted[name] = min(math.ceil(left / pool.speed), pool.max_replicas)
-            left -= math.floor(wanted[name] * pool.speed)
+            left = max(left - math.floor(wanted[name] * pool.speed), 0)
         return wanted
 
 

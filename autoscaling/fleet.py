@@ -20,9 +20,9 @@ from .load import Pool
 class Machine:
     """The nodes of a pool, each one card; times in seconds, None: never.
 
-    `node_s`: from the order of a node until it is there; `idle_s`: until an empty one is given
-    back; `start_s`: of a replica on a node, give or take a fifth; `notice_s`: before a node is
-    taken away.
+    They are paid for from their order on. `node_s`: from the order of a node until it is there;
+    `idle_s`: until an empty one is given back; `start_s`: of a replica on a node, give or take a
+    fifth; `notice_s`: before a node is taken away.
     """
 
     card: str
@@ -166,10 +166,7 @@ class PoolFleet:
             if not node.replicas:
                 node.empty_since = now
                 self._later(now + self.machine.idle_s, lambda at: self._give_back(node, at))
-            for other in self.replicas:
-                if other.node is None and not node.leaving:
-                    self._place(other, now)
-                    break
+            self._place_those_that_wait(now)
 
     def forget(self, now: float) -> None:
         """Count from now on."""
@@ -205,6 +202,11 @@ class PoolFleet:
         replica.node, replica.began = node, now
         if node.up:
             self._start(replica, now)
+
+    def _place_those_that_wait(self, now: float) -> None:
+        for replica in self.replicas:
+            if replica.node is None:
+                self._place(replica, now)
 
     def _node_up(self, node: Node, now: float) -> None:
         if node.gone:
@@ -271,3 +273,4 @@ class PoolFleet:
             node.gone = True
             self.nodes.remove(node)
             self.bill.node_s += now - node.ordered
+            self._place_those_that_wait(now)

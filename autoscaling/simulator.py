@@ -89,9 +89,10 @@ class Outcome:
 
 
 class _Kind(NamedTuple):
-    """Of a shape: its work, and what it takes of a replica of each pool."""
+    """Of a shape: its work, what it takes alone at best, and what of each pool's replica."""
 
     work_s: float
+    alone_s: float
     size: int
     steps: int
     row_s: tuple[float, ...]
@@ -242,7 +243,7 @@ class Simulation:
         self._done += 1
         if request.at >= self._counted_from:
             self._waits.append(granted - request.at)
-            self._outcome.in_time += now - request.at <= SLOWDOWN * request.kind.work_s
+            self._outcome.in_time += now - request.at <= SLOWDOWN * request.kind.alone_s
         if replica.draining and not replica.running:
             self._fleets[i].end(replica, now)
         if len(self._queue):
@@ -251,7 +252,10 @@ class Simulation:
     def _kind(self, shape: Shape) -> _Kind:
         image = image_of(shape)
         row_s = [site.costs.work_s(image) / shape.steps - site.costs.step for site in self._sites]
-        kind = _Kind(self._unit.work_s(image), image.image_tokens, shape.steps, tuple(row_s))
+        alone_s = min(site.costs.work_s(image) for site in self._sites)
+        kind = _Kind(
+            self._unit.work_s(image), alone_s, image.image_tokens, shape.steps, tuple(row_s)
+        )
         self._kinds[shape] = kind
         return kind
 
@@ -322,5 +326,7 @@ class Simulation:
             )
             outcome.replica_h += fleet.bill.replica_s / 3600
             outcome.starts += fleet.bill.starts
+        # Who still waits has waited so long at least.
+        self._waits.extend(now - item.what.at for item in self._queue)
         outcome.waits = sorted(self._waits)
         return outcome

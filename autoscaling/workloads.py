@@ -59,6 +59,8 @@ HEAVY_TAILED: Mix = (
     (Shape(1024, 1024, 50, 4.5), 0.05),
 )
 TENANTS = 20
+TAIL, LONGEST = 1.5, 200  # of the bursts of `heavy_tailed`
+BURST = sum(n**-TAIL for n in range(1, LONGEST + 1))  # their mean: the sum of P(size ≥ n)
 
 
 def poisson(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
@@ -112,17 +114,17 @@ def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> 
 
 
 def heavy_tailed(per_s: float, seconds: float) -> Workload:
-    """Bursts of a Pareto-distributed number of requests of one tenant (mean 3), in a mix of
-    shapes of which few make most of the work.
+    """Bursts of a Pareto-distributed number of requests of one tenant, in a mix of shapes of
+    which few make most of the work.
     """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance = random.Random(seed)
         shapes, weights = zip(*HEAVY_TAILED, strict=True)
         at = 0.0
-        while (at := at + chance.expovariate(per_s / 3)) < seconds:
+        while (at := at + chance.expovariate(per_s / BURST)) < seconds:
             tenant = f"t{chance.randrange(TENANTS)}"
-            for _ in range(min(int(chance.paretovariate(1.5)), 200)):
+            for _ in range(min(int(chance.paretovariate(TAIL)), LONGEST)):
                 yield Arrival(at, tenant, *chance.choices(shapes, weights))
 
     return Workload("heavy-tailed", seconds, arrivals)
@@ -148,7 +150,7 @@ def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
 def trace(file: Path) -> Workload:
     """From a CSV file with the columns time (s), tenant, width, height, steps and guidance.
 
-    Raises `OSError`, and `ValueError` with the line of what is wrong.
+    The first request comes at 0. Raises `OSError`, and `ValueError` with the line of what is wrong.
     """
     found: list[Arrival] = []
     with file.open(newline="", encoding="utf-8") as lines:
@@ -161,12 +163,15 @@ def trace(file: Path) -> Workload:
                 arrival = Arrival(float(row["time"]), row["tenant"], shape)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{file}: line {rows.line_num}: {_what(error)}") from None
-            if not (math.isfinite(arrival.at) and arrival.at >= 0 and min(shape[:3]) > 0):
-                raise ValueError(f"{file}: line {rows.line_num}: times and sizes must be positive")
+            numbers = arrival.at, shape.guidance
+            if not all(map(math.isfinite, numbers)) or min(shape[:3]) <= 0 or not arrival.tenant:
+                raise ValueError(f"{file}: line {rows.line_num}: no request: {row}")
             found.append(arrival)
     if not found:
         raise ValueError(f"{file}: no requests")
     found.sort(key=lambda arrival: arrival.at)
+    first = found[0].at
+    found = [arrival._replace(at=arrival.at - first) for arrival in found]
     return Workload(file.stem, found[-1].at + 60, lambda _: found)
 
 

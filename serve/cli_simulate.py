@@ -41,9 +41,17 @@ def simulate(
         ),
     ] = None,
     rate: Annotated[
-        float, typer.Option(min=0.001, max=10_000, help="Requests a second, at the peak.")
+        float,
+        typer.Option(
+            min=0.001,
+            max=10_000,
+            help="Requests a second: of diurnal at its peak, of spikes between them (they are ten "
+            "times as high), of sparse while it is not idle, else the mean.",
+        ),
     ] = 4.0,
-    hours: Annotated[float, typer.Option(min=0.05, max=24 * 31)] = 24.0,
+    hours: Annotated[
+        float, typer.Option(min=0.05, max=24 * 31, help="Diurnal is one day, however long.")
+    ] = 24.0,
     config: ConfigOption = None,
     model: Annotated[
         str | None, typer.Option(help="Default: sd3.5-large, or the first of --config.")

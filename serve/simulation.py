@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoscaling import workloads
@@ -124,6 +125,7 @@ def _site(
     per_node = max(int(1 / pool.num_gpus + 1e-6), 1) if pool.num_gpus else 1
     costs = Coefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
     card = CARDS[pool.card] if pool.card else None
+    limits = replace(limits, speed=limits.speed / per_node, start_s=node_s + start_s)
     return Site(limits, _machine(card, per_node, node_s, start_s), costs)
 
 
@@ -140,7 +142,7 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
             raise SettingsError(f"--workload '{name}': {known}")
         try:
             return workloads.trace(Path(name))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise SettingsError(str(error)) from None
     make = getattr(workloads, name.replace("-", "_"))
     made: Workload = make(per_s, hours * HOUR_S)
@@ -157,7 +159,13 @@ def policy_of(text: str) -> tuple[str, dict[str, float]]:
         values = [float(value) for value in given.split(",")] if given else []
     except ValueError:
         values = [-1.0]
-    if len(values) > len(keys) or any(not 0 <= value < 1e6 for value in values):
+    low = [
+        0.0 if key.endswith(("delay_s", "stabilisation_s", "cooldown_s")) else 1e-6 for key in keys
+    ]
+    wrong = len(values) > len(keys) or any(
+        not least <= value < 1e6 for least, value in zip(low, values, strict=False)
+    )
+    if wrong:
         raise SettingsError(f"--policy '{text}': {name} takes {', '.join(keys) or 'no numbers'}")
     if name == "static" and not values:
         raise SettingsError(f"--policy '{text}': how many replicas? static:8")

@@ -468,8 +468,17 @@ step = st.tuples(
 
 
 def play(steps: list[tuple[float, float, float, int, int, float]], more: float) -> Decision:
-    """A history with `more` times as much asked for in its last step."""
-    limits = Limits(PAIR | {"other": Pool("n", 1, 3, 2)})
+    """A history with `more` times as many requests in its last step.
+
+    Of equal size: one large request among small ones makes what is proven less certain.
+    """
+    limits = Limits(
+        {
+            "fp8": replace(PAIR["fp8"], min_replicas=1),
+            "fp16": PAIR["fp16"],
+            "other": Pool("n", 1, 3, 2),
+        }
+    )
     state, now, arrived = State(), 0.0, 0.0
     for i, (work, queued, wait_s, ready8, ready16, passed_s) in enumerate(steps):
         factor = more if i == len(steps) - 1 else 1.0
@@ -481,9 +490,10 @@ def play(steps: list[tuple[float, float, float, int, int, float]], more: float) 
         supplies = {"fp8": Supply(ready8), "fp16": Supply(ready16, 0.5, i % 3 > 0)}
         decision = decide(Load(demands, supplies), limits, state, now)
         state = decision.state
-        for name, pool in limits.pools.items():
-            if name != "other":
-                assert pool.min_replicas <= decision.replicas[name] <= pool.max_replicas
+        assert decision.replicas["other"] == 1  # it has not been heard, and has its least
+        for name in PAIR:
+            pool = limits.pools[name]
+            assert pool.min_replicas <= decision.replicas[name] <= pool.max_replicas
     return decision
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from serve.cli import app
 from serve.settings import SettingsError
 from serve.settings_file import load_settings
-from serve.simulation import policy_of, scene_of_settings
+from serve.simulation import policy_of, scene_of_settings, workload_of
 from serve.sizing import limits_of
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,7 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
         (("--policy", "keda:1,2,3,4"), "keda takes target, stabilisation_s, cooldown_s"),
         (("--policy", "queued-work:3"), "queued-work takes no numbers"),
         (("--policy", "keda:nan"), "keda takes"),
+        (("--policy", "keda:0"), "keda takes"),
         (("--card", "h1000"), "--card 'h1000'"),
         (("--model", "sd4"), "--model 'sd4'"),
         (("--config", str(LAPTOP), "--model", "other"), "--model 'other'"),
@@ -95,6 +96,10 @@ def test_replicas_that_share_a_card_share_its_time() -> None:
     site = scene.sites["sd3.5-medium-fp8"]
     assert site.machine.per_node == 6
     assert site.costs.token == pytest.approx(6 * scene.unit.token)
+    assert site.pool.speed == pytest.approx(1 / 6)
+    assert site.pool.start_s == 90
+    outcome = scene.run(workload_of("poisson", 0.005, 3), "static", replicas=2)
+    assert outcome.attainment > 0.9
 
 
 @pytest.mark.parametrize(
