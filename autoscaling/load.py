@@ -80,11 +80,15 @@ class Demand(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """Of a pool; `speed`: of one ready replica; `placeable`: a node that is there could hold it."""
+    """Of a pool; `speed`: of one ready replica; `placeable`: a node that is there could hold it.
+
+    `start_s`: what starts took on their nodes, as far as is known.
+    """
 
     ready: int = 0
     speed: float | None = None
     placeable: bool = True
+    start_s: float | None = None
 
 
 class Load(NamedTuple):

@@ -189,9 +189,8 @@ def _seen(
     if known is None:
         ready = supply.ready if supply else 0
         wanted = _bounded(ready, pool)
-        known = PoolState(
-            wanted, ready, pool.start_s, pool.speed, now, arriving=(Needed(now, wanted),)
-        )
+        start_s = (supply and supply.start_s) or pool.start_s
+        known = PoolState(wanted, ready, start_s, pool.speed, now, arriving=(Needed(now, wanted),))
     if supply is None:
         return known
     came, orders, start_s = supply.ready - known.ready, known.orders, known.start_s
@@ -199,7 +198,8 @@ def _seen(
         oldest, *others = orders
         taken = min(came, oldest.replicas)
         took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
-        start_s += (1 - (1 - LEARN) ** taken) * (took_s - start_s)
+        learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARN) ** taken
+        start_s += learn * (took_s - start_s)
         left = oldest._replace(replicas=oldest.replicas - taken)
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)

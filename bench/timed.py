@@ -20,7 +20,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-import serve.app
 from serve.api.ingress import Ingress
 from serve.cost import Coefficients
 from serve.dispatch.messages import Heartbeat, Lease, Stopped, Usage
@@ -85,7 +84,7 @@ class TimedGenerator:
         name = ray_serve.get_replica_context().replica_id.unique_id
         node = ray.get_runtime_context().get_node_id()
         while True:
-            said = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node)
+            said = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node, 2.0)
             stopped, self._stopped = self._stopped, []
             try:
                 reply = await self._dispatcher.report_replica.remote(
@@ -120,6 +119,8 @@ def units(application: Application) -> Mapping[str, Coefficients]:
 
 
 def build(args: dict[str, Any]) -> Any:
+    import serve.app  # and torch with it, for which replicas that only wait have no use
+
     for name, stands_in in (
         ("Generator", TimedGenerator),
         ("TextEncoder", TimedTextEncoder),

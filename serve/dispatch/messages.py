@@ -104,7 +104,8 @@ class Heartbeat(NamedTuple):
     """What a Generator replica says of itself.
 
     `running_work_s`: what it still has to do, in its own seconds; `speed`: work of a reference
-    replica that it does in a second; `node`: Ray's id of its node.
+    replica that it does in a second; `node`: Ray's id of its node; `start_s`: what its own start
+    took there.
     """
 
     pool: str
@@ -113,6 +114,7 @@ class Heartbeat(NamedTuple):
     running_work_s: float = 0.0
     speed: float = 1.0
     node: str = ""
+    start_s: float = 0.0
 
 
 class Reply(NamedTuple):

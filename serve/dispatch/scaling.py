@@ -103,5 +103,11 @@ class Scaling:
 
     def _supply(self, pool: str) -> Supply:
         ready = self._grants.staying(pool)
-        speed = fmean(said.speed for said in ready) if ready else None
-        return Supply(len(ready), speed, pool in self.placeable)
+        if not ready:
+            return Supply(placeable=pool in self.placeable)
+        return Supply(
+            len(ready),
+            fmean(said.speed for said in ready),
+            pool in self.placeable,
+            fmean(said.start_s for said in ready),
+        )

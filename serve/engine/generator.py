@@ -85,6 +85,7 @@ class Generator:
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
+        began = time.monotonic()
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._models_folder, self._work = models_folder, Coefficients(*work)
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
@@ -128,6 +129,7 @@ class Generator:
             await self._draw(self._new_image(self._warm_up_request(), Watch()))
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
+        self._start_s = time.monotonic() - began
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
@@ -318,6 +320,7 @@ class Generator:
             running_work_s=work_s,
             speed=self._cost.speed,
             node=self._node,
+            start_s=self._start_s,
         )
 
     def record_routing_stats(self) -> dict[str, bool]:
