@@ -7,7 +7,7 @@ is seen within seconds where there are many requests, and noise is not taken for
 few.
 
 What starts now is ready only after a start's time. `Rises` learns by how much more than expected
-arrives by then: the habit of its users, which chance alone does not explain.
+arrives by then: the habit of its users, and the chance that is in it.
 """
 
 from __future__ import annotations
