@@ -40,7 +40,8 @@ def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
         "max_queued": laptop.max_queued,
         "autoscaling": laptop.autoscaling.model_dump(),
     }
-    assert application.autoscaling_policy.policy_function == "autoscaling.ray_policy:replicas"
+    policy = application.autoscaling_policy
+    assert policy == {"policy_function": "autoscaling.ray_policy:replicas"}
 
 
 def octet_folders() -> set[Path]:
