@@ -8,8 +8,6 @@ from .load import Limits, Pool
 from .policy import State, decide
 from .simulator import Policy, View
 
-NAMES = ("queued-work", "ray-serve", "keda", "static", "oracle")
-
 
 class QueuedWork:
     """Ours."""

@@ -104,7 +104,6 @@ class Bill:
     replica_s: float = 0.0
     node_s: float = 0.0
     starts: int = 0
-    stops: int = 0
 
 
 class Clock(Protocol):
@@ -144,7 +143,6 @@ class PoolFleet:
             self.bill.starts += 1
             self._place(replica, now)
         while len(self.replicas) > replicas:
-            self.bill.stops += 1
             self.stop(min(self.replicas, key=self._dispensable), now)
 
     def stop(self, replica: Replica, now: float) -> None:

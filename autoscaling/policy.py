@@ -25,52 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .load import Demand, Follower, Limits, Load, Pool, Supply, Tuning
+from .load import Demand, Follower, Limits, Load, Pool
+from .pool_state import Needed, Order, PoolState, bounded, seen
 from .rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
 
-LEARN = 0.3  # how far one start moves the time that is expected of the next
-LATE = 3.0  # a start that takes so many times as long as expected may never end
-RETRY_S = 600.0  # until replicas that did not come are waited for again
 PAUSE_S = 10.0  # without a decision for so long, nothing is known of the time between
 QUEUE_S = 1.0  # a queue that lasts no longer is chance
 DUST = 1e-6  # of a replica
-
-
-class Order(NamedTuple):
-    """Replicas that were wanted at a time and are not ready yet."""
-
-    at: float
-    replicas: int
-
-
-class Needed(NamedTuple):
-    """So many were needed at a time, and fewer ever since."""
-
-    at: float
-    replicas: int
-
-
-@dataclass(frozen=True, slots=True)
-class PoolState:
-    """`start_s`, `speed`: of a replica, as learnt. `busy`: when there was last anything to do."""
-
-    wanted: int
-    ready: int
-    start_s: float
-    speed: float
-    busy: float
-    orders: tuple[Order, ...] = ()
-    arriving: tuple[Needed, ...] = ()  # for what arrives
-    draining: tuple[Needed, ...] = ()  # for what waits
-    given_up_at: float | None = None  # its replicas do not come
-
-    @property
-    def starting(self) -> int:
-        return max(self.wanted - self.ready, 0)
-
-    @property
-    def given_up(self) -> bool:
-        return self.given_up_at is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +79,7 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
         samples[d.pools] = sampled(samples.get(d.pools, first), new, mean_s)
     pools = {
-        name: _seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
+        name: seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
         for name, pool in limits.pools.items()
     }
     rises, reasons = {}, {}
@@ -178,60 +139,6 @@ def _resumed(state: State, now: float) -> State:
     if now < state.at:
         return State(pools=pools, followers=followers)
     return replace(state, pools=pools, followers=followers)
-
-
-# -- replicas that have come, and those that have not ---------------------------------------------
-
-
-def _seen(
-    known: PoolState | None, pool: Pool, supply: Supply | None, tuning: Tuning, now: float
-) -> PoolState:
-    if known is None:
-        ready = supply.ready if supply else 0
-        wanted = _bounded(ready, pool)
-        start_s = (supply and supply.start_s) or pool.start_s
-        known = PoolState(wanted, ready, start_s, pool.speed, now, arriving=(Needed(now, wanted),))
-    if supply is None:
-        return known
-    came, orders, start_s = supply.ready - known.ready, known.orders, known.start_s
-    while came > 0 and orders:
-        oldest, *others = orders
-        taken = min(came, oldest.replicas)
-        took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
-        learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARN) ** taken
-        start_s += learn * (took_s - start_s)
-        left = oldest._replace(replicas=oldest.replicas - taken)
-        orders, came = (left, *others) if left.replicas else tuple(others), came - taken
-    orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
-    late_s = now - orders[0].at if orders else 0.0
-    patience_s = tuning.node_wait_s + (LATE * start_s if supply.placeable else 0.0)
-    given_up_at = known.given_up_at
-    if late_s > patience_s or not (supply.placeable or tuning.node_wait_s):
-        given_up_at = now
-    elif supply.ready > known.ready or now - (given_up_at or now) > RETRY_S:
-        given_up_at = None
-    return replace(
-        known,
-        ready=supply.ready,
-        start_s=start_s,
-        speed=supply.speed or known.speed,
-        orders=orders,
-        given_up_at=given_up_at,
-    )
-
-
-def _ordered(orders: tuple[Order, ...], starting: int, now: float) -> tuple[Order, ...]:
-    """So many in all: more are ordered now; fewer, and the newest are called off."""
-    missing = starting - sum(order.replicas for order in orders)
-    if missing > 0:
-        return (*orders, Order(now, missing))
-    kept = list(orders)
-    while missing < 0:
-        last = kept.pop()
-        missing += last.replicas
-        if missing > 0:
-            kept.append(last._replace(replicas=missing))
-    return tuple(kept)
 
 
 # -- what is needed -------------------------------------------------------------------------------
@@ -321,8 +228,8 @@ def _wanting(
     if share.queued_s > QUEUE_S * before.speed * before.ready:
         for_queue = max(for_queue, before.wanted)
     hold_s = max(tuning.hold_s, 2 * before.start_s)
-    arriving = _held(before.arriving, _bounded(for_rate, pool), hold_s, now)
-    draining = _held(before.draining, _bounded(for_queue, pool), tuning.target_wait_s, now)
+    arriving = _held(before.arriving, bounded(for_rate, pool), hold_s, now)
+    draining = _held(before.draining, bounded(for_queue, pool), tuning.target_wait_s, now)
     wanted = max(arriving[0].replicas, draining[0].replicas)
     if not wanted and before.wanted and not idle:
         wanted = min(1, pool.max_replicas)
@@ -339,10 +246,6 @@ def _following(follower: Follower, replicas: Mapping[str, int], load: Load, limi
         part = sum(replicas[name] * pool.speed for name, pool in pools.items()) / full
         wanted = math.ceil(most * part - DUST)
     return min(max(wanted, follower.min_replicas), most)
-
-
-def _bounded(replicas: int, pool: Pool) -> int:
-    return min(max(replicas, pool.min_replicas), pool.max_replicas)
 
 
 def _held(

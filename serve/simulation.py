@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoscaling import workloads
-from autoscaling.contestants import NAMES, contestant
+from autoscaling.contestants import contestant
 from autoscaling.fleet import Machine
 from autoscaling.load import Limits, Tuning
 from autoscaling.load import Pool as PoolLimits
@@ -23,7 +23,7 @@ from .sizing import limits_of
 from .work import cost_of
 
 WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
-NUMBERS = {
+NUMBERS = {  # what each policy is tuned by
     "ray-serve": ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
     "keda": ("target", "stabilisation_s", "cooldown_s"),
     "static": ("replicas",),
@@ -58,7 +58,7 @@ class Scene:
         warm_up_s: float = 0.0,
         **numbers: float,
     ) -> Outcome:
-        """What becomes of the workload under a policy of `contestants.NAMES`."""
+        """What becomes of the workload under a policy of `NUMBERS`."""
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
             work_s = self.unit.work_s
@@ -152,8 +152,8 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
 def policy_of(text: str) -> tuple[str, dict[str, float]]:
     """`NAME` or `NAME:NUMBER,NUMBER`: what it is tuned by. Raises `SettingsError`."""
     name, _, given = text.partition(":")
-    if name not in NAMES:
-        raise SettingsError(f"--policy '{text}': {did_you_mean(name, NAMES)}")
+    if name not in NUMBERS:
+        raise SettingsError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")
     keys = NUMBERS[name]
     try:
         values = [float(value) for value in given.split(",")] if given else []
