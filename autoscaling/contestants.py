@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from .load import Limits, Pool
 from .policy import State, decide
@@ -10,10 +11,11 @@ from .simulator import Policy, View
 
 
 class QueuedWork:
-    """Ours."""
+    """Ours; `tuning`: what is set otherwise than in `limits`."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits, self._state = limits, State()
+    def __init__(self, limits: Limits, **tuning: float) -> None:
+        self._limits = replace(limits, tuning=replace(limits.tuning, **tuning))
+        self._state = State()
 
     def __call__(self, view: View, now: float) -> Mapping[str, int]:
         decision = decide(view.load, self._limits, self._state, now)
@@ -50,7 +52,7 @@ def contestant(
     from . import baselines  # needs Ray
 
     if name == "queued-work":
-        return QueuedWork(limits)
+        return QueuedWork(limits, **numbers)
     if name == "static":
         return Static(limits.pools, int(numbers["replicas"]))
     if name == "ray-serve":

@@ -14,18 +14,18 @@ from typing import NamedTuple
 class Tuning:
     """What an operator may set.
 
-    `target_wait_s`: how soon a queue is to be drained; `utilisation`: how busy replicas are at most
-    with what is expected; `spare`: room for chance, in standard deviations of the images that are
-    drawn at a time; `hold_s`: over how long the work that arrives is averaged, and how long what
-    was needed is kept; `idle_s`: until the last replica goes; `node_wait_s`: how long a node may
-    take that is added for a replica, 0: nobody adds nodes; `warm_reserve`: replicas beyond what is
-    needed, of each model that is not idle.
+    `target_wait_s`: how soon a queue is to be drained once replicas ordered for it are ready;
+    `utilisation`: how busy replicas are at most with what is expected; `spare`: room for chance, in
+    standard deviations of the images that are drawn at a time; `hold_s`: over how long the work
+    that arrives is averaged, and how long what was needed is kept; `idle_s`: until the last replica
+    goes; `node_wait_s`: how long a node may take that is added for a replica, 0: nobody adds nodes;
+    `warm_reserve`: replicas beyond what is needed, of each model that is not idle.
     """
 
     target_wait_s: float = 10.0
-    utilisation: float = 0.9
-    spare: float = 2.0
-    hold_s: float = 120.0
+    utilisation: float = 0.8
+    spare: float = 3.0
+    hold_s: float = 300.0
     idle_s: float = 600.0
     node_wait_s: float = 0.0
     warm_reserve: int = 0

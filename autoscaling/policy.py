@@ -6,9 +6,9 @@ second needs
 
 - for what arrives: rate ÷ speed, plus room for the chance by which images meet, which grows with
   the square root of their number, and for the usual rise within a start's time (`rates`);
-- for what waits: enough to drain, within `target_wait_s` or half of a start's time if that is
-  longer, what will be left when a replica that is ordered now is ready. A queue that is gone by
-  then orders nothing; what was ordered for one stays until it is gone.
+- for what waits: enough to drain, within `target_wait_s`, what will be left when a replica that is
+  ordered now is ready. A queue that is gone by then orders nothing; what was ordered for one stays
+  until it is gone.
 
 *Wanted* replicas are *ready* or *starting*. Wanted goes up at once, and down to the most that was
 needed within `hold_s` and within two starts, so neither chance nor a short pause releases anything;
@@ -203,8 +203,7 @@ class _Filling:
                 done_s += order.replicas * max(start_s - due_s, 0.0)
             left_s = share.queued_s + (share.rate - helping) * start_s - state.speed * done_s
             if left_s > 0:
-                drain_s = max(tuning.target_wait_s, start_s / 2)
-                for_queue = always + left_s / drain_s / state.speed
+                for_queue = always + left_s / tuning.target_wait_s / state.speed
         if share.oldest_wait_s > max(tuning.target_wait_s, start_s) and not state.starting:
             for_queue = max(for_queue, state.ready + 1.0)  # whatever was predicted
         for_rate = max(always + room, always / tuning.utilisation)

@@ -94,10 +94,9 @@ class Dispatcher:
             list(pools), session_lease_s=SESSION_LEASE_S, replica_lease_s=REPLICA_LEASE_S
         )
         self._admission = Admission(self._grants, max_queued=Live().max_queued)
-        self._scaling = Scaling(
-            self._grants, self._admission, limits, ours=autoscaling_policy == "queued-work"
-        )
-        self._grants_from = time.monotonic() + recovery_s
+        now, ours = time.monotonic(), autoscaling_policy == "queued-work"
+        self._scaling = Scaling(self._grants, self._admission, limits, now, ours=ours)
+        self._grants_from = now + recovery_s
         self._early: list[tuple[str, Opening]] = []  # calls that came before that
         self._streams: dict[str, _Stream] = {}
         self._warned: set[str] = set()

@@ -6,7 +6,6 @@ Without clock, network or Ray; `Dispatcher` calls `decide` with every heartbeat 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,15 +22,23 @@ GENERATOR = "Generator-"  # and its pool: a deployment's name
 
 
 class Scaling:
-    """`ours`: else Ray Serve's own policy decides, and is told how many requests there are."""
+    """`began`: when this process began to count what arrives.
+
+    `ours`: else Ray Serve's own policy decides, and is told how many requests there are.
+    """
 
     def __init__(
-        self, grants: Grants, admission: Admission, limits: Limits, *, ours: bool = True
+        self,
+        grants: Grants,
+        admission: Admission,
+        limits: Limits,
+        began: float,
+        *,
+        ours: bool = True,
     ) -> None:
         self._grants, self._admission = grants, admission
-        self.limits, self._ours = limits, ours
-        self._state = State()
-        self._began = math.inf
+        self.limits, self._began, self._ours = limits, began, ours
+        self._state = State(at=began)
         self._settled = False  # what was there before this process would have been heard
         # Wanted, of every pool and follower.
         self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
@@ -48,7 +55,6 @@ class Scaling:
         decision = decide(self._load(now), self.limits, self._state, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
-        self._began = min(self._began, now)
         self._settled = now - self._began >= self.limits.tuning.hold_s
         if self._settled:
             for pool in self.limits.pools:

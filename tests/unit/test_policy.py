@@ -13,6 +13,7 @@ from autoscaling.load import Demand, Follower, Limits, Load, Pool, Supply, Tunin
 from autoscaling.policy import Decision, State, decide, preferred
 
 POOL = Pool("m", min_replicas=0, max_replicas=100, slots=4, start_s=30.0)
+TUNING = Tuning(utilisation=0.9, spare=2.0, hold_s=120.0)
 START_S = 30
 IMAGE_S = 0.5  # work of a request
 
@@ -21,7 +22,7 @@ class Plant:
     """One pool under work that arrives evenly; `comes`: whether what is wanted ever starts."""
 
     def __init__(self, pool: Pool = POOL, tuning: Tuning | None = None, replicas: int = 0) -> None:
-        self.limits = Limits({"p": pool}, tuning=tuning or Tuning())
+        self.limits = Limits({"p": pool}, tuning=tuning or TUNING)
         self.state, self.now = State(), 1000.0
         self.arrived = self.queue = 0.0
         self.starts: list[float] = []  # when each starting replica is ready
@@ -70,13 +71,13 @@ def test_steady_work_gets_a_steady_number_with_room() -> None:
     plant.run(600, 10.0)
     wanted = plant.run(600, 10.0)
     assert len(set(wanted)) == 1
-    assert wanted[0] == math.ceil(10 + 2 * math.sqrt(10 / 4))
+    assert wanted[0] == math.ceil(10 + TUNING.spare * math.sqrt(10 / 4))
     assert plant.queue == 0
 
 
 def test_big_fleets_are_kept_no_fuller_than_the_utilisation_says() -> None:
     plant = Plant(replace(POOL, max_replicas=2000), replicas=1000)
-    assert plant.run(600, 1000.0)[-1] == math.ceil(1000 / 0.9)
+    assert plant.run(600, 1000.0)[-1] == math.ceil(1000 / TUNING.utilisation)
 
 
 def test_a_step_is_followed_at_once_and_its_end_slowly() -> None:
@@ -152,7 +153,7 @@ def test_to_zero_when_idle_and_back_with_the_first_request() -> None:
     plant = Plant()
     plant.run(300, 1.0)
     wanted = plant.run(1200, 0.0)
-    assert wanted[int(Tuning().idle_s) - 30] == 1
+    assert wanted[int(TUNING.idle_s) - 30] == 1
     assert wanted[-1] == 0
     assert plant.ready == 0
     plant.arrived += IMAGE_S
@@ -175,7 +176,7 @@ def test_bounds_reserve_and_the_least() -> None:
     assert plant.run(60, 0.0)[-1] == 2
     assert plant.run(300, 50.0)[-1] == 6
     assert any("6 is its limit" in reason for reason in plant.reasons)
-    spare = Plant(tuning=Tuning(warm_reserve=3))
+    spare = Plant(tuning=replace(TUNING, warm_reserve=3))
     plain = Plant()
     assert spare.run(600, 5.0)[-1] == plain.run(600, 5.0)[-1] + 3
     assert spare.run(1500, 0.0)[-1] == 0
@@ -337,19 +338,19 @@ def all_come(wanted: dict[str, int]) -> dict[str, Supply]:
 
 
 def test_the_preferred_pool_alone_while_it_suffices() -> None:
-    decision = settle(Limits(PAIR), {BOTH: 2.0}, all_come)
+    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 2.0}, all_come)
     assert decision.replicas["fp16"] == 0
     assert 3 <= decision.replicas["fp8"] <= 4
 
 
 def test_what_is_too_much_for_it_goes_to_the_next() -> None:
-    decision = settle(Limits(PAIR), {BOTH: 5.0}, all_come)
+    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 5.0}, all_come)
     assert decision.replicas["fp8"] == 4
     assert decision.replicas["fp16"] >= math.ceil((5.0 - 4) / 0.5)
 
 
 def test_who_may_use_one_pool_alone_gets_it() -> None:
-    decision = settle(Limits(PAIR), {ONLY_16: 1.0}, all_come)
+    decision = settle(Limits(PAIR, tuning=TUNING), {ONLY_16: 1.0}, all_come)
     assert decision.replicas["fp8"] == 0
     assert decision.replicas["fp16"] >= 2
 
@@ -358,9 +359,9 @@ def test_replicas_that_do_not_come_are_not_waited_for() -> None:
     def no_fp8(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(0), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    early = settle(Limits(PAIR), {BOTH: 1.0}, no_fp8, seconds=80)
+    early = settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=80)
     assert early.replicas["fp16"] == 0
-    late = settle(Limits(PAIR), {BOTH: 1.0}, no_fp8, seconds=200)
+    late = settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=200)
     assert late.replicas["fp16"] >= 3
     assert late.replicas["fp8"] >= 3  # so that a node may still be added for them
     assert late.state.pools["fp8"].given_up
@@ -404,7 +405,7 @@ def test_a_wait_at_the_limit_goes_to_the_next_pool() -> None:
         load = Load(
             [Demand(BOTH, 1.0 * second, second, 0.5, 60.0)], {"fp8": Supply(4), "fp16": Supply(0)}
         )
-        decision = decide(load, Limits(PAIR), state, second)
+        decision = decide(load, Limits(PAIR, tuning=TUNING), state, second)
         state = decision.state
     assert decision.replicas["fp16"] >= 1
 
@@ -413,7 +414,8 @@ def test_without_a_node_that_could_hold_it_the_next_pool_is_taken_at_once() -> N
     def none_fits(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(0, placeable=False), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    assert settle(Limits(PAIR), {BOTH: 2.0}, none_fits, seconds=10).replicas["fp16"] >= 1
+    limits = Limits(PAIR, tuning=TUNING)
+    assert settle(limits, {BOTH: 2.0}, none_fits, seconds=10).replicas["fp16"] >= 1
     elastic = Limits(PAIR, tuning=Tuning(node_wait_s=120))
     assert settle(elastic, {BOTH: 1.0}, none_fits, seconds=100).replicas["fp16"] == 0
     assert settle(elastic, {BOTH: 1.0}, none_fits, seconds=140).replicas["fp16"] >= 1
@@ -426,7 +428,7 @@ def test_when_its_nodes_come_after_all_the_preferred_pool_takes_over() -> None:
         return {"fp8": Supply(there), "fp16": Supply(wanted["fp16"], 0.5)}
 
     late.calls = 0  # type: ignore[attr-defined]
-    decision = settle(Limits(PAIR), {BOTH: 2.0}, late, seconds=1500)
+    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 2.0}, late, seconds=1500)
     assert decision.replicas["fp16"] == 0
     assert not decision.state.pools["fp8"].given_up
 
@@ -436,7 +438,7 @@ def test_pools_are_preferred_by_the_price_of_their_work() -> None:
         name: replace(pool, usd_h=usd)
         for (name, pool), usd in zip(PAIR.items(), (9, 2), strict=True)
     }
-    assert preferred("m", Limits(PAIR)) == ["fp8", "fp16"]
+    assert preferred("m", Limits(PAIR, tuning=TUNING)) == ["fp8", "fp16"]
     assert preferred("m", Limits(dear)) == ["fp16", "fp8"]
     half = dear | {"fp16": PAIR["fp16"]}
     assert preferred("m", Limits(half)) == ["fp8", "fp16"]
@@ -447,7 +449,7 @@ def test_text_encoders_and_ingresses_follow() -> None:
         "TextEncoder": Follower(1, 3, pools=("fp8", "fp16")),
         "Ingress": Follower(1, 4, each=100),
     }
-    limits = Limits(PAIR, followers)
+    limits = Limits(PAIR, followers, TUNING)
     assert settle(limits, {}, all_come).replicas == {
         "fp8": 0,
         "fp16": 0,

@@ -23,7 +23,7 @@ class Desk:
         self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=1000)
         limits = limits or Limits(POOLS, tuning=Tuning(hold_s=2))
-        self.scaling = Scaling(self.grants, self.admission, limits, ours=ours)
+        self.scaling = Scaling(self.grants, self.admission, limits, 0.0, ours=ours)
         self.grants.open("s", 0)
         self.calls = 0
 
@@ -68,6 +68,15 @@ def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
         "replicas/Generator-fp8": 4.0,
         "replicas/Generator-fp16": float(desk.scaling.replicas["fp16"]),
     }
+
+
+def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
+    desk = Desk()
+    for _ in range(30):
+        desk.ask(3.0)
+    desk.scaling.decide(7.0)
+    reason = desk.scaling.reasons["fp8"]
+    assert reason.startswith("0 → 4 replicas: 4.29 s of work arrive a second")
 
 
 def test_before_the_first_decision_only_the_least_is_reported() -> None:

@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_result_and_a_warm_up_is_not_counted() -> N
 
 
 def test_a_policy_that_follows_the_load_beats_a_fleet_of_its_average() -> None:
-    workload = diurnal(16, HOUR_S, trough=0.02, mix=((SHAPE, 1.0),))
+    workload = diurnal(60, HOUR_S, trough=0.02, mix=((SHAPE, 1.0),))
     ours = run(workload, QueuedWork(Limits({"p": POOL})), warm_up_s=300)
     assert ours.attainment > 0.97
     same_cost = static(round(ours.replica_h * HOUR_S / (HOUR_S - 300)))
