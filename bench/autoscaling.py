@@ -2,8 +2,8 @@
 
 Each workload is played under every policy with every setting of its grid. Shown are ours as it
 ships, and of each grid the cheapest setting that answers 99 % in time ("99 %"; where none does,
-the one that answers most). Ray's has a second row, with the fewest violations at any price ("best");
-ours has a row for each of Ray's two, with the fewest violations among those that cost no more.
+the one that answers most). Ray's has a second row, with the fewest violations at any price
+("best"); ours has a row for each of Ray's two, with the fewest violations at no higher cost.
 
 In time is within five times what an image takes alone; all else is a violation. The first quarter
 of an hour is not counted, so that nobody is judged by an empty start. A grid is chosen from by one
