@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serve.dispatch.grants import UNSETTLED_S, Grants
 from serve.dispatch.messages import (
@@ -202,7 +202,9 @@ def test_positions_are_by_fairness() -> None:
 
 
 class GrantsMachine(RuleBasedStateMachine):
-    """Any order of submits, releases, deaths and restarts, against a plain model."""
+    """Any order of submits, releases, deaths, restarts, drains and shrinking pools, against a plain
+    model.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,10 +213,19 @@ class GrantsMachine(RuleBasedStateMachine):
         self.count = 0
         self.waiting: dict[str, tuple[str, tuple[str, ...], str]] = {}  # in order of arrival
         self.running: dict[str, tuple[str, str]] = {}
-        self.slots: dict[str, int] = {FP8: 0, FP16: 0}
+        # Of each pool's replicas: when first heard, and what they said and draw.
+        self.there: dict[str, dict[str, tuple[float, Heartbeat, set[str]]]] = {FP8: {}, FP16: {}}
+        self.kept: dict[str, tuple[float, int]] = {}
+        self.draining: set[str] = set()
         self.placeable = set(AUTO)
         for session in "st":
             self.book.open(session, 0)
+
+    @initialize()
+    def begin(self) -> None:
+        for pool in AUTO:
+            for name in "pq":
+                self.report(pool, name, 2)
 
     @rule(
         session=st.sampled_from("st"),
@@ -245,10 +256,32 @@ class GrantsMachine(RuleBasedStateMachine):
     def possible(self, pools: tuple[str, ...]) -> bool:
         return any(pool in self.placeable or self.book.replicas(pool) for pool in pools)
 
-    @rule(pool=st.sampled_from(AUTO), slots=st.integers(0, 3))
-    def report(self, pool: str, slots: int) -> None:
-        self.book.report_replica(Heartbeat(pool, "r", slots), self.now)
-        self.slots[pool] = slots
+    @rule(
+        pool=st.sampled_from(AUTO),
+        name=st.sampled_from(["p", "q", "r"]),
+        slots=st.integers(0, 3),
+    )
+    def report(self, pool: str, name: str, slots: int) -> None:
+        others = {e for r, (_, _, drawn) in self.there[pool].items() if r != name for e in drawn}
+        mine = [e for e, (_, p) in self.running.items() if p == pool and e not in others]
+        drawn = set(mine[:slots])
+        said = Heartbeat(pool, name, slots, node=f"node-{name}")
+        leases = [Lease(self.running[entry][0], entry, pool) for entry in sorted(drawn)]
+        self.book.report_replica(said, self.now, leases)
+        first_heard = self.there[pool].get(name, (self.now,))[0]
+        self.there[pool][name] = first_heard, said, drawn
+
+    @rule(pool=st.sampled_from(AUTO), replicas=st.integers(0, 3))
+    def keep(self, pool: str, replicas: int) -> None:
+        if replicas < len(self.book.staying(pool)):
+            self.kept[pool] = self.now, replicas
+        self.book.keep(pool, replicas, self.now)
+        self.now += 1
+
+    @rule(names=st.sets(st.sampled_from(["p", "q", "r"])))
+    def drain(self, names: set[str]) -> None:
+        self.draining = {f"node-{name}" for name in names}
+        self.book.draining = frozenset(self.draining)
 
     @precondition(lambda self: self.waiting or self.running)
     @rule(data=st.data(), took_s=st.none() | st.floats(0, 20))
@@ -283,7 +316,26 @@ class GrantsMachine(RuleBasedStateMachine):
             assert all(self.free(pool) <= 0 for pool in pools)
 
     def free(self, pool: str) -> int:
-        return self.slots[pool] - sum(p == pool for _, p in self.running.values())
+        staying = {said.replica for said in self.book.staying(pool)}
+        free = -sum(p == pool for _, p in self.running.values())
+        for name, (_, said, drawn) in self.there[pool].items():
+            free += said.slots if name in staying else len(drawn & self.running.keys())
+        return free
+
+    @invariant()
+    def who_leaves_is_told_apart(self) -> None:
+        for pool in AUTO:
+            staying = {said.replica for said in self.book.staying(pool)}
+            left = {
+                name: first_heard
+                for name, (first_heard, said, _) in self.there[pool].items()
+                if said.node not in self.draining
+            }
+            since, most = self.kept.get(pool, (-1.0, 0))
+            old = {name for name, first_heard in left.items() if first_heard <= since}
+            assert staying <= left.keys()
+            assert left.keys() - old <= staying  # who came later was wanted
+            assert len(staying & old) == min(most, len(old))
 
     @invariant()
     def books_agree(self) -> None:
@@ -293,4 +345,4 @@ class GrantsMachine(RuleBasedStateMachine):
 
 
 TestGrantsMachine = GrantsMachine.TestCase
-TestGrantsMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestGrantsMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

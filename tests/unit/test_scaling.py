@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
+from ray.serve.config import AutoscalingConfig
 
 from autoscaling.load import Follower, Limits, Pool, Tuning
 from autoscaling.ray_policy import replicas
+from serve.app import AT_ONCE
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
 from serve.dispatch.messages import Heartbeat, Lease, Opening, Outcome, Release, Submission
@@ -236,20 +239,14 @@ class Sample(NamedTuple):
     value: float
 
 
-class Config:
-    def get_target_ongoing_requests(self) -> float:
-        return 2.0
-
-    def get_upscaling_factor(self) -> float:
-        return 1.0
-
-
 class Context:
     """What our policy reads of Ray Serve's."""
 
     def __init__(self, current: int = 0, target: int = 0, **reported: list[tuple[float, float]]):
         self.current_num_replicas, self.target_num_replicas = current, target
-        self.total_num_requests, self.policy_state, self.config = 0.0, {}, Config()
+        self.total_num_requests, self.policy_state = 0.0, {}
+        self.config = AutoscalingConfig(min_replicas=0, max_replicas=9, target_ongoing_requests=2)
+        self.capacity_adjusted_min_replicas, self.capacity_adjusted_max_replicas = 0, 9
         series = {name.replace("__", "/"): pairs for name, pairs in reported.items()}
         self.raw_metrics: Any = {
             name: {"replica": [Sample(*pair) for pair in pairs]} for name, pairs in series.items()
@@ -305,3 +302,27 @@ def test_ray_serves_own_policy_decides_on_the_requests_of_the_dispatcher() -> No
     assert replicas(given)[0] == {Deployment("pool"): 5.0}  # a mean of 10, 2 each
     asleep = contexts(target=0, current=0, requests__pool=[(1.0, 3.0)])
     assert replicas(asleep)[0] == {Deployment("pool"): 1}
+
+
+def test_as_ray_serve_applies_it_ours_counts_at_once_and_its_own_after_its_delay() -> None:
+    as_applied = _apply_app_level_autoscaling_config(replicas)
+    at_once = AutoscalingConfig(min_replicas=0, max_replicas=9, **AT_ONCE)
+    for target, wanted in ((2, 5.0), (5, 1.0), (1, 0.0)):
+        given = contexts(target=target, replicas__pool=[(1.0, wanted)])
+        given[Deployment("pool")].config = at_once
+        assert as_applied(given)[0] == {Deployment("pool"): wanted}
+    # From several straight to none is not possible there: by way of one.
+    given = contexts(target=5, replicas__pool=[(1.0, 0.0)])
+    given[Deployment("pool")].config = at_once
+    assert as_applied(given)[0] == {Deployment("pool"): 1}
+
+    given = contexts(target=2, requests__pool=[(1.0, 10.0)])
+    now, states = as_applied(given)
+    assert now == {Deployment("pool"): 2}
+    remembered = states[Deployment("pool")]
+    (since,) = (value for key, value in remembered.items() if "timestamp" in key)
+    later = contexts(target=2, requests__pool=[(1.0, 10.0)])
+    later[Deployment("pool")].policy_state = {
+        key: since - 31 if "timestamp" in key else value for key, value in remembered.items()
+    }
+    assert as_applied(later)[0] == {Deployment("pool"): 5}

@@ -1,6 +1,7 @@
 """An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from serve.dispatch import dispatcher as dispatcher_module
+from serve.dispatch import scaling as scaling_module
 from serve.dispatch import session as session_module
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.messages import Heartbeat, Lease, News, Opening, Stopped, Submission, Usage
@@ -193,6 +195,52 @@ def test_a_session_that_expired_is_opened_again() -> None:
         assert dispatcher._grants.queue_depth == 1
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         assert await waiting == "p"
+
+    run(test)
+
+
+def test_a_dispatcher_that_stood_still_hears_the_others_before_it_lets_any_expire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
+
+    async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
+        dispatcher._grants.session_lease_s = 0.2
+        await settle()
+        dispatcher._grants.open("silent", time.monotonic())
+        time.sleep(0.4)  # noqa: ASYNC251 (it is to stand still)
+        await asyncio.sleep(0.02)
+        assert dispatcher._grants.heard_from("silent", 0.0)
+        await asyncio.sleep(0.1)
+        assert not dispatcher._grants.heard_from("silent", 0.0)
+
+    run(test)
+
+
+def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(dispatcher_module, "REPLICA_LEASE_S", 0.0)
+    calls: list[float] = []
+
+    def fails(_: Any, __: Any, ___: Any, now: float) -> None:
+        calls.append(now)
+        raise ZeroDivisionError
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        dispatcher._grants.replica_lease_s = 60
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        await asyncio.sleep(0.1)
+        before = await dispatcher.record_autoscaling_stats()
+        monkeypatch.setattr(scaling_module, "decide", fails)
+        await asyncio.sleep(0.2)
+        assert len(calls) > 1
+        assert "autoscaling: no decision" in caplog.text
+        assert await dispatcher.record_autoscaling_stats() == before
+        await dispatcher.check_health()
+        async with slot(session):
+            pass
 
     run(test)
 
