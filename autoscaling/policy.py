@@ -108,7 +108,7 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         replicas[name] = wanted = history[0].replicas
         last = state.followers.get(name)
         if last and last[0].replicas != wanted:
-            reasons[name] = f"{last[0].replicas} → {wanted} replicas: along with what it serves"
+            reasons[name] = f"{last[0].replicas} → {wanted} replicas (along with what it serves)"
     return Decision(replicas, State(now, samples, rises, pools, followers), reasons)
 
 
@@ -256,7 +256,7 @@ def _held(
 
 
 def _reason(before: PoolState, after: PoolState, share: _Share, pool: Pool) -> str:
-    """In words, for people."""
+    """Which rule it was, and its numbers, in words."""
     words = [f"{share.rate:.2f} s of work arrive a second"] if share.rate else ["nothing arrives"]
     if share.queued_s:
         words.append(f"{share.queued_s:.1f} s wait")
@@ -267,4 +267,12 @@ def _reason(before: PoolState, after: PoolState, share: _Share, pool: Pool) -> s
         words.append(f"{pool.max_replicas} is its limit")
     if after.given_up:
         words.append("its replicas do not come")
-    return f"{before.wanted} → {after.wanted} replicas: {', '.join(words)}"
+    if not after.wanted:
+        rule = "idle"
+    elif after.wanted < before.wanted:
+        rule = "the most that was needed of late"
+    elif after.draining[0].replicas > after.arriving[0].replicas:
+        rule = "to drain what waits"
+    else:
+        rule = "for what arrives"
+    return f"{before.wanted} → {after.wanted} replicas ({rule}): {', '.join(words)}"

@@ -196,7 +196,7 @@ def test_from_zero_and_back_through_all_that_happens(
         assert resources["GPU"] == 0.5
         assert "H100" in labels["ray.io/accelerator-type"]
         assert "A100" not in labels["ray.io/accelerator-type"]
-    assert pool()["reason"].startswith("0 → 4 replicas: ")
+    assert pool()["reason"].startswith("0 → 4 replicas")
     logs = "\n".join(log.read_text() for log in folder.glob("session_*/logs/serve/*Dispatcher*"))
     assert f"{POOL}: 0 → " in logs
 

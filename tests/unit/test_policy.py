@@ -300,10 +300,11 @@ def test_every_change_has_its_reason() -> None:
     plant.run(1500, 0.0)
     changes = sum(a != b for a, b in zip([0, *plant.wanted], plant.wanted, strict=False))
     assert len(plant.reasons) == changes
-    assert "replicas: " in plant.reasons[0]
+    assert "replicas (to drain what waits): " in plant.reasons[0]
+    assert any("replicas (the most that was needed of late): " in r for r in plant.reasons)
     assert "s of work arrive a second" in plant.reasons[0]
     assert "a start takes 30 s" in plant.reasons[0]
-    assert plant.reasons[-1].startswith("1 → 0 replicas: nothing arrives")
+    assert plant.reasons[-1].startswith("1 → 0 replicas (idle): nothing arrives")
 
 
 # -- several pools --------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
     assert load.open_requests == 31
     reasons = desk.scaling.decide(3.0)
     assert desk.scaling.replicas["fp8"] == 4
-    assert reasons["fp8"].startswith("0 → 4 replicas: ")
+    assert reasons["fp8"].startswith("0 → 4 replicas")
     assert desk.scaling.reasons == reasons
     assert desk.scaling.reported() == {
         "replicas/Generator-fp8": 4.0,
@@ -79,7 +79,7 @@ def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
         desk.ask(3.0)
     desk.scaling.decide(7.0)
     reason = desk.scaling.reasons["fp8"]
-    assert reason.startswith("0 → 4 replicas: 4.29 s of work arrive a second")
+    assert reason.startswith("0 → 4 replicas (for what arrives): 4.29 s of work arrive a second")
 
 
 def test_before_the_first_decision_only_the_least_is_reported() -> None:
