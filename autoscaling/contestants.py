@@ -11,10 +11,18 @@ from .simulator import Policy, View
 
 
 class QueuedWork:
-    """Ours; `tuning`: what is set otherwise than in `limits`."""
+    """Ours; `spare` and `hold_s`: if not those of `limits`."""
 
-    def __init__(self, limits: Limits, **tuning: float) -> None:
-        self._limits = replace(limits, tuning=replace(limits.tuning, **tuning))
+    def __init__(
+        self, limits: Limits, spare: float | None = None, hold_s: float | None = None
+    ) -> None:
+        kept = limits.tuning
+        tuning = replace(
+            kept,
+            spare=kept.spare if spare is None else spare,
+            hold_s=hold_s or kept.hold_s,
+        )
+        self._limits = replace(limits, tuning=tuning)
         self._state = State()
 
     def __call__(self, view: View, now: float) -> Mapping[str, int]:

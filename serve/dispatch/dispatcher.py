@@ -1,7 +1,7 @@
 """The Dispatcher deployment: the one owner of the queue, exactly one replica, no GPU.
 
 It is `Admission` and `Grants` with a clock, a network and two folders: `TenantFiles` says who may
-call, `Metering` writes what they are charged. Each Ingress opens a stream on which verdicts and
+call, `Metering` charges them. Each Ingress opens a stream on which verdicts and
 outcomes arrive in batches, and tells its news in batches; each Generator reports itself.
 """
 
@@ -28,20 +28,18 @@ from .messages import (
     News,
     Opening,
     Outcome,
-    Release,
     Reply,
     Running,
     Stopped,
     Submission,
-    Usage,
     Verdict,
 )
-from .metering import Charge, Metering
+from .metering import Metering
 from .metrics import ReplicaMetrics, TenantMetrics
 from .overview import overview
 from .scaling import Scaling
 from .tenant_files import TenantFiles
-from .usage import UsageLedger, month_end, month_of
+from .usage import UsageLedger, month_of
 
 log = logging.getLogger("ray.serve")
 
@@ -50,7 +48,6 @@ REPLICA_LEASE_S = 5.0
 POSITIONS_S = 0.05  # until places in the queue are told
 HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
 NODES_S = 2.0  # how often the cluster's nodes are looked up
-AGAIN_S = 1.0  # until a charge is tried again that could not be written
 TENANTS_S = 1.0  # how often the tenants' files are looked at
 RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
 
@@ -107,10 +104,8 @@ class Dispatcher:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._take_tenants()
         ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
-        self._metering = Metering(ledger, self._written)
-        self._held: dict[tuple[str, int], float] = {}  # of budgets, for what was cancelled
-        self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
         self._metrics, self._replica_metrics = TenantMetrics(), ReplicaMetrics()
+        self._metering = Metering(self._admission, ledger, self._metrics, self._deliver)
         self._tasks = [
             asyncio.create_task(task())
             for task in (self._expire, self._place, self._watch_tenants, self._metering.run)
@@ -163,9 +158,11 @@ class Dispatcher:
         if not self._grants.heard_from(session, now):
             return False
         for usage in news.usages:
-            self._metering.add(Charge(session, usage, self._admission.hold(session, usage)))
+            self._metering.charge(session, usage)
         for release in news.releases:
-            self._release(session, release, now)
+            said = self._grants.release(session, release, now)
+            if release.cancelled:
+                self._metering.cancelled(session, release.cancelled, said)
         for call in news.ended:
             self._admission.end(session, call, now)
         if self._early:
@@ -196,7 +193,7 @@ class Dispatcher:
         self._grants.report_replica(said, now, drawing)
         for one in stopped:
             if usage := self._grants.stopped(one, now):
-                self._charge_cancelled(one.lease.session, usage, one)
+                self._metering.stopped(one.lease.session, usage, one)
         self._grant()
         orphans = tuple(lease for lease in drawing if not self._grants.holds(lease))
         return Reply(orphans, said.node in self._grants.draining)
@@ -333,10 +330,9 @@ class Dispatcher:
                 log.warning("session %s fell silent: its slots are free", session)
                 self._end(session)
             for usage in self._grants.give_up(now):
-                self._admission.free(usage.tenant, self._held.pop((usage.call, usage.image), 0.0))
+                self._metering.give_up(usage)
             self._admission.forget(now, HEARTBEAT_S)
-            if (month := month_of(time.time())) > self._month:
-                self._begin_month(month, {})  # what is written meanwhile counts itself
+            self._metering.turn_month(month_of(time.time()))
             self._scale(now)
             self._grant()
             self._deliver(self._grants.positions())
@@ -351,50 +347,6 @@ class Dispatcher:
             self._replica_metrics.report(self._scaling, self._grants)
         except Exception:  # whatever it is, what was wanted stays
             log.exception("autoscaling: no decision")
-
-    # -- usage ----------------------------------------------------------------------------------
-
-    def _begin_month(self, month: str, spent: Mapping[str, float]) -> None:
-        now = time.time()
-        self._month = month
-        self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
-
-    def _release(self, session: str, release: Release, now: float) -> None:
-        said = self._grants.release(session, release, now)
-        if said and (usage := release.cancelled):
-            self._held[usage.call, usage.image] = self._admission.hold(session, usage)
-            if isinstance(said, Stopped):
-                self._charge_cancelled(session, usage, said)
-
-    def _charge_cancelled(self, session: str, usage: Usage, stopped: Stopped) -> None:
-        """The steps that were done of an image that its client did not want to the end."""
-        held = self._held.pop((usage.call, usage.image), 0.0)
-        if stopped.steps:
-            work_s = round(usage.work_s * stopped.steps / usage.steps, 6)
-            done = usage._replace(steps=stopped.steps, work_s=work_s, outcome="cancelled")
-            self._metering.add(Charge(session, done, held))
-        else:
-            self._admission.free(usage.tenant, held)
-
-    def _written(self, batch: list[Charge], fresh: list[Charge] | None, month: str) -> None:
-        """Confirm what is on disk. What could not be written is refused, or tried again."""
-        now, ledger = time.monotonic(), self._metering.ledger
-        if month > self._month:
-            self._begin_month(month, {})
-        told: dict[tuple[str, str], Outcome] = {}
-        for charge in batch:
-            session, usage = charge.session, charge.usage
-            if fresh is None and usage.outcome == "cancelled":
-                asyncio.get_running_loop().call_later(AGAIN_S, self._metering.add, charge)
-                continue
-            self._admission.free(usage.tenant, charge.held)
-            kind: Any = "unrecorded" if fresh is None else "recorded"
-            told[session, usage.call] = Outcome(session, usage.call, None, kind)
-        for session, usage, _ in fresh or ():
-            spent = ledger.spent[usage.tenant] if ledger else None
-            self._admission.spend(session, usage, spent, now)
-            self._metrics.charged(usage)
-        self._deliver(told.values())
 
     # -- tenants and nodes ----------------------------------------------------------------------
 

@@ -486,7 +486,7 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session) as call:
-            dispatcher._deliver = lambda told: None  # type: ignore[method-assign]  # silent
+            dispatcher._metering._deliver = lambda told: None  # silent
             recording = asyncio.create_task(call.record([usage(call)]))
             await settle()
             assert len(list(read_usage(tmp_path))) == 1
@@ -581,7 +581,7 @@ def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> N
         assert account.spent == pytest.approx(1.3)
         assert account.reserved == pytest.approx(0)
         assert dispatcher._grants.free_slots("p") == 2
-        assert not dispatcher._held
+        assert not dispatcher._metering._cancelled
 
     run(test, usage_folder=str(tmp_path))
 
