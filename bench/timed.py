@@ -26,8 +26,9 @@ from serve.dispatch.messages import Heartbeat, Lease, Stopped, Usage
 from serve.dispatch.open_call import Wish
 from serve.dispatch.session import DispatchSession
 from serve.errors import OctetError
+from serve.model_settings import Pool, ServedModel
 from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
-from serve.settings import Application, Pool, ServedModel
+from serve.settings import Application
 
 from .load import STEP_S
 

@@ -18,7 +18,8 @@ from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
-from .settings import Application, Pool, Resources
+from .model_settings import Pool, Resources
+from .settings import Application
 from .sizing import limits_of
 from .work import units
 

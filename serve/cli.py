@@ -18,7 +18,8 @@ from . import cli_cards, cli_simulate, cli_tenants
 from .engine.checkpoint import node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import Running, running
-from .settings import Model, Settings, SettingsError, Source
+from .model_settings import Model, Source
+from .settings import Settings, SettingsError
 from .settings_file import load_settings
 from .tenants import read_keys, read_tenants
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors

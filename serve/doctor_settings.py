@@ -14,8 +14,9 @@ from cluster.placement import Need, Node, fits, unknown_cards
 from .doctor import Finding, Machine, Verdict
 from .engine.checkpoint import node_folder, on_this_node
 from .launch import check_port
+from .model_settings import Encoder, Model, OnCard, Pool, Source
 from .planning import encoder_gib, most_pixels
-from .settings import Encoder, Model, OnCard, Pool, Settings, SettingsError, Source
+from .settings import Settings, SettingsError
 from .work import CLIP_TOKENS, structure_of
 
 

@@ -26,7 +26,8 @@ from cluster.ways import Cards, Want
 from .cost import ImageShape
 from .engine.checkpoint import node_folder, size_bytes
 from .errors import did_you_mean
-from .settings import Encoder, Model, Settings, SettingsError
+from .model_settings import Encoder, Model
+from .settings import Settings, SettingsError
 from .work import CLIP_TOKENS, structure_of
 
 SD35_TEXT_WIDTH = 4096

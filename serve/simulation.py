@@ -18,7 +18,8 @@ from cluster.structure import TRANSFORMERS, structure
 
 from .cost import Coefficients, reference
 from .errors import did_you_mean
-from .settings import Pool, ServedModel, Settings, SettingsError
+from .model_settings import Pool, ServedModel
+from .settings import Settings, SettingsError
 from .sizing import limits_of
 from .work import cost_of
 

@@ -7,7 +7,8 @@ from autoscaling.load import Pool as PoolLimits
 from cluster.cards import CARDS
 
 from .cost import Coefficients, ImageShape
-from .settings import Application, Pool, ServedModel
+from .model_settings import Pool, ServedModel
+from .settings import Application
 from .work import cost_of, units
 
 USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)

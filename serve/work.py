@@ -15,8 +15,9 @@ from cluster.structure import TRANSFORMERS, Structure, structure
 
 from .cost import UNKNOWN_GPU, Coefficients, ImageShape, reference
 from .engine.checkpoint import node_folder
+from .model_settings import Pool, ServedModel
 from .request import ImageRequest
-from .settings import Application, Pool, ServedModel, SettingsError
+from .settings import Application, SettingsError
 
 CLIP_TOKENS = 77
 

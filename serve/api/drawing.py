@@ -25,6 +25,7 @@ from ..errors import (
     Unavailable,
 )
 from ..lost import REPLICA_LOST
+from ..model_settings import ServedModel
 from ..request import (
     ImageRequest,
     ImageResult,
@@ -34,7 +35,6 @@ from ..request import (
     Receipt,
     Watch,
 )
-from ..settings import ServedModel
 from ..work import shape_of
 from .metrics import FrontMetrics
 

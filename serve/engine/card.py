@@ -12,7 +12,7 @@ from cluster.card_memory import CardFull, claim
 from cluster.telemetry import CardTelemetry, NoTelemetry
 
 from ..errors import OctetError
-from ..settings import OnCard
+from ..model_settings import OnCard
 
 log = logging.getLogger("ray.serve")
 

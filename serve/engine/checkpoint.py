@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..settings import Source
+from ..model_settings import Source
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"

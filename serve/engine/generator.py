@@ -26,8 +26,8 @@ from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
 from ..dispatch.messages import Heartbeat, Lease, Stopped
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..lost import REPLICA_LOST
+from ..model_settings import Pool, ServedModel
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
-from ..settings import Pool, ServedModel
 from .card import device_for, take_card
 from .checkpoint import open_checkpoint
 from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped

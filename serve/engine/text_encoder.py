@@ -24,7 +24,7 @@ import torch
 
 from cluster.capability import capability, probe
 
-from ..settings import Encoder
+from ..model_settings import Encoder
 from .card import device_for, take_card
 from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES

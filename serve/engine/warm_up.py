@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Literal
 
-from ..settings import Pool
+from ..model_settings import Pool
 from .compiled import (
     Mode,
     Shape,

@@ -23,7 +23,7 @@ from serve.engine.checkpoint import MANIFEST, CheckpointError, open_checkpoint, 
 from serve.engine.fp8_checkpoint import is_fp8, load_transformer, quantize
 from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
-from serve.settings import Source
+from serve.model_settings import Source
 
 from .conftest import DEMO_MODEL, ROOT
 
