@@ -39,11 +39,11 @@ from serve.simulation import Scene, scene_of_card
 OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
-OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 8.0, 16.0), (300.0, 120.0, 600.0)
-RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0)
-RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0)  # the last of each are Ray's own
+OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 8.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
+RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0)
+RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0, 1800.0)  # Ray's own: 30 and 600
 KEDA_TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
-KEDA_STABILISATION_S = (0.0, 60.0, 300.0)  # the last is Kubernetes' own
+KEDA_STABILISATION_S = (0.0, 60.0, 300.0, 1800.0)  # Kubernetes' own: 300
 SEEDS = (1, 2, 3)
 ORACLE_SPARES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 ORACLE_WINDOWS_S = (30.0, 120.0)
@@ -95,8 +95,8 @@ def mixed() -> Scene:
     )
     speed = _work_s(fp8) / _work_s(bf16)
     sites = {
-        "fp8": Site(PoolLimits("m", 0, 32, 4, 1.0, start_s, l40s.usd_h), l40s, fp8),
-        "fp16": Site(PoolLimits("m", 0, 48, 2, speed, start_s, a100.usd_h), a100, bf16),
+        "fp8": Site(PoolLimits("m", 0, 32, 2, 1.0, start_s, l40s.usd_h), l40s, fp8),
+        "fp16": Site(PoolLimits("m", 0, 48, 1, speed, start_s, a100.usd_h), a100, bf16),
     }
     return Scene(sites, fp8, Tuning())
 
