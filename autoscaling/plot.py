@@ -18,10 +18,15 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
 
 
-def draw(timelines: Mapping[str, Sequence[Point]], title: str, out: Path) -> None:
+def draw(
+    timelines: Mapping[str, Sequence[Point]],
+    title: str,
+    out: Path,
+    arriving: str = "work that arrives,\nreplicas' seconds a second",
+) -> None:
     """Timelines by name, above each other on one time axis, into an image file.
 
-    Raises `ImportError` without matplotlib.
+    `arriving`: what is said of the first number. Raises `ImportError` without matplotlib.
     """
     import matplotlib as mpl
 
@@ -35,7 +40,7 @@ def draw(timelines: Mapping[str, Sequence[Point]], title: str, out: Path) -> Non
     unit, unit_s = ("h", 3600.0) if first[-1].at > 2 * 3600 else ("min", 60.0)
     times = [point.at / unit_s for point in first]
     load.fill_between(times, _smooth([point.arriving for point in first]), color="#c9d6df")
-    load.set_ylabel("work that arrives,\nreplicas' seconds a second")
+    load.set_ylabel(arriving)
     for (name, points), colour in zip(timelines.items(), COLOURS, strict=False):
         times = [point.at / unit_s for point in points]
         wanted = [point.wanted for point in points]
@@ -43,7 +48,7 @@ def draw(timelines: Mapping[str, Sequence[Point]], title: str, out: Path) -> Non
         replicas.plot(times, [point.ready for point in points], color=colour, label=name)
         queue.plot(times, [point.queued for point in points], color=colour)
     replicas.set_ylabel("replicas: ready,\ndotted: wanted")
-    replicas.legend(loc="upper left", frameon=False)
+    replicas.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     queue.set_ylabel("requests that wait")
     queue.set_xlabel(unit)
     figure.suptitle(title)

@@ -70,8 +70,9 @@ class Watch(threading.Thread):
                 continue
             if pool:
                 at = time.monotonic() - self.began
-                queued = state["queued"] + pool["running"]
-                self.points.append(Point(at, queued, queued, pool["wanted"], pool["replicas"]))
+                queued = state["queued"]
+                asked = queued + pool["running"]
+                self.points.append(Point(at, asked, queued, pool["wanted"], pool["replicas"]))
 
 
 def play(policy: str, least: int) -> tuple[dict[str, Any], list[Point]]:
@@ -111,7 +112,8 @@ def main() -> None:
         print(name, json.dumps(results[name]), flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "autoscaling-ray.json").write_text(json.dumps(results, indent=1))
-    draw(timelines, "the demo model on real Ray", OUT / "autoscaling-ray.png")
+    title, file = "the demo model on real Ray", OUT / "autoscaling-ray.png"
+    draw(timelines, title, file, arriving="images that wait or run")
 
 
 if __name__ == "__main__":
