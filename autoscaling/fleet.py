@@ -28,7 +28,6 @@ class Machine:
     card: str
     usd_h: float
     per_node: int = 1
-    most_nodes: int = 10_000
     node_s: float = 90.0
     idle_s: float = 60.0
     start_s: float = 30.0
@@ -164,7 +163,6 @@ class PoolFleet:
             if not node.replicas:
                 node.empty_since = now
                 self._later(now + self.machine.idle_s, lambda at: self._give_back(node, at))
-            self._place_those_that_wait(now)
 
     def forget(self, now: float) -> None:
         """Count from now on."""
@@ -186,12 +184,10 @@ class PoolFleet:
         return replica.ready, len(node.replicas) if node else 0, -replica.began
 
     def _place(self, replica: Replica, now: float) -> None:
-        """On the fullest node with room; else on a new one; else it waits."""
+        """On the fullest node with room; else on a new one."""
         room = [n for n in self.nodes if not n.leaving and len(n.replicas) < self.machine.per_node]
         node = max(room, key=lambda n: (n.up, len(n.replicas)), default=None)
         if node is None:
-            if len(self.nodes) >= self.machine.most_nodes:
-                return
             node = Node(now)
             self.nodes.append(node)
             fresh = node
@@ -200,11 +196,6 @@ class PoolFleet:
         replica.node, replica.began = node, now
         if node.up:
             self._start(replica, now)
-
-    def _place_those_that_wait(self, now: float) -> None:
-        for replica in self.replicas:
-            if replica.node is None:
-                self._place(replica, now)
 
     def _node_up(self, node: Node, now: float) -> None:
         if node.gone:
@@ -271,4 +262,3 @@ class PoolFleet:
             node.gone = True
             self.nodes.remove(node)
             self.bill.node_s += now - node.ordered
-            self._place_those_that_wait(now)

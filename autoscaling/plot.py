@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from .simulator import Point
@@ -41,7 +41,7 @@ def draw(
     times = [point.at / unit_s for point in first]
     load.fill_between(times, _smooth([point.arriving for point in first]), color="#c9d6df")
     load.set_ylabel(arriving)
-    for (name, points), colour in zip(timelines.items(), COLOURS, strict=False):
+    for (name, points), colour in zip(timelines.items(), cycle(COLOURS), strict=False):
         times = [point.at / unit_s for point in points]
         wanted = [point.wanted for point in points]
         replicas.plot(times, wanted, color=colour, linewidth=0.8, linestyle=":")

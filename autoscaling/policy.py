@@ -6,9 +6,9 @@ second needs
 
 - for what arrives: rate ÷ speed, plus room for the chance by which images meet, which grows with
   the square root of their number, and for the usual rise within a start's time (`rates`);
-- for what waits: enough to drain, within `target_wait_s`, what will be left when a replica that is
-  ordered now is ready. A queue that is gone by then orders nothing; what was ordered for one stays
-  until it is gone.
+- for what waits: enough to drain, within `target_wait_s` or an eighth of a start's time if that is
+  longer, what will be left when a replica that is ordered now is ready. A queue that is gone by
+  then orders nothing; what was ordered for one stays until it is gone.
 
 *Wanted* replicas are *ready* or *starting*. Wanted goes up at once, and down to the most that was
 needed within `hold_s` and within two starts, so neither chance nor a short pause releases anything;
@@ -31,6 +31,7 @@ from .rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
 
 PAUSE_S = 10.0  # without a decision for so long, nothing is known of the time between
 QUEUE_S = 1.0  # a queue that lasts no longer is chance
+DRAIN = 1 / 8  # of a start's time, at least: for less, replicas would start for moments
 DUST = 1e-6  # of a replica
 
 
@@ -127,7 +128,7 @@ def _resumed(state: State, now: float) -> State:
     pools = {
         name: replace(
             pool,
-            busy=now,
+            busy=now if pool.wanted else pool.busy,
             orders=(Order(now, pool.starting),) if pool.starting else (),
             arriving=(Needed(now, pool.wanted),),
             draining=(),
@@ -156,7 +157,8 @@ class _Filling:
         limits: Limits,
         now: float,
     ) -> None:
-        self._demands, self._rise, self._now = demands, rise, now
+        self._demands, self._now = demands, now
+        self._rise = rise / sum(arriving) if sum(arriving) else 0.0  # of each second of work
         self._rates, self._queues = list(arriving), [d.queued_s for d in demands]
         self._pools, self._limits = dict(pools), limits
 
@@ -194,7 +196,7 @@ class _Filling:
         tuning, start_s = self._limits.tuning, state.start_s
         always = share.rate / state.speed  # replicas that are at work at any time
         chance = tuning.spare * math.sqrt(always / pool.slots)
-        room = math.hypot(chance, self._rise / state.speed) if share.rate else 0.0
+        room = math.hypot(chance, self._rise * always)
         for_queue = 0.0
         if share.queued_s:
             done_s = state.ready * start_s  # by replicas, until one that is ordered now is ready
@@ -203,7 +205,8 @@ class _Filling:
                 done_s += order.replicas * max(start_s - due_s, 0.0)
             left_s = share.queued_s + (share.rate - helping) * start_s - state.speed * done_s
             if left_s > 0:
-                for_queue = always + left_s / tuning.target_wait_s / state.speed
+                drain_s = max(tuning.target_wait_s, DRAIN * start_s)
+                for_queue = always + left_s / drain_s / state.speed
         if share.oldest_wait_s > max(tuning.target_wait_s, start_s) and not state.starting:
             for_queue = max(for_queue, state.ready + 1.0)  # whatever was predicted
         for_rate = max(always + room, always / tuning.utilisation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,7 +58,8 @@ def seen(
         ready = supply.ready if supply else 0
         wanted = bounded(ready, pool)
         start_s = (supply and supply.start_s) or pool.start_s
-        known = PoolState(wanted, ready, start_s, pool.speed, now, arriving=(Needed(now, wanted),))
+        busy = now if ready else -math.inf
+        known = PoolState(wanted, ready, start_s, pool.speed, busy, arriving=(Needed(now, wanted),))
     if supply is None:
         return known
     came, orders, start_s = supply.ready - known.ready, known.orders, known.start_s
@@ -67,7 +69,7 @@ def seen(
         took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
         learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARN) ** taken
         start_s += learn * (took_s - start_s)
-        left = oldest._replace(replicas=oldest.replicas - taken)
+        left = Order(now, oldest.replicas - taken)  # where one came others may
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
     late_s = now - orders[0].at if orders else 0.0

@@ -7,7 +7,7 @@ the one that answers most). Ray's has a second row, with the fewest violations a
 
 In time is within five times what an image takes alone; all else is a violation. The first quarter
 of an hour is not counted, so that nobody is judged by an empty start. A grid is chosen from by one
-seed, and what was chosen is played with all.
+seed, and what was chosen is played with others.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
 OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 8.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
-RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0)
+RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.5, 3.0)
 RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0, 1800.0)  # Ray's own: 30 and 600
-KEDA_TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
-KEDA_STABILISATION_S = (0.0, 60.0, 300.0, 1800.0)  # Kubernetes' own: 300
-SEEDS = (1, 2, 3)
-ORACLE_SPARES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-ORACLE_WINDOWS_S = (30.0, 120.0)
-STATIC = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
+KEDA_TARGETS = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
+KEDA_STABILISATION_S = (60.0, 300.0, 1800.0)  # Kubernetes' own: 300
+TUNED_BY, SEEDS = 1, (2, 3, 4)
+ORACLE_SPARES = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
+STATIC = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 ATTAINED = 0.99
 DRAWN = ("queued-work, as shipped", "ray-serve, 99 %", "oracle, 99 %")
 
@@ -57,7 +56,7 @@ class Job(NamedTuple):
     policy: str
     numbers: tuple[tuple[str, float], ...]
     quick: bool
-    seed: int = SEEDS[0]
+    seed: int = TUNED_BY
     timeline: bool = False
 
 
@@ -65,13 +64,15 @@ class Job(NamedTuple):
 def cases(quick: bool) -> dict[str, tuple[Workload, Scene]]:
     """Workloads, each with the fleet that serves it."""
     part = 0.5 if quick else 1.0
-    large = scene_of_card("sd3.5-large", "h100", 4, 0, 64, NODE_S, START_S)
+    large, larger = (
+        scene_of_card("sd3.5-large", "h100", 4, 0, most, NODE_S, START_S) for most in (64, 128)
+    )
     return {
         "poisson": (workloads.poisson(4, 3 * HOUR_S * part), large),
-        "diurnal": (workloads.diurnal(10, 12 * HOUR_S * part), large),
+        "diurnal": (workloads.diurnal(10, 8 * HOUR_S * part), large),
         "spikes": (workloads.spikes(1, 6 * HOUR_S * part), large),
         "on-off": (workloads.on_off(2, 6 * HOUR_S * part), large),
-        "heavy-tailed": (workloads.heavy_tailed(15, 2 * HOUR_S * part), large),
+        "heavy-tailed": (workloads.heavy_tailed(15, 2 * HOUR_S * part), larger),
         "sparse": (workloads.sparse(2, 6 * HOUR_S * part), large),
         "mixed": (workloads.diurnal(7, 6 * HOUR_S * part), mixed()),
     }
@@ -118,7 +119,6 @@ def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
     )
     ray = product(RAY_TARGETS[::step], RAY_UP_S[::step], RAY_DOWN_S[::step])
     keda = product(KEDA_TARGETS[::step], KEDA_STABILISATION_S[::step])
-    oracle = product(ORACLE_SPARES[::step], ORACLE_WINDOWS_S[::step])
     return [
         ("queued-work", {}),
         *(("queued-work", {"spare": spare, "hold_s": hold_s}) for spare, hold_s in ours),
@@ -135,7 +135,7 @@ def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
         ),
         *(("keda", {"target": target, "stabilisation_s": s}) for target, s in keda),
         *(("static", {"replicas": float(n)}) for n in STATIC[::step]),
-        *(("oracle", {"spare": spare, "window_s": window_s}) for spare, window_s in oracle),
+        *(("oracle", {"spare": spare, "window_s": 30.0}) for spare in ORACLE_SPARES[::step]),
     ]
 
 
@@ -218,6 +218,9 @@ RATIOS = {  # of one number in two rows
 def compared(rows: dict[str, Played]) -> dict[str, Any]:
     """How ours compares."""
     ratios = {name: ratio(rows[a][of], rows[b][of]) for name, (of, a, b) in RATIOS.items()}
+    shipped, oracle = rows["queued-work, as shipped"], rows["oracle, 99 %"]
+    if min(shipped["attainment"], oracle["attainment"]) < ATTAINED:
+        ratios["cost_vs_oracle"] = None  # of different things
     return {"policies": rows, **ratios}
 
 
@@ -285,7 +288,7 @@ def main() -> None:
         for name, of in found.items():
             rows = chosen(of)
             again = dict.fromkeys(
-                Job(name, policy, tuple(one["numbers"].items()), quick, seed, seed == SEEDS[0])
+                Job(name, policy, tuple(one["numbers"].items()), quick, seed, seed == seeds[0])
                 for policy, one in rows.values()
                 for seed in seeds
             )

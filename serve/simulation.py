@@ -11,16 +11,17 @@ from autoscaling.contestants import contestant
 from autoscaling.fleet import Machine
 from autoscaling.load import Limits, Tuning
 from autoscaling.load import Pool as PoolLimits
+from autoscaling.policy import preferred
 from autoscaling.simulator import Outcome, Simulation, Site, image_of
 from autoscaling.workloads import HOUR_S, Workload
-from cluster.cards import CARDS, Card
+from cluster.cards import CARDS
 from cluster.structure import TRANSFORMERS, structure
 
 from .cost import Coefficients, reference
 from .errors import did_you_mean
 from .model_settings import Pool, ServedModel
 from .settings import Settings, SettingsError
-from .sizing import limits_of
+from .sizing import limits_of, replicas_per_card
 from .work import cost_of
 
 WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
@@ -82,9 +83,9 @@ def scene_of_card(
     costs = reference(structure(model), recipe, CARDS[card])
     pool = PoolLimits(model, least, most, slots, start_s=node_s + start_s)
     name = f"{model}-{'fp8' if recipe == 'fp8' else 'fp16'}-{card}"
-    return Scene(
-        {name: Site(pool, _machine(CARDS[card], 1, node_s, start_s), costs)}, costs, Tuning()
-    )
+    usd_h = CARDS[card].on_demand_usd_h or 0.0
+    machine = Machine(card, usd_h, node_s=node_s, start_s=start_s)
+    return Scene({name: Site(pool, machine, costs)}, costs, Tuning())
 
 
 def scene_of_settings(
@@ -101,16 +102,12 @@ def scene_of_settings(
     chosen = served[model] if model else application.models[0]
     limits = limits_of(application)
     unit = cost_of(chosen, chosen.pools[0], application.models_folder)
+    pools = {chosen.pool_name(pool): pool for pool in chosen.pools}
     sites = {
-        chosen.pool_name(pool): _site(
-            chosen,
-            pool,
-            limits.pools[chosen.pool_name(pool)],
-            application.models_folder,
-            node_s,
-            start_s,
+        name: _site(
+            chosen, pools[name], limits.pools[name], application.models_folder, node_s, start_s
         )
-        for pool in chosen.pools
+        for name in preferred(chosen.id, limits)
     }
     return Scene(sites, unit, Tuning(**settings.autoscaling.model_dump()))
 
@@ -123,16 +120,16 @@ def _site(
     node_s: float,
     start_s: float,
 ) -> Site:
-    per_node = max(int(1 / pool.num_gpus + 1e-6), 1) if pool.num_gpus else 1
+    per_node = replicas_per_card(pool)
     costs = Coefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
-    card = CARDS[pool.card] if pool.card else None
-    limits = replace(limits, speed=limits.speed / per_node, start_s=node_s + start_s)
-    return Site(limits, _machine(card, per_node, node_s, start_s), costs)
-
-
-def _machine(card: Card | None, per_node: int, node_s: float, start_s: float) -> Machine:
-    name, usd_h = (card.id, card.on_demand_usd_h or 0.0) if card else ("unknown card", 0.0)
-    return Machine(name, usd_h, per_node=per_node, node_s=node_s, start_s=start_s)
+    machine = Machine(
+        pool.card or "unknown card",
+        limits.usd_h * per_node,
+        per_node=per_node,
+        node_s=node_s,
+        start_s=start_s,
+    )
+    return Site(replace(limits, start_s=node_s + start_s), machine, costs)
 
 
 def workload_of(name: str, per_s: float, hours: float) -> Workload:

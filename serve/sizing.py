@@ -47,15 +47,20 @@ def limits_of(application: Application) -> Limits:
     return Limits(pools, followers)
 
 
+def replicas_per_card(pool: Pool) -> int:
+    return max(int(1 / pool.num_gpus + 1e-6), 1) if pool.num_gpus else 1
+
+
 def _limits(
     model: ServedModel, pool: Pool, unit: Coefficients, application: Application
 ) -> PoolLimits:
     here = cost_of(model, pool, application.models_folder)
+    alone = unit.work_s(USUAL) / here.work_s(USUAL)
     return PoolLimits(
         model.id,
         pool.least,
         pool.replicas,
         pool.slots,
-        speed=unit.work_s(USUAL) / here.work_s(USUAL),
+        speed=alone / replicas_per_card(pool),  # as if the others were busy
         usd_h=((CARDS[pool.card].on_demand_usd_h or 0.0) * pool.num_gpus) if pool.card else 0.0,
     )

@@ -57,6 +57,13 @@ class _Refused(Exception):
         self.refusal: Refusal = refusal
         self.retry_after_s, self.own = retry_after_s, own
 
+    @property
+    def for_want_of_replicas(self) -> bool:
+        """More of them could have answered it."""
+        if self.refusal == "queue_full":
+            return not self.own
+        return self.refusal == "deadline_unreachable" and self.retry_after_s is not None
+
 
 @dataclass(slots=True)
 class _Tenancy:
@@ -76,7 +83,8 @@ class Admission:
         self._ids: dict[tuple[str, str], Call] = {}  # by tenant and request id
         self._arrivals: dict[str, dict[str, Rate]] = {}  # work, by pool and tenant
         self._accuracy = Accuracy()
-        # Work that was admitted for the same pools, and the sum of its squares.
+        # Work that came for the same pools and was admitted, or would have been had there been
+        # more replicas; and the sum of its squares.
         self.arrived: dict[Pools, tuple[float, float]] = {}
 
     # -- tenants --------------------------------------------------------------------------------
@@ -118,6 +126,8 @@ class Admission:
             if not opening.accepted:
                 predicted_s = self._pass(opening, account, now)
         except _Refused as no:
+            if no.for_want_of_replicas:
+                self._count(opening)
             standings = account.standings(now, self.month_ends - now)
             return Verdict(
                 session, opening.call, no.refusal, None, no.retry_after_s, no.own, standings
@@ -265,13 +275,16 @@ class Admission:
             return
         if tenancy.account.work:
             tenancy.account.work.take(opening.work_s, now)
-        for entry in opening.entries:
-            work_s, squares = self.arrived.get(entry.pools, (0.0, 0.0))
-            self.arrived[entry.pools] = work_s + entry.work_s, squares + entry.work_s**2
+        self._count(opening)
         for pool in {pool for entry in opening.entries for pool in entry.pools}:
             rates = self._arrivals.setdefault(pool, {})
             rate = rates.setdefault(opening.tenant, Rate())
             rate.add(sum(e.work_s for e in opening.entries if pool in e.pools), now)
+
+    def _count(self, opening: Opening) -> None:
+        for entry in opening.entries:
+            work_s, squares = self.arrived.get(entry.pools, (0.0, 0.0))
+            self.arrived[entry.pools] = work_s + entry.work_s, squares + entry.work_s**2
 
     # -- forecasts ------------------------------------------------------------------------------
 

@@ -116,6 +116,8 @@ class Metering:
             )
         for session, usage, _ in fresh or ():
             spent = self.ledger.spent[usage.tenant] if self.ledger else None
+            if self.ledger and self.ledger.month < self._month:  # it was written before the turn
+                spent = self._admission.account(usage.tenant).spent
             self._admission.spend(session, usage, spent, time.monotonic())
             self._metrics.charged(usage)
         self._deliver(told.values())

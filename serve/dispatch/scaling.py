@@ -18,6 +18,7 @@ from .admission import Admission
 from .grants import Grants
 from .messages import Pools
 
+SEEN_S = 3.0  # until Ray Serve has certainly been told
 GENERATOR = "Generator-"  # and its pool: a deployment's name
 
 
@@ -42,6 +43,7 @@ class Scaling:
         self._settled = False  # what was there before this process would have been heard
         # Wanted, of every pool and follower.
         self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
+        self._recent: dict[str, list[tuple[float, int]]] = {}  # of each pool, what was wanted
         self.reasons: dict[str, str] = {}  # of each pool's last change
         self.placeable = frozenset(limits.pools)  # by the nodes that are there
 
@@ -58,8 +60,17 @@ class Scaling:
         self._settled = now - self._began >= self.limits.tuning.hold_s
         if self._settled:
             for pool in self.limits.pools:
-                self._grants.keep(pool, decision.replicas[pool], now)
+                self._keep(pool, decision.replicas[pool], now)
         return decision.reasons
+
+    def _keep(self, pool: str, replicas: int, now: float) -> None:
+        """Ray Serve may not see what was wanted for a moment only, and stops nothing then."""
+        self._recent[pool] = [
+            (at, n) for at, n in self._recent.get(pool, ()) if now - at <= SEEN_S and n > replicas
+        ]
+        most = max((n for _, n in self._recent[pool]), default=replicas)
+        self._recent[pool].append((now, replicas))
+        self._grants.keep(pool, most, now)
 
     def may_come(self, pool: str) -> bool:
         """Whether there is a node that could hold a replica, or one may still be added."""

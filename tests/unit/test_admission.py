@@ -161,6 +161,20 @@ def test_a_deadline_behind_ones_own_backlog_is_429_and_behind_others_503() -> No
     assert (others.refusal, others.own) == ("deadline_unreachable", False)
 
 
+def test_what_more_replicas_could_have_answered_counts_as_arriving() -> None:
+    desk = Desk()
+    for i in range(9):
+        desk.ask(f"other{i}")
+    before, _ = desk.admission.arrived[P]
+    assert desk.ask("late", timeout_s=5).refusal == "deadline_unreachable"
+    assert desk.admission.arrived[P][0] == before + 1
+    assert desk.ask("c", work_s=10, timeout_s=5).refusal == "deadline_unreachable"  # anywhere
+    limited = Desk(t=Tenant(work_per_s=1, work_burst=1))
+    assert [limited.ask().refusal for _ in range(2)] == [None, "rate_limit_exceeded"]
+    assert desk.admission.arrived[P][0] == before + 1
+    assert limited.admission.arrived[P][0] == 1
+
+
 def test_what_takes_longer_by_itself_need_not_be_asked_again() -> None:
     refused = Desk().ask(work_s=10, timeout_s=5)
     assert (refused.refusal, refused.retry_after_s) == ("deadline_unreachable", None)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from autoscaling.load import Demand, Follower, Limits, Load, Pool, Supply, Tuning
 from autoscaling.policy import Decision, State, decide, preferred
+from autoscaling.rates import Rises, Sample
 
 POOL = Pool("m", min_replicas=0, max_replicas=100, slots=4, start_s=30.0)
 TUNING = Tuning(utilisation=0.9, spare=2.0, hold_s=120.0)
@@ -383,6 +384,59 @@ def test_what_did_not_come_is_remembered_when_nothing_is_wanted_of_it() -> None:
         state = decision.state
     assert 400 in waits  # at once: half a minute and three starts had been enough before
     assert state.pools["fp8"].wanted == 0
+
+
+def test_room_for_the_usual_rise_is_shared_out_with_the_rate() -> None:
+    demands = [Demand(BOTH, 600.0, 60.0), Demand(ONLY_16, 6.0, 0.6)]
+    supplies = {"fp8": Supply(50), "fp16": Supply(0)}
+    many = {name: replace(pool, max_replicas=50) for name, pool in PAIR.items()}
+
+    def wanted(usual: float) -> Decision:
+        rises = {"m": Rises(expected=((599.5, 1.0),), usual=usual)}
+        samples = {BOTH: (Sample(480.0, 0.0, 0.0),), ONLY_16: (Sample(480.0, 0.0, 0.0),)}
+        state = State(at=599.5, samples=samples, rises=rises)
+        return decide(Load(demands, supplies), Limits(many, tuning=TUNING), state, 600.0)
+
+    assert wanted(0.0).state.pools["fp8"].arriving[-1].replicas == 8  # 5 and for chance
+    assert wanted(20.0).state.pools["fp8"].arriving[-1].replicas == 25
+    assert wanted(0.0).replicas["fp16"] == 1
+    assert wanted(20.0).replicas["fp16"] == 1
+
+
+def test_a_pool_is_as_many_as_its_replicas_are_slow() -> None:
+    def half(wanted: dict[str, int]) -> dict[str, Supply]:
+        return {"p": Supply(wanted["p"], 0.5)}
+
+    limits = Limits({"p": POOL}, tuning=TUNING)
+    fast = settle(limits, {("p",): 20.0}, all_come).replicas["p"]
+    assert settle(limits, {("p",): 20.0}, half).replicas["p"] == pytest.approx(2 * fast, abs=4)
+
+
+def test_what_was_needed_is_kept_for_two_starts() -> None:
+    plant = Plant(replace(POOL, start_s=200.0), replicas=14)
+    plant.run(500, 10.0)
+    wanted = plant.run(500, 1.0)
+    assert wanted[390] == wanted[0]
+    assert wanted[-1] < wanted[0]
+
+
+def test_a_start_is_not_paid_for_to_drain_for_moments() -> None:
+    """What waits for a slow start is drained by no more than an eighth of it in the time."""
+    plant = Plant(replace(POOL, max_replicas=1000, start_s=600.0))
+    assert 10 < max(plant.run(60, 10.0)) <= 10 + 8 * 10 + 4
+
+
+def test_pools_that_do_not_come_are_tried_again_after_a_while() -> None:
+    def no_fp8(wanted: dict[str, int]) -> dict[str, Supply]:
+        return {"fp8": Supply(0), "fp16": Supply(wanted["fp16"], 0.5)}
+
+    gave_up = [
+        settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds)
+        .state.pools["fp8"]
+        .given_up
+        for seconds in (80, 200, 3000)
+    ]
+    assert gave_up == [False, True, True]
 
 
 def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:

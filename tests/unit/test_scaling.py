@@ -8,8 +8,10 @@ from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
 from autoscaling.load import Follower, Limits, Pool, Tuning
+from autoscaling.policy import Decision, State
 from autoscaling.ray_policy import replicas
 from serve.app import AT_ONCE
+from serve.dispatch import scaling as scaling_module
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
 from serve.dispatch.messages import Heartbeat, Lease, Opening, Outcome, Release, Submission
@@ -118,6 +120,25 @@ def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
     assert len(desk.grants.grant()) == 2
 
 
+def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray Serve may never have seen it, and stops nothing."""
+    desk, wanted = Desk(), iter([3, 3, 3, 1, 3, 1, 1, 1, 1])
+
+    def decided(_: Any, __: Any, state: State, ___: float) -> Decision:
+        return Decision({"fp8": next(wanted), "fp16": 0}, state, {})
+
+    monkeypatch.setattr(scaling_module, "decide", decided)
+    for name in "abc":
+        desk.replica("fp8", name)
+    staying = []
+    for second in range(9):
+        desk.scaling.decide(float(second))
+        staying.append(len(desk.grants.staying("fp8")))
+    assert staying == [3, 3, 3, 3, 3, 3, 3, 3, 1]
+
+
 def test_what_leaving_replicas_draw_takes_no_slot_of_those_that_stay() -> None:
     desk = Desk()
     desk.replica("fp8", "a", node="stays")
@@ -195,9 +216,12 @@ def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> No
 def test_tuning_changes_what_is_decided_from_then_on() -> None:
     desk = Desk()
     desk.scaling.decide(0.0)
-    desk.scaling.tune(Tuning(warm_reserve=2))
+    desk.ask(0.5, work_s=0.01)
     desk.scaling.decide(1.0)
-    assert desk.scaling.replicas["fp8"] == 2
+    assert desk.scaling.replicas["fp8"] == 1
+    desk.scaling.tune(Tuning(warm_reserve=2))
+    desk.scaling.decide(2.0)
+    assert desk.scaling.replicas["fp8"] == 3
 
 
 def test_followers_are_reported_by_their_own_names() -> None:

@@ -519,6 +519,20 @@ def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
         run(test, usage_folder=str(tmp_path))
 
 
+def test_what_is_written_before_the_turn_of_the_month_is_not_of_the_next(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async with opened(session) as call:
+            await call.record([usage(call)])
+        assert dispatcher._admission.account("t").spent == 1.0
+        dispatcher._metering.turn_month("9999-12")
+        assert dispatcher._admission.account("t").spent == 0.0
+        async with opened(session) as call:
+            await call.record([usage(call)])
+        assert dispatcher._admission.account("t").spent == 0.0
+
+    run(test, usage_folder=str(tmp_path))
+
+
 def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))

@@ -87,19 +87,6 @@ def test_cost_is_nodes_by_the_hour() -> None:
     assert packed.replica_h == pytest.approx(outcome.replica_h, rel=0.01)
 
 
-def test_replicas_beyond_the_last_node_wait_until_one_comes_back() -> None:
-    few = Machine("h100", 1.0, most_nodes=3, node_s=5, start_s=1, node_taken_s=100, notice_s=10)
-    ready = []
-
-    def watching(view: View, now: float) -> dict[str, int]:
-        ready.append(view.load.supplies["p"].ready)
-        return {"p": 5}
-
-    run(Workload("idle", 2000.0, lambda _: []), watching, few)
-    assert max(ready) == 3
-    assert sum(n >= 2 for n in ready) > 0.6 * len(ready)  # those that were taken are replaced
-
-
 def test_empty_nodes_are_given_back_and_the_emptiest_is_emptied_first() -> None:
     def shrinking(_: View, now: float) -> dict[str, int]:
         return {"p": 5 if now < 100 else 4}
