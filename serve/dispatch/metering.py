@@ -115,7 +115,7 @@ class Metering:
                 session, usage.call, None, "unrecorded" if fresh is None else "recorded"
             )
         for session, usage, _ in fresh or ():
-            spent = self.ledger.spent[usage.tenant] if self.ledger else None
+            spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None
             if self.ledger and self.ledger.month < self._month:  # it was written before the turn
                 spent = self._admission.account(usage.tenant).spent
             self._admission.spend(session, usage, spent, time.monotonic())
