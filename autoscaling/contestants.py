@@ -11,16 +11,21 @@ from .simulator import Policy, View
 
 
 class QueuedWork:
-    """Ours; `spare` and `hold_s`: if not those of `limits`."""
+    """Ours; what is None is as in `limits`."""
 
     def __init__(
-        self, limits: Limits, spare: float | None = None, hold_s: float | None = None
+        self,
+        limits: Limits,
+        spare: float | None = None,
+        hold_s: float | None = None,
+        utilisation: float | None = None,
     ) -> None:
         kept = limits.tuning
         tuning = replace(
             kept,
             spare=kept.spare if spare is None else spare,
             hold_s=hold_s or kept.hold_s,
+            utilisation=utilisation or kept.utilisation,
         )
         self._limits = replace(limits, tuning=tuning)
         self._state = State()

@@ -39,7 +39,8 @@ from serve.simulation import Scene, scene_of_card
 OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
-OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 8.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
+OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
+OUR_UTILISATIONS = 0.8, 0.9
 RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.5, 3.0)
 RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0, 1800.0)  # Ray's own: 30 and 600
 KEDA_TARGETS = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
@@ -114,14 +115,19 @@ def play(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
 
 def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
     step = 2 if quick else 1
-    ours = product(
-        OUR_SPARES[:4] if quick else OUR_SPARES, OUR_HOLDS_S[:1] if quick else OUR_HOLDS_S
+    ours = (
+        product(OUR_SPARES[:4], OUR_HOLDS_S[:1], OUR_UTILISATIONS[:1])
+        if quick
+        else product(OUR_SPARES, OUR_HOLDS_S, OUR_UTILISATIONS)
     )
     ray = product(RAY_TARGETS[::step], RAY_UP_S[::step], RAY_DOWN_S[::step])
     keda = product(KEDA_TARGETS[::step], KEDA_STABILISATION_S[::step])
     return [
         ("queued-work", {}),
-        *(("queued-work", {"spare": spare, "hold_s": hold_s}) for spare, hold_s in ours),
+        *(
+            ("queued-work", {"spare": spare, "hold_s": hold_s, "utilisation": utilisation})
+            for spare, hold_s, utilisation in ours
+        ),
         *(
             (
                 "ray-serve",

@@ -30,7 +30,7 @@ NUMBERS = {  # what each policy is tuned by
     "keda": ("target", "stabilisation_s", "cooldown_s"),
     "static": ("replicas",),
     "oracle": ("spare", "window_s"),
-    "queued-work": ("spare", "hold_s"),
+    "queued-work": ("spare", "hold_s", "utilisation"),
 }
 
 

@@ -49,7 +49,7 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
         (("--policy", "magic"), "--policy 'magic'"),
         (("--policy", "static"), "how many replicas? static:8"),
         (("--policy", "keda:1,2,3,4"), "keda takes target, stabilisation_s, cooldown_s"),
-        (("--policy", "queued-work:3,60,1"), "queued-work takes spare, hold_s"),
+        (("--policy", "queued-work:3,60,1,1"), "queued-work takes spare, hold_s"),
         (("--policy", "keda:nan"), "keda takes"),
         (("--policy", "keda:0"), "keda takes"),
         (("--card", "h1000"), "--card 'h1000'"),
