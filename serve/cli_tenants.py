@@ -22,7 +22,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .dispatch.usage import month_of, read_usage
+from .dispatch.usage import erase_usage, month_of, read_usage
+from .errors import StoreFailed
+from .results.opening import open_store
 from .settings import SettingsError
 from .settings_file import load_settings
 from .tenants import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
@@ -123,6 +125,33 @@ def revoke(
     with readable_errors(debug):
         ended = revoke_keys(_folder(config, folder), tenant, but_newest=old)
     console.print(f"{ended} of the keys of {tenant} ended", highlight=False)
+
+
+@app.command("erase")
+def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> None:
+    """Delete a tenant's images and usage records for ever. Revoke its keys before."""
+    with readable_errors(debug):
+        if config is None:
+            raise SettingsError("whose images? Name a settings file with --config")
+        settings = load_settings(config).application()
+        if settings.data_folder is None:
+            raise SettingsError(f"{config}: without data_folder nothing is kept")
+        store = open_store(settings, drain=False)
+        folder = Path(settings.data_folder).expanduser() / "usage"
+        try:
+            images = store.erase(tenant)
+            erased, left = erase_usage(folder, tenant) if folder.is_dir() else (0, 0)
+        except (OSError, ValueError, StoreFailed) as error:
+            raise SettingsError(str(error)) from None
+        finally:
+            store.close()
+    console.print(f"{images} images and {erased} records of {tenant} are gone", highlight=False)
+    if left:
+        console.print(
+            f"{left} lines are in the file that the Dispatcher writes: "
+            "again when it has stopped, or next month",
+            highlight=False,
+        )
 
 
 def usage(

@@ -40,14 +40,38 @@ class SettingsError(Exception):
     """The settings cannot be used; the message says which key, its value and what is allowed."""
 
 
+class S3(Frozen):
+    """A bucket for images; credentials are found as boto3 does.
+
+    `presigned_s`: how long a link into it works, made when an image is asked for; `spool_bytes`:
+    how much may wait on each node while it is away.
+    """
+
+    bucket: Annotated[str, Field(min_length=3)]
+    endpoint_url: str | None = None
+    region: str | None = None
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key_id: str | None = None
+    storage_class: str | None = None
+    presigned_s: Annotated[int, Field(gt=0, le=7 * 86400)] = 900
+    spool_bytes: PositiveInt = 2**30
+
+    @model_validator(mode="after")
+    def _keys_are_for_kms(self) -> S3:
+        if self.kms_key_id and self.server_side_encryption != "aws:kms":
+            raise ValueError("kms_key_id: server_side_encryption is not aws:kms")
+        return self
+
+
 class Application(Frozen):
     """The arguments of `serve.app.build`.
 
     `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
-    has compiled; `data_folder`: where images for URLs and usage are kept; `tenants_folder`: who may
-    call, and the digests of their keys. With `auth: none` everybody may, as one tenant; but on no
-    other address than this machine's own, unless it is `none-on-any-address`. `autoscaling_policy`:
-    ours, or Ray Serve's own on the same requests.
+    has compiled; `data_folder`: where usage is kept, and images for URLs unless `s3` has a bucket
+    for them; `signing_key_file`: what links are signed with, else a key in `data_folder`;
+    `tenants_folder`: who may call, and the digests of their keys. With `auth: none` everybody may,
+    as one tenant; but on no other address than this machine's own, unless it is
+    `none-on-any-address`. `autoscaling_policy`: ours, or Ray Serve's own on the same requests.
     """
 
     models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
@@ -58,6 +82,8 @@ class Application(Frozen):
     models_folder: str | None = None
     compiled_folder: str | None = None
     data_folder: str | None = None
+    s3: S3 | None = None
+    signing_key_file: str | None = None
     auth: Literal["keys", "none", "none-on-any-address"] = "keys"
     tenants_folder: str = "tenants"
     drain_timeout_s: PositiveFloat = 300.0
@@ -94,6 +120,12 @@ class Application(Frozen):
                 "auth keys: set data_folder, where the tenants' usage is kept "
                 "(or auth: none on a laptop)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _images_can_wait(self) -> Application:
+        if self.s3 and self.data_folder is None:
+            raise ValueError("s3: set data_folder, where images wait while the bucket is away")
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from .settings import Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "OCTET_"
 NO_SETTINGS = {"OCTET_KEY"}  # what clients read
-FOLDERS = "models_folder", "compiled_folder", "data_folder", "tenants_folder"
+FOLDERS = "models_folder", "compiled_folder", "data_folder", "tenants_folder", "signing_key_file"
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:

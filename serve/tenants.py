@@ -32,8 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from .dispatch.messages import Access, Directory
 from .dispatch.tenant import ID, Tenant
-from .dispatch.usage import sync_folder
 from .errors import did_you_mean
+from .files import sync_folder
 from .settings import SettingsError
 
 KEY_BYTES = 20  # 160 random bits

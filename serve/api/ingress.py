@@ -28,14 +28,11 @@ from ..dispatch.session import DispatchSession
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
-    InvalidRequest,
     KeyInvalid,
     NotFound,
     Unavailable,
 )
 from ..request import ImageResult
-from ..results.disk import DiskStore
-from ..results.store import ResultStore
 from ..settings import Application, Tuning
 from ..tenants import tenant_of
 from .access import Authentication
@@ -43,6 +40,7 @@ from .call import Call
 from .drawing import Drawing, Drawn, Tell
 from .event_stream import EventStream, Frames, events
 from .http_errors import HANDLERS
+from .image_urls import ImageUrls
 from .metrics import FrontMetrics
 from .openai_answers import CancelledRequest, ModelItem, ModelList, response
 from .openai_images import Generation, check_request_id, ignored_header, model_not_found, parse
@@ -52,7 +50,6 @@ log = logging.getLogger("ray.serve")
 
 ANSWER_S = 2.0  # of the Dispatcher
 BODY_S = 30.0
-SWEEP_S = 10.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
@@ -93,11 +90,7 @@ class Ingress:
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._openapi = document(version("octet"), keys=not self._open_to_all)
-        self._store: ResultStore | None = None
-        self._sweeping: asyncio.Task[None] | None = None
-        if settings.data_folder is not None:
-            self._store = DiskStore(settings.data_folder)
-            self._sweeping = asyncio.create_task(self._sweep(self._store))
+        self._urls = ImageUrls(settings, lambda: self.tuning, self._metrics)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with a `Tuning`, before the first request and when it changes."""
@@ -112,8 +105,7 @@ class Ingress:
     async def check_health(self) -> None:
         """Called by Ray Serve; an Ingress without its session would accept and never answer."""
         self._session.check()
-        if self._sweeping and self._sweeping.done():
-            raise RuntimeError("stored images are no longer swept")
+        self._urls.check()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(
@@ -122,7 +114,7 @@ class Ingress:
                 Route("/v1/requests/{id}", self.cancel, methods=["DELETE"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model}", self.model),
-                Route("/v1/files/{name}", self.file),
+                Route("/v1/files/{name:path}", self.file),
                 Route("/openapi.json", self.openapi),
                 Route("/v1/state", self.state),
                 Route("/health", self.health),
@@ -149,7 +141,8 @@ class Ingress:
         body = await self._body(http)
         self._authenticate_again(http)
         asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
-        store = self._store_for(asked)
+        if asked.as_url:
+            self._urls.admit()
         wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
         client = Call(asked.timeout_s)
         call = self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
@@ -162,7 +155,7 @@ class Ingress:
             if asked.stream:
                 frames = self._events(asked, call, client)
                 return EventStream(await anext(frames), frames, headers, call.close)
-            answer = await self._serve(asked, call, client, store, http)
+            answer = await self._serve(asked, call, client, http)
         except BaseException:
             call.close()
             raise
@@ -195,16 +188,7 @@ class Ingress:
         return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
 
     async def file(self, http: Request) -> Response:
-        if self._store is None:
-            raise NotFound("this server keeps no images")
-        name, link = http.path_params["name"], http.query_params
-        expires, signature = link.get("expires", ""), link.get("signature", "")
-        image = await asyncio.to_thread(self._store.read, name, expires, signature, time.time())
-        return Response(
-            image,
-            media_type=f"image/{name.rpartition('.')[2]}",
-            headers={"x-content-type-options": "nosniff", "cache-control": "private"},
-        )
+        return await self._urls.read(http)
 
     async def openapi(self, _: Request) -> Response:
         return JSONResponse(self._openapi)
@@ -270,21 +254,17 @@ class Ingress:
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
 
-    async def _serve(
-        self,
-        asked: Generation,
-        call: OpenCall,
-        client: Call,
-        store: ResultStore | None,
-        http: Request,
-    ) -> bytes:
+    async def _serve(self, asked: Generation, call: OpenCall, client: Call, http: Request) -> bytes:
         """The answer's body. Raises what drawing raises, `StoreFailed` and `UsageUnrecorded`."""
 
         async def draw() -> tuple[bytes, list[Usage]]:
             drawn = await self._draw_all(asked, call)
             results = [result for result, _ in drawn]
-            links = await self._keep(store, asked, results, http) if store else []
-            body = await asyncio.to_thread(response, asked.requests, results, links)
+            urls: list[str] = []
+            if asked.as_url:
+                who = call.opening.tenant, call.opening.request_id
+                urls = await self._urls.keep(asked.requests, results, *who, http)
+            body = await asyncio.to_thread(response, asked.requests, results, urls)
             return body, [usage for _, usage in drawn]
 
         body, usages = await client.run(draw())
@@ -319,39 +299,6 @@ class Ingress:
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         return [task.result() for task in tasks]
-
-    def _store_for(self, asked: Generation) -> ResultStore | None:
-        """Where to keep the images of a call that wants URLs."""
-        if not asked.as_url:
-            return None
-        if self._store is None:
-            raise InvalidRequest(
-                "response_format 'url': this server keeps no images", param="response_format"
-            )
-        return self._store
-
-    async def _keep(
-        self, store: ResultStore, asked: Generation, results: list[ImageResult], http: Request
-    ) -> list[str]:
-        """Store the images; returns their URLs. Raises `StoreFailed`."""
-        base = self.tuning.public_url or str(http.base_url).rstrip("/")
-        expires = int(time.time()) + self.tuning.results.link_expires_s
-        names = [
-            await asyncio.to_thread(store.put, result.image, request.output_format)
-            for request, result in zip(asked.requests, results, strict=True)
-        ]
-        return [base + store.link(name, expires) for name in names]
-
-    async def _sweep(self, store: ResultStore) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            keep = self.tuning.results
-            try:
-                await asyncio.to_thread(
-                    store.sweep, time.time(), max_age_s=keep.max_age_s, max_bytes=keep.max_bytes
-                )
-            except OSError:  # of the folder; images that need no folder go on
-                log.warning("could not sweep the stored images; trying again", exc_info=True)
 
     async def _body(self, http: Request) -> bytes:
         body, limit = bytearray(), self.tuning.max_body_bytes

@@ -28,6 +28,23 @@ class FrontMetrics:
             boundaries=list(ETA_RATIO),
         )
 
+        self._stored = metrics.Histogram(
+            "octet_store_seconds",
+            "Seconds until an image was kept for its URL.",
+            boundaries=list(WAIT_S),
+        )
+        self._spool = {
+            of: metrics.Gauge(f"octet_spool_{of}", f"{what} in this node's spool.")
+            for of, what in (("images", "Images that wait"), ("bytes", "Bytes that wait"))
+        }
+
+    def stored(self, seconds: float) -> None:
+        self._stored.observe(seconds)
+
+    def spooled(self, images: int, size: int) -> None:
+        self._spool["images"].set(images)
+        self._spool["bytes"].set(size)
+
     def answered(self, eta_s: float | None, took_s: float) -> None:
         if eta_s:
             self._eta.observe(took_s / eta_s)

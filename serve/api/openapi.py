@@ -14,6 +14,7 @@ from ..errors import (
     ModelNotFound,
     NotFound,
     OctetError,
+    StoreFailed,
     Unavailable,
     tree,
 )
@@ -136,7 +137,8 @@ def _paths() -> dict[str, Any]:
                         "description": "The file",
                         "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
                     },
-                    **_errors(LinkInvalid, NotFound),
+                    "307": {"description": "Where it is kept, for a while"},
+                    **_errors(LinkInvalid, NotFound, StoreFailed),
                 },
             }
         },

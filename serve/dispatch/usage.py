@@ -8,6 +8,7 @@ not whole: such a record was never confirmed, so no image was delivered for it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -20,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from ..files import sync_folder, write_whole
 from .messages import Usage
 
 log = logging.getLogger("ray.serve")
@@ -133,10 +135,10 @@ class UsageLedger:
             self._known.popitem(last=False)
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path, wait_s: float | None = None) -> int:
     """The folder's lock, held until it is closed. Raises `OSError` if another process has it."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + LOCKED_S
+    until = time.monotonic() + (LOCKED_S if wait_s is None else wait_s)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,6 +183,41 @@ def read_usage(
                 yield entry
 
 
+def erase_usage(folder: Path, tenant: str) -> tuple[int, int]:
+    """Delete a tenant's records; returns how many, and how many lines are left in the file in use.
+
+    That one belongs to the Dispatcher as long as it runs, and begins with the month's sums. Raises
+    `OSError`, and `ValueError` for a line that is not ours.
+    """
+    erased = sum(_erase(file, tenant) for file in usage_files(folder)[:-1])
+    try:
+        lock = _locked(folder, wait_s=0.0)
+    except OSError:
+        newest = (entry for file in usage_files(folder)[-1:] for entry in _entries(file))
+        return erased, sum(e.get("tenant") == tenant or tenant in e.get(SUMS, ()) for e in newest)
+    try:
+        return erased + sum(_erase(file, tenant) for file in usage_files(folder)[-1:]), 0
+    finally:
+        os.close(lock)
+
+
+def _erase(file: Path, tenant: str) -> int:
+    kept, erased, named = [], 0, False
+    for entry in _entries(file):
+        if SUMS in entry:
+            named = entry[SUMS].pop(tenant, None) is not None
+        elif entry["tenant"] == tenant:
+            erased += 1
+            continue
+        kept.append(_line(entry))
+    if erased or named:
+        owner = file.stat()
+        write_whole(file, *kept, sync=True)
+        with contextlib.suppress(PermissionError):  # else the server could not read what root wrote
+            os.chown(file, owner.st_uid, owner.st_gid)
+    return erased
+
+
 def _entries(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -201,15 +238,6 @@ def _cut_torn_line(file: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(file, whole)
-
-
-def sync_folder(folder: Path) -> None:
-    """Else a file that is new here may be gone after a power cut."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -36,6 +36,7 @@ class Painter:
 
     def __init__(self) -> None:
         self.stopped: list[Stopped] = []
+        self.drawn = 0
 
     async def generate(
         self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
@@ -52,6 +53,7 @@ class Painter:
             except asyncio.CancelledError:
                 self.stopped.append(Stopped(lease, request.num_inference_steps // 2, 0.0))
                 raise
+        self.drawn += 1
         file = io.BytesIO()
         Image.new("RGB", (8, 8)).save(file, request.output_format)
         yield ImageResult(

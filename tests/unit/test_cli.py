@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from serve.cli import app
 from serve.dispatch.messages import Usage
-from serve.dispatch.usage import UsageLedger
+from serve.dispatch.usage import UsageLedger, read_usage
+from serve.results.disk import DiskStore
+from serve.results.store import new_name
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -91,6 +93,7 @@ def test_tenants_from_the_first_to_the_last_key(tmp_path: Path) -> None:
         (["tenant", "add", "acme"], "whose tenants? Name a settings file"),
         (["tenant", "add", "a_b", "--folder", "{}"], "tenant 'a_b': an id is"),
         (["tenant", "rotate-key", "acme", "--folder", "{}"], "tenant 'acme' does not exist"),
+        (["tenant", "erase", "acme"], "whose images? Name a settings file"),
         (["usage"], "which usage? Name a settings file"),
         (["usage", "--folder", "{}/none"], "no such folder"),
         (["usage", "--folder", "{}", "--since", "yesterday"], "--since 'yesterday': YYYY-MM-DD"),
@@ -103,6 +106,23 @@ def test_errors_of_tenants_are_one_line(tmp_path: Path, command: list[str], word
     assert code == 1
     assert words in output
     assert len(output.strip().splitlines()) == 1
+
+
+def test_a_tenant_is_erased(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    text = text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model"))
+    settings.write_text(text + "data_folder: data\n")
+    store = DiskStore(tmp_path / "data")
+    names = [new_name(tenant, "png", 0.0) for tenant in ("acme", "other")]
+    for name in names:
+        store.put(name, b"x", "r")
+    with closing(UsageLedger(tmp_path / "data" / "usage", time.time())) as ledger:
+        ledger.append([Usage("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time())
+    code, output = octet("tenant", "erase", "acme", "--config", str(settings))
+    assert (code, "1 images and 1 records of acme are gone" in output) == (0, True), output
+    assert store.get(names[1]) == b"x"
+    assert not list(read_usage(tmp_path / "data" / "usage"))
 
 
 def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:

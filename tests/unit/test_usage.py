@@ -13,7 +13,14 @@ import pytest
 
 from serve.dispatch import usage as usage_module
 from serve.dispatch.messages import Usage
-from serve.dispatch.usage import UsageLedger, month_end, month_of, read_usage, usage_files
+from serve.dispatch.usage import (
+    UsageLedger,
+    erase_usage,
+    month_end,
+    month_of,
+    read_usage,
+    usage_files,
+)
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
@@ -131,6 +138,25 @@ def test_usage_since_a_time_and_of_a_tenant(tmp_path: Path) -> None:
     assert found == ["c7", "c9"]
     assert len(list(read_usage(tmp_path, "2026-11-23"))) == 0
     assert len(list(read_usage(tmp_path, "2026-11-22"))) == 10
+
+
+def test_a_tenants_records_are_erased_but_in_the_file_that_is_written(
+    ledger: UsageLedger, tmp_path: Path
+) -> None:
+    for call in range(30):
+        ledger.append([usage(2 * call), usage(2 * call + 1, "other")], NOW)
+    *old, newest = usage_files(tmp_path)
+    assert len(old) > 2
+    before = [r for r in read_usage(tmp_path) if r["tenant"] == "other"]
+    erased, left = erase_usage(tmp_path, "acme")
+    records = newest.read_text().count('"tenant":"acme"')
+    assert (erased + records, left) == (30, records + 1)  # and the month's sums
+    assert "acme" not in "".join(file.read_text() for file in old)
+    assert "acme" in newest.read_text()
+    ledger.close()
+    assert erase_usage(tmp_path, "acme") == (records, 0)
+    assert list(read_usage(tmp_path)) == before
+    assert spent(tmp_path) == {"other": 45.0}
 
 
 def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: Path) -> None:

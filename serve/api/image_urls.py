@@ -1,0 +1,113 @@
+"""Images that are answered as URLs: kept in a store, read through signed links."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from ..errors import InvalidRequest, NotFound, OctetError, StoreFailed
+from ..request import ImageRequest, ImageResult
+from ..results.opening import open_links, open_store
+from ..results.spool import Spool
+from ..results.store import new_name
+from ..settings import Application, Tuning
+from .metrics import FrontMetrics
+
+log = logging.getLogger("ray.serve")
+
+SWEEP_S = 10.0
+THREADS = 32
+NO_IMAGES = "this server keeps no images"
+
+
+class ImageUrls:
+    """Without a folder for its data a server keeps no images."""
+
+    def __init__(
+        self, settings: Application, tuning: Callable[[], Tuning], metrics: FrontMetrics
+    ) -> None:
+        """Raises `OSError` if the folder cannot be used."""
+        self._tuning, self._metrics = tuning, metrics
+        self._kept = settings.data_folder is not None
+        if self._kept:
+            # Where one is slow it takes no threads from the other, nor from anybody else.
+            self._writers = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+            self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+            self._store, self._links = open_store(settings), open_links(settings)
+            self._sweeping = asyncio.create_task(self._sweep())
+
+    def check(self) -> None:
+        """Raises `RuntimeError` if nobody sweeps any more."""
+        if self._kept and self._sweeping.done():
+            raise RuntimeError("stored images are no longer swept")
+        if self._kept and isinstance(self._store, Spool):
+            self._store.check()
+
+    def admit(self) -> None:
+        """Before any work is done for URLs. Raises `InvalidRequest` and `StoreFailed`."""
+        if not self._kept:
+            raise InvalidRequest(f"response_format 'url': {NO_IMAGES}", param="response_format")
+        if isinstance(self._store, Spool) and self._store.full:
+            raise StoreFailed("images cannot be stored at the moment: ask for b64_json")
+
+    async def keep(
+        self,
+        requests: Sequence[ImageRequest],
+        results: Sequence[ImageResult],
+        tenant: str,
+        request_id: str,
+        http: Request,
+    ) -> list[str]:
+        """Store the images of one call; returns their URLs. Raises `StoreFailed`."""
+        base = self._tuning().public_url or str(http.base_url).rstrip("/")
+        now, urls = time.time(), []
+        for request, result in zip(requests, results, strict=True):
+            name = new_name(tenant, request.output_format, now)
+            began = time.monotonic()
+            await asyncio.get_running_loop().run_in_executor(
+                self._writers, self._store.put, name, result.image, request_id
+            )
+            self._metrics.stored(time.monotonic() - began)
+            expires = int(now) + self._tuning().results.link_expires_s
+            urls.append(base + self._links.link(name, expires))
+        return urls
+
+    async def read(self, http: Request) -> Response:
+        """Answer a request for a link. Raises `LinkInvalid`, `NotFound` and `StoreFailed`."""
+        if not self._kept:
+            raise NotFound(NO_IMAGES)
+        name, link = http.path_params["name"], http.query_params
+        expires, signature = link.get("expires", ""), link.get("signature", "")
+        self._links.check(name, expires, signature, time.time())
+        image = await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._store.get, name
+        )
+        if isinstance(image, str):
+            return RedirectResponse(image, headers={"cache-control": "no-store"})
+        return Response(
+            image,
+            media_type=f"image/{name.rpartition('.')[2]}",
+            headers={"x-content-type-options": "nosniff", "cache-control": "private"},
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if isinstance(self._store, Spool):
+                self._metrics.spooled(self._store.entries, self._store.bytes)
+            keep = self._tuning().results
+            try:
+                await asyncio.to_thread(
+                    self._store.sweep,
+                    time.time(),
+                    max_age_s=keep.max_age_s,
+                    max_bytes=keep.max_bytes,
+                )
+            except (OSError, OctetError):  # of the store; images that need none go on
+                log.warning("could not sweep the stored images; trying again", exc_info=True)

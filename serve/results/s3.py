@@ -1,0 +1,134 @@
+"""Images in an S3 bucket, or whatever speaks its protocol."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from ..errors import NotFound, StoreFailed
+from ..settings import S3
+from .store import NAME, folder_of
+
+CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # the defaults wait five minutes for a dead endpoint
+CONNECTIONS = 32
+SWEEP_EVERY_S = 3600.0
+DAY_S = 86400.0
+
+
+class S3Store:
+    """See `ResultStore`. The number of bytes is not bounded: that is the bucket's affair."""
+
+    def __init__(self, settings: S3) -> None:
+        """Credentials are found as boto3 does: environment, files, the node's or pod's role."""
+        self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
+        self._swept = -SWEEP_EVERY_S
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=settings.endpoint_url,
+            region_name=settings.region,
+            config=Config(
+                connect_timeout=CONNECT_S,
+                read_timeout=READ_S,
+                retries={"mode": "standard", "max_attempts": ATTEMPTS},
+                max_pool_connections=CONNECTIONS,
+                signature_version="s3v4",
+            ),
+        )
+        self._stored_as = {
+            key: value
+            for key, value in (
+                ("ServerSideEncryption", settings.server_side_encryption),
+                ("SSEKMSKeyId", settings.kms_key_id),
+                ("StorageClass", settings.storage_class),
+            )
+            if value
+        }
+
+    def put(self, name: str, image: bytes, request_id: str) -> None:
+        digest = hashlib.sha256(image).digest()
+        try:
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=name,
+                Body=image,
+                ContentType=f"image/{name.rpartition('.')[2]}",
+                ChecksumSHA256=base64.b64encode(digest).decode(),
+                Metadata={"request-id": request_id, "sha256": digest.hex()},
+                **self._stored_as,
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise StoreFailed("the image could not be stored") from error
+
+    def get(self, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise NotFound("the image is no longer kept")
+        where = {"Bucket": self._bucket, "Key": name}
+        try:
+            self._client.head_object(**where)
+            url: str = self._client.generate_presigned_url(
+                "get_object", Params=where, ExpiresIn=self._presigned_s
+            )
+        except ClientError as error:
+            if error.response["ResponseMetadata"].get("HTTPStatusCode") == 404:
+                raise NotFound("the image is no longer kept") from None
+            raise StoreFailed("the store does not answer") from error
+        except BotoCoreError as error:
+            raise StoreFailed("the store does not answer") from error
+        return url
+
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
+        """Once an hour, days of which all is too old."""
+        if now - self._swept < SWEEP_EVERY_S:
+            return
+        last = time.strftime("%Y/%m/%d", time.gmtime(now - max_age_s - DAY_S))
+        for tenant in self._folders("t/"):
+            for year in self._folders(tenant):
+                for month in self._folders(year):
+                    for day in self._folders(month):
+                        if day.removeprefix(tenant).rstrip("/") <= last:
+                            self._delete(day)
+        self._swept = now
+
+    def erase(self, tenant: str) -> int:
+        return self._delete(folder_of(tenant))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _folders(self, prefix: str) -> list[str]:
+        return [
+            folder["Prefix"]
+            for page in self._pages(prefix, Delimiter="/")
+            for folder in page.get("CommonPrefixes", ())
+        ]
+
+    def _delete(self, prefix: str) -> int:
+        """All that begins so."""
+        deleted = 0
+        for page in self._pages(prefix):
+            objects = [{"Key": found["Key"]} for found in page.get("Contents", ())]
+            if objects:
+                try:
+                    said = self._client.delete_objects(
+                        Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
+                    )
+                except (BotoCoreError, ClientError) as error:
+                    raise StoreFailed("the store does not answer") from error
+                if said.get("Errors"):
+                    raise StoreFailed(f"{len(said['Errors'])} images could not be deleted")
+                deleted += len(objects)
+        return deleted
+
+    def _pages(self, prefix: str, **more: str) -> Iterator[Any]:
+        pages = self._client.get_paginator("list_objects_v2")
+        try:
+            yield from pages.paginate(Bucket=self._bucket, Prefix=prefix, **more)
+        except (BotoCoreError, ClientError) as error:
+            raise StoreFailed("the store does not answer") from error
