@@ -94,7 +94,7 @@ def test_every_route_wants_a_key_but_those_that_are_named(guarded: Guarded) -> N
                 answer = nobody.request(method, given)
                 assert (answer.status_code == 401) != is_open(given), (method, given)
     opened = {path for path, _ in paths if is_open(path)}
-    assert opened == {"/", "/health", "/ready", "/v1/files/{name}"}
+    assert opened == {"/", "/health", "/ready", "/v1/files/{name:path}"}
 
 
 @pytest.mark.parametrize(
