@@ -3,8 +3,8 @@ PORT ?= 8000
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo demo-check test check bench-engine bench-fairness bench-autoscaling \
-	bench-autoscaling-ray bench-gpu format clean
+.PHONY: install redis-server demo demo-check test check bench-engine bench-fairness bench-autoscaling \
+	bench-autoscaling-ray bench-repeats bench-gpu format clean
 
 install: $(INSTALLED)
 
@@ -30,7 +30,14 @@ demo: install
 demo-check: install
 	$(BIN)/python -m demo.check
 
-test: install .venv/reference
+# Only a warning where it cannot be installed: tests that want it are then skipped.
+redis-server:
+	@command -v redis-server >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get install -y -qq redis-server || { apt-get update -qq && apt-get install -y -qq redis-server; }; } >/dev/null 2>&1; \
+	} || echo "redis-server is missing: tests with a Redis are skipped (apt-get install redis-server)"
+
+test: install .venv/reference redis-server
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/integration
 	$(BIN)/python -m pytest tests/faults
@@ -55,6 +62,10 @@ bench-autoscaling: .venv/bench
 # The demo model on real Ray, from nothing and back; about 7 minutes.
 bench-autoscaling-ray: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling_ray
+
+# Repeated requests, from memory and through Redis; about 3 minutes.
+bench-repeats: .venv/bench redis-server
+	$(BIN)/python -W ignore -m bench.repeats
 
 # On a machine with a GPU; writes bench/results/DATE-CARD.json.
 bench-gpu: install .venv/reference

@@ -63,6 +63,25 @@ class S3(Frozen):
         return self
 
 
+class Cache(Frozen):
+    """Images of repeated requests that have a seed, so that they need not be drawn again.
+
+    In the memory of each Ingress, `memory_bytes` at most; or, if there is a `redis_url`, found
+    through Redis by all of them and read from where images for URLs are kept. A URL holds no
+    password, because settings are shown where Ray shows its applications.
+    """
+
+    memory_bytes: PositiveInt = 128 * 2**20
+    redis_url: Annotated[str, Field(pattern=r"^rediss?://[^@/]+(/\d+)?$")] | None = None
+    redis_password_file: str | None = None
+
+    @model_validator(mode="after")
+    def _passwords_are_for_redis(self) -> Cache:
+        if self.redis_password_file and not self.redis_url:
+            raise ValueError("redis_password_file: there is no redis_url")
+        return self
+
+
 class Application(Frozen):
     """The arguments of `serve.app.build`.
 
@@ -84,6 +103,7 @@ class Application(Frozen):
     data_folder: str | None = None
     s3: S3 | None = None
     signing_key_file: str | None = None
+    cache: Cache | None = Cache()
     auth: Literal["keys", "none", "none-on-any-address"] = "keys"
     tenants_folder: str = "tenants"
     drain_timeout_s: PositiveFloat = 300.0
@@ -126,6 +146,12 @@ class Application(Frozen):
     def _images_can_wait(self) -> Application:
         if self.s3 and self.data_folder is None:
             raise ValueError("s3: set data_folder, where images wait while the bucket is away")
+        return self
+
+    @model_validator(mode="after")
+    def _repeated_images_are_kept(self) -> Application:
+        if self.cache and self.cache.redis_url and self.data_folder is None:
+            raise ValueError("cache: redis_url: set data_folder, and s3 for images of many nodes")
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,10 @@ from .settings import Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "OCTET_"
 NO_SETTINGS = {"OCTET_KEY"}  # what clients read
-FOLDERS = "models_folder", "compiled_folder", "data_folder", "tenants_folder", "signing_key_file"
+PATHS = (
+    *("models_folder", "compiled_folder", "data_folder", "tenants_folder"),
+    *("signing_key_file", "redis_password_file"),
+)
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -42,9 +45,9 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
             _override(data, name, environ[name])
     _resolve_folders(data, file.resolve().parent)
     data.setdefault("tenants_folder", "tenants")
-    for key in FOLDERS:  # one beginning with ~ is each node's own
-        if isinstance(data.get(key), str) and not data[key].startswith("~"):
-            data[key] = str(file.resolve().parent / data[key])
+    _resolve_paths(data, file.resolve().parent)
+    if isinstance(data.get("cache"), dict):
+        _resolve_paths(data["cache"], file.resolve().parent)
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
@@ -61,6 +64,13 @@ def _override(data: Any, name: str, value: str) -> None:
         data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
     except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
         raise SettingsError(f"{name}: no such place in the settings") from None
+
+
+def _resolve_paths(part: dict[str, Any], folder: Path) -> None:
+    """One beginning with ~ is each node's own."""
+    for key in PATHS:
+        if isinstance(part.get(key), str) and not part[key].startswith("~"):
+            part[key] = str(folder / part[key])
 
 
 def _resolve_folders(data: Any, folder: Path) -> None:

@@ -53,30 +53,45 @@ class ImageUrls:
         """Before any work is done for URLs. Raises `InvalidRequest` and `StoreFailed`."""
         if not self._kept:
             raise InvalidRequest(f"response_format 'url': {NO_IMAGES}", param="response_format")
-        if isinstance(self._store, Spool) and self._store.full:
+        if self.full:
             raise StoreFailed("images cannot be stored at the moment: ask for b64_json")
 
-    async def keep(
-        self,
-        requests: Sequence[ImageRequest],
-        results: Sequence[ImageResult],
-        tenant: str,
-        request_id: str,
-        http: Request,
+    @property
+    def full(self) -> bool:
+        """No more images can be kept at the moment."""
+        return isinstance(self._store, Spool) and self._store.full
+
+    @property
+    def key(self) -> bytes | None:
+        """A secret of this server, the same for every Ingress."""
+        return self._links.key if self._kept else None
+
+    async def store(
+        self, requests: Sequence[ImageRequest], results: Sequence[ImageResult], tenant: str
     ) -> list[str]:
-        """Store the images of one call; returns their URLs. Raises `StoreFailed`."""
-        base = self._tuning().public_url or str(http.base_url).rstrip("/")
-        now, urls = time.time(), []
+        """Keep the images of one call; returns their names. Raises `StoreFailed`."""
+        names = []
         for request, result in zip(requests, results, strict=True):
-            name = new_name(tenant, request.output_format, now)
+            name = new_name(tenant, request.output_format, time.time())
             began = time.monotonic()
             await asyncio.get_running_loop().run_in_executor(
-                self._writers, self._store.put, name, result.image, request_id
+                self._writers, self._store.put, name, result.image, request.id
             )
             self._metrics.stored(time.monotonic() - began)
-            expires = int(now) + self._tuning().results.link_expires_s
-            urls.append(base + self._links.link(name, expires))
-        return urls
+            names.append(name)
+        return names
+
+    def url(self, name: str, http: Request) -> str:
+        """Where who has it may read a stored image, from now on for a while."""
+        base = self._tuning().public_url or str(http.base_url).rstrip("/")
+        expires = int(time.time()) + self._tuning().results.link_expires_s
+        return base + self._links.link(name, expires)
+
+    async def image(self, name: str) -> bytes:
+        """A stored image. Raises `NotFound` and `StoreFailed`."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._store.read, name
+        )
 
     async def read(self, http: Request) -> Response:
         """Answer a request for a link. Raises `LinkInvalid`, `NotFound` and `StoreFailed`."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,9 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from ..cost import Coefficients
-from ..dispatch.messages import Access, Usage
-from ..dispatch.open_call import OpenCall
-from ..dispatch.refusals import standing_headers
+from ..dispatch.messages import Access
 from ..dispatch.session import DispatchSession
 from ..errors import (
     BodyTimeout,
@@ -32,41 +29,24 @@ from ..errors import (
     NotFound,
     Unavailable,
 )
-from ..request import ImageResult
 from ..settings import Application, Tuning
 from ..tenants import tenant_of
 from .access import Authentication
-from .call import Call
-from .drawing import Drawing, Drawn, Tell
-from .event_stream import EventStream, Frames, events
+from .drawing import Drawing
+from .generations import Generations
 from .http_errors import HANDLERS
 from .image_urls import ImageUrls
 from .metrics import FrontMetrics
-from .openai_answers import CancelledRequest, ModelItem, ModelList, response
-from .openai_images import Generation, check_request_id, ignored_header, model_not_found, parse
+from .openai_answers import CancelledRequest, ModelItem, ModelList
+from .openai_images import check_request_id, model_not_found, parse
 from .openapi import document
+from .repeats import Repeats
 
 log = logging.getLogger("ray.serve")
 
 ANSWER_S = 2.0  # of the Dispatcher
 BODY_S = 30.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
-
-
-class Answer(Response):
-    """JSON; calls `sent` when it has been sent, or the client is gone."""
-
-    media_type = "application/json"
-
-    def __init__(self, body: bytes, headers: dict[str, str], sent: Callable[[], None]) -> None:
-        super().__init__(body, headers=headers)
-        self._sent = sent
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._sent()
 
 
 class Ingress:
@@ -84,13 +64,15 @@ class Ingress:
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
         units = {model: Coefficients(*unit) for model, unit in work.items()}
-        self._metrics = FrontMetrics()
-        self._drawing = Drawing(settings.models, units, streams, self._metrics)
+        metrics = FrontMetrics()
+        drawing = Drawing(settings.models, units, streams, metrics)
         self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._openapi = document(version("octet"), keys=not self._open_to_all)
-        self._urls = ImageUrls(settings, lambda: self.tuning, self._metrics)
+        self._urls = ImageUrls(settings, lambda: self.tuning, metrics)
+        repeats = Repeats(settings, lambda: self.tuning, self._urls, metrics)
+        self._generations = Generations(self._session, drawing, self._urls, repeats, metrics)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with a `Tuning`, before the first request and when it changes."""
@@ -141,25 +123,7 @@ class Ingress:
         body = await self._body(http)
         self._authenticate_again(http)
         asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
-        if asked.as_url:
-            self._urls.admit()
-        wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
-        client = Call(asked.timeout_s)
-        call = self._session.open(tenant, request_id, wishes, asked.timeout_s, client)
-
-        try:
-            await client.run(call.admitted())
-            headers = {**ignored_header(asked.ignored), **standing_headers(call.standings)}
-            if call.eta_s is not None:
-                headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
-            if asked.stream:
-                frames = self._events(asked, call, client)
-                return EventStream(await anext(frames), frames, headers, call.close)
-            answer = await self._serve(asked, call, client, http)
-        except BaseException:
-            call.close()
-            raise
-        return Answer(answer, headers, call.close)
+        return await self._generations.answer(asked, tenant, request_id, http)
 
     async def cancel(self, http: Request) -> Response:
         """End a call at whichever Ingress it is; its slots are free before their next step."""
@@ -253,52 +217,6 @@ class Ingress:
             key, directory = http.scope["key"], self._session.directory or {}
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
-
-    async def _serve(self, asked: Generation, call: OpenCall, client: Call, http: Request) -> bytes:
-        """The answer's body. Raises what drawing raises, `StoreFailed` and `UsageUnrecorded`."""
-
-        async def draw() -> tuple[bytes, list[Usage]]:
-            drawn = await self._draw_all(asked, call)
-            results = [result for result, _ in drawn]
-            urls: list[str] = []
-            if asked.as_url:
-                who = call.opening.tenant, call.opening.request_id
-                urls = await self._urls.keep(asked.requests, results, *who, http)
-            body = await asyncio.to_thread(response, asked.requests, results, urls)
-            return body, [usage for _, usage in drawn]
-
-        body, usages = await client.run(draw())
-        await self._charge(call, client, usages)
-        return body
-
-    async def _charge(self, call: OpenCall, client: Call, usages: Sequence[Usage]) -> None:
-        """No deadline ends this: what is charged is delivered. Raises `UsageUnrecorded`."""
-        await call.record(usages)
-        self._metrics.answered(call.eta_s, client.age_s)
-
-    def _events(self, asked: Generation, call: OpenCall, client: Call) -> Frames:
-        """What is streamed of the one image of a call."""
-        (request,) = asked.requests
-
-        async def draw(tell: Tell) -> ImageResult:
-            drawing = self._drawing.draw(request, call, 0, asked.watch, tell)
-            result, usage = await client.run(drawing)
-            await self._charge(call, client, [usage])
-            return result
-
-        return events(request, draw)
-
-    async def _draw_all(self, asked: Generation, call: OpenCall) -> list[Drawn]:
-        """The images of one call, side by side; the first error ends them all."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._drawing.draw(request, call, i))
-                    for i, request in enumerate(asked.requests)
-                ]
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-        return [task.result() for task in tasks]
 
     async def _body(self, http: Request) -> bytes:
         body, limit = bytearray(), self.tuning.max_body_bytes

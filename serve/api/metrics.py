@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray.serve import metrics
 
 ETA_RATIO = 0.25, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 4
+LOOKUP_S = 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.15, 0.3, 1, 3
 WAIT_S = 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100
 
 
@@ -37,6 +38,30 @@ class FrontMetrics:
             of: metrics.Gauge(f"octet_spool_{of}", f"{what} in this node's spool.")
             for of, what in (("images", "Images that wait"), ("bytes", "Bytes that wait"))
         }
+
+        self._repeats = metrics.Counter(
+            "octet_cache_requests",
+            "Requests by what the result cache did for them: hit, miss, shared, off.",
+            tag_keys=("result",),
+        )
+        self._lookup = metrics.Histogram(
+            "octet_cache_lookup_seconds",
+            "Seconds that the result cache took to say whether it has a request's images.",
+            boundaries=list(LOOKUP_S),
+            tag_keys=("result",),
+        )
+        self._cache_failures = metrics.Counter(
+            "octet_cache_failures", "Times that Redis did not answer in time."
+        )
+
+    def repeated(self, result: str) -> None:
+        self._repeats.inc(tags={"result": result})
+
+    def looked_up(self, seconds: float, *, hit: bool) -> None:
+        self._lookup.observe(seconds, {"result": "hit" if hit else "miss"})
+
+    def cache_failed(self) -> None:
+        self._cache_failures.inc()
 
     def stored(self, seconds: float) -> None:
         self._stored.observe(seconds)

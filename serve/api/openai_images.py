@@ -74,6 +74,7 @@ class Generation:
     """A body, understood: its images, and how and until when to answer."""
 
     requests: list[ImageRequest]
+    seeded: bool  # the client says which seed
     as_url: bool
     timeout_s: float
     stream: bool
@@ -139,6 +140,7 @@ def parse(
     _check_streaming(asked, n)
     return Generation(
         requests=requests,
+        seeded=asked.seed is not None,
         as_url=asked.response_format == "url",
         timeout_s=timeout_s or min(usual_timeout_s or longest_s, longest_s),
         stream=bool(asked.stream),

@@ -86,7 +86,7 @@ def _paths() -> dict[str, Any]:
             "post": {
                 "operationId": "createImage",
                 "summary": "Draw images",
-                "parameters": [_request_id()],
+                "parameters": [_request_id(), _cache_control()],
                 "requestBody": {"required": True, **_json("ImageGeneration")},
                 "responses": {
                     "200": _images(),
@@ -174,7 +174,7 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
 
 def _images() -> dict[str, Any]:
     """JSON, or with `stream` events: the schema is one event's, its data's is within."""
-    headers = "x-octet-ignored", "x-octet-eta-s", *LIMITS
+    headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
     answer = _answer("The images, or events", "ImagesResponse", *headers)
     answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
     return answer
@@ -211,6 +211,16 @@ def _parameter(name: str, place: str) -> dict[str, Any]:
 def _request_id() -> dict[str, Any]:
     schema = {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}
     return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
+
+
+def _cache_control() -> dict[str, Any]:
+    return {
+        "name": "cache-control",
+        "in": "header",
+        "required": False,
+        "description": "no-cache: drawn anew, and not remembered.",
+        "schema": {"type": "string"},
+    }
 
 
 def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:

@@ -215,6 +215,8 @@ class Admission:
             ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
             later_s = max(min(ends, default=0.0), 1.0) if tenant.max_requests else None
             raise _Refused("rate_limit_exceeded", later_s, own=True)
+        if not entries:  # its images are there already, or on their way
+            return None
         if account.work and (late_s := account.work.wait_s(opening.work_s, now)):
             raise _Refused("rate_limit_exceeded", late_s, own=True)
         if account.budget_left is not None and opening.work_s > account.budget_left + 1e-6:

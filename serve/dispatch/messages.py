@@ -48,7 +48,10 @@ class Running(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a tenant is charged for one image; `call` and `image` together are unique for ever."""
+    """What a tenant is charged for one image; `call` and `image` together are unique for ever.
+
+    Nothing for one that was drawn before ("hit"), or for another call at the same time ("shared").
+    """
 
     call: str
     image: int
@@ -59,7 +62,7 @@ class Usage(NamedTuple):
     size: str
     steps: int
     work_s: float
-    outcome: Literal["delivered", "cancelled"] = "delivered"
+    outcome: Literal["delivered", "cancelled", "hit", "shared"] = "delivered"
 
 
 class Release(NamedTuple):

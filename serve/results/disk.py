@@ -41,6 +41,8 @@ class DiskStore:
                 return (self._images / name).read_bytes()
         raise NotFound("the image is no longer kept")
 
+    read = get
+
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
         found = []
         for file in self._files():

@@ -19,7 +19,7 @@ class Links:
     """All Ingress replicas sign with the same key."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        self.key = key
 
     def link(self, name: str, expires: int) -> str:
         """Path and query under which an image is read until `expires`, Unix time."""
@@ -35,7 +35,7 @@ class Links:
 
     def _sign(self, name: str, expires: str) -> str:
         text = f"{name}\n{expires}".encode(errors="replace")
-        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+        return hmac.new(self.key, text, hashlib.sha256).hexdigest()
 
 
 def shared_key(file: Path) -> bytes:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import boto3
@@ -67,21 +68,31 @@ class S3Store:
             raise StoreFailed("the image could not be stored") from error
 
     def get(self, name: str) -> str:
-        if not NAME.fullmatch(name):
-            raise NotFound("the image is no longer kept")
-        where = {"Bucket": self._bucket, "Key": name}
-        try:
+        with self._found(name) as where:
             self._client.head_object(**where)
             url: str = self._client.generate_presigned_url(
                 "get_object", Params=where, ExpiresIn=self._presigned_s
             )
+        return url
+
+    def read(self, name: str) -> bytes:
+        with self._found(name) as where, self._client.get_object(**where)["Body"] as body:
+            image: bytes = body.read()
+        return image
+
+    @contextmanager
+    def _found(self, name: str) -> Iterator[dict[str, str]]:
+        """Where it is; of what goes wrong there, what `ResultStore` has."""
+        if not NAME.fullmatch(name):
+            raise NotFound("the image is no longer kept")
+        try:
+            yield {"Bucket": self._bucket, "Key": name}
         except ClientError as error:
             if error.response["ResponseMetadata"].get("HTTPStatusCode") == 404:
                 raise NotFound("the image is no longer kept") from None
             raise StoreFailed("the store does not answer") from error
         except BotoCoreError as error:
             raise StoreFailed("the store does not answer") from error
-        return url
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
         """Once an hour, days of which all is too old."""

@@ -87,8 +87,13 @@ class Spool:
 
     def get(self, name: str) -> bytes | str:
         with contextlib.suppress(FileNotFoundError):
-            return _read(self._folder / quote(name, safe=""))[1]
+            return self._waiting(name)
         return self._store.get(name)
+
+    def read(self, name: str) -> bytes:
+        with contextlib.suppress(FileNotFoundError):
+            return self._waiting(name)
+        return self._store.read(name)
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
         self._store.sweep(now, max_age_s=max_age_s, max_bytes=max_bytes)
@@ -103,6 +108,9 @@ class Spool:
         self._closed.set()
         self._uploads.shutdown(wait=False, cancel_futures=True)
         self._store.close()
+
+    def _waiting(self, name: str) -> bytes:
+        return _read(self._folder / quote(name, safe=""))[1]
 
     def _upload(self, file: Path) -> bool:
         """Whether the store has it now, or nobody wants it any more."""

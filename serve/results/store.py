@@ -37,6 +37,9 @@ class ResultStore(Protocol):
         Raises `NotFound`, and `StoreFailed` if nobody knows.
         """
 
+    def read(self, name: str) -> bytes:
+        """An image itself. Raises what `get` raises."""
+
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
         """Delete what is too old at `now`, in Unix time, and what is too much if that is bounded.
 

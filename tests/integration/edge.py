@@ -18,6 +18,7 @@ from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.messages import Heartbeat, Lease, Stopped
 from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
+from serve.results.redis_cache import RedisCache
 from serve.settings import Settings
 
 from ..in_process import Handle, a_dispatcher
@@ -55,7 +56,7 @@ class Painter:
                 raise
         self.drawn += 1
         file = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(file, request.output_format)
+        Image.new("RGB", (8, 8), f"#{request.seed % 2**24:06x}").save(file, request.output_format)
         yield ImageResult(
             image=file.getvalue(),
             seed=request.seed,
@@ -112,6 +113,9 @@ class Edge:
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
         await self.server.serve()
         heartbeat.cancel()
+        cache = ingress._generations._repeats._cache
+        if isinstance(cache, RedisCache):
+            await cache.close()
         if dispatcher._metering.ledger:
             dispatcher._metering.ledger.close()
 

@@ -76,7 +76,8 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(client: httpx.Client) -> 
         time.sleep(0.7)
         kill("Generator-landscapes-fp16")
         assert answer.result().status_code == 200
-    undisturbed = client.post(GENERATE, json=asked).json()["data"]
+    anew = {"cache-control": "no-cache"}
+    undisturbed = client.post(GENERATE, json=asked, headers=anew).json()["data"]
     assert answer.result().json()["data"][0]["b64_json"] == undisturbed[0]["b64_json"]
 
     def back() -> bool:

@@ -8,6 +8,8 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -22,7 +24,9 @@ GENERATE = "/v1/images/generations"
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=120) as client:
+    """What it asks for is drawn, whatever was drawn before."""
+    headers = {"cache-control": "no-cache"}
+    with httpx.Client(base_url=url, timeout=120, headers=headers) as client:
         yield client
 
 
@@ -228,6 +232,42 @@ def test_a_client_that_leaves_frees_its_slot(client: httpx.Client) -> None:
         began = time.perf_counter()
         assert client.post(GENERATE, json={**short, "precision": precision}).status_code == 200
         assert time.perf_counter() - began < 2
+
+
+def test_the_same_request_again_is_not_drawn(url: str) -> None:
+    asked = {"prompt": "dunes", "seed": 20}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        first, again = (client.post(GENERATE, json=asked) for _ in range(2))
+    assert [a.headers["x-octet-cache"] for a in (first, again)] == ["miss", "hit"]
+    assert first.json()["data"] == again.json()["data"]
+
+
+def test_who_leaves_ends_nobody_elses_image(url: str) -> None:
+    """Equal requests share one generation, which ends with the last of those who wait for it."""
+    asked = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256", "seed": 21}
+
+    def ask(timeout_s: float, **more: Any) -> httpx.Response:
+        return httpx.post(url + GENERATE, json={**asked, **more}, timeout=timeout_s)
+
+    def running() -> int:
+        pools = httpx.get(f"{url}/ready", timeout=10).json()["models"]["landscapes"].values()
+        return sum(pool["running"] for pool in pools)
+
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(ask, 1)
+        time.sleep(0.5)
+        others = [pool.submit(ask, 60) for _ in range(2)]
+        with pytest.raises(httpx.ReadTimeout):
+            first.result()
+        assert running() == 1
+        uses = [other.result().headers["x-octet-cache"] for other in others]
+        assert uses == ["shared", "shared"]
+        leaving = [pool.submit(ask, 0.5, seed=22) for _ in range(2)]
+        for one in leaving:
+            with pytest.raises(httpx.ReadTimeout):
+                one.result()
+    time.sleep(1)
+    assert running() == 0
 
 
 def test_auto_uses_both_pools_at_once(url: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ TENANTS_OF_TESTS: dict[str, dict[str, Any]] = {
     "single": {"max_requests": 1},
     "thrifty": {"monthly_work": 10 * PRICE},
     "boss": {"operator": True},
+    "spent": {"monthly_work": 1.5 * PRICE},
 }
 
 
@@ -309,6 +312,49 @@ def test_every_delivered_image_is_charged_once_and_before_its_answer(guarded: Gu
     again = guarded.ask("acme", **{"x-request-id": "mine"})  # the same id, another call
     assert again.status_code == 200
     assert len(guarded.usage("acme")) == before + 4
+
+
+def test_repeated_images_are_recorded_and_cost_nothing(guarded: Guarded) -> None:
+    same = {**A_HILL, "seed": 7}
+    assert guarded.ask("spent", same).headers["x-octet-cache"] == "miss"
+    again = guarded.ask("spent", same)
+    assert again.headers["x-octet-cache"] == "hit"
+    left = "x-ratelimit-remaining-budget"
+    assert again.headers[left] == guarded.ask("spent", same).headers[left]
+    assert code(guarded.ask("spent")) == (429, "insufficient_quota")
+    records = guarded.usage("spent")
+    assert [record["outcome"] for record in records] == ["delivered", "hit", "hit"]
+    assert [record["work_s"] > 0 for record in records] == [True, False, False]
+    assert {(r["model"], r["precision"], r["size"], r["steps"]) for r in records} == {
+        ("landscapes", "fp8", "128x128", 28)
+    }
+    assert guarded.ask("acme", same).headers["x-octet-cache"] == "miss"  # each tenant has its own
+
+
+def test_sharing_an_image_is_recorded_and_costs_nothing(guarded: Guarded) -> None:
+    slow = {"prompt": "slow", "seed": 70}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: guarded.ask("acme", slow), range(3)))
+    assert sorted(a.headers["x-octet-cache"] for a in answers) == ["miss", "shared", "shared"]
+    outcomes = Counter(r["outcome"] for r in guarded.usage("acme")[-3:])
+    assert outcomes == {"delivered": 1, "shared": 2}
+    assert sum(r["work_s"] > 0 for r in guarded.usage("acme")[-3:]) == 1
+
+
+def test_who_is_refused_takes_nobody_along(guarded: Guarded) -> None:
+    """The one whose time is too short for the image is refused; who waits for it draws it."""
+    slow = {"prompt": "slow", "seed": 71, "num_inference_steps": 100}
+    with ThreadPoolExecutor(2) as pool:
+        hasty = pool.submit(guarded.ask, "acme", {**slow, "timeout_s": 0.015})
+        patient = pool.submit(guarded.ask, "acme", slow)
+    assert hasty.result().status_code in (429, 504)
+    assert patient.result().status_code == 200
+
+
+def test_the_rate_of_requests_holds_for_repeated_ones(guarded: Guarded) -> None:
+    same = {**A_HILL, "seed": 7}
+    codes = [guarded.ask("slow", same).status_code for _ in range(3)]
+    assert 429 in codes
 
 
 def test_a_streamed_image_is_charged_too(guarded: Guarded) -> None:

@@ -1,0 +1,302 @@
+"""From an understood request for images to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..dispatch.messages import Usage
+from ..dispatch.open_call import OpenCall, Wish
+from ..dispatch.refusals import standing_headers
+from ..dispatch.session import DispatchSession
+from ..request import ImageRequest, ImageResult, Precision
+from ..results.cache import Remembered
+from .call import Call
+from .drawing import Drawing, Tell
+from .event_stream import EventStream, Frames, events
+from .flight import Flight
+from .image_urls import ImageUrls
+from .metrics import FrontMetrics
+from .openai_answers import response
+from .openai_images import Generation, ignored_header
+from .repeats import Repeats
+
+CacheUse = Literal["hit", "miss", "shared", "off"]
+
+
+class Answer(Response):
+    """JSON; calls `sent` when it has been sent, or the client is gone."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: bytes, headers: dict[str, str], sent: Callable[[], None]) -> None:
+        super().__init__(body, headers=headers)
+        self._sent = sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._sent()
+
+
+@dataclass(slots=True)
+class _Asking:
+    """A client's request; `opened`: what ends with its answer."""
+
+    asked: Generation
+    tenant: str
+    request_id: str
+    http: Request
+    wishes: Sequence[Wish]
+    key: str | None  # of the result cache
+    client: Call
+    opened: ExitStack
+
+
+class Generations:
+    def __init__(
+        self,
+        session: DispatchSession,
+        drawing: Drawing,
+        urls: ImageUrls,
+        repeats: Repeats,
+        metrics: FrontMetrics,
+    ) -> None:
+        self._session, self._drawing = session, drawing
+        self._urls, self._repeats, self._metrics = urls, repeats, metrics
+        self._tasks: set[asyncio.Task[None]] = set()  # that nobody waits for
+
+    async def answer(
+        self, asked: Generation, tenant: str, request_id: str, http: Request
+    ) -> Response:
+        """Raises any `OctetError`."""
+        if asked.as_url:
+            self._urls.admit()
+        wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
+        key = self._repeats.key(asked, tenant, http.headers)
+        client = Call(asked.timeout_s)
+        with ExitStack() as opened:
+            asking = _Asking(asked, tenant, request_id, http, wishes, key, client, opened)
+            if asking.key and (found := await self._repeats.find(asking.key, tenant)):
+                return await self._from_memory(asking, found)
+            if asked.stream:
+                return await self._streamed(asking)
+            return await self._drawn(asking)
+
+    # -- images that are there already ----------------------------------------------------------
+
+    async def _from_memory(self, asking: _Asking, found: Remembered) -> Response:
+        asked, call = asking.asked, await self._entered(asking)
+
+        async def serve() -> bytes:
+            names = list(found.names)
+            if asked.as_url and not names:
+                names = await self._store(asking, found.results)
+            return await self._body(asking, found.results, names)
+
+        body = b"" if asked.stream else await asking.client.run(serve())
+        await call.record(_repeated(asked, call, found.results, "hit"))
+        if not asked.stream:
+            return self._answer(asking, call, "hit", body)
+        frames = events(asked.requests[0], lambda _: _at_once(found.results[0]))
+        return self._stream(asking, call, "hit", await anext(frames), frames)
+
+    # -- images that are drawn ------------------------------------------------------------------
+
+    async def _drawn(self, asking: _Asking) -> Response:
+        client, use = asking.client, _use(asking)
+        flight = await self._join(asking)
+        if flight:
+            use = "hit" if flight.remembered else "shared"
+            call = await self._entered(asking)
+        else:
+            flight = self._begin(asking)
+            call = flight.call
+            await client.run(flight.admitted())
+
+        async def serve(flight: Flight) -> tuple[bytes, Remembered]:
+            results = await flight.images()
+            names = await flight.names() if asking.asked.as_url else []
+            found = Remembered(tuple(results), tuple(names))
+            return await self._body(asking, results, names), found
+
+        body, found = await client.run(serve(flight))
+        await flight.charged()
+        if call is flight.call:
+            self._metrics.answered(call.eta_s, client.age_s)
+        else:
+            await call.record(_repeated(asking.asked, call, found.results, use))
+        if not flight.remembered:  # who comes meanwhile finds the images in the flight
+            flight.remembered = True
+            flight.join()
+            self._remember(asking, found, flight.leave)
+        return self._answer(asking, call, use, body)
+
+    async def _join(self, asking: _Asking) -> Flight | None:
+        """The flight that is under way, unless it was refused: then this request is the next."""
+        while asking.key and (flight := self._repeats.flights.get(asking.key)):
+            flight.join()
+            with ExitStack() as seat:
+                seat.callback(_leave, flight, asking.client)
+                if await asking.client.run(flight.taken()):
+                    asking.opened.callback(seat.pop_all().close)
+                    return flight
+        return None
+
+    def _begin(self, asking: _Asking) -> Flight:
+        asked, key, flights = asking.asked, asking.key, self._repeats.flights
+
+        def landed() -> None:
+            if key and flights.get(key) is flight:
+                del flights[key]
+
+        flight = Flight(asking.client, landed)
+        call = self._open(asking, asking.wishes, flight)
+        drawn: list[Usage] = []
+
+        async def draw() -> list[ImageResult]:
+            found = await self._draw_all(asked, call)
+            drawn.extend(usage for _, usage in found)
+            return [result for result, _ in found]
+
+        async def store() -> list[str]:
+            return await self._store(asking, await flight.images())
+
+        async def charge() -> None:
+            await call.record(drawn)
+
+        flight.begin(call, draw, store, charge)
+        if key:
+            flights[key] = flight
+        asking.opened.callback(_leave, flight, asking.client)
+        return flight
+
+    async def _draw_all(self, asked: Generation, call: OpenCall) -> list[tuple[ImageResult, Usage]]:
+        """The images of one call, side by side; the first error ends them all."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._drawing.draw(request, call, i))
+                    for i, request in enumerate(asked.requests)
+                ]
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _streamed(self, asking: _Asking) -> Response:
+        """The events of the one image of a call of its own."""
+        asked, client = asking.asked, asking.client
+        (request,) = asked.requests
+        call = self._open(asking, asking.wishes, client)
+        asking.opened.callback(call.close)
+        await client.run(call.admitted())
+
+        async def draw(tell: Tell) -> ImageResult:
+            drawing = self._drawing.draw(request, call, 0, asked.watch, tell)
+            result, usage = await client.run(drawing)
+            await call.record([usage])
+            self._metrics.answered(call.eta_s, client.age_s)
+            self._remember(asking, Remembered((result,)))
+            return result
+
+        frames = events(request, draw)
+        return self._stream(asking, call, _use(asking), await anext(frames), frames)
+
+    def _remember(
+        self, asking: _Asking, found: Remembered, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Behind the answer."""
+        key, tenant, requests = asking.key, asking.tenant, asking.asked.requests
+        if key is None:
+            then()
+            return
+        task = asyncio.create_task(self._repeats.remember(key, tenant, requests, found))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: then())
+
+    # -- parts of an answer ---------------------------------------------------------------------
+
+    def _open(self, asking: _Asking, wishes: Sequence[Wish], client: Call | Flight) -> OpenCall:
+        who = asking.tenant, asking.request_id
+        return self._session.open(*who, wishes, asking.asked.timeout_s, client)
+
+    async def _entered(self, asking: _Asking) -> OpenCall:
+        """A call that needs no work: its tenant's limits hold for it too."""
+        call = self._open(asking, [], asking.client)
+        asking.opened.callback(call.close)
+        await asking.client.run(call.admitted())
+        return call
+
+    async def _store(self, asking: _Asking, results: Sequence[ImageResult]) -> list[str]:
+        return await self._urls.store(asking.asked.requests, results, asking.tenant)
+
+    async def _body(
+        self, asking: _Asking, results: Sequence[ImageResult], names: Sequence[str]
+    ) -> bytes:
+        urls = [self._urls.url(name, asking.http) for name in names if asking.asked.as_url]
+        return await asyncio.to_thread(response, asking.asked.requests, results, urls)
+
+    def _answer(self, asking: _Asking, call: OpenCall, use: CacheUse, body: bytes) -> Answer:
+        headers = self._headers(asking, call, use)
+        return Answer(body, headers, asking.opened.pop_all().close)
+
+    def _stream(
+        self, asking: _Asking, call: OpenCall, use: CacheUse, first: bytes, frames: Frames
+    ) -> EventStream:
+        headers = self._headers(asking, call, use)
+        return EventStream(first, frames, headers, asking.opened.pop_all().close)
+
+    def _headers(self, asking: _Asking, call: OpenCall, use: CacheUse) -> dict[str, str]:
+        self._metrics.repeated(use)
+        headers = {**ignored_header(asking.asked.ignored), **standing_headers(call.standings)}
+        if call.eta_s is not None:
+            headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
+        return {**headers, "x-octet-cache": use}
+
+
+def _use(asking: _Asking) -> CacheUse:
+    return "miss" if asking.key else "off"
+
+
+def _leave(flight: Flight, client: Call) -> None:
+    flight.leave(unwanted=client.unwanted)
+
+
+async def _at_once(result: ImageResult) -> ImageResult:
+    return result
+
+
+def _repeated(
+    asked: Generation,
+    call: OpenCall,
+    results: Sequence[ImageResult],
+    outcome: Literal["hit", "shared"],
+) -> list[Usage]:
+    """What is recorded of images that cost nothing this time."""
+    opening = call.opening
+
+    def usage(image: int, request: ImageRequest, result: ImageResult) -> Usage:
+        return Usage(
+            call=opening.call,
+            image=image,
+            tenant=opening.tenant,
+            request_id=opening.request_id,
+            model=request.model,
+            precision=Precision.FP8 if result.precision == "fp8" else Precision.FP16,
+            size=request.size,
+            steps=request.num_inference_steps,
+            work_s=0.0,
+            outcome=outcome,
+        )
+
+    pairs = zip(asked.requests, results, strict=True)
+    return [usage(i, request, result) for i, (request, result) in enumerate(pairs)]

@@ -1,0 +1,141 @@
+"""Which requests are the same, what is remembered of them, and a service that rests."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.api.repeats import _version
+from serve.request import ImageRequest, ImageResult, Precision, Timings
+from serve.results.breaker import FAILURES, REST_S, Breaker
+from serve.results.cache import MemoryCache, Remembered, cache_key
+from serve.settings_file import load_settings
+
+ROOT = Path(__file__).parents[2]
+SECRET = bytes(32)
+REQUEST = ImageRequest(
+    id="a/0",
+    model="m",
+    prompt="dunes",
+    width=64,
+    height=64,
+    num_inference_steps=4,
+    guidance_scale=3.0,
+    seed=7,
+)
+
+
+def key(*requests: ImageRequest, tenant: str = "t", version: str = "1") -> str:
+    return cache_key(SECRET, tenant, version, requests)
+
+
+def images(size: int, count: int = 1) -> Remembered:
+    timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
+    return Remembered(
+        tuple(
+            ImageResult(
+                image=bytes(size),
+                seed=0,
+                precision="fp8",
+                emulated=False,
+                text_tokens=1,
+                work_s=1.0,
+                timings=timings,
+            )
+            for _ in range(count)
+        )
+    )
+
+
+def test_every_field_but_the_id_makes_another_key() -> None:
+    others = {
+        "model": "n",
+        "prompt": "dunes ",
+        "width": 80,
+        "height": 80,
+        "num_inference_steps": 5,
+        "guidance_scale": 3.5,
+        "seed": 8,
+        "negative_prompt": "sea",
+        "precision": Precision.FP16,
+        "output_format": "webp",
+        "output_compression": 100,
+        "deterministic": True,
+    }
+    assert {*others, "id"} == set(ImageRequest.__dataclass_fields__)
+    keys = {key(replace(REQUEST, **{name: value})) for name, value in others.items()}
+    keys |= {key(REQUEST), key(REQUEST, REQUEST), key(REQUEST, tenant="u")}
+    keys |= {key(REQUEST, version="2"), cache_key(b"1" * 32, "t", "1", [REQUEST])}
+    assert len(keys) == len(others) + 5
+    assert key(replace(REQUEST, id="b/0")) == key(REQUEST)
+
+
+@given(st.text(max_size=9), st.text(max_size=9))
+def test_texts_do_not_run_into_each_other(prompt: str, negative: str) -> None:
+    def of(prompt: str, negative: str) -> str:
+        asked = ImageRequest.__new__(ImageRequest)  # whatever texts would be valid
+        for name in ImageRequest.__dataclass_fields__:
+            object.__setattr__(asked, name, getattr(REQUEST, name))
+        object.__setattr__(asked, "prompt", prompt)
+        object.__setattr__(asked, "negative_prompt", negative)
+        return key(asked)
+
+    assert (of(prompt, negative) == of(negative, prompt)) == (prompt == negative)
+    assert of(prompt + "x", negative) != of(prompt, "x" + negative)
+
+
+def test_other_weights_are_another_version(tmp_path: Path) -> None:
+    settings = load_settings(ROOT / "examples" / "laptop.yaml", {}).application()
+    (model,) = settings.models
+    before = _version(settings, model)
+    more = [pool.model_copy(update={"replicas": 9, "slots": 1}) for pool in model.pools]
+    assert _version(settings, model.model_copy(update={"pools": tuple(more)})) == before
+    longer = model.model_copy(update={"max_sequence_length": 16})
+    assert _version(settings, longer) != before
+    (tmp_path / "weights").write_bytes(b"1")
+    source = model.source.model_copy(update={"location": str(tmp_path)})
+    elsewhere = model.model_copy(update={"source": source})
+    first = _version(settings, elsewhere)
+    (tmp_path / "weights").write_bytes(b"22")
+    assert len({before, first, _version(settings, elsewhere)}) == 3
+
+
+def test_memory_forgets_what_is_old_and_what_was_used_longest_ago() -> None:
+    async def main() -> None:
+        cache = MemoryCache(100)
+        await cache.put("a", images(40), 0, 60)
+        await cache.put("b", images(20, 2), 0, 60)
+        assert await cache.get("a", "t", 59) == images(40)
+        await cache.put("c", images(40), 0, 60)  # for which b goes
+        assert [bool(await cache.get(k, "t", 59)) for k in "abc"] == [True, False, True]
+        await cache.put("a", images(60), 0, 60)  # again, and larger
+        assert [bool(await cache.get(k, "t", 59)) for k in "ac"] == [True, True]
+        assert await cache.get("a", "t", 60) is None
+        await cache.put("d", images(60), 0, 60)  # there is room, since a is gone
+        assert [bool(await cache.get(k, "t", 59)) for k in "cd"] == [True, True]
+        await cache.put("e", images(101), 0, 60)
+        assert await cache.get("e", "t", 1) is None
+
+    asyncio.run(main())
+
+
+def test_a_breaker_opens_rests_and_tries_with_one() -> None:
+    breaker = Breaker()
+    for _ in range(FAILURES):
+        assert breaker.allows(0)
+        breaker.failed(0)
+    assert breaker.open
+    assert not breaker.allows(REST_S - 0.01)
+    assert breaker.allows(REST_S)
+    assert not breaker.allows(REST_S)  # one is enough to see
+    breaker.failed(REST_S)
+    assert not breaker.allows(2 * REST_S - 0.01)
+    assert breaker.allows(2 * REST_S)
+    breaker.succeeded()
+    assert breaker.allows(2 * REST_S)
+    breaker.failed(2 * REST_S)
+    assert breaker.allows(2 * REST_S)  # only failures in a row count
