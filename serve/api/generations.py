@@ -112,10 +112,11 @@ class Generations:
     # -- images that are drawn ------------------------------------------------------------------
 
     async def _drawn(self, asking: _Asking) -> Response:
-        client, use = asking.client, _use(asking)
+        client = asking.client
+        repeated: Literal["hit", "shared"] | None = None
         flight = await self._join(asking)
         if flight:
-            use = "hit" if flight.remembered else "shared"
+            repeated = "hit" if flight.remembered else "shared"
             call = await self._entered(asking)
         else:
             flight = self._begin(asking)
@@ -130,15 +131,15 @@ class Generations:
 
         body, found = await client.run(serve(flight))
         await flight.charged()
-        if call is flight.call:
-            self._metrics.answered(call.eta_s, client.age_s)
+        if repeated:
+            await call.record(_repeated(asking.asked, call, found.results, repeated))
         else:
-            await call.record(_repeated(asking.asked, call, found.results, use))
+            self._metrics.answered(call.eta_s, client.age_s)
         if not flight.remembered:  # who comes meanwhile finds the images in the flight
             flight.remembered = True
             flight.join()
             self._remember(asking, found, flight.leave)
-        return self._answer(asking, call, use, body)
+        return self._answer(asking, call, repeated or _use(asking), body)
 
     async def _join(self, asking: _Asking) -> Flight | None:
         """The flight that is under way, unless it was refused: then this request is the next."""
