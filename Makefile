@@ -1,9 +1,11 @@
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
+SERVERS := redis-server prometheus
+APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
 
-.PHONY: install redis-server demo demo-check test check bench-engine bench-fairness bench-autoscaling \
+.PHONY: install servers demo demo-check test check bench-engine bench-fairness bench-autoscaling \
 	bench-autoscaling-ray bench-repeats bench-gpu format clean
 
 install: $(INSTALLED)
@@ -30,14 +32,14 @@ demo: install
 demo-check: install
 	$(BIN)/python -m demo.check
 
-# Only a warning where it cannot be installed: tests that want it are then skipped.
-redis-server:
-	@command -v redis-server >/dev/null || { \
+# Only a warning where they cannot be installed: tests that want them are then skipped.
+servers:
+	@command -v redis-server >/dev/null && command -v prometheus >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	  { apt-get install -y -qq redis-server || { apt-get update -qq && apt-get install -y -qq redis-server; }; } >/dev/null 2>&1; \
-	} || echo "redis-server is missing: tests with a Redis are skipped (apt-get install redis-server)"
+	  { $(APT_INSTALL) || { apt-get update -qq && $(APT_INSTALL); }; } >/dev/null 2>&1; \
+	} || echo "tests with Redis or Prometheus are skipped: apt-get install $(SERVERS)"
 
-test: install .venv/reference redis-server
+test: install .venv/reference servers
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/integration
 	$(BIN)/python -m pytest tests/faults
@@ -64,7 +66,7 @@ bench-autoscaling-ray: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling_ray
 
 # Repeated requests, from memory and through Redis; about 3 minutes.
-bench-repeats: .venv/bench redis-server
+bench-repeats: .venv/bench servers
 	$(BIN)/python -W ignore -m bench.repeats
 
 # On a machine with a GPU; writes bench/results/DATE-CARD.json.

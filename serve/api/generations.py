@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from ..dispatch.messages import Usage
 from ..dispatch.open_call import OpenCall, Wish
 from ..dispatch.refusals import standing_headers
 from ..dispatch.session import DispatchSession
+from ..errors import OctetError
 from ..request import ImageRequest, ImageResult, Precision
 from ..results.cache import Remembered
 from .call import Call
@@ -59,6 +61,8 @@ class _Asking:
     key: str | None  # of the result cache
     client: Call
     opened: ExitStack
+    use: CacheUse = "off"
+    error: BaseException | None = None  # after its answer had begun
 
 
 class Generations:
@@ -85,11 +89,26 @@ class Generations:
         client = Call(asked.timeout_s)
         with ExitStack() as opened:
             asking = _Asking(asked, tenant, request_id, http, wishes, key, client, opened)
+            opened.enter_context(self._counting(asking))
             if asking.key and (found := await self._repeats.find(asking.key, tenant)):
                 return await self._from_memory(asking, found)
             if asked.stream:
                 return await self._streamed(asking)
             return await self._drawn(asking)
+
+    @contextmanager
+    def _counting(self, asking: _Asking) -> Iterator[None]:
+        """Until the answer has been sent."""
+        model, began = asking.asked.requests[0].model, time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            self._metrics.ended(model, *_outcome(error))
+            raise
+        if asking.error:
+            self._metrics.ended(model, *_outcome(asking.error))
+        else:
+            self._metrics.answered(model, asking.use, time.monotonic() - began)
 
     # -- images that are there already ----------------------------------------------------------
 
@@ -134,7 +153,7 @@ class Generations:
         if repeated:
             await call.record(_repeated(asking.asked, call, found.results, repeated))
         else:
-            self._metrics.answered(call.eta_s, client.age_s)
+            self._metrics.predicted(call.eta_s, client.age_s)
         if not flight.remembered:  # who comes meanwhile finds the images in the flight
             flight.remembered = True
             flight.join()
@@ -202,9 +221,13 @@ class Generations:
 
         async def draw(tell: Tell) -> ImageResult:
             drawing = self._drawing.draw(request, call, 0, asked.watch, tell)
-            result, usage = await client.run(drawing)
-            await call.record([usage])
-            self._metrics.answered(call.eta_s, client.age_s)
+            try:
+                result, usage = await client.run(drawing)
+                await call.record([usage])
+            except BaseException as error:
+                asking.error = error
+                raise
+            self._metrics.predicted(call.eta_s, client.age_s)
             self._remember(asking, Remembered((result,)))
             return result
 
@@ -257,7 +280,7 @@ class Generations:
         return EventStream(first, frames, headers, asking.opened.pop_all().close)
 
     def _headers(self, asking: _Asking, call: OpenCall, use: CacheUse) -> dict[str, str]:
-        self._metrics.repeated(use)
+        asking.use = use
         headers = {**ignored_header(asking.asked.ignored), **standing_headers(call.standings)}
         if call.eta_s is not None:
             headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
@@ -266,6 +289,13 @@ class Generations:
 
 def _use(asking: _Asking) -> CacheUse:
     return "miss" if asking.key else "off"
+
+
+def _outcome(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, asyncio.CancelledError):
+        return "client_gone", 499
+    kind = type(error) if isinstance(error, OctetError) else OctetError
+    return kind.code, kind.status
 
 
 def _leave(flight: Flight, client: Call) -> None:

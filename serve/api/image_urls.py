@@ -115,7 +115,7 @@ class ImageUrls:
         while True:
             await asyncio.sleep(SWEEP_S)
             if isinstance(self._store, Spool):
-                self._metrics.spooled(self._store.entries, self._store.bytes)
+                self._metrics.spooled(self._store.entries, self._store.bytes, self._store.max_bytes)
             keep = self._tuning().results
             try:
                 await asyncio.to_thread(

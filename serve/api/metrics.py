@@ -1,76 +1,30 @@
-"""What an Ingress counts; Ray exports it with the names `ray_octet_…` on every node."""
+"""What an Ingress counts: see `serve.metrics`."""
 
 from __future__ import annotations
 
-from ray.serve import metrics
-
-ETA_RATIO = 0.25, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 4
-LOOKUP_S = 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.15, 0.3, 1, 3
-WAIT_S = 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100
+from ..metrics import metric
 
 
 class FrontMetrics:
     def __init__(self) -> None:
-        self._queue = metrics.Histogram(
-            "octet_queue_seconds",
-            "Seconds from a request to the grant of an attempt.",
-            boundaries=list(WAIT_S),
-            tag_keys=("pool",),
-        )
-        self._retried = metrics.Counter(
-            "octet_retried",
-            "Attempts after which an image was drawn again: not_begun, replica_lost, non_finite.",
-            tag_keys=("pool", "reason"),
-        )
+        self._requests, self._seconds = metric("octet_requests"), metric("octet_request_seconds")
+        self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")
+        self._eta = metric("octet_eta_ratio")
+        self._stored = metric("octet_store_seconds")
+        self._spool = {of: metric(f"octet_spool_{of}") for of in ("images", "bytes", "limit_bytes")}
+        self._repeats = metric("octet_cache_requests")
+        self._lookup = metric("octet_cache_lookup_seconds")
+        self._cache_failures = metric("octet_cache_failures")
 
-        self._eta = metrics.Histogram(
-            "octet_eta_ratio",
-            "Time that an answer took, over what was predicted when it was accepted.",
-            boundaries=list(ETA_RATIO),
-        )
+    def ended(self, model: str, outcome: str, status: int) -> None:
+        self._requests.inc(tags={"model": model, "outcome": outcome, "status": str(status)})
 
-        self._stored = metrics.Histogram(
-            "octet_store_seconds",
-            "Seconds until an image was kept for its URL.",
-            boundaries=list(WAIT_S),
-        )
-        self._spool = {
-            of: metrics.Gauge(f"octet_spool_{of}", f"{what} in this node's spool.")
-            for of, what in (("images", "Images that wait"), ("bytes", "Bytes that wait"))
-        }
+    def answered(self, model: str, cache: str, seconds: float) -> None:
+        self.ended(model, "ok", 200)
+        self._repeats.inc(tags={"result": cache})
+        self._seconds.observe(seconds, {"model": model, "cache": cache})
 
-        self._repeats = metrics.Counter(
-            "octet_cache_requests",
-            "Requests by what the result cache did for them: hit, miss, shared, off.",
-            tag_keys=("result",),
-        )
-        self._lookup = metrics.Histogram(
-            "octet_cache_lookup_seconds",
-            "Seconds that the result cache took to say whether it has a request's images.",
-            boundaries=list(LOOKUP_S),
-            tag_keys=("result",),
-        )
-        self._cache_failures = metrics.Counter(
-            "octet_cache_failures", "Times that Redis did not answer in time."
-        )
-
-    def repeated(self, result: str) -> None:
-        self._repeats.inc(tags={"result": result})
-
-    def looked_up(self, seconds: float, *, hit: bool) -> None:
-        self._lookup.observe(seconds, {"result": "hit" if hit else "miss"})
-
-    def cache_failed(self) -> None:
-        self._cache_failures.inc()
-
-    def stored(self, seconds: float) -> None:
-        self._stored.observe(seconds)
-
-    def spooled(self, images: int, size: int) -> None:
-        self._spool["images"].set(images)
-        self._spool["bytes"].set(size)
-
-    def answered(self, eta_s: float | None, took_s: float) -> None:
+    def predicted(self, eta_s: float | None, took_s: float) -> None:
         if eta_s:
             self._eta.observe(took_s / eta_s)
 
@@ -79,3 +33,17 @@ class FrontMetrics:
 
     def retried(self, pool: str, reason: str) -> None:
         self._retried.inc(tags={"pool": pool, "reason": reason})
+
+    def stored(self, seconds: float) -> None:
+        self._stored.observe(seconds)
+
+    def spooled(self, images: int, size: int, limit: int) -> None:
+        self._spool["images"].set(images)
+        self._spool["bytes"].set(size)
+        self._spool["limit_bytes"].set(limit)
+
+    def looked_up(self, seconds: float, *, hit: bool) -> None:
+        self._lookup.observe(seconds, {"result": "hit" if hit else "miss"})
+
+    def cache_failed(self) -> None:
+        self._cache_failures.inc()

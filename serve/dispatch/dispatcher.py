@@ -35,7 +35,7 @@ from .messages import (
     Verdict,
 )
 from .metering import Metering
-from .metrics import ReplicaMetrics, TenantMetrics
+from .metrics import PoolMetrics, TenantMetrics
 from .overview import overview
 from .scaling import Scaling
 from .tenant_files import TenantFiles
@@ -104,7 +104,7 @@ class Dispatcher:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._take_tenants()
         ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
-        self._metrics, self._replica_metrics = TenantMetrics(), ReplicaMetrics()
+        self._metrics, self._pool_metrics = TenantMetrics(), PoolMetrics()
         self._metering = Metering(self._admission, ledger, self._metrics, self._deliver)
         self._tasks = [
             asyncio.create_task(task())
@@ -344,7 +344,7 @@ class Dispatcher:
             if now >= self._grants_from + REPLICA_LEASE_S:  # every replica could say that it lives
                 for name, reason in self._scaling.decide(now).items():
                     log.info("%s: %s", name, reason)
-            self._replica_metrics.report(self._scaling, self._grants)
+            self._pool_metrics.report(self._scaling, self._grants, now)
         except Exception:  # whatever it is, what was wanted stays
             log.exception("autoscaling: no decision")
 

@@ -1,4 +1,4 @@
-"""What the Dispatcher counts of pools and tenants; Ray exports it with names `ray_octet_…`.
+"""What the Dispatcher counts of pools and tenants: see `serve.metrics`.
 
 However many tenants there are, labels stay few: the `MOST` who have used most lately are named, all
 others together are `_other`; and no more than `EVER` are named while this process lives.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from ray.serve import metrics
-
+from ..metrics import metric
 from .grants import Grants
 from .messages import Usage
 from .overview import TenantRow
@@ -18,25 +17,31 @@ from .scaling import Scaling
 
 MOST, EVER = 20, 100
 FADE = 0.999  # of what was used lately, at each report
+QUEUE = "images", "work_seconds", "oldest_seconds"
 OTHER = "_other"  # no tenant's id
 
 
-class ReplicaMetrics:
-    """Of every pool: replicas that are wanted, ready and starting."""
+class PoolMetrics:
+    """Of every pool: what waits for it, its slots and replicas."""
 
     def __init__(self) -> None:
-        self._replicas = metrics.Gauge(
-            "octet_pool_replicas", "Replicas of a pool.", tag_keys=("pool", "state")
-        )
-        self._changes = metrics.Counter(
-            "octet_pool_decisions",
-            "Decisions that changed how many replicas are wanted.",
-            tag_keys=("pool", "direction"),
-        )
+        self._replicas, self._slots = metric("octet_pool_replicas"), metric("octet_pool_slots")
+        self._changes = metric("octet_pool_decisions")
+        self._queue = {of: metric(f"octet_queue_{of}") for of in QUEUE}
         self._wanted: dict[str, int] = {}
 
-    def report(self, scaling: Scaling, grants: Grants) -> None:
+    def report(self, scaling: Scaling, grants: Grants, now: float) -> None:
         """Once per heartbeat."""
+        waiting = {pool: [0, 0.0, 0.0] for pool in scaling.limits.pools}
+        for item in grants.queue:
+            row = waiting[item.pools[0]]
+            row[:] = row[0] + 1, row[1] + item.work_s, max(row[2], now - item.what.since)
+        for pool, row in waiting.items():
+            tags = {"model": scaling.limits.pools[pool].model, "pool": pool}
+            for of, value in zip(QUEUE, row, strict=True):
+                self._queue[of].set(value, tags)
+            self._slots.set(grants.free_slots(pool), {"pool": pool, "state": "free"})
+            self._slots.set(grants.running_in(pool), {"pool": pool, "state": "running"})
         for pool in scaling.limits.pools:
             wanted, ready = scaling.replicas[pool], len(grants.staying(pool))
             counts = {"wanted": wanted, "ready": ready, "starting": max(wanted - ready, 0)}
@@ -58,25 +63,12 @@ class TenantMetrics:
         self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._gauges = {
-            name: metrics.Gauge(f"octet_tenant_{name}", text, tag_keys=("tenant",))
-            for name, text in (
-                ("calls", "Open requests."),
-                ("queued", "Images that wait."),
-                ("queued_work", "Their work, in seconds of a reference replica."),
-                ("running", "Images that are drawn."),
-            )
+            name: metric(f"octet_tenant_{name}")
+            for name in ("calls", "queued", "queued_work", "running")
         }
-        self._work = metrics.Counter(
-            "octet_tenant_work",
-            "Work that was charged, in seconds of a reference replica.",
-            tag_keys=("tenant", "outcome"),
-        )
-        self._images = metrics.Counter(
-            "octet_tenant_images", "Images that were charged.", tag_keys=("tenant", "outcome")
-        )
-        self._refused = metrics.Counter(
-            "octet_tenant_refused", "Requests that were refused.", tag_keys=("tenant", "code")
-        )
+        self._work = metric("octet_tenant_work")
+        self._images = metric("octet_tenant_images")
+        self._refused = metric("octet_tenant_refused")
 
     def charged(self, usage: Usage) -> None:
         self._lately[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats

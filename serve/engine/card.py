@@ -6,26 +6,20 @@ import logging
 from typing import Any
 
 import torch
-from ray.serve import metrics
 
 from cluster.card_memory import CardFull, claim
 from cluster.telemetry import CardTelemetry, NoTelemetry
 
 from ..errors import OctetError
+from ..metrics import metric
 from ..model_settings import OnCard
 
 log = logging.getLogger("ray.serve")
 
-READINGS = {
-    "utilisation_percent": "Share of time in which a kernel ran.",
-    "memory_used_bytes": "Memory that all processes take.",
-    "memory_total_bytes": "Memory of the card or partition.",
-    "power_watts": "Power drawn.",
-    "temperature_celsius": "Temperature of the GPU.",
-    "sm_clock_mhz": "Clock of the multiprocessors.",
-    "memory_clock_mhz": "Clock of the memory.",
-    "ecc_errors": "Memory errors that could not be corrected, since the driver was loaded.",
-}
+READINGS = (
+    *("utilisation_percent", "memory_used_bytes", "memory_total_bytes", "power_watts"),
+    *("temperature_celsius", "sm_clock_mhz", "memory_clock_mhz", "ecc_errors"),
+)
 
 
 class CardInUse:
@@ -43,19 +37,9 @@ class CardInUse:
         uuid = str(properties.uuid)
         self._tags = {"card": properties.name, "uuid": uuid}
         self._telemetry = telemetry or self._watch(uuid)
-        keys = tuple(self._tags)
-        self._gauges = {
-            name: metrics.Gauge(f"octet_card_{name}", text, tag_keys=keys)
-            for name, text in READINGS.items()
-        }
-        self._xids = metrics.Counter(
-            "octet_card_xids", "Faults that the driver reported.", tag_keys=(*keys, "xid")
-        )
-        self._memory = metrics.Gauge(
-            "octet_replica_memory_bytes",
-            "Memory of this replica: promised, allocated, reserved, peak.",
-            tag_keys=(*keys, "kind"),
-        )
+        self._gauges = {name: metric(f"octet_card_{name}") for name in READINGS}
+        self._xids = metric("octet_card_xids")
+        self._memory = metric("octet_replica_memory_bytes")
 
     def check(self) -> None:
         """Report, and raise `RuntimeError` if the card is broken. Blocks."""

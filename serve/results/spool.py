@@ -42,7 +42,7 @@ class Spool:
         Raises `OSError` if the folder cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._store, self._folder, self._max_bytes = store, folder, max_bytes
+        self._store, self._folder, self.max_bytes = store, folder, max_bytes
         self._mine: set[Path] = set()  # and of them those that are being uploaded
         self._busy: set[Path] = set()
         self._begun = time.time()
@@ -63,7 +63,7 @@ class Spool:
     @property
     def full(self) -> bool:
         """Too much waits here for images to be promised."""
-        return self.bytes >= self._max_bytes
+        return self.bytes >= self.max_bytes
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         file = self._folder / quote(name, safe="")

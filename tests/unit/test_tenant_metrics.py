@@ -17,7 +17,7 @@ class Kept:
 
     found: dict[str, dict[str, float]] = {}  # noqa: RUF012 - the tests' own
 
-    def __init__(self, name: str, *_: str, tag_keys: tuple[str, ...]) -> None:
+    def __init__(self, name: str) -> None:
         self.values = Kept.found.setdefault(name, {})
 
     def set(self, value: float, tags: dict[str, str]) -> None:
@@ -31,8 +31,7 @@ class Kept:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
     Kept.found = {}
-    for name in ("Counter", "Gauge"):
-        monkeypatch.setattr(metrics_module.metrics, name, Kept)
+    monkeypatch.setattr(metrics_module, "metric", Kept)
     return Kept.found
 
 

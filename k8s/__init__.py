@@ -1,0 +1,1 @@
+"""The application on Kubernetes, and what watches it."""
