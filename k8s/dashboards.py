@@ -244,7 +244,7 @@ def dashboard(uid: str) -> dict[str, Any]:
 
 def _panel(panel: Panel, i: int) -> dict[str, Any]:
     row, column = divmod(i, PER_ROW)
-    custom = {"fillOpacity": 25 if panel.stacked else 0, "showPoints": "never"}
+    custom: dict[str, Any] = {"fillOpacity": 25 if panel.stacked else 0, "showPoints": "never"}
     if panel.stacked:
         custom["stacking"] = {"mode": "normal"}
     return {

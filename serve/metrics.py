@@ -30,7 +30,8 @@ METRICS: dict[str, dict[str, Metric]] = {
     "Requests, at an Ingress": {
         "octet_requests": Metric(
             "counter",
-            "Requests by outcome: ok, the error's code, or client_gone (499).",
+            "Requests for images by outcome: ok, the error's code, or client_gone (499); without "
+            "a model if they were not understood.",
             ("model", "outcome", "status"),
         ),
         "octet_request_seconds": Metric(

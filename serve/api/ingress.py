@@ -27,6 +27,7 @@ from ..errors import (
     BodyTooLarge,
     KeyInvalid,
     NotFound,
+    OctetError,
     Unavailable,
 )
 from ..settings import Application, Tuning
@@ -64,7 +65,7 @@ class Ingress:
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
         units = {model: Coefficients(*unit) for model, unit in work.items()}
-        metrics = FrontMetrics()
+        self._metrics = metrics = FrontMetrics()
         drawing = Drawing(settings.models, units, streams, metrics)
         self._tuning: Tuning | None = None
         self._started = int(time.time())
@@ -118,11 +119,15 @@ class Ingress:
     async def generate(self, http: Request) -> Response:
         tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
-        check_request_id(request_id)
-        known = self._known(tenant)
-        body = await self._body(http)
-        self._authenticate_again(http)
-        asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
+        try:
+            check_request_id(request_id)
+            known = self._known(tenant)
+            body = await self._body(http)
+            self._authenticate_again(http)
+            asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
+        except OctetError as error:
+            self._metrics.ended("", error.code, error.status)
+            raise
         return await self._generations.answer(asked, tenant, request_id, http)
 
     async def cancel(self, http: Request) -> Response:
