@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
     "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
 }
+LOGGING = {"encoding": "JSON"}  # of the application, and of Serve's own processes
 ANSWER_S = 10.0
 GLANCE_S = 1.0
 OTHERS_S = 30.0
@@ -66,6 +67,7 @@ def serve_config(settings: Settings) -> dict[str, Any]:
                 ),
             },
         ],
+        "logging_config": LOGGING,
         "autoscaling_policy": {"policy_function": "autoscaling.ray_policy:replicas"},
     }
     return {"applications": [application]}
@@ -243,7 +245,8 @@ def _start(settings: Settings, folder: str) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=f"{folder}/ray",  # which Ray opens to everybody; `folder` is ours alone
         )
-        serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
+        address = {"host": settings.http.host, "port": settings.http.port}
+        serve.start(http_options=address, logging_config=LOGGING)
     except Exception as error:
         first_line, *_ = str(error).splitlines() or [type(error).__name__]
         raise LaunchError(f"Ray did not start: {first_line}") from error

@@ -21,7 +21,7 @@ PROGRAM, TOOL = shutil.which("prometheus"), shutil.which("promtool")
 def wanted() -> None:
     """Skips the test where there is none, unless the environment requires it."""
     if PROGRAM is None or TOOL is None:
-        if os.environ.get("OCTET_REQUIRE_SERVERS"):
+        if os.environ.get("REQUIRE_SERVERS"):
             pytest.fail("prometheus is not installed")
         pytest.skip("prometheus is not installed")
 

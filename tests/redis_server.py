@@ -20,7 +20,7 @@ class RedisServer:
     def __init__(self) -> None:
         """Skips the test where there is none, unless the environment requires it."""
         if PROGRAM is None:
-            if os.environ.get("OCTET_REQUIRE_SERVERS"):
+            if os.environ.get("REQUIRE_SERVERS"):
                 pytest.fail("redis-server is not installed")
             pytest.skip("redis-server is not installed")
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -18,7 +18,7 @@ import boto3
 from serve.settings import S3
 
 # Elsewhere the same tests run against any bucket that may be emptied.
-ENDPOINT, BUCKET = os.environ.get("OCTET_TEST_S3_ENDPOINT"), os.environ.get("OCTET_TEST_S3_BUCKET")
+ENDPOINT, BUCKET = os.environ.get("TEST_S3_ENDPOINT"), os.environ.get("TEST_S3_BUCKET")
 
 Fault = Literal["none", "refuse", "slow", "lose_answers", "error"]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from starlette.requests import Request
@@ -29,6 +30,8 @@ from .metrics import FrontMetrics
 from .openai_answers import response
 from .openai_images import Generation, ignored_header
 from .repeats import Repeats
+
+log = logging.getLogger("ray.serve")
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
@@ -63,6 +66,7 @@ class _Asking:
     opened: ExitStack
     use: CacheUse = "off"
     error: BaseException | None = None  # after its answer had begun
+    results: Sequence[ImageResult] = ()
 
 
 class Generations:
@@ -103,12 +107,17 @@ class Generations:
         try:
             yield
         except BaseException as error:
-            self._metrics.ended(model, *_outcome(error))
+            asking.error = error
             raise
-        if asking.error:
-            self._metrics.ended(model, *_outcome(asking.error))
-        else:
-            self._metrics.answered(model, asking.use, time.monotonic() - began)
+        finally:
+            took_s = time.monotonic() - began
+            if asking.error:
+                outcome = _outcome(asking.error)
+                self._metrics.ended(model, *outcome)
+            else:
+                outcome = "ok", 200
+                self._metrics.answered(model, asking.use, took_s)
+            _log(asking, *outcome, took_s)
 
     # -- images that are there already ----------------------------------------------------------
 
@@ -149,6 +158,7 @@ class Generations:
             return await self._body(asking, results, names), found
 
         body, found = await client.run(serve(flight))
+        asking.results = found.results
         await flight.charged()
         if repeated:
             await call.record(_repeated(asking.asked, call, found.results, repeated))
@@ -228,6 +238,7 @@ class Generations:
                 asking.error = error
                 raise
             self._metrics.predicted(call.eta_s, client.age_s)
+            asking.results = (result,)
             self._remember(asking, Remembered((result,)))
             return result
 
@@ -289,6 +300,32 @@ class Generations:
 
 def _use(asking: _Asking) -> CacheUse:
     return "miss" if asking.key else "off"
+
+
+def _log(asking: _Asking, outcome: str, status: int, took_s: float) -> None:
+    """One line for each request: who, what became of it and where its time went, never a prompt."""
+    first = asking.asked.requests[0]
+    seconds = [asdict(result.timings) for result in asking.results]
+    phases = {phase: max(of[phase] for of in seconds) for phase in seconds[0]} if seconds else {}
+    log.info(
+        "%s: %s",
+        asking.request_id,
+        outcome,
+        extra={
+            "event": "request",
+            "request": asking.request_id,
+            "tenant": asking.tenant,
+            "model": first.model,
+            "outcome": outcome,
+            "status": status,
+            "cache": asking.use,
+            "images": len(asking.asked.requests),
+            "size": first.size,
+            "steps": first.num_inference_steps,
+            "took_s": round(took_s, 4),
+            **{phase: round(value, 4) for phase, value in phases.items()},
+        },
+    )
 
 
 def _outcome(error: BaseException) -> tuple[str, int]:

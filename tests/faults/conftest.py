@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -85,6 +86,13 @@ def landed() -> dict[str, Counter[str]]:
             card = cards.get(actor["Address"]["NodeID"], "gone")
             found.setdefault(name.split("#")[1], Counter())[card] += 1
     return found
+
+
+def dispatchers_log(folder: Path) -> str:
+    """Its messages, of all its lives."""
+    files = folder.glob("session_*/logs/serve/*Dispatcher*")
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return "\n".join(json.loads(line)["message"] for line in lines)
 
 
 def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:

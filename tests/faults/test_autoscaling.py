@@ -25,7 +25,7 @@ from serve.settings import Settings
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
-from .conftest import STORE_BYTES, landed, wait_for
+from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
 
 POOL = "landscapes-fp8"
 SETTINGS = {
@@ -197,7 +197,7 @@ def test_from_zero_and_back_through_all_that_happens(
         assert "H100" in labels["ray.io/accelerator-type"]
         assert "A100" not in labels["ray.io/accelerator-type"]
     assert pool()["reason"].startswith("0 → 4 replicas")
-    logs = "\n".join(log.read_text() for log in folder.glob("session_*/logs/serve/*Dispatcher*"))
+    logs = dispatchers_log(folder)
     assert f"{POOL}: 0 → " in logs
 
     # They come, and the Dispatcher dies while replicas start.

@@ -26,7 +26,7 @@ from serve.settings import Settings
 from serve.settings_file import load_settings
 
 from ..integration.conftest import ROOT, free_port
-from .conftest import STORE_BYTES, landed, wait_for
+from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
 SETTINGS = {
@@ -104,7 +104,7 @@ def test_a_mixed_cluster_through_its_life(
     assert landed() == {FP16: Counter({ODD_CARD: 1})}
     assert client.ask() == (200, "bf16")
     assert client.ask("fp8") == (503, "no_capacity")
-    logs = "\n".join(log.read_text() for log in folder.glob("session_*/logs/serve/*Dispatcher*"))
+    logs = dispatchers_log(folder)
     assert f"unknown card {ODD_CARD}; it counts as having no FP8" in logs
     assert "octet/precision=fp8" in logs
 

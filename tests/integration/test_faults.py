@@ -65,7 +65,7 @@ def logs() -> str:
 
 def drawn(request_ids: list[str]) -> Counter[str]:
     """How often the Generators say that they drew each of these images."""
-    found = re.findall(r"drew (\S+)", logs())
+    found = re.findall(r'drew ([^\s"]+)', logs())
     return Counter(f for f in found if f.partition("/")[0] in request_ids)
 
 

@@ -6,9 +6,11 @@ import asyncio
 import base64
 import io
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -280,3 +282,47 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
             return {item["precision"] for a in answers for item in a.json()["data"]}
 
     assert asyncio.run(main()) == {"fp8", "bf16"}
+
+
+CANARY = "canary-5e1b"
+
+
+def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
+    """Of whatever is right or wrong with a request; one line says what became of it."""
+    named = {"authorization": f"Bearer {CANARY}", "x-request-id": "watched"}
+    bodies: list[dict[str, Any]] = [
+        {"prompt": f"{CANARY} hills", "negative_prompt": CANARY, "seed": 23},
+        {"prompt": f"{CANARY} hills", "negative_prompt": CANARY, "seed": 23},
+        {"prompt": CANARY, "stream": True, "partial_images": 1},
+        {"prompt": CANARY, "timeout_s": 0.05},
+        {"prompt": CANARY, "size": CANARY},
+        {"prompt": [CANARY]},
+        {"prompt": CANARY, CANARY: CANARY},
+        {"prompt": f"{CANARY}\ud800"},
+        {"prompt": CANARY, "user": CANARY, "response_format": "url"},
+    ]
+    quick = {"num_inference_steps": 2, "size": "64x64"}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for i, body in enumerate(bodies):
+            headers = {**named, "x-request-id": f"watched-{i}"}
+            client.post(GENERATE, content=json.dumps({**quick, **body}), headers=headers)
+        client.post(GENERATE, content=f'{{"prompt": "{CANARY}', headers=named)
+        client.get(f"/v1/models/{'x' * 9}", headers=named)
+
+    folders = [*Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    requests = {}
+    for file in files:
+        text = file.read_text(errors="replace")
+        assert CANARY not in text, file
+        if file.parent.name == "serve" and file.name.startswith(("replica", "proxy")):
+            for line in text.splitlines():
+                said = json.loads(line)
+                if said.get("event") == "request":
+                    requests[said["request"]] = said
+    drawn, again = requests["watched-0"], requests["watched-1"]
+    assert (drawn["outcome"], drawn["status"], drawn["tenant"]) == ("ok", 200, "anonymous")
+    assert (drawn["cache"], again["cache"]) == ("miss", "hit")
+    assert drawn["took_s"] > drawn["denoise_s"] > 0
+    assert requests["watched-2"]["outcome"] == "ok"
