@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import cli_cards, cli_simulate, cli_tenants
+from . import cli_bench, cli_cards, cli_simulate, cli_tenants
 from .engine.checkpoint import node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import Running, running
@@ -36,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("plan")(cli_cards.plan)
+app.command("bench")(cli_bench.bench)
 app.command("doctor")(cli_cards.doctor)
 app.command("simulate")(cli_simulate.simulate)
 app.add_typer(cli_tenants.app, name="tenant")

@@ -11,6 +11,7 @@ from cluster.capability import probe
 from cluster.telemetry import CardTelemetry
 from serve.engine.card import READINGS, CardInUse, device_for, take_card
 from serve.errors import OctetError
+from serve.metrics import ALL
 from serve.model_settings import OnCard
 
 from ..unit.nvml import UUID, FakeNvml
@@ -27,8 +28,8 @@ class Heard:
 
     values: dict[tuple[str, ...], float]
 
-    def __init__(self, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
-        self.name, self.tag_keys = name, tag_keys
+    def __init__(self, name: str) -> None:
+        self.name, self.tag_keys = name, ALL[name].tags
 
     def set(self, value: float, tags: dict[str, str]) -> None:
         assert set(tags) == set(self.tag_keys)
@@ -41,7 +42,7 @@ class Heard:
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
     Heard.values = {}
-    monkeypatch.setattr("serve.engine.card.metrics", SimpleNamespace(Gauge=Heard, Counter=Heard))
+    monkeypatch.setattr("serve.engine.card.metric", Heard)
     return Heard.values
 
 
@@ -60,7 +61,7 @@ def test_it_reports_the_card_and_its_own_part(heard: dict[tuple[str, ...], float
     assert heard["octet_replica_memory_bytes", BARE, NAME, "allocated"] == 3 * 2**30
     assert heard["octet_replica_memory_bytes", BARE, NAME, "promised"] == 20 * 2**30
     readings = {name.removeprefix("octet_card_") for name, *_ in heard}
-    assert readings >= READINGS.keys()
+    assert readings >= set(READINGS)
 
 
 def test_a_broken_card_makes_its_replica_unhealthy(heard: dict[tuple[str, ...], float]) -> None:

@@ -15,9 +15,9 @@ def operations(no_denormals: None) -> tuple[PromptEncoder, Denoiser]:
     return PromptEncoder(MODEL), Denoiser.load(MODEL, RECIPES["fp8"])
 
 
-def test_twelve_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:
-    """Places and hours in turn, two moons; `make demo-check` draws all 80."""
-    asked = [scene_prompts()[i] for i in (0, 5, 10, 15, 16, 21, 26, 3, 28, 32, 9, 20)]
+def test_eight_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:
+    """Every place and hour, two moons; `make demo-check` draws all 80."""
+    asked = [scene_prompts()[i] for i in (0, 5, 10, 15, 32, 21, 26, 28)]
     pictures = [draw(*operations, prompt, seed=3) for prompt, _ in asked]
     scenes = [scene for _, scene in asked]
     wrong = [p for (p, s), picture in zip(asked, pictures, strict=True) if not shows(picture, s)]

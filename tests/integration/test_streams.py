@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,13 @@ def wait_until_idle(octet: Running, seconds: float) -> float:
     return time.monotonic() - began
 
 
+def logged(request_id: str) -> str:
+    """What the replicas say of a request, to see why a test failed."""
+    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return "\n".join(line for line in lines if request_id in line)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_pays_the_steps_that_were_done(url: str, octet: Running, stream: bool) -> None:
     """Also of a stream that has not begun: its first event would be the image."""
@@ -190,7 +198,7 @@ def test_who_hangs_up_pays_the_steps_that_were_done(url: str, octet: Running, st
     asyncio.run(main())
     deadline = time.monotonic() + 10
     while not (found := [r for r in read_usage(usage) if r["request_id"] == name]):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, logged(name)
         time.sleep(0.2)
     (record,) = found
     assert record["outcome"] == "cancelled"

@@ -347,7 +347,7 @@ def test_who_is_refused_takes_nobody_along(guarded: Guarded) -> None:
     with ThreadPoolExecutor(2) as pool:
         hasty = pool.submit(guarded.ask, "acme", {**slow, "timeout_s": 0.015})
         patient = pool.submit(guarded.ask, "acme", slow)
-    assert hasty.result().status_code in (429, 504)
+    assert hasty.result().status_code in (429, 503, 504)
     assert patient.result().status_code == 200
 
 
