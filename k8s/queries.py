@@ -27,6 +27,15 @@ def increase(metric: str, window: str, by: str = "", **matching: str) -> str:
     return f"sum{_by(by)} (increase({name(metric, **matching)}[{window}]))"
 
 
+def happened(metric: str, window: str, by: str = "", **matching: str) -> str:
+    """Of a counter of rare events: more than none. Ray exports it from its first event on, which
+    `increase` does not see.
+    """
+    counter = name(metric, **matching)
+    first = f"sum{_by(by)} ({counter} unless {counter} offset {window})"
+    return f"({increase(metric, window, by, **matching)} > 0 or {first} > 0)"
+
+
 def total(metric: str, by: str = "", **matching: str) -> str:
     """Of a gauge, over the processes that set it."""
     return f"sum{_by(by)} ({name(metric, **matching)})"

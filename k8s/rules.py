@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .queries import increase, most, name, rate
+from .queries import happened, increase, most, name, rate
 
 OUT = Path(__file__).parent / "prometheus" / "rules.yaml"
 RUNBOOK = "docs/runbook.md"
@@ -52,7 +52,7 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, w
         "Nobody reports pools: no new image is granted.",
     ),
     "OctetUsageUnrecorded": (
-        f"{increase('octet_requests', '10m', outcome='usage_unrecorded')} > 0",
+        happened("octet_requests", "10m", outcome="usage_unrecorded"),
         "0m",
         "critical",
         "{{ $value | humanize }} images were drawn and not delivered, because usage cannot be "
@@ -84,14 +84,14 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, w
         "A start of {{ $labels.pool }} took {{ $value | humanizeDuration }}.",
     ),
     "OctetGpuFault": (
-        f"{increase('octet_card_xids', '10m', 'uuid, xid')} > 0 or "
+        f"{happened('octet_card_xids', '10m', 'uuid, xid')} or "
         f"max by (uuid) (delta({name('octet_card_ecc_errors')}[10m])) > 0",
         "0m",
         "critical",
         "The card {{ $labels.uuid }} reports a fault: Xid {{ $labels.xid }}, or its memory.",
     ),
     "OctetOutOfMemory": (
-        f"{increase('octet_engine_out_of_memory', '15m', 'pool')} > 0",
+        happened("octet_engine_out_of_memory", "15m", "pool"),
         "0m",
         "warning",
         "Memory did not suffice for {{ $value | humanize }} steps of {{ $labels.pool }}; they were "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,13 +92,13 @@ class Load:
         key = self._keys.get(ask.tenant)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         began = time.monotonic()
-        handler_ms, cache = None, ""
+        status, handler_ms, cache = 0, None, ""
         try:
             async with http.post(self._url, json=ask.body, headers=headers) as answer:
-                content = await answer.json()
                 status, cache = answer.status, answer.headers.get("x-octet-cache", "")
-                timing = answer.headers.get("server-timing", "")
-                handler_ms = float(timing.partition("dur=")[2]) if timing else None
+                timing = re.search(r"\bdur=([\d.]+)$", answer.headers.get("server-timing", ""))
+                handler_ms = float(timing[1]) if timing else None
+                content = await answer.json(content_type=None)
                 code = "" if status == 200 else str(content["error"]["code"])
         except (aiohttp.ClientError, TimeoutError) as error:
             status, code = 0, type(error).__name__

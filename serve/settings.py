@@ -72,7 +72,7 @@ class Cache(Frozen):
     """
 
     memory_bytes: PositiveInt = 128 * 2**20
-    redis_url: Annotated[str, Field(pattern=r"^rediss?://[^@/]+(/\d+)?$")] | None = None
+    redis_url: Annotated[str, Field(pattern=r"^rediss?://[^@/?#]+(/\d+)?$")] | None = None
     redis_password_file: str | None = None
 
     @model_validator(mode="after")

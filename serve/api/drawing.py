@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -82,6 +83,9 @@ class Drawing:
         metrics: FrontMetrics,
     ) -> None:
         """`work`: in what each model's requests are counted; `generators`: a handle per pool."""
+        # Ray cancels what was submitted in the context of a request whose client has gone, shielded
+        # or not; others may wait for the same image, and we end it ourselves.
+        self._outside = contextvars.copy_context()
         self._models, self._work = {model.id: model for model in models}, work
         self._generators = generators
         self._precisions = {
@@ -198,7 +202,8 @@ class Drawing:
         self, request: ImageRequest, lease: Lease, watch: Watch, tell: Tell, *, alone: bool
     ) -> ImageResult:
         """Raises `NotBegun`, or after it has begun what `REPLICA_LOST` has and `RayTaskError`."""
-        stream = self._generators[lease.pool].generate.remote(request, lease, watch, alone)
+        generate = self._generators[lease.pool].generate
+        stream = self._outside.copy().run(generate.remote, request, lease, watch, alone)
         begun = False
         try:
             try:

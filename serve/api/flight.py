@@ -57,7 +57,7 @@ class Flight:
         self.call = call
         self.admitted = Once(lambda: self._or_land(call.admitted))
         self.images = Once(lambda: self._or_land(draw))
-        self.names, self.charged = Once(store), Once(charge)
+        self.names, self.charged = Once(store), Once(lambda: self._or_land(charge))
 
     def cancel(self) -> None:
         """Another call ends that of the first; the others stay."""

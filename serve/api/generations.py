@@ -94,7 +94,7 @@ class Generations:
         with ExitStack() as opened:
             asking = _Asking(asked, tenant, request_id, http, wishes, key, client, opened)
             opened.enter_context(self._counting(asking))
-            if asking.key and (found := await self._repeats.find(asking.key, tenant)):
+            if asking.key and (found := await client.run(self._repeats.find(asking.key, tenant))):
                 return await self._from_memory(asking, found)
             if asked.stream:
                 return await self._streamed(asking)
@@ -164,6 +164,7 @@ class Generations:
             await call.record(_repeated(asking.asked, call, found.results, repeated))
         else:
             self._metrics.predicted(call.eta_s, client.age_s)
+            asking.opened.callback(call.close)  # whoever stays in the flight
         if not flight.remembered:  # who comes meanwhile finds the images in the flight
             flight.remembered = True
             flight.join()
@@ -359,7 +360,7 @@ def _repeated(
             tenant=opening.tenant,
             request_id=opening.request_id,
             model=request.model,
-            precision=Precision.FP8 if result.precision == "fp8" else Precision.FP16,
+            precision=Precision.FP8 if result.precision.startswith("fp8") else Precision.FP16,
             size=request.size,
             steps=request.num_inference_steps,
             work_s=0.0,

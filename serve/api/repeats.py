@@ -90,6 +90,8 @@ class Repeats:
                     return
                 found = found._replace(names=tuple(names))
             age_s -= keep.link_expires_s  # a link into it is to work for its time
+        else:  # for URLs it is stored again: what was may be gone
+            found = found._replace(names=())
         if age_s > 0:
             await self._cache.put(key, found, time.monotonic(), age_s)
 

@@ -34,9 +34,10 @@ class PoolMetrics:
         """Once per heartbeat."""
         waiting = {pool: [0, 0.0, 0.0] for pool in scaling.limits.pools}
         for item in grants.queue:
-            row = waiting[item.pools[0]]
+            row = waiting.setdefault(item.pools[0], [0, 0.0, 0.0])
             row[:] = row[0] + 1, row[1] + item.work_s, max(row[2], now - item.what.since)
-        for pool, row in waiting.items():
+        for pool in scaling.limits.pools:
+            row = waiting[pool]
             tags = {"model": scaling.limits.pools[pool].model, "pool": pool}
             for of, value in zip(QUEUE, row, strict=True):
                 self._queue[of].set(value, tags)

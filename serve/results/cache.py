@@ -64,6 +64,8 @@ class MemoryCache:
 
     async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
         self._forget(key)
+        if _size(found) > self._max_bytes:
+            return
         self._found[key] = found, now + max_age_s
         self._bytes += _size(found)
         while self._bytes > self._max_bytes:

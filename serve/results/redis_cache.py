@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -47,14 +47,16 @@ class RedisCache:
         """`read`: an image by its name, or an `OctetError`. Raises `OSError` for the password."""
         file = settings.redis_password_file
         self._read, self._failed, self._breaker = read, failed, Breaker()
-        self._redis: Any = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(  # in a crowd one waits for another's connection
             str(settings.redis_url),
             password=Path(file).expanduser().read_text().strip() if file else None,
             socket_timeout=ANSWER_S,
             socket_connect_timeout=ANSWER_S,
             retry=Retry(NoBackoff(), 0),
             max_connections=CONNECTIONS,
+            timeout=ANSWER_S,
         )
+        self._redis: Any = Redis.from_pool(pool)
 
     async def get(self, key: str, tenant: str, now: float) -> Remembered | None:
         value: bytes | None = await self._ask(lambda: self._redis.get(PREFIX + key), now)

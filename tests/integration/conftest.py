@@ -31,16 +31,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def no_denormals() -> Iterator[None]:
-    """As in the replicas' threads; hypothesis cannot live with it, so not for good."""
-    import torch
-
-    torch.set_flush_denormal(True)
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="session")
 def laptop() -> Settings:
     """With one replica of each pool, whatever the load."""

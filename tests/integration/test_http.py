@@ -248,15 +248,16 @@ def test_who_leaves_ends_nobody_elses_image(url: str) -> None:
     """Equal requests share one generation, which ends with the last of those who wait for it."""
     asked = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256", "seed": 21}
 
-    def ask(timeout_s: float, **more: Any) -> httpx.Response:
-        return httpx.post(url + GENERATE, json={**asked, **more}, timeout=timeout_s)
+    def ask(timeout_s: float, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
+        body = {**asked, **more}
+        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=timeout_s)
 
     def running() -> int:
         pools = httpx.get(f"{url}/ready", timeout=10).json()["models"]["landscapes"].values()
         return sum(pool["running"] for pool in pools)
 
     with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(ask, 1)
+        first = pool.submit(ask, 1, {"x-request-id": "leaver"})
         time.sleep(0.5)
         others = [pool.submit(ask, 60) for _ in range(2)]
         with pytest.raises(httpx.ReadTimeout):
@@ -264,6 +265,8 @@ def test_who_leaves_ends_nobody_elses_image(url: str) -> None:
         assert running() == 1
         uses = [other.result().headers["x-octet-cache"] for other in others]
         assert uses == ["shared", "shared"]
+        assert "leaver/0: no replica" not in logs()  # it is the same drawing that went on
+        assert "drew leaver/0" in logs()
         leaving = [pool.submit(ask, 0.5, seed=22) for _ in range(2)]
         for one in leaving:
             with pytest.raises(httpx.ReadTimeout):
@@ -285,6 +288,11 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
 
 
 CANARY = "canary-5e1b"
+
+
+def logs() -> str:
+    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
+    return "\n".join(file.read_text() for file in files)
 
 
 def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:

@@ -173,8 +173,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
     ),
     "OctetNoDispatcher": ({"up": "1x9"}, {'ray_octet_pool_replicas{pool="p"}': "0x9"}, 9),
     "OctetUsageUnrecorded": (
-        {f'{REQUESTS}{{outcome="usage_unrecorded"}}': "0 0 1 1 1"},
-        {f'{REQUESTS}{{outcome="ok"}}': "0 0 1 1 1"},
+        {f'{REQUESTS}{{outcome="usage_unrecorded"}}': "_ _ 1 1 1"},  # as Ray exports it
+        {f'{REQUESTS}{{outcome="ok"}}': "_ _ 1 1 1"},
         4,
     ),
     "OctetOldestWait": (
@@ -204,14 +204,17 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         5,
     ),
     "OctetGpuFault": (
-        {'ray_octet_card_ecc_errors{uuid="u"}': "1 1 2 2 2"},
-        {'ray_octet_card_ecc_errors{uuid="u"}': "2 2 2 2 2"},
-        4,
+        {'ray_octet_card_xids_total{uuid="u",xid="79"}': "_x26 1x5"},
+        {
+            'ray_octet_card_xids_total{uuid="u",xid="79"}': "1x30",
+            'ray_octet_card_ecc_errors{uuid="u"}': "2x30",
+        },
+        30,
     ),
     "OctetOutOfMemory": (
-        {'ray_octet_engine_out_of_memory_total{pool="p"}': "0 0 1 1 1"},
-        {'ray_octet_engine_out_of_memory_total{pool="p"}': "1 1 1 1 1"},
-        4,
+        {'ray_octet_engine_out_of_memory_total{pool="p"}': "1x28 2 2 2"},
+        {'ray_octet_engine_out_of_memory_total{pool="p"}': "1x30"},
+        30,
     ),
     "OctetNonFiniteImages": (
         {
@@ -262,16 +265,19 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
             ],
         }
 
-    for alert, (with_it, without, minutes) in CASES.items():
-        for series, fires in ((with_it, True), (without, False)):
-            test = firing(series, minutes)
-            if not fires:
-                test["promql_expr_test"][0]["exp_samples"] = []
-            file = tmp_path / "test.yaml"
-            file.write_text(
-                yaml.safe_dump({"rule_files": [str(rules.OUT)], "tests": [test]}, sort_keys=False)
-            )
-            done = subprocess.run(  # noqa: S603 - found on the path
-                [str(TOOL), "test", "rules", str(file)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, (alert, fires, done.stdout, done.stderr)
+    memory = {'ray_octet_card_ecc_errors{uuid="u"}': "1x25 2x5"}
+    more = [("OctetGpuFault", memory, True, 30)]
+    cases = [(a, with_it, True, m) for a, (with_it, _, m) in CASES.items()]
+    cases += [(a, without, False, m) for a, (_, without, m) in CASES.items()]
+    for alert, series, fires, minutes in cases + more:
+        test = firing(series, minutes)
+        if not fires:
+            test["promql_expr_test"][0]["exp_samples"] = []
+        file = tmp_path / "test.yaml"
+        file.write_text(
+            yaml.safe_dump({"rule_files": [str(rules.OUT)], "tests": [test]}, sort_keys=False)
+        )
+        done = subprocess.run(  # noqa: S603 - found on the path
+            [str(TOOL), "test", "rules", str(file)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (alert, fires, done.stdout, done.stderr)

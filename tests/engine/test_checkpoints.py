@@ -25,7 +25,7 @@ from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
 from serve.model_settings import Source
 
-from .conftest import DEMO_MODEL, ROOT
+from ..integration.conftest import DEMO_MODEL, ROOT
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -28,7 +28,7 @@ from serve.engine.warm_up import Phases, WarmUp
 from serve.model_settings import Pool
 from serve.request import ImageRequest
 
-from .conftest import DEMO_MODEL
+from ..integration.conftest import DEMO_MODEL
 
 TOKENS = 109  # of the demo model's prompts
 
