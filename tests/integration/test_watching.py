@@ -30,6 +30,8 @@ SILENT = {
     *("octet_retried", "octet_pool_decisions"),
     "octet_tenant_refused",
 }
+# By the tests before this one, on the same server.
+PROVOKED = {"OctetOutOfMemory", "OctetUsageUnrecorded"}
 
 
 def queries() -> list[str]:
@@ -131,7 +133,7 @@ def test_every_query_finds_what_it_asks_for(everything: Prometheus) -> None:
 
 
 def test_a_running_demo_fills_the_dashboards(url: str) -> None:
-    """But for what it has none of; and no alert fires."""
+    """But for what it has none of; and no alert fires without a cause."""
     (node,) = ray.nodes()
     prometheus = Prometheus(f"127.0.0.1:{node['MetricsExportPort']}", rules.OUT)
     body = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64"}
@@ -148,7 +150,7 @@ def test_a_running_demo_fills_the_dashboards(url: str) -> None:
         found = prometheus.rules()
         assert {rule["health"] for rule in found} == {"ok"}
         firing = {rule["name"] for rule in found if rule.get("state") == "firing"}
-        assert not firing
+        assert not firing - PROVOKED
         for window in rules.WINDOWS:
             assert prometheus.ask(rules.errors(window))
     finally:
