@@ -24,10 +24,10 @@ from autoscaling.plot import draw
 from autoscaling.simulator import Point
 from serve.cli import DEMO_SETTINGS
 from serve.launch import running
+from serve.load import Load, percentile
 from serve.settings_file import load_settings
 
 from .fairness_server import free_port
-from .load import Load, percentile
 
 OUT = Path("build/bench")
 MOST, CLIENTS = 3, 16

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from serve.cli import DEMO_SETTINGS
+from serve.load import Answered, Ask, Load, percentile, poisson
 from serve.settings_file import load_settings
 
 from .fairness_report import table
 from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
-from .load import STEP_S, Answered, Ask, Load, jain, percentile, poisson
+from .load import STEP_S, jain
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
 SLOTS = 8

@@ -13,11 +13,12 @@ from typing import Any
 from serve import launch
 from serve.cli import DEMO_SETTINGS
 from serve.launch import Running, running
+from serve.load import Load
 from serve.settings import Settings
 from serve.settings_file import load_settings
 from serve.tenants import add_tenant
 
-from .load import STEP_S, Load
+from .load import STEP_S
 
 LIGHT = [f"light{i}" for i in range(9)]
 WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}

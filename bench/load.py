@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serve.load import Answered, Ask, Load, percentile, poisson
-
-__all__ = ["STEP_S", "Answered", "Ask", "Load", "jain", "percentile", "poisson"]
-
 STEP_S = 0.05  # of a Generator that only waits
 
 

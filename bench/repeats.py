@@ -19,11 +19,11 @@ import httpx
 
 from serve.cli import DEMO_SETTINGS
 from serve.launch import running
+from serve.load import percentile
 from serve.settings import Cache, Settings
 from serve.settings_file import load_settings
 
 from .fairness_server import free_port
-from .load import percentile
 
 DRAWN, HITS, STOPPED = 30, 500, 200
 BODY = {"prompt": "dunes", "size": "128x128"}
@@ -87,7 +87,7 @@ def main() -> None:
             measure(Client(http), "memory")
         port = free_port()
         options = f"--port {port} --bind 127.0.0.1 --logfile log --dir {folder} --save".split()
-        redis = subprocess.Popen([str(shutil.which("redis-server")), *options, ""])  # noqa: S603
+        redis = subprocess.Popen([str(shutil.which("redis-server")), *options, ""])  # noqa: S603 - found on the path
         cache = Cache(redis_url=f"redis://127.0.0.1:{port}/0")
         try:
             with (

@@ -147,18 +147,8 @@ class Drawing:
 
     def _usage(self, request: ImageRequest, call: OpenCall, image: int, pool: str) -> Usage:
         """What a delivered image is charged; `pool`: where it was drawn."""
-        opening = call.opening
-        return Usage(
-            call=opening.call,
-            image=image,
-            tenant=opening.tenant,
-            request_id=opening.request_id,
-            model=request.model,
-            precision=self._precisions[pool],
-            size=request.size,
-            steps=request.num_inference_steps,
-            work_s=opening.entries[image].work_s,
-        )
+        work_s = call.opening.entries[image].work_s
+        return usage_of(call, image, request, self._precisions[pool], work_s)
 
     async def _attempt(
         self, request: ImageRequest, slot: Slot, course: _Course, watch: Watch, tell: Tell
@@ -255,6 +245,24 @@ class Drawing:
             return self._pools(request, Precision.FP16)
         except InvalidRequest:
             return ()
+
+
+def usage_of(
+    call: OpenCall, image: int, request: ImageRequest, precision: str, work_s: float
+) -> Usage:
+    """What is recorded of one image of a call."""
+    opening = call.opening
+    return Usage(
+        call=opening.call,
+        image=image,
+        tenant=opening.tenant,
+        request_id=opening.request_id,
+        model=request.model,
+        precision=precision,
+        size=request.size,
+        steps=request.num_inference_steps,
+        work_s=work_s,
+    )
 
 
 def _last(pool: str, pools: Pools) -> Pools:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
@@ -18,11 +17,10 @@ from ..dispatch.messages import Usage
 from ..dispatch.open_call import OpenCall, Wish
 from ..dispatch.refusals import standing_headers
 from ..dispatch.session import DispatchSession
-from ..errors import OctetError
 from ..request import ImageRequest, ImageResult, Precision
 from ..results.cache import Remembered
 from .call import Call
-from .drawing import Drawing, Tell
+from .drawing import Drawing, Tell, usage_of
 from .event_stream import EventStream, Frames, events
 from .flight import Flight
 from .image_urls import ImageUrls
@@ -30,8 +28,7 @@ from .metrics import FrontMetrics
 from .openai_answers import response
 from .openai_images import Generation, ignored_header
 from .repeats import Repeats
-
-log = logging.getLogger("ray.serve")
+from .request_log import log_request, outcome_of
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
@@ -112,12 +109,20 @@ class Generations:
         finally:
             took_s = time.monotonic() - began
             if asking.error:
-                outcome = _outcome(asking.error)
+                outcome = outcome_of(asking.error)
                 self._metrics.ended(model, *outcome)
             else:
                 outcome = "ok", 200
                 self._metrics.answered(model, asking.use, took_s)
-            _log(asking, *outcome, took_s)
+            log_request(
+                asking.asked,
+                asking.tenant,
+                asking.request_id,
+                asking.use,
+                asking.results,
+                *outcome,
+                took_s,
+            )
 
     # -- images that are there already ----------------------------------------------------------
 
@@ -303,39 +308,6 @@ def _use(asking: _Asking) -> CacheUse:
     return "miss" if asking.key else "off"
 
 
-def _log(asking: _Asking, outcome: str, status: int, took_s: float) -> None:
-    """One line for each request: who, what became of it and where its time went, never a prompt."""
-    first = asking.asked.requests[0]
-    seconds = [asdict(result.timings) for result in asking.results]
-    phases = {phase: max(of[phase] for of in seconds) for phase in seconds[0]} if seconds else {}
-    log.info(
-        "%s: %s",
-        asking.request_id,
-        outcome,
-        extra={
-            "event": "request",
-            "request": asking.request_id,
-            "tenant": asking.tenant,
-            "model": first.model,
-            "outcome": outcome,
-            "status": status,
-            "cache": asking.use,
-            "images": len(asking.asked.requests),
-            "size": first.size,
-            "steps": first.num_inference_steps,
-            "took_s": round(took_s, 4),
-            **{phase: round(value, 4) for phase, value in phases.items()},
-        },
-    )
-
-
-def _outcome(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, asyncio.CancelledError):
-        return "client_gone", 499
-    kind = type(error) if isinstance(error, OctetError) else OctetError
-    return kind.code, kind.status
-
-
 def _leave(flight: Flight, client: Call) -> None:
     flight.leave(unwanted=client.unwanted)
 
@@ -351,21 +323,11 @@ def _repeated(
     outcome: Literal["hit", "shared"],
 ) -> list[Usage]:
     """What is recorded of images that cost nothing this time."""
-    opening = call.opening
 
     def usage(image: int, request: ImageRequest, result: ImageResult) -> Usage:
-        return Usage(
-            call=opening.call,
-            image=image,
-            tenant=opening.tenant,
-            request_id=opening.request_id,
-            model=request.model,
-            precision=Precision.FP8 if result.precision.startswith("fp8") else Precision.FP16,
-            size=request.size,
-            steps=request.num_inference_steps,
-            work_s=0.0,
-            outcome=outcome,
-        )
+        fp8 = result.precision.startswith("fp8")
+        precision = Precision.FP8 if fp8 else Precision.FP16
+        return usage_of(call, image, request, precision, 0.0)._replace(outcome=outcome)
 
     pairs = zip(asked.requests, results, strict=True)
     return [usage(i, request, result) for i, (request, result) in enumerate(pairs)]

@@ -77,15 +77,7 @@ class RedisCache:
         return Remembered(tuple(task.result() for task in tasks), names)
 
     async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
-        images = [
-            {
-                **{k: v for k, v in asdict(result).items() if k != "image"},
-                "name": name,
-                "sha256": hashlib.sha256(result.image).hexdigest(),
-            }
-            for name, result in zip(found.names, found.results, strict=True)
-        ]
-        value = json.dumps(images)
+        value = await asyncio.to_thread(_value, found)
         await self._ask(lambda: self._redis.set(PREFIX + key, value, ex=max_age_s), now)
 
     async def close(self) -> None:
@@ -94,7 +86,7 @@ class RedisCache:
     async def _image(self, image: dict[str, Any]) -> ImageResult:
         name, digest, timings = (image.pop(key) for key in ("name", "sha256", "timings"))
         data = await self._read(name)
-        if hashlib.sha256(data).hexdigest() != digest:
+        if await asyncio.to_thread(_digest, data) != digest:
             raise NotFound(f"{name} is not the image that was remembered")
         return ImageResult(image=data, timings=Timings(**timings), **image)
 
@@ -116,3 +108,19 @@ class RedisCache:
         if was_open:
             log.info("Redis answers again")
         return answer
+
+
+def _value(found: Remembered) -> str:
+    images = [
+        {
+            **{k: v for k, v in asdict(result).items() if k != "image"},
+            "name": name,
+            "sha256": _digest(result.image),
+        }
+        for name, result in zip(found.names, found.results, strict=True)
+    ]
+    return json.dumps(images)
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()

@@ -6,14 +6,12 @@ import asyncio
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import psutil
@@ -23,6 +21,7 @@ from serve.api.drawing import ATTEMPTS
 from serve.dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
 from serve.launch import Running
 
+from .conftest import replica_logs
 from .faulty import DEADLY, HUNGRY
 
 GENERATE = "/v1/images/generations"
@@ -58,14 +57,9 @@ def kill(deployment: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def logs() -> str:
-    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
-    return "\n".join(file.read_text() for file in files)
-
-
 def drawn(request_ids: list[str]) -> Counter[str]:
     """How often the Generators say that they drew each of these images."""
-    found = re.findall(r'drew ([^\s"]+)', logs())
+    found = re.findall(r'drew ([^\s"]+)', replica_logs())
     return Counter(f for f in found if f.partition("/")[0] in request_ids)
 
 
@@ -147,7 +141,7 @@ def test_without_memory_a_step_is_repeated_and_nothing_is_lost(url: str) -> None
             ]
 
     assert asyncio.run(main()) == [200] * 4
-    assert re.search(r"out of memory with \d rows: smaller batches for a while", logs())
+    assert re.search(r"out of memory with \d rows: smaller batches for a while", replica_logs())
 
 
 def test_a_text_encoder_that_dies_is_waited_for(client: httpx.Client) -> None:
@@ -213,7 +207,7 @@ def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: ht
         kill("Ingress")
         assert all(answer.result() >= 500 for answer in answers)
     pause = 2 * SESSION_LEASE_S + 5  # the session's lease, then as long for it to come back
-    wait_for(lambda: "nobody waits for entry" in logs(), pause)
+    wait_for(lambda: "nobody waits for entry" in replica_logs(), pause)
     began = time.perf_counter()
     assert client.post(GENERATE, json=QUICK).status_code == 200
     assert time.perf_counter() - began < 2

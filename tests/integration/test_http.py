@@ -21,6 +21,8 @@ from PIL import Image
 from demo.check import shows
 from demo.landscapes import Scene
 
+from .conftest import replica_logs
+
 GENERATE = "/v1/images/generations"
 
 
@@ -265,8 +267,8 @@ def test_who_leaves_ends_nobody_elses_image(url: str) -> None:
         assert running() == 1
         uses = [other.result().headers["x-octet-cache"] for other in others]
         assert uses == ["shared", "shared"]
-        assert "leaver/0: no replica" not in logs()  # it is the same drawing that went on
-        assert "drew leaver/0" in logs()
+        assert "leaver/0: no replica" not in replica_logs()  # it is the same drawing that went on
+        assert "drew leaver/0" in replica_logs()
         leaving = [pool.submit(ask, 0.5, seed=22) for _ in range(2)]
         for one in leaving:
             with pytest.raises(httpx.ReadTimeout):
@@ -288,11 +290,6 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
 
 
 CANARY = "canary-5e1b"
-
-
-def logs() -> str:
-    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
-    return "\n".join(file.read_text() for file in files)
 
 
 def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:

@@ -9,7 +9,6 @@ import io
 import json
 import random
 import re
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from PIL import Image
 
 from serve.dispatch.usage import read_usage
 from serve.launch import Running
+
+from .conftest import replica_logs
 
 GENERATE = "/v1/images/generations"
 LONG: dict[str, Any] = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
@@ -177,9 +178,7 @@ def wait_until_idle(octet: Running, seconds: float) -> float:
 
 def logged(request_id: str) -> str:
     """What the replicas say of a request, to see why a test failed."""
-    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
-    lines = [line for file in files for line in file.read_text().splitlines()]
-    return "\n".join(line for line in lines if request_id in line)
+    return "\n".join(line for line in replica_logs().splitlines() if request_id in line)
 
 
 @pytest.mark.parametrize("stream", [False, True])
