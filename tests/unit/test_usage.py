@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from serve.dispatch import usage as usage_module
 from serve.dispatch.messages import Usage
 from serve.dispatch.usage import (
     UsageLedger,
@@ -217,14 +216,47 @@ def test_a_clock_that_is_set_back_loses_nothing(ledger: UsageLedger, tmp_path: P
     assert spent(tmp_path) == {"acme": 60.0}
 
 
-def test_one_process_writes_at_a_time(
-    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usage_module, "LOCKED_S", 0.1)
-    with pytest.raises(OSError, match="another process writes usage here"):
-        UsageLedger(tmp_path, NOW)
+def test_two_that_write_at_a_time_know_of_each_other(ledger: UsageLedger, tmp_path: Path) -> None:
+    """As when a Dispatcher moves, or one cluster takes over from another."""
+    ledger.append([usage(1), usage(2, "umbrella")], NOW)
+    with closing(UsageLedger(tmp_path, NOW)) as second:
+        assert second.spent == {"acme": 1.5, "umbrella": 1.5}
+        ledger.append([usage(3)], NOW + 1)
+        assert second.append([usage(1), usage(3), usage(4)], NOW + 2) == [usage(4)]
+        assert second.spent == {"acme": 4.5, "umbrella": 1.5}
+        assert ledger.append([usage(4)], NOW + 3) == []
+        assert ledger.spent == second.spent
+        assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2", "c3", "c4"]
+        for i in range(5, 50):  # into another file
+            ledger.append([usage(i)], NOW + i)
+        second.append([usage(51)], NOW + 60)
+        assert second.spent == {"acme": 73.5, "umbrella": 1.5}
     ledger.close()
-    UsageLedger(tmp_path, NOW).close()
+    assert spent(tmp_path) == {"acme": 73.5, "umbrella": 1.5}
+    assert erase_usage(tmp_path, "acme") == (49, 0)
+    assert spent(tmp_path) == {"umbrella": 1.5}
+    assert [r["call"] for r in read_usage(tmp_path)] == ["c2"]
+
+
+def test_what_others_wrote_counts_in_its_month(ledger: UsageLedger, tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, NOW)) as second:
+        second.append([usage(1)], NOW)
+        ledger.append([usage(2)], DECEMBER)
+        assert dict(ledger.spent) == {"acme": 1.5}
+        second.append([usage(3)], DECEMBER)
+        ledger.append([], DECEMBER)
+        assert dict(ledger.spent) == {"acme": 3.0}
+
+
+def test_records_that_are_erased_meanwhile_do_not_count(tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path, NOW)) as first:
+        second = UsageLedger(tmp_path, NOW)
+        second.append([usage(1), usage(2, "umbrella")], NOW)
+        first.append([], NOW)
+        second.close()
+        assert erase_usage(tmp_path, "acme") == (1, 0)
+        first.append([], NOW)
+        assert first.spent == {"umbrella": 1.5}
 
 
 def test_others_cannot_read_it(ledger: UsageLedger, tmp_path: Path) -> None:
