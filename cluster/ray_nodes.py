@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import ray
 from ray._private.state import state
 
@@ -21,4 +23,33 @@ def living_nodes() -> list[Node]:
         )
         for node in ray.nodes()
         if node["Alive"]
+    ]
+
+
+def drain(node_id: str, seconds: float) -> None:
+    """Let nothing new be placed on a node: it goes after so many seconds.
+
+    Ray Serve starts its replicas elsewhere, then ends them here when they are idle; those that are
+    not have `seconds` less their own time to shut down. Raises `RuntimeError` if Ray refuses.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+    from ray.core.generated import autoscaler_pb2
+
+    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why = gcs.drain_node(
+        node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "the pod ends",
+        int((time.time() + seconds) * 1000),
+    )
+    if not accepted:
+        raise RuntimeError(f"node {node_id[:8]}: not drained: {why}")
+
+
+def actors_on(node_id: str) -> list[str]:
+    """Names of the living ones: of Ray Serve its replicas and proxy."""
+    return [
+        actor["Name"]
+        for actor in state.actors().values()
+        if actor["State"] == "ALIVE" and actor["Address"]["NodeID"] == node_id and actor["Name"]
     ]

@@ -1,4 +1,4 @@
-"""Alerts as a PrometheusRule's groups: `python -m k8s.rules` writes k8s/prometheus/rules.yaml.
+"""Alerts as a PrometheusRule's groups: `python -m k8s.rules` writes them into k8s/prometheus.
 
 Each alert's runbook is a heading of docs/runbook.md. The error budget is that of requests answered
 with 5xx: what a client did wrong, or left, is none of it. Two windows each, as the Site Reliability
@@ -14,7 +14,7 @@ import yaml
 
 from .queries import happened, increase, most, name, rate
 
-OUT = Path(__file__).parent / "prometheus" / "rules.yaml"
+RULES = Path(__file__).parent / "prometheus" / "rules.yaml"
 RUNBOOK = "docs/runbook.md"
 OBJECTIVE = 0.995  # of requests without 5xx, in 30 days
 FAST, SLOW = 14.4, 6.0  # the budget of 30 days is gone in two days, or in five
@@ -147,11 +147,24 @@ def groups() -> list[dict[str, Any]]:
     return [{"name": "octet-slo", "rules": recorded}, {"name": "octet-alerts", "rules": alerts}]
 
 
-def text() -> str:
-    dumped: str = yaml.safe_dump({"groups": groups()}, sort_keys=False, width=100)
-    return "# Made by python -m k8s.rules\n" + dumped
+def files() -> dict[Path, str]:
+    """Rules for Prometheus, and the same for its operator."""
+    rule = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "octet"},
+        "spec": {"groups": groups()},
+    }
+    documents: dict[Path, Any] = {
+        RULES: {"groups": groups()},
+        RULES.with_name("prometheus-rule.yaml"): rule,
+    }
+    return {
+        path: "# Made by python -m k8s.rules\n" + yaml.safe_dump(what, sort_keys=False, width=100)
+        for path, what in documents.items()
+    }
 
 
 if __name__ == "__main__":
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(text(), encoding="utf-8")
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .model_settings import Pool, Resources
 from .settings import Application
-from .sizing import limits_of
+from .sizing import bounds, limits_of
 from .work import units
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
@@ -32,8 +32,6 @@ PROMPT_ROUTER = RequestRouterConfig(
     request_router_class="serve.engine.routing:StayingReplicas",
     request_routing_stats_period_s=2,
 )
-# What the policy decides is done at once: delays would only blur it.
-AT_ONCE = {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0}
 REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 
 
@@ -125,8 +123,7 @@ def _size(resources: Resources, *, ours: bool) -> dict[str, Any]:
     """A number of replicas, or between which numbers it follows the pools."""
     if resources.least == resources.replicas:
         return {"num_replicas": resources.replicas}
-    bounds = {"min_replicas": resources.least, "max_replicas": resources.replicas}
-    return {"autoscaling_config": {**bounds, **(AT_ONCE if ours else {})}}
+    return {"autoscaling_config": bounds(resources.least, resources.replicas, ours=ours)}
 
 
 def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
@@ -134,8 +131,7 @@ def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
 
     Without `initial_replicas`, which Serve would go back to with every new version.
     """
-    bounds = {"min_replicas": 0, "max_replicas": pool.replicas}
-    return {"autoscaling_config": {**bounds, **(AT_ONCE if ours else {})}}
+    return {"autoscaling_config": bounds(0, pool.replicas, ours=ours)}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

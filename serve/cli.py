@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import cli_bench, cli_cards, cli_simulate, cli_tenants
+from . import cli_bench, cli_cards, cli_k8s, cli_simulate, cli_tenants
 from .engine.checkpoint import node_folder, on_this_node, size_bytes, verify
 from .engine.checkpoint import pull as fetch
 from .launch import Running, running
@@ -40,6 +40,7 @@ app.command("bench")(cli_bench.bench)
 app.command("doctor")(cli_cards.doctor)
 app.command("simulate")(cli_simulate.simulate)
 app.add_typer(cli_tenants.app, name="tenant")
+app.add_typer(cli_k8s.app, name="k8s")
 app.command("usage")(cli_tenants.usage)
 app.command("top")(cli_tenants.top)
 

@@ -11,6 +11,8 @@ from .model_settings import Pool, ServedModel
 from .settings import Application
 from .work import cost_of, units
 
+# What the policy decides is done at once: delays would only blur it.
+AT_ONCE = {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0}
 USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
 REQUESTS_PER_INGRESS = 200  # open ones; most of them only wait
 
@@ -45,6 +47,11 @@ def limits_of(application: Application) -> Limits:
     if ingress.least < ingress.replicas:
         followers["Ingress"] = Follower(ingress.least, ingress.replicas, each=REQUESTS_PER_INGRESS)
     return Limits(pools, followers)
+
+
+def bounds(least: int, most: int, *, ours: bool) -> dict[str, int]:
+    """Between which numbers Ray Serve scales a deployment, by our policy or its own."""
+    return {"min_replicas": least, "max_replicas": most, **(AT_ONCE if ours else {})}
 
 
 def replicas_per_card(pool: Pool) -> int:

@@ -58,11 +58,14 @@ def read_tenants(folder: Path) -> dict[str, Tenant]:
 
 
 def read_keys(folder: Path) -> Digests:
-    """Raises `SettingsError`, also if others than its owner can read the file."""
+    """Raises `SettingsError`, also if others than its owner and group can read the file.
+
+    Kubernetes gives a Secret to a pod's group.
+    """
     file = folder / KEYS
     try:
-        if file.stat().st_mode & 0o077:
-            raise SettingsError(f"{file}: others can read it: chmod 600")
+        if file.stat().st_mode & 0o027:
+            raise SettingsError(f"{file}: others can read or change it: chmod 600")
         keys: Digests = json.loads(file.read_text(encoding="utf-8"))
         for owned in keys.values():
             for key in owned:

@@ -179,7 +179,8 @@ class _Other:
     def _read(self, file: Path) -> Iterator[tuple[str, int]]:
         if file.stat().st_size < self._end:  # records were erased
             self._end = 0
-        for entry, self._end in _lines(file, self._end):
+        for entry, end in _lines(file, self._end):
+            self._end = end
             if SUMS in entry:
                 self.month, self.spent = entry["month"], Counter(entry[SUMS])
                 continue

@@ -53,10 +53,10 @@ def metrics_in(query: str) -> set[str]:
 
 
 def test_what_is_made_from_code_is_what_the_code_makes() -> None:
-    made = {**dashboards.files(), rules.OUT: rules.text()}
+    made = {**dashboards.files(), **rules.files()}
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: make it again"
-    assert {path.name for path in dashboards.OUT.iterdir()} == {p.name for p in dashboards.files()}
+    assert set(dashboards.OUT.glob("*.json")) == dashboards.files().keys()
     assert table() in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ class Everything(BaseHTTPRequestHandler):
 def everything() -> Iterator[Prometheus]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Everything)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    prometheus = Prometheus(f"127.0.0.1:{server.server_port}", rules.OUT)
+    prometheus = Prometheus(f"127.0.0.1:{server.server_port}", rules.RULES)
     yield prometheus
     prometheus.close()
     server.shutdown()
@@ -135,7 +135,7 @@ def test_every_query_finds_what_it_asks_for(everything: Prometheus) -> None:
 def test_a_running_demo_fills_the_dashboards(url: str) -> None:
     """But for what it has none of; and no alert fires without a cause."""
     (node,) = ray.nodes()
-    prometheus = Prometheus(f"127.0.0.1:{node['MetricsExportPort']}", rules.OUT)
+    prometheus = Prometheus(f"127.0.0.1:{node['MetricsExportPort']}", rules.RULES)
     body = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64"}
     try:
         left = {query for query in queries() if not metrics_in(query) & SILENT}
@@ -277,7 +277,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
             test["promql_expr_test"][0]["exp_samples"] = []
         file = tmp_path / "test.yaml"
         file.write_text(
-            yaml.safe_dump({"rule_files": [str(rules.OUT)], "tests": [test]}, sort_keys=False)
+            yaml.safe_dump({"rule_files": [str(rules.RULES)], "tests": [test]}, sort_keys=False)
         )
         done = subprocess.run(  # noqa: S603 - found on the path
             [str(TOOL), "test", "rules", str(file)], capture_output=True, text=True, check=False

@@ -1,0 +1,294 @@
+"""What settings mean on KubeRay: the part of an overlay that `octet k8s render` writes.
+
+`base/rayservice.yaml` has two worker groups as patterns: `front` for nodes without a card, where
+Ingresses and the Dispatcher run, and `card` for the others. Every kind of node in an overlay's
+`nodes.yaml` becomes a copy of one of them. The rest is `serve_config`, the same that `octet serve`
+deploys, with the addresses of proxies and the smallest numbers of replicas: on KubeRay traffic
+moves to a cluster when its application is running, so it must not be before it is warm.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from math import ceil
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from cluster.cards import CARDS
+from cluster.placement import CARD_LABEL, PRECISION_LABEL, Need, Node, fits
+from serve.errors import did_you_mean
+from serve.launch import LOGGING, serve_config
+from serve.model_settings import Frozen, Pool
+from serve.settings import Settings, SettingsError
+from serve.sizing import bounds
+
+BASE = Path(__file__).with_name("base") / "rayservice.yaml"
+MADE = "# Made by octet k8s render.\n"
+ROLE_LABEL = "octet/role"
+FRONT = {ROLE_LABEL: "front"}
+GPU = "nvidia.com/gpu"
+LEAVE_S = 120  # of a pod, beyond what it draws: to be told, and for proxies to let go
+SPOT_TAINTS = (
+    ("cloud.google.com/gke-spot", "true"),
+    ("kubernetes.azure.com/scalesetpriority", "spot"),
+    ("karpenter.sh/capacity-type", "spot"),
+)
+
+
+class NodeKind(Frozen):
+    """Nodes of one kind, each wholly taken by one worker pod.
+
+    With a `card` (an id of cluster/cards.py) and `gpus` of it, on Kubernetes nodes that carry it as
+    their label `octet/card`. `idle_s`: how long one is kept that nobody needs.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
+    card: str | None = None
+    gpus: NonNegativeInt = 0
+    cpus: PositiveInt
+    memory_gib: PositiveFloat
+    min_nodes: NonNegativeInt = 0
+    max_nodes: PositiveInt
+    idle_s: PositiveInt = 600
+    spot: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> NodeKind:
+        if self.card is not None and self.card not in CARDS:
+            raise ValueError(f"card '{self.card}': {did_you_mean(self.card, CARDS)}")
+        if bool(self.gpus) != bool(self.card):
+            raise ValueError("card and gpus belong together")
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes {self.min_nodes} is more than max_nodes {self.max_nodes}")
+        return self
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of its Ray nodes."""
+        if self.card is None:
+            return FRONT
+        precision = "fp8" if CARDS[self.card].has_fp8 else "fp16"
+        return {ROLE_LABEL: "card", CARD_LABEL: self.card, PRECISION_LABEL: precision}
+
+    @property
+    def node(self) -> Node:
+        """One of them, as placement sees it."""
+        return Node(self.name, self.labels, float(self.cpus), float(self.gpus))
+
+
+def read_nodes(file: Path) -> tuple[NodeKind, ...]:
+    """Raises `SettingsError` with one line per fault."""
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        kinds = TypeAdapter(tuple[NodeKind, ...]).validate_python(data)
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        faults = (".".join(map(str, e["loc"])) + ": " + e["msg"] for e in error.errors())
+        raise SettingsError("\n".join(f"{file}: {fault}" for fault in faults)) from None
+    names = [kind.name for kind in kinds]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SettingsError(f"{file}: '{min(twice)}' is there twice")
+    if not any(kind.min_nodes for kind in kinds if not kind.card):
+        raise SettingsError(
+            f"{file}: wanted: nodes without a card, min_nodes 1 or more, for Ingresses and "
+            "the Dispatcher"
+        )
+    return kinds
+
+
+def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
+    """Files of an overlay: a patch of the base's RayService, and the settings as a ConfigMap.
+
+    Raises `SettingsError` for settings that cannot work on these nodes.
+    """
+    kinds = tuple(kinds)
+    service = yaml.safe_load(BASE.read_text(encoding="utf-8"))
+    cluster = service["spec"]["rayClusterConfig"]
+    patterns = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    _check(settings, kinds, patterns)
+    stays_s = ceil(settings.drain_timeout_s) + LEAVE_S
+    patch = {
+        **{key: service[key] for key in ("apiVersion", "kind", "metadata")},
+        "spec": {
+            "rayClusterDeletionDelaySeconds": stays_s,
+            "serveConfigV2": _text(serve_config_v2(settings)),
+            "rayClusterConfig": {
+                "workerGroupSpecs": [
+                    _worker_group(kind, patterns["card" if kind.card else "front"], stays_s)
+                    for kind in kinds
+                ]
+            },
+        },
+    }
+    given = settings.model_dump(mode="json", exclude_unset=True)
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "octet-settings"},
+        "data": {"settings.yaml": _text(given)},
+    }
+    return {"rayservice.yaml": MADE + _text(patch), "settings.yaml": MADE + _text(config_map)}
+
+
+def serve_config_v2(settings: Settings) -> dict[str, Any]:
+    """`serve_config` for a cluster of pods."""
+    config = serve_config(settings)
+    (application,) = config["applications"]
+    deployments = {one["name"]: one for one in application["deployments"]}
+    deployments["Ingress"]["ray_actor_options"] = {
+        **settings.ingress.ray_actor_options,
+        "label_selector": FRONT,
+    }
+    deployments["Dispatcher"]["ray_actor_options"] = {
+        "num_cpus": settings.dispatcher_num_cpus,
+        "label_selector": FRONT,
+    }
+    ours = settings.autoscaling_policy == "queued-work"
+    application["deployments"] += [
+        {
+            "name": f"Generator-{model.pool_name(pool)}",
+            "autoscaling_config": bounds(pool.least, pool.replicas, ours=ours),
+        }
+        for model in settings.models
+        for pool in model.pools
+        if pool.least
+    ]
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": settings.http.port},  # noqa: S104 - the pod's
+        "logging_config": LOGGING,
+        **config,
+    }
+
+
+def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
+    """In words, which cards are fewer than the pools want at most."""
+    there: dict[str, int] = {}
+    for kind in kinds:
+        if kind.card:
+            there[kind.card] = there.get(kind.card, 0) + kind.gpus * kind.max_nodes
+    wanted: dict[str, float] = dict.fromkeys(there, 0.0)
+    takers = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
+    for taker in takers:
+        if taker.card in wanted:
+            wanted[taker.card] += taker.replicas * taker.num_gpus
+    return [
+        f"{card}: {there[card]} cards at most, the pools may want {gpus:.4g}"
+        for card, gpus in wanted.items()
+        if gpus > there[card]
+    ]
+
+
+def _check(
+    settings: Settings, kinds: tuple[NodeKind, ...], patterns: dict[str, dict[str, Any]]
+) -> None:
+    if settings.auth == "none":
+        raise SettingsError(
+            "auth none: pods are reached from outside: keys, or none-on-any-address"
+        )
+    (front,) = patterns["front"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in front["ports"]}
+    if settings.http.port != ports["serve"]:
+        raise SettingsError(f"http: port {settings.http.port}: pods listen on {ports['serve']}")
+    mounts = [PurePosixPath(mount["mountPath"]) for mount in front["volumeMounts"]]
+    kept = {
+        "data_folder": settings.data_folder,
+        "models_folder": settings.models_folder,
+        "compiled_folder": settings.compiled_folder,
+        "signing_key_file": settings.signing_key_file,
+        "tenants_folder": settings.tenants_folder,
+        "cache: redis_password_file": settings.cache and settings.cache.redis_password_file,
+    }
+    for key, path in kept.items():
+        if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
+            raise SettingsError(f"{key} {path}: no volume of the pods is there: {BASE.name}")
+    for what, need in _needs(settings):
+        front = what in ("Ingress", "Dispatcher")
+        if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
+            raise SettingsError(f"{what}: none of the nodes can hold a replica")
+    autoscaled = any(kind.min_nodes < kind.max_nodes for kind in kinds if kind.card)
+    if autoscaled and not settings.autoscaling.node_wait_s:
+        raise SettingsError(
+            "autoscaling: node_wait_s 0: nodes come only when they are needed: say how long that "
+            "may take, or requests are refused meanwhile"
+        )
+
+
+def _needs(settings: Settings) -> Iterable[tuple[str, Need]]:
+    yield "Ingress", Need("fp16", settings.ingress.num_cpus, 0.0)
+    yield "Dispatcher", Need("fp16", settings.dispatcher_num_cpus, 0.0)
+    for model in settings.models:
+        for pool in model.pools:
+            yield f"pool {model.pool_name(pool)}", _need(pool)
+    for encoder in settings.text_encoders:
+        need = Need("fp16", encoder.num_cpus, encoder.num_gpus, card=encoder.card)
+        yield f"text encoder {encoder.id}", need
+
+
+def _need(pool: Pool) -> Need:
+    return Need(pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card)
+
+
+def _worker_group(kind: NodeKind, pattern: dict[str, Any], stays_s: int) -> dict[str, Any]:
+    group = copy.deepcopy(pattern)
+    pod = group["template"]["spec"]
+    pod["terminationGracePeriodSeconds"] = stays_s
+    (container,) = pod["containers"]
+    memory = f"{kind.memory_gib:g}Gi"
+    gpus = {GPU: str(kind.gpus)} if kind.gpus else {}
+    container["resources"] = {
+        "requests": {"cpu": str(kind.cpus), "memory": memory, **gpus},
+        "limits": {"memory": memory, **gpus},
+    }
+    if kind.card:
+        pod["nodeSelector"] = {CARD_LABEL: kind.card}
+        pod["tolerations"] = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]
+    if kind.spot:
+        pod.setdefault("tolerations", []).extend(
+            {"key": key, "operator": "Equal", "value": value} for key, value in SPOT_TAINTS
+        )
+    return {
+        **group,
+        "groupName": kind.name,
+        "replicas": kind.min_nodes,
+        "minReplicas": kind.min_nodes,
+        "maxReplicas": kind.max_nodes,
+        "idleTimeoutSeconds": kind.idle_s,
+        "labels": kind.labels,
+        "resources": {"CPU": str(kind.cpus), "GPU": str(kind.gpus)},
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as such, and nothing by reference."""
+
+    def ignore_aliases(self, _data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+def _text(data: dict[str, Any]) -> str:
+    dumped: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
+    return dumped

@@ -1,0 +1,71 @@
+"""`octet k8s`: the application on KubeRay."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k8s.render import LEAVE_S, read_nodes, rendered, too_few
+
+from .launch import LaunchError
+from .settings_file import load_settings
+from .terminal import ConfigFile, Debug, complain, console, readable_errors
+
+LOOK_S = 1.0
+
+app = typer.Typer(help="The application on Kubernetes: docs/runbook.md.", no_args_is_help=True)
+
+
+@app.command()
+def render(
+    config: ConfigFile,
+    overlay: Annotated[
+        Path, typer.Option(help="Kustomize overlay with a nodes.yaml; see k8s/overlays/.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write what CONFIG means for KubeRay into OVERLAY/rendered, for kubectl apply -k OVERLAY."""
+    with readable_errors(debug):
+        settings, kinds = load_settings(config), read_nodes(overlay / "nodes.yaml")
+        files = rendered(settings, kinds)
+        folder = overlay / "rendered"
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            console.print(f"written: {folder / name}", highlight=False, soft_wrap=True)
+        for shortage in too_few(settings, kinds):
+            complain(shortage)
+
+
+@app.command()
+def leave(config: ConfigFile, debug: Debug = False) -> None:
+    """Take this pod's node out of its Ray cluster; returns when nothing is served here any more.
+
+    The pods' preStop hook: what is drawn here is finished, then the pod may end.
+    """
+    with readable_errors(debug):
+        patience_s = load_settings(config).drain_timeout_s + LEAVE_S / 2
+        import ray
+
+        from cluster.ray_nodes import actors_on, drain
+
+        try:
+            ray.init(
+                address=os.environ.get("RAY_ADDRESS", "auto"),
+                log_to_driver=False,
+                logging_level="error",
+            )
+            node = ray.get_runtime_context().get_node_id()
+            until = time.monotonic() + patience_s
+            drain(node, patience_s)
+            while (left := actors_on(node)) and time.monotonic() < until:
+                time.sleep(LOOK_S)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise LaunchError(f"cannot leave: {error}") from None
+        finally:
+            ray.shutdown()
+    console.print(f"still here: {', '.join(left)}" if left else "nothing is served here any more")

@@ -1,0 +1,412 @@
+"""The manifests: valid, made by the code, in agreement with settings, plan and placement."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner
+
+from cluster.cards import CARDS
+from cluster.packing import plan
+from cluster.placement import fits, selectors
+from cluster.pools import planned_pools
+from cluster.ways import Cards
+from k8s.render import LEAVE_S, NodeKind, _need, read_nodes, rendered, serve_config_v2
+from serve import app
+from serve.cli import app as cli
+from serve.launch import ENVIRONMENT
+from serve.planning import encoder_gib, only_encoder, wants_of
+from serve.settings import Settings
+from serve.settings_file import load_settings
+
+from ..kubernetes import ROOT, faults, kustomize
+from ..unit.test_placement import matches
+
+OVERLAYS = "dev-cpu", "single-gpu", "mixed-gpu"
+MADE_BY_HAND = {"octet-secrets", "octet-tenants", "octet-hub", "octet-bucket"}
+NOT_CORE = {"PodMonitor", "PrometheusRule"}  # those have no schema here
+
+over_all = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+def folder(overlay: str) -> Path:
+    return ROOT / "k8s" / "overlays" / overlay
+
+
+def settings_of(overlay: str) -> Settings:
+    return load_settings(folder(overlay) / "settings.yaml", {})
+
+
+@functools.cache
+def built(overlay: str) -> tuple[dict[str, Any], ...]:
+    return tuple(kustomize(folder(overlay)))
+
+
+def of_kind(overlay: str, kind: str) -> list[dict[str, Any]]:
+    return [copy.deepcopy(one) for one in built(overlay) if one["kind"] == kind]
+
+
+def ray_service(overlay: str) -> dict[str, Any]:
+    (service,) = of_kind(overlay, "RayService")
+    found: dict[str, Any] = service["spec"]
+    return found
+
+
+def worker_groups(overlay: str) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = ray_service(overlay)["rayClusterConfig"]["workerGroupSpecs"]
+    return groups
+
+
+def pods(overlay: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Labels, as KubeRay completes them, and spec of every pod that there will be."""
+    cluster = ray_service(overlay)["rayClusterConfig"]
+    ours = [("head", cluster["headGroupSpec"])] + [("worker", g) for g in worker_groups(overlay)]
+    for node_type, group in ours:
+        labels = {"ray.io/node-type": node_type, "ray.io/is-ray-node": "yes"}
+        yield {**labels, **group["template"]["metadata"]["labels"]}, group["template"]["spec"]
+    for kind in ("StatefulSet", "Deployment"):
+        for one in of_kind(overlay, kind):
+            template = one["spec"]["template"]
+            yield template["metadata"]["labels"], template["spec"]
+
+
+# -- whole and valid ------------------------------------------------------------------------------
+
+
+@over_all
+def test_what_is_rendered_is_what_the_code_renders(overlay: str) -> None:
+    files = rendered(settings_of(overlay), read_nodes(folder(overlay) / "nodes.yaml"))
+    for name, text in files.items():
+        there = (folder(overlay) / "rendered" / name).read_text(encoding="utf-8")
+        assert there == text, f"octet k8s render {overlay}/settings.yaml --overlay {overlay}"
+
+
+@over_all
+def test_every_manifest_is_valid(overlay: str) -> None:
+    manifests = [one for one in built(overlay) if one["kind"] not in NOT_CORE]
+    assert len(manifests) > 10
+    found = {one["kind"]: faults(one) for one in manifests if faults(one)}
+    assert found == {}
+
+
+def test_the_check_finds_faults() -> None:
+    service = of_kind("dev-cpu", "RayService")[0]
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    group["idleTimeoutSecond"] = 5
+    del group["template"]
+    group["template"] = {"spec": {"container": []}}
+    found = "\n".join(faults(service))
+    assert "idleTimeoutSecond" in found
+    assert "'containers' is a required property" in found
+    assert "'container' was unexpected" in found
+    (budget,) = of_kind("dev-cpu", "PodDisruptionBudget")
+    budget["spec"]["minAvailabel"] = 1
+    assert "minAvailabel" in faults(budget)[0]
+
+
+@pytest.mark.parametrize("component", ["kueue", "kai-scheduler", "cache-redis"])
+def test_components_can_be_added(component: str, tmp_path: Path) -> None:
+    relative = Path("../" * len(tmp_path.parts[1:])) / str(ROOT / "k8s").lstrip("/")
+    overlay, added = relative / "overlays/dev-cpu", relative / "components" / component
+    text = {"resources": [str(overlay)], "components": [str(added)], "namespace": "octet"}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(text))
+    more = [one for one in kustomize(tmp_path) if one not in built("dev-cpu")]
+    assert more
+    assert [fault for one in more for fault in faults(one)] == []
+
+
+# -- the application ------------------------------------------------------------------------------
+
+
+def imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@over_all
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
+def test_serve_takes_the_config_and_finds_what_it_names(overlay: str) -> None:
+    config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    assert imported(application.import_path) is app.build
+    policy = config["applications"][0]["autoscaling_policy"]["policy_function"]
+    assert callable(imported(policy))
+    assert callable(imported(ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]))
+    bound = app.build(application.args)
+    deployed = {d.name for d in deployments(bound)}
+    assert {d.name for d in application.deployments} <= deployed
+    assert config["proxy_location"] == "EveryNode"
+
+
+def deployments(application: Any) -> list[Any]:
+    """Of an application as `build` returns it, also those that others are bound to."""
+    from ray.serve._private.build_app import build_app
+
+    return build_app(application, name="octet", default_runtime_env=None).deployments
+
+
+@over_all
+def test_it_counts_as_running_when_replicas_are_there(overlay: str) -> None:
+    """KubeRay moves traffic to a cluster whose application runs."""
+    settings = settings_of(overlay)
+    config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
+    least = {
+        one["name"]: one["autoscaling_config"]["min_replicas"]
+        for one in config["applications"][0]["deployments"]
+        if "autoscaling_config" in one
+    }
+    assert least == {
+        f"Generator-{model.pool_name(pool)}": pool.least
+        for model in settings.models
+        for pool in model.pools
+        if pool.least
+    }
+    served = {name.removeprefix("Generator-") for name in least}
+    assert all(served & {m.pool_name(p) for p in m.pools} for m in settings.models)
+
+
+@pytest.mark.parametrize("overlay", ["single-gpu", "mixed-gpu"])
+def test_pools_and_nodes_are_those_of_the_plan(overlay: str) -> None:
+    settings = settings_of(overlay)
+    cards = {
+        group["labels"]["octet/card"]: group
+        for group in worker_groups(overlay)
+        if "octet/card" in group["labels"]
+    }
+    groups = [
+        Cards(CARDS[card], int(group["resources"]["GPU"]) * group["maxReplicas"])
+        for card, group in cards.items()
+    ]
+    gib = encoder_gib(only_encoder(settings), settings)
+    planned = {
+        (p.model, p.card, "fp8" if p.recipe == "fp8" else "fp16" if p.model else ""): (
+            p.replicas,
+            p.slots if p.model else 1,
+            p.num_gpus,
+            pytest.approx(p.memory_gib, abs=0.001),
+        )
+        for p in planned_pools(plan(groups, wants_of(settings), encoder_gib=gib))
+    }
+    config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
+    args = config["applications"][0]["args"]
+    found = {
+        (model["id"], pool["card"], pool["precision"]): (
+            pool["replicas"],
+            pool["slots"],
+            pool["num_gpus"],
+            pool["memory_gib"],
+        )
+        for model in args["models"]
+        for pool in model["pools"]
+    }
+    for encoder in args["text_encoders"]:
+        key = None, encoder["card"], ""
+        found[key] = encoder["replicas"], 1, encoder["num_gpus"], encoder["memory_gib"]
+    assert found == planned
+    for group in cards.values():
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == group["resources"]["GPU"]
+        assert container["resources"]["requests"]["cpu"] == group["resources"]["CPU"]
+
+
+@over_all
+def test_labels_of_nodes_and_selectors_of_pools_agree(overlay: str) -> None:
+    settings, kinds = settings_of(overlay), read_nodes(folder(overlay) / "nodes.yaml")
+    labels = {group["groupName"]: group["labels"] for group in worker_groups(overlay)}
+    assert labels == {kind.name: kind.labels for kind in kinds}
+    for model in settings.models:
+        for pool in model.pools:
+            need = _need(pool)
+            if not need.num_gpus:
+                continue
+            by_ray = {
+                name
+                for name, given in labels.items()
+                if any(matches(selector, given) for selector in selectors(need))
+            }
+            assert by_ray == {kind.name for kind in kinds if fits(need, kind.node)}
+            assert by_ray
+    config = serve_config_v2(settings)
+    for one in config["applications"][0]["deployments"]:
+        if selector := one.get("ray_actor_options", {}).get("label_selector"):
+            held = [k for k in kinds if matches(selector, labels[k.name]) and k.min_nodes]
+            assert held, one["name"]
+
+
+# -- pods -----------------------------------------------------------------------------------------
+
+
+@over_all
+def test_pods_may_do_little(overlay: str) -> None:
+    for labels, pod in pods(overlay):
+        assert labels["app.kubernetes.io/part-of"] == "octet"
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        if labels.get("ray.io/node-type") != "head":
+            assert pod["automountServiceAccountToken"] is False
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            confined = container["securityContext"]
+            assert confined["readOnlyRootFilesystem"] is True
+            assert confined["allowPrivilegeEscalation"] is False
+            assert confined["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+            assert ":" in container["image"]
+    assert ray_service(overlay)["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+
+
+@over_all
+def test_ray_pods_are_as_octet_serve_sets_ray_up(overlay: str) -> None:
+    stays_s = settings_of(overlay).drain_timeout_s + LEAVE_S
+    for labels, pod in pods(overlay):
+        if "ray.io/node-type" not in labels:
+            continue
+        assert pod["enableServiceLinks"] is False, "OCTET_… variables would be read as settings"
+        (container,) = pod["containers"]
+        env = {one["name"]: one.get("value") for one in container["env"]}
+        assert env.items() >= ENVIRONMENT.items()
+        if labels["ray.io/node-type"] == "worker":
+            assert pod["terminationGracePeriodSeconds"] >= stays_s
+            assert container["lifecycle"]["preStop"]["exec"]["command"][:3] == [
+                "octet",
+                "k8s",
+                "leave",
+            ]
+    head = ray_service(overlay)["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
+    assert (head["num-cpus"], head["num-gpus"]) == ("0", "0")
+
+
+@over_all
+def test_what_pods_refer_to_is_there(overlay: str) -> None:
+    there = {(one["kind"], one["metadata"]["name"]) for one in built(overlay)}
+    there |= {("Secret", name) for name in MADE_BY_HAND}
+    services = {one["metadata"]["name"] for one in of_kind(overlay, "Service")}
+    for _, pod in pods(overlay):
+        for volume in pod.get("volumes", []):
+            if secret := volume.get("secret"):
+                assert ("Secret", secret["secretName"]) in there
+            if config_map := volume.get("configMap"):
+                assert ("ConfigMap", config_map["name"]) in there
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in there
+        if account := pod.get("serviceAccountName"):
+            assert ("ServiceAccount", account) in there
+        names = {volume["name"] for volume in pod.get("volumes", [])} | {"data"}
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= names
+    redis = ray_service(overlay)["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]
+    assert redis.partition(":")[0] in services
+    cache = settings_of(overlay).cache
+    if cache and cache.redis_url:
+        assert re.split("[:/]+", cache.redis_url)[1] in services
+
+
+@over_all
+def test_policies_and_budgets_select_pods(overlay: str) -> None:
+    labels = [given for given, _ in pods(overlay)]
+
+    def selected(selector: dict[str, Any]) -> list[dict[str, str]]:
+        return [one for one in labels if one.items() >= selector["matchLabels"].items()]
+
+    (budget,) = of_kind(overlay, "PodDisruptionBudget")
+    assert {one["octet/role"] for one in selected(budget["spec"]["selector"])} == {"front"}
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(overlay, "NetworkPolicy")}
+    assert all(selected(policy["podSelector"]) for policy in policies.values())
+    assert selected(policies["octet-nobody"]["podSelector"]) == labels, "some are open to all"
+    ports = {
+        port["name"] for _, pod in pods(overlay) for c in pod["containers"] for port in c["ports"]
+    }
+    for policy in policies.values():
+        for rule in policy.get("ingress", []):
+            assert {port["port"] for port in rule.get("ports", [])} <= ports
+    for service in of_kind(overlay, "Service"):
+        assert selected({"matchLabels": service["spec"]["selector"]})
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def render(tmp_path: Path, settings: str | None = None, nodes: str | None = None) -> str:
+    """What the command says of the CPU overlay with something else in it."""
+    (tmp_path / "settings.yaml").write_text(
+        settings or (folder("dev-cpu") / "settings.yaml").read_text()
+    )
+    (tmp_path / "nodes.yaml").write_text(nodes or (folder("dev-cpu") / "nodes.yaml").read_text())
+    command = ["k8s", "render", str(tmp_path / "settings.yaml"), "--overlay", str(tmp_path)]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code in (0, 1), result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("auth: none-on-any-address", "auth: none", "auth none: pods are reached from outside"),
+        ("data_folder: /var/lib", "data_folder: /home", "data_folder /home/octet/data: no volume"),
+        ("emulate_fp8", "http: {port: 9000}\nemulate_fp8", "port 9000: pods listen on 8000"),
+        ("ingress: { num_cpus: 0.3", "ingress: { num_cpus: 30", "Ingress: none of the nodes can"),
+        ("num_cpus: 0.3 }\n      -", "num_cpus: 30 }\n      -", "pool landscapes-fp8: none of"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    settings = (folder("dev-cpu") / "settings.yaml").read_text()
+    assert old in settings
+    assert words in render(tmp_path, settings.replace(old, new, 1))
+    assert not (tmp_path / "rendered").exists()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ("- {name: a, cpus: 2, memory_gib: 4, max_nodes: 1}", "wanted: nodes without a card"),
+        ("- {name: a, cpus: 2}", "Field required"),
+        ("- {name: a, card: h1000, gpus: 1, cpus: 2, memory_gib: 4, max_nodes: 1}", "h100"),
+        ("- {name: a, gpus: 1, cpus: 2, memory_gib: 4, max_nodes: 1}", "belong together"),
+        ("- {name: a, cpus: 2, memory_gib: 4, min_nodes: 3, max_nodes: 1}", "more than max_nodes"),
+        ("- {name: a, cpu: 2, memory_gib: 4, max_nodes: 1}", "unknown key 'cpu'"),
+        ("5", "valid tuple"),
+        ("{", "not YAML"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused(tmp_path: Path, nodes: str, words: str) -> None:
+    assert words in render(tmp_path, nodes=nodes)
+
+
+def test_too_few_cards_and_no_waiting_are_said(tmp_path: Path) -> None:
+    settings = (folder("mixed-gpu") / "settings.yaml").read_text()
+    nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
+    said = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
+    assert "l4: 2 cards at most, the pools may want 7.698" in said
+    assert "h100:" not in said
+    impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
+    assert "node_wait_s 0: nodes come only when" in render(tmp_path, impatient, nodes)
+
+
+def test_kinds_of_nodes_become_worker_groups() -> None:
+    spot = NodeKind(name="x", card="l4", gpus=2, cpus=8, memory_gib=32, max_nodes=3, spot=True)
+    front = NodeKind(name="front", cpus=4, memory_gib=16, min_nodes=1, max_nodes=2)
+    files = rendered(settings_of("mixed-gpu"), [*read_nodes(folder("mixed-gpu") / "nodes.yaml")])
+    assert yaml.safe_load(files["settings.yaml"])["data"]["settings.yaml"]
+    made = rendered(settings_of("dev-cpu"), [front, spot])
+    groups = yaml.safe_load(made["rayservice.yaml"])["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert [group["groupName"] for group in groups] == ["front", "x"]
+    pod = groups[1]["template"]["spec"]
+    assert groups[1]["labels"] == {
+        "octet/role": "card",
+        "octet/card": "l4",
+        "octet/precision": "fp8",
+    }
+    assert pod["nodeSelector"] == {"octet/card": "l4"}
+    assert {"nvidia.com/gpu", "cloud.google.com/gke-spot"} <= {t["key"] for t in pod["tolerations"]}
+    mounts = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert not mounts & {"/etc/octet/tenants", "/etc/octet/secrets", "/var/lib/octet/data"}
