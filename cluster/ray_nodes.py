@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import ray
-from ray._private.state import state
+from ray._private.state import actors, state
 
 from .placement import Node
 
@@ -50,6 +50,6 @@ def actors_on(node_id: str) -> list[str]:
     """Names of the living ones: of Ray Serve its replicas and proxy."""
     return [
         actor["Name"]
-        for actor in state.actors().values()
+        for actor in actors().values()
         if actor["State"] == "ALIVE" and actor["Address"]["NodeID"] == node_id and actor["Name"]
     ]

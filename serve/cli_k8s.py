@@ -42,10 +42,14 @@ def render(
 
 
 @app.command()
-def leave(config: ConfigFile, debug: Debug = False) -> None:
-    """Take this pod's node out of its Ray cluster; returns when nothing is served here any more.
+def leave(
+    config: ConfigFile,
+    node: Annotated[str | None, typer.Option(help="Ray's id of it; default: this one.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Take a node out of its Ray cluster gently; returns when nothing is served there any more.
 
-    The pods' preStop hook: what is drawn here is finished, then the pod may end.
+    The pods' preStop hook: what is drawn there is finished, then the pod may end.
     """
     with readable_errors(debug):
         patience_s = load_settings(config).drain_timeout_s + LEAVE_S / 2
@@ -59,7 +63,7 @@ def leave(config: ConfigFile, debug: Debug = False) -> None:
                 log_to_driver=False,
                 logging_level="error",
             )
-            node = ray.get_runtime_context().get_node_id()
+            node = node or ray.get_runtime_context().get_node_id()
             until = time.monotonic() + patience_s
             drain(node, patience_s)
             while (left := actors_on(node)) and time.monotonic() < until:
@@ -68,4 +72,4 @@ def leave(config: ConfigFile, debug: Debug = False) -> None:
             raise LaunchError(f"cannot leave: {error}") from None
         finally:
             ray.shutdown()
-    console.print(f"still here: {', '.join(left)}" if left else "nothing is served here any more")
+    console.print(f"still there: {', '.join(left)}" if left else "nothing is served there any more")

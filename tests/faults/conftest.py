@@ -37,8 +37,12 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[Any]:
-    """Only a head without GPU so far; its driver is this process."""
+def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Only a head without GPU so far; its driver is this process.
+
+    A module with a DASHBOARD_PORT gets Ray's dashboard there.
+    """
+    dashboard_port = getattr(request.module, "DASHBOARD_PORT", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -50,7 +54,8 @@ def cluster(folder: Path) -> Iterator[Any]:
         head = {
             "num_cpus": 4,
             "num_gpus": 0,
-            "include_dashboard": False,
+            "include_dashboard": dashboard_port is not None,
+            "dashboard_port": dashboard_port,
             "temp_dir": str(folder),
             "object_store_memory": STORE_BYTES,
         }
@@ -75,7 +80,8 @@ def landed() -> dict[str, Counter[str]]:
     import ray
 
     cards = {
-        node["NodeID"]: node["Labels"].get("ray.io/accelerator-type", "none")
+        node["NodeID"]: node["Labels"].get("ray.io/accelerator-type")
+        or node["Labels"].get("octet/card", "none")
         for node in ray.nodes()
         if node["Alive"]
     }

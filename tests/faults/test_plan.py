@@ -1,6 +1,6 @@
 """A packing plan for the nodes of a cluster, deployed there: replicas land as it says.
 
-The cards are fake and the replicas draw with the demo model; the plan is that of SD3.5, and where
+The cards are fake and the replicas only wait (`bench.timed`); the plan is that of SD3.5, and where
 Ray puts replicas is real.
 """
 
@@ -24,6 +24,7 @@ from cluster.pools import planned_pools
 from cluster.ray_nodes import living_nodes
 from cluster.structure import structure
 from cluster.ways import Want
+from serve import launch
 from serve.cost import ImageShape
 from serve.launch import Running
 from serve.plan_report import as_settings
@@ -67,8 +68,19 @@ def demo_settings(file: Path, planned: Plan) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_replicas_land_where_the_plan_puts_them(
-    cluster: Any, tmp_path: Path, deploy: Callable[[Settings], Running]
+    cluster: Any,
+    tmp_path: Path,
+    deploy: Callable[[Settings], Running],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    config = launch.serve_config
+
+    def timed(settings: Settings) -> Any:
+        found = config(settings)
+        found["applications"][0]["import_path"] = "bench.timed:build"
+        return found
+
+    monkeypatch.setattr(launch, "serve_config", timed)
     for labels in (
         {"ray.io/accelerator-type": "H100"},
         {"ray.io/accelerator-type": "T4"},

@@ -1,0 +1,240 @@
+"""What `octet k8s render` makes for KubeRay runs: several nodes, deployed as the operator does.
+
+Nodes have the overlay's labels and cards that only Ray believes in, and replicas only wait
+(`bench.timed`), so that two cores are enough. S3, Redis, keys and Ray's REST API with its token are
+real. While clients ask, a node leaves, a changed serveConfigV2 replaces every replica, and a pool
+wakes: no request may fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+import yaml
+
+from bench.timed import FILE
+from k8s.render import NodeKind, read_nodes, serve_config_v2
+from serve.settings import Settings
+from serve.tenants import add_tenant
+
+from ..integration.conftest import DEMO_MODEL, ROOT, free_port
+from ..redis_server import RedisServer
+from ..s3 import a_bucket, s3_server
+from .conftest import STORE_BYTES, landed, wait_for
+
+# Replicas find them as they do in a pod: in the environment, which Ray's nodes inherit from here.
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
+DASHBOARD_PORT = free_port()
+PORT = free_port()
+URL = f"http://127.0.0.1:{PORT}"
+OVERLAY = ROOT / "k8s" / "overlays" / "mixed-gpu"
+NODES = "front", "front", "h100", "a100"
+
+
+class Operator:
+    """What KubeRay's operator asks of a cluster."""
+
+    def __init__(self) -> None:
+        token = {"authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{DASHBOARD_PORT}", headers=token, timeout=30
+        )
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        answer = self._client.put("/api/serve/applications/", json=config)
+        assert answer.status_code == 200, answer.text
+
+    def status(self) -> str:
+        applications = self._client.get("/api/serve/applications/").json()["applications"]
+        return str(applications["octet"]["status"]) if "octet" in applications else "none"
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def on_this_machine(folder: Path, s3: dict[str, Any], redis_url: str) -> Settings:
+    """The overlay's settings: its pools and nodes, with a small model and other addresses."""
+    data = yaml.safe_load((OVERLAY / "settings.yaml").read_text())
+    source = {"location": str(DEMO_MODEL)}
+    for model in data["models"]:
+        model.update(
+            source=source,
+            max_sequence_length=32,
+            defaults={"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 3.0},
+            limits={"min_size_px": 64, "max_size_px": 256},
+        )
+        for pool in model["pools"]:
+            pool["num_cpus"] = 0.1
+    (encoder,) = data["text_encoders"]
+    encoder.update(source=source, precision="fp32", num_cpus=0.1)
+    (folder / "key").write_bytes(secrets.token_bytes(32))
+    data.update(
+        http={"port": PORT},
+        emulate_fp8=True,
+        dispatcher_num_cpus=0.1,
+        ingress={**data["ingress"], "num_cpus": 0.1},
+        s3=s3,
+        cache={"redis_url": redis_url},
+        signing_key_file=str(folder / "key"),
+        tenants_folder=str(folder / "tenants"),
+        data_folder=str(folder / "data"),
+        models_folder=str(folder / "models"),
+        compiled_folder=str(folder / "compiled"),
+    )
+    return Settings.model_validate(data)
+
+
+def config_of(settings: Settings) -> dict[str, Any]:
+    config = copy.deepcopy(serve_config_v2(settings))
+    config["http_options"]["host"] = "127.0.0.1"
+    config["applications"][0]["import_path"] = "bench.timed:build"
+    return config
+
+
+class Clients:
+    """Some that ask one thing after the other, until the end; and what they were answered.
+
+    Every request has a connection of its own, so that all proxies get some.
+    """
+
+    def __init__(self, key: str, number: int) -> None:
+        self.answers: Counter[str] = Counter()
+        self.closed = 0  # connections, by a proxy that leaves
+        self._key, self._ended = key, threading.Event()
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self) -> None:
+        headers = {"authorization": f"Bearer {self._key}"}
+        url, body = f"{URL}/v1/images/generations", {"prompt": "dunes"}
+        while not self._ended.wait(0.5):
+            try:
+                answer = httpx.post(url, json=body, headers=headers, timeout=120)
+                said = "ok" if answer.status_code == 200 else answer.text
+                self.closed += answer.headers.get("connection") == "close"
+            except httpx.HTTPError as error:
+                said = repr(error)
+            self.answers[said] += 1
+
+    def end(self) -> Counter[str]:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        return self.answers
+
+
+@pytest.fixture
+def servers(folder: Path) -> Iterator[Settings]:
+    redis = RedisServer()
+    with s3_server() as endpoint:
+        bucket = a_bucket(endpoint).model_dump(exclude_unset=True)
+        yield on_this_machine(folder, bucket, redis.url)
+    redis.close()
+
+
+def add_node(cluster: Any, kind: NodeKind) -> str:
+    """Ray's id of it."""
+    node = cluster.add_node(
+        num_cpus=2, num_gpus=kind.gpus, labels=kind.labels, object_store_memory=STORE_BYTES
+    )
+    return str(node.node_id)
+
+
+def nodes_of(deployment: str) -> dict[str, str]:
+    """Living replicas, and their nodes."""
+    import ray
+
+    return {
+        actor["Name"]: actor["Address"]["NodeID"]
+        for actor in ray._private.state.actors().values()
+        if actor["State"] == "ALIVE" and f"#{deployment}" in (actor["Name"] or "")
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
+def test_the_rendered_application_lives_on_a_cluster(
+    cluster: Any, folder: Path, servers: Settings
+) -> None:
+    kinds = {kind.name: kind for kind in read_nodes(OVERLAY / "nodes.yaml")}
+    ids = [add_node(cluster, kinds[name]) for name in NODES]
+    (folder / "tenants").mkdir()
+    key = add_tenant(folder / "tenants", "acme", {})
+    operator = Operator()
+
+    # Traffic would come to this cluster when its application runs: then it is warm.
+    operator.deploy(config_of(servers))
+    wait_for(lambda: operator.status() == "RUNNING", 150)
+    large, medium = "Generator-sd3.5-large", "Generator-sd3.5-medium"
+    h100 = Counter({"h100": 1})
+    assert landed().items() >= {f"{large}-fp8-h100": h100, f"{medium}-fp8-h100": h100}.items()
+    front = {*nodes_of("Ingress").values(), *nodes_of("Dispatcher").values()}
+    assert front <= set(ids[:2])
+    client = httpx.Client(base_url=URL, timeout=120)
+    assert client.post("/v1/images/generations", json={"prompt": "dunes"}).status_code == 401
+    client.headers["authorization"] = f"Bearer {key}"
+
+    # Through the bucket, and again from there by way of Redis.
+    body = {"prompt": "dunes", "seed": 7, "response_format": "url", "model": "sd3.5-medium"}
+    answers = [client.post("/v1/images/generations", json=body) for _ in range(2)]
+    assert [answer.headers["x-octet-cache"] for answer in answers] == ["miss", "hit"]
+    images = []
+    for answer in answers:
+        link = answer.json()["data"][0]["url"]
+        found = httpx.get(f"{URL}{link}" if link.startswith("/") else link, follow_redirects=True)
+        images.append(found.content)
+    assert images == [FILE, FILE]
+    assert servers.s3
+    bucket = boto3.resource(
+        "s3", endpoint_url=servers.s3.endpoint_url, region_name=servers.s3.region
+    ).Bucket(servers.s3.bucket)
+    assert {one.key.split("/")[1] for one in bucket.objects.all()} == {"acme"}
+
+    clients = Clients(key, 2)
+    # The node of the Dispatcher leaves, as a pod does before it ends.
+    (dispatcher,) = nodes_of("Dispatcher").values()
+    (folder / "settings.yaml").write_text(yaml.safe_dump(servers.model_dump(mode="json")))
+    leaving = subprocess.Popen(  # noqa: S603 - our own
+        [
+            *(str(Path(sys.executable).parent / "octet"), "k8s", "leave"),
+            *(str(folder / "settings.yaml"), "--node", dispatcher),
+        ],
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: dispatcher not in nodes_of("Dispatcher").values())
+
+    # Another serveConfigV2, which replaces every replica.
+    before = {*nodes_of("")}
+    operator.deploy(config_of(servers.model_copy(update={"drain_timeout_s": 200.0})))
+    wait_for(lambda: not before & {*nodes_of("")} and len(nodes_of("Ingress")) == 2, 150)
+
+    # A pool that sleeps wakes for a request that needs it, on the node that is meant for it.
+    body = {"prompt": "dunes", "precision": "fp16", "model": "sd3.5-large"}
+    assert client.post("/v1/images/generations", json=body).status_code == 200
+    assert landed()[f"{large}-fp16-a100-80"] == Counter({"a100-80": 1})
+    front = {*nodes_of("Ingress").values(), *nodes_of("Dispatcher").values()}
+    assert front == {*ids[:2]} - {dispatcher}
+
+    answered = clients.end()
+    assert set(answered) == {"ok"}, answered
+    assert answered["ok"] > 20
+    assert clients.closed
+    _, said = leaving.communicate(timeout=60)
+    assert "nothing is served there any more" in said
+    client.close()
+    operator.close()

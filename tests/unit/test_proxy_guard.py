@@ -1,0 +1,54 @@
+"""What the guard in Serve's proxy does as the proxy's node leaves; the rest is in test_edge."""
+
+import asyncio
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from serve.api import proxy_guard
+from serve.api.proxy_guard import ProxyGuard
+
+
+class Proxy:
+    """Serve's, as far as the guard sees it."""
+
+    def __init__(self) -> None:
+        self.health, self.asked = 200, 0
+        routes = [Route("/-/healthz", self._health), Route("/v1/models", self._models)]
+        self.client = TestClient(ProxyGuard(Starlette(routes=routes)))
+
+    def _health(self, request: Request) -> Response:
+        self.asked += 1
+        assert not request.headers
+        return PlainTextResponse("", self.health)
+
+    async def _models(self, request: Request) -> Response:
+        await asyncio.sleep(0)
+        return PlainTextResponse(request.headers["accept"])
+
+    def connection(self) -> str | None:
+        answer = self.client.get("/v1/models?x=1", headers={"accept": "y"})
+        assert (answer.status_code, answer.text) == (200, "y")
+        return answer.headers.get("connection")
+
+
+def test_answers_close_connections_when_the_node_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_guard, "LOOK_S", 0.0)
+    proxy = Proxy()
+    assert proxy.connection() is None
+    proxy.health = 503
+    assert proxy.connection() == "close"
+    assert proxy.client.get("/-/routes").headers["connection"] == "close"
+    proxy.health = 200  # the drain was called off
+    assert proxy.connection() is None
+
+
+def test_health_is_asked_once_a_second_at_most() -> None:
+    proxy = Proxy()
+    for _ in range(5):
+        proxy.connection()
+    assert proxy.asked == 1
