@@ -30,7 +30,7 @@ from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Need, Node, fits
 from serve.errors import did_you_mean
 from serve.launch import LOGGING, serve_config
-from serve.model_settings import Frozen, Pool
+from serve.model_settings import Frozen, Pool, Resources
 from serve.settings import Settings, SettingsError
 from serve.sizing import bounds
 
@@ -177,21 +177,30 @@ def serve_config_v2(settings: Settings) -> dict[str, Any]:
 
 
 def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
-    """In words, which cards are fewer than the pools want at most."""
-    there: dict[str, int] = {}
-    for kind in kinds:
-        if kind.card:
-            there[kind.card] = there.get(kind.card, 0) + kind.gpus * kind.max_nodes
-    wanted: dict[str, float] = dict.fromkeys(there, 0.0)
-    takers = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
-    for taker in takers:
-        if taker.card in wanted:
-            wanted[taker.card] += taker.replicas * taker.num_gpus
-    return [
-        f"{card}: {there[card]} cards at most, the pools may want {gpus:.4g}"
-        for card, gpus in wanted.items()
-        if gpus > there[card]
-    ]
+    """In words, of what there is less on all nodes than all replicas would take."""
+    kinds = tuple(kinds)
+    bound = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
+    front = Resources(num_cpus=settings.dispatcher_num_cpus), settings.ingress
+    found = []
+    for card in dict.fromkeys(kind.card for kind in kinds):
+        nodes = [kind for kind in kinds if kind.card == card]
+        takers = [one for one in bound if one.card == card] if card else front
+        for what, there, wanted in (
+            (
+                "cards",
+                sum(kind.max_nodes * kind.gpus for kind in nodes),
+                sum(taker.replicas * taker.num_gpus for taker in takers),
+            ),
+            (
+                "CPUs",
+                sum(kind.max_nodes * kind.cpus for kind in nodes),
+                sum(taker.replicas * taker.num_cpus for taker in takers),
+            ),
+        ):
+            if wanted > there:
+                where = card or "nodes without a card"
+                found.append(f"{where}: {there} {what} at most, replicas may take {wanted:.4g}")
+    return found
 
 
 def _check(
@@ -205,18 +214,27 @@ def _check(
     ports = {port["name"]: port["containerPort"] for port in front["ports"]}
     if settings.http.port != ports["serve"]:
         raise SettingsError(f"http: port {settings.http.port}: pods listen on {ports['serve']}")
-    mounts = [PurePosixPath(mount["mountPath"]) for mount in front["volumeMounts"]]
-    kept = {
+    written = {
         "data_folder": settings.data_folder,
         "models_folder": settings.models_folder,
         "compiled_folder": settings.compiled_folder,
+    }
+    read = {
         "signing_key_file": settings.signing_key_file,
         "tenants_folder": settings.tenants_folder,
         "cache: redis_password_file": settings.cache and settings.cache.redis_password_file,
     }
-    for key, path in kept.items():
+    for key, path in {**written, **read}.items():
+        mounts = (
+            PurePosixPath(mount["mountPath"])
+            for mount in front["volumeMounts"]
+            if key in read or not mount.get("readOnly")
+        )
         if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
             raise SettingsError(f"{key} {path}: no volume of the pods is there: {BASE.name}")
+    sources = [m.source for m in settings.models] + [e.source for e in settings.text_encoders]
+    if any(source.revision for source in sources) and not settings.models_folder:
+        raise SettingsError("models_folder: wanted, for what is pulled from the hub")
     for what, need in _needs(settings):
         front = what in ("Ingress", "Dispatcher")
         if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
@@ -249,6 +267,8 @@ def _worker_group(kind: NodeKind, pattern: dict[str, Any], stays_s: int) -> dict
     pod = group["template"]["spec"]
     pod["terminationGracePeriodSeconds"] = stays_s
     (container,) = pod["containers"]
+    patience_s = str(stays_s - LEAVE_S // 2)
+    container["lifecycle"]["preStop"]["exec"]["command"][-1] = patience_s
     memory = f"{kind.memory_gib:g}Gi"
     gpus = {GPU: str(kind.gpus)} if kind.gpus else {}
     container["resources"] = {

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from k8s.render import LEAVE_S, read_nodes, rendered, too_few
+from k8s.render import read_nodes, rendered, too_few
 
 from .launch import LaunchError
 from .settings_file import load_settings
@@ -43,17 +43,18 @@ def render(
 
 @app.command()
 def leave(
-    config: ConfigFile,
+    patience_s: Annotated[int, typer.Argument(min=1, help="How long it may take.")],
     node: Annotated[str | None, typer.Option(help="Ray's id of it; default: this one.")] = None,
     debug: Debug = False,
 ) -> None:
     """Take a node out of its Ray cluster gently; returns when nothing is served there any more.
 
-    The pods' preStop hook: what is drawn there is finished, then the pod may end.
+    The pods' preStop hook: what is drawn there is finished, then the pod may end. PATIENCE_S is
+    more than drain_timeout_s, or Ray Serve ends replicas at once.
     """
     with readable_errors(debug):
-        patience_s = load_settings(config).drain_timeout_s + LEAVE_S / 2
         import ray
+        from ray.exceptions import RayError
 
         from cluster.ray_nodes import actors_on, drain
 
@@ -68,7 +69,7 @@ def leave(
             drain(node, patience_s)
             while (left := actors_on(node)) and time.monotonic() < until:
                 time.sleep(LOOK_S)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             raise LaunchError(f"cannot leave: {error}") from None
         finally:
             ray.shutdown()

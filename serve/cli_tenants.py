@@ -140,18 +140,12 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
         folder = Path(settings.data_folder).expanduser() / "usage"
         try:
             images = store.erase(tenant)
-            erased, left = erase_usage(folder, tenant) if folder.is_dir() else (0, 0)
+            erased = erase_usage(folder, tenant) if folder.is_dir() else 0
         except (OSError, ValueError, StoreFailed) as error:
             raise SettingsError(str(error)) from None
         finally:
             store.close()
     console.print(f"{images} images and {erased} records of {tenant} are gone", highlight=False)
-    if left:
-        console.print(
-            f"{left} lines are in the file that the Dispatcher writes: "
-            "again when it has stopped, or next month",
-            highlight=False,
-        )
 
 
 def usage(

@@ -6,6 +6,7 @@ the environment of every node that runs a proxy.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 
@@ -89,7 +90,10 @@ class ProxyGuard:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
 
-            await self._app(asked, receive, send)
+            with contextlib.suppress(
+                Exception
+            ):  # then this request shall fail by itself, if at all
+                await self._app(asked, receive, send)
         return self._leaving
 
 

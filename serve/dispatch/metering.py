@@ -120,6 +120,9 @@ class Metering:
                 spent = self._admission.account(usage.tenant).spent
             self._admission.spend(session, usage, spent, time.monotonic())
             self._metrics.charged(usage)
+        if self.ledger and self.ledger.month == self._month:
+            for tenant in self.ledger.charged_elsewhere():
+                self._admission.account(tenant).spent = self.ledger.spent[tenant]
         self._deliver(told.values())
 
 

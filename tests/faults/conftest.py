@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from serve import launch
 from serve.launch import ENVIRONMENT, Running
 from serve.settings import Settings
 
@@ -73,6 +74,19 @@ def deploy(cluster: Any) -> Iterator[Callable[[Settings], Running]]:
     """Deploys settings on the cluster."""
     with contextlib.ExitStack() as running:
         yield lambda settings: running.enter_context(contextlib.closing(Running(settings)))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is deployed only waits in the place of drawing (`bench.timed`)."""
+    config = launch.serve_config
+
+    def with_timed(settings: Settings) -> Any:
+        found = config(settings)
+        found["applications"][0]["import_path"] = "bench.timed:build"
+        return found
+
+    monkeypatch.setattr(launch, "serve_config", with_timed)
 
 
 def landed() -> dict[str, Counter[str]]:

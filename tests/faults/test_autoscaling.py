@@ -12,14 +12,13 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from serve import launch
 from serve.launch import Running
 from serve.settings import Settings
 from serve.settings_file import load_settings
@@ -74,17 +73,8 @@ class Load:
 
 
 @pytest.fixture
-def octet(cluster: Any, deploy: Callable[[Settings], Running]) -> Iterator[Running]:
+def octet(cluster: Any, timed: None, deploy: Callable[[Settings], Running]) -> Running:
     """Without a node that could hold a replica."""
-    patch = pytest.MonkeyPatch()
-    config = launch.serve_config
-
-    def timed(settings: Settings) -> Any:
-        found = config(settings)
-        found["applications"][0]["import_path"] = "bench.timed:build"
-        return found
-
-    patch.setattr(launch, "serve_config", timed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import serve
@@ -96,8 +86,7 @@ def octet(cluster: Any, deploy: Callable[[Settings], Running]) -> Iterator[Runni
         )
         running = deploy(settings)
         running.wait()
-    yield running
-    patch.undo()
+    return running
 
 
 PORT = free_port()

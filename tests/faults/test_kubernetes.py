@@ -206,11 +206,10 @@ def test_the_rendered_application_lives_on_a_cluster(
     clients = Clients(key, 2)
     # The node of the Dispatcher leaves, as a pod does before it ends.
     (dispatcher,) = nodes_of("Dispatcher").values()
-    (folder / "settings.yaml").write_text(yaml.safe_dump(servers.model_dump(mode="json")))
     leaving = subprocess.Popen(  # noqa: S603 - our own
         [
             *(str(Path(sys.executable).parent / "octet"), "k8s", "leave"),
-            *(str(folder / "settings.yaml"), "--node", dispatcher),
+            *(str(int(servers.drain_timeout_s) + 60), "--node", dispatcher),
         ],
         env={**os.environ, "RAY_ADDRESS": cluster.address},
         stderr=subprocess.PIPE,

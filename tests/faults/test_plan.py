@@ -24,7 +24,6 @@ from cluster.pools import planned_pools
 from cluster.ray_nodes import living_nodes
 from cluster.structure import structure
 from cluster.ways import Want
-from serve import launch
 from serve.cost import ImageShape
 from serve.launch import Running
 from serve.plan_report import as_settings
@@ -66,21 +65,11 @@ def demo_settings(file: Path, planned: Plan) -> None:
     file.write_text(yaml.safe_dump({**settings, "http": {"port": free_port()}}))
 
 
+@pytest.mark.usefixtures("timed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_replicas_land_where_the_plan_puts_them(
-    cluster: Any,
-    tmp_path: Path,
-    deploy: Callable[[Settings], Running],
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, tmp_path: Path, deploy: Callable[[Settings], Running]
 ) -> None:
-    config = launch.serve_config
-
-    def timed(settings: Settings) -> Any:
-        found = config(settings)
-        found["applications"][0]["import_path"] = "bench.timed:build"
-        return found
-
-    monkeypatch.setattr(launch, "serve_config", timed)
     for labels in (
         {"ray.io/accelerator-type": "H100"},
         {"ray.io/accelerator-type": "T4"},

@@ -108,7 +108,7 @@ def test_the_check_finds_faults() -> None:
     assert "idleTimeoutSecond" in found
     assert "'containers' is a required property" in found
     assert "'container' was unexpected" in found
-    (budget,) = of_kind("dev-cpu", "PodDisruptionBudget")
+    (budget,) = of_kind("mixed-gpu", "PodDisruptionBudget")
     budget["spec"]["minAvailabel"] = 1
     assert "minAvailabel" in faults(budget)[0]
 
@@ -275,11 +275,10 @@ def test_ray_pods_are_as_octet_serve_sets_ray_up(overlay: str) -> None:
         assert env.items() >= ENVIRONMENT.items()
         if labels["ray.io/node-type"] == "worker":
             assert pod["terminationGracePeriodSeconds"] >= stays_s
-            assert container["lifecycle"]["preStop"]["exec"]["command"][:3] == [
-                "octet",
-                "k8s",
-                "leave",
-            ]
+            *command, patience_s = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert command == ["octet", "k8s", "leave"]
+            drain_s = settings_of(overlay).drain_timeout_s
+            assert drain_s < int(patience_s) < pod["terminationGracePeriodSeconds"] - 30
     head = ray_service(overlay)["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
     assert (head["num-cpus"], head["num-gpus"]) == ("0", "0")
 
@@ -293,6 +292,7 @@ def test_what_pods_refer_to_is_there(overlay: str) -> None:
         for volume in pod.get("volumes", []):
             if secret := volume.get("secret"):
                 assert ("Secret", secret["secretName"]) in there
+                assert secret["defaultMode"] == 0o440, "keys that others can read are refused"
             if config_map := volume.get("configMap"):
                 assert ("ConfigMap", config_map["name"]) in there
             if claim := volume.get("persistentVolumeClaim"):
@@ -316,8 +316,11 @@ def test_policies_and_budgets_select_pods(overlay: str) -> None:
     def selected(selector: dict[str, Any]) -> list[dict[str, str]]:
         return [one for one in labels if one.items() >= selector["matchLabels"].items()]
 
-    (budget,) = of_kind(overlay, "PodDisruptionBudget")
-    assert {one["octet/role"] for one in selected(budget["spec"]["selector"])} == {"front"}
+    for budget in of_kind(overlay, "PodDisruptionBudget"):
+        assert {one["octet/role"] for one in selected(budget["spec"]["selector"])} == {"front"}
+        fronts = [g for g in worker_groups(overlay) if g["labels"]["octet/role"] == "front"]
+        least = sum(group["minReplicas"] for group in fronts)
+        assert least > budget["spec"]["minAvailable"], "no node could be drained"
     policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(overlay, "NetworkPolicy")}
     assert all(selected(policy["podSelector"]) for policy in policies.values())
     assert selected(policies["octet-nobody"]["podSelector"]) == labels, "some are open to all"
@@ -351,6 +354,7 @@ def render(tmp_path: Path, settings: str | None = None, nodes: str | None = None
     [
         ("auth: none-on-any-address", "auth: none", "auth none: pods are reached from outside"),
         ("data_folder: /var/lib", "data_folder: /home", "data_folder /home/octet/data: no volume"),
+        ("data_folder: /var/lib/octet", "data_folder: /etc/octet/settings", "no volume"),
         ("emulate_fp8", "http: {port: 9000}\nemulate_fp8", "port 9000: pods listen on 8000"),
         ("ingress: { num_cpus: 0.3", "ingress: { num_cpus: 30", "Ingress: none of the nodes can"),
         ("num_cpus: 0.3 }\n      -", "num_cpus: 30 }\n      -", "pool landscapes-fp8: none of"),
@@ -363,6 +367,13 @@ def test_settings_that_cannot_work_are_refused(
     assert old in settings
     assert words in render(tmp_path, settings.replace(old, new, 1))
     assert not (tmp_path / "rendered").exists()
+
+
+def test_weights_of_the_hub_want_a_volume(tmp_path: Path) -> None:
+    settings = (folder("mixed-gpu") / "settings.yaml").read_text()
+    nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
+    nowhere = settings.replace("models_folder: /var/lib/octet/models\n", "")
+    assert "models_folder: wanted" in render(tmp_path, nowhere, nodes)
 
 
 @pytest.mark.parametrize(
@@ -386,8 +397,12 @@ def test_too_few_cards_and_no_waiting_are_said(tmp_path: Path) -> None:
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
     said = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
-    assert "l4: 2 cards at most, the pools may want 7.698" in said
+    assert "l4: 2 cards at most, replicas may take 7.698" in said
     assert "h100:" not in said
+    few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
+    said = render(tmp_path, settings, few)
+    assert "nodes without a card: 4 CPUs at most, replicas may take 7" in said
+    assert "h100: 8 CPUs at most, replicas may take 13" in said
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
     assert "node_wait_s 0: nodes come only when" in render(tmp_path, impatient, nodes)
 

@@ -47,7 +47,8 @@ def test_answers_close_connections_when_the_node_leaves(monkeypatch: pytest.Monk
     assert proxy.connection() is None
 
 
-def test_health_is_asked_once_a_second_at_most() -> None:
+def test_health_is_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_guard, "LOOK_S", 60.0)
     proxy = Proxy()
     for _ in range(5):
         proxy.connection()

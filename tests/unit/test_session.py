@@ -1,9 +1,10 @@
 """An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
+import errno
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.messages import Heartbeat, Lease, News, Opening, Stopped, Submission, Usage
 from serve.dispatch.open_call import OpenCall, Slot, Wish
 from serve.dispatch.session import DispatchSession
-from serve.dispatch.usage import read_usage
+from serve.dispatch.usage import UsageLedger, read_usage
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
 
 from ..in_process import Handle, Someone, a_dispatcher
@@ -505,18 +506,30 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
     run(test, usage_folder=str(tmp_path))
 
 
+def test_what_another_dispatcher_charges_counts_here(tmp_path: Path) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        with closing(UsageLedger(tmp_path, time.time())) as other:
+            other.append([Usage("c", 0, "t", "id", "m", "fp8", "64x64", 10, 5.0)], time.time())
+        async with opened(session, tenant="u") as call:
+            await call.record([usage(call)._replace(tenant="u")])
+        assert dispatcher._admission.account("t").spent == 5.0
+
+    run(test, usage_folder=str(tmp_path))
+
+
 def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         assert dispatcher._metering.ledger
-        dispatcher._metering.ledger._file.close()
-        dispatcher._metering.ledger._file = full
+        dispatcher._metering.ledger._write = full  # type: ignore[method-assign]
         async with opened(session) as call:
             with pytest.raises(UsageUnrecorded):
                 await call.record([usage(call)])
         assert dispatcher._admission.account("t").spent == 0
 
-    with Path("/dev/full").open("wb", buffering=0) as full:
-        run(test, usage_folder=str(tmp_path))
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    run(test, usage_folder=str(tmp_path))
 
 
 def test_what_is_written_before_the_turn_of_the_month_is_not_of_the_next(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from serve.dispatch import usage as usage_module
 from serve.dispatch.messages import Usage
 from serve.dispatch.usage import (
     UsageLedger,
@@ -139,23 +141,19 @@ def test_usage_since_a_time_and_of_a_tenant(tmp_path: Path) -> None:
     assert len(list(read_usage(tmp_path, "2026-11-22"))) == 10
 
 
-def test_a_tenants_records_are_erased_but_in_the_file_that_is_written(
+def test_a_tenants_records_are_erased_also_from_the_file_that_is_written(
     ledger: UsageLedger, tmp_path: Path
 ) -> None:
     for call in range(30):
         ledger.append([usage(2 * call), usage(2 * call + 1, "other")], NOW)
-    *old, newest = usage_files(tmp_path)
-    assert len(old) > 2
+    assert len(usage_files(tmp_path)) > 3
     before = [r for r in read_usage(tmp_path) if r["tenant"] == "other"]
-    erased, left = erase_usage(tmp_path, "acme")
-    records = newest.read_text().count('"tenant":"acme"')
-    assert (erased + records, left) == (30, records + 1)  # and the month's sums
-    assert "acme" not in "".join(file.read_text() for file in old)
-    assert "acme" in newest.read_text()
-    ledger.close()
-    assert erase_usage(tmp_path, "acme") == (records, 0)
+    assert erase_usage(tmp_path, "acme") == 30
     assert list(read_usage(tmp_path)) == before
-    assert spent(tmp_path) == {"other": 45.0}
+    assert "acme" not in "".join(file.read_text() for file in usage_files(tmp_path))
+    assert ledger.append([usage(0), usage(99)], NOW) == [usage(99)]
+    assert ledger.spent == {"other": 45.0, "acme": 1.5}
+    assert spent(tmp_path) == {"other": 45.0, "acme": 1.5}
 
 
 def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: Path) -> None:
@@ -202,7 +200,7 @@ def test_a_file_that_cannot_be_begun_holds_nothing_up(
             assert ledger.append([usage(i)], NOW)
         assert ledger.append([usage(99)], DECEMBER)
     assert len(usage_files(tmp_path)) == 1
-    assert spent(tmp_path, NOW) == {"acme": 45.0}
+    assert spent(tmp_path, NOW) == {"acme": 1.5}  # whose clock is behind
     assert spent(tmp_path, DECEMBER) == dict(ledger.spent) == {"acme": 1.5}
     ledger.append([usage(100)], DECEMBER)
     assert len(usage_files(tmp_path)) == 2
@@ -216,47 +214,94 @@ def test_a_clock_that_is_set_back_loses_nothing(ledger: UsageLedger, tmp_path: P
     assert spent(tmp_path) == {"acme": 60.0}
 
 
-def test_two_that_write_at_a_time_know_of_each_other(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_several_that_write_at_a_time_know_of_each_other(
+    ledger: UsageLedger, tmp_path: Path
+) -> None:
     """As when a Dispatcher moves, or one cluster takes over from another."""
     ledger.append([usage(1), usage(2, "umbrella")], NOW)
     with closing(UsageLedger(tmp_path, NOW)) as second:
         assert second.spent == {"acme": 1.5, "umbrella": 1.5}
+        assert second.charged_elsewhere() == set()
         ledger.append([usage(3)], NOW + 1)
         assert second.append([usage(1), usage(3), usage(4)], NOW + 2) == [usage(4)]
         assert second.spent == {"acme": 4.5, "umbrella": 1.5}
+        assert second.charged_elsewhere() == {"acme"}
+        assert second.charged_elsewhere() == set()
         assert ledger.append([usage(4)], NOW + 3) == []
         assert ledger.spent == second.spent
-        assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2", "c3", "c4"]
-        for i in range(5, 50):  # into another file
-            ledger.append([usage(i)], NOW + i)
-        second.append([usage(51)], NOW + 60)
-        assert second.spent == {"acme": 73.5, "umbrella": 1.5}
-    ledger.close()
-    assert spent(tmp_path) == {"acme": 73.5, "umbrella": 1.5}
-    assert erase_usage(tmp_path, "acme") == (49, 0)
-    assert spent(tmp_path) == {"umbrella": 1.5}
-    assert [r["call"] for r in read_usage(tmp_path)] == ["c2"]
+        for i in range(5, 50):  # into other files, by both
+            (ledger if i % 3 else second).append([usage(i)], NOW + i)
+        assert second.append([usage(i) for i in range(60)], NOW + 60) == [
+            usage(0),
+            *(usage(i) for i in range(50, 60)),
+        ]
+        ledger.append([], NOW)
+        assert ledger.spent == second.spent == {"acme": 58 * 1.5 + 1.5, "umbrella": 1.5}
+    calls = [r["call"] for r in read_usage(tmp_path)]
+    assert sorted(calls) == sorted(f"c{i}" for i in range(60))
+    assert spent(tmp_path) == ledger.spent
 
 
-def test_what_others_wrote_counts_in_its_month(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_writers_in_parallel_write_each_record_once(tmp_path: Path) -> None:
+    def write(number: int) -> int:
+        with closing(UsageLedger(tmp_path, NOW, file_bytes=4000)) as ledger:
+            return sum(len(ledger.append([usage(call)], NOW)) for call in range(40))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(write, range(4))) == 40
+    assert sorted(r["call"] for r in read_usage(tmp_path)) == sorted(f"c{i}" for i in range(40))
+    assert spent(tmp_path) == {"acme": 60.0}
+
+
+def test_another_writer_turns_the_month(ledger: UsageLedger, tmp_path: Path) -> None:
     with closing(UsageLedger(tmp_path, NOW)) as second:
         second.append([usage(1)], NOW)
-        ledger.append([usage(2)], DECEMBER)
-        assert dict(ledger.spent) == {"acme": 1.5}
-        second.append([usage(3)], DECEMBER)
-        ledger.append([], DECEMBER)
-        assert dict(ledger.spent) == {"acme": 3.0}
+        second.append([usage(2)], DECEMBER)
+        ledger.append([usage(3)], DECEMBER - 1)  # its clock is behind
+        assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 3.0})
+        assert len(usage_files(tmp_path)) == 2
+        second.append([], DECEMBER)
+        assert dict(second.spent) == {"acme": 1.5}  # as its line says
 
 
-def test_records_that_are_erased_meanwhile_do_not_count(tmp_path: Path) -> None:
-    with closing(UsageLedger(tmp_path, NOW)) as first:
-        second = UsageLedger(tmp_path, NOW)
-        second.append([usage(1), usage(2, "umbrella")], NOW)
-        first.append([], NOW)
-        second.close()
-        assert erase_usage(tmp_path, "acme") == (1, 0)
-        first.append([], NOW)
-        assert first.spent == {"umbrella": 1.5}
+def test_what_another_left_half_written_is_cut_off(ledger: UsageLedger, tmp_path: Path) -> None:
+    ledger.append([usage(1)], NOW)
+    (file,) = usage_files(tmp_path)
+    with file.open("ab") as other:
+        other.write(b'{"time": "2026-1')
+    assert ledger.append([usage(2)], NOW) == [usage(2)]
+    assert spent(tmp_path) == {"acme": 3.0}
+
+
+def test_a_file_that_was_moved_away_is_not_written_to(ledger: UsageLedger, tmp_path: Path) -> None:
+    ledger.append([usage(1)], NOW)
+    (file,) = usage_files(tmp_path)
+    archive = tmp_path / "2026-archive"
+    archive.mkdir()
+    file.rename(archive / file.name)
+    assert ledger.append([usage(1), usage(2)], NOW) == [usage(2)]
+    assert spent(tmp_path) == dict(ledger.spent) == {"acme": 3.0}
+
+
+def test_a_lock_that_is_not_let_go_is_an_error_and_no_more(
+    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_module, "LOCKED_S", 0.05)
+    with usage_module._locked(tmp_path), pytest.raises(OSError, match="does not let go"):
+        ledger.append([usage(1)], NOW)
+    assert ledger.append([usage(1)], NOW) == [usage(1)]
+
+
+def test_a_foreign_line_in_the_file_is_an_error_and_no_more(
+    ledger: UsageLedger, tmp_path: Path
+) -> None:
+    (file,) = usage_files(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"{}\n")
+    with pytest.raises(OSError, match="is not a usage record"):
+        ledger.append([usage(1)], NOW)
+    file.write_bytes(whole)
+    assert ledger.append([usage(1)], NOW) == [usage(1)]
 
 
 def test_others_cannot_read_it(ledger: UsageLedger, tmp_path: Path) -> None:
