@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,8 @@ from .settings_file import load_settings
 from .terminal import ConfigFile, Debug, complain, console, readable_errors
 
 LOOK_S = 1.0
+ANSWER_S = 5.0
+HANG_S = 30
 
 app = typer.Typer(help="The application on Kubernetes: docs/runbook.md.", no_args_is_help=True)
 
@@ -53,17 +57,16 @@ def leave(
     more than drain_timeout_s, or Ray Serve ends replicas at once.
     """
     with readable_errors(debug):
+        address = os.environ.get("RAY_ADDRESS", "127.0.0.1:6379")
+        _check_answers(address)
+        signal.alarm(patience_s + HANG_S)  # Ray's calls wait for minutes for a head that is gone
         import ray
         from ray.exceptions import RayError
 
         from cluster.ray_nodes import actors_on, drain
 
         try:
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS", "auto"),
-                log_to_driver=False,
-                logging_level="error",
-            )
+            ray.init(address=address, log_to_driver=False, logging_level="error")
             node = node or ray.get_runtime_context().get_node_id()
             until = time.monotonic() + patience_s
             drain(node, patience_s)
@@ -73,4 +76,14 @@ def leave(
             raise LaunchError(f"cannot leave: {error}") from None
         finally:
             ray.shutdown()
+            signal.alarm(0)
     console.print(f"still there: {', '.join(left)}" if left else "nothing is served there any more")
+
+
+def _check_answers(address: str) -> None:
+    """Raises `LaunchError` if there is no Ray: its client would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"no Ray at {address}: {error}") from None

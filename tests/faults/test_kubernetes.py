@@ -167,7 +167,7 @@ def nodes_of(deployment: str) -> dict[str, str]:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_the_rendered_application_lives_on_a_cluster(
-    cluster: Any, folder: Path, servers: Settings
+    cluster: Any, folder: Path, servers: Settings, request: pytest.FixtureRequest
 ) -> None:
     kinds = {kind.name: kind for kind in read_nodes(OVERLAY / "nodes.yaml")}
     ids = [add_node(cluster, kinds[name]) for name in NODES]
@@ -204,6 +204,7 @@ def test_the_rendered_application_lives_on_a_cluster(
     assert {one.key.split("/")[1] for one in bucket.objects.all()} == {"acme"}
 
     clients = Clients(key, 2)
+    request.addfinalizer(clients.end)
     # The node of the Dispatcher leaves, as a pod does before it ends.
     (dispatcher,) = nodes_of("Dispatcher").values()
     leaving = subprocess.Popen(  # noqa: S603 - our own
@@ -215,6 +216,7 @@ def test_the_rendered_application_lives_on_a_cluster(
         stderr=subprocess.PIPE,
         text=True,
     )
+    request.addfinalizer(leaving.kill)
     wait_for(lambda: dispatcher not in nodes_of("Dispatcher").values())
 
     # Another serveConfigV2, which replaces every replica.

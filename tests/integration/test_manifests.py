@@ -299,6 +299,9 @@ def test_what_pods_refer_to_is_there(overlay: str) -> None:
                 assert ("PersistentVolumeClaim", claim["claimName"]) in there
         if account := pod.get("serviceAccountName"):
             assert ("ServiceAccount", account) in there
+        for container in pod["containers"]:
+            sources = [one["secretRef"]["name"] for one in container.get("envFrom", [])]
+            assert {("Secret", name) for name in sources} <= there
         names = {volume["name"] for volume in pod.get("volumes", [])} | {"data"}
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
             assert {mount["name"] for mount in container.get("volumeMounts", [])} <= names
@@ -332,6 +335,20 @@ def test_policies_and_budgets_select_pods(overlay: str) -> None:
             assert {port["port"] for port in rule.get("ports", [])} <= ports
     for service in of_kind(overlay, "Service"):
         assert selected({"matchLabels": service["spec"]["selector"]})
+
+
+def test_the_image_has_what_pods_mount_into() -> None:
+    dockerfile = (ROOT / "k8s" / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / path).exists() for path in line.split())
+    for _, pod in pods("mixed-gpu"):
+        for mount in (m for c in pod["containers"] for m in c.get("volumeMounts", [])):
+            if mount["mountPath"].startswith("/opt/octet"):
+                assert f"mkdir -p {mount['mountPath']}" in dockerfile
+    assert "\nUSER 1000:1000\n" in dockerfile
+    images = re.findall(r"^FROM (\S+:\S+) AS", dockerfile, re.MULTILINE)
+    assert len(images) == 2
+    assert not any(image.endswith(":latest") for image in images)
 
 
 # -- what is refused ------------------------------------------------------------------------------
