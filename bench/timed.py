@@ -41,8 +41,9 @@ class TimedGenerator:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self, model: dict[str, Any], pool: dict[str, Any], *others: Any
     ) -> None:
-        self._slots = Pool.model_validate(pool).slots
-        self._pool = ServedModel.model_validate(model).pool_name(Pool.model_validate(pool))
+        settings = Pool.model_validate(pool)
+        self._slots, self._precision = settings.slots, settings.precision
+        self._pool = ServedModel.model_validate(model).pool_name(settings)
         self._dispatcher = others[-1]
         self._drawing: set[Lease] = set()
         self._stopped: list[Stopped] = []
@@ -67,7 +68,7 @@ class TimedGenerator:
         yield ImageResult(
             image=FILE,
             seed=request.seed,
-            precision="fp16",
+            precision=self._precision,
             emulated=False,
             text_tokens=0,
             work_s=STEP_S * request.num_inference_steps,
