@@ -38,6 +38,7 @@ servers:
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  { $(APT_INSTALL) || { apt-get update -qq && $(APT_INSTALL); }; } >/dev/null 2>&1; \
 	} || echo "tests with Redis or Prometheus are skipped: apt-get install $(SERVERS)"
+	@command -v kubectl >/dev/null || echo "tests of Kubernetes manifests are skipped: there is no kubectl"
 
 test: install .venv/reference servers
 	$(BIN)/python -m pytest tests/unit

@@ -30,7 +30,7 @@ from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Need, Node, fits
 from serve.errors import did_you_mean
 from serve.launch import LOGGING, serve_config
-from serve.model_settings import Frozen, Pool, Resources
+from serve.model_settings import Frozen, Resources
 from serve.settings import Settings, SettingsError
 from serve.sizing import bounds
 
@@ -252,14 +252,9 @@ def _needs(settings: Settings) -> Iterable[tuple[str, Need]]:
     yield "Dispatcher", Need("fp16", settings.dispatcher_num_cpus, 0.0)
     for model in settings.models:
         for pool in model.pools:
-            yield f"pool {model.pool_name(pool)}", _need(pool)
+            yield f"pool {model.pool_name(pool)}", pool.need
     for encoder in settings.text_encoders:
-        need = Need("fp16", encoder.num_cpus, encoder.num_gpus, card=encoder.card)
-        yield f"text encoder {encoder.id}", need
-
-
-def _need(pool: Pool) -> Need:
-    return Need(pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card)
+        yield f"text encoder {encoder.id}", encoder.need
 
 
 def _worker_group(kind: NodeKind, pattern: dict[str, Any], stays_s: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.placement import Need, Selector, card_selectors, selectors
+from cluster.placement import Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
@@ -41,13 +41,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     Ingress and Dispatcher also need their `user_config`: see `serve.launch.serve_config`.
     """
     settings = Application.model_validate(args)
-    needs = {
-        model.pool_name(pool): Need(
-            pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card
-        )
-        for model in settings.models
-        for pool in model.pools
-    }
+    needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
     ours = settings.autoscaling_policy == "queued-work"
     work = {model: list(unit) for model, unit in units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(

@@ -9,7 +9,7 @@ from cluster.capability import capability
 from cluster.card_memory import is_free
 from cluster.cards import BF16_SINCE, card_of_device
 from cluster.footprint import ENCODER_PEAK_GIB, WORKSPACE_GIB, footprint
-from cluster.placement import Need, Node, fits, unknown_cards
+from cluster.placement import Node, fits, unknown_cards
 
 from .doctor import Finding, Machine, Verdict
 from .engine.checkpoint import node_folder, on_this_node
@@ -190,7 +190,7 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
             yield Finding(verdict, f"pool {name}: {count or 'none'} of the nodes can hold it")
     for encoder in settings.text_encoders:
         weights_gib = _encoder_weights_gib(encoder, settings)
-        need = Need("fp16", encoder.num_cpus, encoder.num_gpus, card=encoder.card)
+        need = encoder.need
         count = sum(fits(need, n) and _has_memory(encoder, n, weights_gib) for n in nodes)
         yield Finding(
             "ok" if count else "problem",
@@ -199,7 +199,7 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
 
 
 def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) -> int:
-    need = Need(pool.precision, pool.num_cpus, pool.num_gpus, pool.allow_fp8_nodes, pool.card)
+    need = pool.need
     count = 0
     for node in nodes:
         old = node.card and node.card.compute_capability < BF16_SINCE

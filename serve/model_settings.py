@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from cluster.cards import CARDS
+from cluster.placement import Need
 
 from .errors import InvalidRequest, did_you_mean
 from .request import SIZE_MULTIPLE_PX, ImageRequest, Limits
@@ -127,6 +128,11 @@ class Encoder(OnCard):
     batch_size: Annotated[int, Field(ge=1, le=64)] = 4
     warm_prompts: tuple[str, ...] = ("",)
 
+    @property
+    def need(self) -> Need:
+        """Of a node, for one replica; any precision will do."""
+        return Need("fp16", self.num_cpus, self.num_gpus, card=self.card)
+
 
 class Pool(OnCard):
     """Generator replicas of one model in one precision, each drawing `slots` images at a time.
@@ -146,6 +152,11 @@ class Pool(OnCard):
     adaln_8_bit: bool = False
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     warm_sizes: tuple[Size, ...] = ()
+
+    @property
+    def need(self) -> Need:
+        """Of a node, for one replica."""
+        return Need(self.precision, self.num_cpus, self.num_gpus, self.allow_fp8_nodes, self.card)
 
     @model_validator(mode="after")
     def _fp8_runs_on_fp8(self) -> Pool:

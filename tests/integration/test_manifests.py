@@ -20,7 +20,7 @@ from cluster.packing import plan
 from cluster.placement import fits, selectors
 from cluster.pools import planned_pools
 from cluster.ways import Cards
-from k8s.render import LEAVE_S, NodeKind, _need, read_nodes, rendered, serve_config_v2
+from k8s.render import LEAVE_S, NodeKind, read_nodes, rendered, serve_config_v2
 from serve import app
 from serve.cli import app as cli
 from serve.launch import ENVIRONMENT
@@ -225,7 +225,7 @@ def test_labels_of_nodes_and_selectors_of_pools_agree(overlay: str) -> None:
     assert labels == {kind.name: kind.labels for kind in kinds}
     for model in settings.models:
         for pool in model.pools:
-            need = _need(pool)
+            need = pool.need
             if not need.num_gpus:
                 continue
             by_ray = {
