@@ -188,9 +188,10 @@ def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Clien
     def served() -> bool:
         return client.post(GENERATE, json={**QUICK, "precision": "fp8"}).status_code == 200
 
-    wait_for(served, SESSION_LEASE_S + 10)
+    wait_for(served, SESSION_LEASE_S + 30)
     assert client.post(GENERATE, json={**QUICK, "precision": "fp16"}).status_code == 200
-    assert time.monotonic() - died < SESSION_LEASE_S + 2 * HEARTBEAT_S + 10
+    # What its slots were granted to is drawn meanwhile, on two cores that may be slow.
+    assert time.monotonic() - died < SESSION_LEASE_S + 2 * HEARTBEAT_S + 30
 
 
 def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: httpx.Client) -> None:
@@ -204,13 +205,14 @@ def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: ht
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(ask, id) for id in ids]
         time.sleep(2)
+        before = replica_logs().count("nobody waits for entry")
         kill("Ingress")
         assert all(answer.result() >= 500 for answer in answers)
-    pause = 2 * SESSION_LEASE_S + 5  # the session's lease, then as long for it to come back
-    wait_for(lambda: "nobody waits for entry" in replica_logs(), pause)
+    pause = 2 * SESSION_LEASE_S + 15  # the session's lease, then as long for it to come back
+    wait_for(lambda: replica_logs().count("nobody waits for entry") > before, pause)
     began = time.perf_counter()
     assert client.post(GENERATE, json=QUICK).status_code == 200
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 10  # 100 steps of these sizes take longer
     assert len(drawn(ids)) < len(ids)
 
 

@@ -230,8 +230,9 @@ def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
             await asyncio.gather(*asking)
 
     asyncio.run(main())
-    assert set(statuses) == {200}  # streams had begun; the others heard nothing
-    assert 0 < len(statuses) <= 50
+    # Streams had begun; the others heard nothing, or from a slow machine that too much waits.
+    assert set(statuses) <= {200, 429}
+    assert 0 < statuses.count(200) <= 50
     # A step takes well below a second; heartbeats, once a second, say that nothing is drawn.
     wait_until_idle(octet, 0.5 + 1 + 1)
     quick = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -410,13 +411,15 @@ def test_what_failed_or_was_refused_costs_nothing(
     assert guarded.usage("acme") == before
 
 
-def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: Guarded) -> None:
-    ledger = guarded.edge.dispatcher._metering.ledger
-    assert ledger
-    file = ledger._file
-    with Path("/dev/full").open("wb", buffering=0) as ledger._file:
+def test_an_image_that_cannot_be_charged_is_not_delivered(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guarded.edge.dispatcher._metering.ledger, "_write", full)
         answer = guarded.ask("acme")
-    ledger._file = file
     assert code(answer) == (503, "usage_unrecorded")
     assert guarded.ask("acme").status_code == 200
 
