@@ -190,8 +190,7 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
             yield Finding(verdict, f"pool {name}: {count or 'none'} of the nodes can hold it")
     for encoder in settings.text_encoders:
         weights_gib = _encoder_weights_gib(encoder, settings)
-        need = encoder.need
-        count = sum(fits(need, n) and _has_memory(encoder, n, weights_gib) for n in nodes)
+        count = sum(fits(encoder.need, n) and _has_memory(encoder, n, weights_gib) for n in nodes)
         yield Finding(
             "ok" if count else "problem",
             f"text encoder {encoder.id}: {count or 'none'} of the nodes can hold it",
@@ -199,13 +198,12 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
 
 
 def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) -> int:
-    need = pool.need
     count = 0
     for node in nodes:
         old = node.card and node.card.compute_capability < BF16_SINCE
         recipe = _recipe(pool, "fp16" if old else "bf16")
         weights_gib = _weights_gib(model, recipe, settings)
-        count += fits(need, node) and _has_memory(pool, node, weights_gib)
+        count += fits(pool.need, node) and _has_memory(pool, node, weights_gib)
     return count
 
 

@@ -90,9 +90,8 @@ class ProxyGuard:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
 
-            with contextlib.suppress(
-                Exception
-            ):  # then this request shall fail by itself, if at all
+            # Whatever is wrong with it, the request itself may be answered.
+            with contextlib.suppress(Exception):
                 await self._app(asked, receive, send)
         return self._leaving
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from serve import launch
 from serve.launch import ENVIRONMENT, Running
 from serve.settings import Settings
+
+from ..integration.conftest import build_with
 
 # Ray reads these when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -79,14 +80,7 @@ def deploy(cluster: Any) -> Iterator[Callable[[Settings], Running]]:
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is deployed only waits in the place of drawing (`bench.timed`)."""
-    config = launch.serve_config
-
-    def with_timed(settings: Settings) -> Any:
-        found = config(settings)
-        found["applications"][0]["import_path"] = "bench.timed:build"
-        return found
-
-    monkeypatch.setattr(launch, "serve_config", with_timed)
+    build_with(monkeypatch, "bench.timed:build")
 
 
 def landed() -> dict[str, Counter[str]]:

@@ -38,6 +38,18 @@ def replica_logs() -> str:
     return "\n".join(file.read_text() for file in files)
 
 
+def build_with(patch: pytest.MonkeyPatch, import_path: str) -> None:
+    """Let what is deployed be made by another `build` than ours."""
+    ours = launch.serve_config
+
+    def config(settings: Settings) -> Any:
+        found = ours(settings)
+        found["applications"][0]["import_path"] = import_path
+        return found
+
+    patch.setattr(launch, "serve_config", config)
+
+
 @pytest.fixture(scope="session")
 def laptop() -> Settings:
     """With one replica of each pool, whatever the load."""
@@ -52,14 +64,7 @@ def octet(laptop: Settings) -> Iterator[Running]:
     Its Generators break where `faulty` says so.
     """
     patch = pytest.MonkeyPatch()
-    config = launch.serve_config
-
-    def with_faults(settings: Settings) -> Any:
-        faulty = config(settings)
-        faulty["applications"][0]["import_path"] = "tests.integration.faulty:build"
-        return faulty
-
-    patch.setattr(launch, "serve_config", with_faults)
+    build_with(patch, "tests.integration.faulty:build")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         application = running(laptop)
