@@ -23,18 +23,18 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autoscaling import workloads
-from autoscaling.fleet import Machine
 from autoscaling.load import Pool as PoolLimits
 from autoscaling.load import Tuning
-from autoscaling.plot import draw
-from autoscaling.simulator import Site, image_of
-from autoscaling.workloads import DAY_S, HOUR_S, Workload
+from autoscaling.simulation import workloads
+from autoscaling.simulation.fleet import Machine
+from autoscaling.simulation.plot import draw
+from autoscaling.simulation.simulator import Site, image_of
+from autoscaling.simulation.workloads import DAY_S, HOUR_S, Workload
 from cluster.cards import CARDS
+from cluster.cost import Coefficients, reference
 from cluster.structure import structure
-from serve.cli_simulate import as_dict
-from serve.cost import Coefficients, reference
-from serve.simulation import Scene, scene_of_card
+from serve.cli.simulate import as_dict
+from serve.cli.simulate_scene import Scene, scene_of_card
 
 OUT = Path("build/bench")
 WARM_UP_S = 900.0

@@ -20,12 +20,12 @@ from typing import Any
 
 import httpx
 
-from autoscaling.plot import draw
-from autoscaling.simulator import Point
-from serve.cli import DEMO_SETTINGS
+from autoscaling.simulation.plot import draw
+from autoscaling.simulation.simulator import Point
+from serve.cli.load_client import Load, percentile
+from serve.cli.main import DEMO_SETTINGS
 from serve.launch import running
-from serve.load import Load, percentile
-from serve.settings_file import load_settings
+from serve.settings.file import load_settings
 
 from .fairness_server import free_port
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from serve.cost import Coefficients, ImageShape
+from cluster.cost import Coefficients, ImageShape
 from serve.engine.denoising_loop import BUCKETS, bucket
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder, to_pixels

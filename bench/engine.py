@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import torch
 
-from serve.cost import Learned
+from cluster.cost import Learned
 from serve.engine.denoising_loop import DenoisingLoop, Drawn
 
 from .demo_engine import (

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.cli import DEMO_SETTINGS
-from serve.load import Answered, Ask, Load, percentile, poisson
-from serve.settings_file import load_settings
+from serve.cli.load_client import Answered, Ask, Load, percentile, poisson
+from serve.cli.main import DEMO_SETTINGS
+from serve.settings.file import load_settings
 
 from .fairness_report import table
 from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served

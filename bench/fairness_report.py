@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.cards import CARDS
+from cluster.cost import ImageShape, reference
 from cluster.structure import structure
-from serve.cost import ImageShape, reference
 
 
 def table(found: dict[str, Any]) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from serve import launch
-from serve.cli import DEMO_SETTINGS
+from serve.cli.load_client import Load
+from serve.cli.main import DEMO_SETTINGS
 from serve.launch import Running, running
-from serve.load import Load
-from serve.settings import Settings
-from serve.settings_file import load_settings
-from serve.tenants import add_tenant
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
+from serve.tenants.files import add_tenant
 
 from .load import STEP_S
 

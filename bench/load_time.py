@@ -56,9 +56,9 @@ def load(folder: Path) -> dict[str, float]:
     """Seconds and peak bytes of one load, in this process."""
     import torch
 
-    from serve.engine.checkpoint import verify
     from serve.engine.fp8_checkpoint import load_transformer
     from serve.engine.precision import RECIPES
+    from serve.models.checkpoints import verify
 
     before = _peak_bytes()
     began = time.perf_counter()
@@ -87,8 +87,8 @@ def load_apart(folder: Path) -> dict[str, float]:
 
 def measure(heads: int, repeats: int) -> dict[str, Any]:
     """Medians of both kinds of checkpoint, loaded in turn, and their sizes on disk."""
-    from serve.engine.checkpoint import size_bytes, write_manifest
     from serve.engine.fp8_checkpoint import quantize
+    from serve.models.checkpoints import size_bytes, write_manifest
 
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"bf16": Path(temporary) / "bf16", "fp8": Path(temporary) / "fp8"}

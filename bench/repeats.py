@@ -17,11 +17,11 @@ from typing import Any
 
 import httpx
 
-from serve.cli import DEMO_SETTINGS
+from serve.cli.load_client import percentile
+from serve.cli.main import DEMO_SETTINGS
 from serve.launch import running
-from serve.load import percentile
-from serve.settings import Cache, Settings
-from serve.settings_file import load_settings
+from serve.settings.application import Cache, Settings
+from serve.settings.file import load_settings
 
 from .fairness_server import free_port
 

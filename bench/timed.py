@@ -20,15 +20,16 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cluster.cost import Coefficients
 from serve.api.ingress import Ingress
-from serve.cost import Coefficients
-from serve.dispatch.messages import Heartbeat, Lease, Stopped, Usage
-from serve.dispatch.open_call import Wish
-from serve.dispatch.session import DispatchSession
+from serve.dispatch.client.open_call import Wish
+from serve.dispatch.client.session import DispatchSession
+from serve.dispatch.protocol import Heartbeat, Lease, Stopped
 from serve.errors import OctetError
-from serve.model_settings import Pool, ServedModel
 from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
-from serve.settings import Application
+from serve.settings.application import Application
+from serve.settings.models import Pool, ServedModel
+from serve.usage.record import Usage
 
 from .load import STEP_S
 

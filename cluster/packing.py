@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import le
 
-from serve.cost import EFFICIENCY
-
 from .cards import CARDS, Card
+from .cost import EFFICIENCY
 from .footprint import footprint
 from .packing_search import Search
 from .ways import FRACTIONS, Cards, Terms, Want, Way, all_ways, recipe_on, times, ways

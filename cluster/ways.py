@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from serve.cost import EFFICIENCY, REFERENCES, ImageShape, reference
-
 from .cards import BF16_SINCE, Card
+from .cost import EFFICIENCY, REFERENCES, ImageShape, reference
 from .footprint import footprint, padded, transformer_bytes
 from .structure import Structure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.metrics import exported
+from serve.metric_catalogue import exported
 
 WINDOW = "$__rate_interval"  # Grafana's
 

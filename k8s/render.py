@@ -28,11 +28,11 @@ from pydantic import (
 
 from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Need, Node, fits
-from serve.errors import did_you_mean
-from serve.launch import LOGGING, serve_config
-from serve.model_settings import Frozen, Resources
-from serve.settings import Settings, SettingsError
-from serve.sizing import bounds
+from serve.errors import SettingsError, did_you_mean
+from serve.models.replica_bounds import bounds
+from serve.settings.application import Settings
+from serve.settings.models import Frozen, Resources
+from serve.settings.serve_config import LOGGING, serve_config
 
 BASE = Path(__file__).with_name("base") / "rayservice.yaml"
 MADE = "# Made by octet k8s render.\n"

@@ -18,10 +18,10 @@ from .api.ingress import Ingress
 from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
-from .model_settings import Pool, Resources
-from .settings import Application
-from .sizing import bounds, limits_of
-from .work import units
+from .models.reference_work import units
+from .models.replica_bounds import bounds, limits_of
+from .settings.application import Application
+from .settings.models import Pool, Resources
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
 UNBOUNDED = 10_000

@@ -236,3 +236,7 @@ def markdown_table() -> str:
 
 if __name__ == "__main__":
     print(markdown_table(), end="")  # noqa: T201 - what `python -m serve.errors` is for
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message says which key, its value and what is allowed."""

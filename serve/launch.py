@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from .settings import Settings, SettingsError
+from .errors import SettingsError
+from .settings.application import Settings
+from .settings.serve_config import APPLICATION, LOGGING, serve_config
 
-APPLICATION = "octet"
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
 # What Ray and its Serve read from the environment, unless it says otherwise.
@@ -36,7 +37,6 @@ ENVIRONMENT = {
     "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
     "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
 }
-LOGGING = {"encoding": "JSON"}  # of the application, and of Serve's own processes
 ANSWER_S = 10.0
 GLANCE_S = 1.0
 OTHERS_S = 30.0
@@ -45,32 +45,6 @@ LAST_BYTES_S = 2.0  # for what Serve's proxy still has to send
 
 class LaunchError(Exception):
     """The application did not come up; the message says what Ray Serve said."""
-
-
-def serve_config(settings: Settings) -> dict[str, Any]:
-    """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay).
-
-    A change of `args` restarts every replica; a change of a `user_config` restarts none.
-    """
-    tuning = settings.tuning()
-    application = {
-        "name": APPLICATION,
-        "route_prefix": "/",
-        "import_path": "serve.app:build",
-        "args": settings.application().model_dump(mode="json"),
-        "deployments": [
-            {"name": "Ingress", "user_config": tuning.model_dump(mode="json")},
-            {
-                "name": "Dispatcher",
-                "user_config": tuning.model_dump(
-                    mode="json", include={"max_queued", "autoscaling"}
-                ),
-            },
-        ],
-        "logging_config": LOGGING,
-        "autoscaling_policy": {"policy_function": "autoscaling.ray_policy:replicas"},
-    }
-    return {"applications": [application]}
 
 
 class Running:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import boto3
 
-from serve.settings import S3
+from serve.settings.application import S3
 
 # Elsewhere the same tests run against any bucket that may be emptied.
 ENDPOINT, BUCKET = os.environ.get("TEST_S3_ENDPOINT"), os.environ.get("TEST_S3_BUCKET")

@@ -13,22 +13,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..dispatch.messages import Usage
-from ..dispatch.open_call import OpenCall, Wish
-from ..dispatch.refusals import standing_headers
-from ..dispatch.session import DispatchSession
+from ..dispatch.client.open_call import OpenCall, Wish
+from ..dispatch.client.refusals import standing_headers
+from ..dispatch.client.session import DispatchSession
 from ..request import ImageRequest, ImageResult, Precision
-from ..results.cache import Remembered
-from .call import Call
-from .drawing import Drawing, Tell, usage_of
-from .event_stream import EventStream, Frames, events
-from .flight import Flight
+from ..results.cache.memory import Remembered
+from ..usage.record import Usage
+from .attempts import Drawing, Tell, usage_of
+from .client_call import Call
 from .image_urls import ImageUrls
-from .metrics import FrontMetrics
-from .openai_answers import response
-from .openai_images import Generation, ignored_header
-from .repeats import Repeats
+from .ingress_metrics import FrontMetrics
 from .request_log import log_request, outcome_of
+from .result_reuse import Repeats
+from .single_flight import Flight
+from .wire.event_stream import EventStream, Frames, events
+from .wire.request import Generation, ignored_header
+from .wire.response import response
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 

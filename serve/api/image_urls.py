@@ -13,11 +13,11 @@ from starlette.responses import RedirectResponse, Response
 
 from ..errors import InvalidRequest, NotFound, OctetError, StoreFailed
 from ..request import ImageRequest, ImageResult
-from ..results.opening import open_links, open_store
+from ..results.from_settings import open_links, open_store
 from ..results.spool import Spool
 from ..results.store import new_name
-from ..settings import Application, Tuning
-from .metrics import FrontMetrics
+from ..settings.application import Application, Tuning
+from .ingress_metrics import FrontMetrics
 
 log = logging.getLogger("ray.serve")
 

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from ..cost import Coefficients
-from ..dispatch.messages import Access
-from ..dispatch.session import DispatchSession
+from cluster.cost import Coefficients
+
+from ..dispatch.client.session import DispatchSession
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -30,18 +30,18 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
-from ..settings import Application, Tuning
-from ..tenants import tenant_of
-from .access import Authentication
-from .drawing import Drawing
+from ..settings.application import Application, Tuning
+from ..tenants.keys import Access, tenant_of
+from .attempts import Drawing
+from .authentication import Authentication
 from .generations import Generations
-from .http_errors import HANDLERS
 from .image_urls import ImageUrls
-from .metrics import FrontMetrics
-from .openai_answers import CancelledRequest, ModelItem, ModelList
-from .openai_images import check_request_id, model_not_found, parse
-from .openapi import document
-from .repeats import Repeats
+from .ingress_metrics import FrontMetrics
+from .result_reuse import Repeats
+from .wire.http_errors import HANDLERS
+from .wire.openapi import document
+from .wire.request import check_request_id, model_not_found, parse
+from .wire.response import CancelledRequest, ModelItem, ModelList
 
 log = logging.getLogger("ray.serve")
 
@@ -70,7 +70,7 @@ class Ingress:
         self._tuning: Tuning | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
-        self._openapi = document(version("octet"), keys=not self._open_to_all)
+        self._openapi = document(version("octet-serve"), keys=not self._open_to_all)
         self._urls = ImageUrls(settings, lambda: self.tuning, metrics)
         repeats = Repeats(settings, lambda: self.tuning, self._urls, metrics)
         self._generations = Generations(self._session, drawing, self._urls, repeats, metrics)

@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest, NotFound
-from .openai_answers import error_body
-from .openai_images import check_request_id
+from .wire.request import check_request_id
+from .wire.response import error_body
 
 # Clients could set Serve's own time limit with them, or make its proxy fail on odd bytes.
 SERVES_OWN = {

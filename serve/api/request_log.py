@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from ..errors import OctetError
 from ..request import ImageResult
-from .openai_images import Generation
+from .wire.request import Generation
 
 log = logging.getLogger("ray.serve")
 

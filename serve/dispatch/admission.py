@@ -19,11 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..tenants.tenant import Tenant
+from ..usage.record import Usage
 from .forecast import Accuracy, Demand, Rate, wait_s
 from .grants import Grants
-from .limits import Account
-from .messages import Opening, Pools, Refusal, Usage, Verdict
-from .tenant import Tenant
+from .protocol import Opening, Pools, Refusal, Verdict
+from .tenant_account import Account
 
 OWN_SHARE = 4  # places that a tenant may have for each one that is left
 IDLE_S = 60.0  # arrivals that are older are forgotten

@@ -18,11 +18,19 @@ from autoscaling.load import Limits, Tuning
 from cluster.placement import Need, Node, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
-from ..settings import Autoscaling, Live
+from ..settings.application import Autoscaling, Live
+from ..tenants.keys import Directory
+from ..tenants.watched_files import TenantFiles
+from ..usage.ledger import UsageLedger, month_of
 from .admission import Admission
+from .dispatcher_metrics import PoolMetrics, TenantMetrics
 from .grants import Grants
-from .messages import (
-    Directory,
+from .metering import Metering
+from .overview import overview
+from .protocol import (
+    HEARTBEAT_S,
+    REPLICA_LEASE_S,
+    SESSION_LEASE_S,
     Heartbeat,
     Lease,
     News,
@@ -34,19 +42,11 @@ from .messages import (
     Submission,
     Verdict,
 )
-from .metering import Metering
-from .metrics import PoolMetrics, TenantMetrics
-from .overview import overview
 from .scaling import Scaling
-from .tenant_files import TenantFiles
-from .usage import UsageLedger, month_of
 
 log = logging.getLogger("ray.serve")
 
-SESSION_LEASE_S = 10.0
-REPLICA_LEASE_S = 5.0
 POSITIONS_S = 0.05  # until places in the queue are told
-HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
 NODES_S = 2.0  # how often the cluster's nodes are looked up
 TENANTS_S = 1.0  # how often the tenants' files are looked at
 RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs

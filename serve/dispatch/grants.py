@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
+from ..usage.record import Usage
 from .fair_queue import FairQueue, Item
-from .messages import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission, Usage
+from .protocol import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission
 
 UNSETTLED_S = 30.0  # a Generator has said by then what it took of an entry, or it never will
 EXCESS_S = 600.0  # a replica that is still there then was not stopped

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
+from ..usage.ledger import UsageLedger, month_end, month_of
+from ..usage.record import Usage
 from .admission import Admission
-from .messages import Outcome, Stopped, Usage
-from .metrics import TenantMetrics
-from .usage import UsageLedger, month_end, month_of
+from .dispatcher_metrics import TenantMetrics
+from .protocol import Outcome, Stopped
 
 log = logging.getLogger("ray.serve")
 

@@ -16,7 +16,7 @@ from autoscaling.policy import State, decide
 
 from .admission import Admission
 from .grants import Grants
-from .messages import Pools
+from .protocol import Pools
 
 SEEN_S = 3.0  # until Ray Serve has certainly been told
 GENERATOR = "Generator-"  # and its pool: a deployment's name

@@ -11,8 +11,8 @@ from cluster.card_memory import CardFull, claim
 from cluster.telemetry import CardTelemetry, NoTelemetry
 
 from ..errors import OctetError
-from ..metrics import metric
-from ..model_settings import OnCard
+from ..metric_catalogue import metric
+from ..settings.models import OnCard
 
 log = logging.getLogger("ray.serve")
 

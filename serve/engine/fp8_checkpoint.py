@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, T5EncoderModel
 from transformers.utils import logging
 
-from .checkpoint import CheckpointError, size_bytes, write_manifest
+from ..models.checkpoints import CheckpointError, size_bytes, write_manifest
 from .fused_attention import fuse_qkv
 from .precision import E4M3, RECIPES, Recipe, apply_recipe, store_in_fp8
 

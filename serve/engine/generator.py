@@ -19,22 +19,21 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
 from cluster.cards import card_of_device
+from cluster.cost import UNKNOWN_GPU, Coefficients, ImageShape, Learned, reference
 from cluster.structure import Structure
 
-from ..cost import UNKNOWN_GPU, Coefficients, ImageShape, Learned, reference
-from ..dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
-from ..dispatch.messages import Heartbeat, Lease, Stopped
+from ..dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S, Heartbeat, Lease, Stopped
 from ..errors import NonFiniteImage, OctetError, Unavailable
-from ..lost import REPLICA_LOST
-from ..model_settings import Pool, ServedModel
+from ..models.checkpoints import open_checkpoint
+from ..ray_errors import REPLICA_LOST
 from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
+from ..settings.models import Pool, ServedModel
 from .card import device_for, take_card
-from .checkpoint import open_checkpoint
 from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped
+from .exclusive import Room
+from .generator_metrics import EngineMetrics
 from .image_file import encode_image
-from .metrics import EngineMetrics
 from .precision import RECIPES, Recipe
-from .room import Room
 from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
 from .warm_up import Phases, WarmUp, warm_sizes
 

@@ -28,8 +28,8 @@ from diffusers import (
 from numpy.typing import NDArray
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from ..models.checkpoints import CheckpointError
 from . import fp8_checkpoint
-from .checkpoint import CheckpointError
 from .fused_attention import fuse_qkv
 from .noise_schedule import TRAIN_STEPS, sigmas
 from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8

@@ -24,9 +24,9 @@ import torch
 
 from cluster.capability import capability, probe
 
-from ..model_settings import Encoder
+from ..models.checkpoints import open_checkpoint
+from ..settings.models import Encoder
 from .card import device_for, take_card
-from .checkpoint import open_checkpoint
 from .precision import ENCODER_RECIPES
 from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
 

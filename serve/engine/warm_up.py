@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Literal
 
-from ..model_settings import Pool
+from ..settings.models import Pool
 from .compiled import (
     Mode,
     Shape,

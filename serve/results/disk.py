@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..atomic_file import write_whole
 from ..errors import NotFound, StoreFailed
-from ..files import write_whole
 from .store import NAME, folder_of
 
 

@@ -14,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..errors import NotFound, StoreFailed
-from ..settings import S3
+from ..settings.application import S3
 from .store import NAME, folder_of
 
 CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # the defaults wait five minutes for a dead endpoint

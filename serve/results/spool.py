@@ -12,8 +12,8 @@ from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from ..atomic_file import write_whole
 from ..errors import OctetError
-from ..files import write_whole
 from .store import ResultStore, folder_of
 
 log = logging.getLogger("ray.serve")

@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Protocol
 
-from ..dispatch.tenant import ID
+from ..tenants.tenant import ID
 
 NAME = re.compile(rf"t/{ID.pattern}/\d{{4}}/\d\d/\d\d/[0-9a-f]{{32}}\.(png|jpeg|webp)")
 

@@ -11,8 +11,8 @@ from cluster.capability import probe
 from cluster.telemetry import CardTelemetry
 from serve.engine.card import READINGS, CardInUse, device_for, take_card
 from serve.errors import OctetError
-from serve.metrics import ALL
-from serve.model_settings import OnCard
+from serve.metric_catalogue import ALL
+from serve.settings.models import OnCard
 
 from ..unit.nvml import UUID, FakeNvml
 from ..unit.test_card_memory import FakeCuda

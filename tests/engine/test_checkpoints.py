@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from bench.load_time import measure
-from serve.engine.checkpoint import MANIFEST, CheckpointError, open_checkpoint, verify
 from serve.engine.fp8_checkpoint import is_fp8, load_transformer, quantize
 from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
-from serve.model_settings import Source
+from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint, verify
+from serve.settings.models import Source
 
 from ..integration.conftest import DEMO_MODEL, ROOT
 

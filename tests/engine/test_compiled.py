@@ -25,8 +25,8 @@ from serve.engine.denoising_loop import DenoisingLoop
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEmbeds
 from serve.engine.warm_up import Phases, WarmUp
-from serve.model_settings import Pool
 from serve.request import ImageRequest
+from serve.settings.models import Pool
 
 from ..integration.conftest import DEMO_MODEL
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from serve.launch import ENVIRONMENT, Running
-from serve.settings import Settings
+from serve.settings.application import Settings
 
 from ..integration.conftest import build_with
 

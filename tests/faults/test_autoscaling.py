@@ -20,8 +20,8 @@ import httpx
 import pytest
 
 from serve.launch import Running
-from serve.settings import Settings
-from serve.settings_file import load_settings
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 from ..integration.conftest import ROOT, free_port
 from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for

@@ -26,8 +26,8 @@ import yaml
 
 from bench.timed import FILE
 from k8s.render import NodeKind, read_nodes, serve_config_v2
-from serve.settings import Settings
-from serve.tenants import add_tenant
+from serve.settings.application import Settings
+from serve.tenants.files import add_tenant
 
 from ..integration.conftest import DEMO_MODEL, ROOT, free_port
 from ..redis_server import RedisServer

@@ -19,17 +19,17 @@ import ray
 import yaml
 from ray import serve
 
+from cluster.cost import ImageShape
 from cluster.packing import Plan, plan
 from cluster.pools import planned_pools
 from cluster.ray_nodes import living_nodes
 from cluster.structure import structure
 from cluster.ways import Want
-from serve.cost import ImageShape
+from serve.cli.plan_inputs import cards_of
+from serve.cli.plan_report import as_settings
 from serve.launch import Running
-from serve.plan_report import as_settings
-from serve.planning import cards_of
-from serve.settings import Settings
-from serve.settings_file import load_settings
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 from ..integration.conftest import ROOT, free_port
 from .conftest import STORE_BYTES, landed, wait_for

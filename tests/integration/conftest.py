@@ -15,8 +15,8 @@ import pytest
 
 from serve import launch
 from serve.launch import Running, running
-from serve.settings import Settings
-from serve.settings_file import load_settings
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 # `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
 os.environ.setdefault("RAY_AUTH_MODE", "token")

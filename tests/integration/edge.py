@@ -16,10 +16,10 @@ from PIL import Image
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.messages import Heartbeat, Lease, Stopped
+from serve.dispatch.protocol import Heartbeat, Lease, Stopped
 from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
-from serve.results.redis_cache import RedisCache
-from serve.settings import Settings
+from serve.results.cache.redis import RedisCache
+from serve.settings.application import Settings
 
 from ..in_process import Handle, a_dispatcher
 from .conftest import free_port

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from serve.cli import app
-from serve.cli_bench import _bodies, _shape, report
-from serve.load import Answered, Ask
-from serve.settings import Settings, SettingsError
+from serve.cli.bench import _bodies, _shape, report
+from serve.cli.load_client import Answered, Ask
+from serve.cli.main import app
+from serve.errors import SettingsError
+from serve.settings.application import Settings
 
 from .conftest import free_port
 from .edge import Edge, started

@@ -32,11 +32,12 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
-from serve.api import event_stream, image_urls
+from serve.api import image_urls
 from serve.api import ingress as ingress_module
 from serve.api.ingress import Ingress
-from serve.api.openai_images import ImageGeneration
-from serve.settings import Results, Settings
+from serve.api.wire import event_stream
+from serve.api.wire.request import ImageGeneration
+from serve.settings.application import Results, Settings
 
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from serve.api.drawing import ATTEMPTS
-from serve.dispatch.dispatcher import HEARTBEAT_S, SESSION_LEASE_S
+from serve.api.attempts import ATTEMPTS
+from serve.dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S
 from serve.launch import Running
 
 from .conftest import replica_logs

@@ -19,10 +19,10 @@ import psutil
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
-from serve.cli import app
+from serve.cli.main import app
 from serve.engine.fp8_checkpoint import quantize
-from serve.launch import serve_config
-from serve.settings import Application, Settings, Tuning
+from serve.settings.application import Application, Settings, Tuning
+from serve.settings.serve_config import serve_config
 
 from .conftest import DEMO_MODEL, ROOT, free_port
 

@@ -22,11 +22,11 @@ from cluster.pools import planned_pools
 from cluster.ways import Cards
 from k8s.render import LEAVE_S, NodeKind, read_nodes, rendered, serve_config_v2
 from serve import app
-from serve.cli import app as cli
+from serve.cli.main import app as cli
+from serve.cli.plan_inputs import encoder_gib, only_encoder, wants_of
 from serve.launch import ENVIRONMENT
-from serve.planning import encoder_gib, only_encoder, wants_of
-from serve.settings import Settings
-from serve.settings_file import load_settings
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 from ..kubernetes import ROOT, faults, kustomize
 from ..unit.test_placement import matches

@@ -16,9 +16,9 @@ import httpx
 import pytest
 from redis import Redis
 
-from serve.results.breaker import FAILURES
-from serve.results.redis_cache import ANSWER_S, PREFIX
-from serve.settings import Cache, Settings
+from serve.results.cache.circuit_breaker import FAILURES
+from serve.results.cache.redis import ANSWER_S, PREFIX
+from serve.settings.application import Cache, Settings
 
 from ..redis_server import RedisServer
 from .edge import Edge, started

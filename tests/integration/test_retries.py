@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
-from serve.api import drawing as drawing_module
-from serve.api.drawing import ATTEMPTS, SPARED, Drawing
-from serve.api.metrics import FrontMetrics
-from serve.cost import Coefficients
-from serve.dispatch.messages import Heartbeat, Lease
-from serve.dispatch.session import DispatchSession
+from cluster.cost import Coefficients
+from serve.api import attempts as drawing_module
+from serve.api.attempts import ATTEMPTS, SPARED, Drawing
+from serve.api.ingress_metrics import FrontMetrics
+from serve.dispatch.client.session import DispatchSession
+from serve.dispatch.protocol import Heartbeat, Lease
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from serve.request import ImageRequest, ImageResult, Precision, Receipt, Timings, Watch
-from serve.settings import Settings
+from serve.settings.application import Settings
 
 from ..in_process import Handle, Someone, a_dispatcher
 

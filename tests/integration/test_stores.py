@@ -18,7 +18,7 @@ from serve.results.disk import DiskStore
 from serve.results.s3 import S3Store
 from serve.results.spool import Spool
 from serve.results.store import NAME, ResultStore, new_name
-from serve.settings import S3
+from serve.settings.application import S3
 
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
 

@@ -22,8 +22,8 @@ import ray
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
-from serve.dispatch.usage import read_usage
 from serve.launch import Running
+from serve.usage.ledger import read_usage
 
 from .conftest import replica_logs
 

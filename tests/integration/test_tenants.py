@@ -17,10 +17,10 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from serve.api.access import is_open
-from serve.dispatch.usage import read_usage
-from serve.settings import Settings
-from serve.tenants import TENANTS, add_tenant, revoke_keys, rotate_key
+from serve.api.authentication import is_open
+from serve.settings.application import Settings
+from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
+from serve.usage.ledger import read_usage
 
 from .edge import WORK, Edge, started
 

@@ -17,7 +17,7 @@ import ray
 import yaml
 
 from k8s import dashboards, rules
-from serve.metrics import ALL, exported, table
+from serve.metric_catalogue import ALL, exported, table
 
 from ..prometheus import TOOL, Prometheus, wanted
 from .conftest import ROOT

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.messages import Heartbeat, Opening, Submission, Usage, Verdict
-from serve.dispatch.tenant import Tenant
+from serve.dispatch.protocol import Heartbeat, Opening, Submission, Verdict
+from serve.tenants.tenant import Tenant
+from serve.usage.record import Usage
 
 P = ("p",)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.api.call import Call
+from serve.api.client_call import Call
 from serve.errors import DeadlineExceeded, RequestCancelled
 
 

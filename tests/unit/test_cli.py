@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.cli import app
-from serve.dispatch.messages import Usage
-from serve.dispatch.usage import UsageLedger, read_usage
+from serve.cli.main import app
 from serve.results.disk import DiskStore
 from serve.results.store import new_name
+from serve.usage.ledger import UsageLedger, read_usage
+from serve.usage.record import Usage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

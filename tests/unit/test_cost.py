@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.cards import CARDS
+from cluster.cost import BOUND, Coefficients, ImageShape, Learned, estimated, rates, reference
 from cluster.structure import structure
-from serve.cost import BOUND, Coefficients, ImageShape, Learned, estimated, rates, reference
 
 LARGE, H100 = structure("sd3.5-large"), CARDS["h100"]
 MEGAPIXEL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from cluster.capability import Device
 from cluster.placement import Node
-from serve.cli import app
-from serve.doctor import Finding, Machine, examine
-from serve.doctor_settings import examine_cluster, examine_settings
-from serve.settings import Settings
-from serve.settings_file import load_settings
+from serve.cli.doctor_machine import Finding, Machine, examine
+from serve.cli.doctor_settings import examine_cluster, examine_settings
+from serve.cli.main import app
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100 = Machine(

@@ -5,16 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serve.dispatch.grants import UNSETTLED_S, Grants
-from serve.dispatch.messages import (
-    Heartbeat,
-    Lease,
-    Outcome,
-    Release,
-    Running,
-    Stopped,
-    Submission,
-    Usage,
-)
+from serve.dispatch.protocol import Heartbeat, Lease, Outcome, Release, Running, Stopped, Submission
+from serve.usage.record import Usage
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.dispatch.forecast import MEMORY_S, Accuracy, Demand, Rate, wait_s
-from serve.dispatch.limits import Account, Gcra
-from serve.dispatch.tenant import Tenant
+from serve.dispatch.tenant_account import Account, Gcra
+from serve.tenants.tenant import Tenant
 
 
 def test_a_burst_then_the_rate() -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.api.openai_images import ImageGeneration, check_request_id, ignored_header, parse
+from serve.api.wire.request import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.request import OutputFormat, Precision, Watch
-from serve.settings_file import load_settings
+from serve.settings.file import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
 TUNING = SETTINGS.tuning()

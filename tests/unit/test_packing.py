@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cards import CARDS
+from cluster.cost import ImageShape
 from cluster.footprint import footprint, text_encoders_gib
 from cluster.packing import DoesNotFit, Plan, encoders_needed, plan
 from cluster.packing_search import Search
 from cluster.pools import planned_pools
 from cluster.structure import TRANSFORMERS, structure
 from cluster.ways import MAX_REPLICAS, WORTH, Cards, Terms, Want, all_ways, times
-from serve.cost import ImageShape
 
 STEPS_AND_ROWS = {
     "sd3.5-large": (40, 2),

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from cluster.cards import CARDS
 from cluster.placement import Node
 from cluster.structure import TRANSFORMERS
-from serve.cli import app
-from serve.planning import cards_of, encoder_gib, only_encoder
-from serve.settings import Settings, SettingsError
-from serve.settings_file import load_settings
+from serve.cli.main import app
+from serve.cli.plan_inputs import cards_of, encoder_gib, only_encoder
+from serve.errors import SettingsError
+from serve.settings.application import Settings
+from serve.settings.file import load_settings
 
 SD35 = Path(__file__).parents[2] / "examples" / "sd35.yaml"
 ONE_H100 = "--gpu", "h100", "--model", "sd3.5-large"

@@ -9,11 +9,11 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.repeats import _version
+from serve.api.result_reuse import _version
 from serve.request import ImageRequest, ImageResult, Precision, Timings
-from serve.results.breaker import FAILURES, REST_S, Breaker
-from serve.results.cache import MemoryCache, Remembered, cache_key
-from serve.settings_file import load_settings
+from serve.results.cache.circuit_breaker import FAILURES, REST_S, Breaker
+from serve.results.cache.memory import MemoryCache, Remembered, cache_key
+from serve.settings.file import load_settings
 
 ROOT = Path(__file__).parents[2]
 SECRET = bytes(32)

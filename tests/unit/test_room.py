@@ -1,6 +1,6 @@
 import asyncio
 
-from serve.engine.room import Room
+from serve.engine.exclusive import Room
 
 
 def test_alone_waits_for_the_others_and_the_others_for_it() -> None:

@@ -13,9 +13,9 @@ from autoscaling.ray_policy import replicas
 from serve.dispatch import scaling as scaling_module
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.messages import Heartbeat, Lease, Opening, Outcome, Release, Submission
+from serve.dispatch.protocol import Heartbeat, Lease, Opening, Outcome, Release, Submission
 from serve.dispatch.scaling import Scaling
-from serve.sizing import AT_ONCE
+from serve.models.replica_bounds import AT_ONCE
 
 BOTH = ("fp8", "fp16")
 POOLS = {"fp8": Pool("m", 0, 4, 2), "fp16": Pool("m", 0, 2, 2)}

@@ -12,13 +12,14 @@ import pytest
 
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import scaling as scaling_module
-from serve.dispatch import session as session_module
+from serve.dispatch.client import session as session_module
+from serve.dispatch.client.open_call import OpenCall, Slot, Wish
+from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.messages import Heartbeat, Lease, News, Opening, Stopped, Submission, Usage
-from serve.dispatch.open_call import OpenCall, Slot, Wish
-from serve.dispatch.session import DispatchSession
-from serve.dispatch.usage import UsageLedger, read_usage
+from serve.dispatch.protocol import Heartbeat, Lease, News, Opening, Stopped, Submission
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
+from serve.usage.ledger import UsageLedger, read_usage
+from serve.usage.record import Usage
 
 from ..in_process import Handle, Someone, a_dispatcher
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve.settings import Application, Settings, SettingsError, Tuning
-from serve.settings_file import load_settings
+from serve.errors import SettingsError
+from serve.settings.application import Application, Settings, Tuning
+from serve.settings.file import load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAPTOP = EXAMPLES / "laptop.yaml"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from serve.cli import app
-from serve.settings import SettingsError
-from serve.settings_file import load_settings
-from serve.simulation import policy_of, scene_of_settings, workload_of
-from serve.sizing import limits_of
+from serve.cli.main import app
+from serve.cli.simulate_scene import policy_of, scene_of_settings, workload_of
+from serve.errors import SettingsError
+from serve.models.replica_bounds import limits_of
+from serve.settings.file import load_settings
 
 ROOT = Path(__file__).parents[2]
 LAPTOP, SD35 = ROOT / "examples" / "laptop.yaml", ROOT / "examples" / "sd35.yaml"

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from autoscaling.baselines import Oracle, QueueLength, RayServe, _most_ahead
-from autoscaling.contestants import QueuedWork, Static
-from autoscaling.fleet import Machine, Replica
 from autoscaling.load import Limits, Load, Pool, Supply
-from autoscaling.simulator import Outcome, Policy, Simulation, Site, View
-from autoscaling.workloads import (
+from autoscaling.simulation.baselines import Oracle, QueueLength, RayServe, _most_ahead
+from autoscaling.simulation.contestants import QueuedWork, Static
+from autoscaling.simulation.fleet import Machine, Replica
+from autoscaling.simulation.simulator import Outcome, Policy, Simulation, Site, View
+from autoscaling.simulation.workloads import (
     HOUR_S,
     Arrival,
     Shape,
@@ -21,7 +21,7 @@ from autoscaling.workloads import (
     spikes,
     trace,
 )
-from serve.cost import Coefficients
+from cluster.cost import Coefficients
 
 COSTS = Coefficients(constant=0.0, step=0.0, token=1e-3 / 8, token2=0.0, pixel=0.0)
 SHAPE = Shape(256, 256, 10, 1.0)  # 589 tokens, 10 steps

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from serve.dispatch import metrics as metrics_module
-from serve.dispatch.messages import Usage
-from serve.dispatch.metrics import EVER, MOST, OTHER, TenantMetrics
+from serve.dispatch import dispatcher_metrics as metrics_module
+from serve.dispatch.dispatcher_metrics import EVER, MOST, OTHER, TenantMetrics
 from serve.dispatch.overview import TenantRow
+from serve.usage.record import Usage
 
 
 class Kept:

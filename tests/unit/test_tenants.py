@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from serve.dispatch.tenant_files import TenantFiles
-from serve.settings import SettingsError
-from serve.tenants import (
-    KEY,
+from serve.errors import SettingsError
+from serve.tenants.files import (
     KEYS,
     TENANTS,
     add_tenant,
-    directory,
     read_keys,
     read_tenants,
     revoke_keys,
     rotate_key,
-    tenant_of,
 )
+from serve.tenants.keys import KEY, directory, tenant_of
+from serve.tenants.watched_files import TenantFiles
 
 
 def who(folder: Path, key: str) -> str | None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.dispatch import usage as usage_module
-from serve.dispatch.messages import Usage
-from serve.dispatch.usage import (
+from serve.usage import ledger as usage_module
+from serve.usage.ledger import (
     UsageLedger,
     erase_usage,
     month_end,
@@ -22,6 +21,7 @@ from serve.dispatch.usage import (
     read_usage,
     usage_files,
 )
+from serve.usage.record import Usage
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()

@@ -1,0 +1,1 @@
+"""A simulator for autoscaling policies: fleets, workloads, baselines and plots."""

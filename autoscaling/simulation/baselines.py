@@ -1,0 +1,230 @@
+"""What the simulator compares with: Ray Serve's own policy, a queue-length rule as KEDA and
+Kubernetes apply it, and an oracle. For measurements, not for serving.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from ray.serve import autoscaling_policy
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from ..load import Pool
+from .simulator import TICK_S, View
+
+
+class _Now:
+    """In the place of the `time` module where Ray's delays read the clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+class RayServe:
+    """`replica_queue_length_autoscaling_policy` as installed, through Serve's factors and delays.
+
+    It is told the requests that wait or run, as Serve would count them if they waited in its
+    handles: their mean over `look_back_period_s` (Serve's default, 30 s, as for the interval).
+    `target_ongoing_requests` is that of the first pool; others have as much for each of their
+    slots.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        target_ongoing_requests: float = 2.0,
+        upscale_delay_s: float = 30.0,
+        downscale_delay_s: float = 600.0,
+    ) -> None:
+        self._pools = pools
+        self._clock = _Now()
+        (first, *_) = pools.values()
+        self._configs = {
+            name: AutoscalingConfig(
+                min_replicas=pool.min_replicas,
+                max_replicas=pool.max_replicas,
+                target_ongoing_requests=target_ongoing_requests * pool.slots / first.slots,
+                upscale_delay_s=upscale_delay_s,
+                downscale_delay_s=downscale_delay_s,
+            )
+            for name, pool in pools.items()
+        }
+        self._policy = autoscaling_policy._apply_autoscaling_config(
+            autoscaling_policy.replica_queue_length_autoscaling_policy
+        )
+        self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
+        self._states: dict[str, dict[str, Any]] = {name: {} for name in pools}
+        any_config = next(iter(self._configs.values()))
+        self._counts: dict[str, deque[int]] = {
+            name: deque(maxlen=round(any_config.look_back_period_s / TICK_S)) for name in pools
+        }
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        self._clock.now = now
+        kept, autoscaling_policy.time = autoscaling_policy.time, self._clock
+        try:
+            for name, pool in self._pools.items():
+                requests = _requests(name, self._pools, self._wanted, view)
+                self._wanted[name] = self._decide(name, pool, requests, view, now)
+        finally:
+            autoscaling_policy.time = kept
+        return self._wanted
+
+    def _decide(self, name: str, pool: Pool, requests: int, view: View, now: float) -> int:
+        counts, config = self._counts[name], self._configs[name]
+        counts.append(requests)
+        context = AutoscalingContext(
+            deployment_id=None,
+            deployment_name=name,
+            app_name=None,
+            current_num_replicas=view.load.supplies[name].ready,
+            target_num_replicas=self._wanted[name],
+            running_replicas=[],
+            total_num_requests=sum(counts) / len(counts),
+            total_queued_requests=0.0,
+            aggregated_metrics={},
+            raw_metrics={},
+            capacity_adjusted_min_replicas=pool.min_replicas,
+            capacity_adjusted_max_replicas=pool.max_replicas,
+            policy_state=self._states[name],
+            last_scale_up_time=None,
+            last_scale_down_time=None,
+            current_time=now,
+            config=config,
+        )
+        wanted, self._states[name] = self._policy(context)
+        return int(min(max(math.ceil(wanted), pool.min_replicas), pool.max_replicas))
+
+
+def _requests(name: str, pools: Mapping[str, Pool], wanted: Mapping[str, int], view: View) -> int:
+    """That run in a pool; those that wait count for the first that is not at its limit."""
+    *_, last = pools
+    growing = (other for other, pool in pools.items() if wanted[other] < pool.max_replicas)
+    return view.running[name] + (view.waiting if name == next(growing, last) else 0)
+
+
+class QueueLength:
+    """KEDA's rule on the number of requests that wait or run, carried out by Kubernetes' HPA.
+
+    Every 15 s: replicas = ⌈requests ÷ `target`⌉, unless within 10 % of what there is; no more than
+    twice as many at once, or four more; and no fewer than were called for within
+    `stabilisation_s`. KEDA itself goes to zero after `cooldown_s` without requests and to one with
+    the first, looking every 30 s.
+    """
+
+    EVERY_S, POLL_S, TOLERANCE = 15.0, 30.0, 0.1
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        target: float = 2.0,
+        stabilisation_s: float = 300.0,
+        cooldown_s: float = 300.0,
+    ) -> None:
+        (first, *_) = pools.values()
+        self._pools = pools
+        self._targets = {n: target * pool.slots / first.slots for n, pool in pools.items()}
+        self._stabilisation_s, self._cooldown_s = stabilisation_s, cooldown_s
+        self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
+        self._called: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
+        self._active = dict.fromkeys(pools, -math.inf)
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        for name, pool in self._pools.items():
+            requests = _requests(name, self._pools, self._wanted, view)
+            wanted = self._wanted[name]
+            if now % self.POLL_S == 0 and requests:
+                self._active[name] = now
+                wanted = max(wanted, 1)
+            if wanted and now % self.EVERY_S == 0:
+                wanted = self._hpa(name, requests, wanted, now)
+            if now - self._active[name] > self._cooldown_s:
+                wanted = 0
+            self._wanted[name] = min(max(wanted, pool.min_replicas), pool.max_replicas)
+        return self._wanted
+
+    def _hpa(self, name: str, requests: int, wanted: int, now: float) -> int:
+        target = self._targets[name]
+        near = abs(requests / (target * wanted) - 1) <= self.TOLERANCE
+        called = wanted if near else max(math.ceil(requests / target), 1)
+        recent = self._called[name]
+        recent.append((now, called))
+        while now - recent[0][0] > self._stabilisation_s:
+            recent.popleft()
+        if called < wanted:
+            return min(max(c for _, c in recent), wanted)
+        return min(called, max(2 * wanted, wanted + 4))
+
+
+class Oracle:
+    """Knows every request before it comes, and orders replicas so that they are ready for it.
+
+    A moment needs the work that arrives within `window_s` around it, and `spare` standard
+    deviations of the images drawn at a time. What will be needed again within the time of two
+    starts is kept. Both are tuned, so its cost says what it is worth to know the future, and is no
+    proof that nothing is cheaper.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        arrivals: Sequence[tuple[float, float]],
+        seconds: float,
+        start_s: float,
+        spare: float = 2.0,
+        window_s: float = 60.0,
+    ) -> None:
+        """`arrivals`: times and work, in order."""
+        self._pools = pools
+        most = sum(pool.max_replicas for pool in pools.values())
+        (pool, *_) = pools.values()
+        times = [at for at, _ in arrivals]
+        sums = [0.0, *accumulate(work for _, work in arrivals)]
+        last = int(seconds / TICK_S) + 1
+        needs = []
+        for tick in range(last):
+            at = tick * TICK_S
+            work = (
+                sums[bisect_left(times, at + window_s / 2)]
+                - sums[bisect_left(times, at - window_s / 2)]
+            )
+            always = work / window_s
+            need = math.ceil(always + spare * math.sqrt(always / pool.slots) - 1e-9)
+            needs.append(min(max(need, pool.min_replicas), most))
+        ahead = math.ceil(start_s / TICK_S)
+        # Ordered when it has just time to start; kept if it is needed again within another start,
+        # which would cost as much.
+        ordered, kept = _most_ahead(needs, ahead), _most_ahead(needs, 2 * ahead)
+        self._wanted: list[int] = []
+        for now, later in zip(ordered, kept, strict=True):
+            before = self._wanted[-1] if self._wanted else 0
+            self._wanted.append(max(now, min(before, later)))
+
+    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+        tick = int(now / TICK_S)
+        left, wanted = self._wanted[min(tick, len(self._wanted) - 1)], {}
+        for name, pool in self._pools.items():
+            wanted[name] = min(math.ceil(left / pool.speed), pool.max_replicas)
+            left = max(left - math.floor(wanted[name] * pool.speed), 0)
+        return wanted
+
+
+def _most_ahead(values: Sequence[int], ticks: int) -> list[int]:
+    """Of each value and the next ones."""
+    found, window = [0] * len(values), deque[int]()
+    for i in range(len(values) - 1, -1, -1):
+        while window and values[window[-1]] <= values[i]:
+            window.pop()
+        window.append(i)
+        if window[0] > i + ticks:
+            window.popleft()
+        found[i] = values[window[0]]
+    return found

@@ -1,0 +1,52 @@
+"""Who calls: every route needs a tenant's key, except those that are named here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import KeyInvalid, Unavailable
+from ..settings.application import is_loopback
+from ..tenants.keys import Directory, tenant_of
+from .wire.http_errors import error_answer
+
+ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
+OPEN_PATHS = {"/", "/health", "/ready"}
+OPEN_FOLDER = "/v1/files/"  # its links are signed
+
+
+class Authentication:
+    """Puts the tenant into the scope, or answers 401.
+
+    `directory` returns what is known of the tenants, None until anything is. With another `mode`
+    than `keys` nobody needs one; with `none` nobody from another machine is let in.
+    """
+
+    def __init__(self, app: ASGIApp, mode: str, directory: Callable[[], Directory | None]) -> None:
+        self._app, self._mode, self._directory = app, mode, directory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["path"]):
+            return await self._app(scope, receive, send)
+        if self._mode != "keys":
+            if self._mode == "none" and scope.get("client") and not is_loopback(scope["client"][0]):
+                error = KeyInvalid("auth is none: this server is for its own machine alone")
+                return await error_answer(error)(scope, receive, send)
+            return await self._app({**scope, "tenant": ANONYMOUS}, receive, send)
+        if (directory := self._directory()) is None:
+            answer = error_answer(Unavailable("this server is starting"))
+            return await answer(scope, receive, send)
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        tenant = tenant_of(key.strip(), directory) if scheme.lower() == "bearer" else None
+        if tenant is None:
+            what = "is wrong or was revoked" if key else "is missing: Authorization: Bearer octet_…"
+            error = KeyInvalid(f"the API key {what}")
+            error.headers = {"www-authenticate": "Bearer"}
+            return await error_answer(error)(scope, receive, send)
+        return await self._app({**scope, "tenant": tenant, "key": key.strip()}, receive, send)
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

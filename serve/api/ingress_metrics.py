@@ -1,0 +1,49 @@
+"""What an Ingress counts: see `serve.metrics`."""
+
+from __future__ import annotations
+
+from ..metric_catalogue import metric
+
+
+class FrontMetrics:
+    def __init__(self) -> None:
+        self._requests, self._seconds = metric("octet_requests"), metric("octet_request_seconds")
+        self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")
+        self._eta = metric("octet_eta_ratio")
+        self._stored = metric("octet_store_seconds")
+        self._spool = {of: metric(f"octet_spool_{of}") for of in ("images", "bytes", "limit_bytes")}
+        self._repeats = metric("octet_cache_requests")
+        self._lookup = metric("octet_cache_lookup_seconds")
+        self._cache_failures = metric("octet_cache_failures")
+
+    def ended(self, model: str, outcome: str, status: int) -> None:
+        self._requests.inc(tags={"model": model, "outcome": outcome, "status": str(status)})
+
+    def answered(self, model: str, cache: str, seconds: float) -> None:
+        self.ended(model, "ok", 200)
+        self._repeats.inc(tags={"result": cache})
+        self._seconds.observe(seconds, {"model": model, "cache": cache})
+
+    def predicted(self, eta_s: float | None, took_s: float) -> None:
+        if eta_s:
+            self._eta.observe(took_s / eta_s)
+
+    def queued(self, pool: str, seconds: float) -> None:
+        self._queue.observe(seconds, {"pool": pool})
+
+    def retried(self, pool: str, reason: str) -> None:
+        self._retried.inc(tags={"pool": pool, "reason": reason})
+
+    def stored(self, seconds: float) -> None:
+        self._stored.observe(seconds)
+
+    def spooled(self, images: int, size: int, limit: int) -> None:
+        self._spool["images"].set(images)
+        self._spool["bytes"].set(size)
+        self._spool["limit_bytes"].set(limit)
+
+    def looked_up(self, seconds: float, *, hit: bool) -> None:
+        self._lookup.observe(seconds, {"result": "hit" if hit else "miss"})
+
+    def cache_failed(self) -> None:
+        self._cache_failures.inc()

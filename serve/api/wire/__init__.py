@@ -1,0 +1,1 @@
+"""OpenAI's wire formats: request bodies, responses, events, errors, the OpenAPI document."""

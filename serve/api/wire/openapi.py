@@ -1,0 +1,230 @@
+"""The OpenAPI document of the routes, made from the classes that read and write the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from ...errors import (
+    InvalidRequest,
+    KeyInvalid,
+    LinkInvalid,
+    ModelNotFound,
+    NotFound,
+    OctetError,
+    StoreFailed,
+    Unavailable,
+    tree,
+)
+from ..authentication import is_open
+from .request import REQUEST_ID, ImageGeneration
+from .response import (
+    CancelledRequest,
+    CompletedEvent,
+    ErrorEvent,
+    ErrorResponse,
+    ImagesResponse,
+    ModelItem,
+    ModelList,
+    PartialImageEvent,
+    ProgressEvent,
+)
+
+GENERATIONS_ERRORS = tuple(
+    error
+    for error in tree()
+    if error not in (KeyInvalid, LinkInvalid, NotFound) and error.status != 405
+)
+LIMITS = tuple(
+    f"x-ratelimit-{name}-{of}"
+    for of in ("requests", "work", "budget")
+    for name in ("limit", "remaining", "reset")
+)
+EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
+
+
+def document(version: str, *, keys: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 as plain data; `keys`: whether callers need one."""
+    _, schemas = models_json_schema(
+        [
+            (ImageGeneration, "validation"),
+            (ImagesResponse, "serialization"),
+            (ModelItem, "serialization"),
+            (ModelList, "serialization"),
+            (ErrorResponse, "serialization"),
+            (CancelledRequest, "serialization"),
+            *((event, "serialization") for event in EVENTS),
+        ],
+        ref_template="#/components/schemas/{model}",
+    )
+    paths = _paths()
+    for path, methods in paths.items():
+        if keys and not is_open(path):
+            for operation in methods.values():
+                operation["security"] = [{"key": []}]
+                operation["responses"] |= _errors(KeyInvalid)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Octet",
+            "version": version,
+            "description": "OpenAI's Images API on Stable Diffusion 3.5.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _paths() -> dict[str, Any]:
+    return {
+        "/v1/images/generations": {
+            "post": {
+                "operationId": "createImage",
+                "summary": "Draw images",
+                "parameters": [_request_id(), _cache_control()],
+                "requestBody": {"required": True, **_json("ImageGeneration")},
+                "responses": {
+                    "200": _images(),
+                    **_errors(*GENERATIONS_ERRORS),
+                },
+            }
+        },
+        "/v1/requests/{id}": {
+            "delete": {
+                "operationId": "cancelRequest",
+                "summary": "End a call by its x-request-id",
+                "parameters": [_parameter("id", "path")],
+                "responses": {
+                    "200": _answer("It ends now", "CancelledRequest"),
+                    **_errors(InvalidRequest, NotFound, Unavailable),
+                },
+            }
+        },
+        "/v1/models": {
+            "get": {
+                "operationId": "listModels",
+                "summary": "The models that are served",
+                "responses": {"200": _answer("The models", "ModelList")},
+            }
+        },
+        "/v1/models/{model}": {
+            "get": {
+                "operationId": "retrieveModel",
+                "summary": "One of them",
+                "parameters": [_parameter("model", "path")],
+                "responses": {
+                    "200": _answer("The model", "ModelItem"),
+                    **_errors(ModelNotFound),
+                },
+            }
+        },
+        "/v1/files/{name}": {
+            "get": {
+                "operationId": "readImage",
+                "summary": "An image that was answered as a URL",
+                "parameters": [
+                    _parameter("name", "path"),
+                    _parameter("expires", "query"),
+                    _parameter("signature", "query"),
+                ],
+                "responses": {
+                    "200": {
+                        "description": "The file",
+                        "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
+                    },
+                    "307": {"description": "Where it is kept, for a while"},
+                    **_errors(LinkInvalid, NotFound, StoreFailed),
+                },
+            }
+        },
+        "/v1/state": {
+            "get": {
+                "operationId": "readState",
+                "summary": "Pools, queue and tenants, for operators",
+                "responses": {
+                    "200": {
+                        "description": "The state",
+                        "content": {"application/json": {"schema": {"type": "object"}}},
+                    },
+                    **_errors(NotFound, Unavailable),
+                },
+            }
+        },
+        "/health": {"get": _status("health", {200: "This process answers"})},
+        "/ready": {
+            "get": _status("ready", {200: "Every model has a replica", 503: "Not yet, or draining"})
+        },
+    }
+
+
+def _json(schema: str) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"content": {"application/json": {"schema": reference}}}
+
+
+def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
+    named = {name: {"schema": {"type": "string"}} for name in ("x-request-id", *headers)}
+    return {"description": description, "headers": named, **_json(schema)}
+
+
+def _images() -> dict[str, Any]:
+    """JSON, or with `stream` events: the schema is one event's, its data's is within."""
+    headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
+    answer = _answer("The images, or events", "ImagesResponse", *headers)
+    answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
+    return answer
+
+
+def _event(event: type[BaseModel]) -> dict[str, Any]:
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{event.__name__}"},
+    }
+    name = {"const": event.model_fields["type"].default}
+    return {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": name, "data": data},
+    }
+
+
+def _errors(*errors: type[OctetError]) -> dict[str, Any]:
+    codes: dict[str, list[str]] = {}
+    for error in errors:
+        codes.setdefault(str(error.status), []).append(error.code)
+    return {
+        status: _answer("error.code: " + ", ".join(found), "ErrorResponse", "x-should-retry")
+        for status, found in sorted(codes.items())
+    }
+
+
+def _parameter(name: str, place: str) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": True, "schema": {"type": "string"}}
+
+
+def _request_id() -> dict[str, Any]:
+    schema = {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}
+    return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
+
+
+def _cache_control() -> dict[str, Any]:
+    return {
+        "name": "cache-control",
+        "in": "header",
+        "required": False,
+        "description": "no-cache: drawn anew, and not remembered.",
+        "schema": {"type": "string"},
+    }
+
+
+def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:
+    schema = {"type": "object", "required": ["status"], "properties": {"status": {}}}
+    content = {"application/json": {"schema": schema}}
+    responses = {str(s): {"description": m, "content": content} for s, m in meanings.items()}
+    return {"operationId": operation, "summary": meanings[200], "responses": responses}

@@ -1,0 +1,222 @@
+"""What OpenAI's Images API is asked, with our own fields at top level."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from ...errors import InvalidRequest, ModelNotFound, did_you_mean
+from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, Watch
+from ...settings.application import Tuning
+
+RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+MANY = 10**6  # more than any limit: keeps absurd numbers out of messages
+SHOWN_CHARS = 80  # of what a client sent, in an error message
+MOST_PREVIEWS = 3
+
+Unsupported = Annotated[None, Field(description="Not supported.")]
+Ignored = Annotated[str | None, Field(description="Accepted; changes nothing here.")]
+
+
+class ImageGeneration(BaseModel):
+    """The body of POST /v1/images/generations; null means "not given", as in OpenAI's API."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MANY)] | None = None
+    size: Annotated[str, Field(json_schema_extra={"pattern": SIZE})] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: OutputFormat | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+
+    # Ours.
+    negative_prompt: str | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    precision: Precision | None = None
+    deterministic: bool | None = None
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    progress: Annotated[bool, Field(description="With stream: progress events too.")] | None = None
+
+    # OpenAI's that cannot change our picture.
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    moderation: Ignored = None
+    quality: Ignored = None
+    style: Ignored = None
+    complexity: Ignored = None
+    background: Literal["auto", "opaque"] | None = None
+
+    # OpenAI's that ask for the image's making to be shown.
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = None
+
+    # OpenAI's that ask for what we cannot make.
+    frame_count: Unsupported = None
+    frame_duration_ms: Unsupported = None
+    svg: Unsupported = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A body, understood: its images, and how and until when to answer."""
+
+    requests: list[ImageRequest]
+    seeded: bool  # the client says which seed
+    as_url: bool
+    timeout_s: float
+    stream: bool
+    watch: Watch
+    ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
+
+
+def parse(
+    body: bytes,
+    tuning: Tuning,
+    request_id: str = "request",
+    usual_timeout_s: float | None = None,
+) -> Generation:
+    """What a body asks for: image i has seed + i and the id `request_id/i`.
+
+    The settings' first model is the default; `usual_timeout_s` that of who does not state one,
+    if it is not the longest. Raises `InvalidRequest` with the field's name.
+    """
+    unknown = _unknown_fields(body)
+    if unknown and not tuning.ignore_unknown_fields:
+        nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
+        field = unknown[0][:SHOWN_CHARS]
+        raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
+    try:
+        asked = ImageGeneration.model_validate_json(body, extra="ignore")
+    except ValidationError as error:
+        raise _explain(error) from None
+    name = next(iter(tuning.models), "") if asked.model is None else asked.model
+    model = tuning.models.get(name)
+    if model is None:
+        raise model_not_found(name, tuning)
+    defaults, limits = model.defaults, model.request_limits
+    n = asked.n or 1
+    if n > limits.max_images:
+        raise InvalidRequest(f"n {n} must be between 1 and {limits.max_images}", param="n")
+    timeout_s, longest_s = asked.timeout_s, tuning.request_timeout_s
+    if timeout_s and timeout_s > longest_s:
+        raise InvalidRequest(
+            f"timeout_s {timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
+        )
+    width, height = _size(asked.size) or (defaults.width, defaults.height)
+    seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
+    steps, guidance = asked.num_inference_steps, asked.guidance_scale
+    requests = [
+        ImageRequest(
+            id=f"{request_id}/{i}",
+            model=name,
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt or "",
+            width=width,
+            height=height,
+            num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+            guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+            seed=seed + i,
+            precision=asked.precision or Precision.AUTO,
+            output_format=asked.output_format or OutputFormat.PNG,
+            output_compression=asked.output_compression,
+            deterministic=bool(asked.deterministic),
+        )
+        for i in range(n)
+    ]
+    requests[0].check(limits)
+    _check_streaming(asked, n)
+    return Generation(
+        requests=requests,
+        seeded=asked.seed is not None,
+        as_url=asked.response_format == "url",
+        timeout_s=timeout_s or min(usual_timeout_s or longest_s, longest_s),
+        stream=bool(asked.stream),
+        watch=Watch(progress=bool(asked.progress), partial_images=asked.partial_images or 0),
+        ignored=unknown,
+    )
+
+
+def _check_streaming(asked: ImageGeneration, n: int) -> None:
+    if not asked.stream:
+        for name in ("partial_images", "progress"):
+            if getattr(asked, name):
+                raise InvalidRequest(f"{name} is for stream: true", param=name)
+    elif n > 1:
+        raise InvalidRequest(f"n {n} must be 1 with stream: true", param="n")
+    elif asked.response_format == "url":
+        raise InvalidRequest(
+            "response_format 'url': a stream holds the image itself", param="response_format"
+        )
+
+
+def check_request_id(given: str) -> None:
+    """Raise `InvalidRequest` if a client's x-request-id cannot be used."""
+    if not REQUEST_ID.fullmatch(given):
+        raise InvalidRequest(
+            f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 of A-Z a-z 0-9 . _ : -",
+            param="x-request-id",
+        )
+
+
+def ignored_header(fields: Sequence[str]) -> dict[str, str]:
+    """`x-octet-ignored`: the names, percent-encoded, cut to what gateways let through."""
+    names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
+    return {"x-octet-ignored": names[:1000]} if fields else {}
+
+
+def model_not_found(name: str, tuning: Tuning) -> ModelNotFound:
+    nearest = did_you_mean(name, tuning.models)
+    return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None or text == "auto":
+        return None
+    if not re.fullmatch(SIZE, text):
+        raise InvalidRequest(
+            f"size '{text[:SHOWN_CHARS]}' must be auto, or WIDTHxHEIGHT in pixels",
+            param="size",
+        )
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def _unknown_fields(body: bytes) -> tuple[str, ...]:
+    """Found before anything else: a misspelt name explains a missing one.
+
+    By itself, because pydantic takes half a second to complain of a megabyte of them.
+    """
+    try:
+        data = from_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(data).__name__}")
+    return tuple(name for name in data if name not in ImageGeneration.model_fields)
+
+
+def _explain(error: ValidationError) -> InvalidRequest:
+    """The first fault of a body in one sentence."""
+    fault = error.errors(include_url=False)[0]
+    field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]
+    if fault["type"] == "missing":
+        return InvalidRequest(f"{field} is required", param=field)
+    if fault["type"] == "none_required":
+        return InvalidRequest(f"{field} is not supported", param=field)
+    value = repr(fault["input"])
+    found = value if len(value) <= SHOWN_CHARS else value[: SHOWN_CHARS - 3] + "..."
+    name = f"{field}: " if field else ""
+    return InvalidRequest(f"{name}{fault['msg']} (found {found})", param=field or None)

@@ -1,0 +1,230 @@
+"""`octet bench`: load on a server that runs, and what its clients felt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import SettingsError
+from .load_client import Answered, Ask, Load, percentile, poisson
+from .terminal import Debug, console, readable_errors
+
+ROUTE = "/v1/images/generations"
+SHAPE = re.compile(r"(?:(\d+x\d+)?(?::(\d+))?)(?:=([\d.]+))?")
+PROMPTS = ("the sea at dawn", "night over the mountains", "dunes at noon", "a forest in the fog")
+QUANTILES = 50, 90, 99
+Body = dict[str, Any]
+
+
+def bench(
+    url: Annotated[str, typer.Argument(help="Of the server, such as http://127.0.0.1:8000")],
+    rate: Annotated[
+        float, typer.Option(min=0.001, max=10_000, help="Requests a second, as a Poisson process.")
+    ] = 1.0,
+    clients: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Instead: so many, each with one request open."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400)] = 60.0,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SIZE:STEPS=WEIGHT, each part optional, repeatable: 512x512:28=3. Default: the "
+            "model's own."
+        ),
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=KEY, repeatable; the load is divided equally between them."),
+    ] = None,
+    key: Annotated[str, typer.Option(envvar="OCTET_KEY", show_default=False)] = "",
+    model: Annotated[str | None, typer.Option(help="Default: the server's first.")] = None,
+    repeated: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests that repeat one of twenty.")
+    ] = 0.0,
+    slo_s: Annotated[float, typer.Option(min=0.001, help="What counts as in time.")] = 30.0,
+    seed: int = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency and answers over time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    debug: Debug = False,
+) -> None:
+    """Put load on a server and tell what came back: latency, what was in time, what was refused.
+
+    Exit code 1 if any request had no answer, or one with 500.
+    """
+    with readable_errors(debug):
+        if not re.match(r"https?://[^/]", url):
+            raise SettingsError(f"'{url}' is no address: http://HOST:PORT")
+        keys = _tenants(tenant or []) or {"bench": key}
+        bodies = _bodies([_shape(text) for text in mix or [""]], model, repeated, seed)
+        per_tenant = rate / len(keys)
+        asks = [
+            ask._replace(body=bodies())
+            for name in keys
+            for ask in poisson(str(seed), name, per_tenant, seconds, {})
+        ]
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress:
+            task = progress.add_task("answers", total=None if clients else len(asks))
+            load = Load(url.rstrip("/") + ROUTE, keys, lambda _: progress.advance(task))
+            if clients:
+                each = Counter(list(keys)[i % len(keys)] for i in range(clients))
+                answers = asyncio.run(load.closed_loop(each, bodies, seconds))
+            else:
+                answers = asyncio.run(load.open_loop(sorted(asks, key=lambda ask: ask.at)))
+        if not answers:
+            raise SettingsError(f"no request came in {seconds:g} s at {rate:g} a second")
+        found = report(answers, slo_s)
+        typer.echo(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
+        if plot:
+            _plot(answers, plot)
+    if any(answer.status in (0, 500) for answer in answers):
+        raise typer.Exit(1)
+
+
+def report(answers: Sequence[Answered], slo_s: float) -> dict[str, Any]:
+    """In all, by tenant and by shape; latencies in seconds, of what was answered with images."""
+    groups: dict[str, list[Answered]] = {"all": list(answers)}
+    kinds: tuple[tuple[str, Callable[[Ask], str]], ...] = (
+        ("tenant", lambda ask: ask.tenant),
+        ("shape", _named),
+    )
+    for kind, of in kinds:
+        names = sorted({of(answer.ask) for answer in answers})
+        for name in names if len(names) > 1 else ():
+            groups[f"{kind} {name}"] = [a for a in answers if of(a.ask) == name]
+    lasted_s = max(answer.done_at for answer in answers)
+    return {name: _row(some, slo_s, lasted_s) for name, some in groups.items()}
+
+
+def _row(answers: Sequence[Answered], slo_s: float, lasted_s: float) -> dict[str, Any]:
+    served = [answer.latency_s for answer in answers if answer.status == 200]
+    in_time = sum(latency_s <= slo_s for latency_s in served)
+    return {
+        "requests": len(answers),
+        "ok": len(served),
+        "in_time": in_time,
+        "in_time_per_s": round(in_time / lasted_s, 3),
+        "codes": dict(Counter(a.code for a in answers if a.code)),
+        "cache": dict(Counter(a.cache for a in answers if a.cache)),
+        **{f"p{p}_s": round(percentile(served, p / 100), 4) if served else None for p in QUANTILES},
+    }
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table()
+    for name in ("", "requests", "ok", "in time", "a second", "p50 s", "p90 s", "p99 s"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("other answers", overflow="fold")
+    table.add_column("cache", overflow="fold")
+    for name, row in found.items():
+        quantiles = (row[f"p{p}_s"] for p in QUANTILES)
+        table.add_row(
+            name,
+            *(str(row[of]) for of in ("requests", "ok", "in_time", "in_time_per_s")),
+            *("–" if value is None else f"{value:.3f}" for value in quantiles),
+            *(", ".join(f"{k} {n}" for k, n in row[of].items()) for of in ("codes", "cache")),
+        )
+    return table
+
+
+def _plot(answers: Sequence[Answered], out: Path) -> None:
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise SettingsError("--plot needs matplotlib: pip install 'octet[bench]'") from None
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 6), sharex=True, layout="constrained"
+    )
+    for name in sorted({answer.ask.tenant for answer in answers}):
+        served = [a for a in answers if a.status == 200 and a.ask.tenant == name]
+        above.plot(
+            [a.ask.at for a in served], [a.latency_s for a in served], ".", markersize=3, label=name
+        )
+    above.set_ylabel("seconds to the answer,\nby when it was asked for")
+    above.legend(fontsize=7)
+    kinds = sorted({a.code or "ok" for a in answers})
+    for kind in kinds:
+        times = sorted(a.done_at for a in answers if (a.code or "ok") == kind)
+        below.step(times, range(1, len(times) + 1), where="post", label=kind)
+    below.set_ylabel("answers so far")
+    below.set_xlabel("seconds")
+    below.legend(fontsize=7)
+    try:
+        figure.savefig(out, dpi=100)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--plot {out}: {error}") from None
+    finally:
+        pyplot.close(figure)
+    console.print(f"{out}: drawn", highlight=False)
+
+
+def _tenants(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, sign, key = text.partition("=")
+        if not (name and sign and key):
+            raise SettingsError(f"--tenant '{name}': NAME=KEY")
+        found[name] = key
+    return found
+
+
+def _shape(text: str) -> tuple[Body, float]:
+    """A body's fields, and how often they are asked for."""
+    match = SHAPE.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        weight = float(match[3] or 1)
+    except ValueError:
+        raise SettingsError(f"--mix '{text}': SIZE:STEPS=WEIGHT, such as 512x512:28=3") from None
+    fields: Body = {}
+    if match[1]:
+        fields["size"] = match[1]
+    if match[2]:
+        fields["num_inference_steps"] = int(match[2])
+    return fields, weight
+
+
+def _bodies(
+    shapes: Sequence[tuple[Body, float]], model: str | None, repeated: float, seed: int
+) -> Callable[[], Body]:
+    """One body after the other, the same for the same `seed`."""
+    rng = random.Random(seed)  # noqa: S311 - no secrets
+    weights = [weight for _, weight in shapes]
+    if not sum(weights):
+        raise SettingsError("--mix: all weights are 0")
+    named: Mapping[str, str] = {"model": model} if model else {}
+
+    def body() -> Body:
+        again = rng.random() < repeated
+        number = rng.randrange(20)
+        fields, _ = rng.choices(shapes, weights)[0]
+        prompt = PROMPTS[number % len(PROMPTS)]
+        return {**named, **fields, "prompt": prompt, **({"seed": number} if again else {})}
+
+    return body
+
+
+def _named(ask: Ask) -> str:
+    size, steps = ask.body.get("size"), ask.body.get("num_inference_steps")
+    return ":".join(str(part) for part in (size or "", steps) if part is not None) or "default"

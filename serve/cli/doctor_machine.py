@@ -1,0 +1,170 @@
+"""`octet doctor`: what this machine can do, and what stands in the way, in words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.capability import Device, capability, probe
+from cluster.cards import card_of_device
+from cluster.footprint import GIB
+from cluster.telemetry import NoTelemetry, driver_version
+
+from ..models.checkpoints import DEFAULT_MODELS_FOLDER
+
+OLDEST_DRIVER = {"12": 535, "13": 580}  # NVIDIA's branch, by the CUDA that torch is built for
+COMPILE_S = 180.0
+ROOMY_GIB = 60.0  # SD3.5 Large as it is published, with its text encoders, and an FP8 copy
+COMPILE = """
+import torch
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.compile(lambda x: (x * 2).relu().sum(-1))(torch.ones(8, 8, device=device))
+"""
+
+Verdict = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    verdict: Verdict
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found here; `compile_error` is empty if torch.compile works."""
+
+    device: Device  # the first GPU, or the CPU
+    gpus: int
+    cpus: int
+    free_gib: float
+    torch: str
+    torch_cuda: str | None
+    driver: str | None
+    compile_error: str
+    disk_free_gib: float
+    nvcc: bool
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.device.compute_capability is not None
+
+
+def look(models_folder: str | None) -> Machine:
+    """Look at this machine; compiles a small function, which takes seconds."""
+    import torch
+
+    device = probe()
+    free_gib = device.memory_gib
+    if device.compute_capability:
+        free_gib = torch.cuda.mem_get_info()[0] / GIB
+    try:
+        driver = driver_version()
+    except NoTelemetry:
+        driver = None
+    return Machine(
+        device=device,
+        gpus=torch.cuda.device_count(),
+        cpus=os.cpu_count() or 1,
+        free_gib=free_gib,
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        driver=driver,
+        compile_error=_compile_error(),
+        disk_free_gib=_disk_free_gib(Path(models_folder or DEFAULT_MODELS_FOLDER).expanduser()),
+        nvcc=shutil.which("nvcc") is not None,
+    )
+
+
+def _compile_error() -> str:
+    """The last line of what torch.compile says, in a process of its own; empty if it works."""
+    try:
+        done = subprocess.run(  # noqa: S603 - our own interpreter and program
+            [sys.executable, "-W", "ignore", "-c", COMPILE],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {COMPILE_S:g} s"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line] or lines
+    return (errors[-1] if errors else "failed") if done.returncode else ""
+
+
+def _disk_free_gib(folder: Path) -> float:
+    """Of the nearest folder that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / GIB
+
+
+# -- this machine ---------------------------------------------------------------------------------
+
+
+def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
+    """The machine alone. `needs_gpu`: whether it is a problem that a card cannot be used."""
+    device = machine.device
+    found = capability(device)
+    problem: Verdict = "problem" if needs_gpu else "note"
+    if machine.has_gpu:
+        free = f"{machine.free_gib:.1f} of {device.memory_gib:.1f} GiB free"
+        yield Finding("ok", f"{machine.gpus} × {device.name}, {free}")
+        yield Finding("ok" if found.fp8 == "native" else "note", found.reason)
+        card = card_of_device(device.name, device.memory_gib)
+        yield (
+            Finding("ok", f"its facts are known as '{card.id}'; Ray labels it {card.ray_names[0]}")
+            if card
+            else Finding("note", "no facts of this card are known: `octet plan` leaves it out")
+        )
+    else:
+        yield Finding("note", f"no GPU: {device.memory_gib:.0f} GiB of memory on a CPU")
+    if machine.driver:
+        yield from _examine_driver(machine, problem)
+    elif machine.has_gpu:
+        yield Finding("note", "the driver does not say its version")
+    cuda = f"CUDA {machine.torch_cuda}" if machine.torch_cuda else "no CUDA"
+    yield Finding("ok", f"torch {machine.torch}, {cuda}")
+    yield _examine_compile(machine, problem)
+    enough = machine.disk_free_gib >= ROOMY_GIB
+    yield Finding(
+        "ok" if enough else "note",
+        f"{machine.disk_free_gib:.0f} GiB of disk free for weights"
+        + ("" if enough else f"; SD3.5 Large and an FP8 copy take about {ROOMY_GIB:.0f}"),
+    )
+
+
+def _examine_driver(machine: Machine, problem: Verdict) -> Iterator[Finding]:
+    major = (machine.driver or "").partition(".")[0]
+    oldest = OLDEST_DRIVER.get((machine.torch_cuda or "").partition(".")[0], 535)
+    if major.isdigit() and int(major) < oldest:
+        wanted = f"R{oldest}, which torch for CUDA {machine.torch_cuda or '12'} needs"
+        yield Finding(problem, f"driver {machine.driver} is older than {wanted}: update it")
+    elif machine.has_gpu:
+        yield Finding("ok", f"driver {machine.driver}")
+    elif machine.torch_cuda is None:
+        yield Finding(
+            problem,
+            f"driver {machine.driver} is here, but torch {machine.torch} is built without CUDA",
+        )
+    else:
+        yield Finding(problem, f"driver {machine.driver} is here, but torch sees no card")
+
+
+def _examine_compile(machine: Machine, problem: Verdict) -> Finding:
+    if not machine.compile_error:
+        return Finding("ok", "torch.compile works")
+    if machine.has_gpu:
+        return Finding(
+            problem,
+            f"torch.compile does not work ({machine.compile_error}): FP8 without it is slower than "
+            "16 bit. It needs a C compiler and Python's headers",
+        )
+    return Finding("note", f"torch.compile does not work ({machine.compile_error}); CPUs need none")

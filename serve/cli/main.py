@@ -1,0 +1,306 @@
+"""The `octet` command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..errors import SettingsError
+from ..launch import Running, running
+from ..models.checkpoints import node_folder, on_this_node, size_bytes, verify
+from ..models.checkpoints import pull as fetch
+from ..settings.application import Settings
+from ..settings.file import load_settings
+from ..settings.models import Model, Source
+from ..tenants.files import read_keys, read_tenants
+from . import bench, doctor, k8s, plan, simulate, tenant, top, usage
+from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
+
+STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+APPLY = signal.SIGUSR1
+LOOK_S = 1.0
+DEMO_SETTINGS = Path(__file__).parents[2] / "examples" / "laptop.yaml"
+
+app = typer.Typer(
+    help="Stable Diffusion 3.5 in FP8 for many tenants on Ray Serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(k8s.app, name="k8s")
+app.command("usage")(usage.usage)
+app.command("top")(top.top)
+
+
+@app.command()
+def serve(config: ConfigFile, debug: Debug = False) -> None:
+    """Serve the models of CONFIG on a Ray of their own, in the foreground."""
+    with readable_errors(debug):
+        _serve(lambda: load_settings(config))
+
+
+@app.command()
+def demo(
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the small demo model on this machine, in the foreground."""
+    with readable_errors(debug):
+        if port is not None and not 1 <= port <= 65535:
+            raise SettingsError(f"port {port} must be between 1 and 65535")
+        environ = {**os.environ, **({} if port is None else {"OCTET_HTTP__PORT": str(port)})}
+        _serve(lambda: load_settings(DEMO_SETTINGS, environ))
+
+
+@app.command()
+def models(config: ConfigFile, debug: Debug = False) -> None:
+    """List the models that CONFIG serves, and whether this node has their weights."""
+    with readable_errors(debug):
+        settings = load_settings(config)
+        table = Table("model", "part", Column("weights", overflow="fold"), "on this node")
+        for model in settings.models:
+            for part, source in _sources(settings, model).items():
+                folder = node_folder(source, settings.models_folder)
+                there = on_this_node(source, settings.models_folder)
+                size = f"{size_bytes(folder) / 2**30:.2f} GiB" if there else "no: octet pull"
+                revision = f"@{source.revision[:8]}" if source.revision else ""
+                table.add_row(model.id, part, source.location + revision, size)
+        Console().print(table)
+
+
+@app.command()
+def pull(
+    model: Annotated[
+        str | None, typer.Argument(help="HUB/ID@REVISION, or the id of a model in --config.")
+    ] = None,
+    config: ConfigOption = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch weights from the hub into this node's models folder, so that replicas start fast."""
+    with readable_errors(debug):
+        settings = load_settings(config) if config else None
+        models_folder = settings.models_folder if settings else None
+        if settings and model is None:
+            sources = {s for m in settings.models for s in _sources(settings, m).values()}
+        elif settings and model in (served := {m.id: m for m in settings.models}):
+            sources = set(_sources(settings, served[model]).values())
+        elif model:
+            sources = {_source(model)}
+        else:
+            raise SettingsError("which MODEL? Name one, or a settings file with --config")
+        for source in sorted(sources, key=lambda s: s.location):
+            folder = fetch(source, models_folder)
+            verify(folder)
+            gib = size_bytes(folder) / 2**30
+            console.print(f"{source.location}: {gib:.2f} GiB in {folder}", highlight=False)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, or HUB/ID@REVISION.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    models_folder: Annotated[
+        str | None, typer.Option(help="Where this node keeps what it pulls.")
+    ] = None,
+    adaln_8_bit: Annotated[
+        bool, typer.Option("--adaln-8-bit", help="AdaLN too; for pools that say adaln_8_bit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write an FP8 checkpoint of MODEL to OUT, which loads alone; prints sizes and load times."""
+    with readable_errors(debug):
+        folder = fetch(_source(model), models_folder)
+        with console.status("quantising"):
+            from ..engine.fp8_checkpoint import compare, quantize
+            from ..engine.precision import RECIPES
+
+            recipe = RECIPES["fp8-adaln8" if adaln_8_bit else "fp8"]
+            began = time.perf_counter()
+            quantize(folder, out, recipe)
+            took_s = time.perf_counter() - began
+            rows = compare(folder, out, recipe)
+    table = Table("", "16-bit", "FP8", title=f"{out}: written in {took_s:.1f} s")
+    for name, before, after in rows:
+        table.add_row(name, before, after)
+    Console().print(table)
+
+
+@app.command("check-config")
+def check_config(config: ConfigFile, debug: Debug = False) -> None:
+    """Check CONFIG and the OCTET_* overrides without starting anything."""
+    with readable_errors(debug):
+        settings = load_settings(config)
+        if settings.auth == "keys":
+            read_tenants(Path(settings.tenants_folder).expanduser())
+            read_keys(Path(settings.tenants_folder).expanduser())
+    table = Table("model", "pool", "replicas", "slots", "GPU each", "CPU each")
+    for model in settings.models:
+        for pool in model.pools:
+            row = (
+                model.id,
+                " on ".join(filter(None, (pool.precision, pool.card))),
+                pool.replicas,
+                pool.slots,
+                f"{pool.num_gpus:g}",
+                f"{pool.num_cpus:g}",
+            )
+            table.add_row(*map(str, row))
+    Console().print(table)
+    console.print(f"{config}: ok", style="green", highlight=False)
+
+
+def _sources(settings: Settings, model: Model) -> dict[str, Source]:
+    """Where the weights of a model's parts come from."""
+    (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
+    pools = {f"pool {pool.precision}": pool.source or model.source for pool in model.pools}
+    return {**pools, f"text encoder {encoder.id}": encoder.source}
+
+
+def _source(model: str) -> Source:
+    """A folder or HUB/ID@REVISION. Raises `SettingsError`."""
+    location, _, revision = model.partition("@")
+    if Path(model).is_dir():
+        location, revision = str(Path(model).resolve()), ""
+    try:
+        return Source(location=location, revision=revision or None)
+    except ValueError:
+        raise SettingsError(
+            f"'{model}' is neither a folder nor HUB/ID@REVISION with the 40 hexadecimal digits of "
+            "a commit"
+        ) from None
+
+
+def _serve(read: Callable[[], Settings]) -> None:
+    """Until Ctrl-C, SIGTERM or the end of the terminal; SIGUSR1 applies the settings anew."""
+    events: SimpleQueue[int] = SimpleQueue()  # its `put` is made for signal handlers
+    before = {number: signal.getsignal(number) for number in (*STOP, APPLY)}
+    nohup = before[signal.SIGHUP] is signal.SIG_IGN
+    stop = [number for number in STOP if not (nohup and number == signal.SIGHUP)]
+
+    def on_stop(handler: Any) -> None:
+        for number in stop:
+            signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        on_stop(signal.SIG_IGN)  # another Ctrl-C must not interrupt the cleaning up
+        raise KeyboardInterrupt
+
+    on_stop(interrupt)
+    signal.signal(APPLY, signal.SIG_IGN)
+    try:
+        settings = read()
+        _warn_of_strangers(settings)
+        with running(settings, _tell_changes()) as octet:
+            _announce(octet)
+            for number in (*stop, APPLY):
+                signal.signal(number, lambda number, _: events.put(number))
+            decided = _tell_decisions(octet)
+            while (event := _next(events)) in (None, APPLY):
+                if event:
+                    _apply(octet, read)
+                decided()
+            signal.signal(APPLY, signal.SIG_IGN)
+            on_stop(interrupt)
+            console.print("finishing what is being drawn; Ctrl-C again drops it")
+            try:
+                octet.drain()
+            finally:
+                on_stop(signal.SIG_IGN)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    console.print("stopped")
+
+
+def _warn_of_strangers(settings: Settings) -> None:
+    """Raises `SettingsError` for tenants that cannot be read."""
+    if settings.auth != "keys":
+        host = settings.http.host
+        complain(f"auth is {settings.auth}: whoever reaches {host} may draw, without a key")
+    elif not read_tenants(Path(settings.tenants_folder).expanduser()):
+        complain("there are no tenants yet: octet tenant add")
+
+
+def _apply(octet: Running, read: Callable[[], Settings]) -> None:
+    """Bring the running application to the settings as they are now; it runs on if that fails."""
+    try:
+        settings = read()
+        restarts = octet.apply(settings)
+    except Exception as error:  # also whatever Ray raises while its controller restarts
+        complain(f"octet: settings not applied: {error}")
+    else:
+        _warn_of_strangers(settings)
+        news = "replicas restart for them; /ready shows when they are back"
+        console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)
+
+
+def _next(events: SimpleQueue[int]) -> int | None:
+    """The next signal, or None after a while."""
+    try:
+        return events.get(timeout=LOOK_S)
+    except Empty:
+        return None
+
+
+def _tell_decisions(octet: Running) -> Callable[[], None]:
+    """Print how many replicas each pool should have, and why, where that has changed."""
+    last: dict[str, str] = {}
+
+    def tell() -> None:
+        for pool, reason in octet.reasons().items():
+            if reason and reason != last.get(pool):
+                console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
+            last[pool] = reason
+
+    return tell
+
+
+def _tell_changes() -> Callable[[str], None]:
+    """Print news, each once, as long as nothing else has been heard."""
+    last = ""
+
+    def tell(news: str) -> None:
+        nonlocal last
+        if news != last:
+            console.print(news, style="dim", highlight=False, soft_wrap=True)
+        last = news
+
+    return tell
+
+
+def _announce(octet: Running) -> None:
+    url, model = octet.url, octet.settings.models[0]
+    prompt = "a futuristic cityscape at sunset"
+    key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nDraw a picture:\n")
+    out.print(
+        f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
+        f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'
+        "  | python3 -c 'import base64, json, sys; "
+        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
+        "> octet.png\n",
+        markup=False,
+    )
+    out.print("Ctrl-C stops it.")
+    out.file.flush()
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,203 @@
+"""What `octet plan` reads: cards, models and prices, from options, settings and clusters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.cards import CARDS, Card
+from cluster.cost import ImageShape
+from cluster.footprint import (
+    CONTEXT_GIB,
+    ENCODER_PEAK_GIB,
+    GIB,
+    TEXT_TOKENS,
+    WORKSPACE_GIB,
+    text_encoders_gib,
+)
+from cluster.placement import Node
+from cluster.structure import TRANSFORMERS, structure
+from cluster.ways import Cards, Want
+
+from ..errors import SettingsError, did_you_mean
+from ..launch import LaunchError
+from ..models.checkpoints import node_folder, size_bytes
+from ..models.reference_work import CLIP_TOKENS, structure_of
+from ..settings.application import Settings
+from ..settings.models import Encoder, Model
+
+SD35_TEXT_WIDTH = 4096
+# Steps, and rows of an image, as the model cards have them; Medium's as diffusers' documentation.
+USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
+
+
+def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[Cards]:
+    """`h100:8`, each kind once. Raises `SettingsError`."""
+    counts: dict[Card, int] = {}
+    for text in given:
+        name, _, count = text.partition(":")
+        card = CARDS.get(name)
+        if card is None:
+            raise SettingsError(f"--gpu '{text}': card '{name}': {did_you_mean(name, CARDS)}")
+        if not re.fullmatch(r"[1-9]\d{0,5}", count or "1"):
+            raise SettingsError(f"--gpu '{text}': '{count}' is no number of cards")
+        counts[card] = counts.get(card, 0) + int(count or 1)
+    return [Cards(card, count, reserved_gib) for card, count in counts.items()]
+
+
+def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[Cards], list[str]]:
+    """The cards of a cluster, and in words which nodes are left out."""
+    counts: dict[Card, int] = {}
+    left_out = []
+    for node in nodes:
+        card, name = node.card, f"node {node.id[:8]}"
+        if not node.num_gpus:
+            continue
+        if card is None:
+            left_out.append(f"{name}: {node.num_gpus:g} GPUs of an unknown card are not planned")
+        elif card.has_fp8 and not node.has_fp8(card):
+            left_out.append(f"{name}: {card.id}, labelled for 16 bit, is not planned")
+        else:
+            counts[card] = counts.get(card, 0) + int(node.num_gpus)
+    return [Cards(card, count, reserved_gib) for card, count in counts.items()], left_out
+
+
+def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Want]:
+    """`sd3.5-large` or `sd3.5-large=SHARE`. Raises `SettingsError`."""
+    wants = []
+    for text in given:
+        model, _, share = text.partition("=")
+        if model not in TRANSFORMERS:
+            raise SettingsError(f"--model '{text}': {did_you_mean(model, TRANSFORMERS)}")
+        usual_steps, rows = USUAL[model]
+        width, height = _size(size)
+        shape = ImageShape(width, height, TEXT_TOKENS, rows, steps or usual_steps)
+        wants.append(Want(model, structure(model), shape, shape.pixels, _share(text, share)))
+    return _each_once(wants)
+
+
+def wants_of(settings: Settings) -> list[Want]:
+    """What a settings file serves: its default images, and the largest that it allows.
+
+    Raises `SettingsError` for a model whose structure is not known here.
+    """
+    return [
+        Want(
+            model.id,
+            structure_of(model, settings.models_folder),
+            ImageShape(
+                model.defaults.width,
+                model.defaults.height,
+                CLIP_TOKENS + model.max_sequence_length,
+                2 if model.defaults.guidance_scale > 1 else 1,
+                model.defaults.num_inference_steps,
+            ),
+            most_pixels(model),
+        )
+        for model in settings.models
+    ]
+
+
+def most_pixels(model: Model) -> int:
+    """Of the largest image that a model's limits allow."""
+    return min(model.limits.max_pixels, model.limits.max_size_px**2)
+
+
+def only_encoder(settings: Settings) -> Encoder:
+    """Raises `SettingsError` for several sets of text encoders, which a plan does not have."""
+    if len(settings.text_encoders) > 1:
+        raise SettingsError("a plan is for one set of text encoders: give each its own settings")
+    return settings.text_encoders[0]
+
+
+def encoder_gib(encoder: Encoder, settings: Settings) -> float:
+    """GiB of one replica: of SD3.5's text encoders, or by the size of their files."""
+    readers = [m for m in settings.models if m.text_encoder == encoder.id]
+    if any(structure_of(m, settings.models_folder).text_width == SD35_TEXT_WIDTH for m in readers):
+        weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision == "t5-quanto")
+        return weights_gib * (2 if encoder.precision == "fp32" else 1)
+    folder = node_folder(encoder.source, settings.models_folder)
+    parts = [part.name for part in folder.glob("text_encoder*")]
+    files_gib = sum(size_bytes(folder, part) for part in parts) / GIB
+    return files_gib + ENCODER_PEAK_GIB + CONTEXT_GIB + WORKSPACE_GIB
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", text)):
+        raise SettingsError(f"--size '{text}': WIDTHxHEIGHT in pixels is wanted")
+    width, height = map(int, match.groups())
+    if width % 16 or height % 16:
+        raise SettingsError(f"--size '{text}': both must be multiples of 16")
+    return width, height
+
+
+def _share(text: str, share: str) -> float:
+    try:
+        value = float(share or 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise SettingsError(f"--model '{text}': '{share}' is no share of the images")
+    return value
+
+
+def _each_once(wants: list[Want]) -> list[Want]:
+    for want in wants:
+        if sum(w.model == want.model for w in wants) > 1:
+            raise SettingsError(f"--model '{want.model}' is given twice")
+    return wants
+
+
+def with_prices(groups: Sequence[Cards], file: Path) -> list[Cards]:
+    """Prices from a YAML file: `h100: 2.50`, or `h100: {on_demand: 2.50, spot: 1.10}`, $ an hour.
+
+    Raises `SettingsError`.
+    """
+    try:
+        prices = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file}: {' '.join(str(error).split())}") from None
+    if not isinstance(prices, dict):
+        raise SettingsError(f"{file}: expected cards and prices")
+    for card in prices:
+        if card not in CARDS:
+            raise SettingsError(f"{file}: card '{card}': {did_you_mean(str(card), CARDS)}")
+    return [
+        replace(group, card=_priced(group.card, prices[group.card.id], file))
+        if group.card.id in prices
+        else group
+        for group in groups
+    ]
+
+
+def _priced(card: Card, price: Any, file: Path) -> Card:
+    given = price if isinstance(price, dict) else {"on_demand": price}
+    known = {"on_demand": card.on_demand_usd_h, "spot": card.spot_usd_h}
+    for key, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in known or not number or not 0 < value < 1e6:
+            raise SettingsError(
+                f"{file}: {card.id}: '{key}: {value}' is no price; known: {[*known]}"
+            )
+    known.update(given)
+    return replace(card, on_demand_usd_h=known["on_demand"], spot_usd_h=known["spot"])
+
+
+def nodes_of_cluster(address: str) -> list[Node]:
+    """Raises `LaunchError`."""
+    import ray
+
+    from cluster.ray_nodes import living_nodes
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+        return living_nodes()
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise LaunchError(f"no Ray at {address}: {error}") from None
+    finally:
+        ray.shutdown()

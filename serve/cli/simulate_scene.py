@@ -1,0 +1,170 @@
+"""What `octet simulate` runs: a fleet from options or settings, a workload and a policy."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autoscaling.load import Limits, Tuning
+from autoscaling.load import Pool as PoolLimits
+from autoscaling.policy import preferred
+from autoscaling.simulation import workloads
+from autoscaling.simulation.contestants import contestant
+from autoscaling.simulation.fleet import Machine
+from autoscaling.simulation.simulator import Outcome, Simulation, Site, image_of
+from autoscaling.simulation.workloads import HOUR_S, Workload
+from cluster.cards import CARDS
+from cluster.cost import Coefficients, reference
+from cluster.structure import TRANSFORMERS, structure
+
+from ..errors import SettingsError, did_you_mean
+from ..models.reference_work import cost_of
+from ..models.replica_bounds import limits_of, replicas_per_card
+from ..settings.application import Settings
+from ..settings.models import Pool, ServedModel
+
+WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
+NUMBERS = {  # what each policy is tuned by
+    "ray-serve": ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
+    "keda": ("target", "stabilisation_s", "cooldown_s"),
+    "static": ("replicas",),
+    "oracle": ("spare", "window_s"),
+    "queued-work": ("spare", "hold_s", "utilisation"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A model's pools on their machines; `unit`: what its work is counted in."""
+
+    sites: dict[str, Site]
+    unit: Coefficients
+    tuning: Tuning
+
+    @property
+    def limits(self) -> Limits:
+        return Limits({name: site.pool for name, site in self.sites.items()}, tuning=self.tuning)
+
+    @property
+    def start_s(self) -> float:
+        """From an order to a ready replica where a node has to be added."""
+        machine = next(iter(self.sites.values())).machine
+        return machine.node_s + machine.start_s
+
+    def run(
+        self,
+        workload: Workload,
+        policy: str,
+        seed: int = 0,
+        warm_up_s: float = 0.0,
+        **numbers: float,
+    ) -> Outcome:
+        """What becomes of the workload under a policy of `NUMBERS`."""
+        arrivals: list[tuple[float, float]] = []
+        if policy == "oracle":
+            work_s = self.unit.work_s
+            arrivals = [(a.at, work_s(image_of(a.shape))) for a in workload.arrivals(seed)]
+        chosen = contestant(
+            policy, self.limits, arrivals, workload.seconds, self.start_s, **numbers
+        )
+        return Simulation(self.sites, chosen, seed, self.unit).run(workload, warm_up_s)
+
+
+def scene_of_card(
+    model: str, card: str, slots: int, least: int, most: int, node_s: float, start_s: float
+) -> Scene:
+    """One pool, a replica a card, in the card's best precision. Raises `SettingsError`."""
+    if model not in TRANSFORMERS:
+        raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
+    if card not in CARDS:
+        raise SettingsError(f"--card '{card}': {did_you_mean(card, CARDS)}")
+    recipe = "fp8" if CARDS[card].has_fp8 else "bf16"
+    costs = reference(structure(model), recipe, CARDS[card])
+    pool = PoolLimits(model, least, most, slots, start_s=node_s + start_s)
+    name = f"{model}-{'fp8' if recipe == 'fp8' else 'fp16'}-{card}"
+    usd_h = CARDS[card].on_demand_usd_h or 0.0
+    machine = Machine(card, usd_h, node_s=node_s, start_s=start_s)
+    return Scene({name: Site(pool, machine, costs)}, costs, Tuning())
+
+
+def scene_of_settings(
+    settings: Settings, model: str | None, node_s: float, start_s: float
+) -> Scene:
+    """The pools of a model that settings serve, by default the first. Raises `SettingsError`.
+
+    Replicas that share a card share its time: each is as fast as if the others were busy.
+    """
+    application = settings.application()
+    served = {m.id: m for m in application.models}
+    if model is not None and model not in served:
+        raise SettingsError(f"--model '{model}': {did_you_mean(model, served)}")
+    chosen = served[model] if model else application.models[0]
+    limits = limits_of(application)
+    unit = cost_of(chosen, chosen.pools[0], application.models_folder)
+    pools = {chosen.pool_name(pool): pool for pool in chosen.pools}
+    sites = {
+        name: _site(
+            chosen, pools[name], limits.pools[name], application.models_folder, node_s, start_s
+        )
+        for name in preferred(chosen.id, limits)
+    }
+    return Scene(sites, unit, Tuning(**settings.autoscaling.model_dump()))
+
+
+def _site(
+    model: ServedModel,
+    pool: Pool,
+    limits: PoolLimits,
+    models_folder: str | None,
+    node_s: float,
+    start_s: float,
+) -> Site:
+    per_node = replicas_per_card(pool)
+    costs = Coefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
+    machine = Machine(
+        pool.card or "unknown card",
+        limits.usd_h * per_node,
+        per_node=per_node,
+        node_s=node_s,
+        start_s=start_s,
+    )
+    return Site(replace(limits, start_s=node_s + start_s), machine, costs)
+
+
+def workload_of(name: str, per_s: float, hours: float) -> Workload:
+    """One of `WORKLOADS` with so many requests a second, or a CSV file. Raises `SettingsError`."""
+    if name not in WORKLOADS:
+        if not Path(name).is_file():
+            known = f"one of {', '.join(WORKLOADS)}, or a CSV file"
+            raise SettingsError(f"--workload '{name}': {known}")
+        try:
+            return workloads.trace(Path(name))
+        except (OSError, ValueError, csv.Error) as error:
+            raise SettingsError(str(error)) from None
+    make = getattr(workloads, name.replace("-", "_"))
+    made: Workload = make(per_s, hours * HOUR_S)
+    return made
+
+
+def policy_of(text: str) -> tuple[str, dict[str, float]]:
+    """`NAME` or `NAME:NUMBER,NUMBER`: what it is tuned by. Raises `SettingsError`."""
+    name, _, given = text.partition(":")
+    if name not in NUMBERS:
+        raise SettingsError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")
+    keys = NUMBERS[name]
+    try:
+        values = [float(value) for value in given.split(",")] if given else []
+    except ValueError:
+        values = [-1.0]
+    low = [
+        0.0 if key.endswith(("delay_s", "stabilisation_s", "cooldown_s")) else 1e-6 for key in keys
+    ]
+    wrong = len(values) > len(keys) or any(
+        not least <= value < 1e6 for least, value in zip(low, values, strict=False)
+    )
+    if wrong:
+        raise SettingsError(f"--policy '{text}': {name} takes {', '.join(keys) or 'no numbers'}")
+    if name == "static" and not values:
+        raise SettingsError(f"--policy '{text}': how many replicas? static:8")
+    return name, dict(zip(keys, values, strict=False))

@@ -1,0 +1,145 @@
+"""`octet tenant`, `usage` and `top`: who may call, what they had, and what they have now."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..errors import SettingsError, StoreFailed
+from ..results.from_settings import open_store
+from ..settings.file import load_settings
+from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
+from ..usage.ledger import erase_usage
+from .terminal import ConfigOption, Debug, console, readable_errors
+
+app = typer.Typer(help="Who may call: tenants, their limits and their keys.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="The tenant's id: a-z 0-9 -", show_default=False)]
+FolderOption = Annotated[
+    Path | None, typer.Option(help="Tenants' folder, instead of that of --config.")
+]
+Limit = float | None
+
+
+@app.command("add")
+def add(
+    tenant: Name,
+    config: ConfigOption = None,
+    folder: FolderOption = None,
+    weight: Annotated[Limit, typer.Option(help="Its share is weight ÷ all weights.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="That it may use; default: all.")] = None,
+    requests_per_s: Annotated[Limit, typer.Option(help="Requests a second.")] = None,
+    work_per_s: Annotated[Limit, typer.Option(help="Work a second.")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Open at a time.")] = None,
+    monthly_work: Annotated[Limit, typer.Option(help="Work in a calendar month.")] = None,
+    timeout_s: Annotated[Limit, typer.Option(help="Deadline of requests without one.")] = None,
+    operator: Annotated[bool, typer.Option("--operator", help="May run octet top.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Add a tenant and print its key, which is shown only now."""
+    with readable_errors(debug):
+        given = {
+            "weight": weight,
+            "models": model or None,
+            "requests_per_s": requests_per_s,
+            "work_per_s": work_per_s,
+            "max_requests": max_requests,
+            "monthly_work": monthly_work,
+            "timeout_s": timeout_s,
+            "operator": operator or None,
+        }
+        values = {name: value for name, value in given.items() if value is not None}
+        _show(add_tenant(_folder(config, folder), tenant, values))
+
+
+@app.command("list")
+def list_tenants(
+    config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
+) -> None:
+    """Tenants, their limits, and when their keys were made."""
+    with readable_errors(debug):
+        where = _folder(config, folder)
+        tenants, keys = read_tenants(where), read_keys(where)
+    table = Table(Column("tenant", overflow="fold"), "weight", "models", "limits", "keys since")
+    for name, tenant in tenants.items():
+        limits = {
+            "requests/s": tenant.requests_per_s,
+            "work/s": tenant.work_per_s,
+            "open": tenant.max_requests,
+            "queued work": tenant.max_queued_work,
+            "work/month": tenant.monthly_work,
+            "timeout s": tenant.timeout_s,
+        }
+        table.add_row(
+            name + (" (operator)" if tenant.operator else ""),
+            f"{tenant.weight:g}",
+            ", ".join(tenant.models) if tenant.models is not None else "all",
+            ", ".join(f"{key} {value:g}" for key, value in limits.items() if value is not None),
+            ", ".join(key["created"][:10] for key in keys.get(name, ())) or "no key",
+        )
+    for name in sorted(set(keys) - set(tenants)):
+        if keys[name]:
+            table.add_row(name, "", "not in tenants.yaml: it cannot call", "", "keys are kept")
+    Console().print(table)
+
+
+@app.command("rotate-key")
+def rotate(
+    tenant: Name, config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
+) -> None:
+    """Print a new key; the newest of the old ones stays valid until `revoke --old`."""
+    with readable_errors(debug):
+        _show(rotate_key(_folder(config, folder), tenant))
+
+
+@app.command("revoke")
+def revoke(
+    tenant: Name,
+    config: ConfigOption = None,
+    folder: FolderOption = None,
+    old: Annotated[bool, typer.Option("--old", help="All keys but the newest.")] = False,
+    debug: Debug = False,
+) -> None:
+    """End a tenant's keys, everywhere within 5 s."""
+    with readable_errors(debug):
+        ended = revoke_keys(_folder(config, folder), tenant, but_newest=old)
+    console.print(f"{ended} of the keys of {tenant} ended", highlight=False)
+
+
+@app.command("erase")
+def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> None:
+    """Delete a tenant's images and usage records for ever. Revoke its keys before."""
+    with readable_errors(debug):
+        if config is None:
+            raise SettingsError("whose images? Name a settings file with --config")
+        settings = load_settings(config).application()
+        if settings.data_folder is None:
+            raise SettingsError(f"{config}: without data_folder nothing is kept")
+        store = open_store(settings, drain=False)
+        folder = Path(settings.data_folder).expanduser() / "usage"
+        try:
+            images = store.erase(tenant)
+            erased = erase_usage(folder, tenant) if folder.is_dir() else 0
+        except (OSError, ValueError, StoreFailed) as error:
+            raise SettingsError(str(error)) from None
+        finally:
+            store.close()
+    console.print(f"{images} images and {erased} records of {tenant} are gone", highlight=False)
+
+
+def _folder(config: Path | None, folder: Path | None) -> Path:
+    if folder:
+        return folder
+    if config is None:
+        raise SettingsError("whose tenants? Name a settings file with --config, or --folder")
+    return Path(load_settings(config).tenants_folder).expanduser()
+
+
+def _show(key: str) -> None:
+    console.print("The key; it is shown only now, and valid within 5 s:", highlight=False)
+    sys.stdout.write(key + "\n")

@@ -1,0 +1,90 @@
+"""`octet usage`: what tenants were charged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..errors import SettingsError
+from ..settings.file import load_settings
+from ..usage.ledger import month_of, read_usage
+from .terminal import ConfigOption, Debug, readable_errors
+
+
+def usage(
+    config: ConfigOption = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of usage, instead of that of --config.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Of one tenant.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="YYYY-MM-DD or later, UTC; default: this month.")
+    ] = None,
+    records: Annotated[
+        bool, typer.Option("--records", help="Every record as a line of JSON, not sums.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """What tenants were charged: images and work, by model and outcome."""
+    with readable_errors(debug):
+        if folder is None:
+            data = load_settings(config).data_folder if config else None
+            if data is None:
+                raise SettingsError("which usage? Name a settings file with --config, or --folder")
+            folder = Path(data).expanduser() / "usage"
+        begin = _since(since)
+        if not folder.is_dir():
+            raise SettingsError(f"{folder}: no such folder; usage is where the Dispatcher runs")
+        try:
+            found = read_usage(folder, begin, tenant)
+            if records:
+                for record in found:
+                    sys.stdout.write(json.dumps(record) + "\n")
+            else:
+                Console().print(_sums(found, begin))
+        except BrokenPipeError:  # `| head` has what it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError) as error:
+            raise SettingsError(str(error)) from None
+
+
+def _since(given: str | None) -> str:
+    if given is None:
+        return month_of(time.time())
+    try:
+        begin = datetime.fromisoformat(given)
+    except ValueError:
+        raise SettingsError(f"--since '{given}': YYYY-MM-DD, or YYYY-MM-DDTHH:MM") from None
+    utc = begin.replace(tzinfo=UTC) if begin.tzinfo is None else begin.astimezone(UTC)
+    return utc.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
+    images: dict[tuple[str, ...], int] = defaultdict(int)
+    work: dict[tuple[str, ...], float] = defaultdict(float)
+    for record in records:
+        group = tuple(record[name] for name in ("tenant", "model", "precision", "outcome"))
+        for key in (group, (record["tenant"], "", "", "")):
+            images[key] += 1
+            work[key] += record["work_s"]
+    now = datetime.now(UTC).isoformat(timespec="seconds")[:19]
+    columns = [Column(n, overflow="fold") for n in ("tenant", "model", "precision", "outcome")]
+    table = Table(*columns, title=f"since {since}, until {now} UTC")
+    for name in ("images", "work"):
+        table.add_column(name, justify="right")
+    for key in sorted(images):
+        whole = not key[1]
+        row = (*key, str(images[key]), f"{work[key]:.3f}")
+        table.add_row(*row, style="bold" if whole else None)
+    return table

@@ -1,0 +1,58 @@
+"""What a Generator counts: see `serve.metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from cluster.cost import Coefficients
+
+from ..metric_catalogue import metric
+from ..request import Timings
+from .denoising_loop import Counts
+
+
+class EngineMetrics:
+    """`pool` tags every one of them."""
+
+    def __init__(self, pool: str) -> None:
+        self._pool = {"pool": pool}
+        self._counted = Counts()
+        self._start_s: dict[str, float] = {}
+        self._counters = {
+            "steps": metric("octet_engine_steps"),
+            "rows": metric("octet_engine_rows"),
+            "step_s": metric("octet_engine_step_seconds"),
+            "out_of_memory": metric("octet_engine_out_of_memory"),
+        }
+        self._outcomes = metric("octet_engine_images")
+        self._phases = metric("octet_engine_phase_seconds")
+        self._start = metric("octet_engine_start_seconds")
+        self._speed = metric("octet_engine_speed")
+        self._coefficients = metric("octet_engine_cost_seconds")
+
+    def started(self, seconds: Mapping[str, float]) -> None:
+        """How long each phase of the start took."""
+        self._start_s = dict(seconds)
+
+    def ended(self, outcome: str) -> None:
+        self._outcomes.inc(tags={**self._pool, "outcome": outcome})
+
+    def drew(self, timings: Timings) -> None:
+        self.ended("drawn")
+        for phase in ("text", "denoise", "decode", "encode"):
+            self._phases.observe(getattr(timings, f"{phase}_s"), {**self._pool, "phase": phase})
+
+    def report(self, counts: Counts, speed: float, coefficients: Coefficients) -> None:
+        """Once per heartbeat; `counts` as the denoising loop has them."""
+        now, before = asdict(counts), asdict(self._counted)
+        for name, counter in self._counters.items():
+            if now[name] > before[name]:
+                counter.inc(now[name] - before[name], self._pool)
+        self._counted = Counts(**now)
+        # Gauges again and again: Ray forgets what it has not heard of for a while.
+        for phase, taken_s in self._start_s.items():
+            self._start.set(taken_s, {**self._pool, "phase": phase})
+        self._speed.set(speed, self._pool)
+        for name, seconds in coefficients._asdict().items():
+            self._coefficients.set(seconds, {**self._pool, "coefficient": name})

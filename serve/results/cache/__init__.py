@@ -1,0 +1,1 @@
+"""The result cache: images of repeated requests, in memory or in Redis."""

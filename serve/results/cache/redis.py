@@ -1,0 +1,126 @@
+"""Repeated requests in Redis, for all Ingress replicas; their images stay in the result store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from ...errors import NotFound
+from ...request import ImageResult, Timings
+from ...settings.application import Cache
+from ..store import folder_of
+from .circuit_breaker import Breaker
+from .memory import Remembered
+
+log = logging.getLogger("ray.serve")
+
+ANSWER_S = 0.1  # the defaults wait, and try again, for almost a minute
+READ_S = 2.0  # an image from the store; to draw it may be faster than a store that is slow
+CONNECTIONS = 64
+PREFIX = "octet:image:"
+
+T = TypeVar("T")
+
+
+class RedisCache:
+    """A `ResultCache`. `failed` is told of every time that Redis did not answer in time."""
+
+    needs_names = True
+
+    def __init__(
+        self,
+        settings: Cache,
+        read: Callable[[str], Awaitable[bytes]],
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`read`: an image by its name, or an `OctetError`. Raises `OSError` for the password."""
+        file = settings.redis_password_file
+        self._read, self._failed, self._breaker = read, failed, Breaker()
+        pool = BlockingConnectionPool.from_url(  # in a crowd one waits for another's connection
+            str(settings.redis_url),
+            password=Path(file).expanduser().read_text().strip() if file else None,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=CONNECTIONS,
+            timeout=ANSWER_S,
+        )
+        self._redis: Any = Redis.from_pool(pool)
+
+    async def get(self, key: str, tenant: str, now: float) -> Remembered | None:
+        value: bytes | None = await self._ask(lambda: self._redis.get(PREFIX + key), now)
+        if value is None:
+            return None
+        try:
+            images = json.loads(value)
+            if not all(image["name"].startswith(folder_of(tenant)) for image in images):
+                raise ValueError("an image of another tenant")
+            async with asyncio.timeout(READ_S), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._image(dict(image))) for image in images]
+        except (LookupError, TypeError, ValueError):
+            log.warning("the result cache holds what is not ours", exc_info=True)
+            return None
+        except (TimeoutError, ExceptionGroup):  # it is swept, erased, on another node, or away
+            return None
+        names = tuple(str(image["name"]) for image in images)
+        return Remembered(tuple(task.result() for task in tasks), names)
+
+    async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
+        value = await asyncio.to_thread(_value, found)
+        await self._ask(lambda: self._redis.set(PREFIX + key, value, ex=max_age_s), now)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _image(self, image: dict[str, Any]) -> ImageResult:
+        name, digest, timings = (image.pop(key) for key in ("name", "sha256", "timings"))
+        data = await self._read(name)
+        if await asyncio.to_thread(_digest, data) != digest:
+            raise NotFound(f"{name} is not the image that was remembered")
+        return ImageResult(image=data, timings=Timings(**timings), **image)
+
+    async def _ask(self, command: Callable[[], Awaitable[T]], now: float) -> T | None:
+        """What Redis answers; None if it does not."""
+        if not self._breaker.allows(now):
+            return None
+        was_open = self._breaker.open
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                answer = await command()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._breaker.failed(now)
+            self._failed()
+            if self._breaker.open and not was_open:
+                log.warning("Redis does not answer: going on without the result cache: %s", error)
+            return None
+        self._breaker.succeeded()
+        if was_open:
+            log.info("Redis answers again")
+        return answer
+
+
+def _value(found: Remembered) -> str:
+    images = [
+        {
+            **{k: v for k, v in asdict(result).items() if k != "image"},
+            "name": name,
+            "sha256": _digest(result.image),
+        }
+        for name, result in zip(found.names, found.results, strict=True)
+    ]
+    return json.dumps(images)
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()

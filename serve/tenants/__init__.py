@@ -1,0 +1,1 @@
+"""Who may call: tenants, their keys, and the files that hold both."""

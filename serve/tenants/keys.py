@@ -1,0 +1,68 @@
+"""API keys: what is kept of them, and which tenant a key belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .tenant import Tenant
+
+
+class Access(NamedTuple):
+    """What an Ingress has to know of a tenant; `digests`: SHA-256 of its keys, hexadecimal."""
+
+    digests: tuple[str, ...]
+    models: tuple[str, ...] | None = None  # None: all
+    timeout_s: float | None = None
+    operator: bool = False
+
+
+Directory = dict[str, Access]  # by tenant
+
+
+KEY_BYTES = 20  # 160 random bits
+
+
+KEY = re.compile(r"octet_([a-z0-9-]{1,63})_[0-9a-f]{40}")
+
+
+VALID_KEYS = 2  # of a tenant, while it moves from one to the next
+
+
+NO_DIGEST = "0" * 64
+
+
+Digests = dict[str, list[dict[str, str]]]
+
+
+def directory(tenants: Mapping[str, Tenant], keys: Digests) -> Directory:
+    """What Ingresses have to know of all tenants."""
+    return {
+        name: Access(
+            tuple(key["sha256"] for key in keys.get(name, ())),
+            tenant.models,
+            tenant.timeout_s,
+            tenant.operator,
+        )
+        for name, tenant in tenants.items()
+    }
+
+
+def tenant_of(key: str, directory: Directory) -> str | None:
+    """The tenant that a key belongs to; takes as long whether there is one or not."""
+    match = KEY.fullmatch(key)
+    name = match[1] if match else ""
+    access = directory.get(name)
+    known = access.digests if access else ()
+    given = digest(key)
+    same = [
+        hmac.compare_digest(given, (*known, NO_DIGEST, NO_DIGEST)[i]) for i in range(VALID_KEYS)
+    ]
+    return name if any(same) else None
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()

@@ -1,0 +1,1 @@
+"""What was charged: one usage record for each image, and the ledger that keeps them."""
