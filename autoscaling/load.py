@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class PolicyTuning:
     """What an operator may set.
 
     `target_wait_s`: how soon a queue is to be drained once replicas ordered for it are ready;
@@ -32,7 +32,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolBounds:
     """What is known of a pool beforehand.
 
     `speed`, work a second, and `start_s` of a replica: until replicas have shown theirs. `usd_h`:
@@ -60,10 +60,10 @@ class Follower:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    pools: Mapping[str, Pool]
+class ScalingLimits:
+    pools: Mapping[str, PoolBounds]
     followers: Mapping[str, Follower] = field(default_factory=dict)
-    tuning: Tuning = Tuning()
+    tuning: PolicyTuning = PolicyTuning()
 
 
 class Demand(NamedTuple):

@@ -25,32 +25,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .load import Demand, Follower, Limits, Load, Pool
-from .pool_state import Needed, Order, PoolState, bounded, seen
-from .rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
+from .load import Demand, Follower, Load, PoolBounds, ScalingLimits
+from .pool_state import PoolState, ReplicaOrder, ReplicasNeeded, bounded, updated
+from .rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
 
 PAUSE_S = 10.0  # without a decision for so long, nothing is known of the time between
 QUEUE_S = 1.0  # a queue that lasts no longer is chance
 DRAIN = 1 / 8  # of a start's time, at least: for less, replicas would start for moments
-DUST = 1e-6  # of a replica
+ROUNDING = 1e-6  # of a replica
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class PolicyState:
     """What `decide` remembers."""
 
     at: float = -math.inf
     samples: Mapping[tuple[str, ...], Samples] = field(default_factory=dict)
     rises: Mapping[str, Rises] = field(default_factory=dict)  # by model
     pools: Mapping[str, PoolState] = field(default_factory=dict)
-    followers: Mapping[str, tuple[Needed, ...]] = field(default_factory=dict)
+    followers: Mapping[str, tuple[ReplicasNeeded, ...]] = field(default_factory=dict)
 
 
-class Decision(NamedTuple):
+class ScalingDecision(NamedTuple):
     """Replicas of every pool and follower; `reasons`: of those for which it changed."""
 
     replicas: Mapping[str, int]
-    state: State
+    state: PolicyState
     reasons: Mapping[str, str]
 
 
@@ -68,7 +68,7 @@ class _Share(NamedTuple):
         return max(self.for_rate, self.for_queue)
 
 
-def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
+def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) -> ScalingDecision:
     """Replicas to run from now on, within their bounds whatever the load says."""
     mean_s = limits.tuning.hold_s
     if now < state.at or now - state.at > PAUSE_S:
@@ -78,9 +78,9 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         new = Sample(now, d.arrived_s, d.squares)
         # Nobody had asked for these pools by the last decision, if there was one.
         first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
-        samples[d.pools] = sampled(samples.get(d.pools, first), new, mean_s)
+        samples[d.pools] = with_sample(samples.get(d.pools, first), new, mean_s)
     pools = {
-        name: seen(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
+        name: updated(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
         for name, pool in limits.pools.items()
     }
     rises, reasons = {}, {}
@@ -90,7 +90,9 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         theirs = [samples[d.pools] for d in demands]
         arriving, known = rates(theirs, mean_s), state.rises.get(model, Rises())
         start_s = pools[names[0]].start_s
-        rises[model] = risen(known, sum(arriving), recent_rate(theirs, mean_s), start_s, now)
+        rises[model] = updated_rises(
+            known, sum(arriving), recent_rate(theirs, mean_s), start_s, now
+        )
         filling = _Filling(demands, arriving, rises[model].usual, pools, limits, now)
         for place, name in enumerate(names):
             before, share = pools[name], filling.share(name, names[place + 1 :])
@@ -110,10 +112,10 @@ def decide(load: Load, limits: Limits, state: State, now: float) -> Decision:
         last = state.followers.get(name)
         if last and last[0].replicas != wanted:
             reasons[name] = f"{last[0].replicas} → {wanted} replicas (along with what it serves)"
-    return Decision(replicas, State(now, samples, rises, pools, followers), reasons)
+    return ScalingDecision(replicas, PolicyState(now, samples, rises, pools, followers), reasons)
 
 
-def preferred(model: str, limits: Limits) -> list[str]:
+def preferred(model: str, limits: ScalingLimits) -> list[str]:
     """A model's pools, best first."""
     names = [name for name, pool in limits.pools.items() if pool.model == model]
     if all(limits.pools[name].usd_h for name in names):
@@ -121,7 +123,7 @@ def preferred(model: str, limits: Limits) -> list[str]:
     return names
 
 
-def _resumed(state: State, now: float) -> State:
+def _resumed(state: PolicyState, now: float) -> PolicyState:
     """After a pause, or a clock that was set: what is wanted stays until more is known."""
     if state.at == -math.inf:
         return state
@@ -129,16 +131,18 @@ def _resumed(state: State, now: float) -> State:
         name: replace(
             pool,
             busy=now if pool.wanted else pool.busy,
-            orders=(Order(now, pool.starting),) if pool.starting else (),
-            arriving=(Needed(now, pool.wanted),),
+            orders=(ReplicaOrder(now, pool.starting),) if pool.starting else (),
+            arriving=(ReplicasNeeded(now, pool.wanted),),
             draining=(),
             given_up_at=now if pool.given_up else None,
         )
         for name, pool in state.pools.items()
     }
-    followers = {name: (Needed(now, held[0].replicas),) for name, held in state.followers.items()}
+    followers = {
+        name: (ReplicasNeeded(now, held[0].replicas),) for name, held in state.followers.items()
+    }
     if now < state.at:
-        return State(pools=pools, followers=followers)
+        return PolicyState(pools=pools, followers=followers)
     return replace(state, pools=pools, followers=followers)
 
 
@@ -154,7 +158,7 @@ class _Filling:
         arriving: Sequence[float],
         rise: float,
         pools: Mapping[str, PoolState],
-        limits: Limits,
+        limits: ScalingLimits,
         now: float,
     ) -> None:
         self._demands, self._now = demands, now
@@ -192,7 +196,7 @@ class _Filling:
         there = sum(self._pools[name].ready * self._pools[name].speed for name in later)
         return max(there - sum(theirs), 0.0)
 
-    def _needs(self, share: _Share, pool: Pool, state: PoolState, helping: float) -> _Share:
+    def _needs(self, share: _Share, pool: PoolBounds, state: PoolState, helping: float) -> _Share:
         tuning, start_s = self._limits.tuning, state.start_s
         always = share.rate / state.speed  # replicas that are at work at any time
         chance = tuning.spare * math.sqrt(always / pool.slots)
@@ -217,16 +221,16 @@ class _Filling:
 
 
 def _wanting(
-    before: PoolState, share: _Share, name: str, limits: Limits, *, first: bool, now: float
+    before: PoolState, share: _Share, name: str, limits: ScalingLimits, *, first: bool, now: float
 ) -> PoolState:
     """`first`: of its model's pools."""
     pool, tuning = limits.pools[name], limits.tuning
     busy = now if share.replicas else before.busy
     idle = now - busy > tuning.idle_s
-    for_rate = math.ceil(share.for_rate - DUST)
+    for_rate = math.ceil(share.for_rate - ROUNDING)
     if first and not idle:
         for_rate += tuning.warm_reserve
-    for_queue = math.ceil(share.for_queue - DUST)
+    for_queue = math.ceil(share.for_queue - ROUNDING)
     if share.queued_s > QUEUE_S * before.speed * before.ready:
         for_queue = max(for_queue, before.wanted)
     hold_s = max(tuning.hold_s, 2 * before.start_s)
@@ -238,7 +242,9 @@ def _wanting(
     return replace(before, wanted=wanted, busy=busy, arriving=arriving, draining=draining)
 
 
-def _following(follower: Follower, replicas: Mapping[str, int], load: Load, limits: Limits) -> int:
+def _following(
+    follower: Follower, replicas: Mapping[str, int], load: Load, limits: ScalingLimits
+) -> int:
     most = follower.max_replicas
     if follower.each:
         wanted = math.ceil(load.open_requests / follower.each)
@@ -246,19 +252,19 @@ def _following(follower: Follower, replicas: Mapping[str, int], load: Load, limi
         pools = {name: limits.pools[name] for name in follower.pools}
         full = sum(pool.max_replicas * pool.speed for pool in pools.values())
         part = sum(replicas[name] * pool.speed for name, pool in pools.items()) / full
-        wanted = math.ceil(most * part - DUST)
+        wanted = math.ceil(most * part - ROUNDING)
     return min(max(wanted, follower.min_replicas), most)
 
 
 def _held(
-    history: tuple[Needed, ...], needed: int, hold_s: float, now: float
-) -> tuple[Needed, ...]:
+    history: tuple[ReplicasNeeded, ...], needed: int, hold_s: float, now: float
+) -> tuple[ReplicasNeeded, ...]:
     """The first is the most that was needed within `hold_s`, and so on of what came after it."""
     kept = [then for then in history if then.replicas > needed and now - then.at <= hold_s]
-    return (*kept, Needed(now, needed))
+    return (*kept, ReplicasNeeded(now, needed))
 
 
-def _reason(before: PoolState, after: PoolState, share: _Share, pool: Pool) -> str:
+def _reason(before: PoolState, after: PoolState, share: _Share, pool: PoolBounds) -> str:
     """Which rule it was, and its numbers, in words."""
     words = [f"{share.rate:.2f} s of work arrive a second"] if share.rate else ["nothing arrives"]
     if share.queued_s:

@@ -6,21 +6,21 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .load import Pool, Supply, Tuning
+from .load import PolicyTuning, PoolBounds, Supply
 
 LEARN = 0.3  # how far one start moves the time that is expected of the next
 LATE = 3.0  # a start that takes so many times as long as expected may never end
 RETRY_S = 600.0  # until replicas that did not come are waited for again
 
 
-class Order(NamedTuple):
+class ReplicaOrder(NamedTuple):
     """Replicas that were wanted at a time and are not ready yet."""
 
     at: float
     replicas: int
 
 
-class Needed(NamedTuple):
+class ReplicasNeeded(NamedTuple):
     """So many were needed at a time, and fewer ever since."""
 
     at: float
@@ -36,9 +36,9 @@ class PoolState:
     start_s: float
     speed: float
     busy: float
-    orders: tuple[Order, ...] = ()
-    arriving: tuple[Needed, ...] = ()  # for what arrives
-    draining: tuple[Needed, ...] = ()  # for what waits
+    orders: tuple[ReplicaOrder, ...] = ()
+    arriving: tuple[ReplicasNeeded, ...] = ()  # for what arrives
+    draining: tuple[ReplicasNeeded, ...] = ()  # for what waits
     given_up_at: float | None = None  # its replicas do not come
 
     @property
@@ -50,8 +50,12 @@ class PoolState:
         return self.given_up_at is not None
 
 
-def seen(
-    known: PoolState | None, pool: Pool, supply: Supply | None, tuning: Tuning, now: float
+def updated(
+    known: PoolState | None,
+    pool: PoolBounds,
+    supply: Supply | None,
+    tuning: PolicyTuning,
+    now: float,
 ) -> PoolState:
     """As known before, and as its replicas report now; None: nothing is known, or reported."""
     if known is None:
@@ -59,7 +63,9 @@ def seen(
         wanted = bounded(ready, pool)
         start_s = (supply and supply.start_s) or pool.start_s
         busy = now if ready else -math.inf
-        known = PoolState(wanted, ready, start_s, pool.speed, busy, arriving=(Needed(now, wanted),))
+        known = PoolState(
+            wanted, ready, start_s, pool.speed, busy, arriving=(ReplicasNeeded(now, wanted),)
+        )
     if supply is None:
         return known
     came, orders, start_s = supply.ready - known.ready, known.orders, known.start_s
@@ -69,7 +75,7 @@ def seen(
         took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
         learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARN) ** taken
         start_s += learn * (took_s - start_s)
-        left = Order(now, oldest.replicas - taken)  # where one came others may
+        left = ReplicaOrder(now, oldest.replicas - taken)  # where one came others may
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
     late_s = now - orders[0].at if orders else 0.0
@@ -89,11 +95,13 @@ def seen(
     )
 
 
-def _ordered(orders: tuple[Order, ...], starting: int, now: float) -> tuple[Order, ...]:
+def _ordered(
+    orders: tuple[ReplicaOrder, ...], starting: int, now: float
+) -> tuple[ReplicaOrder, ...]:
     """So many in all: more are ordered now; fewer, and the newest are called off."""
     missing = starting - sum(order.replicas for order in orders)
     if missing > 0:
-        return (*orders, Order(now, missing))
+        return (*orders, ReplicaOrder(now, missing))
     kept = list(orders)
     while missing < 0:
         last = kept.pop()
@@ -103,5 +111,5 @@ def _ordered(orders: tuple[Order, ...], starting: int, now: float) -> tuple[Orde
     return tuple(kept)
 
 
-def bounded(replicas: int, pool: Pool) -> int:
+def bounded(replicas: int, pool: PoolBounds) -> int:
     return min(max(replicas, pool.min_replicas), pool.max_replicas)

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 Samples = tuple[Sample, ...]
 
 
-def sampled(samples: Samples, new: Sample, mean_s: float) -> Samples:
+def with_sample(samples: Samples, new: Sample, mean_s: float) -> Samples:
     """With one more, and without those that the long window, `mean_s`, no longer needs.
 
     If a counter has become less it is a new process's, and if time has the clock was set back:
@@ -85,7 +85,9 @@ class Rises(NamedTuple):
     usual: float = 0.0
 
 
-def risen(known: Rises, expected: float, arriving: float, start_s: float, now: float) -> Rises:
+def updated_rises(
+    known: Rises, expected: float, arriving: float, start_s: float, now: float
+) -> Rises:
     """With what is expected now, and what became of what was expected one start ago."""
     if known.expected and 0 <= now - known.expected[-1][0] < RISES_EVERY_S:
         return known

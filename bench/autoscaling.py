@@ -23,18 +23,18 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autoscaling.load import Pool as PoolLimits
-from autoscaling.load import Tuning
+from autoscaling.load import PolicyTuning
+from autoscaling.load import PoolBounds as PoolLimits
 from autoscaling.simulation import workloads
-from autoscaling.simulation.fleet import Machine
-from autoscaling.simulation.plot import draw
-from autoscaling.simulation.simulator import Site, image_of
+from autoscaling.simulation.fleet import NodeType
+from autoscaling.simulation.plot import plot_timelines
+from autoscaling.simulation.simulator import SimulatedPool, image_of
 from autoscaling.simulation.workloads import DAY_S, HOUR_S, Workload
 from cluster.cards import CARDS
-from cluster.cost import Coefficients, reference
+from cluster.cost import CostCoefficients, reference
 from cluster.structure import structure
 from serve.cli.simulate import as_dict
-from serve.cli.simulate_scene import Scene, scene_of_card
+from serve.cli.simulate_scenario import Scenario, scenario_of_card
 
 OUT = Path("build/bench")
 WARM_UP_S = 900.0
@@ -62,11 +62,11 @@ class Job(NamedTuple):
 
 
 @cache
-def cases(quick: bool) -> dict[str, tuple[Workload, Scene]]:
+def cases(quick: bool) -> dict[str, tuple[Workload, Scenario]]:
     """Workloads, each with the fleet that serves it."""
     part = 0.5 if quick else 1.0
     large, larger = (
-        scene_of_card("sd3.5-large", "h100", 4, 0, most, NODE_S, START_S) for most in (64, 128)
+        scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODE_S, START_S) for most in (64, 128)
     )
     return {
         "poisson": (workloads.poisson(4, 3 * HOUR_S * part), large),
@@ -79,12 +79,12 @@ def cases(quick: bool) -> dict[str, tuple[Workload, Scene]]:
     }
 
 
-def mixed() -> Scene:
+def mixed() -> Scenario:
     """FP8 on 32 spot L40S, which are taken away now and then, then 16 bit on A100."""
     fp8 = reference(structure("sd3.5-large"), "fp8", CARDS["l40s"])
     bf16 = reference(structure("sd3.5-large"), "bf16", CARDS["a100-80"])
     start_s = NODE_S + START_S
-    l40s = Machine(
+    l40s = NodeType(
         "l40s",
         CARDS["l40s"].spot_usd_h or 0.0,
         node_s=NODE_S,
@@ -92,18 +92,18 @@ def mixed() -> Scene:
         replica_fails_s=12 * HOUR_S,
         node_taken_s=6 * HOUR_S,
     )
-    a100 = Machine(
+    a100 = NodeType(
         "a100-80", CARDS["a100-80"].on_demand_usd_h or 0.0, node_s=NODE_S, start_s=START_S
     )
     speed = _work_s(fp8) / _work_s(bf16)
     sites = {
-        "fp8": Site(PoolLimits("m", 0, 32, 2, 1.0, start_s, l40s.usd_h), l40s, fp8),
-        "fp16": Site(PoolLimits("m", 0, 48, 1, speed, start_s, a100.usd_h), a100, bf16),
+        "fp8": SimulatedPool(PoolLimits("m", 0, 32, 2, 1.0, start_s, l40s.usd_h), l40s, fp8),
+        "fp16": SimulatedPool(PoolLimits("m", 0, 48, 1, speed, start_s, a100.usd_h), a100, bf16),
     }
-    return Scene(sites, fp8, Tuning())
+    return Scenario(sites, fp8, PolicyTuning())
 
 
-def _work_s(costs: Coefficients) -> float:
+def _work_s(costs: CostCoefficients) -> float:
     return costs.work_s(image_of(workloads.USUAL[0][0]))
 
 
@@ -254,7 +254,7 @@ def table(results: dict[str, Any]) -> str:
 def scale(quick: bool) -> dict[str, Any]:
     """The simulator's own speed, and 1,000 cards."""
     day = workloads.poisson(50, DAY_S / (24 if quick else 1))
-    large = scene_of_card("sd3.5-large", "h100", 4, 0, 1000, NODE_S, START_S)
+    large = scenario_of_card("sd3.5-large", "h100", 4, 0, 1000, NODE_S, START_S)
     began = time.perf_counter()
     at_50 = large.run(day, "queued-work", 1, WARM_UP_S)
     took_s = time.perf_counter() - began
@@ -310,7 +310,7 @@ def main() -> None:
             timelines[name] = {row: lines[key(*rows[row])] for row in DRAWN}
     OUT.mkdir(parents=True, exist_ok=True)
     for name, lines in timelines.items():
-        draw(lines, name, OUT / f"autoscaling-{name}.png")
+        plot_timelines(lines, name, OUT / f"autoscaling-{name}.png")
     report = {
         "machine": platform.machine(),
         "quick": quick,

@@ -20,11 +20,11 @@ from typing import Any
 
 import httpx
 
-from autoscaling.simulation.plot import draw
-from autoscaling.simulation.simulator import Point
-from serve.cli.load_client import Load, percentile
+from autoscaling.simulation.plot import plot_timelines
+from autoscaling.simulation.simulator import TimelinePoint
+from serve.cli.load_client import LoadClient, percentile
 from serve.cli.main import DEMO_SETTINGS
-from serve.launch import running
+from serve.launch import run_application
 from serve.settings.file import load_settings
 
 from .fairness_server import free_port
@@ -72,16 +72,18 @@ class Watch(threading.Thread):
                 at = time.monotonic() - self.began
                 queued = state["queued"]
                 asked = queued + pool["running"]
-                self.points.append(Point(at, asked, queued, pool["wanted"], pool["replicas"]))
+                self.points.append(
+                    TimelinePoint(at, asked, queued, pool["wanted"], pool["replicas"])
+                )
 
 
-def play(policy: str, least: int) -> tuple[dict[str, Any], list[Point]]:
-    with running(settings(policy, least)) as octet:
+def play(policy: str, least: int) -> tuple[dict[str, Any], list[TimelinePoint]]:
+    with run_application(settings(policy, least)) as octet:
         watch = Watch(octet.url)
         watch.start()
         time.sleep(CALM_S)
         begins = time.monotonic() - watch.began
-        load = Load(f"{octet.url}/v1/images/generations", {})
+        load = LoadClient(f"{octet.url}/v1/images/generations", {})
         answers = asyncio.run(load.closed_loop({"anyone": CLIENTS}, BODY, LOAD_S))
         ended = time.monotonic() - watch.began
         time.sleep(AFTER_S if policy == "queued-work" else 10)
@@ -105,7 +107,7 @@ def play(policy: str, least: int) -> tuple[dict[str, Any], list[Point]]:
 def main() -> None:
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {"cores": os.cpu_count(), "clients": CLIENTS, "replicas": MOST}
-    timelines: dict[str, list[Point]] = {}
+    timelines: dict[str, list[TimelinePoint]] = {}
     for policy, least in (("queued-work", 0), ("queued-work", 1), ("ray-default", 1)):
         name = f"{policy}, from {least}"
         results[name], timelines[name] = play(policy, least)
@@ -113,7 +115,7 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "autoscaling-ray.json").write_text(json.dumps(results, indent=1))
     title, file = "the demo model on real Ray", OUT / "autoscaling-ray.png"
-    draw(timelines, title, file, arriving="images that wait or run")
+    plot_timelines(timelines, title, file, arriving="images that wait or run")
 
 
 if __name__ == "__main__":

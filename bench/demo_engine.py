@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cluster.cost import Coefficients, ImageShape
+from cluster.cost import CostCoefficients, ImageShape
 from serve.engine.denoising_loop import BUCKETS, bucket
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder, to_pixels
@@ -195,7 +195,7 @@ def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
     return run
 
 
-def fitted(engine: Engine, costs: Costs) -> Coefficients:
+def fitted(engine: Engine, costs: Costs) -> CostCoefficients:
     """Coefficients of the images alone, least squares of relative errors: see `serve.cost`."""
     rows_of, wanted = [], []
     for size in engine.sizes:
@@ -207,7 +207,7 @@ def fitted(engine: Engine, costs: Costs) -> Coefficients:
     constant, pixel = _least_squares(
         [[1, s * s] for s in engine.sizes], [costs.decode_s[s] for s in engine.sizes]
     )
-    return Coefficients(constant, step, token, token2, pixel)
+    return CostCoefficients(constant, step, token, token2, pixel)
 
 
 def _least_squares(features: list[list[float]], wanted: list[float]) -> list[float]:

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import torch
 
-from cluster.cost import Learned
-from serve.engine.denoising_loop import DenoisingLoop, Drawn
+from cluster.cost import LearnedCost
+from serve.engine.denoising_loop import DenoisingLoop, GeneratedPixels
 
 from .demo_engine import (
     MAX_ROWS,
@@ -206,11 +206,11 @@ def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[st
     trace = poisson(rng, images, load / own_time_s(costs), lambda: mix(rng, engine.sizes))
     loop = DenoisingLoop(engine.denoiser, MAX_ROWS)
     slots = threading.Semaphore(EQUAL)
-    learned = Learned(fitted(engine, costs))
+    learned = LearnedCost(fitted(engine, costs))
     finished, errors = [0.0] * images, []
     began = time.perf_counter()
 
-    def done(i: int, future: Future[Drawn]) -> None:
+    def done(i: int, future: Future[GeneratedPixels]) -> None:
         finished[i] = time.perf_counter() - began
         slots.release()
         shape, busy_s = engine.shape(trace[i].key), future.result().busy_s

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.cli.load_client import Answered, Ask, Load, percentile, poisson
+from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from serve.cli.main import DEMO_SETTINGS
 from serve.settings.file import load_settings
 
@@ -41,13 +41,13 @@ def body(steps: int, **more: Any) -> dict[str, Any]:
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def light_tenants(steps: int, seconds: float) -> list[Ask]:
+def light_tenants(steps: int, seconds: float) -> list[TimedRequest]:
     """Nine tenants at half of their share each."""
     share = SLOTS / (steps * STEP_S) / (len(LIGHT) + 1)
     return [ask for t in LIGHT for ask in poisson("1", t, share / 2, seconds, body(steps))]
 
 
-def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[Ask]]:
+def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[TimedRequest]]:
     """The light tenants without and with one that asks for ten times all there is.
 
     The flood sets in when they have begun; they are compared from then on. Also what was drawn
@@ -88,7 +88,7 @@ def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
 
 def budget(bench: Bench, tenant: str) -> int:
     """Of 200 parallel requests of a tenant with budget for ten, how many are drawn."""
-    asks = [Ask(0, tenant, body(4)) for _ in range(200)]
+    asks = [TimedRequest(0, tenant, body(4)) for _ in range(200)]
     found = asyncio.run(bench.load.open_loop(asks))
     assert {a.code for a in found if a.status != 200} == {"insufficient_quota"}
     return sum(a.status == 200 for a in found)
@@ -123,14 +123,14 @@ def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[Ask]) -> dict[str, Any]:
+def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[TimedRequest]) -> dict[str, Any]:
     """Plain Ray Serve with the same slots, the same light tenants, and of the flood `heavy`."""
     from ray import serve
 
     from .timed import fifo as application
 
     serve.run(application(SLOTS), name="fifo", route_prefix="/fifo")
-    load, light = Load(f"{bench.octet.url}/fifo", {}), light_tenants(steps, seconds)
+    load, light = LoadClient(f"{bench.octet.url}/fifo", {}), light_tenants(steps, seconds)
     calm = asyncio.run(load.open_loop(light))
     flooded = asyncio.run(load.open_loop([*light, *heavy]))
     serve.delete("fifo")
@@ -189,10 +189,12 @@ def demo(bench: Bench, seconds: float) -> dict[str, Any]:
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _tails(calm: Sequence[Answered], flooded: Sequence[Answered], begins: float) -> dict[str, Any]:
+def _tails(
+    calm: Sequence[LoadAnswer], flooded: Sequence[LoadAnswer], begins: float
+) -> dict[str, Any]:
     """Of the light tenants' requests since a time."""
 
-    def p99(found: Sequence[Answered]) -> float:
+    def p99(found: Sequence[LoadAnswer]) -> float:
         return percentile([a.latency_s for a in found if a.status == 200], 0.99)
 
     before, after = ([a for a in _of(f, LIGHT) if a.ask.at >= begins] for f in (calm, flooded))
@@ -205,11 +207,11 @@ def _tails(calm: Sequence[Answered], flooded: Sequence[Answered], begins: float)
     }
 
 
-def _of(found: Sequence[Answered], tenants: Sequence[str]) -> list[Answered]:
+def _of(found: Sequence[LoadAnswer], tenants: Sequence[str]) -> list[LoadAnswer]:
     return [a for a in found if a.ask.tenant in tenants]
 
 
-def _rate(found: Sequence[Answered], seconds: float) -> float:
+def _rate(found: Sequence[LoadAnswer], seconds: float) -> float:
     """Images a second after the first fifth, in which slots fill."""
     begin = 0.2 * seconds
     done = [a for a in found if a.status == 200 and begin < a.done_at < seconds]
@@ -240,7 +242,7 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
         with served("bench.timed:build", Path(folder), **changes) as bench:
             for part in ("flood", "shares", "budget_admitted"):
                 found[part] = {}
-            drawn: list[Ask] = []
+            drawn: list[TimedRequest] = []
             for number, replicas in enumerate((1, 4) if quick else (1, 2, 4)):
                 tell(f"{replicas} Ingresses")
                 bench.ingresses(replicas)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from serve import launch
-from serve.cli.load_client import Load
+from serve.cli.load_client import LoadClient
 from serve.cli.main import DEMO_SETTINGS
-from serve.launch import Running, running
+from serve.launch import RunningApplication, run_application
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 from serve.tenants.files import add_tenant
@@ -28,9 +28,9 @@ BUDGETS = [f"budget{i}" for i in range(4)]
 class Bench:
     """One Ray with the application on it, and a client with every tenant's key."""
 
-    def __init__(self, octet: Running, keys: dict[str, str]) -> None:
+    def __init__(self, octet: RunningApplication, keys: dict[str, str]) -> None:
         self.octet, self.keys = octet, keys
-        self.load = Load(f"{octet.url}/v1/images/generations", keys)
+        self.load = LoadClient(f"{octet.url}/v1/images/generations", keys)
 
     def ingresses(self, replicas: int) -> None:
         """Serve with so many; waits until they and the rest are there again."""
@@ -71,7 +71,7 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with running(settings) as octet:
+            with run_application(settings) as octet:
                 yield Bench(octet, keys)
     finally:
         launch.serve_config = config

@@ -19,8 +19,8 @@ import httpx
 
 from serve.cli.load_client import percentile
 from serve.cli.main import DEMO_SETTINGS
-from serve.launch import running
-from serve.settings.application import Cache, Settings
+from serve.launch import run_application
+from serve.settings.application import CacheSettings, Settings
 from serve.settings.file import load_settings
 
 from .fairness_server import free_port
@@ -72,7 +72,7 @@ def stopped(client: Client) -> None:
     print(f"\nadded to the p99: {added_ms:.0f} ms; longest {1000 * max(asked):.0f} ms")
 
 
-def settings(folder: str, cache: Cache) -> Settings:
+def settings(folder: str, cache: CacheSettings) -> Settings:
     found = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(free_port())})
     return found.model_copy(update={"cache": cache, "data_folder": folder})
 
@@ -81,17 +81,17 @@ def main() -> None:
     print("| | requests | p50 ms | p99 ms |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         with (
-            running(settings(f"{folder}/a", Cache())) as octet,
+            run_application(settings(f"{folder}/a", CacheSettings())) as octet,
             httpx.Client(base_url=octet.url, timeout=60) as http,
         ):
             measure(Client(http), "memory")
         port = free_port()
         options = f"--port {port} --bind 127.0.0.1 --logfile log --dir {folder} --save".split()
         redis = subprocess.Popen([str(shutil.which("redis-server")), *options, ""])  # noqa: S603 - found on the path
-        cache = Cache(redis_url=f"redis://127.0.0.1:{port}/0")
+        cache = CacheSettings(redis_url=f"redis://127.0.0.1:{port}/0")
         try:
             with (
-                running(settings(f"{folder}/b", cache)) as octet,
+                run_application(settings(f"{folder}/b", cache)) as octet,
                 httpx.Client(base_url=octet.url, timeout=60) as http,
             ):
                 measure(Client(http), "Redis")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from serve.engine.batching import Running, next_batch
+from serve.engine.batching import BatchCandidate, next_batch
 
 Key = tuple[int, int, int]  # size, rows, steps: what static batching calls equal
 
@@ -116,7 +116,7 @@ def between_steps(trace: Sequence[Asked], costs: Costs, slots: int, max_rows: in
     """As the denoising loop does, behind a first-come queue for its slots."""
     finished = [0.0] * len(trace)
     arriving = deque(range(len(trace)))
-    inside: dict[int, Running] = {}
+    inside: dict[int, BatchCandidate] = {}
     now = 0.0
     while arriving or inside:
         if not inside:
@@ -124,7 +124,7 @@ def between_steps(trace: Sequence[Asked], costs: Costs, slots: int, max_rows: in
         while arriving and len(inside) < slots and trace[arriving[0]].arrives_s <= now:
             i = arriving.popleft()
             size, rows, steps = trace[i].key
-            inside[i] = Running(kind=size, rows=rows, steps_left=steps, arrival=i)
+            inside[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
         batch = next_batch(inside.values(), max_rows)
         rows = costs.bucket(sum(image.rows for image in batch))
         now += costs.step(trace[batch[0].arrival].size_px, rows)

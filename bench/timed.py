@@ -20,16 +20,16 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
 from serve.dispatch.client.open_call import Wish
 from serve.dispatch.client.session import DispatchSession
-from serve.dispatch.protocol import Heartbeat, Lease, Stopped
+from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
 from serve.errors import OctetError
-from serve.request import ImageRequest, ImageResult, Receipt, Timings, Watch
-from serve.settings.application import Application
+from serve.request import Acknowledgement, ImageRequest, ImageResult, StreamOptions, Timings
+from serve.settings.application import ApplicationSettings
 from serve.settings.models import Pool, ServedModel
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 from .load import STEP_S
 
@@ -47,25 +47,25 @@ class TimedGenerator:
         self._pool = ServedModel.model_validate(model).pool_name(settings)
         self._dispatcher = others[-1]
         self._drawing: set[Lease] = set()
-        self._stopped: list[Stopped] = []
+        self._stopped: list[StoppedImage] = []
         self._leaving = False
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
-    ) -> AsyncIterator[Receipt | ImageResult]:
-        yield Receipt.TAKEN
+        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
+    ) -> AsyncIterator[Acknowledgement | ImageResult]:
+        yield Acknowledgement.TAKEN
         began, done = time.monotonic(), False
         self._drawing.add(lease)
         try:
-            yield Receipt.BEGUN
+            yield Acknowledgement.BEGUN
             await asyncio.sleep(STEP_S * request.num_inference_steps)
             done = True
         finally:
             self._drawing.discard(lease)
             if not done:
                 steps = int((time.monotonic() - began) / STEP_S)
-                self._stopped.append(Stopped(lease, steps, steps * STEP_S))
+                self._stopped.append(StoppedImage(lease, steps, steps * STEP_S))
         yield ImageResult(
             image=FILE,
             seed=request.seed,
@@ -117,8 +117,8 @@ class TimedIngress(Ingress):
             raise
 
 
-def units(application: Application) -> Mapping[str, Coefficients]:
-    return {model.id: Coefficients(0, STEP_S, 0, 0, 0) for model in application.models}
+def units(application: ApplicationSettings) -> Mapping[str, CostCoefficients]:
+    return {model.id: CostCoefficients(0, STEP_S, 0, 0, 0) for model in application.models}
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -206,7 +206,9 @@ class Driver:
                     waits.append(time.monotonic() - began)
                     slot.took_s = 0.001
                 name = opened.opening.call
-                await opened.record([Usage(name, 0, tenant, id, "m", "fp16", "64x64", 1, 0.001)])
+                await opened.record(
+                    [UsageRecord(name, 0, tenant, id, "m", "fp16", "64x64", 1, 0.001)]
+                )
                 opened.close()
 
         beating = asyncio.create_task(beat())

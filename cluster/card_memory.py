@@ -32,7 +32,7 @@ class Cuda(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class MemoryClaim:
     """The part of this process's card that it may take; `cuda` reports what it does take."""
 
     promised_gib: float
@@ -58,7 +58,7 @@ def claim(
     num_gpus: float,
     memory_gib: float | None = None,
     sleep: Callable[[float], None] = time.sleep,
-) -> Claim:
+) -> MemoryClaim:
     """Cap this process at `memory_gib` of its card, by default the part that `num_gpus` says.
 
     Blocks for up to `WAIT_S` until so much is free. Raises `CardFull`. CUDA's context lies outside
@@ -81,4 +81,4 @@ def claim(
     if needed_gib <= 0:
         raise CardFull(f"promised {promised_gib:.1f} GiB, and CUDA's context alone takes as much")
     cuda.set_per_process_memory_fraction(min(needed_gib / total_gib, 1.0))
-    return Claim(promised_gib, cuda)
+    return MemoryClaim(promised_gib, cuda)

@@ -8,7 +8,7 @@ the arithmetic of SD3.5's transformer and a card's peak rates, of which `EFFICIE
 block d wide has 24 · d² floating-point operations for a token's linear layers and 4 · d for each
 pair of tokens; one that attends to the image a second time has 8 · d² and 4 · d more.
 
-What replicas take in truth they learn from what they draw: see `Learned`.
+What replicas take in truth they learn from what they draw: see `LearnedCost`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ RATE = 0.3  # how far an observation moves what is learnt
 BOUND = 16.0  # how far what is learnt may leave the reference
 
 
-class Rates(NamedTuple):
+class CardRates(NamedTuple):
     """Peak floating-point operations a second: of linear layers, and of all else."""
 
     linear: float
     other: float
 
 
-CPU = {"fp8": Rates(75e9, 150e9), "bf16": Rates(150e9, 150e9)}  # two cores of a cloud machine
+CPU = {
+    "fp8": CardRates(75e9, 150e9),
+    "bf16": CardRates(150e9, 150e9),
+}  # two cores of a cloud machine
 
 
-def rates(recipe: str, card: Card | None) -> Rates:
+def rates(recipe: str, card: Card | None) -> CardRates:
     """Of a card, or of a CPU if it is None."""
     if card is None:
         return CPU["fp8" if recipe.startswith("fp8") else "bf16"]
     linear = card.fp8_tflops if recipe.startswith("fp8") else None
-    return Rates(1e12 * (linear or card.tflops), 1e12 * card.tflops)
+    return CardRates(1e12 * (linear or card.tflops), 1e12 * card.tflops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class ImageShape:
         return self.image_tokens + self.text_tokens
 
 
-class Coefficients(NamedTuple):
+class CostCoefficients(NamedTuple):
     """Seconds: of an image, a step, a row's token and token², and a pixel of the VAE."""
 
     constant: float
@@ -86,11 +89,11 @@ class Coefficients(NamedTuple):
         return sum(self.parts(shape))
 
 
-def estimated(structure: Structure, rates: Rates) -> Coefficients:
+def estimated(structure: Structure, rates: CardRates) -> CostCoefficients:
     """Coefficients from arithmetic, where nothing was measured; what comes beside it is a guess."""
     d, layers, dual = structure.width, structure.layers, structure.dual_layers
     linear, other = (rate * EFFICIENCY for rate in rates)
-    return Coefficients(
+    return CostCoefficients(
         constant=0.01,
         step=0.001,
         token=d * d * (24 * layers + 8 * dual) / linear,
@@ -99,7 +102,7 @@ def estimated(structure: Structure, rates: Rates) -> Coefficients:
     )
 
 
-def reference(structure: Structure, recipe: str, card: Card | None) -> Coefficients:
+def reference(structure: Structure, recipe: str, card: Card | None) -> CostCoefficients:
     """The coefficients of a model in a recipe on a card, or on a CPU if it is None."""
     measured = REFERENCES.get((structure, recipe, card.id if card else "cpu"))
     return measured or estimated(structure, rates(recipe, card))
@@ -116,12 +119,12 @@ DEMO = Structure(
     positions=32 * 32,
 )
 REFERENCES = {
-    (DEMO, "fp8", "cpu"): Coefficients(0.00704, 0.0222, 4.52e-5, 8.91e-8, 8.32e-7),
-    (DEMO, "bf16", "cpu"): Coefficients(0.00387, 0.00599, 2.88e-5, 0.0, 1.4e-6),
+    (DEMO, "fp8", "cpu"): CostCoefficients(0.00704, 0.0222, 4.52e-5, 8.91e-8, 8.32e-7),
+    (DEMO, "bf16", "cpu"): CostCoefficients(0.00387, 0.00599, 2.88e-5, 0.0, 1.4e-6),
 }
 
 
-class Learned:
+class LearnedCost:
     """A replica's own coefficients, refitted from each image that it has finished.
 
     Each is a factor of the reference's. An image moves the factors along what it consists of
@@ -131,8 +134,8 @@ class Learned:
 
     def __init__(
         self,
-        reference: Coefficients,
-        unit: Coefficients | None = None,
+        reference: CostCoefficients,
+        unit: CostCoefficients | None = None,
         usual: ImageShape | None = None,
     ) -> None:
         """`reference`: of this kind of replica; `unit`: in which speed is told, by default that.
@@ -145,8 +148,10 @@ class Learned:
         self._unit_s = self._busy_s = 0.0
 
     @property
-    def coefficients(self) -> Coefficients:
-        return Coefficients(*(f * c for f, c in zip(self._factors, self.reference, strict=True)))
+    def coefficients(self) -> CostCoefficients:
+        return CostCoefficients(
+            *(f * c for f, c in zip(self._factors, self.reference, strict=True))
+        )
 
     @property
     def speed(self) -> float:

@@ -48,7 +48,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class NodeRequirement:
     """What one replica of a pool needs of its node, in Ray's units; `card`: an id of CARDS."""
 
     precision: Literal["fp8", "fp16"]
@@ -58,7 +58,7 @@ class Need:
     card: str | None = None
 
 
-def selectors(need: Need) -> list[Selector]:
+def selectors(need: NodeRequirement) -> list[Selector]:
     """Ray label selectors for a pool's replicas, preferred first; none means anywhere."""
     if not need.num_gpus:
         return []
@@ -88,7 +88,7 @@ def card_selectors(card: str) -> list[Selector]:
     ]
 
 
-def _precision_on(card: Card, need: Need) -> Selector:
+def _precision_on(card: Card, need: NodeRequirement) -> Selector:
     """What the precision label of a node with this card must be for a pool to run there."""
     if need.precision == "fp8":
         return {PRECISION_LABEL: "!fp16" if card.has_fp8 else "fp8"}
@@ -97,7 +97,7 @@ def _precision_on(card: Card, need: Need) -> Selector:
     return {PRECISION_LABEL: "fp16" if card.has_fp8 else "!fp8"}
 
 
-def fits(need: Need, node: Node) -> bool:
+def fits(need: NodeRequirement, node: Node) -> bool:
     """Whether an empty node could hold a replica."""
     if node.num_cpus < need.num_cpus or node.num_gpus < need.num_gpus:
         return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .packing import Plan
-from .ways import FRACTIONS, Way
+from .serving_options import FRACTIONS, ServingOption
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,31 +35,31 @@ class PlannedPool:
 
 def planned_pools(plan: Plan) -> list[PlannedPool]:
     """The models' pools, then those of the text encoders."""
-    counted: dict[tuple[str, Way], int] = {}
+    counted: dict[tuple[str, ServingOption], int] = {}
     for stack in plan.stacks:
         card = stack.cards.card.id
-        for way in stack.ways:
-            key = card, way._replace(replicas=0, images_s=0.0)
-            counted[key] = counted.get(key, 0) + stack.cards.count * way.replicas
+        for option in stack.options:
+            key = card, option._replace(replicas=0, images_s=0.0)
+            counted[key] = counted.get(key, 0) + stack.cards.count * option.replicas
     kinds = {stack.cards.card.id: stack.cards for stack in plan.stacks}
     pools = []
-    for (card, way), replicas in counted.items():
+    for (card, option), replicas in counted.items():
         cards = kinds[card]
         parts = plan.even_parts(cards.card)
-        num_gpus = (parts or way.parts) / FRACTIONS
+        num_gpus = (parts or option.parts) / FRACTIONS
         pools.append(
             PlannedPool(
-                way.model,
-                way.recipe,
+                option.model,
+                option.recipe,
                 card,
                 replicas,
-                way.slots,
+                option.slots,
                 num_gpus,
                 num_gpus * cards.total_gib,
                 even=parts is not None and plan.encoders(cards.card) <= 1,
             )
         )
-    order = {want.model: i for i, want in enumerate(plan.wants)}
+    order = {planned.model: i for i, planned in enumerate(plan.planned_models)}
     pools.sort(key=lambda pool: order[pool.model or ""])
     for stack in plan.stacks:
         cards = stack.cards

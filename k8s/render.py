@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from cluster.cards import CARDS
-from cluster.placement import CARD_LABEL, PRECISION_LABEL, Need, Node, fits
+from cluster.placement import CARD_LABEL, PRECISION_LABEL, Node, NodeRequirement, fits
 from serve.errors import SettingsError, did_you_mean
 from serve.models.replica_bounds import bounds
 from serve.settings.application import Settings
@@ -247,9 +247,9 @@ def _check(
         )
 
 
-def _needs(settings: Settings) -> Iterable[tuple[str, Need]]:
-    yield "Ingress", Need("fp16", settings.ingress.num_cpus, 0.0)
-    yield "Dispatcher", Need("fp16", settings.dispatcher_num_cpus, 0.0)
+def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
+    yield "Ingress", NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
+    yield "Dispatcher", NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
     for model in settings.models:
         for pool in model.pools:
             yield f"pool {model.pool_name(pool)}", pool.need

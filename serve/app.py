@@ -20,7 +20,7 @@ from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .models.reference_work import units
 from .models.replica_bounds import bounds, limits_of
-from .settings.application import Application
+from .settings.application import ApplicationSettings
 from .settings.models import Pool, Resources
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
@@ -40,7 +40,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
     Ingress and Dispatcher also need their `user_config`: see `serve.launch.serve_config`.
     """
-    settings = Application.model_validate(args)
+    settings = ApplicationSettings.model_validate(args)
     needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
     ours = settings.autoscaling_policy == "queued-work"
     work = {model: list(unit) for model, unit in units(settings).items()}

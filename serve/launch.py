@@ -47,7 +47,7 @@ class LaunchError(Exception):
     """The application did not come up; the message says what Ray Serve said."""
 
 
-class Running:
+class RunningApplication:
     """The application on the Ray that this process is connected to."""
 
     def __init__(self, settings: Settings, default_data_folder: str | None = None) -> None:
@@ -169,7 +169,9 @@ def _generators(pools: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[Running]:
+def run_application(
+    settings: Settings, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[RunningApplication]:
     """The application, answering on its URL until the block ends; `tell` hears what is awaited.
 
     Leaves no process behind, and no file but those in `settings.data_folder`; without one, images
@@ -191,7 +193,7 @@ def running(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         try:
             tell("starting Ray")
             _start(settings, folder)
-            octet = Running(settings, default_data_folder=f"{folder}/data")
+            octet = RunningApplication(settings, default_data_folder=f"{folder}/data")
             with contextlib.closing(octet):
                 octet.wait(tell)
                 yield octet

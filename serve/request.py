@@ -142,14 +142,14 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watch:
+class StreamOptions:
     """What is to be heard of an image before it is done; `partial_images`: previews, 0 to 3."""
 
     progress: bool = False
     partial_images: int = 0
 
 
-class Receipt(StrEnum):
+class Acknowledgement(StrEnum):
     """What a replica says before anything else: it has the request, and it has begun to draw.
 
     In between it may wait until it is alone, or until another that is alone has finished.

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from autoscaling.load import Limits
-from autoscaling.load import Pool as PoolLimits
-from cluster.placement import Need, Node
+from autoscaling.load import PoolBounds as PoolLimits
+from autoscaling.load import ScalingLimits
+from cluster.placement import Node, NodeRequirement
 from serve.dispatch.dispatcher import Dispatcher
 
 
@@ -92,14 +92,16 @@ def a_dispatcher(
     recovery_s: float = 0,
     tenants_folder: str | None = None,
     usage_folder: str | None = None,
-    limits: Limits | None = None,
+    limits: ScalingLimits | None = None,
 ) -> Dispatcher:
     """A Dispatcher of pools that fit on the one node there is, but for "elsewhere"."""
-    needs = {p: Need("fp16", num_cpus=1, num_gpus=float(p == "elsewhere")) for p in pools}
+    needs = {
+        p: NodeRequirement("fp16", num_cpus=1, num_gpus=float(p == "elsewhere")) for p in pools
+    }
     nodes = [Node("n", num_cpus=1)]
     dispatcher = Dispatcher(
         needs,
-        limits or Limits({pool: PoolLimits("m", 0, 9, 4) for pool in pools}),
+        limits or ScalingLimits({pool: PoolLimits("m", 0, 9, 4) for pool in pools}),
         "queued-work",
         tenants_folder,
         usage_folder,

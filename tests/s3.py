@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import boto3
 
-from serve.settings.application import S3
+from serve.settings.application import S3Settings
 
 # Elsewhere the same tests run against any bucket that may be emptied.
 ENDPOINT, BUCKET = os.environ.get("TEST_S3_ENDPOINT"), os.environ.get("TEST_S3_BUCKET")
@@ -50,7 +50,7 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
-def a_bucket(endpoint: str, **more: object) -> S3:
+def a_bucket(endpoint: str, **more: object) -> S3Settings:
     """An empty bucket."""
     name = BUCKET or f"images-{time.monotonic_ns()}"
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
@@ -60,7 +60,7 @@ def a_bucket(endpoint: str, **more: object) -> S3:
                 client.delete_object(Bucket=name, Key=found["Key"])
     else:
         client.create_bucket(Bucket=name)
-    return S3(bucket=name, endpoint_url=endpoint, region="us-east-1", **more)  # type: ignore[arg-type]
+    return S3Settings(bucket=name, endpoint_url=endpoint, region="us-east-1", **more)  # type: ignore[arg-type]
 
 
 class FaultProxy:

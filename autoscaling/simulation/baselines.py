@@ -14,8 +14,8 @@ from typing import Any
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from ..load import Pool
-from .simulator import TICK_S, View
+from ..load import PoolBounds
+from .simulator import TICK_S, PolicyView
 
 
 class _Now:
@@ -39,7 +39,7 @@ class RayServe:
 
     def __init__(
         self,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, PoolBounds],
         target_ongoing_requests: float = 2.0,
         upscale_delay_s: float = 30.0,
         downscale_delay_s: float = 600.0,
@@ -67,7 +67,7 @@ class RayServe:
             name: deque(maxlen=round(any_config.look_back_period_s / TICK_S)) for name in pools
         }
 
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+    def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         self._clock.now = now
         kept, autoscaling_policy.time = autoscaling_policy.time, self._clock
         try:
@@ -78,7 +78,9 @@ class RayServe:
             autoscaling_policy.time = kept
         return self._wanted
 
-    def _decide(self, name: str, pool: Pool, requests: int, view: View, now: float) -> int:
+    def _decide(
+        self, name: str, pool: PoolBounds, requests: int, view: PolicyView, now: float
+    ) -> int:
         counts, config = self._counts[name], self._configs[name]
         counts.append(requests)
         context = AutoscalingContext(
@@ -104,7 +106,9 @@ class RayServe:
         return int(min(max(math.ceil(wanted), pool.min_replicas), pool.max_replicas))
 
 
-def _requests(name: str, pools: Mapping[str, Pool], wanted: Mapping[str, int], view: View) -> int:
+def _requests(
+    name: str, pools: Mapping[str, PoolBounds], wanted: Mapping[str, int], view: PolicyView
+) -> int:
     """That run in a pool; those that wait count for the first that is not at its limit."""
     *_, last = pools
     growing = (other for other, pool in pools.items() if wanted[other] < pool.max_replicas)
@@ -124,7 +128,7 @@ class QueueLength:
 
     def __init__(
         self,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, PoolBounds],
         target: float = 2.0,
         stabilisation_s: float = 300.0,
         cooldown_s: float = 300.0,
@@ -137,7 +141,7 @@ class QueueLength:
         self._called: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
         self._active = dict.fromkeys(pools, -math.inf)
 
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+    def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         for name, pool in self._pools.items():
             requests = _requests(name, self._pools, self._wanted, view)
             wanted = self._wanted[name]
@@ -175,7 +179,7 @@ class Oracle:
 
     def __init__(
         self,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, PoolBounds],
         arrivals: Sequence[tuple[float, float]],
         seconds: float,
         start_s: float,
@@ -208,7 +212,7 @@ class Oracle:
             before = self._wanted[-1] if self._wanted else 0
             self._wanted.append(max(now, min(before, later)))
 
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+    def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         tick = int(now / TICK_S)
         left, wanted = self._wanted[min(tick, len(self._wanted) - 1)], {}
         for name, pool in self._pools.items():

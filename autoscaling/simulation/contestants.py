@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..load import Limits, Pool
-from ..policy import State, decide
-from .simulator import Policy, View
+from ..load import PoolBounds, ScalingLimits
+from ..policy import PolicyState, decide
+from .simulator import Policy, PolicyView
 
 
 class QueuedWork:
@@ -15,7 +15,7 @@ class QueuedWork:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: ScalingLimits,
         spare: float | None = None,
         hold_s: float | None = None,
         utilisation: float | None = None,
@@ -28,9 +28,9 @@ class QueuedWork:
             utilisation=utilisation or kept.utilisation,
         )
         self._limits = replace(limits, tuning=tuning)
-        self._state = State()
+        self._state = PolicyState()
 
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+    def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         decision = decide(view.load, self._limits, self._state, now)
         self._state = decision.state
         return decision.replicas
@@ -39,19 +39,19 @@ class QueuedWork:
 class Static:
     """Always so many replicas, of the first pool as long as it has them."""
 
-    def __init__(self, pools: Mapping[str, Pool], replicas: int) -> None:
+    def __init__(self, pools: Mapping[str, PoolBounds], replicas: int) -> None:
         self._wanted = {}
         for name, pool in pools.items():
             self._wanted[name] = min(replicas, pool.max_replicas)
             replicas -= self._wanted[name]
 
-    def __call__(self, view: View, now: float) -> Mapping[str, int]:
+    def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         return self._wanted
 
 
 def contestant(
     name: str,
-    limits: Limits,
+    limits: ScalingLimits,
     works: Iterable[tuple[float, float]],
     seconds: float,
     start_s: float,

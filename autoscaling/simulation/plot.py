@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
 
-from .simulator import Point
+from .simulator import TimelinePoint
 
 COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#8d6a9f")
 
@@ -18,8 +18,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
 
 
-def draw(
-    timelines: Mapping[str, Sequence[Point]],
+def plot_timelines(
+    timelines: Mapping[str, Sequence[TimelinePoint]],
     title: str,
     out: Path,
     arriving: str = "work that arrives,\nreplicas' seconds a second",

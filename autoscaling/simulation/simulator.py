@@ -14,30 +14,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cluster.cost import Coefficients, ImageShape
+from cluster.cost import CostCoefficients, ImageShape
 from serve.dispatch.fair_queue import FairQueue, Item
 
-from ..load import Demand, Load, Pool, Supply
-from .fleet import Machine, PoolFleet, Replica
-from .workloads import Arrival, Shape, Workload
+from ..load import Demand, Load, PoolBounds, Supply
+from .fleet import NodeType, PoolFleet, SimulatedReplica
+from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
 PATIENCE_S = 3600.0  # how long after the last arrival requests may still be finished
-SLOWDOWN = 5.0  # of an answer in time, as a multiple of what the image takes alone
+IN_TIME_SLOWDOWN = 5.0  # of an answer in time, as a multiple of what the image takes alone
 TEXT_TOKENS = 333
 POINTS = 2000  # of a timeline
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SimulatedPool:
     """A pool with its nodes; `costs`: of an image on one of its replicas."""
 
-    pool: Pool
-    machine: Machine
-    costs: Coefficients
+    pool: PoolBounds
+    machine: NodeType
+    costs: CostCoefficients
 
 
-class View(NamedTuple):
+class PolicyView(NamedTuple):
     """What a policy may know; requests: `running` in each pool, and `waiting` for all of them."""
 
     load: Load
@@ -45,10 +45,10 @@ class View(NamedTuple):
     waiting: int
 
 
-Policy = Callable[[View, float], Mapping[str, int]]  # replicas of each pool, at a time
+Policy = Callable[[PolicyView, float], Mapping[str, int]]  # replicas of each pool, at a time
 
 
-class Point(NamedTuple):
+class TimelinePoint(NamedTuple):
     at: float
     arriving: float  # work a second
     queued: int
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 @dataclass(slots=True)
-class Outcome:
+class SimulationResult:
     """`waits`: seconds until the grant that led to the image; `changes`: of what was wanted."""
 
     requests: int = 0
@@ -70,7 +70,7 @@ class Outcome:
     ups: int = 0
     downs: int = 0
     starts: int = 0
-    timeline: list[Point] = field(default_factory=list)
+    timeline: list[TimelinePoint] = field(default_factory=list)
 
     @property
     def violations(self) -> int:
@@ -103,7 +103,7 @@ class _Request(NamedTuple):
     kind: _Kind
 
 
-def image_of(shape: Shape) -> ImageShape:
+def image_of(shape: RequestShape) -> ImageShape:
     rows = 1 + (shape.guidance > 1)
     return ImageShape(shape.width, shape.height, TEXT_TOKENS, rows, shape.steps)
 
@@ -117,10 +117,10 @@ class Simulation:
 
     def __init__(
         self,
-        sites: Mapping[str, Site],
+        sites: Mapping[str, SimulatedPool],
         policy: Policy,
         seed: int = 0,
-        unit: Coefficients | None = None,
+        unit: CostCoefficients | None = None,
     ) -> None:
         self._policy, self._seed = policy, seed
         self._names = tuple(sites)
@@ -129,12 +129,12 @@ class Simulation:
         self._events: list[tuple[float, int, Any, Any]] = []
         self._number = 0
         self._queue = FairQueue()
-        self._kinds: dict[Shape, _Kind] = {}
+        self._kinds: dict[RequestShape, _Kind] = {}
         self._queued_s = 0.0
-        self._open: list[list[Replica]] = [[] for _ in sites]  # that may draw
+        self._open: list[list[SimulatedReplica]] = [[] for _ in sites]  # that may draw
         self._running = [0] * len(self._sites)
         self._chance = random.Random(seed)
-        self._outcome = Outcome()
+        self._outcome = SimulationResult()
         self._requests = self._done = 0
         self._waits = array("f")
         self._arrived_s = self._squares = 0.0
@@ -143,7 +143,7 @@ class Simulation:
             for i, site in enumerate(self._sites)
         ]
 
-    def run(self, workload: Workload, warm_up_s: float = 0.0) -> Outcome:
+    def run(self, workload: Workload, warm_up_s: float = 0.0) -> SimulationResult:
         """What happens within `warm_up_s` is not counted."""
         self._counted_from = warm_up_s
         for fleet in self._fleets if warm_up_s else ():
@@ -212,7 +212,7 @@ class Simulation:
         replica.join((item, now), kind.size, kind.row_s[i], kind.steps)
         self._plan(replica)
 
-    def _routed(self, i: int) -> Replica:
+    def _routed(self, i: int) -> SimulatedReplica:
         """The emptier of two, as Ray Serve's router chooses; if both are full, others."""
         replicas, slots = self._open[i], self._sites[i].pool.slots
         many = len(replicas)
@@ -224,13 +224,13 @@ class Simulation:
                 return best
         return min(replicas, key=lambda replica: len(replica.running))
 
-    def _plan(self, replica: Replica) -> None:
+    def _plan(self, replica: SimulatedReplica) -> None:
         replica.plan += 1
         if replica.running:
             self._number += 1
             heapq.heappush(self._events, (replica.ends_at, self._number, replica, replica.plan))
 
-    def _end(self, replica: Replica, now: float) -> None:
+    def _end(self, replica: SimulatedReplica, now: float) -> None:
         i = replica.pool
         replica.advance(now)
         image = replica.next
@@ -243,13 +243,13 @@ class Simulation:
         self._done += 1
         if request.at >= self._counted_from:
             self._waits.append(granted - request.at)
-            self._outcome.in_time += now - request.at <= SLOWDOWN * request.kind.alone_s
+            self._outcome.in_time += now - request.at <= IN_TIME_SLOWDOWN * request.kind.alone_s
         if replica.draining and not replica.running:
             self._fleets[i].end(replica, now)
         if len(self._queue):
             self._grant(now)
 
-    def _kind(self, shape: Shape) -> _Kind:
+    def _kind(self, shape: RequestShape) -> _Kind:
         image = image_of(shape)
         row_s = [site.costs.work_s(image) / shape.steps - site.costs.step for site in self._sites]
         alone_s = min(site.costs.work_s(image) for site in self._sites)
@@ -265,11 +265,11 @@ class Simulation:
         self._number += 1
         heapq.heappush(self._events, (at, self._number, do, None))
 
-    def ready(self, replica: Replica, now: float) -> None:
+    def ready(self, replica: SimulatedReplica, now: float) -> None:
         self._open[replica.pool].append(replica)
         self._grant(now)
 
-    def lost(self, replica: Replica, now: float) -> None:
+    def lost(self, replica: SimulatedReplica, now: float) -> None:
         """What it drew is drawn again elsewhere."""
         replica.plan += 1
         for image in list(replica.running):
@@ -280,7 +280,7 @@ class Simulation:
             self._submit(Item(item.tenant, item.work_s, item.pools, item.what))
         self._grant(now)
 
-    def withdrawn(self, replica: Replica) -> None:
+    def withdrawn(self, replica: SimulatedReplica) -> None:
         """It draws what it has, and gets no more."""
         if replica.ready:
             self._open[replica.pool].remove(replica)
@@ -288,7 +288,7 @@ class Simulation:
 
     # -- the policy -----------------------------------------------------------------------------
 
-    def _view(self, now: float) -> View:
+    def _view(self, now: float) -> PolicyView:
         oldest = next(iter(self._queue), None)
         wait_s = now - oldest.what.at if oldest else 0.0
         queued_s = self._queued_s if oldest else 0.0
@@ -298,7 +298,7 @@ class Simulation:
             for name, replicas in zip(self._names, self._open, strict=True)
         }
         running = dict(zip(self._names, self._running, strict=True))
-        return View(Load([demand], supplies), running, len(self._queue))
+        return PolicyView(Load([demand], supplies), running, len(self._queue))
 
     def _tick(self, now: float) -> None:
         wanted = self._policy(self._view(now), now)
@@ -313,9 +313,9 @@ class Simulation:
     def _note(self, now: float, arriving: float) -> None:
         wanted = sum(fleet.wanted for fleet in self._fleets)
         ready = sum(map(len, self._open))
-        self._outcome.timeline.append(Point(now, arriving, len(self._queue), wanted, ready))
+        self._outcome.timeline.append(TimelinePoint(now, arriving, len(self._queue), wanted, ready))
 
-    def _close(self, now: float) -> Outcome:
+    def _close(self, now: float) -> SimulationResult:
         outcome = self._outcome
         for fleet in self._fleets:
             fleet.close(now)

@@ -19,7 +19,7 @@ HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
 
 
-class Shape(NamedTuple):
+class RequestShape(NamedTuple):
     width: int
     height: int
     steps: int
@@ -31,7 +31,7 @@ class Arrival(NamedTuple):
 
     at: float
     tenant: str
-    shape: Shape
+    shape: RequestShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,20 @@ class Workload:
     arrivals: Callable[[int], Iterable[Arrival]]
 
 
-Mix = Sequence[tuple[Shape, float]]  # and how often each is asked for
+Mix = Sequence[tuple[RequestShape, float]]  # and how often each is asked for
 
 # Mostly the model's own size; a few that are much cheaper or dearer.
 USUAL: Mix = (
-    (Shape(1024, 1024, 28, 4.5), 0.5),
-    (Shape(768, 768, 28, 4.5), 0.3),
-    (Shape(1024, 1024, 40, 4.5), 0.2),
+    (RequestShape(1024, 1024, 28, 4.5), 0.5),
+    (RequestShape(768, 768, 28, 4.5), 0.3),
+    (RequestShape(1024, 1024, 40, 4.5), 0.2),
 )
 # Most requests are small, most of the work is in few: a factor of 60 between the ends.
 HEAVY_TAILED: Mix = (
-    (Shape(512, 512, 4, 1.0), 0.6),
-    (Shape(512, 512, 28, 4.5), 0.2),
-    (Shape(1024, 1024, 28, 4.5), 0.15),
-    (Shape(1024, 1024, 50, 4.5), 0.05),
+    (RequestShape(512, 512, 4, 1.0), 0.6),
+    (RequestShape(512, 512, 28, 4.5), 0.2),
+    (RequestShape(1024, 1024, 28, 4.5), 0.15),
+    (RequestShape(1024, 1024, 50, 4.5), 0.05),
 )
 TENANTS = 20
 TAIL, LONGEST = 1.5, 200  # of the bursts of `heavy_tailed`
@@ -157,7 +157,7 @@ def trace(file: Path) -> Workload:
         rows = csv.DictReader(lines)
         for row in rows:
             try:
-                shape = Shape(
+                shape = RequestShape(
                     int(row["width"]), int(row["height"]), int(row["steps"]), float(row["guidance"])
                 )
                 arrival = Arrival(float(row["time"]), row["tenant"], shape)

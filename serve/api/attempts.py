@@ -13,9 +13,9 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 
-from ..dispatch.client.open_call import OpenCall, Slot, Wish
+from ..dispatch.client.open_call import HeldSlot, OpenCall, Wish
 from ..dispatch.protocol import REPLICA_LEASE_S, Lease, Pools
 from ..errors import (
     InvalidRequest,
@@ -27,10 +27,18 @@ from ..errors import (
 )
 from ..models.reference_work import shape_of
 from ..ray_errors import REPLICA_LOST
-from ..request import ImageRequest, ImageResult, PartialImage, Precision, Progress, Receipt, Watch
+from ..request import (
+    Acknowledgement,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Precision,
+    Progress,
+    StreamOptions,
+)
 from ..settings.models import ServedModel
-from ..usage.record import Usage
-from .ingress_metrics import FrontMetrics
+from ..usage.record import UsageRecord
+from .ingress_metrics import IngressMetrics
 
 log = logging.getLogger("ray.serve")
 
@@ -41,10 +49,10 @@ TAKE_S = REPLICA_LEASE_S  # a replica that has not taken it by then is gone, or 
 
 
 Tell = Callable[[Progress | PartialImage], None]
-Drawn = tuple[ImageResult, Usage]
+GeneratedImage = tuple[ImageResult, UsageRecord]
 
 
-class NotBegun(Exception):
+class NotStarted(Exception):
     """No replica of the granted pool drew any of it, or it gave it up for want of a session.
 
     `died`: it was lost before it said that it had begun.
@@ -65,15 +73,15 @@ class _Course:
     failure: OctetError | None = None  # of the one that is drawn again for it
 
 
-class Drawing:
+class Attempts:
     """Slots of a call, calls to the Generators, and what follows if one fails."""
 
     def __init__(
         self,
         models: Iterable[ServedModel],
-        work: Mapping[str, Coefficients],
+        work: Mapping[str, CostCoefficients],
         generators: Mapping[str, Any],
-        metrics: FrontMetrics,
+        metrics: IngressMetrics,
     ) -> None:
         """`work`: in what each model's requests are counted; `generators`: a handle per pool."""
         # Ray cancels what was submitted in the context of a request whose client has gone, shielded
@@ -88,7 +96,7 @@ class Drawing:
         }
         self._metrics = metrics
 
-    def wish(self, request: ImageRequest, watch: Watch) -> Wish:
+    def wish(self, request: ImageRequest, watch: StreamOptions) -> Wish:
         """What the Dispatcher has to know of an image.
 
         Raises `InvalidRequest` if the model has no such pool.
@@ -103,9 +111,9 @@ class Drawing:
         request: ImageRequest,
         call: OpenCall,
         image: int = 0,
-        watch: Watch = Watch(),  # noqa: B008 - immutable
+        watch: StreamOptions = StreamOptions(),  # noqa: B008 - immutable
         tell: Tell = lambda _: None,
-    ) -> Drawn:
+    ) -> GeneratedImage:
         """The image of a call at a place of its wishes, and what it is charged when delivered.
 
         `tell` hears what `watch` asks for. Raises any `OctetError` that does not refuse a call.
@@ -138,13 +146,18 @@ class Drawing:
                 call.drawn.append(usage)
                 return replace(result, timings=timings), usage
 
-    def _usage(self, request: ImageRequest, call: OpenCall, image: int, pool: str) -> Usage:
+    def _usage(self, request: ImageRequest, call: OpenCall, image: int, pool: str) -> UsageRecord:
         """What a delivered image is charged; `pool`: where it was drawn."""
         work_s = call.opening.entries[image].work_s
         return usage_of(call, image, request, self._precisions[pool], work_s)
 
     async def _attempt(
-        self, request: ImageRequest, slot: Slot, course: _Course, watch: Watch, tell: Tell
+        self,
+        request: ImageRequest,
+        slot: HeldSlot,
+        course: _Course,
+        watch: StreamOptions,
+        tell: Tell,
     ) -> ImageResult | None:
         """An image, or None after what is worth another attempt: `course` then says where."""
         pool, last = slot.lease.pool, course.lost == ATTEMPTS - 1
@@ -152,11 +165,11 @@ class Drawing:
             result = await self._on_replica(request, slot.lease, watch, tell, alone=last)
             slot.took_s = result.work_s
             return result
-        except (NotBegun, *REPLICA_LOST) as error:
+        except (NotStarted, *REPLICA_LOST) as error:
             course.pools = _last(pool, course.pools)
-            if isinstance(error, NotBegun):
+            if isinstance(error, NotStarted):
                 slot.took_s = 0.0
-            if isinstance(error, NotBegun) and not (error.died and course.spared == SPARED):
+            if isinstance(error, NotStarted) and not (error.died and course.spared == SPARED):
                 course.spared += error.died
                 log.warning("%s: no replica of %s began; queueing again", request.id, pool)
                 self._metrics.retried(pool, "not_begun")
@@ -182,9 +195,9 @@ class Drawing:
         return None
 
     async def _on_replica(
-        self, request: ImageRequest, lease: Lease, watch: Watch, tell: Tell, *, alone: bool
+        self, request: ImageRequest, lease: Lease, watch: StreamOptions, tell: Tell, *, alone: bool
     ) -> ImageResult:
-        """Raises `NotBegun`, or after it has begun what `REPLICA_LOST` has and `RayTaskError`."""
+        """Raises `NotStarted`, or after it has begun what `REPLICA_LOST` has and `RayTaskError`."""
         generate = self._generators[lease.pool].generate
         stream = self._outside.copy().run(generate.remote, request, lease, watch, alone)
         begun = False
@@ -196,22 +209,22 @@ class Drawing:
                 if not limit.expired():
                     raise  # the replica's own
                 stream.cancel()
-                raise NotBegun from None
+                raise NotStarted from None
             async for item in stream:
                 if isinstance(item, ImageResult):
                     return item
-                if item is Receipt.BEGUN:
+                if item is Acknowledgement.BEGUN:
                     begun = True
                 else:
                     tell(item)
         except asyncio.CancelledError:
             stream.cancel()  # else the replica draws on in a slot that counts as free
             if (task := asyncio.current_task()) and not task.cancelling():
-                raise NotBegun from None  # the replica gave it up, and we did not
+                raise NotStarted from None  # the replica gave it up, and we did not
             raise
         except REPLICA_LOST:
             if not begun:  # it died of something else, if this does not happen too often
-                raise NotBegun(died=True) from None
+                raise NotStarted(died=True) from None
             raise
         raise OctetError("a replica ended without an image")
 
@@ -242,10 +255,10 @@ class Drawing:
 
 def usage_of(
     call: OpenCall, image: int, request: ImageRequest, precision: str, work_s: float
-) -> Usage:
+) -> UsageRecord:
     """What is recorded of one image of a call."""
     opening = call.opening
-    return Usage(
+    return UsageRecord(
         call=opening.call,
         image=image,
         tenant=opening.tenant,

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import KeyInvalid, Unavailable
 from ..settings.application import is_loopback
-from ..tenants.keys import Directory, tenant_of
+from ..tenants.keys import TenantDirectory, tenant_of
 from .wire.http_errors import error_answer
 
 ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
@@ -24,7 +24,9 @@ class Authentication:
     than `keys` nobody needs one; with `none` nobody from another machine is let in.
     """
 
-    def __init__(self, app: ASGIApp, mode: str, directory: Callable[[], Directory | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, mode: str, directory: Callable[[], TenantDirectory | None]
+    ) -> None:
         self._app, self._mode, self._directory = app, mode, directory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,7 +11,7 @@ from ..errors import DeadlineExceeded, RequestCancelled
 T = TypeVar("T")
 
 
-class Call:
+class ClientCall:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._began = asyncio.get_running_loop().time()

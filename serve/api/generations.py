@@ -17,23 +17,23 @@ from ..dispatch.client.open_call import OpenCall, Wish
 from ..dispatch.client.refusals import standing_headers
 from ..dispatch.client.session import DispatchSession
 from ..request import ImageRequest, ImageResult, Precision
-from ..results.cache.memory import Remembered
-from ..usage.record import Usage
-from .attempts import Drawing, Tell, usage_of
-from .client_call import Call
+from ..results.cache.memory import CachedImages
+from ..usage.record import UsageRecord
+from .attempts import Attempts, Tell, usage_of
+from .client_call import ClientCall
 from .image_urls import ImageUrls
-from .ingress_metrics import FrontMetrics
+from .ingress_metrics import IngressMetrics
 from .request_log import log_request, outcome_of
-from .result_reuse import Repeats
-from .single_flight import Flight
+from .result_reuse import ResultReuse
+from .single_flight import SharedGeneration
 from .wire.event_stream import EventStream, Frames, events
-from .wire.request import Generation, ignored_header
+from .wire.request import GenerationRequest, ignored_header
 from .wire.response import response
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
 
-class Answer(Response):
+class JsonAnswer(Response):
     """JSON; calls `sent` when it has been sent, or the client is gone."""
 
     media_type = "application/json"
@@ -53,41 +53,41 @@ class Answer(Response):
 class _Asking:
     """A client's request; `opened`: what ends with its answer."""
 
-    asked: Generation
+    asked: GenerationRequest
     tenant: str
     request_id: str
     http: Request
     wishes: Sequence[Wish]
     key: str | None  # of the result cache
-    client: Call
+    client: ClientCall
     opened: ExitStack
     use: CacheUse = "off"
     error: BaseException | None = None  # after its answer had begun
     results: Sequence[ImageResult] = ()
 
 
-class Generations:
+class GenerationHandler:
     def __init__(
         self,
         session: DispatchSession,
-        drawing: Drawing,
+        drawing: Attempts,
         urls: ImageUrls,
-        repeats: Repeats,
-        metrics: FrontMetrics,
+        repeats: ResultReuse,
+        metrics: IngressMetrics,
     ) -> None:
         self._session, self._drawing = session, drawing
         self._urls, self._repeats, self._metrics = urls, repeats, metrics
         self._tasks: set[asyncio.Task[None]] = set()  # that nobody waits for
 
     async def answer(
-        self, asked: Generation, tenant: str, request_id: str, http: Request
+        self, asked: GenerationRequest, tenant: str, request_id: str, http: Request
     ) -> Response:
         """Raises any `OctetError`."""
         if asked.as_url:
             self._urls.admit()
         wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
         key = self._repeats.key(asked, tenant, http.headers)
-        client = Call(asked.timeout_s)
+        client = ClientCall(asked.timeout_s)
         with ExitStack() as opened:
             asking = _Asking(asked, tenant, request_id, http, wishes, key, client, opened)
             opened.enter_context(self._counting(asking))
@@ -126,7 +126,7 @@ class Generations:
 
     # -- images that are there already ----------------------------------------------------------
 
-    async def _from_memory(self, asking: _Asking, found: Remembered) -> Response:
+    async def _from_memory(self, asking: _Asking, found: CachedImages) -> Response:
         asked, call = asking.asked, await self._entered(asking)
 
         async def serve() -> bytes:
@@ -156,10 +156,10 @@ class Generations:
             call = flight.call
             await client.run(flight.admitted())
 
-        async def serve(flight: Flight) -> tuple[bytes, Remembered]:
+        async def serve(flight: SharedGeneration) -> tuple[bytes, CachedImages]:
             results = await flight.images()
             names = await flight.names() if asking.asked.as_url else []
-            found = Remembered(tuple(results), tuple(names))
+            found = CachedImages(tuple(results), tuple(names))
             return await self._body(asking, results, names), found
 
         body, found = await client.run(serve(flight))
@@ -176,7 +176,7 @@ class Generations:
             self._remember(asking, found, flight.leave)
         return self._answer(asking, call, repeated or _use(asking), body)
 
-    async def _join(self, asking: _Asking) -> Flight | None:
+    async def _join(self, asking: _Asking) -> SharedGeneration | None:
         """The flight that is under way, unless it was refused: then this request is the next."""
         while asking.key and (flight := self._repeats.flights.get(asking.key)):
             flight.join()
@@ -187,16 +187,16 @@ class Generations:
                     return flight
         return None
 
-    def _begin(self, asking: _Asking) -> Flight:
+    def _begin(self, asking: _Asking) -> SharedGeneration:
         asked, key, flights = asking.asked, asking.key, self._repeats.flights
 
         def landed() -> None:
             if key and flights.get(key) is flight:
                 del flights[key]
 
-        flight = Flight(asking.client, landed)
+        flight = SharedGeneration(asking.client, landed)
         call = self._open(asking, asking.wishes, flight)
-        drawn: list[Usage] = []
+        drawn: list[UsageRecord] = []
 
         async def draw() -> list[ImageResult]:
             found = await self._draw_all(asked, call)
@@ -215,7 +215,9 @@ class Generations:
         asking.opened.callback(_leave, flight, asking.client)
         return flight
 
-    async def _draw_all(self, asked: Generation, call: OpenCall) -> list[tuple[ImageResult, Usage]]:
+    async def _draw_all(
+        self, asked: GenerationRequest, call: OpenCall
+    ) -> list[tuple[ImageResult, UsageRecord]]:
         """The images of one call, side by side; the first error ends them all."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -245,14 +247,14 @@ class Generations:
                 raise
             self._metrics.predicted(call.eta_s, client.age_s)
             asking.results = (result,)
-            self._remember(asking, Remembered((result,)))
+            self._remember(asking, CachedImages((result,)))
             return result
 
         frames = events(request, draw)
         return self._stream(asking, call, _use(asking), await anext(frames), frames)
 
     def _remember(
-        self, asking: _Asking, found: Remembered, then: Callable[[], None] = lambda: None
+        self, asking: _Asking, found: CachedImages, then: Callable[[], None] = lambda: None
     ) -> None:
         """Behind the answer."""
         key, tenant, requests = asking.key, asking.tenant, asking.asked.requests
@@ -266,7 +268,9 @@ class Generations:
 
     # -- parts of an answer ---------------------------------------------------------------------
 
-    def _open(self, asking: _Asking, wishes: Sequence[Wish], client: Call | Flight) -> OpenCall:
+    def _open(
+        self, asking: _Asking, wishes: Sequence[Wish], client: ClientCall | SharedGeneration
+    ) -> OpenCall:
         who = asking.tenant, asking.request_id
         return self._session.open(*who, wishes, asking.asked.timeout_s, client)
 
@@ -286,9 +290,9 @@ class Generations:
         urls = [self._urls.url(name, asking.http) for name in names if asking.asked.as_url]
         return await asyncio.to_thread(response, asking.asked.requests, results, urls)
 
-    def _answer(self, asking: _Asking, call: OpenCall, use: CacheUse, body: bytes) -> Answer:
+    def _answer(self, asking: _Asking, call: OpenCall, use: CacheUse, body: bytes) -> JsonAnswer:
         headers = self._headers(asking, call, use)
-        return Answer(body, headers, asking.opened.pop_all().close)
+        return JsonAnswer(body, headers, asking.opened.pop_all().close)
 
     def _stream(
         self, asking: _Asking, call: OpenCall, use: CacheUse, first: bytes, frames: Frames
@@ -308,7 +312,7 @@ def _use(asking: _Asking) -> CacheUse:
     return "miss" if asking.key else "off"
 
 
-def _leave(flight: Flight, client: Call) -> None:
+def _leave(flight: SharedGeneration, client: ClientCall) -> None:
     flight.leave(unwanted=client.unwanted)
 
 
@@ -317,14 +321,14 @@ async def _at_once(result: ImageResult) -> ImageResult:
 
 
 def _repeated(
-    asked: Generation,
+    asked: GenerationRequest,
     call: OpenCall,
     results: Sequence[ImageResult],
     outcome: Literal["hit", "shared"],
-) -> list[Usage]:
+) -> list[UsageRecord]:
     """What is recorded of images that cost nothing this time."""
 
-    def usage(image: int, request: ImageRequest, result: ImageResult) -> Usage:
+    def usage(image: int, request: ImageRequest, result: ImageResult) -> UsageRecord:
         fp8 = result.precision.startswith("fp8")
         precision = Precision.FP8 if fp8 else Precision.FP16
         return usage_of(call, image, request, precision, 0.0)._replace(outcome=outcome)

@@ -16,8 +16,8 @@ from ..request import ImageRequest, ImageResult
 from ..results.from_settings import open_links, open_store
 from ..results.spool import Spool
 from ..results.store import new_name
-from ..settings.application import Application, Tuning
-from .ingress_metrics import FrontMetrics
+from ..settings.application import ApplicationSettings, IngressSettings
+from .ingress_metrics import IngressMetrics
 
 log = logging.getLogger("ray.serve")
 
@@ -30,7 +30,10 @@ class ImageUrls:
     """Without a folder for its data a server keeps no images."""
 
     def __init__(
-        self, settings: Application, tuning: Callable[[], Tuning], metrics: FrontMetrics
+        self,
+        settings: ApplicationSettings,
+        tuning: Callable[[], IngressSettings],
+        metrics: IngressMetrics,
     ) -> None:
         """Raises `OSError` if the folder cannot be used."""
         self._tuning, self._metrics = tuning, metrics

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 
 from ..dispatch.client.session import DispatchSession
 from ..errors import (
@@ -30,14 +30,14 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
-from ..settings.application import Application, Tuning
-from ..tenants.keys import Access, tenant_of
-from .attempts import Drawing
+from ..settings.application import ApplicationSettings, IngressSettings
+from ..tenants.keys import TenantAccess, tenant_of
+from .attempts import Attempts
 from .authentication import Authentication
-from .generations import Generations
+from .generations import GenerationHandler
 from .image_urls import ImageUrls
-from .ingress_metrics import FrontMetrics
-from .result_reuse import Repeats
+from .ingress_metrics import IngressMetrics
+from .result_reuse import ResultReuse
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
 from .wire.request import check_request_id, model_not_found, parse
@@ -58,29 +58,29 @@ class Ingress:
         dispatcher: Any,
         generators: Mapping[str, Any],
     ) -> None:
-        settings = Application.model_validate(application)
+        settings = ApplicationSettings.model_validate(application)
         self._models = settings.models
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
-        units = {model: Coefficients(*unit) for model, unit in work.items()}
-        self._metrics = metrics = FrontMetrics()
-        drawing = Drawing(settings.models, units, streams, metrics)
-        self._tuning: Tuning | None = None
+        units = {model: CostCoefficients(*unit) for model, unit in work.items()}
+        self._metrics = metrics = IngressMetrics()
+        drawing = Attempts(settings.models, units, streams, metrics)
+        self._tuning: IngressSettings | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._openapi = document(version("octet-serve"), keys=not self._open_to_all)
         self._urls = ImageUrls(settings, lambda: self.tuning, metrics)
-        repeats = Repeats(settings, lambda: self.tuning, self._urls, metrics)
-        self._generations = Generations(self._session, drawing, self._urls, repeats, metrics)
+        repeats = ResultReuse(settings, lambda: self.tuning, self._urls, metrics)
+        self._generations = GenerationHandler(self._session, drawing, self._urls, repeats, metrics)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Ray Serve with a `Tuning`, before the first request and when it changes."""
-        self._tuning = Tuning.model_validate(user_config)
+        """Called by Ray Serve with a `IngressSettings`, before the first request and when it changes."""
+        self._tuning = IngressSettings.model_validate(user_config)
 
     @property
-    def tuning(self) -> Tuning:
+    def tuning(self) -> IngressSettings:
         if self._tuning is None:
             raise RuntimeError("the Ingress got no user_config")
         return self._tuning
@@ -202,7 +202,7 @@ class Ingress:
 
     # -- one request --------------------------------------------------------------------------
 
-    def _offer(self, tenant: str) -> Tuning:
+    def _offer(self, tenant: str) -> IngressSettings:
         """What there is to ask for, as far as a tenant may."""
         allowed = self._known(tenant).models
         if allowed is None:
@@ -210,11 +210,11 @@ class Ingress:
         models = {name: model for name, model in self.tuning.models.items() if name in allowed}
         return self.tuning.model_copy(update={"models": models})
 
-    def _known(self, tenant: str) -> Access:
+    def _known(self, tenant: str) -> TenantAccess:
         """Of the one tenant of a server without authentication: that it may do everything."""
         if self._open_to_all:
-            return Access((), operator=True)
-        return (self._session.directory or {}).get(tenant, Access((), models=()))
+            return TenantAccess((), operator=True)
+        return (self._session.directory or {}).get(tenant, TenantAccess((), models=()))
 
     def _authenticate_again(self, http: Request) -> None:
         """A body may take its time. Raises `KeyInvalid` if the key has been revoked meanwhile."""

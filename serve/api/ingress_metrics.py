@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..metric_catalogue import metric
 
 
-class FrontMetrics:
+class IngressMetrics:
     def __init__(self) -> None:
         self._requests, self._seconds = metric("octet_requests"), metric("octet_request_seconds")
         self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")

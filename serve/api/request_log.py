@@ -9,13 +9,13 @@ from dataclasses import asdict
 
 from ..errors import OctetError
 from ..request import ImageResult
-from .wire.request import Generation
+from .wire.request import GenerationRequest
 
 log = logging.getLogger("ray.serve")
 
 
 def log_request(
-    asked: Generation,
+    asked: GenerationRequest,
     tenant: str,
     request_id: str,
     cache: str,

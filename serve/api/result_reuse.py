@@ -14,43 +14,43 @@ from starlette.datastructures import Headers
 
 from ..errors import StoreFailed
 from ..request import ImageRequest
-from ..results.cache.memory import MemoryCache, Remembered, ResultCache, cache_key
-from ..settings.application import Application, Cache, Tuning
-from ..settings.models import OnCard, ServedModel, Source
+from ..results.cache.memory import CachedImages, MemoryCache, ResultCache, cache_key
+from ..settings.application import ApplicationSettings, CacheSettings, IngressSettings
+from ..settings.models import CardResources, ServedModel, Source
 from .image_urls import ImageUrls
-from .ingress_metrics import FrontMetrics
-from .single_flight import Flight
-from .wire.request import Generation
+from .ingress_metrics import IngressMetrics
+from .single_flight import SharedGeneration
+from .wire.request import GenerationRequest
 
 # What changes no image.
-SIZES = {*OnCard.model_fields, "id", "slots", "warm_sizes", "cache_mib", "warm_prompts"}
+SIZES = {*CardResources.model_fields, "id", "slots", "warm_sizes", "cache_mib", "warm_prompts"}
 
 
-class Repeats:
+class ResultReuse:
     """What is remembered, and the flights that others may join, each under its key."""
 
     def __init__(
         self,
-        settings: Application,
-        tuning: Callable[[], Tuning],
+        settings: ApplicationSettings,
+        tuning: Callable[[], IngressSettings],
         urls: ImageUrls,
-        metrics: FrontMetrics,
+        metrics: IngressMetrics,
     ) -> None:
         """Raises `OSError` if the password of Redis cannot be read."""
-        self.flights: dict[str, Flight] = {}
+        self.flights: dict[str, SharedGeneration] = {}
         self._tuning, self._urls, self._metrics = tuning, urls, metrics
         self._versions = {model.id: _version(settings, model) for model in settings.models}
         self._secret = urls.key or secrets.token_bytes(32)
         self._cache = self._open(settings.cache) if settings.cache else None
 
-    def _open(self, settings: Cache) -> ResultCache:
+    def _open(self, settings: CacheSettings) -> ResultCache:
         if settings.redis_url is None:
             return MemoryCache(settings.memory_bytes)
         from ..results.cache.redis import RedisCache  # only who has one needs its client
 
         return RedisCache(settings, self._urls.image, self._metrics.cache_failed)
 
-    def key(self, asked: Generation, tenant: str, headers: Headers) -> str | None:
+    def key(self, asked: GenerationRequest, tenant: str, headers: Headers) -> str | None:
         """None: it is to be drawn, whatever was drawn before."""
         bypassed = {"no-cache", "no-store"} & {
             part.strip().lower() for part in headers.get("cache-control", "").split(",")
@@ -60,7 +60,7 @@ class Repeats:
         version = self._versions[asked.requests[0].model]
         return cache_key(self._secret, tenant, version, asked.requests)
 
-    async def find(self, key: str, tenant: str) -> Remembered | None:
+    async def find(self, key: str, tenant: str) -> CachedImages | None:
         if self._cache is None:
             return None
         began = time.monotonic()
@@ -73,7 +73,7 @@ class Repeats:
         key: str,
         tenant: str,
         requests: Sequence[ImageRequest],
-        found: Remembered,
+        found: CachedImages,
     ) -> None:
         """Store the images first if they have to be found by name."""
         if self._cache is None:
@@ -96,7 +96,7 @@ class Repeats:
             await self._cache.put(key, found, time.monotonic(), age_s)
 
 
-def _version(settings: Application, model: ServedModel) -> str:
+def _version(settings: ApplicationSettings, model: ServedModel) -> str:
     """What draws a model's images: weights, arithmetic and code, on however many replicas."""
     (encoder,) = (e for e in settings.text_encoders if e.id == model.text_encoder)
     sources = [s for s in (model.source, encoder.source, *(p.source for p in model.pools)) if s]

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from ..dispatch.client.open_call import OpenCall
 from ..errors import OctetError
 from ..request import ImageResult
-from .client_call import Call
+from .client_call import ClientCall
 
 T = TypeVar("T")
 Step = Callable[[], Coroutine[Any, Any, T]]
@@ -32,13 +32,13 @@ class Once(Generic[T]):
             self._task.cancel()
 
 
-class Flight:
+class SharedGeneration:
     """Images on their way to all who wait for them, as a call of the first of those.
 
     It goes on while anybody is left, whoever that is. It is the `Client` of its call.
     """
 
-    def __init__(self, first: Call, landed: Callable[[], None]) -> None:
+    def __init__(self, first: ClientCall, landed: Callable[[], None]) -> None:
         """`landed` is called, more than once too, when nobody is to join any more."""
         self._first, self._landed = first, landed
         self._present = 1

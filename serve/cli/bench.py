@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import SettingsError
-from .load_client import Answered, Ask, Load, percentile, poisson
+from .load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from .terminal import Debug, console, readable_errors
 
 ROUTE = "/v1/images/generations"
@@ -82,7 +82,7 @@ def bench(
             console=console,
         ) as progress:
             task = progress.add_task("answers", total=None if clients else len(asks))
-            load = Load(url.rstrip("/") + ROUTE, keys, lambda _: progress.advance(task))
+            load = LoadClient(url.rstrip("/") + ROUTE, keys, lambda _: progress.advance(task))
             if clients:
                 each = Counter(list(keys)[i % len(keys)] for i in range(clients))
                 answers = asyncio.run(load.closed_loop(each, bodies, seconds))
@@ -98,10 +98,10 @@ def bench(
         raise typer.Exit(1)
 
 
-def report(answers: Sequence[Answered], slo_s: float) -> dict[str, Any]:
+def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
     """In all, by tenant and by shape; latencies in seconds, of what was answered with images."""
-    groups: dict[str, list[Answered]] = {"all": list(answers)}
-    kinds: tuple[tuple[str, Callable[[Ask], str]], ...] = (
+    groups: dict[str, list[LoadAnswer]] = {"all": list(answers)}
+    kinds: tuple[tuple[str, Callable[[TimedRequest], str]], ...] = (
         ("tenant", lambda ask: ask.tenant),
         ("shape", _named),
     )
@@ -113,7 +113,7 @@ def report(answers: Sequence[Answered], slo_s: float) -> dict[str, Any]:
     return {name: _row(some, slo_s, lasted_s) for name, some in groups.items()}
 
 
-def _row(answers: Sequence[Answered], slo_s: float, lasted_s: float) -> dict[str, Any]:
+def _row(answers: Sequence[LoadAnswer], slo_s: float, lasted_s: float) -> dict[str, Any]:
     served = [answer.latency_s for answer in answers if answer.status == 200]
     in_time = sum(latency_s <= slo_s for latency_s in served)
     return {
@@ -144,7 +144,7 @@ def _table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _plot(answers: Sequence[Answered], out: Path) -> None:
+def _plot(answers: Sequence[LoadAnswer], out: Path) -> None:
     try:
         import matplotlib as mpl
 
@@ -225,6 +225,6 @@ def _bodies(
     return body
 
 
-def _named(ask: Ask) -> str:
+def _named(ask: TimedRequest) -> str:
     size, steps = ask.body.get("size"), ask.body.get("num_inference_steps")
     return ":".join(str(part) for part in (size or "", steps) if part is not None) or "default"

@@ -16,7 +16,7 @@ from ..launch import check_port
 from ..models.checkpoints import node_folder, on_this_node
 from ..models.reference_work import CLIP_TOKENS, structure_of
 from ..settings.application import Settings
-from ..settings.models import Encoder, Model, OnCard, Pool, Source
+from ..settings.models import CardResources, Encoder, Model, Pool, Source
 from .doctor_machine import Finding, Machine, Verdict
 from .plan_inputs import encoder_gib, most_pixels
 
@@ -28,7 +28,7 @@ def needs_gpu(settings: Settings) -> bool:
 
 def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
     """Whether all models of the settings could be served by this machine alone."""
-    least: list[OnCard] = [*settings.text_encoders]
+    least: list[CardResources] = [*settings.text_encoders]
     for encoder in settings.text_encoders:
         reason = _cannot_hold(encoder, machine, _encoder_weights_gib(encoder, settings))
         name = f"text encoder {encoder.id}"
@@ -52,7 +52,7 @@ def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
 
 
 def _examine_together(
-    least: Sequence[OnCard], settings: Settings, machine: Machine
+    least: Sequence[CardResources], settings: Settings, machine: Machine
 ) -> Iterator[Finding]:
     """Whether the text encoders and a replica of each model find room at once."""
     gpus = sum(part.num_gpus for part in least)
@@ -86,7 +86,7 @@ def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) 
     return _cannot_hold(pool, machine, _weights_gib(model, recipe, settings))
 
 
-def _cannot_hold(part: OnCard, machine: Machine, weights_gib: float) -> str:
+def _cannot_hold(part: CardResources, machine: Machine, weights_gib: float) -> str:
     if not part.num_gpus:
         return ""
     if not machine.has_gpu:
@@ -105,7 +105,7 @@ def _cannot_hold(part: OnCard, machine: Machine, weights_gib: float) -> str:
     return ""
 
 
-def _promised_gib(part: OnCard, memory_gib: float) -> float:
+def _promised_gib(part: CardResources, memory_gib: float) -> float:
     return part.memory_gib or min(part.num_gpus, 1.0) * memory_gib
 
 
@@ -208,7 +208,7 @@ def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) 
     return count
 
 
-def _has_memory(part: OnCard, node: Node, weights_gib: float) -> bool:
+def _has_memory(part: CardResources, node: Node, weights_gib: float) -> bool:
     """Whether its part of the node's card, if that is known, holds the weights."""
     if not part.num_gpus or node.card is None:
         return True

@@ -16,7 +16,7 @@ import aiohttp
 PATIENCE_S = 300.0
 
 
-class Ask(NamedTuple):
+class TimedRequest(NamedTuple):
     """A request of a tenant at a time, seconds from the start."""
 
     at: float
@@ -25,12 +25,12 @@ class Ask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answered:
+class LoadAnswer:
     """`status` 0: no answer, and `code` says why. `handler_ms`: of the server's handler, where it
     says so; `cache`: what the result cache did.
     """
 
-    ask: Ask
+    ask: TimedRequest
     status: int
     code: str
     latency_s: float
@@ -39,24 +39,24 @@ class Answered:
     cache: str = ""
 
 
-class Load:
+class LoadClient:
     """Sends to one address, with each tenant's key; `tell` hears every answer."""
 
     def __init__(
         self,
         url: str,
         keys: Mapping[str, str],
-        tell: Callable[[Answered], None] = lambda _: None,
+        tell: Callable[[LoadAnswer], None] = lambda _: None,
     ) -> None:
         self._url, self._keys, self._tell = url, keys, tell
         self._began = 0.0
 
-    async def open_loop(self, asks: Iterable[Ask]) -> list[Answered]:
+    async def open_loop(self, asks: Iterable[TimedRequest]) -> list[LoadAnswer]:
         """Every request at its time, whatever has become of the others."""
         async with self._session() as http:
             self._began = time.monotonic()
 
-            async def later(ask: Ask) -> Answered:
+            async def later(ask: TimedRequest) -> LoadAnswer:
                 await asyncio.sleep(max(self._began + ask.at - time.monotonic(), 0))
                 return await self._send(http, ask)
 
@@ -67,16 +67,16 @@ class Load:
         outstanding: Mapping[str, int],
         body: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         seconds: float,
-    ) -> list[Answered]:
+    ) -> list[LoadAnswer]:
         """Each tenant has so many requests open all the time, each of one body or the next."""
         bodies = body if callable(body) else lambda: body
-        found: list[Answered] = []
+        found: list[LoadAnswer] = []
         async with self._session() as http:
             self._began = time.monotonic()
 
             async def keep_asking(tenant: str) -> None:
                 while (now := time.monotonic() - self._began) < seconds:
-                    found.append(await self._send(http, Ask(now, tenant, bodies())))
+                    found.append(await self._send(http, TimedRequest(now, tenant, bodies())))
 
             await asyncio.gather(
                 *(keep_asking(tenant) for tenant, n in outstanding.items() for _ in range(n))
@@ -88,7 +88,7 @@ class Load:
         timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
         return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
-    async def _send(self, http: aiohttp.ClientSession, ask: Ask) -> Answered:
+    async def _send(self, http: aiohttp.ClientSession, ask: TimedRequest) -> LoadAnswer:
         key = self._keys.get(ask.tenant)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         began = time.monotonic()
@@ -105,18 +105,18 @@ class Load:
         except (LookupError, TypeError, ValueError):
             code = "no answer of Octet's"
         done = time.monotonic()
-        found = Answered(ask, status, code, done - began, done - self._began, handler_ms, cache)
+        found = LoadAnswer(ask, status, code, done - began, done - self._began, handler_ms, cache)
         self._tell(found)
         return found
 
 
 def poisson(
     seed: str, tenant: str, per_s: float, seconds: float, body: Mapping[str, Any]
-) -> list[Ask]:
+) -> list[TimedRequest]:
     """Arrivals by a Poisson process; the same for the same seed."""
     rng, now, asks = random.Random(seed + tenant), 0.0, []  # noqa: S311 - no secrets
     while (now := now + rng.expovariate(per_s)) < seconds:
-        asks.append(Ask(now, tenant, body))
+        asks.append(TimedRequest(now, tenant, body))
     return asks
 
 

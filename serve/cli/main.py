@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..errors import SettingsError
-from ..launch import Running, running
+from ..launch import RunningApplication, run_application
 from ..models.checkpoints import node_folder, on_this_node, size_bytes, verify
 from ..models.checkpoints import pull as fetch
 from ..settings.application import Settings
@@ -204,7 +204,7 @@ def _serve(read: Callable[[], Settings]) -> None:
     try:
         settings = read()
         _warn_of_strangers(settings)
-        with running(settings, _tell_changes()) as octet:
+        with run_application(settings, _tell_changes()) as octet:
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
@@ -237,7 +237,7 @@ def _warn_of_strangers(settings: Settings) -> None:
         complain("there are no tenants yet: octet tenant add")
 
 
-def _apply(octet: Running, read: Callable[[], Settings]) -> None:
+def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
     """Bring the running application to the settings as they are now; it runs on if that fails."""
     try:
         settings = read()
@@ -258,7 +258,7 @@ def _next(events: SimpleQueue[int]) -> int | None:
         return None
 
 
-def _tell_decisions(octet: Running) -> Callable[[], None]:
+def _tell_decisions(octet: RunningApplication) -> Callable[[], None]:
     """Print how many replicas each pool should have, and why, where that has changed."""
     last: dict[str, str] = {}
 
@@ -284,7 +284,7 @@ def _tell_changes() -> Callable[[str], None]:
     return tell
 
 
-def _announce(octet: Running) -> None:
+def _announce(octet: RunningApplication) -> None:
     url, model = octet.url, octet.settings.models[0]
     prompt = "a futuristic cityscape at sunset"
     key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""

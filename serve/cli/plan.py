@@ -11,8 +11,8 @@ import typer
 from cluster import packing
 from cluster.cards import CARDS
 from cluster.footprint import text_encoders_gib
+from cluster.serving_options import PlanTerms
 from cluster.structure import TRANSFORMERS
-from cluster.ways import Terms
 
 from ..errors import SettingsError
 from ..settings.file import load_settings
@@ -74,8 +74,8 @@ def plan(
         if as_json and as_settings:
             raise SettingsError("--json or --settings, not both")
         settings = load_settings(config) if config else None
-        wants = (
-            planning.wants_of(settings)
+        planned_models = (
+            planning.planned_models_of(settings)
             if settings
             else planning.parse_models(model or [], size or "1024x1024", steps)
         )
@@ -90,8 +90,8 @@ def plan(
         try:
             found = packing.plan(
                 groups,
-                wants,
-                terms=Terms(latency_s, adaln_8_bit),
+                planned_models,
+                terms=PlanTerms(latency_s, adaln_8_bit),
                 encoder_gib=None if encoders_on_cpu else encoder_gib,
             )
         except packing.DoesNotFit as error:

@@ -21,8 +21,8 @@ from cluster.footprint import (
     text_encoders_gib,
 )
 from cluster.placement import Node
+from cluster.serving_options import CardGroup, PlannedModel
 from cluster.structure import TRANSFORMERS, structure
-from cluster.ways import Cards, Want
 
 from ..errors import SettingsError, did_you_mean
 from ..launch import LaunchError
@@ -36,7 +36,7 @@ SD35_TEXT_WIDTH = 4096
 USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
 
-def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[Cards]:
+def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
     """`h100:8`, each kind once. Raises `SettingsError`."""
     counts: dict[Card, int] = {}
     for text in given:
@@ -47,10 +47,10 @@ def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[Cards]:
         if not re.fullmatch(r"[1-9]\d{0,5}", count or "1"):
             raise SettingsError(f"--gpu '{text}': '{count}' is no number of cards")
         counts[card] = counts.get(card, 0) + int(count or 1)
-    return [Cards(card, count, reserved_gib) for card, count in counts.items()]
+    return [CardGroup(card, count, reserved_gib) for card, count in counts.items()]
 
 
-def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[Cards], list[str]]:
+def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[CardGroup], list[str]]:
     """The cards of a cluster, and in words which nodes are left out."""
     counts: dict[Card, int] = {}
     left_out = []
@@ -64,12 +64,12 @@ def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[Cards], l
             left_out.append(f"{name}: {card.id}, labelled for 16 bit, is not planned")
         else:
             counts[card] = counts.get(card, 0) + int(node.num_gpus)
-    return [Cards(card, count, reserved_gib) for card, count in counts.items()], left_out
+    return [CardGroup(card, count, reserved_gib) for card, count in counts.items()], left_out
 
 
-def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Want]:
+def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[PlannedModel]:
     """`sd3.5-large` or `sd3.5-large=SHARE`. Raises `SettingsError`."""
-    wants = []
+    planned_models = []
     for text in given:
         model, _, share = text.partition("=")
         if model not in TRANSFORMERS:
@@ -77,17 +77,19 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Wan
         usual_steps, rows = USUAL[model]
         width, height = _size(size)
         shape = ImageShape(width, height, TEXT_TOKENS, rows, steps or usual_steps)
-        wants.append(Want(model, structure(model), shape, shape.pixels, _share(text, share)))
-    return _each_once(wants)
+        planned_models.append(
+            PlannedModel(model, structure(model), shape, shape.pixels, _share(text, share))
+        )
+    return _each_once(planned_models)
 
 
-def wants_of(settings: Settings) -> list[Want]:
+def planned_models_of(settings: Settings) -> list[PlannedModel]:
     """What a settings file serves: its default images, and the largest that it allows.
 
     Raises `SettingsError` for a model whose structure is not known here.
     """
     return [
-        Want(
+        PlannedModel(
             model.id,
             structure_of(model, settings.models_folder),
             ImageShape(
@@ -146,14 +148,14 @@ def _share(text: str, share: str) -> float:
     return value
 
 
-def _each_once(wants: list[Want]) -> list[Want]:
-    for want in wants:
-        if sum(w.model == want.model for w in wants) > 1:
-            raise SettingsError(f"--model '{want.model}' is given twice")
-    return wants
+def _each_once(planned_models: list[PlannedModel]) -> list[PlannedModel]:
+    for planned in planned_models:
+        if sum(w.model == planned.model for w in planned_models) > 1:
+            raise SettingsError(f"--model '{planned.model}' is given twice")
+    return planned_models
 
 
-def with_prices(groups: Sequence[Cards], file: Path) -> list[Cards]:
+def with_prices(groups: Sequence[CardGroup], file: Path) -> list[CardGroup]:
     """Prices from a YAML file: `h100: 2.50`, or `h100: {on_demand: 2.50, spot: 1.10}`, $ an hour.
 
     Raises `SettingsError`.

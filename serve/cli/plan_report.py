@@ -12,9 +12,9 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from cluster.packing import Plan, Stack
+from cluster.packing import PackedCards, Plan
 from cluster.pools import PlannedPool, planned_pools
-from cluster.ways import Want, Way
+from cluster.serving_options import PlannedModel, ServingOption
 
 COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
 PLACE = "card", "replicas", "num_gpus", "memory_gib"
@@ -30,13 +30,13 @@ def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
     """The plan as data; images/s of a card are those if it draws that model alone."""
     return {
         "models": {
-            want.model: {
-                "images_s": plan.images_s[want.model],
-                "share": want.share,
-                "size": f"{want.shape.width_px}x{want.shape.height_px}",
-                "steps": want.shape.steps,
+            planned.model: {
+                "images_s": plan.images_s[planned.model],
+                "share": planned.share,
+                "size": f"{planned.shape.width_px}x{planned.shape.height_px}",
+                "steps": planned.shape.steps,
             }
-            for want in plan.wants
+            for planned in plan.planned_models
         },
         "mixed_images_s": plan.mixed_images_s,
         "cards": [
@@ -45,7 +45,7 @@ def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
                 "count": stack.cards.count,
                 "text_encoder_gib": stack.cards.encoder_gib,
                 "free_gib": _free_gib(stack),
-                "replicas": [_way_as_json(stack, way) for way in stack.ways],
+                "replicas": [_option_as_json(stack, option) for option in stack.options],
             }
             for stack in plan.stacks
         ],
@@ -54,18 +54,18 @@ def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def _way_as_json(stack: Stack, way: Way) -> dict[str, Any]:
+def _option_as_json(stack: PackedCards, option: ServingOption) -> dict[str, Any]:
     card = stack.cards.card
     return {
-        **way._asdict(),
-        "latency_s": way.latency_s,
-        "usd_per_1000_on_demand": usd_per_1000(card.on_demand_usd_h, way.images_s),
-        "usd_per_1000_spot": usd_per_1000(card.spot_usd_h, way.images_s),
+        **option._asdict(),
+        "latency_s": option.latency_s,
+        "usd_per_1000_on_demand": usd_per_1000(card.on_demand_usd_h, option.images_s),
+        "usd_per_1000_spot": usd_per_1000(card.spot_usd_h, option.images_s),
     }
 
 
-def _free_gib(stack: Stack) -> float:
-    return stack.cards.free_gib - sum(way.replicas * way.gib for way in stack.ways)
+def _free_gib(stack: PackedCards) -> float:
+    return stack.cards.free_gib - sum(option.replicas * option.gib for option in stack.options)
 
 
 def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
@@ -80,15 +80,15 @@ def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
     given = {model["id"]: model for model in data.get("models", [])}
     data["models"] = [
         {
-            "id": want.model,
-            **given.get(want.model, {"limits": {"max_pixels": want.max_pixels}}),
+            "id": planned.model,
+            **given.get(planned.model, {"limits": {"max_pixels": planned.max_pixels}}),
             "pools": [
-                _pool(pool, want, given.get(want.model, {}).get("pools", []))
+                _pool(pool, planned, given.get(planned.model, {}).get("pools", []))
                 for pool in pools
-                if pool.model == want.model
+                if pool.model == planned.model
             ],
         }
-        for want in plan.wants
+        for planned in plan.planned_models
     ]
     return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
 
@@ -110,15 +110,17 @@ def _kept(settings: Mapping[str, Any], keys: Container[str], replicas: int) -> d
     return kept
 
 
-def _pool(pool: PlannedPool, want: Want, before: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _pool(
+    pool: PlannedPool, planned: PlannedModel, before: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What a pool of the same precision had before stays, but for its place."""
     precision = "fp8" if pool.recipe.startswith("fp8") else "fp16"
     same = next((p for p in before if p["precision"] == precision), {})
-    size = f"{want.shape.width_px}x{want.shape.height_px}"
-    planned = {"precision": precision, **_place(pool), "slots": pool.slots}
+    size = f"{planned.shape.width_px}x{planned.shape.height_px}"
+    place = {"precision": precision, **_place(pool), "slots": pool.slots}
     adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
     kept = _kept(same, (*PLACE, "slots", "adaln_8_bit"), pool.replicas)
-    return {"warm_sizes": [size], **kept, **planned, **adaln}
+    return {"warm_sizes": [size], **kept, **place, **adaln}
 
 
 def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
@@ -139,21 +141,21 @@ def _table(plan: Plan) -> Table:
     fractions = {(p.model, p.card, p.slots): p.num_gpus for p in planned_pools(plan)}
     for stack in plan.stacks:
         card, name = stack.cards.card, f"{stack.cards.count} × {stack.cards.card.id}"
-        for way in stack.ways:
+        for option in stack.options:
             table.add_row(
                 name,
-                way.model,
-                way.recipe,
-                f"{way.replicas} × {way.slots}",
-                f"{way.gib:.1f}",
-                f"{fractions[way.model, card.id, way.slots]:.4f}",
-                f"{way.images_s:.3g}",
-                f"{way.latency_s:.1f}",
-                _usd(usd_per_1000(card.on_demand_usd_h, way.images_s)),
-                _usd(usd_per_1000(card.spot_usd_h, way.images_s)),
+                option.model,
+                option.recipe,
+                f"{option.replicas} × {option.slots}",
+                f"{option.gib:.1f}",
+                f"{fractions[option.model, card.id, option.slots]:.4f}",
+                f"{option.images_s:.3g}",
+                f"{option.latency_s:.1f}",
+                _usd(usd_per_1000(card.on_demand_usd_h, option.images_s)),
+                _usd(usd_per_1000(card.spot_usd_h, option.images_s)),
             )
             name = ""
-        if not stack.ways:
+        if not stack.options:
             table.add_row(name, "–")
         if stack.cards.encoder_gib:
             gpu = fractions[None, card.id, 1]
@@ -169,12 +171,14 @@ def _usd(usd: float | None) -> str:
 
 def _pictures(plan: Plan) -> Iterable[Text]:
     """One bar for each kind of card and arrangement: what takes its memory, true to scale."""
-    colours = {want.model: COLOURS[i % len(COLOURS)] for i, want in enumerate(plan.wants)}
+    colours = {
+        planned.model: COLOURS[i % len(COLOURS)] for i, planned in enumerate(plan.planned_models)
+    }
     for stack in plan.stacks:
         parts = [
-            (way.gib, f"{way.model} {way.gib:.0f}", f"black on {colours[way.model]}")
-            for way in stack.ways
-            for _ in range(way.replicas)
+            (option.gib, f"{option.model} {option.gib:.0f}", f"black on {colours[option.model]}")
+            for option in stack.options
+            for _ in range(option.replicas)
         ]
         if stack.cards.encoder_gib:
             parts.append((stack.cards.encoder_gib, "text", "black on white"))
@@ -190,23 +194,23 @@ def _pictures(plan: Plan) -> Iterable[Text]:
 
 
 def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
-    ways = [way for stack in plan.stacks for way in stack.ways]
-    for want in plan.wants:
-        size = f"{want.shape.width_px}x{want.shape.height_px}"
+    options = [option for stack in plan.stacks for option in stack.options]
+    for planned in plan.planned_models:
+        size = f"{planned.shape.width_px}x{planned.shape.height_px}"
         yield Text(
-            f"{want.model}: {plan.images_s[want.model]:.3g} images/s of {size}, "
-            f"{want.shape.steps} steps, if nothing else is asked for"
+            f"{planned.model}: {plan.images_s[planned.model]:.3g} images/s of {size}, "
+            f"{planned.shape.steps} steps, if nothing else is asked for"
         )
-    if len(plan.wants) > 1:
+    if len(plan.planned_models) > 1:
         yield Text(f"all together: {plan.mixed_images_s:.3g} images/s, each model by its share")
     yield Text("GiB and GPU of a replica; images/s and $ of a card that draws this model alone;")
     yield Text("s full: an image's seconds while all slots of its model are taken", end="\n\n")
-    if estimated := {way.model for way in ways if way.estimated}:
+    if estimated := {option.model for option in options if option.estimated}:
         yield Text(
             f"Estimated from arithmetic, not measured: images/s of {', '.join(sorted(estimated))}.",
             "yellow",
         )
-    if not any(way.recipe in ("bf16", "fp16") for way in ways):
+    if not any(option.recipe in ("bf16", "fp16") for option in options):
         yield Text(
             "No 16-bit pool: `precision: fp16` is refused, and an image with non-finite numbers is "
             "not drawn again. Cards without FP8 would have one.",

@@ -10,16 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from autoscaling.simulation.simulator import SLOWDOWN, Outcome
+from autoscaling.simulation.simulator import IN_TIME_SLOWDOWN, SimulationResult
 
 from ..errors import SettingsError
 from ..settings.file import load_settings
-from .simulate_scene import (
+from .simulate_scenario import (
     NUMBERS,
     WORKLOADS,
     policy_of,
-    scene_of_card,
-    scene_of_settings,
+    scenario_of_card,
+    scenario_of_settings,
     workload_of,
 )
 from .terminal import ConfigOption, Debug, console, readable_errors
@@ -73,11 +73,13 @@ def simulate(
     """
     with readable_errors(debug):
         if config:
-            scene = scene_of_settings(load_settings(config), model, node_s, start_s)
+            scene = scenario_of_settings(load_settings(config), model, node_s, start_s)
         else:
-            scene = scene_of_card(model or "sd3.5-large", card, slots, least, most, node_s, start_s)
+            scene = scenario_of_card(
+                model or "sd3.5-large", card, slots, least, most, node_s, start_s
+            )
         requests = workload_of(workload, rate, hours)
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, SimulationResult] = {}
         policies = {text: policy_of(text) for text in policy or ["queued-work"]}
         for text, (name, numbers) in policies.items():
             with console.status(text):
@@ -91,7 +93,7 @@ def simulate(
             _plot({text: o.timeline for text, o in outcomes.items()}, requests.name, plot)
 
 
-def as_dict(outcome: Outcome) -> dict[str, Any]:
+def as_dict(outcome: SimulationResult) -> dict[str, Any]:
     """What came of it, in numbers; waits in seconds."""
     return {
         "requests": outcome.requests,
@@ -109,9 +111,11 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _table(outcomes: dict[str, Outcome]) -> Table:
+def _table(outcomes: dict[str, SimulationResult]) -> Table:
     some = next(iter(outcomes.values()))
-    title = f"{some.requests} requests; in time: within {SLOWDOWN:g} × what each takes alone"
+    title = (
+        f"{some.requests} requests; in time: within {IN_TIME_SLOWDOWN:g} × what each takes alone"
+    )
     table = Table(Column("policy", overflow="fold"), title=title, title_justify="left")
     for name in (
         "$",
@@ -140,10 +144,10 @@ def _table(outcomes: dict[str, Outcome]) -> Table:
 
 
 def _plot(timelines: dict[str, Any], title: str, out: Path) -> None:
-    from autoscaling.simulation.plot import draw
+    from autoscaling.simulation.plot import plot_timelines
 
     try:
-        draw(timelines, title, out)
+        plot_timelines(timelines, title, out)
     except ImportError:
         raise SettingsError("--plot needs matplotlib: pip install 'octet[bench]'") from None
     except (OSError, ValueError) as error:

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..tenants.tenant import Tenant
-from ..usage.record import Usage
-from .forecast import Accuracy, Demand, Rate, wait_s
+from ..usage.record import UsageRecord
+from .forecast import ArrivalRate, ForecastAccuracy, TenantDemand, wait_s
 from .grants import Grants
-from .protocol import Opening, Pools, Refusal, Verdict
-from .tenant_account import Account
+from .protocol import AdmissionDecision, AdmissionRequest, Pools, Refusal
+from .tenant_account import TenantAccount
 
 OWN_SHARE = 4  # places that a tenant may have for each one that is left
 IDLE_S = 60.0  # arrivals that are older are forgotten
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class AdmittedCall:
     """One that was admitted; `reserved` is work that it may still be charged."""
 
     session: str
@@ -68,8 +68,8 @@ class _Refused(Exception):
 
 @dataclass(slots=True)
 class _Tenancy:
-    account: Account
-    calls: set[Call] = field(default_factory=set)
+    account: TenantAccount
+    calls: set[AdmittedCall] = field(default_factory=set)
 
 
 class Admission:
@@ -80,10 +80,10 @@ class Admission:
         self._grants = grants
         self._tenants: dict[str, _Tenancy] = {}
         self._known: Mapping[str, Tenant] | None = None  # None: whoever comes
-        self._calls: dict[tuple[str, str], Call] = {}  # by session and name
-        self._ids: dict[tuple[str, str], Call] = {}  # by tenant and request id
-        self._arrivals: dict[str, dict[str, Rate]] = {}  # work, by pool and tenant
-        self._accuracy = Accuracy()
+        self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and name
+        self._ids: dict[tuple[str, str], AdmittedCall] = {}  # by tenant and request id
+        self._arrivals: dict[str, dict[str, ArrivalRate]] = {}  # work, by pool and tenant
+        self._accuracy = ForecastAccuracy()
         # Work that came for the same pools and was admitted, or would have been had there been
         # more replicas; and the sum of its squares.
         self.arrived: dict[Pools, tuple[float, float]] = {}
@@ -104,22 +104,24 @@ class Admission:
         for name in {*self._tenants, *spent}:
             self.account(name).spent = spent.get(name, 0.0)
 
-    def account(self, tenant: str) -> Account:
+    def account(self, tenant: str) -> TenantAccount:
         return self._tenancy(tenant).account
 
-    def accounts(self) -> Iterator[tuple[str, Account, int]]:
+    def accounts(self) -> Iterator[tuple[str, TenantAccount, int]]:
         """Every tenant that has been heard of, its account and its open calls."""
         for name, tenancy in self._tenants.items():
             yield name, tenancy.account, len(tenancy.calls)
 
     def _tenancy(self, tenant: str) -> _Tenancy:
         if tenant not in self._tenants:
-            self._tenants[tenant] = _Tenancy(Account((self._known or {}).get(tenant, Tenant())))
+            self._tenants[tenant] = _Tenancy(
+                TenantAccount((self._known or {}).get(tenant, Tenant()))
+            )
         return self._tenants[tenant]
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def open(self, session: str, opening: Opening, now: float) -> Verdict:
+    def open(self, session: str, opening: AdmissionRequest, now: float) -> AdmissionDecision:
         """Admit a call or refuse it; entries of an admitted one are then to be queued."""
         account = self.account(opening.tenant)
         predicted_s = None
@@ -130,22 +132,22 @@ class Admission:
             if no.for_want_of_replicas:
                 self._count(opening)
             standings = account.standings(now, self.month_ends - now)
-            return Verdict(
+            return AdmissionDecision(
                 session, opening.call, no.refusal, None, no.retry_after_s, no.own, standings
             )
         self._admit(session, opening, predicted_s, now)
         standings = account.standings(now, self.month_ends - now)
         eta_s = None if predicted_s is None else self._accuracy.expected(predicted_s)
-        return Verdict(session, opening.call, None, eta_s, standings=standings)
+        return AdmissionDecision(session, opening.call, None, eta_s, standings=standings)
 
-    def call(self, session: str, name: str) -> Call | None:
+    def call(self, session: str, name: str) -> AdmittedCall | None:
         return self._calls.get((session, name))
 
-    def find(self, tenant: str, request_id: str) -> Call | None:
+    def find(self, tenant: str, request_id: str) -> AdmittedCall | None:
         """A tenant's open call by the id that its client gave it."""
         return self._ids.get((tenant, request_id))
 
-    def hold(self, session: str, usage: Usage) -> float:
+    def hold(self, session: str, usage: UsageRecord) -> float:
         """Of a call's reservation, what stays until `free`, whatever becomes of the call."""
         call = self._calls.get((session, usage.call))
         held = min(usage.work_s, call.reserved) if call else 0.0
@@ -156,7 +158,7 @@ class Admission:
     def free(self, tenant: str, held: float) -> None:
         self.account(tenant).reserved -= held
 
-    def spend(self, session: str, usage: Usage, spent: float | None, now: float) -> None:
+    def spend(self, session: str, usage: UsageRecord, spent: float | None, now: float) -> None:
         """An image was paid for; `spent`: by its tenant this month, where somebody else counts."""
         account = self.account(usage.tenant)
         account.spent = account.spent + usage.work_s if spent is None else spent
@@ -178,7 +180,7 @@ class Admission:
         for owner, name in [key for key in self._calls if key[0] == session]:
             self.end(owner, name, now)
 
-    def _learn(self, call: Call, now: float) -> None:
+    def _learn(self, call: AdmittedCall, now: float) -> None:
         if call.predicted_s is not None:
             self._accuracy.learn(call.predicted_s, now - call.opened)
             call.predicted_s = None
@@ -196,7 +198,7 @@ class Admission:
 
     # -- gates ----------------------------------------------------------------------------------
 
-    def _pass(self, opening: Opening, account: Account, now: float) -> float | None:
+    def _pass(self, opening: AdmissionRequest, account: TenantAccount, now: float) -> float | None:
         """When the call is predicted to be done, as the model has it. Raises `_Refused`."""
         tenant, entries = account.tenant, opening.entries
         if self._known is not None and opening.tenant not in self._known:
@@ -231,7 +233,7 @@ class Admission:
         self._check_deadline(opening, forecast, now)
         return sum(forecast)
 
-    def _check_queue(self, opening: Opening, tenant: Tenant, now: float) -> None:
+    def _check_queue(self, opening: AdmissionRequest, tenant: Tenant, now: float) -> None:
         items, work_s = self._grants.queue.waiting(opening.tenant)
         coming, free = len(opening.entries), self.max_queued - self._grants.queue_depth
         if coming > free:
@@ -246,7 +248,7 @@ class Admission:
             known_s = later_s if math.isfinite(later_s) else None
             raise _Refused("queue_full", known_s, own=True)
 
-    def _check_deadline(self, opening: Opening, forecast: Forecast, now: float) -> None:
+    def _check_deadline(self, opening: AdmissionRequest, forecast: Forecast, now: float) -> None:
         late_s = self._at_most_s(forecast) - opening.timeout_s
         if late_s <= 0:
             return
@@ -259,9 +261,11 @@ class Admission:
         """Past errors count where something is waited for: they alone refuse nobody."""
         return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 
-    def _admit(self, session: str, opening: Opening, predicted_s: float | None, now: float) -> None:
+    def _admit(
+        self, session: str, opening: AdmissionRequest, predicted_s: float | None, now: float
+    ) -> None:
         tenancy = self._tenancy(opening.tenant)
-        call = Call(
+        call = AdmittedCall(
             session,
             opening.call,
             opening.tenant,
@@ -281,17 +285,19 @@ class Admission:
         self._count(opening)
         for pool in {pool for entry in opening.entries for pool in entry.pools}:
             rates = self._arrivals.setdefault(pool, {})
-            rate = rates.setdefault(opening.tenant, Rate())
+            rate = rates.setdefault(opening.tenant, ArrivalRate())
             rate.add(sum(e.work_s for e in opening.entries if pool in e.pools), now)
 
-    def _count(self, opening: Opening) -> None:
+    def _count(self, opening: AdmissionRequest) -> None:
         for entry in opening.entries:
             work_s, squares = self.arrived.get(entry.pools, (0.0, 0.0))
             self.arrived[entry.pools] = work_s + entry.work_s, squares + entry.work_s**2
 
     # -- forecasts ------------------------------------------------------------------------------
 
-    def _forecast(self, opening: Opening, now: float, *, first: bool = False) -> Forecast | None:
+    def _forecast(
+        self, opening: AdmissionRequest, now: float, *, first: bool = False
+    ) -> Forecast | None:
         """None while none of the pools has a replica. `first`: with nothing else of its tenant."""
         if not opening.entries:
             return None
@@ -307,7 +313,7 @@ class Admission:
             wait_s = self._wait_s(opening, own_s + opening.work_s, backlogs, now)
         return Forecast(wait_s, self._service_s(opening, full=wait_s > 0))
 
-    def _service_s(self, opening: Opening, *, full: bool) -> float:
+    def _service_s(self, opening: AdmissionRequest, *, full: bool) -> float:
         """From the grants to the end: of the first pool that has room, or of all when `full`."""
         pools = opening.entries[0].pools
         if not full:
@@ -315,19 +321,19 @@ class Admission:
         speed, slots, running = self._capacity(pools)
         return self._drawn_s(opening, pools, min(slots, running + len(opening.entries)), speed)
 
-    def _alone_s(self, opening: Opening) -> float:
+    def _alone_s(self, opening: AdmissionRequest) -> float:
         """With nothing beside it, in the fastest of its pools."""
         speeds = {pool: self._capacity((pool,))[0] for pool in opening.entries[0].pools}
         coming = len(opening.entries)
         return min(self._drawn_s(opening, (p,), coming, s) for p, s in speeds.items() if s)
 
-    def _drawn_s(self, opening: Opening, pools: Pools, images: int, speed: float) -> float:
+    def _drawn_s(self, opening: AdmissionRequest, pools: Pools, images: int, speed: float) -> float:
         """The largest of a call's images among so many in these pools."""
         replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
         return max(entry.work_s for entry in opening.entries) * max(replicas, images) / speed
 
     def _wait_s(
-        self, opening: Opening, own_s: float, backlogs: Mapping[str, float], now: float
+        self, opening: AdmissionRequest, own_s: float, backlogs: Mapping[str, float], now: float
     ) -> float:
         """Until so much of the tenant's own work is under way."""
         pools = opening.entries[0].pools
@@ -338,13 +344,13 @@ class Admission:
                 arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
         arriving.pop(opening.tenant, None)
         others = [
-            Demand(queue.weight(name), backlogs.get(name, 0.0), per_s)
+            TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
             for name, per_s in arriving.items()
         ]
         speed, _, _ = self._capacity(pools)
         return wait_s(own_s, queue.weight(opening.tenant), others, speed)
 
-    def _drained_s(self, opening: Opening, items: int) -> float | None:
+    def _drained_s(self, opening: AdmissionRequest, items: int) -> float | None:
         """Until so many of those who wait are granted."""
         pools = opening.entries[0].pools
         speed, _, _ = self._capacity(pools)

@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from autoscaling.load import Limits, Tuning
-from cluster.placement import Need, Node, fits, unknown_cards
+from autoscaling.load import PolicyTuning, ScalingLimits
+from cluster.placement import Node, NodeRequirement, fits, unknown_cards
 from cluster.ray_nodes import living_nodes
 
-from ..settings.application import Autoscaling, Live
-from ..tenants.keys import Directory
+from ..settings.application import AutoscalingSettings, LiveSettings
+from ..tenants.keys import TenantDirectory
 from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger, month_of
 from .admission import Admission
@@ -31,16 +31,16 @@ from .protocol import (
     HEARTBEAT_S,
     REPLICA_LEASE_S,
     SESSION_LEASE_S,
+    AdmissionDecision,
+    AdmissionRequest,
     Heartbeat,
+    HeartbeatReply,
     Lease,
-    News,
-    Opening,
     Outcome,
-    Reply,
-    Running,
-    Stopped,
-    Submission,
-    Verdict,
+    QueuedImage,
+    RunningImage,
+    SessionUpdate,
+    StoppedImage,
 )
 from .scaling import Scaling
 
@@ -51,15 +51,15 @@ NODES_S = 2.0  # how often the cluster's nodes are looked up
 TENANTS_S = 1.0  # how often the tenants' files are looked at
 RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
 
-Told = list[Outcome | Verdict] | Directory
+Told = list[Outcome | AdmissionDecision] | TenantDirectory
 
 
 class _Stream:
     """What one session has still to be told."""
 
-    def __init__(self, directory: Directory) -> None:
-        self.directory: Directory | None = directory
-        self.told: list[Outcome | Verdict] = []
+    def __init__(self, directory: TenantDirectory) -> None:
+        self.directory: TenantDirectory | None = directory
+        self.told: list[Outcome | AdmissionDecision] = []
         self.news = asyncio.Event()
         self.news.set()
         self.ended = False
@@ -70,8 +70,8 @@ class Dispatcher:
 
     def __init__(
         self,
-        pools: Mapping[str, Need],
-        limits: Limits,
+        pools: Mapping[str, NodeRequirement],
+        limits: ScalingLimits,
         autoscaling_policy: str = "queued-work",
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
@@ -90,16 +90,16 @@ class Dispatcher:
         self._grants = Grants(
             list(pools), session_lease_s=SESSION_LEASE_S, replica_lease_s=REPLICA_LEASE_S
         )
-        self._admission = Admission(self._grants, max_queued=Live().max_queued)
+        self._admission = Admission(self._grants, max_queued=LiveSettings().max_queued)
         now, ours = time.monotonic(), autoscaling_policy == "queued-work"
         self._scaling = Scaling(self._grants, self._admission, limits, now, ours=ours)
         self._grants_from = now + recovery_s
-        self._early: list[tuple[str, Opening]] = []  # calls that came before that
+        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before that
         self._streams: dict[str, _Stream] = {}
         self._warned: set[str] = set()
         self._positions_due = False
         self._tenants: TenantFiles | None = None
-        self._directory: Directory = {}
+        self._directory: TenantDirectory = {}
         if tenants_folder:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._take_tenants()
@@ -113,10 +113,10 @@ class Dispatcher:
         asyncio.get_running_loop().call_later(recovery_s, self._begin)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Ray Serve with parts of `Live`, at the start and when they change."""
+        """Called by Ray Serve with parts of `LiveSettings`, at the start and when they change."""
         self._admission.max_queued = user_config["max_queued"]
-        tuning = Autoscaling.model_validate(user_config.get("autoscaling", {}))
-        self._scaling.tune(Tuning(**tuning.model_dump()))
+        tuning = AutoscalingSettings.model_validate(user_config.get("autoscaling", {}))
+        self._scaling.tune(PolicyTuning(**tuning.model_dump()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve for `autoscaling.ray_policy`."""
@@ -125,7 +125,7 @@ class Dispatcher:
     # -- Ingresses ------------------------------------------------------------------------------
 
     async def session(
-        self, session: str, calls: list[Opening], running: list[Running]
+        self, session: str, calls: list[AdmissionRequest], running: list[RunningImage]
     ) -> AsyncIterator[Told]:
         """What becomes of the calls of one Ingress, from those that it has open and runs.
 
@@ -152,7 +152,7 @@ class Dispatcher:
             if self._streams.get(session) is stream:
                 self._end(session)
 
-    async def tell(self, session: str, news: News) -> bool:
+    async def tell(self, session: str, news: SessionUpdate) -> bool:
         """What happened at one Ingress since it last spoke. False if its session is not open."""
         now = time.monotonic()
         if not self._grants.heard_from(session, now):
@@ -186,8 +186,8 @@ class Dispatcher:
     # -- Generators -----------------------------------------------------------------------------
 
     async def report_replica(
-        self, said: Heartbeat, drawing: Iterable[Lease] = (), stopped: Iterable[Stopped] = ()
-    ) -> Reply:
+        self, said: Heartbeat, drawing: Iterable[Lease] = (), stopped: Iterable[StoppedImage] = ()
+    ) -> HeartbeatReply:
         """The heartbeat of a Generator replica."""
         now = time.monotonic()
         self._grants.report_replica(said, now, drawing)
@@ -196,7 +196,7 @@ class Dispatcher:
                 self._metering.stopped(one.lease.session, usage, one)
         self._grant()
         orphans = tuple(lease for lease in drawing if not self._grants.holds(lease))
-        return Reply(orphans, said.node in self._grants.draining)
+        return HeartbeatReply(orphans, said.node in self._grants.draining)
 
     # -- those who operate it -------------------------------------------------------------------
 
@@ -259,9 +259,9 @@ class Dispatcher:
                 self._open_calls(session, [opening])
         self._grant()
 
-    def _open_calls(self, session: str, openings: Iterable[Opening]) -> None:
+    def _open_calls(self, session: str, openings: Iterable[AdmissionRequest]) -> None:
         now = time.monotonic()
-        entries: list[Submission] = []
+        entries: list[QueuedImage] = []
         for opening in openings:
             if now < self._grants_from and not opening.accepted:
                 self._early.append((session, opening))
@@ -278,7 +278,7 @@ class Dispatcher:
         self._grant()
         self._tell_positions(entries)
 
-    def _submit(self, session: str, entries: Iterable[Submission]) -> None:
+    def _submit(self, session: str, entries: Iterable[QueuedImage]) -> None:
         """Further attempts."""
         for entry in entries:
             if call := self._admission.call(session, entry.call):
@@ -286,11 +286,11 @@ class Dispatcher:
         self._grant()
         self._tell_positions(entries)
 
-    def _queue(self, session: str, entry: Submission, tenant: str) -> None:
+    def _queue(self, session: str, entry: QueuedImage, tenant: str) -> None:
         if refused := self._grants.submit(session, entry, tenant, time.monotonic()):
             self._deliver([refused])
 
-    def _tell_positions(self, entries: Iterable[Submission]) -> None:
+    def _tell_positions(self, entries: Iterable[QueuedImage]) -> None:
         """Soon, and all together: it takes time that grows with the queue."""
 
         def tell() -> None:
@@ -305,7 +305,7 @@ class Dispatcher:
         if time.monotonic() >= self._grants_from:
             self._deliver(self._grants.grant())
 
-    def _deliver(self, told: Iterable[Outcome | Verdict]) -> None:
+    def _deliver(self, told: Iterable[Outcome | AdmissionDecision]) -> None:
         for one in told:
             if stream := self._streams.get(one.session):
                 stream.told.append(one)

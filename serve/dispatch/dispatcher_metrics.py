@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from ..metric_catalogue import metric
-from ..usage.record import Usage
+from ..usage.record import UsageRecord
 from .grants import Grants
 from .overview import TenantRow
 from .scaling import Scaling
@@ -71,7 +71,7 @@ class TenantMetrics:
         self._images = metric("octet_tenant_images")
         self._refused = metric("octet_tenant_refused")
 
-    def charged(self, usage: Usage) -> None:
+    def charged(self, usage: UsageRecord) -> None:
         self._lately[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
         self._charges[usage.tenant, usage.outcome].append(usage.work_s)
 

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MEMORY_S = 10.0  # how far back `Rate` looks
+MEMORY_S = 10.0  # how far back `ArrivalRate` looks
 MET = 0.99
-BOUND = 4.0  # how far `Accuracy` may leave what was predicted
+BOUND = 4.0  # how far `ForecastAccuracy` may leave what was predicted
 LEARN = 0.05
 MOVE = 0.2
 FADE_S = 300.0
 
 
-class Demand(NamedTuple):
+class TenantDemand(NamedTuple):
     """Of one tenant for the pools in question."""
 
     weight: float
@@ -34,7 +34,7 @@ class Demand(NamedTuple):
 
 
 @dataclass(slots=True)
-class Rate:
+class ArrivalRate:
     """Of events of different sizes, fading exponentially."""
 
     _rate: float = 0.0
@@ -48,7 +48,7 @@ class Rate:
         return self._rate * math.exp(-(now - self.at) / MEMORY_S)
 
 
-class Accuracy:
+class ForecastAccuracy:
     """How predictions and what came of them compare: their usual ratio, and one seldom exceeded.
 
     The first is an exponential mean; the second follows the quantile `MET` by stochastic
@@ -81,7 +81,7 @@ class Accuracy:
         return predicted_s * self._most
 
 
-def wait_s(backlog_s: float, weight: float, others: Sequence[Demand], speed: float) -> float:
+def wait_s(backlog_s: float, weight: float, others: Sequence[TenantDemand], speed: float) -> float:
     """Seconds until a tenant's backlog is served, what it waits for itself included."""
     if not speed:
         return math.inf

@@ -21,9 +21,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from ..usage.record import Usage
+from ..usage.record import UsageRecord
 from .fair_queue import FairQueue, Item
-from .protocol import Heartbeat, Lease, Outcome, Pools, Release, Running, Stopped, Submission
+from .protocol import (
+    Heartbeat,
+    Lease,
+    Outcome,
+    Pools,
+    QueuedImage,
+    Release,
+    RunningImage,
+    StoppedImage,
+)
 
 UNSETTLED_S = 30.0  # a Generator has said by then what it took of an entry, or it never will
 EXCESS_S = 600.0  # a replica that is still there then was not stopped
@@ -33,7 +42,7 @@ TOLD_POSITIONS = 1000  # who waits further back hears its position when it has c
 @dataclass(slots=True)
 class _Waiting:
     session: str
-    asked: Submission
+    asked: QueuedImage
     since: float
     position: int = 0  # as it was last told
 
@@ -42,15 +51,15 @@ class _Waiting:
 class _Session:
     last_heard: float
     waiting: dict[str, Item] = field(default_factory=dict)
-    running: dict[str, Running] = field(default_factory=dict)
+    running: dict[str, RunningImage] = field(default_factory=dict)
 
 
 class _Unsettled(NamedTuple):
     """A slot that was given back before its Generator has said what it took."""
 
     since: float
-    taken: Running
-    cancelled: Usage | None
+    taken: RunningImage
+    cancelled: UsageRecord | None
 
 
 @dataclass(slots=True)
@@ -86,7 +95,7 @@ class Grants:
         self._running: dict[str, int] = {}  # granted slots per pool
         self._watched: dict[int, Item] = {}  # waiting ones, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
-        self._stopped: dict[Lease, tuple[float, Stopped]] = {}  # before their release
+        self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # before their release
 
     # -- what the outside tells ---------------------------------------------------------------
 
@@ -111,12 +120,12 @@ class Grants:
         self._sessions[session].last_heard = now
         return True
 
-    def declare(self, session: str, running: Running) -> None:
+    def declare(self, session: str, running: RunningImage) -> None:
         """What a session already runs by an earlier grant."""
         self._hold(session, running)
         self.queue.taken_before(running.tenant, running.pool, running.work_s)
 
-    def submit(self, session: str, asked: Submission, tenant: str, now: float) -> Outcome | None:
+    def submit(self, session: str, asked: QueuedImage, tenant: str, now: float) -> Outcome | None:
         """Queue an entry; an `Outcome` is returned only when it is refused at once."""
         holder = self._sessions[session]
         if asked.entry in holder.waiting or asked.entry in holder.running:
@@ -132,7 +141,7 @@ class Grants:
 
     def release(
         self, session: str, release: Release, now: float
-    ) -> Stopped | Literal["awaited"] | None:
+    ) -> StoppedImage | Literal["awaited"] | None:
         """An entry is done or no longer wanted, whether it waits, runs, or is unknown.
 
         Of one that was stopped, returns what its Generator has said of it. If that is awaited,
@@ -155,7 +164,7 @@ class Grants:
             return "awaited"
         return None
 
-    def stopped(self, stopped: Stopped, now: float) -> Usage | None:
+    def stopped(self, stopped: StoppedImage, now: float) -> UsageRecord | None:
         """A Generator says what it took of an entry; returns what was to be charged for it."""
         unsettled = self._unsettled.pop(stopped.lease, None)
         if unsettled is None:
@@ -207,7 +216,7 @@ class Grants:
             self.close(name)
         return silent
 
-    def give_up(self, now: float) -> list[Usage]:
+    def give_up(self, now: float) -> list[UsageRecord]:
         """What was to be charged for entries of which no Generator has said what they took."""
         late = [x for x, entry in self._unsettled.items() if now - entry.since > UNSETTLED_S]
         gone = [self._unsettled.pop(lease) for lease in late]
@@ -229,7 +238,7 @@ class Grants:
                 self._watched.pop(item.number, None)
                 asked = entry.asked
                 del self._sessions[entry.session].waiting[asked.entry]
-                running = Running(asked.entry, asked.call, item.tenant, best, asked.work_s)
+                running = RunningImage(asked.entry, asked.call, item.tenant, best, asked.work_s)
                 self._hold(entry.session, running)
                 granted.append(Outcome(entry.session, asked.entry, best, "granted"))
         return granted
@@ -321,16 +330,16 @@ class Grants:
         sessions = self._sessions.values()
         return Counter(taken.tenant for held in sessions for taken in held.running.values())
 
-    def _hold(self, session: str, taken: Running) -> None:
+    def _hold(self, session: str, taken: RunningImage) -> None:
         self._sessions[session].running[taken.entry] = taken
         self._running[taken.pool] = self._running.get(taken.pool, 0) + 1
 
-    def _free(self, taken: Running) -> None:
+    def _free(self, taken: RunningImage) -> None:
         self._running[taken.pool] -= 1
 
     def _leave_queue(self, item: Item) -> None:
         self.queue.remove(item)
         self._watched.pop(item.number, None)
 
-    def _settle(self, taken: Running, took_s: float) -> None:
+    def _settle(self, taken: RunningImage, took_s: float) -> None:
         self.queue.settle(taken.tenant, taken.pool, took_s - taken.work_s)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from ..usage.ledger import UsageLedger, month_end, month_of
-from ..usage.record import Usage
+from ..usage.record import UsageRecord
 from .admission import Admission
 from .dispatcher_metrics import TenantMetrics
-from .protocol import Outcome, Stopped
+from .protocol import Outcome, StoppedImage
 
 log = logging.getLogger("ray.serve")
 
@@ -23,7 +23,7 @@ class _Charge(NamedTuple):
     """A record of a session; `held`: of its tenant's budget until it is written."""
 
     session: str
-    usage: Usage
+    usage: UsageRecord
     held: float
 
 
@@ -44,20 +44,20 @@ class Metering:
         self._cancelled: dict[tuple[str, int], float] = {}  # held for it, by call and image
         self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
 
-    def charge(self, session: str, usage: Usage) -> None:
+    def charge(self, session: str, usage: UsageRecord) -> None:
         """An image that was drawn."""
         self._charges.put_nowait(_Charge(session, usage, self._admission.hold(session, usage)))
 
     def cancelled(
-        self, session: str, usage: Usage, said: Stopped | Literal["awaited"] | None
+        self, session: str, usage: UsageRecord, said: StoppedImage | Literal["awaited"] | None
     ) -> None:
         """An image that its client did not want to the end; `said`: what its Generator has."""
         if said:
             self._cancelled[usage.call, usage.image] = self._admission.hold(session, usage)
-        if isinstance(said, Stopped):
+        if isinstance(said, StoppedImage):
             self.stopped(session, usage, said)
 
-    def stopped(self, session: str, usage: Usage, said: Stopped) -> None:
+    def stopped(self, session: str, usage: UsageRecord, said: StoppedImage) -> None:
         """Charge the steps that were done of a cancelled image."""
         if not said.steps:
             self.give_up(usage)
@@ -67,7 +67,7 @@ class Metering:
         done = usage._replace(steps=said.steps, work_s=work_s, outcome="cancelled")
         self._charges.put_nowait(_Charge(session, done, held))
 
-    def give_up(self, usage: Usage) -> None:
+    def give_up(self, usage: UsageRecord) -> None:
         """Nothing is charged for a cancelled image."""
         held = self._cancelled.pop((usage.call, usage.image), 0.0)
         self._admission.free(usage.tenant, held)
@@ -127,7 +127,7 @@ class Metering:
         self._deliver(told.values())
 
 
-def _of(usages: Iterable[Usage], batch: Iterable[_Charge]) -> list[_Charge]:
+def _of(usages: Iterable[UsageRecord], batch: Iterable[_Charge]) -> list[_Charge]:
     """The charges of usages, each once."""
     left = set(usages)
     found = []

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ..usage.record import Usage
+from ..usage.record import UsageRecord
 
 Pools = tuple[str, ...]
 
 
-class Submission(NamedTuple):
+class QueuedImage(NamedTuple):
     """An entry of a call; `work_s` is predicted. `watched`: its session wants its position."""
 
     entry: str
@@ -23,7 +23,7 @@ class Submission(NamedTuple):
     watched: bool = False
 
 
-class Opening(NamedTuple):
+class AdmissionRequest(NamedTuple):
     """A call, which is admitted as a whole or not at all.
 
     `timeout_s`: from its beginning to its deadline. `work_s`: what it may still be charged. Nothing
@@ -33,13 +33,13 @@ class Opening(NamedTuple):
     call: str
     tenant: str
     request_id: str
-    entries: tuple[Submission, ...] = ()
+    entries: tuple[QueuedImage, ...] = ()
     timeout_s: float = 0.0
     work_s: float = 0.0
     accepted: bool = False
 
 
-class Running(NamedTuple):
+class RunningImage(NamedTuple):
     """An entry that holds a slot of a pool by an earlier grant."""
 
     entry: str
@@ -58,17 +58,17 @@ class Release(NamedTuple):
 
     entry: str
     took_s: float | None = None
-    cancelled: Usage | None = None
+    cancelled: UsageRecord | None = None
 
 
-class News(NamedTuple):
+class SessionUpdate(NamedTuple):
     """What happened at an Ingress since it last spoke, to be taken in this order."""
 
-    usages: tuple[Usage, ...] = ()
+    usages: tuple[UsageRecord, ...] = ()
     releases: tuple[Release, ...] = ()
     ended: tuple[str, ...] = ()  # calls
-    openings: tuple[Opening, ...] = ()
-    submits: tuple[Submission, ...] = ()  # further attempts
+    openings: tuple[AdmissionRequest, ...] = ()
+    submits: tuple[QueuedImage, ...] = ()  # further attempts
 
 
 class Lease(NamedTuple):
@@ -79,7 +79,7 @@ class Lease(NamedTuple):
     pool: str
 
 
-class Stopped(NamedTuple):
+class StoppedImage(NamedTuple):
     """A Generator drew no further than this; `work_s`: what it took so far."""
 
     lease: Lease
@@ -104,7 +104,7 @@ class Heartbeat(NamedTuple):
     start_s: float = 0.0
 
 
-class Reply(NamedTuple):
+class HeartbeatReply(NamedTuple):
     """The Dispatcher's answer to a heartbeat.
 
     `orphans`: leases that no session holds. `leaving`: the replica's node is being drained, so it
@@ -127,7 +127,7 @@ Refusal = Literal[
 ]
 
 
-class Standing(NamedTuple):
+class RateLimitStatus(NamedTuple):
     """How a tenant stands to one of its limits; `reset_s`: until it has all of it again."""
 
     of: Literal["requests", "work", "budget"]
@@ -136,7 +136,7 @@ class Standing(NamedTuple):
     reset_s: float
 
 
-class Verdict(NamedTuple):
+class AdmissionDecision(NamedTuple):
     """Whether a call is admitted, or why it is refused.
 
     `eta_s`: when it is expected to be done. `retry_after_s`: when it would be admitted, if that is
@@ -149,7 +149,7 @@ class Verdict(NamedTuple):
     eta_s: float | None = None
     retry_after_s: float | None = None
     own: bool = False
-    standings: tuple[Standing, ...] = ()
+    standings: tuple[RateLimitStatus, ...] = ()
 
 
 class Outcome(NamedTuple):

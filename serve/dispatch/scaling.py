@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
 
-from autoscaling.load import Demand, Limits, Load, Supply, Tuning
-from autoscaling.policy import State, decide
+from autoscaling.load import Demand, Load, PolicyTuning, ScalingLimits, Supply
+from autoscaling.policy import PolicyState, decide
 
 from .admission import Admission
 from .grants import Grants
@@ -32,14 +32,14 @@ class Scaling:
         self,
         grants: Grants,
         admission: Admission,
-        limits: Limits,
+        limits: ScalingLimits,
         began: float,
         *,
         ours: bool = True,
     ) -> None:
         self._grants, self._admission = grants, admission
         self.limits, self._began, self._ours = limits, began, ours
-        self._state = State(at=began)
+        self._state = PolicyState(at=began)
         self._settled = False  # what was there before this process would have been heard
         # Wanted, of every pool and follower.
         self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
@@ -47,7 +47,7 @@ class Scaling:
         self.reasons: dict[str, str] = {}  # of each pool's last change
         self.placeable = frozenset(limits.pools)  # by the nodes that are there
 
-    def tune(self, tuning: Tuning) -> None:
+    def tune(self, tuning: PolicyTuning) -> None:
         self.limits = replace(self.limits, tuning=tuning)
 
     def decide(self, now: float) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..tenants.tenant import BURST_S, Tenant
-from .protocol import Standing
+from .protocol import RateLimitStatus
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Gcra:
         return max(self.empty_at - now, 0.0)
 
 
-class Account:
+class TenantAccount:
     """What a tenant has under way and has used; `spent` is of one calendar month."""
 
     def __init__(self, tenant: Tenant) -> None:
@@ -60,16 +60,18 @@ class Account:
             return None
         return self.tenant.monthly_work - self.spent - self.reserved
 
-    def standings(self, now: float, month_left_s: float) -> tuple[Standing, ...]:
+    def standings(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
         found = []
         if gcra := self.requests:
             left = float(int(gcra.remaining(now) + 1e-9))  # a part of a request is none
-            found.append(Standing("requests", gcra.burst, left, gcra.reset_s(now)))
+            found.append(RateLimitStatus("requests", gcra.burst, left, gcra.reset_s(now)))
         if gcra := self.work:
-            found.append(Standing("work", gcra.burst, gcra.remaining(now), gcra.reset_s(now)))
+            found.append(
+                RateLimitStatus("work", gcra.burst, gcra.remaining(now), gcra.reset_s(now))
+            )
         if (left_s := self.budget_left) is not None:
             monthly = self.tenant.monthly_work or 0.0
-            found.append(Standing("budget", monthly, max(left_s, 0.0), month_left_s))
+            found.append(RateLimitStatus("budget", monthly, max(left_s, 0.0), month_left_s))
         return tuple(found)
 
 

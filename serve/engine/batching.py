@@ -24,7 +24,7 @@ CALM_S = 60.0
 
 
 @dataclass(slots=True)
-class Running:
+class BatchCandidate:
     """What the choice needs to know of an image; only those of one `kind` share a batch.
 
     `max_rows` bounds the batches that it leads, beside the common bound.
@@ -43,13 +43,13 @@ class Running:
         return not overdue, -self.passed_over if overdue else 0, self.steps_left, self.arrival
 
 
-def next_batch(running: Iterable[Running], max_rows: int) -> list[Running]:
+def next_batch(running: Iterable[BatchCandidate], max_rows: int) -> list[BatchCandidate]:
     """The images that take the next step; counts for the others that they were passed over.
 
     Raises `ValueError` for an image that alone has more than `max_rows` rows.
     """
     waiting = sorted(running, key=lambda image: image._order)
-    batch: list[Running] = []
+    batch: list[BatchCandidate] = []
     room = max_rows
     for image in waiting:
         if image.rows > max_rows:

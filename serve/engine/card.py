@@ -12,7 +12,7 @@ from cluster.telemetry import CardTelemetry, NoTelemetry
 
 from ..errors import OctetError
 from ..metric_catalogue import metric
-from ..settings.models import OnCard
+from ..settings.models import CardResources
 
 log = logging.getLogger("ray.serve")
 
@@ -22,11 +22,14 @@ READINGS = (
 )
 
 
-class CardInUse:
+class ReplicaCard:
     """What this process may take of its card, and what the card reports."""
 
     def __init__(
-        self, settings: OnCard, cuda: Any = torch.cuda, telemetry: CardTelemetry | None = None
+        self,
+        settings: CardResources,
+        cuda: Any = torch.cuda,
+        telemetry: CardTelemetry | None = None,
     ) -> None:
         """Raises `OctetError` if what was promised is not free. Blocks."""
         try:
@@ -63,11 +66,11 @@ class CardInUse:
             return None
 
 
-def device_for(settings: OnCard) -> str:
+def device_for(settings: CardResources) -> str:
     """`cuda` for what takes a GPU, where there is one. Ray hides none from what takes none."""
     return "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
 
 
-def take_card(settings: OnCard) -> CardInUse | None:
+def take_card(settings: CardResources) -> ReplicaCard | None:
     """This process's card; None for what runs on a CPU. Raises `OctetError`; blocks."""
-    return CardInUse(settings) if device_for(settings) == "cuda" else None
+    return ReplicaCard(settings) if device_for(settings) == "cuda" else None

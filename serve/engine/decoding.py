@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import NonFiniteImage, Unavailable
 from .preview import VAE_FACTOR
-from .sd3 import Denoiser, Denoising, to_pixels
+from .sd3 import Denoiser, DenoisingState, to_pixels
 
 MEMORY_ATTEMPTS = 3  # of an image alone, each with the allocator's own memory given back before
 PAUSE_S = 0.5  # between them: something else may be taking the memory
@@ -48,7 +48,7 @@ class Decoding:
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def picture(self, image: Denoising) -> NDArray[np.uint8]:
+    def picture(self, image: DenoisingState) -> NDArray[np.uint8]:
         """Pixels (height_px, width_px, 3) of a finished image.
 
         Raises `NonFiniteImage`, `Unavailable` for want of memory, or what the VAE raises.
@@ -67,7 +67,7 @@ class Decoding:
         height, width = (VAE_FACTOR * side for side in image.latents.shape[-2:])
         raise no_memory(width, height)
 
-    def preview(self, image: Denoising) -> NDArray[np.uint8]:
+    def preview(self, image: DenoisingState) -> NDArray[np.uint8]:
         """About the pixels that `picture` will have."""
         with self._denoiser.beside_steps():
             return to_pixels(self._denoiser.preview(image.estimate))

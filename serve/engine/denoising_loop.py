@@ -31,9 +31,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..request import ImageRequest
-from .batching import RowBudget, Running, next_batch
+from .batching import BatchCandidate, RowBudget, next_batch
 from .decoding import MEMORY_ATTEMPTS, PAUSE_S, Decoding, is_out_of_memory, no_memory
-from .sd3 import Denoiser, Denoising, PromptEmbeds
+from .sd3 import Denoiser, DenoisingState, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
@@ -42,7 +42,7 @@ ROWS_OF_AN_IMAGE = 2  # with guidance
 PINNED_ROWS = ROWS_OF_AN_IMAGE
 
 
-class Drawn(NamedTuple):
+class GeneratedPixels(NamedTuple):
     """`pixels`: (height_px, width_px, 3); seconds of all steps, with waiting, and of the VAE.
 
     `busy_s`: of the steps in its share of their rows, and of the VAE: what it cost the replica.
@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
     busy_s: float
 
 
-class Stepped(NamedTuple):
+class StepDone(NamedTuple):
     """An image has taken another step: how many, and how long they took with waiting."""
 
     step: int
@@ -62,18 +62,18 @@ class Stepped(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Previewed:
+class PreviewPixels:
     """`pixels`: (height_px, width_px, 3), of preview number `index`, counted from 0."""
 
     index: int
     pixels: NDArray[np.uint8]
 
 
-Tell = Callable[[Stepped | Previewed], None]
+Tell = Callable[[StepDone | PreviewPixels], None]
 
 
 @dataclass(slots=True)
-class Counts:
+class LoopCounts:
     """What the loop has done so far; only ever grows."""
 
     steps: int = 0  # calls of the transformer
@@ -88,13 +88,13 @@ class _Job:
     embeds: PromptEmbeds
     previews: int
     tell: Tell
-    done: Future[Drawn]
+    done: Future[GeneratedPixels]
     began: float = 0.0
     busy_s: float = 0.0
     too_large: int = 0  # attempts in a row for which alone the memory did not suffice
     not_before: float = 0.0
-    image: Denoising = field(init=False)
-    running: Running = field(init=False)
+    image: DenoisingState = field(init=False)
+    running: BatchCandidate = field(init=False)
 
 
 class DenoisingLoop:
@@ -117,7 +117,7 @@ class DenoisingLoop:
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: list[_Job] = []
         self._arrivals = 0
-        self._counts = Counts()
+        self._counts = LoopCounts()
         # With this thread's settings of torch's compiler, which are kept by context.
         run = partial(contextvars.copy_context().run, self._run)
         self._thread = threading.Thread(target=run, name="denoising", daemon=True)
@@ -129,14 +129,14 @@ class DenoisingLoop:
         embeds: PromptEmbeds,
         previews: int = 0,
         tell: Tell = lambda _: None,
-    ) -> Future[Drawn]:
+    ) -> Future[GeneratedPixels]:
         """Admit an image at the next step; cancelling the future drops it before its next one.
 
         `tell` hears in the loop's threads of each step and preview, and must not block or fail.
         The future raises `NonFiniteImage`, `Unavailable` for want of memory, or what the model
         raised.
         """
-        done: Future[Drawn] = Future()
+        done: Future[GeneratedPixels] = Future()
         self._inbox.put(_Job(request, embeds, previews, tell, done))
         return done
 
@@ -147,7 +147,7 @@ class DenoisingLoop:
         self._decoding.close()
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> LoopCounts:
         decodes = self._decoding.out_of_memory
         return replace(self._counts, out_of_memory=self._counts.out_of_memory + decodes)
 
@@ -210,7 +210,7 @@ class DenoisingLoop:
             seed=request.seed,
         )
         self._arrivals += 1
-        job.running = Running(
+        job.running = BatchCandidate(
             kind=(request.size, job.embeds.tokens.shape[1], request.deterministic),
             rows=job.image.rows,
             steps_left=job.image.steps_left,
@@ -262,7 +262,7 @@ class DenoisingLoop:
             job.busy_s += step_s * job.running.rows / rows
             job.running.steps_left = job.image.steps_left
             job.too_large = 0
-            job.tell(Stepped(job.image.step, now - job.began))
+            job.tell(StepDone(job.image.step, now - job.began))
             previews = preview_steps(job.request.num_inference_steps, job.previews)
             if job.image.step in previews:
                 index, image = previews.index(job.image.step), replace(job.image)
@@ -304,9 +304,9 @@ class DenoisingLoop:
             _settle(job, error)  # of this image alone
         else:
             decode_s = time.monotonic() - began
-            _settle(job, Drawn(pixels, denoise_s, decode_s, job.busy_s + decode_s))
+            _settle(job, GeneratedPixels(pixels, denoise_s, decode_s, job.busy_s + decode_s))
 
-    def _preview(self, job: _Job, index: int, image: Denoising) -> None:
+    def _preview(self, job: _Job, index: int, image: DenoisingState) -> None:
         if job.done.cancelled():
             return
         try:
@@ -314,10 +314,10 @@ class DenoisingLoop:
         except Exception:  # the image itself goes on
             log.warning("no preview of %s", job.request.id, exc_info=True)
         else:
-            job.tell(Previewed(index, pixels))
+            job.tell(PreviewPixels(index, pixels))
 
 
-def _settle(job: _Job, outcome: Drawn | Exception) -> None:
+def _settle(job: _Job, outcome: GeneratedPixels | Exception) -> None:
     if not job.done.set_running_or_notify_cancel():
         return
     if isinstance(outcome, Exception):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Room:
+class SharedExclusiveLock:
     """Entered by many at a time, or by one alone: it waits until the others have left.
 
     Meanwhile nobody else enters. `reserved`: how many wait or are inside to be alone.

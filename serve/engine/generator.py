@@ -19,19 +19,27 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
 from cluster.cards import card_of_device
-from cluster.cost import UNKNOWN_GPU, Coefficients, ImageShape, Learned, reference
+from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, LearnedCost, reference
 from cluster.structure import Structure
 
-from ..dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S, Heartbeat, Lease, Stopped
+from ..dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S, Heartbeat, Lease, StoppedImage
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..models.checkpoints import open_checkpoint
 from ..ray_errors import REPLICA_LOST
-from ..request import ImageRequest, ImageResult, PartialImage, Progress, Receipt, Timings, Watch
+from ..request import (
+    Acknowledgement,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Progress,
+    StreamOptions,
+    Timings,
+)
 from ..settings.models import Pool, ServedModel
 from .card import device_for, take_card
-from .denoising_loop import DenoisingLoop, Drawn, Previewed, Stepped
-from .exclusive import Room
-from .generator_metrics import EngineMetrics
+from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
+from .exclusive import SharedExclusiveLock
+from .generator_metrics import GeneratorMetrics
 from .image_file import encode_image
 from .precision import RECIPES, Recipe
 from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
@@ -62,8 +70,8 @@ class _Image:
     """One that is being drawn."""
 
     request: ImageRequest
-    watch: Watch
-    events: asyncio.Queue[Receipt | Stepped | Previewed | None]
+    watch: StreamOptions
+    events: asyncio.Queue[Acknowledgement | StepDone | PreviewPixels | None]
     shape: ImageShape
     step: int = 0
     done: bool = False
@@ -86,7 +94,7 @@ class Generator:
     ) -> None:
         began = time.monotonic()
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
-        self._models_folder, self._work = models_folder, Coefficients(*work)
+        self._models_folder, self._work = models_folder, CostCoefficients(*work)
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
         device = probe(device_for(self._pool))
         found = capability(device, allow_emulated_fp8=emulate_fp8)
@@ -94,9 +102,9 @@ class Generator:
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
         self._text_tokens = self._model.max_sequence_length  # until the encoder says how many
         self._file_thread = ThreadPoolExecutor(1)
-        self._room = Room()
+        self._room = SharedExclusiveLock()
         self._drawing: dict[Lease, _Image] = {}
-        self._stopped: list[Stopped] = []  # not yet told
+        self._stopped: list[StoppedImage] = []  # not yet told
         self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
         self._leaving = False  # the node is being drained
         phases = Phases()
@@ -111,36 +119,38 @@ class Generator:
             broken=lambda: os._exit(1),
         )
         card = card_of_device(device.name, device.memory_gib) or UNKNOWN_GPU
-        self._cost = Learned(
+        self._cost = LearnedCost(
             reference(
                 Structure.of(self._denoiser.transformer.config),
                 self._recipe.name,
                 card if device.compute_capability else None,
             ),
             self._work,
-            replace(self._new_image(self._warm_up_request(), Watch()).shape, steps=USUAL_STEPS),
+            replace(
+                self._new_image(self._warm_up_request(), StreamOptions()).shape, steps=USUAL_STEPS
+            ),
         )
-        self._metrics = EngineMetrics(self._model.pool_name(self._pool))
+        self._metrics = GeneratorMetrics(self._model.pool_name(self._pool))
         with phases.timed("text"):
             embeds = await self._embed(self._warm_up_request())
         with phases.timed("warm-up"):
             attention = await asyncio.to_thread(warm_up.run, embeds)
-            await self._draw(self._new_image(self._warm_up_request(), Watch()))
+            await self._draw(self._new_image(self._warm_up_request(), StreamOptions()))
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
         self._start_s = time.monotonic() - began
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
-    ) -> AsyncIterator[Receipt | Told | ImageResult]:
+        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
+    ) -> AsyncIterator[Acknowledgement | Told | ImageResult]:
         """Both receipts, what `watch` asks for, then the finished image.
 
         `alone`: nothing else is drawn on this replica meanwhile. Raises `NonFiniteImage` and
         `Unavailable`. Closing the stream stops the work before its next step, and so does the end
         of the lease: a caller that was killed closes nothing.
         """
-        yield Receipt.TAKEN
+        yield Acknowledgement.TAKEN
         image = self._new_image(request, watch)
         image.task = asyncio.create_task(self._in_turn(image, alone))
         image.task.add_done_callback(lambda _: image.events.put_nowait(None))
@@ -165,7 +175,7 @@ class Generator:
             if not image.done:
                 done = replace(image.shape, steps=image.step)
                 took_s = self._work.work_s(done) if image.step else 0.0
-                self._stopped.append(Stopped(lease, image.step, took_s))
+                self._stopped.append(StoppedImage(lease, image.step, took_s))
         self._metrics.drew(result.timings)
         log.info("drew %s", request.id)
         yield result
@@ -179,7 +189,7 @@ class Generator:
 
     # -- one image ------------------------------------------------------------------------------
 
-    def _new_image(self, request: ImageRequest, watch: Watch) -> _Image:
+    def _new_image(self, request: ImageRequest, watch: StreamOptions) -> _Image:
         shape = ImageShape(
             width_px=request.width,
             height_px=request.height,
@@ -191,7 +201,7 @@ class Generator:
 
     async def _in_turn(self, image: _Image, alone: bool) -> ImageResult:
         async with self._room.entered(alone=alone):
-            image.events.put_nowait(Receipt.BEGUN)
+            image.events.put_nowait(Acknowledgement.BEGUN)
             return await self._draw(image)
 
     async def _draw(self, image: _Image) -> ImageResult:
@@ -205,7 +215,7 @@ class Generator:
         drawing = self._denoising.draw(
             request, embeds, image.watch.partial_images, self._teller(image)
         )
-        drawn: Drawn = await asyncio.wrap_future(drawing)
+        drawn: GeneratedPixels = await asyncio.wrap_future(drawing)
         file, encode_s = await self._file(drawn.pixels, request)
         if request.id != WARM_UP:
             self._cost.observe(image.shape, drawn.busy_s)
@@ -224,14 +234,14 @@ class Generator:
             ),
         )
 
-    def _teller(self, image: _Image) -> Callable[[Stepped | Previewed], None]:
+    def _teller(self, image: _Image) -> Callable[[StepDone | PreviewPixels], None]:
         """What the loop's threads call; it hands over to the event loop what is watched."""
         event_loop = asyncio.get_running_loop()
         told = 0.0
 
-        def tell(event: Stepped | Previewed) -> None:
+        def tell(event: StepDone | PreviewPixels) -> None:
             nonlocal told
-            if isinstance(event, Stepped):
+            if isinstance(event, StepDone):
                 image.step = event.step
                 last = event.step == image.shape.steps
                 if not image.watch.progress or (event.denoise_s - told < PROGRESS_S and not last):
@@ -241,15 +251,15 @@ class Generator:
 
         return tell
 
-    async def _watched(self, image: _Image) -> AsyncIterator[Receipt | Told]:
+    async def _watched(self, image: _Image) -> AsyncIterator[Acknowledgement | Told]:
         """That an image is begun, and what is watched of it, until it is done."""
         steps = image.shape.steps
         while (event := await image.events.get()) is not None:
-            if isinstance(event, Receipt):
+            if isinstance(event, Acknowledgement):
                 yield event
                 if image.watch.progress:
                     yield Progress(0, steps, self._cost.coefficients.work_s(image.shape))
-            elif isinstance(event, Previewed):
+            elif isinstance(event, PreviewPixels):
                 file, _ = await self._file(event.pixels, image.request)
                 yield PartialImage(event.index, file)
             else:

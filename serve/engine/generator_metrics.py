@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 
 from ..metric_catalogue import metric
 from ..request import Timings
-from .denoising_loop import Counts
+from .denoising_loop import LoopCounts
 
 
-class EngineMetrics:
+class GeneratorMetrics:
     """`pool` tags every one of them."""
 
     def __init__(self, pool: str) -> None:
         self._pool = {"pool": pool}
-        self._counted = Counts()
+        self._counted = LoopCounts()
         self._start_s: dict[str, float] = {}
         self._counters = {
             "steps": metric("octet_engine_steps"),
@@ -43,13 +43,13 @@ class EngineMetrics:
         for phase in ("text", "denoise", "decode", "encode"):
             self._phases.observe(getattr(timings, f"{phase}_s"), {**self._pool, "phase": phase})
 
-    def report(self, counts: Counts, speed: float, coefficients: Coefficients) -> None:
+    def report(self, counts: LoopCounts, speed: float, coefficients: CostCoefficients) -> None:
         """Once per heartbeat; `counts` as the denoising loop has them."""
         now, before = asdict(counts), asdict(self._counted)
         for name, counter in self._counters.items():
             if now[name] > before[name]:
                 counter.inc(now[name] - before[name], self._pool)
-        self._counted = Counts(**now)
+        self._counted = LoopCounts(**now)
         # Gauges again and again: Ray forgets what it has not heard of for a while.
         for phase, taken_s in self._start_s.items():
             self._start.set(taken_s, {**self._pool, "phase": phase})

@@ -127,7 +127,7 @@ class PromptEncoder:
 
 
 @dataclass(slots=True)
-class Denoising:
+class DenoisingState:
     """One image under way: its latents and all that its next step needs.
 
     `latents` and `velocity`, its last step's: (1, 16, height_px/8, width_px/8) float32. `embeds`
@@ -201,7 +201,7 @@ class Denoiser:
         num_inference_steps: int,
         guidance_scale: float,
         seed: int,
-    ) -> Denoising:
+    ) -> DenoisingState:
         """Noise for a seed, always drawn in float32 on the CPU: the same for every precision."""
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = 1, self.transformer.config.in_channels, height // VAE_FACTOR, width // VAE_FACTOR
@@ -211,10 +211,10 @@ class Denoiser:
             embeds.pooled.to(self.device, self.recipe.dtype),
         )
         schedule = sigmas(num_inference_steps, self.shift)
-        return Denoising(noise.to(self.device), rows, guidance_scale, schedule)
+        return DenoisingState(noise.to(self.device), rows, guidance_scale, schedule)
 
     @torch.inference_mode()
-    def denoise_step(self, batch: Sequence[Denoising], rows: int = 0) -> None:
+    def denoise_step(self, batch: Sequence[DenoisingState], rows: int = 0) -> None:
         """Take every image of the batch one step further, in one call of the transformer.
 
         All need the same size and text length (SD3 has no attention mask). The call is padded to

@@ -22,7 +22,7 @@ from .compiled import (
 from .decoding import is_out_of_memory
 from .denoising_loop import bucket, buckets
 from .preview import VAE_FACTOR
-from .sd3 import Denoiser, Denoising, PromptEmbeds
+from .sd3 import Denoiser, DenoisingState, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
@@ -132,7 +132,7 @@ class WarmUp:
         rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])
         self._denoiser.denoise_step([self._begin(rows_of_one, width, height)], rows)
 
-    def _begin(self, embeds: PromptEmbeds, width: int, height: int) -> Denoising:
+    def _begin(self, embeds: PromptEmbeds, width: int, height: int) -> DenoisingState:
         return self._denoiser.begin(
             embeds, width=width, height=height, num_inference_steps=1, guidance_scale=2.0, seed=0
         )

@@ -11,12 +11,12 @@ import json
 import logging
 
 from cluster.cards import CARDS
-from cluster.cost import UNKNOWN_GPU, Coefficients, ImageShape, reference
+from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, reference
 from cluster.structure import TRANSFORMERS, Structure, structure
 
 from ..errors import SettingsError
 from ..request import ImageRequest
-from ..settings.application import Application
+from ..settings.application import ApplicationSettings
 from ..settings.models import Pool, ServedModel
 from .checkpoints import node_folder
 
@@ -25,7 +25,7 @@ CLIP_TOKENS = 77
 log = logging.getLogger("ray.serve")
 
 
-def units(application: Application) -> dict[str, Coefficients]:
+def units(application: ApplicationSettings) -> dict[str, CostCoefficients]:
     """Of each model."""
     return {
         model.id: cost_of(model, model.pools[0], application.models_folder)
@@ -33,7 +33,7 @@ def units(application: Application) -> dict[str, Coefficients]:
     }
 
 
-def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> Coefficients:
+def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCoefficients:
     """On a replica of a pool. A model whose structure is not known yet counts as SD3.5 Large."""
     try:
         known = structure_of(model, models_folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from autoscaling.load import Follower, Limits
-from autoscaling.load import Pool as PoolLimits
+from autoscaling.load import Follower, ScalingLimits
+from autoscaling.load import PoolBounds as PoolLimits
 from cluster.cards import CARDS
-from cluster.cost import Coefficients, ImageShape
+from cluster.cost import CostCoefficients, ImageShape
 
-from ..settings.application import Application
+from ..settings.application import ApplicationSettings
 from ..settings.models import Pool, ServedModel
 from .reference_work import cost_of, units
 
@@ -17,7 +17,7 @@ USUAL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps
 REQUESTS_PER_INGRESS = 200  # open ones; most of them only wait
 
 
-def limits_of(application: Application) -> Limits:
+def limits_of(application: ApplicationSettings) -> ScalingLimits:
     """Of every pool by its name, and of the deployments that follow them.
 
     What a replica can do and costs is arithmetic until replicas say how fast they are.
@@ -46,7 +46,7 @@ def limits_of(application: Application) -> Limits:
     ingress = application.ingress
     if ingress.least < ingress.replicas:
         followers["Ingress"] = Follower(ingress.least, ingress.replicas, each=REQUESTS_PER_INGRESS)
-    return Limits(pools, followers)
+    return ScalingLimits(pools, followers)
 
 
 def bounds(least: int, most: int, *, ours: bool) -> dict[str, int]:
@@ -59,7 +59,7 @@ def replicas_per_card(pool: Pool) -> int:
 
 
 def _limits(
-    model: ServedModel, pool: Pool, unit: Coefficients, application: Application
+    model: ServedModel, pool: Pool, unit: CostCoefficients, application: ApplicationSettings
 ) -> PoolLimits:
     here = cost_of(model, pool, application.models_folder)
     alone = unit.work_s(USUAL) / here.work_s(USUAL)

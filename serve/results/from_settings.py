@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..settings.application import Application
+from ..settings.application import ApplicationSettings
 from .disk import DiskStore
 from .links import Links, read_key, shared_key
 from .store import ResultStore
@@ -13,7 +13,7 @@ from .store import ResultStore
 log = logging.getLogger("ray.serve")
 
 
-def open_store(settings: Application, *, drain: bool = True) -> ResultStore:
+def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultStore:
     """`drain`: upload what waits here from before.
 
     Raises `OSError` if its folder cannot be used.
@@ -30,7 +30,7 @@ def open_store(settings: Application, *, drain: bool = True) -> ResultStore:
     return Spool(bucket, folder / "spool", settings.s3.spool_bytes, drain=drain)
 
 
-def open_links(settings: Application) -> Links:
+def open_links(settings: ApplicationSettings) -> Links:
     """Raises `OSError` or `ValueError` if there is no key."""
     if settings.signing_key_file:
         return Links(read_key(Path(settings.signing_key_file).expanduser()))

@@ -14,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..errors import NotFound, StoreFailed
-from ..settings.application import S3
+from ..settings.application import S3Settings
 from .store import NAME, folder_of
 
 CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # the defaults wait five minutes for a dead endpoint
@@ -26,7 +26,7 @@ DAY_S = 86400.0
 class S3Store:
     """See `ResultStore`. The number of bytes is not bounded: that is the bucket's affair."""
 
-    def __init__(self, settings: S3) -> None:
+    def __init__(self, settings: S3Settings) -> None:
         """Credentials are found as boto3 does: environment, files, the node's or pod's role."""
         self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
         self._swept = -SWEEP_EVERY_S

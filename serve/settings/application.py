@@ -1,8 +1,8 @@
 """What there is to set, checked once and then frozen; `settings_file` reads it.
 
-The file has three parts, mixed for the reader's sake and told apart by type. `Application` is what
-`serve.app.build` takes: changing it restarts replicas. `Tuning` reaches running replicas as
-`user_config`: changing it restarts nothing. `Http` belongs to the process that starts them.
+The file has three parts, mixed for the reader's sake and told apart by type. `ApplicationSettings` is what
+`serve.app.build` takes: changing it restarts replicas. `IngressSettings` reaches running replicas as
+`user_config`: changing it restarts nothing. `HttpSettings` belongs to the process that starts them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from autoscaling.load import Tuning as ScalingTuning
+from autoscaling.load import PolicyTuning
 
-from .models import Encoder, Frozen, Model, ModelTuning, Name, Resources, ServedModel, Share
+from .models import Encoder, Frozen, LiveModelSettings, Model, Name, Resources, ServedModel, Share
 
-_TUNING = ScalingTuning()
+_TUNING = PolicyTuning()
 
 
-class S3(Frozen):
+class S3Settings(Frozen):
     """A bucket for images; credentials are found as boto3 does.
 
     `presigned_s`: how long a link into it works, made when an image is asked for; `spool_bytes`:
@@ -44,13 +44,13 @@ class S3(Frozen):
     spool_bytes: PositiveInt = 2**30
 
     @model_validator(mode="after")
-    def _keys_are_for_kms(self) -> S3:
+    def _keys_are_for_kms(self) -> S3Settings:
         if self.kms_key_id and self.server_side_encryption != "aws:kms":
             raise ValueError("kms_key_id: server_side_encryption is not aws:kms")
         return self
 
 
-class Cache(Frozen):
+class CacheSettings(Frozen):
     """Images of repeated requests that have a seed, so that they need not be drawn again.
 
     In the memory of each Ingress, `memory_bytes` at most; or, if there is a `redis_url`, found
@@ -63,13 +63,13 @@ class Cache(Frozen):
     redis_password_file: str | None = None
 
     @model_validator(mode="after")
-    def _passwords_are_for_redis(self) -> Cache:
+    def _passwords_are_for_redis(self) -> CacheSettings:
         if self.redis_password_file and not self.redis_url:
             raise ValueError("redis_password_file: there is no redis_url")
         return self
 
 
-class Application(Frozen):
+class ApplicationSettings(Frozen):
     """The arguments of `serve.app.build`.
 
     `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
@@ -88,16 +88,16 @@ class Application(Frozen):
     models_folder: str | None = None
     compiled_folder: str | None = None
     data_folder: str | None = None
-    s3: S3 | None = None
+    s3: S3Settings | None = None
     signing_key_file: str | None = None
-    cache: Cache | None = Cache()
+    cache: CacheSettings | None = CacheSettings()
     auth: Literal["keys", "none", "none-on-any-address"] = "keys"
     tenants_folder: str = "tenants"
     drain_timeout_s: PositiveFloat = 300.0
     autoscaling_policy: Literal["queued-work", "ray-default"] = "queued-work"
 
     @model_validator(mode="after")
-    def _names_fit(self) -> Application:
+    def _names_fit(self) -> ApplicationSettings:
         for kind, names in (
             ("model", [m.id for m in self.models]),
             ("text encoder", [e.id for e in self.text_encoders]),
@@ -115,13 +115,13 @@ class Application(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _somebody_answers(self) -> Application:
+    def _somebody_answers(self) -> ApplicationSettings:
         if not self.ingress.least:
             raise ValueError("ingress: min_replicas must be at least 1: it takes the requests")
         return self
 
     @model_validator(mode="after")
-    def _usage_is_kept(self) -> Application:
+    def _usage_is_kept(self) -> ApplicationSettings:
         if self.auth == "keys" and self.data_folder is None:
             raise ValueError(
                 "auth keys: set data_folder, where the tenants' usage is kept "
@@ -130,19 +130,19 @@ class Application(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _images_can_wait(self) -> Application:
+    def _images_can_wait(self) -> ApplicationSettings:
         if self.s3 and self.data_folder is None:
             raise ValueError("s3: set data_folder, where images wait while the bucket is away")
         return self
 
     @model_validator(mode="after")
-    def _repeated_images_are_kept(self) -> Application:
+    def _repeated_images_are_kept(self) -> ApplicationSettings:
         if self.cache and self.cache.redis_url and self.data_folder is None:
             raise ValueError("cache: redis_url: set data_folder, and s3 for images of many nodes")
         return self
 
     @model_validator(mode="after")
-    def _fp8_has_hardware(self) -> Application:
+    def _fp8_has_hardware(self) -> ApplicationSettings:
         for model in self.models:
             for pool in model.pools:
                 if pool.precision == "fp8" and not pool.num_gpus and not self.emulate_fp8:
@@ -153,7 +153,7 @@ class Application(Frozen):
         return self
 
 
-class Results(Frozen):
+class ResultSettings(Frozen):
     """Images that are answered as URLs: how long a link works, how long and how many are kept."""
 
     link_expires_s: PositiveInt = 3600
@@ -161,7 +161,7 @@ class Results(Frozen):
     max_bytes: PositiveInt = 10 * 2**30
 
     @model_validator(mode="after")
-    def _links_last_no_longer_than_images(self) -> Results:
+    def _links_last_no_longer_than_images(self) -> ResultSettings:
         if self.link_expires_s > self.max_age_s:
             raise ValueError(
                 f"link_expires_s {self.link_expires_s} must be at most max_age_s {self.max_age_s}"
@@ -169,7 +169,7 @@ class Results(Frozen):
         return self
 
 
-class Autoscaling(Frozen):
+class AutoscalingSettings(Frozen):
     """How replicas follow the load: see `autoscaling.load.Tuning` and docs/autoscaling.md."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -183,7 +183,7 @@ class Autoscaling(Frozen):
     warm_reserve: NonNegativeInt = _TUNING.warm_reserve
 
 
-class Live(Frozen):
+class LiveSettings(Frozen):
     """What may change while requests are served."""
 
     max_queued: PositiveInt = 1000
@@ -191,14 +191,14 @@ class Live(Frozen):
     max_body_bytes: PositiveInt = 1_000_000
     ignore_unknown_fields: bool = False
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")] | None = None
-    results: Results = Results()
-    autoscaling: Autoscaling = Autoscaling()
+    results: ResultSettings = ResultSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
 
 
-class Tuning(Live):
+class IngressSettings(LiveSettings):
     """The `user_config` of the Ingress."""
 
-    models: dict[Name, ModelTuning]
+    models: dict[Name, LiveModelSettings]
 
 
 def is_loopback(host: str) -> bool:
@@ -209,16 +209,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Http(Frozen):
+class HttpSettings(Frozen):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
 
-class Settings(Application, Live):
+class Settings(ApplicationSettings, LiveSettings):
     """The whole settings file."""
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    http: Http = Http()
+    http: HttpSettings = HttpSettings()
 
     @model_validator(mode="after")
     def _one_call_fits_into_the_queue(self) -> Settings:
@@ -236,13 +236,13 @@ class Settings(Application, Live):
             )
         return self
 
-    def application(self) -> Application:
-        return Application.model_validate(self._part(Application, ServedModel))
+    def application(self) -> ApplicationSettings:
+        return ApplicationSettings.model_validate(self._part(ApplicationSettings, ServedModel))
 
-    def tuning(self) -> Tuning:
-        parts = self._part(Live, ModelTuning)
+    def tuning(self) -> IngressSettings:
+        parts = self._part(LiveSettings, LiveModelSettings)
         models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
-        return Tuning(models=models, **parts)
+        return IngressSettings(models=models, **parts)
 
     def _part(self, cls: type[Frozen], of_model: type[Frozen]) -> dict[str, Any]:
         """The keys of one part, with that part's keys of each model."""

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from cluster.cards import CARDS
-from cluster.placement import Need
+from cluster.placement import NodeRequirement
 
 from ..errors import InvalidRequest, did_you_mean
 from ..request import SIZE_MULTIPLE_PX, ImageRequest, Limits
@@ -88,7 +88,7 @@ class Resources(Frozen):
         return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
 
 
-class OnCard(Resources):
+class CardResources(Resources):
     """What takes GPUs may be bound to the nodes that have a `card`: an id of `cluster/cards.py`.
 
     `memory_gib`: what a replica may take of its card, and needs free to start; by default the part
@@ -114,7 +114,7 @@ class OnCard(Resources):
         return self
 
 
-class Encoder(OnCard):
+class Encoder(CardResources):
     """One set of text encoders, shared by the models that name it.
 
     Encodes `batch_size` prompts at once, always: it rounds by the batch's size. `warm_prompts` are
@@ -129,12 +129,12 @@ class Encoder(OnCard):
     warm_prompts: tuple[str, ...] = ("",)
 
     @property
-    def need(self) -> Need:
+    def need(self) -> NodeRequirement:
         """Of a node, for one replica; any precision will do."""
-        return Need("fp16", self.num_cpus, self.num_gpus, card=self.card)
+        return NodeRequirement("fp16", self.num_cpus, self.num_gpus, card=self.card)
 
 
-class Pool(OnCard):
+class Pool(CardResources):
     """Generator replicas of one model in one precision, each drawing `slots` images at a time.
 
     `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
@@ -154,9 +154,11 @@ class Pool(OnCard):
     warm_sizes: tuple[Size, ...] = ()
 
     @property
-    def need(self) -> Need:
+    def need(self) -> NodeRequirement:
         """Of a node, for one replica."""
-        return Need(self.precision, self.num_cpus, self.num_gpus, self.allow_fp8_nodes, self.card)
+        return NodeRequirement(
+            self.precision, self.num_cpus, self.num_gpus, self.allow_fp8_nodes, self.card
+        )
 
     @model_validator(mode="after")
     def _fp8_runs_on_fp8(self) -> Pool:
@@ -189,14 +191,14 @@ class ModelLimits(Frozen):
     max_prompt_chars: PositiveInt = _LIMITS.max_prompt_chars
 
 
-class ModelTuning(Frozen):
+class LiveModelSettings(Frozen):
     """What requests for a model get and may ask for."""
 
     defaults: Defaults
     limits: ModelLimits = ModelLimits()
 
     @model_validator(mode="after")
-    def _defaults_are_within_the_limits(self) -> ModelTuning:
+    def _defaults_are_within_the_limits(self) -> LiveModelSettings:
         try:
             ImageRequest(
                 id="", model="this model", prompt="x", seed=0, **self.defaults.model_dump()
@@ -241,5 +243,5 @@ class ServedModel(Frozen):
         return name(pool) if number == 1 else f"{name(pool)}-{number}"
 
 
-class Model(ServedModel, ModelTuning):
+class Model(ServedModel, LiveModelSettings):
     """One model in the settings file."""

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..atomic_file import sync_folder
 from ..errors import SettingsError, did_you_mean
-from .keys import KEY_BYTES, VALID_KEYS, Digests, digest
+from .keys import KEY_BYTES, VALID_KEYS, KeyDigests, digest
 from .tenant import ID, Tenant
 
 TENANTS, KEYS = "tenants.yaml", "keys.json"
@@ -48,7 +48,7 @@ def read_tenants(folder: Path) -> dict[str, Tenant]:
         raise SettingsError(f"{file}: {error}") from None
 
 
-def read_keys(folder: Path) -> Digests:
+def read_keys(folder: Path) -> KeyDigests:
     """Raises `SettingsError`, also if others than its owner and group can read the file.
 
     Kubernetes gives a Secret to a pod's group.
@@ -57,7 +57,7 @@ def read_keys(folder: Path) -> Digests:
     try:
         if file.stat().st_mode & 0o027:
             raise SettingsError(f"{file}: others can read or change it: chmod 600")
-        keys: Digests = json.loads(file.read_text(encoding="utf-8"))
+        keys: KeyDigests = json.loads(file.read_text(encoding="utf-8"))
         for owned in keys.values():
             for key in owned:
                 bytes.fromhex(key["sha256"])
@@ -71,7 +71,7 @@ def read_keys(folder: Path) -> Digests:
     return keys
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """That a file has not changed, nor who may read it."""
 
     changed_ns: int
@@ -80,13 +80,13 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def stamp(file: Path) -> Stamp | None:
+def stamp(file: Path) -> FileStamp | None:
     """None if there is no such file."""
     try:
         found = file.stat()
     except OSError:
         return None
-    return Stamp(found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+    return FileStamp(found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 # -- what `octet tenant` does ---------------------------------------------------------------------
@@ -138,7 +138,7 @@ def _known(folder: Path, name: str) -> None:
         raise SettingsError(f"tenant '{name}' does not exist: {did_you_mean(name, tenants)}")
 
 
-def _new_key(keys: Digests, name: str, kept: list[dict[str, str]]) -> str:
+def _new_key(keys: KeyDigests, name: str, kept: list[dict[str, str]]) -> str:
     from datetime import datetime
 
     key = f"octet_{name}_{secrets.token_hex(KEY_BYTES)}"
@@ -194,7 +194,7 @@ def _changing(folder: Path) -> Iterator[None]:
         raise SettingsError(f"{folder}: {error.strerror}") from None
 
 
-def _write_keys(folder: Path, keys: Digests) -> None:
+def _write_keys(folder: Path, keys: KeyDigests) -> None:
     _write(folder / KEYS, json.dumps(keys, indent=1) + "\n", 0o600)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .tenant import Tenant
 
 
-class Access(NamedTuple):
+class TenantAccess(NamedTuple):
     """What an Ingress has to know of a tenant; `digests`: SHA-256 of its keys, hexadecimal."""
 
     digests: tuple[str, ...]
@@ -20,7 +20,7 @@ class Access(NamedTuple):
     operator: bool = False
 
 
-Directory = dict[str, Access]  # by tenant
+TenantDirectory = dict[str, TenantAccess]  # by tenant
 
 
 KEY_BYTES = 20  # 160 random bits
@@ -35,13 +35,13 @@ VALID_KEYS = 2  # of a tenant, while it moves from one to the next
 NO_DIGEST = "0" * 64
 
 
-Digests = dict[str, list[dict[str, str]]]
+KeyDigests = dict[str, list[dict[str, str]]]
 
 
-def directory(tenants: Mapping[str, Tenant], keys: Digests) -> Directory:
+def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantDirectory:
     """What Ingresses have to know of all tenants."""
     return {
-        name: Access(
+        name: TenantAccess(
             tuple(key["sha256"] for key in keys.get(name, ())),
             tenant.models,
             tenant.timeout_s,
@@ -51,11 +51,11 @@ def directory(tenants: Mapping[str, Tenant], keys: Digests) -> Directory:
     }
 
 
-def tenant_of(key: str, directory: Directory) -> str | None:
+def tenant_of(key: str, tenant_directory: TenantDirectory) -> str | None:
     """The tenant that a key belongs to; takes as long whether there is one or not."""
     match = KEY.fullmatch(key)
     name = match[1] if match else ""
-    access = directory.get(name)
+    access = tenant_directory.get(name)
     known = access.digests if access else ()
     given = digest(key)
     same = [

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import SettingsError
-from .files import KEYS, TENANTS, Stamp, read_keys, read_tenants, stamp
-from .keys import Digests, Directory, directory
+from .files import KEYS, TENANTS, FileStamp, read_keys, read_tenants, stamp
+from .keys import KeyDigests, TenantDirectory, tenant_directory
 from .tenant import Tenant
 
 log = logging.getLogger("ray.serve")
@@ -23,18 +23,18 @@ class TenantFiles:
     def __init__(self, folder: Path) -> None:
         """Raises `SettingsError` for what the files hold."""
         self._folder = folder
-        self._stamps: dict[str, Stamp | None] = {
+        self._stamps: dict[str, FileStamp | None] = {
             name: self._stamp(name) for name in (TENANTS, KEYS)
         }
         self.tenants: Mapping[str, Tenant] = read_tenants(folder)
-        self.keys: Digests = read_keys(folder)
+        self.keys: KeyDigests = read_keys(folder)
         self.faults: dict[str, str] = {}  # by file, until it can be read again
         if not (folder / TENANTS).exists():
             log.error("%s: there is no %s: nobody can call", folder, TENANTS)
 
     @property
-    def directory(self) -> Directory:
-        return directory(self.tenants, self.keys)
+    def directory(self) -> TenantDirectory:
+        return tenant_directory(self.tenants, self.keys)
 
     def read(self) -> bool:
         """Look at the files, and read what has changed; may block. Whether there is news."""
@@ -62,5 +62,5 @@ class TenantFiles:
         log.info("tenants: %s read again", name)
         return after
 
-    def _stamp(self, name: str) -> Stamp | None:
+    def _stamp(self, name: str) -> FileStamp | None:
         return stamp(self._folder / name)

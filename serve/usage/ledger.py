@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_file import sync_folder, write_whole
-from .record import Usage
+from .record import UsageRecord
 
 log = logging.getLogger("ray.serve")
 
@@ -58,7 +58,7 @@ class UsageLedger:
                 self._begin_file(now)
         self._elsewhere.clear()
 
-    def append(self, usages: Iterable[Usage], now: float) -> list[Usage]:
+    def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
         """Write what is not yet written, and wait until the disk has it; returns that.
 
         Raises `OSError`; what was not confirmed may be told again.
@@ -265,7 +265,7 @@ def _lines(file: Path, begin: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 entry = json.loads(line)
                 if SUMS not in entry:
-                    Usage(**{name: entry[name] for name in Usage._fields})
+                    UsageRecord(**{name: entry[name] for name in UsageRecord._fields})
                     entry["time"][0]
             except (ValueError, KeyError, TypeError, IndexError):
                 raise ValueError(f"{file}:{number} is not a usage record") from None

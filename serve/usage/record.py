@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 
-class Usage(NamedTuple):
+class UsageRecord(NamedTuple):
     """What a tenant is charged for one image; `call` and `image` together are unique for ever.
 
     Nothing for one that was drawn before ("hit"), or for another call at the same time ("shared").

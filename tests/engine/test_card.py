@@ -9,10 +9,10 @@ import pytest
 
 from cluster.capability import probe
 from cluster.telemetry import CardTelemetry
-from serve.engine.card import READINGS, CardInUse, device_for, take_card
+from serve.engine.card import READINGS, ReplicaCard, device_for, take_card
 from serve.errors import OctetError
 from serve.metric_catalogue import ALL
-from serve.settings.models import OnCard
+from serve.settings.models import CardResources
 
 from ..unit.nvml import UUID, FakeNvml
 from ..unit.test_card_memory import FakeCuda
@@ -47,13 +47,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 
 BARE = UUID.removeprefix("GPU-")
-PART = OnCard(num_gpus=0.25)
+PART = CardResources(num_gpus=0.25)
 NAME = "NVIDIA H100 80GB HBM3"
 
 
 def test_it_reports_the_card_and_its_own_part(heard: dict[tuple[str, ...], float]) -> None:
     nvml, cuda = FakeNvml(), NamedCuda()
-    card = CardInUse(PART, cuda, CardTelemetry(BARE, nvml))
+    card = ReplicaCard(PART, cuda, CardTelemetry(BARE, nvml))
     nvml.busy_percent = 64
     cuda.allocate(3)
     card.check()
@@ -66,7 +66,7 @@ def test_it_reports_the_card_and_its_own_part(heard: dict[tuple[str, ...], float
 
 def test_a_broken_card_makes_its_replica_unhealthy(heard: dict[tuple[str, ...], float]) -> None:
     nvml = FakeNvml()
-    card = CardInUse(PART, NamedCuda(), CardTelemetry(BARE, nvml))
+    card = ReplicaCard(PART, NamedCuda(), CardTelemetry(BARE, nvml))
     nvml.xids.append(31)  # of a program
     card.check()
     nvml.xids.append(79)
@@ -79,10 +79,12 @@ def test_a_broken_card_makes_its_replica_unhealthy(heard: dict[tuple[str, ...], 
 def test_it_runs_without_telemetry_and_starts_only_where_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    CardInUse(PART, NamedCuda()).check()  # this machine's driver, if there is one, has no such card
+    ReplicaCard(
+        PART, NamedCuda()
+    ).check()  # this machine's driver, if there is one, has no such card
     monkeypatch.setattr("cluster.card_memory.WAIT_S", 0.0)
     with pytest.raises(OctetError, match=r"promised 20\.0 GiB"):
-        CardInUse(PART, NamedCuda(others_gib=70))
+        ReplicaCard(PART, NamedCuda(others_gib=70))
 
 
 def test_only_what_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,6 @@ def test_only_what_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> No
     assert device_for(PART) == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert device_for(PART) == "cuda"
-    assert device_for(OnCard()) == "cpu"
-    assert take_card(OnCard()) is None
-    assert probe(device_for(OnCard())).compute_capability is None
+    assert device_for(CardResources()) == "cpu"
+    assert take_card(CardResources()) is None
+    assert probe(device_for(CardResources())).compute_capability is None

@@ -18,9 +18,9 @@ from serve.engine import decoding, denoising_loop
 from serve.engine.batching import RowBudget
 from serve.engine.denoising_loop import (
     DenoisingLoop,
-    Drawn,
-    Previewed,
-    Stepped,
+    GeneratedPixels,
+    PreviewPixels,
+    StepDone,
     preview_steps,
 )
 from serve.engine.precision import RECIPES
@@ -100,19 +100,19 @@ class Model:
         prompts = [request.negative_prompt] if request.guided else []
         return self.encoder.encode_prompts([*prompts, request.prompt], 32)
 
-    def draw(self, *requests: ImageRequest) -> list[Drawn]:
+    def draw(self, *requests: ImageRequest) -> list[GeneratedPixels]:
         """Together: nobody steps before all have been submitted."""
         futures = self.submit(*((request, self.embeds(request)) for request in requests))
         return [future.result(30) for future in futures]
 
     def watch(
         self, request: ImageRequest, previews: int = 0
-    ) -> tuple[Drawn, list[Stepped | Previewed]]:
-        told: list[Stepped | Previewed] = []
+    ) -> tuple[GeneratedPixels, list[StepDone | PreviewPixels]]:
+        told: list[StepDone | PreviewPixels] = []
         future = self.loop.draw(request, self.embeds(request), previews, told.append)
         return future.result(30), told
 
-    def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[Drawn]]:
+    def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[GeneratedPixels]]:
         """An image before them stands still in its only step until all are there."""
         self.gate.clear()
         entered = len(self.entered)
@@ -142,7 +142,7 @@ def cramped(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
     model.room = 32
 
 
-def difference(one: Drawn, other: Drawn) -> float:
+def difference(one: GeneratedPixels, other: GeneratedPixels) -> float:
     """The largest, in levels of 0 to 255."""
     return float(np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max())
 
@@ -357,7 +357,7 @@ def test_steps_go_on_while_an_image_is_decoded(
 
 def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
     drawn, told = model.watch(REQUEST)
-    assert [event.step for event in told if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in told if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
     assert told[-1].denoise_s == drawn.denoise_s
     assert drawn.busy_s == pytest.approx(drawn.denoise_s + drawn.decode_s, rel=0.2)
     together = model.draw(*[replace(REQUEST, seed=seed) for seed in range(4)])
@@ -369,7 +369,7 @@ def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
 def test_previews_come_closer_to_the_picture(model: Model) -> None:
     request = replace(REQUEST, width=128, height=96, num_inference_steps=12, prompt="dunes at noon")
     drawn, told = model.watch(request, previews=3)
-    previews = [event for event in told if isinstance(event, Previewed)]
+    previews = [event for event in told if isinstance(event, PreviewPixels)]
     assert [p.index for p in previews] == [0, 1, 2]
     other = model.draw(replace(request, seed=5, prompt="night, full moon"))[0]
     assert {p.pixels.shape for p in previews} == {(96, 128, 3)}
@@ -401,7 +401,7 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
     monkeypatch.setattr(model.denoiser, "preview", preview)
     drawn, told = model.watch(REQUEST, previews=2)
     assert drawn.pixels.shape == (64, 64, 3)
-    assert not any(isinstance(event, Previewed) for event in told)
+    assert not any(isinstance(event, PreviewPixels) for event in told)
 
 
 @pytest.mark.parametrize("where", ["begin", "denoise_step", "decode"])

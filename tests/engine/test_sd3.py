@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, Denoising, PromptEncoder
+from serve.engine.sd3 import Denoiser, DenoisingState, PromptEncoder
 
 from ..integration.conftest import DEMO_MODEL
 
@@ -27,7 +27,7 @@ class Both:
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def begin(self, prompt: str, negative: str = "", **options: Any) -> Denoising:
+    def begin(self, prompt: str, negative: str = "", **options: Any) -> DenoisingState:
         guided = options["guidance_scale"] > 1
         prompts = [negative, prompt] if guided else [prompt]
         return self.denoiser.begin(self.encoder.encode_prompts(prompts, TEXT_LENGTH), **options)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from serve.launch import ENVIRONMENT, Running
+from serve.launch import ENVIRONMENT, RunningApplication
 from serve.settings.application import Settings
 
 from ..integration.conftest import build_with
@@ -71,10 +71,12 @@ def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
-def deploy(cluster: Any) -> Iterator[Callable[[Settings], Running]]:
+def deploy(cluster: Any) -> Iterator[Callable[[Settings], RunningApplication]]:
     """Deploys settings on the cluster."""
     with contextlib.ExitStack() as running:
-        yield lambda settings: running.enter_context(contextlib.closing(Running(settings)))
+        yield lambda settings: running.enter_context(
+            contextlib.closing(RunningApplication(settings))
+        )
 
 
 @pytest.fixture

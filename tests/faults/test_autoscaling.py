@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.launch import Running
+from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
@@ -73,7 +73,9 @@ class Load:
 
 
 @pytest.fixture
-def octet(cluster: Any, timed: None, deploy: Callable[[Settings], Running]) -> Running:
+def octet(
+    cluster: Any, timed: None, deploy: Callable[[Settings], RunningApplication]
+) -> RunningApplication:
     """Without a node that could hold a replica."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,7 +164,7 @@ def generators() -> dict[str, str]:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_from_zero_and_back_through_all_that_happens(
-    cluster: Any, octet: Running, folder: Path
+    cluster: Any, octet: RunningApplication, folder: Path
 ) -> None:
     url = octet.url
 

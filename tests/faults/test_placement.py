@@ -21,7 +21,7 @@ import psutil
 import pytest
 from ray import serve
 
-from serve.launch import Running
+from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
@@ -79,7 +79,7 @@ class Client:
 @pytest.mark.usefixtures("timed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_a_mixed_cluster_through_its_life(
-    cluster: Any, folder: Path, deploy: Callable[[Settings], Running]
+    cluster: Any, folder: Path, deploy: Callable[[Settings], RunningApplication]
 ) -> None:
     environ = {**SETTINGS, "OCTET_HTTP__PORT": str(free_port())}
     settings = load_settings(ROOT / "examples" / "laptop.yaml", environ)

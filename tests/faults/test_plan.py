@@ -23,11 +23,11 @@ from cluster.cost import ImageShape
 from cluster.packing import Plan, plan
 from cluster.pools import planned_pools
 from cluster.ray_nodes import living_nodes
+from cluster.serving_options import PlannedModel
 from cluster.structure import structure
-from cluster.ways import Want
 from serve.cli.plan_inputs import cards_of
 from serve.cli.plan_report import as_settings
-from serve.launch import Running
+from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
@@ -37,10 +37,10 @@ from .conftest import STORE_BYTES, landed, wait_for
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
 
-def a_want(model: str, steps: int, rows: int) -> Want:
+def a_want(model: str, steps: int, rows: int) -> PlannedModel:
     """Of images so large that a T4 has no room for them."""
     shape = ImageShape(1024, 1024, 333, rows, steps)
-    return Want(model, structure(model), shape, max_pixels=3 * 1024**2)
+    return PlannedModel(model, structure(model), shape, max_pixels=3 * 1024**2)
 
 
 def octet(*args: str) -> str:
@@ -68,7 +68,7 @@ def demo_settings(file: Path, planned: Plan) -> None:
 @pytest.mark.usefixtures("timed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_replicas_land_where_the_plan_puts_them(
-    cluster: Any, tmp_path: Path, deploy: Callable[[Settings], Running]
+    cluster: Any, tmp_path: Path, deploy: Callable[[Settings], RunningApplication]
 ) -> None:
     for labels in (
         {"ray.io/accelerator-type": "H100"},

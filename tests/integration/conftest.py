@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from serve import launch
-from serve.launch import Running, running
+from serve.launch import RunningApplication, run_application
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
@@ -58,7 +58,7 @@ def laptop() -> Settings:
 
 
 @pytest.fixture(scope="session")
-def octet(laptop: Settings) -> Iterator[Running]:
+def octet(laptop: Settings) -> Iterator[RunningApplication]:
     """The application on a Ray of its own; it runs until the last test has ended.
 
     Its Generators break where `faulty` says so.
@@ -67,7 +67,7 @@ def octet(laptop: Settings) -> Iterator[Running]:
     build_with(patch, "tests.integration.faulty:build")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
-        application = running(laptop)
+        application = run_application(laptop)
         octet = application.__enter__()
     yield octet
     with warnings.catch_warnings():
@@ -77,5 +77,5 @@ def octet(laptop: Settings) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def url(octet: Running) -> str:
+def url(octet: RunningApplication) -> str:
     return octet.url

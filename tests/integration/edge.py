@@ -16,8 +16,15 @@ from PIL import Image
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.protocol import Heartbeat, Lease, Stopped
-from serve.request import ImageRequest, ImageResult, Progress, Receipt, Timings, Watch
+from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
+from serve.request import (
+    Acknowledgement,
+    ImageRequest,
+    ImageResult,
+    Progress,
+    StreamOptions,
+    Timings,
+)
 from serve.results.cache.redis import RedisCache
 from serve.settings.application import Settings
 
@@ -36,14 +43,14 @@ class Painter:
     takes_s = 0.5
 
     def __init__(self) -> None:
-        self.stopped: list[Stopped] = []
+        self.stopped: list[StoppedImage] = []
         self.drawn = 0
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: Watch, alone: bool
+        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
     ) -> AsyncIterator[Any]:
-        yield Receipt.TAKEN
-        yield Receipt.BEGUN
+        yield Acknowledgement.TAKEN
+        yield Acknowledgement.BEGUN
         if watch.progress:
             yield Progress(0, request.num_inference_steps)
         if request.prompt == "broken":
@@ -52,7 +59,7 @@ class Painter:
             try:
                 await asyncio.sleep(self.takes_s)
             except asyncio.CancelledError:
-                self.stopped.append(Stopped(lease, request.num_inference_steps // 2, 0.0))
+                self.stopped.append(StoppedImage(lease, request.num_inference_steps // 2, 0.0))
                 raise
         self.drawn += 1
         file = io.BytesIO()

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serve.cli.bench import _bodies, _shape, report
-from serve.cli.load_client import Answered, Ask
+from serve.cli.load_client import LoadAnswer, TimedRequest
 from serve.cli.main import app
 from serve.errors import SettingsError
 from serve.settings.application import Settings
@@ -101,8 +101,8 @@ def test_wrong_words_are_explained(words: list[str], said: str) -> None:
 
 
 def test_a_report_counts_what_was_in_time() -> None:
-    def answered(latency_s: float, status: int = 200, code: str = "") -> Answered:
-        return Answered(Ask(0, "t", {}), status, code, latency_s, latency_s)
+    def answered(latency_s: float, status: int = 200, code: str = "") -> LoadAnswer:
+        return LoadAnswer(TimedRequest(0, "t", {}), status, code, latency_s, latency_s)
 
     rows = report([answered(1), answered(2), answered(10), answered(0.1, 429, "slow_down")], 5)
     assert rows["all"] == {

@@ -37,7 +37,7 @@ from serve.api import ingress as ingress_module
 from serve.api.ingress import Ingress
 from serve.api.wire import event_stream
 from serve.api.wire.request import ImageGeneration
-from serve.settings.application import Results, Settings
+from serve.settings.application import ResultSettings, Settings
 
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
@@ -386,7 +386,7 @@ def test_links_that_were_changed_or_expired_are_403(client: httpx.Client, tuned:
     for bad in (url + "0", url.replace("expires=1", "expires=2"), url.partition("?")[0]):
         answer = client.get(bad)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "link_invalid")
-    tuned(results=Results(link_expires_s=1))
+    tuned(results=ResultSettings(link_expires_s=1))
     url = client.post(GENERATE, json=body).json()["data"][0]["url"]
     assert client.get(url).status_code == 200
     time.sleep(2.1)
@@ -400,7 +400,7 @@ def test_images_go_when_they_are_old(edge: Edge, client: httpx.Client, tuned: An
 
     client.post(GENERATE, json={"prompt": "x", "response_format": "url"}).raise_for_status()
     assert kept() > 0
-    tuned(results=Results(link_expires_s=1, max_age_s=1))
+    tuned(results=ResultSettings(link_expires_s=1, max_age_s=1))
     time.sleep(1.5)
     assert kept() == 0
 

@@ -19,7 +19,7 @@ import pytest
 
 from serve.api.attempts import ATTEMPTS
 from serve.dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S
-from serve.launch import Running
+from serve.launch import RunningApplication
 
 from .conftest import replica_logs
 from .faulty import DEADLY, HUNGRY
@@ -216,7 +216,7 @@ def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: ht
     assert len(drawn(ids)) < len(ids)
 
 
-def test_tuning_reaches_running_replicas(octet: Running, client: httpx.Client) -> None:
+def test_tuning_reaches_running_replicas(octet: RunningApplication, client: httpx.Client) -> None:
     before, settings = replicas(), octet.settings
     model = settings.models[0]
     defaults = model.defaults.model_copy(update={"width": 64, "height": 96})

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from serve.cli.main import app
 from serve.engine.fp8_checkpoint import quantize
-from serve.settings.application import Application, Settings, Tuning
+from serve.settings.application import ApplicationSettings, IngressSettings, Settings
 from serve.settings.serve_config import serve_config
 
 from .conftest import DEMO_MODEL, ROOT, free_port
@@ -33,9 +33,9 @@ def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
     schema = ServeDeploySchema.model_validate(serve_config(laptop))
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
-    assert Application.model_validate(application.args) == laptop.application()
+    assert ApplicationSettings.model_validate(application.args) == laptop.application()
     ingress, dispatcher = application.deployments
-    assert Tuning.model_validate(ingress.user_config) == laptop.tuning()
+    assert IngressSettings.model_validate(ingress.user_config) == laptop.tuning()
     assert dispatcher.user_config == {
         "max_queued": laptop.max_queued,
         "autoscaling": laptop.autoscaling.model_dump(),

@@ -19,7 +19,7 @@ from cluster.cards import CARDS
 from cluster.packing import plan
 from cluster.placement import fits, selectors
 from cluster.pools import planned_pools
-from cluster.ways import Cards
+from cluster.serving_options import CardGroup
 from k8s.render import LEAVE_S, NodeKind, read_nodes, rendered, serve_config_v2
 from serve import app
 from serve.cli.main import app as cli
@@ -183,7 +183,7 @@ def test_pools_and_nodes_are_those_of_the_plan(overlay: str) -> None:
         if "octet/card" in group["labels"]
     }
     groups = [
-        Cards(CARDS[card], int(group["resources"]["GPU"]) * group["maxReplicas"])
+        CardGroup(CARDS[card], int(group["resources"]["GPU"]) * group["maxReplicas"])
         for card, group in cards.items()
     ]
     gib = encoder_gib(only_encoder(settings), settings)

@@ -18,7 +18,7 @@ from redis import Redis
 
 from serve.results.cache.circuit_breaker import FAILURES
 from serve.results.cache.redis import ANSWER_S, PREFIX
-from serve.settings.application import Cache, Settings
+from serve.settings.application import CacheSettings, Settings
 
 from ..redis_server import RedisServer
 from .edge import Edge, started
@@ -36,9 +36,9 @@ def redis() -> Iterator[RedisServer]:
 
 @pytest.fixture(params=["memory", "redis"])
 def edge(request: pytest.FixtureRequest, laptop: Settings, tmp_path: Path) -> Iterator[Edge]:
-    cache = Cache()
+    cache = CacheSettings()
     if request.param == "redis":
-        cache = Cache(redis_url=request.getfixturevalue("redis").url)
+        cache = CacheSettings(redis_url=request.getfixturevalue("redis").url)
     with started(laptop.model_copy(update={"data_folder": str(tmp_path), "cache": cache})) as edge:
         yield edge
 
@@ -151,7 +151,7 @@ def until(truth: Callable[[], bool], seconds: float = 5) -> None:
 
 @pytest.fixture
 def shared(laptop: Settings, redis: RedisServer, tmp_path: Path) -> Settings:
-    cache = Cache(redis_url=redis.url)
+    cache = CacheSettings(redis_url=redis.url)
     return laptop.model_copy(update={"data_folder": str(tmp_path), "cache": cache})
 
 
@@ -276,7 +276,7 @@ def test_passwords_come_from_a_file(redis: RedisServer, shared: Settings, tmp_pa
         try:
             (tmp_path / "password").write_text("secret\n")
             file = str(tmp_path / "password")
-            cache = Cache(redis_url=redis.url, redis_password_file=file)
+            cache = CacheSettings(redis_url=redis.url, redis_password_file=file)
             settings = shared.model_copy(update={"cache": cache})
             with started(settings) as edge, httpx.Client(base_url=edge.url) as client:
                 ask(client)

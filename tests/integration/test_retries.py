@@ -9,14 +9,21 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 from serve.api import attempts as drawing_module
-from serve.api.attempts import ATTEMPTS, SPARED, Drawing
-from serve.api.ingress_metrics import FrontMetrics
+from serve.api.attempts import ATTEMPTS, SPARED, Attempts
+from serve.api.ingress_metrics import IngressMetrics
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
-from serve.request import ImageRequest, ImageResult, Precision, Receipt, Timings, Watch
+from serve.request import (
+    Acknowledgement,
+    ImageRequest,
+    ImageResult,
+    Precision,
+    StreamOptions,
+    Timings,
+)
 from serve.settings.application import Settings
 
 from ..in_process import Handle, Someone, a_dispatcher
@@ -49,16 +56,16 @@ class Generator:
         self.alone: list[bool] = []
 
     async def generate(
-        self, request: ImageRequest, _: Lease, watch: Watch, alone: bool
-    ) -> AsyncIterator[Receipt | ImageResult]:
+        self, request: ImageRequest, _: Lease, watch: StreamOptions, alone: bool
+    ) -> AsyncIterator[Acknowledgement | ImageResult]:
         self.calls += 1
         self.alone.append(alone)
         if self.calls <= self.late:
             await asyncio.sleep(60)  # the grant was for a replica that is no more
-        yield Receipt.TAKEN
+        yield Acknowledgement.TAKEN
         if self.calls <= self.bystander:
             raise ActorDiedError  # before it began with this one
-        yield Receipt.BEGUN
+        yield Acknowledgement.BEGUN
         if self.failures:
             raise self.failures.pop(0)
         await asyncio.sleep(self.takes_s)
@@ -97,10 +104,10 @@ def draw(
         for pool in alive:
             await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
-        work = {model.id: Coefficients(1, 0, 0, 0, 0) for model in settings.models}
-        drawing = Drawing(settings.models, work, handles, FrontMetrics())
+        work = {model.id: CostCoefficients(1, 0, 0, 0, 0) for model in settings.models}
+        drawing = Attempts(settings.models, work, handles, IngressMetrics())
         request = replace(REQUEST, precision=precision)
-        wishes = [drawing.wish(request, Watch())]
+        wishes = [drawing.wish(request, StreamOptions())]
         session = DispatchSession(Handle(dispatcher))
         async with asyncio.timeout(5):
             call = session.open("anonymous", "id", wishes, 60, Someone())

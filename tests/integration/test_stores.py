@@ -18,7 +18,7 @@ from serve.results.disk import DiskStore
 from serve.results.s3 import S3Store
 from serve.results.spool import Spool
 from serve.results.store import NAME, ResultStore, new_name
-from serve.settings.application import S3
+from serve.settings.application import S3Settings
 
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
 
@@ -61,12 +61,12 @@ def read(store: ResultStore, name: str) -> bytes:
     return found if isinstance(found, bytes) else httpx.get(found).raise_for_status().content
 
 
-def direct(proxy: FaultProxy, bucket: S3) -> S3:
+def direct(proxy: FaultProxy, bucket: S3Settings) -> S3Settings:
     """The same bucket, past the proxy."""
     return bucket.model_copy(update={"endpoint_url": proxy.upstream})
 
 
-def keys(bucket: S3) -> list[str]:
+def keys(bucket: S3Settings) -> list[str]:
     client = boto3.client("s3", endpoint_url=bucket.endpoint_url, region_name=bucket.region)
     return [o["Key"] for o in client.list_objects_v2(Bucket=bucket.bucket).get("Contents", ())]
 
@@ -176,7 +176,7 @@ def test_a_link_into_the_bucket_is_short_lived(server: str) -> None:
 
 
 def test_days_go_when_all_of_them_is_too_old_and_a_failed_round_is_tried_again(
-    proxied: tuple[FaultProxy, S3],
+    proxied: tuple[FaultProxy, S3Settings],
 ) -> None:
     proxy, bucket = proxied
     store, noon = S3Store(bucket), 1_800_014_400.0  # 2027-01-15
@@ -203,7 +203,9 @@ def test_a_dead_endpoint_is_given_up_in_seconds(server: str) -> None:
 
 
 @pytest.fixture
-def proxied(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FaultProxy, S3]]:
+def proxied(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[FaultProxy, S3Settings]]:
     monkeypatch.setattr(s3, "READ_S", 0.5)
     proxy = FaultProxy(server)
     bucket = a_bucket(server)
@@ -220,7 +222,7 @@ def wait_for(truth: Callable[[], bool], seconds: float = 20) -> None:
 
 @pytest.mark.parametrize("fault", ["refuse", "error", "slow"])
 def test_while_the_bucket_is_away_images_wait_and_are_read_from_here(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path, fault: str
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path, fault: str
 ) -> None:
     proxy, bucket = proxied
     spool = Spool(S3Store(bucket), tmp_path, 10**6)
@@ -240,7 +242,7 @@ def test_while_the_bucket_is_away_images_wait_and_are_read_from_here(
 
 
 def test_an_answer_that_was_lost_leaves_one_object(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
     spool = Spool(S3Store(bucket), tmp_path, 10**6)
@@ -257,7 +259,7 @@ def test_an_answer_that_was_lost_leaves_one_object(
 
 
 def test_what_a_process_leaves_behind_its_successor_uploads(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     _, bucket = proxied
     nowhere = bucket.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})
@@ -276,7 +278,7 @@ def test_what_a_process_leaves_behind_its_successor_uploads(
 
 
 def test_two_processes_on_one_spool_lose_nothing(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
     proxy.fault = "refuse"
@@ -293,7 +295,7 @@ def test_two_processes_on_one_spool_lose_nothing(
 
 
 def test_a_file_that_cannot_be_read_holds_up_nobody(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     _, bucket = proxied
     for content in (b"", b"no json\nx"):
@@ -312,7 +314,7 @@ def test_a_file_that_cannot_be_read_holds_up_nobody(
 
 
 def test_a_spool_beyond_its_bound_is_full_until_it_drains(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
     proxy.fault = "refuse"
@@ -327,7 +329,7 @@ def test_a_spool_beyond_its_bound_is_full_until_it_drains(
 
 
 def test_without_a_disk_an_image_goes_straight_to_the_bucket(
-    proxied: tuple[FaultProxy, S3], tmp_path: Path
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
     spool = Spool(S3Store(bucket), tmp_path / "spool", 10**6)

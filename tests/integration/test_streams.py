@@ -22,7 +22,7 @@ import ray
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
-from serve.launch import Running
+from serve.launch import RunningApplication
 from serve.usage.ledger import read_usage
 
 from .conftest import replica_logs
@@ -44,12 +44,12 @@ def apart(one: Image.Image, other: Image.Image) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-def state(octet: Running) -> dict[str, Any]:
+def state(octet: RunningApplication) -> dict[str, Any]:
     found: dict[str, Any] = octet._dispatcher().state.remote().result(timeout_s=10)
     return found
 
 
-def idle(octet: Running) -> bool:
+def idle(octet: RunningApplication) -> bool:
     """No call is open, nothing waits, no slot is held and no image is drawn."""
     found = state(octet)
     busy = [p["running"] or p["running_work_s"] for p in found["pools"].values()]
@@ -114,7 +114,7 @@ def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> 
     asyncio.run(main())
 
 
-def test_who_waits_sees_its_place_in_the_queue(url: str, octet: Running) -> None:
+def test_who_waits_sees_its_place_in_the_queue(url: str, octet: RunningApplication) -> None:
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             fill = {"prompt": "dunes", "num_inference_steps": 30}
@@ -142,7 +142,7 @@ def test_what_goes_wrong_before_the_first_event_has_its_status(url: str) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_is_cancelled_by_its_id(url: str, octet: Running, stream: bool) -> None:
+def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stream: bool) -> None:
     def ask() -> httpx.Response:
         headers = {"x-request-id": "mine"}
         body = {**LONG, "n": 1 if stream else 3, "stream": stream, "progress": stream}
@@ -168,7 +168,7 @@ def test_a_call_is_cancelled_by_its_id(url: str, octet: Running, stream: bool) -
     assert httpx.delete(f"{url}/v1/requests/a%20b").status_code == 400
 
 
-def wait_until_idle(octet: Running, seconds: float) -> float:
+def wait_until_idle(octet: RunningApplication, seconds: float) -> float:
     began = time.monotonic()
     while not idle(octet):
         assert time.monotonic() - began < seconds, state(octet)
@@ -182,7 +182,9 @@ def logged(request_id: str) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_pays_the_steps_that_were_done(url: str, octet: Running, stream: bool) -> None:
+def test_who_hangs_up_pays_the_steps_that_were_done(
+    url: str, octet: RunningApplication, stream: bool
+) -> None:
     """Also of a stream that has not begun: its first event would be the image."""
     usage, name = Path(octet.settings.data_folder or "") / "usage", f"gone-{stream}"
 
@@ -204,7 +206,7 @@ def test_who_hangs_up_pays_the_steps_that_were_done(url: str, octet: Running, st
     assert 0 < record["steps"] < LONG["num_inference_steps"]
 
 
-def test_a_hundred_clients_hang_up(url: str, octet: Running) -> None:
+def test_a_hundred_clients_hang_up(url: str, octet: RunningApplication) -> None:
     """Waiting and running, streaming and not, at random moments: nothing is left of any."""
     rng = random.Random(4)
     statuses: list[int] = []

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.protocol import Heartbeat, Opening, Submission, Verdict
+from serve.dispatch.protocol import AdmissionDecision, AdmissionRequest, Heartbeat, QueuedImage
 from serve.tenants.tenant import Tenant
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 P = ("p",)
 
@@ -45,11 +45,13 @@ class Desk:
         now: float = 0.0,
         request_id: str = "",
         **more: Any,
-    ) -> Verdict:
+    ) -> AdmissionDecision:
         self.count += 1
         call = f"c{self.count}"
-        entries = tuple(Submission(f"{call}/{i}", call, P, work_s) for i in range(n))
-        opening = Opening(call, tenant, request_id or call, entries, timeout_s, work_s * n, **more)
+        entries = tuple(QueuedImage(f"{call}/{i}", call, P, work_s) for i in range(n))
+        opening = AdmissionRequest(
+            call, tenant, request_id or call, entries, timeout_s, work_s * n, **more
+        )
         verdict = self.admission.open("s", opening, now)
         if not verdict.refusal:
             for entry in entries:
@@ -58,7 +60,7 @@ class Desk:
         return verdict
 
     def pay(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
-        usage = Usage(call, 0, tenant, "id", "m", "fp8", "64x64", 10, work_s)
+        usage = UsageRecord(call, 0, tenant, "id", "m", "fp8", "64x64", 10, work_s)
         held = self.admission.hold("s", usage)
         self.admission.spend("s", usage, None, now)
         self.admission.free(tenant, held)
@@ -202,8 +204,8 @@ def test_eta_is_of_the_pool_that_will_draw_it() -> None:
     grants.report_replica(Heartbeat("fast", "r", 4, speed=4.0), 0)
 
     def ask(call: str) -> float | None:
-        entry = Submission(call, call, ("slow", "fast"), 1.0)
-        verdict = admission.open("s", Opening(call, "t", call, (entry,), 60, 1.0), 0)
+        entry = QueuedImage(call, call, ("slow", "fast"), 1.0)
+        verdict = admission.open("s", AdmissionRequest(call, "t", call, (entry,), 60, 1.0), 0)
         grants.submit("s", entry, "t", 0.0)
         grants.grant()
         return verdict.eta_s

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.batching import CALM_S, PATIENCE, RowBudget, Running, next_batch
+from serve.engine.batching import CALM_S, PATIENCE, BatchCandidate, RowBudget, next_batch
 
 IMAGES = st.tuples(
     st.sampled_from("abc"),  # kind
@@ -14,17 +14,19 @@ IMAGES = st.tuples(
 )
 
 
-def running(kind: str, rows: int, steps_left: int, arrival: int) -> Running:
+def running(kind: str, rows: int, steps_left: int, arrival: int) -> BatchCandidate:
     """Kind "c" is pinned to batches of two rows."""
     pinned = 2 if kind == "c" else None
-    return Running(kind=kind, rows=rows, steps_left=steps_left, arrival=arrival, max_rows=pinned)
+    return BatchCandidate(
+        kind=kind, rows=rows, steps_left=steps_left, arrival=arrival, max_rows=pinned
+    )
 
 
 @given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8))
 def test_budget_kinds_steps_and_waiting(images: list, max_rows: int) -> None:
     """Run to the end: every image gets its steps, and none is passed over longer than the bound."""
     arriving = sorted(images, key=lambda image: image[3])
-    inside: list[Running] = []
+    inside: list[BatchCandidate] = []
     given_steps: dict[int, int] = {}
     waited: dict[int, int] = {}
     most_inside, clock = 0, 0
@@ -79,7 +81,9 @@ def test_an_image_that_never_fits_is_an_error() -> None:
 
 
 def test_who_leads_bounds_the_batch() -> None:
-    pinned = [Running(kind="p", rows=1, steps_left=5, arrival=i, max_rows=2) for i in range(4)]
+    pinned = [
+        BatchCandidate(kind="p", rows=1, steps_left=5, arrival=i, max_rows=2) for i in range(4)
+    ]
     assert next_batch([*pinned, running("a", 2, 9, 9)], 8) == pinned[:2]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.api.client_call import Call
+from serve.api.client_call import ClientCall
 from serve.errors import DeadlineExceeded, RequestCancelled
 
 
@@ -18,7 +18,7 @@ async def forever(ended: list[str]) -> None:
 
 
 async def run(timeout_s: float, work: Coroutine[Any, Any, None]) -> None:
-    await Call(timeout_s).run(work)
+    await ClientCall(timeout_s).run(work)
 
 
 def test_a_deadline_ends_the_work() -> None:
@@ -33,7 +33,7 @@ def test_cancelled_from_outside(early: bool) -> None:
     ended: list[str] = []
 
     async def main() -> None:
-        call = Call(60)
+        call = ClientCall(60)
         if early:
             call.cancel()
         running = asyncio.create_task(call.run(forever(ended)))
@@ -50,7 +50,7 @@ def test_a_client_that_goes_is_no_cancelled_request() -> None:
     ended: list[str] = []
 
     async def main() -> None:
-        running = asyncio.create_task(Call(60).run(forever(ended)))
+        running = asyncio.create_task(ClientCall(60).run(forever(ended)))
         await asyncio.sleep(0.01)
         running.cancel()
         await running
@@ -70,7 +70,7 @@ def test_errors_and_timeouts_of_the_work_are_its_own() -> None:
 
 def test_the_deadline_counts_all_that_is_done_for_a_call() -> None:
     async def main() -> None:
-        call = Call(0.05)
+        call = ClientCall(0.05)
         await call.run(asyncio.sleep(0.03))
         await call.run(asyncio.sleep(0.03))
 
@@ -86,7 +86,7 @@ def test_work_that_is_ended_knows_whether_its_client_wanted_that(ends: str, unwa
     found: list[bool] = []
 
     async def main() -> None:
-        call = Call(0.02 if ends == "deadline" else 60)
+        call = ClientCall(0.02 if ends == "deadline" else 60)
 
         async def work() -> None:
             try:

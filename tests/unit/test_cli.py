@@ -11,7 +11,7 @@ from serve.cli.main import app
 from serve.results.disk import DiskStore
 from serve.results.store import new_name
 from serve.usage.ledger import UsageLedger, read_usage
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -118,7 +118,9 @@ def test_a_tenant_is_erased(tmp_path: Path) -> None:
     for name in names:
         store.put(name, b"x", "r")
     with closing(UsageLedger(tmp_path / "data" / "usage", time.time())) as ledger:
-        ledger.append([Usage("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time())
+        ledger.append(
+            [UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time()
+        )
     code, output = octet("tenant", "erase", "acme", "--config", str(settings))
     assert (code, "1 images and 1 records of acme are gone" in output) == (0, True), output
     assert store.get(names[1]) == b"x"
@@ -128,7 +130,7 @@ def test_a_tenant_is_erased(tmp_path: Path) -> None:
 def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:
     with closing(UsageLedger(tmp_path, time.time())) as ledger:
         for i, tenant in enumerate(("acme", "acme", "other")):
-            usage = Usage(str(i), 0, tenant, "id", "m", "fp8", "64x64", 10, 1.25)
+            usage = UsageRecord(str(i), 0, tenant, "id", "m", "fp8", "64x64", 10, 1.25)
             ledger.append([usage], time.time())
     _, output = octet("usage", "--folder", str(tmp_path))
     lines = [line for line in output.splitlines() if "acme" in line]

@@ -7,12 +7,20 @@ from dataclasses import replace
 import pytest
 
 from cluster.cards import CARDS
-from cluster.cost import BOUND, Coefficients, ImageShape, Learned, estimated, rates, reference
+from cluster.cost import (
+    BOUND,
+    CostCoefficients,
+    ImageShape,
+    LearnedCost,
+    estimated,
+    rates,
+    reference,
+)
 from cluster.structure import structure
 
 LARGE, H100 = structure("sd3.5-large"), CARDS["h100"]
 MEGAPIXEL = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
-TRUE = Coefficients(constant=0.02, step=0.004, token=3e-5, token2=2e-8, pixel=1e-6)
+TRUE = CostCoefficients(constant=0.02, step=0.004, token=3e-5, token2=2e-8, pixel=1e-6)
 
 
 def some_shape(rng: random.Random) -> ImageShape:
@@ -21,7 +29,7 @@ def some_shape(rng: random.Random) -> ImageShape:
     return ImageShape(width_px=side, height_px=side, text_tokens=64, rows=rows, steps=steps)
 
 
-def errors(learned: Learned, rng: random.Random, images: int = 200) -> list[float]:
+def errors(learned: LearnedCost, rng: random.Random, images: int = 200) -> list[float]:
     """Relative errors of predictions for images that it has not seen."""
     shapes = [some_shape(rng) for _ in range(images)]
     return sorted(
@@ -62,7 +70,7 @@ def test_guidance_steps_and_size_all_count() -> None:
 @pytest.mark.parametrize("off", [0.3, 3.0])
 def test_a_wrong_reference_is_corrected(off: float) -> None:
     rng = random.Random(1)
-    learned = Learned(Coefficients(*(off * c * rng.uniform(0.5, 2) for c in TRUE)))
+    learned = LearnedCost(CostCoefficients(*(off * c * rng.uniform(0.5, 2) for c in TRUE)))
     before = statistics.median(errors(learned, rng))
     for _ in range(300):
         shape = some_shape(rng)
@@ -74,7 +82,7 @@ def test_a_wrong_reference_is_corrected(off: float) -> None:
 
 
 def test_a_hiccup_does_little_and_is_forgotten() -> None:
-    learned, rng = Learned(TRUE), random.Random(2)
+    learned, rng = LearnedCost(TRUE), random.Random(2)
     learned.observe(MEGAPIXEL, 1000 * TRUE.work_s(MEGAPIXEL))
     assert learned.coefficients.work_s(MEGAPIXEL) < 1.5 * TRUE.work_s(MEGAPIXEL)
     assert learned.speed == pytest.approx(0.5)
@@ -85,7 +93,7 @@ def test_a_hiccup_does_little_and_is_forgotten() -> None:
 
 
 def test_factors_are_bounded() -> None:
-    learned = Learned(TRUE)
+    learned = LearnedCost(TRUE)
     for _ in range(1000):
         learned.observe(MEGAPIXEL, 1e6)
     assert all(c <= BOUND * t * 1.001 for c, t in zip(learned.coefficients, TRUE, strict=True))
@@ -95,7 +103,7 @@ def test_factors_are_bounded() -> None:
 
 
 def test_speed_is_work_over_time() -> None:
-    learned = Learned(TRUE)
+    learned = LearnedCost(TRUE)
     assert learned.speed == 1
     for _ in range(40):
         learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 2)
@@ -103,10 +111,10 @@ def test_speed_is_work_over_time() -> None:
 
 
 def test_speed_is_told_in_another_unit_and_foretold_by_a_usual_image() -> None:
-    unit = Coefficients(*(2 * c for c in TRUE))
-    learned = Learned(TRUE, unit, MEGAPIXEL)
+    unit = CostCoefficients(*(2 * c for c in TRUE))
+    learned = LearnedCost(TRUE, unit, MEGAPIXEL)
     assert learned.speed == pytest.approx(2)
     for _ in range(20):
         learned.observe(MEGAPIXEL, TRUE.work_s(MEGAPIXEL) / 3)
     assert learned.speed == pytest.approx(6, rel=0.1)
-    assert Learned(TRUE).speed == 1
+    assert LearnedCost(TRUE).speed == 1

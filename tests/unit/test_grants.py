@@ -5,12 +5,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serve.dispatch.grants import UNSETTLED_S, Grants
-from serve.dispatch.protocol import Heartbeat, Lease, Outcome, Release, Running, Stopped, Submission
-from serve.usage.record import Usage
+from serve.dispatch.protocol import (
+    Heartbeat,
+    Lease,
+    Outcome,
+    QueuedImage,
+    Release,
+    RunningImage,
+    StoppedImage,
+)
+from serve.usage.record import UsageRecord
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)
-USAGE = Usage("call", 0, "t", "id", "m", "fp8", "64x64", 10, 1.0)
+USAGE = UsageRecord("call", 0, "t", "id", "m", "fp8", "64x64", 10, 1.0)
 
 
 def grants(**pools: int) -> Grants:
@@ -24,11 +32,11 @@ def grants(**pools: int) -> Grants:
 
 def asked(
     entry: str, pools: tuple[str, ...] = AUTO, work_s: float = 1.0, watched: bool = False
-) -> Submission:
-    return Submission(entry, "call", pools, work_s, watched)
+) -> QueuedImage:
+    return QueuedImage(entry, "call", pools, work_s, watched)
 
 
-def submit(book: Grants, *entries: Submission, tenant: str = "t", session: str = "s") -> None:
+def submit(book: Grants, *entries: QueuedImage, tenant: str = "t", session: str = "s") -> None:
     for entry in entries:
         assert book.submit(session, entry, tenant, 0.0) is None
 
@@ -94,7 +102,7 @@ def test_an_image_that_was_stopped_is_settled_when_its_generator_has_said_so() -
     submit(book, *(asked(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
     assert [o.entry for o in book.grant()] == ["a0"]
     assert book.release("s", Release("a0", None, USAGE), 0) == "awaited"
-    said = Stopped(Lease("s", "a0", FP8), 1, 1.0)
+    said = StoppedImage(Lease("s", "a0", FP8), 1, 1.0)
     assert book.stopped(said, 1) == USAGE
     assert book.stopped(said, 1) is None
     assert [o.entry for o in book.grant()] == ["b0"]
@@ -106,7 +114,7 @@ def test_a_generator_may_say_so_before_its_session_does() -> None:
     book = grants(m_fp8=1)
     submit(book, asked("a", (FP8,)))
     book.grant()
-    said = Stopped(Lease("s", "a", FP8), 1, 1.0)
+    said = StoppedImage(Lease("s", "a", FP8), 1, 1.0)
     assert book.stopped(said, 0) is None
     assert book.release("s", Release("a", None, USAGE), 0) == said
 
@@ -118,7 +126,7 @@ def test_what_no_generator_has_settled_stays_as_charged_after_a_while() -> None:
     book.release("s", Release("a", None, USAGE), 0)
     assert book.give_up(UNSETTLED_S) == []
     assert book.give_up(UNSETTLED_S + 1) == [USAGE]
-    assert book.stopped(Stopped(Lease("s", "a", FP8), 1, 1.0), 40) is None
+    assert book.stopped(StoppedImage(Lease("s", "a", FP8), 1, 1.0), 40) is None
 
 
 def test_an_entry_that_cannot_run_holds_up_nobody() -> None:
@@ -153,7 +161,7 @@ def test_a_silent_session_gives_everything_back() -> None:
 def test_running_work_declared_anew_keeps_its_slot() -> None:
     book = grants(m_fp8=1)
     book.open("t", 0)
-    book.declare("t", Running("a", "call", "t", FP8, 1.0))
+    book.declare("t", RunningImage("a", "call", "t", FP8, 1.0))
     submit(book, asked("b", (FP8,)), session="t")
     assert book.grant() == []
     release(book, "a", "t")

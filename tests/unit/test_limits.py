@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.dispatch.forecast import MEMORY_S, Accuracy, Demand, Rate, wait_s
-from serve.dispatch.tenant_account import Account, Gcra
+from serve.dispatch.forecast import MEMORY_S, ArrivalRate, ForecastAccuracy, TenantDemand, wait_s
+from serve.dispatch.tenant_account import Gcra, TenantAccount
 from serve.tenants.tenant import Tenant
 
 
@@ -52,7 +52,9 @@ def test_never_more_than_rate_and_burst_and_the_wait_is_true(
 
 
 def test_standings_and_what_is_left_of_a_budget() -> None:
-    account = Account(Tenant(requests_per_s=2, request_burst=4, work_per_s=1, monthly_work=100))
+    account = TenantAccount(
+        Tenant(requests_per_s=2, request_burst=4, work_per_s=1, monthly_work=100)
+    )
     account.spent, account.reserved = 30.0, 20.0
     assert account.requests
     account.requests.take(1, 0.0)
@@ -62,11 +64,11 @@ def test_standings_and_what_is_left_of_a_budget() -> None:
         "work": (10, 10, 0),
         "budget": (100, 50, 999),
     }
-    assert Account(Tenant()).standings(0.0, 0.0) == ()
+    assert TenantAccount(Tenant()).standings(0.0, 0.0) == ()
 
 
 def test_changed_limits_do_not_forget_what_was_used() -> None:
-    account = Account(Tenant(requests_per_s=1, request_burst=2))
+    account = TenantAccount(Tenant(requests_per_s=1, request_burst=2))
     assert account.requests
     for _ in range(2):
         account.requests.take(1, 0.0)
@@ -110,44 +112,44 @@ def test_alone_one_waits_for_ones_own() -> None:
 
 
 def test_others_take_their_share_but_no_more_than_they_have() -> None:
-    assert wait_s(10, 1, [Demand(1, 4, 0)], speed=1) == pytest.approx(14, rel=0.01)
-    assert wait_s(10, 1, [Demand(1, 1000, 0)], speed=1) == 20
-    assert wait_s(10, 2, [Demand(1, 1000, 0)], speed=1) == 15
+    assert wait_s(10, 1, [TenantDemand(1, 4, 0)], speed=1) == pytest.approx(14, rel=0.01)
+    assert wait_s(10, 1, [TenantDemand(1, 1000, 0)], speed=1) == 20
+    assert wait_s(10, 2, [TenantDemand(1, 1000, 0)], speed=1) == 15
 
 
 @pytest.mark.parametrize(("tenants", "load"), [(20, 0.9), (100, 0.8), (1000, 0.9), (1000, 0.99)])
 def test_many_who_ask_for_almost_all_there_is(tenants: int, load: float) -> None:
     """3 are waited for; of what comes meanwhile the others take their part of the speed."""
-    others = [Demand(1, 0.0, load / tenants)] * tenants
+    others = [TenantDemand(1, 0.0, load / tenants)] * tenants
     assert wait_s(3, 1, others, speed=1) == pytest.approx(3 / (1 - load), rel=0.05)
 
 
 def test_who_keeps_asking_keeps_its_share() -> None:
     """Half of the speed is asked for by another one all the time."""
-    assert wait_s(10, 1, [Demand(1, 0, 0.5)], speed=1) == pytest.approx(20, rel=0.02)
-    assert wait_s(10, 1, [Demand(1, 0, 9)], speed=1) == pytest.approx(20)
-    assert wait_s(10, 1, [Demand(1, 0, 0.1)], speed=1) == pytest.approx(11.1, rel=0.02)
+    assert wait_s(10, 1, [TenantDemand(1, 0, 0.5)], speed=1) == pytest.approx(20, rel=0.02)
+    assert wait_s(10, 1, [TenantDemand(1, 0, 9)], speed=1) == pytest.approx(20)
+    assert wait_s(10, 1, [TenantDemand(1, 0, 0.1)], speed=1) == pytest.approx(11.1, rel=0.02)
 
 
 DEMANDS = st.lists(
-    st.builds(Demand, st.floats(0.1, 10), st.floats(0, 100), st.floats(0, 10)), max_size=8
+    st.builds(TenantDemand, st.floats(0.1, 10), st.floats(0, 100), st.floats(0, 10)), max_size=8
 )
 
 
 @given(own_s=st.floats(0.1, 100), weight=st.floats(0.1, 10), others=DEMANDS)
 def test_a_forecast_lies_between_ones_own_and_ones_share(
-    own_s: float, weight: float, others: list[Demand]
+    own_s: float, weight: float, others: list[TenantDemand]
 ) -> None:
     t = wait_s(own_s, weight, others, speed=1)
     share = weight / (weight + sum(other.weight for other in others))
     assert own_s <= t * 1.01
     assert t <= own_s / share * (1 + 1e-9)
-    more = wait_s(own_s, weight, [*others, Demand(1, 5, 1)], speed=1)
+    more = wait_s(own_s, weight, [*others, TenantDemand(1, 5, 1)], speed=1)
     assert more >= t * 0.98  # both are found to a hundredth
 
 
 def test_rates_fade() -> None:
-    rate = Rate()
+    rate = ArrivalRate()
     assert rate.per_s(5.0) == 0
     for i in range(1000):
         rate.add(0.5, i * 0.1)
@@ -156,7 +158,7 @@ def test_rates_fade() -> None:
 
 
 def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded() -> None:
-    accuracy = Accuracy()
+    accuracy = ForecastAccuracy()
     assert (accuracy.expected(2), accuracy.at_most(2)) == (2, 2)
     for i in range(3000):
         accuracy.learn(10.0, 15.0 if i % 20 == 0 else 8.0)
@@ -170,7 +172,7 @@ def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded
 
 
 def test_overheads_of_small_images_say_nothing_of_large_ones() -> None:
-    accuracy = Accuracy()
+    accuracy = ForecastAccuracy()
     for _ in range(100):
         accuracy.learn(0.05, 0.9)
     assert accuracy.at_most(10.0) == 10.0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serve.api.wire.request import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
-from serve.request import OutputFormat, Precision, Watch
+from serve.request import OutputFormat, Precision, StreamOptions
 from serve.settings.file import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
@@ -152,9 +152,9 @@ def test_settings_let_unknown_fields_pass_and_say_which() -> None:
 
 def test_a_stream_says_what_it_shows() -> None:
     asked = parse(body(stream=True, partial_images=3, progress=True), TUNING)
-    assert (asked.stream, asked.watch) == (True, Watch(progress=True, partial_images=3))
+    assert (asked.stream, asked.watch) == (True, StreamOptions(progress=True, partial_images=3))
     asked = parse(body(progress=False), TUNING)
-    assert (asked.stream, asked.watch) == (False, Watch())
+    assert (asked.stream, asked.watch) == (False, StreamOptions())
 
 
 def test_a_deadline_is_the_settings_or_shorter() -> None:

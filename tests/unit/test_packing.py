@@ -18,8 +18,16 @@ from cluster.footprint import footprint, text_encoders_gib
 from cluster.packing import DoesNotFit, Plan, encoders_needed, plan
 from cluster.packing_search import Search
 from cluster.pools import planned_pools
+from cluster.serving_options import (
+    MAX_REPLICAS,
+    WORTH,
+    CardGroup,
+    PlannedModel,
+    PlanTerms,
+    all_options,
+    times,
+)
 from cluster.structure import TRANSFORMERS, structure
-from cluster.ways import MAX_REPLICAS, WORTH, Cards, Terms, Want, all_ways, times
 
 STEPS_AND_ROWS = {
     "sd3.5-large": (40, 2),
@@ -28,14 +36,14 @@ STEPS_AND_ROWS = {
 }
 
 
-def want(model: str, side: int = 1024, share: float = 1.0) -> Want:
+def planned(model: str, side: int = 1024, share: float = 1.0) -> PlannedModel:
     steps, rows = STEPS_AND_ROWS[model]
-    return Want(
+    return PlannedModel(
         model, structure(model), ImageShape(side, side, 333, rows, steps), side * side, share
     )
 
 
-LARGE, TURBO, MEDIUM = map(want, TRANSFORMERS)
+LARGE, TURBO, MEDIUM = map(planned, TRANSFORMERS)
 ALL = [LARGE, TURBO, MEDIUM]
 ENCODER_GIB = text_encoders_gib()
 
@@ -44,10 +52,10 @@ groups = st.lists(
     min_size=1,
     max_size=3,
     unique_by=lambda pair: pair[0].id,
-).map(lambda pairs: [Cards(card, count) for card, count in pairs])
-wants = st.lists(
+).map(lambda pairs: [CardGroup(card, count) for card, count in pairs])
+planned_models = st.lists(
     st.builds(
-        want,
+        planned,
         st.sampled_from(list(TRANSFORMERS)),
         st.sampled_from([256, 512, 1024]),
         st.sampled_from([0.5, 1, 3]),
@@ -56,10 +64,10 @@ wants = st.lists(
     max_size=3,
     unique_by=lambda w: w.model,
 )
-terms = st.builds(Terms, st.sampled_from([None, 1.0, 20.0]), st.booleans())
+terms = st.builds(PlanTerms, st.sampled_from([None, 1.0, 20.0]), st.booleans())
 
 
-def planned(*args, **kwargs) -> Plan | None:
+def plan_if_it_fits(*args, **kwargs) -> Plan | None:
     try:
         return plan(*args, **kwargs)
     except DoesNotFit:
@@ -67,12 +75,12 @@ def planned(*args, **kwargs) -> Plan | None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(groups, wants, terms, st.sampled_from([None, ENCODER_GIB]), st.floats(0, 20))
+@given(groups, planned_models, terms, st.sampled_from([None, ENCODER_GIB]), st.floats(0, 20))
 def test_nothing_is_overcommitted_wherever_ray_puts_it(
-    groups, wants, terms, encoder_gib, reserved_gib
+    groups, planned_models, terms, encoder_gib, reserved_gib
 ) -> None:
-    groups = [Cards(g.card, g.count, reserved_gib) for g in groups]
-    found = planned(groups, wants, terms=terms, encoder_gib=encoder_gib)
+    groups = [CardGroup(g.card, g.count, reserved_gib) for g in groups]
+    found = plan_if_it_fits(groups, planned_models, terms=terms, encoder_gib=encoder_gib)
     if found is None:
         return
     pools = planned_pools(found)
@@ -81,11 +89,11 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
         stacks = [s for s in found.stacks if s.cards.card == group.card]
         assert sum(s.cards.count for s in stacks) <= group.count
         for stack in stacks:
-            used = sum(w.replicas * w.gib for w in stack.ways) + stack.cards.encoder_gib
+            used = sum(w.replicas * w.gib for w in stack.options) + stack.cards.encoder_gib
             assert used <= max(group.card.memory_gib - reserved_gib, 0) + 1e-9
             # Ray can put there what the plan puts there.
             card = group.card.id
-            taken = sum(w.replicas * fractions[w.model, card, w.slots] for w in stack.ways)
+            taken = sum(w.replicas * fractions[w.model, card, w.slots] for w in stack.options)
             taken += fractions[None, card, 1] if stack.cards.encoder_gib else 0
             assert taken < 1
     for pool in pools:
@@ -97,17 +105,17 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
         needed = [
             w.gib
             for s in found.stacks
-            for w in s.ways
+            for w in s.options
             if (w.model, w.slots, s.cards.card.id) == (pool.model, pool.slots, pool.card)
         ]
         assert all(gib <= pool.memory_gib + 1e-9 for gib in needed or [ENCODER_GIB])
-    assert {w.model for w in wants} == {pool.model for pool in pools if pool.model}
+    assert {w.model for w in planned_models} == {pool.model for pool in pools if pool.model}
 
 
 @settings(deadline=None, max_examples=100)
-@given(groups, wants, st.integers(0, 2**32))
-def test_even_pools_find_a_place_in_any_order(groups, wants, seed) -> None:
-    found = planned(groups, wants, encoder_gib=ENCODER_GIB)
+@given(groups, planned_models, st.integers(0, 2**32))
+def test_even_pools_find_a_place_in_any_order(groups, planned_models, seed) -> None:
+    found = plan_if_it_fits(groups, planned_models, encoder_gib=ENCODER_GIB)
     pools = planned_pools(found) if found else []
     if not all(pool.even for pool in pools):
         return
@@ -125,28 +133,29 @@ def test_even_pools_find_a_place_in_any_order(groups, wants, seed) -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.sampled_from(["rtx4090", "h100", "t4", "l40s"]), min_size=1, max_size=2),
-    st.lists(st.sampled_from([LARGE, TURBO, MEDIUM, want("sd3.5-medium", 512)]), min_size=1,
+    st.lists(st.sampled_from([LARGE, TURBO, MEDIUM, planned("sd3.5-medium", 512)]), min_size=1,
              max_size=2, unique_by=lambda w: w.model),
 )  # fmt: skip
-def test_it_is_the_best_of_all_possible_plans(names, wants) -> None:
+def test_it_is_the_best_of_all_possible_plans(names, planned_models) -> None:
     """Against every way of every model on every card, tried without any shortcut."""
     cards = [CARDS[name] for name in names]
     per_card = []
     for card in cards:
-        choices = [[None, *all_ways(w, Cards(card, 1), Terms())] for w in wants]
+        choices = [[None, *all_options(w, CardGroup(card, 1), PlanTerms())] for w in planned_models]
         per_card.append(
             {
-                tuple(way.images_s if way else 0.0 for way in arrangement)
+                tuple(option.images_s if option else 0.0 for option in arrangement)
                 for arrangement in product(*choices)
-                if sum(way.replicas * way.gib for way in arrangement if way) <= card.memory_gib
+                if sum(option.replicas * option.gib for option in arrangement if option)
+                <= card.memory_gib
             }
         )
     best = max(
-        math.prod(sum(rates) for rates in zip(*picked, strict=True)) ** (1 / len(wants))
+        math.prod(sum(rates) for rates in zip(*picked, strict=True)) ** (1 / len(planned_models))
         for picked in product(*per_card)
     )
-    groups = [Cards(CARDS[name], names.count(name)) for name in dict.fromkeys(names)]
-    found = planned(groups, wants)
+    groups = [CardGroup(CARDS[name], names.count(name)) for name in dict.fromkeys(names)]
+    found = plan_if_it_fits(groups, planned_models)
     assert (found is None) is (best == 0)
     if found:
         assert best / WORTH <= found.mean_images_s <= best * (1 + 1e-9)
@@ -172,17 +181,17 @@ def test_climbing_comes_near_the_best() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(list(CARDS.values())), st.integers(1, 4), wants, st.floats(0, 60))
-def test_more_memory_never_makes_it_worse(card, count, wants, reserved_gib) -> None:
-    roomy = planned([Cards(card, count)], wants)
-    tight = planned([Cards(card, count, reserved_gib)], wants)
+@given(st.sampled_from(list(CARDS.values())), st.integers(1, 4), planned_models, st.floats(0, 60))
+def test_more_memory_never_makes_it_worse(card, count, planned_models, reserved_gib) -> None:
+    roomy = plan_if_it_fits([CardGroup(card, count)], planned_models)
+    tight = plan_if_it_fits([CardGroup(card, count, reserved_gib)], planned_models)
     if tight:
         assert roomy is not None
         assert roomy.mean_images_s >= tight.mean_images_s / WORTH
 
 
 def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
-    groups = [Cards(card, 91) for card in CARDS.values()]
+    groups = [CardGroup(card, 91) for card in CARDS.values()]
     began = time.process_time()
     found = plan(groups, ALL, encoder_gib=ENCODER_GIB)
     assert time.process_time() - began < 1
@@ -194,34 +203,34 @@ def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
 def test_every_model_on_every_card_has_a_plan_or_a_reason(card, model) -> None:
     enough = card.id != "t4" or model == "sd3.5-medium"
     if enough:
-        assert plan([Cards(card, 2)], [want(model)]).images_s[model] > 0
+        assert plan([CardGroup(card, 2)], [planned(model)]).images_s[model] > 0
     else:
         with pytest.raises(DoesNotFit, match=r"on t4: needs 20\.1 GiB"):
-            plan([Cards(card, 2)], [want(model)])
+            plan([CardGroup(card, 2)], [planned(model)])
 
 
 def test_latency_targets_are_kept() -> None:
-    found = plan([Cards(CARDS["h100"], 1)], [LARGE], terms=Terms(latency_s=8.0))
-    (way,) = found.stacks[0].ways
-    assert way.latency_s <= 8.0
-    assert (way.replicas, way.slots) == (1, 2)  # four would take 15 s
+    found = plan([CardGroup(CARDS["h100"], 1)], [LARGE], terms=PlanTerms(latency_s=8.0))
+    (option,) = found.stacks[0].options
+    assert option.latency_s <= 8.0
+    assert (option.replicas, option.slots) == (1, 2)  # four would take 15 s
 
 
 def test_what_does_not_fit_is_explained_with_what_would() -> None:
     with pytest.raises(DoesNotFit) as error:
-        plan([Cards(CARDS["t4"], 4)], [LARGE])
+        plan([CardGroup(CARDS["t4"], 4)], [LARGE])
     assert "sd3.5-large on t4: needs 20.1 GiB in fp16, and there are 14.6" in str(error.value)
     assert "another card: a10, l4" in str(error.value)
 
     with pytest.raises(DoesNotFit, match="not all of them at once"):
-        plan([Cards(CARDS["rtx4090"], 1)], [LARGE, TURBO])
+        plan([CardGroup(CARDS["rtx4090"], 1)], [LARGE, TURBO])
 
     with pytest.raises(DoesNotFit, match=r"text encoders need 7\.1 GiB"):
-        plan([Cards(CARDS["t4"], 1)], [MEDIUM], encoder_gib=ENCODER_GIB)
+        plan([CardGroup(CARDS["t4"], 1)], [MEDIUM], encoder_gib=ENCODER_GIB)
 
     one_step = replace(TURBO, shape=ImageShape(64, 64, 333, 1, 1), max_pixels=64 * 64)
     with pytest.raises(DoesNotFit, match="for so many prompts they need 4 × h100"):
-        plan([Cards(CARDS["h100"], 1)], [one_step], encoder_gib=ENCODER_GIB)
+        plan([CardGroup(CARDS["h100"], 1)], [one_step], encoder_gib=ENCODER_GIB)
 
     with pytest.raises(DoesNotFit, match="there are no cards"):
         plan([], [LARGE])
@@ -232,30 +241,34 @@ def test_what_does_not_fit_is_explained_with_what_would() -> None:
 @pytest.mark.parametrize("latency_s", [None, 10.0])
 def test_advice_is_true(name, reserved_gib, latency_s) -> None:
     """Whatever the reason says would do, does."""
-    asked, terms = [Cards(CARDS[name], 1, reserved_gib)], Terms(latency_s)
+    asked, terms = [CardGroup(CARDS[name], 1, reserved_gib)], PlanTerms(latency_s)
     try:
-        plan(asked, [want("sd3.5-large", 1040)], terms=terms)
+        plan(asked, [planned("sd3.5-large", 1040)], terms=terms)
     except DoesNotFit as error:
         advice = str(error).splitlines()[-1]
     else:
         return
     if "--adaln-8-bit" in advice:
-        plan(asked, [want("sd3.5-large", 1040)], terms=Terms(latency_s, adaln_8_bit=True))
+        plan(asked, [planned("sd3.5-large", 1040)], terms=PlanTerms(latency_s, adaln_8_bit=True))
     if "images of" in advice:
         assert "images of 512x512" in advice
-        plan(asked, [want("sd3.5-large", 512)], terms=terms)
+        plan(asked, [planned("sd3.5-large", 512)], terms=terms)
     for other in advice.partition("another card: ")[2].split(", "):
         if other:
-            plan([Cards(CARDS[other], 1, reserved_gib)], [want("sd3.5-large", 1040)], terms=terms)
+            plan(
+                [CardGroup(CARDS[other], 1, reserved_gib)],
+                [planned("sd3.5-large", 1040)],
+                terms=terms,
+            )
 
 
 def test_a_kind_of_card_is_given_once() -> None:
     with pytest.raises(ValueError, match="once"):
-        plan([Cards(CARDS["h100"], 1), Cards(CARDS["h100"], 1, 5.0)], [LARGE])
+        plan([CardGroup(CARDS["h100"], 1), CardGroup(CARDS["h100"], 1, 5.0)], [LARGE])
 
 
 def test_spare_memory_gives_slots_and_equal_parts() -> None:
-    found = plan([Cards(CARDS["h100"], 8)], [LARGE], encoder_gib=ENCODER_GIB)
+    found = plan([CardGroup(CARDS["h100"], 8)], [LARGE], encoder_gib=ENCODER_GIB)
     large, encoder = planned_pools(found)
     assert (large.replicas, large.slots, large.even) == (8, 4, True)
     assert 2 * large.num_gpus > 1  # so that Ray puts one on each card, and does not stack them
@@ -266,14 +279,14 @@ def test_spare_memory_gives_slots_and_equal_parts() -> None:
 def test_text_encoders_keep_up_with_the_images() -> None:
     assert encoders_needed(0.1, CARDS["t4"]) == 1
     assert encoders_needed(1000, CARDS["h100"]) == math.ceil(1000 / (0.7 * 400e12 / 2.5e12))
-    found = plan([Cards(CARDS["h100"], 200)], [TURBO], encoder_gib=ENCODER_GIB)
+    found = plan([CardGroup(CARDS["h100"], 200)], [TURBO], encoder_gib=ENCODER_GIB)
     encoders = found.encoders(CARDS["h100"])
     assert encoders >= encoders_needed(0.9 * found.mixed_images_s, CARDS["h100"]) > 1
 
 
 def test_weights_are_read_once_for_all_slots() -> None:
     """A step of few tokens takes as long as reading the weights, whatever the number of slots."""
-    small = want("sd3.5-large", 64)
+    small = planned("sd3.5-large", 64)
     one, many = (times(small, "fp8", CARDS["l4"], slots)[0] for slots in (1, 4))
     assert one > 2 * many
     large_one, large_many = (times(LARGE, "fp8", CARDS["l4"], slots)[0] for slots in (1, 4))
@@ -290,4 +303,7 @@ def test_rows_that_are_padded_are_paid_for() -> None:
 def test_the_bound_on_replicas_is_not_what_decides() -> None:
     for card in CARDS.values():
         for model in ALL:
-            assert all(w.replicas < MAX_REPLICAS for w in all_ways(model, Cards(card, 1), Terms()))
+            assert all(
+                w.replicas < MAX_REPLICAS
+                for w in all_options(model, CardGroup(card, 1), PlanTerms())
+            )

@@ -4,7 +4,7 @@ import pytest
 from ray.util.accelerators import accelerators
 
 from cluster.cards import CAPABILITIES, CARDS
-from cluster.placement import Need, Node, fits, selectors, unknown_cards
+from cluster.placement import Node, NodeRequirement, fits, selectors, unknown_cards
 
 
 def node(
@@ -39,26 +39,29 @@ def node(
 )
 def test_fp8_is_where_label_or_card_say(where: Node, fp8: bool) -> None:
     assert where.has_fp8() is fp8
-    assert fits(Need("fp8", 1, 0.5), where) is fp8
-    assert fits(Need("fp16", 1, 0.5), where)
-    assert fits(Need("fp16", 1, 0.5, allow_fp8_nodes=False), where) is not fp8
+    assert fits(NodeRequirement("fp8", 1, 0.5), where) is fp8
+    assert fits(NodeRequirement("fp16", 1, 0.5), where)
+    assert fits(NodeRequirement("fp16", 1, 0.5, allow_fp8_nodes=False), where) is not fp8
 
 
 def test_totals_must_suffice() -> None:
-    assert not fits(Need("fp8", 1, 1.5), node("H100"))
-    assert not fits(Need("fp8", 5, 0.5), node("H100"))
-    assert not fits(Need("fp16", 1, 0.1), node(gpus=0))
+    assert not fits(NodeRequirement("fp8", 1, 1.5), node("H100"))
+    assert not fits(NodeRequirement("fp8", 5, 0.5), node("H100"))
+    assert not fits(NodeRequirement("fp16", 1, 0.1), node(gpus=0))
 
 
 def test_pools_without_gpu_run_anywhere() -> None:
-    assert fits(Need("fp8", 1, 0), node(gpus=0))
-    assert selectors(Need("fp8", 1, 0)) == []
+    assert fits(NodeRequirement("fp8", 1, 0), node(gpus=0))
+    assert selectors(NodeRequirement("fp8", 1, 0)) == []
 
 
 def test_16_bit_prefers_nodes_without_fp8() -> None:
-    strict, free = Need("fp16", 1, 1, allow_fp8_nodes=False), Need("fp16", 1, 1)
+    strict, free = (
+        NodeRequirement("fp16", 1, 1, allow_fp8_nodes=False),
+        NodeRequirement("fp16", 1, 1),
+    )
     assert selectors(free)[: len(selectors(strict))] == selectors(strict)
-    assert selectors(free)[len(selectors(strict)) :] == selectors(Need("fp8", 1, 1))
+    assert selectors(free)[len(selectors(strict)) :] == selectors(NodeRequirement("fp8", 1, 1))
 
 
 def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -75,7 +78,7 @@ def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
 @pytest.mark.parametrize("allow", [True, False])
 @pytest.mark.parametrize("bound", [None, "h100", "a100-40", "a100-80", "t4"])
 def test_selectors_and_fits_say_the_same(precision: str, allow: bool, bound: str | None) -> None:
-    need = Need(precision, 1, 0.5, allow, bound)
+    need = NodeRequirement(precision, 1, 0.5, allow, bound)
     for card in ("H100", "A100", "A100-80G", "T4", "Odd", None):
         for label in ("fp8", "fp16", "odd", None):
             for octet_card in (None, "a100-80", "h100", "odd"):
@@ -85,7 +88,7 @@ def test_selectors_and_fits_say_the_same(precision: str, allow: bool, bound: str
 
 
 def test_a_pool_bound_to_a_card_runs_there_alone() -> None:
-    need = Need("fp16", 1, 0.5, card="a100-80")
+    need = NodeRequirement("fp16", 1, 0.5, card="a100-80")
     assert fits(need, node("A100", octet_card="a100-80"))
     assert fits(need, node("A100-80G"))
     assert not fits(need, node("A100"))  # which may have 40 GiB

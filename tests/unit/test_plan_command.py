@@ -46,9 +46,9 @@ def test_the_table_and_the_picture() -> None:
 def test_large_on_an_h100_is_the_floor_over_a_half() -> None:
     """49.6 ms a step with FP8 linears at 1024 × 1024, by a formula of its own; 40 steps."""
     (card,) = as_json(*ONE_H100)["cards"]
-    (way,) = card["replicas"]
-    assert 1 / way["images_s"] == pytest.approx(40 * 2 * 0.0496, rel=0.05)
-    assert way["usd_per_1000_on_demand"] == pytest.approx(4.76 / 3.6 / way["images_s"])
+    (option,) = card["replicas"]
+    assert 1 / option["images_s"] == pytest.approx(40 * 2 * 0.0496, rel=0.05)
+    assert option["usd_per_1000_on_demand"] == pytest.approx(4.76 / 3.6 / option["images_s"])
 
 
 def test_prices_are_replaced(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_plan_for_small_images_says_so_in_the_settings() -> None:
 def test_the_demo_is_planned_by_its_own_files() -> None:
     laptop = SD35.with_name("laptop.yaml")
     found = as_json("--gpu", "l4", "--config", str(laptop), "--encoders-on-cpu")
-    (way,) = found["cards"][0]["replicas"]
-    assert way["gib"] < 1.5
+    (option,) = found["cards"][0]["replicas"]
+    assert option["gib"] < 1.5
     settings = load_settings(laptop, {})
     assert 0.9 < encoder_gib(only_encoder(settings), settings) < 1.2
 

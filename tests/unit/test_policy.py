@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoscaling.load import Demand, Follower, Limits, Load, Pool, Supply, Tuning
-from autoscaling.policy import Decision, State, decide, preferred
+from autoscaling.load import Demand, Follower, Load, PolicyTuning, PoolBounds, ScalingLimits, Supply
+from autoscaling.policy import PolicyState, ScalingDecision, decide, preferred
 from autoscaling.rates import Rises, Sample
 
-POOL = Pool("m", min_replicas=0, max_replicas=100, slots=4, start_s=30.0)
-TUNING = Tuning(utilisation=0.9, spare=2.0, hold_s=120.0)
+POOL = PoolBounds("m", min_replicas=0, max_replicas=100, slots=4, start_s=30.0)
+TUNING = PolicyTuning(utilisation=0.9, spare=2.0, hold_s=120.0)
 START_S = 30
 IMAGE_S = 0.5  # work of a request
 
@@ -22,9 +22,11 @@ IMAGE_S = 0.5  # work of a request
 class Plant:
     """One pool under work that arrives evenly; `comes`: whether what is wanted ever starts."""
 
-    def __init__(self, pool: Pool = POOL, tuning: Tuning | None = None, replicas: int = 0) -> None:
-        self.limits = Limits({"p": pool}, tuning=tuning or TUNING)
-        self.state, self.now = State(), 1000.0
+    def __init__(
+        self, pool: PoolBounds = POOL, tuning: PolicyTuning | None = None, replicas: int = 0
+    ) -> None:
+        self.limits = ScalingLimits({"p": pool}, tuning=tuning or TUNING)
+        self.state, self.now = PolicyState(), 1000.0
         self.arrived = self.queue = 0.0
         self.starts: list[float] = []  # when each starting replica is ready
         self.ready, self.comes, self.reports = replicas, True, True
@@ -40,7 +42,7 @@ class Plant:
             self.tick()
         return self.wanted[-int(seconds) :]
 
-    def tick(self) -> Decision:
+    def tick(self) -> ScalingDecision:
         self.now += 1
         self.ready += sum(at <= self.now for at in self.starts)
         self.starts = [at for at in self.starts if at > self.now]
@@ -246,10 +248,10 @@ def test_the_time_of_a_start_is_learnt() -> None:
 
 
 def test_a_new_dispatcher_hears_how_long_starts_take() -> None:
-    limits = Limits({"p": POOL})
+    limits = ScalingLimits({"p": POOL})
     there = {"p": Supply(2, start_s=4.0)}
-    assert decide(Load([], there), limits, State(), 0.0).state.pools["p"].start_s == 4.0
-    nobody = decide(Load([], {"p": Supply()}), limits, State(), 0.0)
+    assert decide(Load([], there), limits, PolicyState(), 0.0).state.pools["p"].start_s == 4.0
+    nobody = decide(Load([], {"p": Supply()}), limits, PolicyState(), 0.0)
     assert nobody.state.pools["p"].start_s == POOL.start_s
 
 
@@ -275,8 +277,8 @@ def test_a_replica_that_dies_is_one_that_starts() -> None:
 
 
 def test_a_wait_that_no_prediction_explains_orders_one_more() -> None:
-    limits = Limits({"p": POOL})
-    state = State()
+    limits = ScalingLimits({"p": POOL})
+    state = PolicyState()
     for second in range(100):
         load = Load([Demand(("p",), 0.0, 0.0, 0.5, 40.0)], {"p": Supply(3)})
         decision = decide(load, limits, state, second)
@@ -285,12 +287,12 @@ def test_a_wait_that_no_prediction_explains_orders_one_more() -> None:
 
 
 def test_the_first_requests_of_all_have_a_rate() -> None:
-    limits = Limits({"p": replace(POOL, min_replicas=1)})
-    quiet = decide(Load([], {"p": Supply(1)}), limits, State(), 0.0)
+    limits = ScalingLimits({"p": replace(POOL, min_replicas=1)})
+    quiet = decide(Load([], {"p": Supply(1)}), limits, PolicyState(), 0.0)
     many = [Demand(("p",), 100.0, 50.0, 10.0)]
     assert decide(Load(many, {"p": Supply(1)}), limits, quiet.state, 1.0).replicas["p"] > 10
     # Of a counter that was there before us, nothing is known.
-    unknown = decide(Load(many, {"p": Supply(1)}), limits, State(), 1.0)
+    unknown = decide(Load(many, {"p": Supply(1)}), limits, PolicyState(), 1.0)
     assert unknown.replicas["p"] == 1
 
 
@@ -312,19 +314,19 @@ def test_every_change_has_its_reason() -> None:
 
 BOTH, ONLY_16 = ("fp8", "fp16"), ("fp16",)
 PAIR = {
-    "fp8": Pool("m", 0, 4, 4, speed=1.0),
-    "fp16": Pool("m", 0, 10, 4, speed=0.5),
+    "fp8": PoolBounds("m", 0, 4, 4, speed=1.0),
+    "fp16": PoolBounds("m", 0, 10, 4, speed=0.5),
 }
 
 
 def settle(
-    limits: Limits,
+    limits: ScalingLimits,
     arriving: dict[tuple[str, ...], float],
     supplies: Callable[[dict[str, int]], dict[str, Supply]],
     seconds: int = 600,
-) -> Decision:
+) -> ScalingDecision:
     """After a time; `supplies`: what there is when so many are wanted."""
-    state, wanted = State(), dict.fromkeys(limits.pools, 0)
+    state, wanted = PolicyState(), dict.fromkeys(limits.pools, 0)
     for second in range(seconds):
         demands = [
             Demand(pools, rate * second, rate * second * IMAGE_S, rate, 1.0)
@@ -340,19 +342,19 @@ def all_come(wanted: dict[str, int]) -> dict[str, Supply]:
 
 
 def test_the_preferred_pool_alone_while_it_suffices() -> None:
-    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 2.0}, all_come)
+    decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 2.0}, all_come)
     assert decision.replicas["fp16"] == 0
     assert 3 <= decision.replicas["fp8"] <= 4
 
 
 def test_what_is_too_much_for_it_goes_to_the_next() -> None:
-    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 5.0}, all_come)
+    decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 5.0}, all_come)
     assert decision.replicas["fp8"] == 4
     assert decision.replicas["fp16"] >= math.ceil((5.0 - 4) / 0.5)
 
 
 def test_who_may_use_one_pool_alone_gets_it() -> None:
-    decision = settle(Limits(PAIR, tuning=TUNING), {ONLY_16: 1.0}, all_come)
+    decision = settle(ScalingLimits(PAIR, tuning=TUNING), {ONLY_16: 1.0}, all_come)
     assert decision.replicas["fp8"] == 0
     assert decision.replicas["fp16"] >= 2
 
@@ -361,17 +363,17 @@ def test_replicas_that_do_not_come_are_not_waited_for() -> None:
     def no_fp8(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(0), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    early = settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=80)
+    early = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=80)
     assert early.replicas["fp16"] == 0
-    late = settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=200)
+    late = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=200)
     assert late.replicas["fp16"] >= 3
     assert late.replicas["fp8"] >= 3  # so that a node may still be added for them
     assert late.state.pools["fp8"].given_up
 
 
 def test_what_did_not_come_is_remembered_when_nothing_is_wanted_of_it() -> None:
-    limits = Limits(PAIR, tuning=Tuning(idle_s=30, hold_s=30, node_wait_s=30))
-    state, arrived, waits = State(), 0.0, []
+    limits = ScalingLimits(PAIR, tuning=PolicyTuning(idle_s=30, hold_s=30, node_wait_s=30))
+    state, arrived, waits = PolicyState(), 0.0, []
     for second in range(500):
         wake = second < 200 or second == 400
         arrived += 3.0 * wake
@@ -391,11 +393,11 @@ def test_room_for_the_usual_rise_is_shared_out_with_the_rate() -> None:
     supplies = {"fp8": Supply(50), "fp16": Supply(0)}
     many = {name: replace(pool, max_replicas=50) for name, pool in PAIR.items()}
 
-    def wanted(usual: float) -> Decision:
+    def wanted(usual: float) -> ScalingDecision:
         rises = {"m": Rises(expected=((599.5, 1.0),), usual=usual)}
         samples = {BOTH: (Sample(480.0, 0.0, 0.0),), ONLY_16: (Sample(480.0, 0.0, 0.0),)}
-        state = State(at=599.5, samples=samples, rises=rises)
-        return decide(Load(demands, supplies), Limits(many, tuning=TUNING), state, 600.0)
+        state = PolicyState(at=599.5, samples=samples, rises=rises)
+        return decide(Load(demands, supplies), ScalingLimits(many, tuning=TUNING), state, 600.0)
 
     assert wanted(0.0).state.pools["fp8"].arriving[-1].replicas == 8  # 5 and for chance
     assert wanted(20.0).state.pools["fp8"].arriving[-1].replicas == 25
@@ -407,7 +409,7 @@ def test_a_pool_is_as_many_as_its_replicas_are_slow() -> None:
     def half(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"p": Supply(wanted["p"], 0.5)}
 
-    limits = Limits({"p": POOL}, tuning=TUNING)
+    limits = ScalingLimits({"p": POOL}, tuning=TUNING)
     fast = settle(limits, {("p",): 20.0}, all_come).replicas["p"]
     assert settle(limits, {("p",): 20.0}, half).replicas["p"] == pytest.approx(2 * fast, abs=4)
 
@@ -431,7 +433,7 @@ def test_pools_that_do_not_come_are_tried_again_after_a_while() -> None:
         return {"fp8": Supply(0), "fp16": Supply(wanted["fp16"], 0.5)}
 
     gave_up = [
-        settle(Limits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds)
+        settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds)
         .state.pools["fp8"]
         .given_up
         for seconds in (80, 200, 3000)
@@ -443,11 +445,11 @@ def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:
     def drained(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(4), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    state, wanted, sizes = State(), {"fp8": 4, "fp16": 0}, []
+    state, wanted, sizes = PolicyState(), {"fp8": 4, "fp16": 0}, []
     for second in range(300):
         queued = 300.0 if 150 <= second < 160 else 0.0
         load = Load([Demand(BOTH, 1.5 * second, second, queued)], drained(wanted))
-        decision = decide(load, Limits(PAIR, tuning=Tuning(idle_s=1)), state, second)
+        decision = decide(load, ScalingLimits(PAIR, tuning=PolicyTuning(idle_s=1)), state, second)
         state, wanted = decision.state, dict(decision.replicas)
         sizes.append(wanted["fp16"])
     assert max(sizes) > 0  # helps to drain
@@ -455,12 +457,12 @@ def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:
 
 
 def test_a_wait_at_the_limit_goes_to_the_next_pool() -> None:
-    state = State()
+    state = PolicyState()
     for second in range(30):
         load = Load(
             [Demand(BOTH, 1.0 * second, second, 0.5, 60.0)], {"fp8": Supply(4), "fp16": Supply(0)}
         )
-        decision = decide(load, Limits(PAIR, tuning=TUNING), state, second)
+        decision = decide(load, ScalingLimits(PAIR, tuning=TUNING), state, second)
         state = decision.state
     assert decision.replicas["fp16"] >= 1
 
@@ -469,9 +471,9 @@ def test_without_a_node_that_could_hold_it_the_next_pool_is_taken_at_once() -> N
     def none_fits(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(0, placeable=False), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    limits = Limits(PAIR, tuning=TUNING)
+    limits = ScalingLimits(PAIR, tuning=TUNING)
     assert settle(limits, {BOTH: 2.0}, none_fits, seconds=10).replicas["fp16"] >= 1
-    elastic = Limits(PAIR, tuning=Tuning(node_wait_s=120))
+    elastic = ScalingLimits(PAIR, tuning=PolicyTuning(node_wait_s=120))
     assert settle(elastic, {BOTH: 1.0}, none_fits, seconds=100).replicas["fp16"] == 0
     assert settle(elastic, {BOTH: 1.0}, none_fits, seconds=140).replicas["fp16"] >= 1
 
@@ -483,7 +485,7 @@ def test_when_its_nodes_come_after_all_the_preferred_pool_takes_over() -> None:
         return {"fp8": Supply(there), "fp16": Supply(wanted["fp16"], 0.5)}
 
     late.calls = 0  # type: ignore[attr-defined]
-    decision = settle(Limits(PAIR, tuning=TUNING), {BOTH: 2.0}, late, seconds=1500)
+    decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 2.0}, late, seconds=1500)
     assert decision.replicas["fp16"] == 0
     assert not decision.state.pools["fp8"].given_up
 
@@ -493,10 +495,10 @@ def test_pools_are_preferred_by_the_price_of_their_work() -> None:
         name: replace(pool, usd_h=usd)
         for (name, pool), usd in zip(PAIR.items(), (9, 2), strict=True)
     }
-    assert preferred("m", Limits(PAIR, tuning=TUNING)) == ["fp8", "fp16"]
-    assert preferred("m", Limits(dear)) == ["fp16", "fp8"]
+    assert preferred("m", ScalingLimits(PAIR, tuning=TUNING)) == ["fp8", "fp16"]
+    assert preferred("m", ScalingLimits(dear)) == ["fp16", "fp8"]
     half = dear | {"fp16": PAIR["fp16"]}
-    assert preferred("m", Limits(half)) == ["fp8", "fp16"]
+    assert preferred("m", ScalingLimits(half)) == ["fp8", "fp16"]
 
 
 def test_text_encoders_and_ingresses_follow() -> None:
@@ -504,7 +506,7 @@ def test_text_encoders_and_ingresses_follow() -> None:
         "TextEncoder": Follower(1, 3, pools=("fp8", "fp16")),
         "Ingress": Follower(1, 4, each=100),
     }
-    limits = Limits(PAIR, followers, TUNING)
+    limits = ScalingLimits(PAIR, followers, TUNING)
     assert settle(limits, {}, all_come).replicas == {
         "fp8": 0,
         "fp16": 0,
@@ -514,7 +516,7 @@ def test_text_encoders_and_ingresses_follow() -> None:
     busy = settle(limits, {BOTH: 5.0}, all_come)
     share = (busy.replicas["fp8"] + 0.5 * busy.replicas["fp16"]) / 9  # by what they do
     assert busy.replicas["TextEncoder"] == math.ceil(3 * share)
-    full = decide(Load([], {}, open_requests=250), limits, State(), 0.0)
+    full = decide(Load([], {}, open_requests=250), limits, PolicyState(), 0.0)
     assert full.replicas["Ingress"] == 3
     sizes = []
     for second in range(1, 140):
@@ -532,19 +534,19 @@ step = st.tuples(
 )
 
 
-def play(steps: list[tuple[float, float, float, int, int, float]], more: float) -> Decision:
+def play(steps: list[tuple[float, float, float, int, int, float]], more: float) -> ScalingDecision:
     """A history with `more` times as many requests in its last step.
 
     Of equal size: one large request among small ones makes what is proven less certain.
     """
-    limits = Limits(
+    limits = ScalingLimits(
         {
             "fp8": replace(PAIR["fp8"], min_replicas=1),
             "fp16": PAIR["fp16"],
-            "other": Pool("n", 1, 3, 2),
+            "other": PoolBounds("n", 1, 3, 2),
         }
     )
-    state, now, arrived = State(), 0.0, 0.0
+    state, now, arrived = PolicyState(), 0.0, 0.0
     for i, (work, queued, wait_s, ready8, ready16, passed_s) in enumerate(steps):
         factor = more if i == len(steps) - 1 else 1.0
         now, arrived = now + passed_s, arrived + work * factor

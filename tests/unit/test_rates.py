@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from autoscaling.rates import Rises, Sample, Samples, rates, recent_rate, risen, sampled
+from autoscaling.rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
 
 MEAN_S = 120.0
 
@@ -16,14 +16,14 @@ def poisson(per_s: float, seconds: int, seed: int = 0, work_s: float = 1.0) -> S
         while arrivals and arrivals[0] <= second:
             arrivals.pop(0)
             work += work_s
-        samples = sampled(samples, Sample(second, work, work * work_s), MEAN_S)
+        samples = with_sample(samples, Sample(second, work, work * work_s), MEAN_S)
     return samples
 
 
 def test_an_even_stream_has_its_rate() -> None:
     samples: Samples = ()
     for second in range(300):
-        samples = sampled(samples, Sample(second, 5.0 * second, 0.0), MEAN_S)
+        samples = with_sample(samples, Sample(second, 5.0 * second, 0.0), MEAN_S)
     assert rates([samples], MEAN_S) == pytest.approx([5.0])
     assert len(samples) <= 123
 
@@ -39,14 +39,16 @@ def test_a_jump_is_seen_within_seconds_where_there_are_many_requests() -> None:
     last = samples[-1]
     for second in range(1, 6):
         work = last.work_s + 100.0 * second
-        samples = sampled(samples, Sample(last.at + second, work, work), MEAN_S)
+        samples = with_sample(samples, Sample(last.at + second, work, work), MEAN_S)
     assert sum(rates([samples], MEAN_S)) > 80
 
 
 def test_one_large_request_proves_nothing() -> None:
     samples = poisson(1.0, 300)
     last = samples[-1]
-    jumped = sampled(samples, Sample(last.at + 1, last.work_s + 60, last.squares + 3600), MEAN_S)
+    jumped = with_sample(
+        samples, Sample(last.at + 1, last.work_s + 60, last.squares + 3600), MEAN_S
+    )
     assert sum(rates([jumped], MEAN_S)) == pytest.approx(
         sum(rates([samples], MEAN_S)) + 60 / 120, rel=0.1
     )
@@ -57,12 +59,12 @@ def test_demands_are_raised_together() -> None:
     last = jumping[-1]
     for second in range(1, 6):
         work = last.work_s + 100.0 * second
-        steady = sampled(
+        steady = with_sample(
             steady,
             Sample(last.at + second, steady[-1].work_s + 10, steady[-1].squares + 10),
             MEAN_S,
         )
-        jumping = sampled(jumping, Sample(last.at + second, work, work), MEAN_S)
+        jumping = with_sample(jumping, Sample(last.at + second, work, work), MEAN_S)
     one, other = rates([steady, jumping], MEAN_S)
     assert other > 7 * one
     assert recent_rate([steady, jumping], MEAN_S) > 20
@@ -70,12 +72,12 @@ def test_demands_are_raised_together() -> None:
 
 def test_a_counter_that_begins_anew_and_a_clock_that_was_set_back() -> None:
     samples = poisson(10.0, 300)
-    assert sampled(samples, Sample(301, 1.0, 1.0), MEAN_S) == (Sample(301, 1.0, 1.0),)
-    assert sampled(samples, Sample(5, 1e6, 1e6), MEAN_S) == (Sample(5, 1e6, 1e6),)
+    assert with_sample(samples, Sample(301, 1.0, 1.0), MEAN_S) == (Sample(301, 1.0, 1.0),)
+    assert with_sample(samples, Sample(5, 1e6, 1e6), MEAN_S) == (Sample(5, 1e6, 1e6),)
 
 
 def test_a_gap_is_filled_by_the_counter() -> None:
-    samples = sampled((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0), MEAN_S)
+    samples = with_sample((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0), MEAN_S)
     assert rates([samples], MEAN_S) == [3.0]
 
 
@@ -84,7 +86,7 @@ def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
     known = Rises()
     for second in range(0, 4000, 5):
         arriving = 10.0 + (height if second % every_s >= every_s - 50 else 0.0)
-        known = risen(known, 10.0, arriving, start_s, second)
+        known = updated_rises(known, 10.0, arriving, start_s, second)
     return known
 
 
@@ -98,12 +100,12 @@ def test_rises_are_forgotten_and_their_memory_is_bounded() -> None:
     assert len(known.rises) <= 361
     assert len(known.expected) <= 13
     for second in range(4000, 8000, 10):
-        known = risen(known, 10.0, 10.0, 100.0, second)
+        known = updated_rises(known, 10.0, 10.0, 100.0, second)
     assert known.usual == 0.0
 
 
 def test_what_was_expected_is_no_rise() -> None:
     known = Rises()
     for second in range(0, 4000, 10):
-        known = risen(known, second / 10, second / 10 - 10, 100.0, second)
+        known = updated_rises(known, second / 10, second / 10 - 10, 100.0, second)
     assert known.usual == 0.0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from serve.api.result_reuse import _version
 from serve.request import ImageRequest, ImageResult, Precision, Timings
-from serve.results.cache.circuit_breaker import FAILURES, REST_S, Breaker
-from serve.results.cache.memory import MemoryCache, Remembered, cache_key
+from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
+from serve.results.cache.memory import CachedImages, MemoryCache, cache_key
 from serve.settings.file import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,9 @@ def key(*requests: ImageRequest, tenant: str = "t", version: str = "1") -> str:
     return cache_key(SECRET, tenant, version, requests)
 
 
-def images(size: int, count: int = 1) -> Remembered:
+def images(size: int, count: int = 1) -> CachedImages:
     timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
-    return Remembered(
+    return CachedImages(
         tuple(
             ImageResult(
                 image=bytes(size),
@@ -124,7 +124,7 @@ def test_memory_forgets_what_is_old_and_what_was_used_longest_ago() -> None:
 
 
 def test_a_breaker_opens_rests_and_tries_with_one() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(FAILURES):
         assert breaker.allows(0)
         breaker.failed(0)

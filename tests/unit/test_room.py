@@ -1,11 +1,11 @@
 import asyncio
 
-from serve.engine.exclusive import Room
+from serve.engine.exclusive import SharedExclusiveLock
 
 
 def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
     async def main() -> None:
-        room, order, leave = Room(), [], asyncio.Event()
+        room, order, leave = SharedExclusiveLock(), [], asyncio.Event()
 
         async def enter(name: str, alone: bool) -> None:
             async with room.entered(alone=alone):

@@ -7,35 +7,42 @@ import pytest
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
-from autoscaling.load import Follower, Limits, Pool, Tuning
-from autoscaling.policy import Decision, State
+from autoscaling.load import Follower, PolicyTuning, PoolBounds, ScalingLimits
+from autoscaling.policy import PolicyState, ScalingDecision
 from autoscaling.ray_policy import replicas
 from serve.dispatch import scaling as scaling_module
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.protocol import Heartbeat, Lease, Opening, Outcome, Release, Submission
+from serve.dispatch.protocol import (
+    AdmissionRequest,
+    Heartbeat,
+    Lease,
+    Outcome,
+    QueuedImage,
+    Release,
+)
 from serve.dispatch.scaling import Scaling
 from serve.models.replica_bounds import AT_ONCE
 
 BOTH = ("fp8", "fp16")
-POOLS = {"fp8": Pool("m", 0, 4, 2), "fp16": Pool("m", 0, 2, 2)}
+POOLS = {"fp8": PoolBounds("m", 0, 4, 2), "fp16": PoolBounds("m", 0, 2, 2)}
 
 
 class Desk:
     """An Admission, its Grants and a Scaling, with replicas that report themselves."""
 
-    def __init__(self, limits: Limits | None = None, *, ours: bool = True) -> None:
+    def __init__(self, limits: ScalingLimits | None = None, *, ours: bool = True) -> None:
         self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=1000)
-        limits = limits or Limits(POOLS, tuning=Tuning(hold_s=2))
+        limits = limits or ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=2))
         self.scaling = Scaling(self.grants, self.admission, limits, 0.0, ours=ours)
         self.grants.open("s", 0)
         self.calls = 0
 
     def ask(self, now: float, work_s: float = 1.0, pools: tuple[str, ...] = BOTH) -> None:
         self.calls += 1
-        entry = Submission(f"e{self.calls}", f"c{self.calls}", pools, work_s)
-        opening = Opening(f"c{self.calls}", "t", f"id{self.calls}", (entry,), 60.0, work_s)
+        entry = QueuedImage(f"e{self.calls}", f"c{self.calls}", pools, work_s)
+        opening = AdmissionRequest(f"c{self.calls}", "t", f"id{self.calls}", (entry,), 60.0, work_s)
         assert not self.admission.open("s", opening, now).refusal
         self.grants.submit("s", entry, "t", now)
 
@@ -85,7 +92,7 @@ def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
 
 
 def test_before_the_first_decision_only_the_least_is_reported() -> None:
-    desk = Desk(Limits({"fp8": Pool("m", 2, 4, 2), "fp16": POOLS["fp16"]}))
+    desk = Desk(ScalingLimits({"fp8": PoolBounds("m", 2, 4, 2), "fp16": POOLS["fp16"]}))
     least = {"least/Generator-fp8": 2.0, "least/Generator-fp16": 0.0}
     assert desk.scaling.reported() == least
 
@@ -126,8 +133,8 @@ def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants(
     """Ray Serve may never have seen it, and stops nothing."""
     desk, wanted = Desk(), iter([3, 3, 3, 1, 3, 1, 1, 1, 1])
 
-    def decided(_: Any, __: Any, state: State, ___: float) -> Decision:
-        return Decision({"fp8": next(wanted), "fp16": 0}, state, {})
+    def decided(_: Any, __: Any, state: PolicyState, ___: float) -> ScalingDecision:
+        return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
 
     monkeypatch.setattr(scaling_module, "decide", decided)
     for name in "abc":
@@ -178,7 +185,7 @@ def test_a_replica_of_a_pool_that_is_no_more_is_not_heard() -> None:
 
 
 def test_a_new_dispatcher_takes_nothing_away_before_it_has_looked_for_a_while() -> None:
-    desk = Desk(Limits(POOLS, tuning=Tuning(hold_s=60)))
+    desk = Desk(ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=60)))
     for name in "abc":
         desk.replica("fp8", name)
     for second in range(50):
@@ -200,7 +207,7 @@ def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> No
     fixed = Desk()
     fixed.scaling.placeable = frozenset({"fp16"})
     assert not fixed.scaling.may_come("fp8")
-    elastic = Desk(Limits(POOLS, tuning=Tuning(node_wait_s=60)))
+    elastic = Desk(ScalingLimits(POOLS, tuning=PolicyTuning(node_wait_s=60)))
     elastic.scaling.placeable = frozenset({"fp16"})
     elastic.scaling.decide(0.0)
     elastic.ask(1.0, pools=("fp8",))
@@ -219,13 +226,13 @@ def test_tuning_changes_what_is_decided_from_then_on() -> None:
     desk.ask(0.5, work_s=0.01)
     desk.scaling.decide(1.0)
     assert desk.scaling.replicas["fp8"] == 1
-    desk.scaling.tune(Tuning(warm_reserve=2))
+    desk.scaling.tune(PolicyTuning(warm_reserve=2))
     desk.scaling.decide(2.0)
     assert desk.scaling.replicas["fp8"] == 3
 
 
 def test_followers_are_reported_by_their_own_names() -> None:
-    desk = Desk(Limits(POOLS, {"Ingress": Follower(1, 3, each=10)}, Tuning(hold_s=1)))
+    desk = Desk(ScalingLimits(POOLS, {"Ingress": Follower(1, 3, each=10)}, PolicyTuning(hold_s=1)))
     desk.scaling.decide(0.0)
     for _ in range(25):
         desk.ask(0.0)

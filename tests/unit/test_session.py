@@ -13,13 +13,20 @@ import pytest
 from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import scaling as scaling_module
 from serve.dispatch.client import session as session_module
-from serve.dispatch.client.open_call import OpenCall, Slot, Wish
+from serve.dispatch.client.open_call import HeldSlot, OpenCall, Wish
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.protocol import Heartbeat, Lease, News, Opening, Stopped, Submission
+from serve.dispatch.protocol import (
+    AdmissionRequest,
+    Heartbeat,
+    Lease,
+    QueuedImage,
+    SessionUpdate,
+    StoppedImage,
+)
 from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
 from serve.usage.ledger import UsageLedger, read_usage
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 from ..in_process import Handle, Someone, a_dispatcher
 
@@ -67,7 +74,7 @@ async def opened(
 
 
 @asynccontextmanager
-async def slot(session: DispatchSession, id: str = "", **options: Any) -> AsyncIterator[Slot]:
+async def slot(session: DispatchSession, id: str = "", **options: Any) -> AsyncIterator[HeldSlot]:
     async with opened(session, id, **options) as call, call.slot(0) as held:
         yield held
 
@@ -79,8 +86,8 @@ async def hold(session: DispatchSession, until: asyncio.Event | None = None, id:
         return held.lease.pool
 
 
-def usage(call: OpenCall, image: int = 0) -> Usage:
-    return Usage(call.opening.call, image, "t", "id", "m", "fp8", "64x64", 10, 1.0)
+def usage(call: OpenCall, image: int = 0) -> UsageRecord:
+    return UsageRecord(call.opening.call, image, "t", "id", "m", "fp8", "64x64", 10, 1.0)
 
 
 def test_a_slot_is_held_until_its_block_ends() -> None:
@@ -362,8 +369,8 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        late = Opening("late", "t", "id", (Submission("late", "late", ("p",)),), 60)
-        await dispatcher.tell(session.name, News(openings=(late,)))
+        late = AdmissionRequest("late", "t", "id", (QueuedImage("late", "late", ("p",)),), 60)
+        await dispatcher.tell(session.name, SessionUpdate(openings=(late,)))
         await settle()
         assert dispatcher._grants.free_slots("p") == 1
 
@@ -510,7 +517,9 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
 def test_what_another_dispatcher_charges_counts_here(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         with closing(UsageLedger(tmp_path, time.time())) as other:
-            other.append([Usage("c", 0, "t", "id", "m", "fp8", "64x64", 10, 5.0)], time.time())
+            other.append(
+                [UsageRecord("c", 0, "t", "id", "m", "fp8", "64x64", 10, 5.0)], time.time()
+            )
         async with opened(session, tenant="u") as call:
             await call.record([usage(call)._replace(tenant="u")])
         assert dispatcher._admission.account("t").spent == 5.0
@@ -554,7 +563,7 @@ def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -
             async with call.slot(0) as held:
                 held.cancelled = usage(call)
             await settle()
-            said = Stopped(held.lease, 3, 0.3)
+            said = StoppedImage(held.lease, 3, 0.3)
             await dispatcher.report_replica(Heartbeat("p", "r", 1), [], [said])
             await settle()
         (record,) = read_usage(tmp_path)
@@ -574,7 +583,7 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         async with opened(session) as call, call.slot(0) as held:
             held.cancelled = usage(call)
         await settle()
-        said = [Stopped(Lease(session.name, held.lease.entry, "p"), 0, 0.0)]
+        said = [StoppedImage(Lease(session.name, held.lease.entry, "p"), 0, 0.0)]
         await dispatcher.report_replica(Heartbeat("p", "r", 1), [], said)
         await settle()
         assert list(read_usage(tmp_path)) == []
@@ -599,7 +608,7 @@ def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> N
                 stopped.cancelled = usage(call, 1)
         await settle()
         assert dispatcher._admission.open_calls == 0
-        said = Stopped(stopped.lease, 3, 0.3)
+        said = StoppedImage(stopped.lease, 3, 0.3)
         await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [said])
         await settle()
         records = {r["image"]: r for r in read_usage(tmp_path)}
@@ -641,7 +650,9 @@ def test_a_client_that_goes_while_it_is_admitted_leaves_nothing() -> None:
 def test_a_verdict_that_nobody_waits_for_ends_its_call() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()
-        await dispatcher.tell(session.name, News(openings=(Opening("late", "t", "id", (), 60),)))
+        await dispatcher.tell(
+            session.name, SessionUpdate(openings=(AdmissionRequest("late", "t", "id", (), 60),))
+        )
         await settle()
         assert dispatcher._admission.open_calls == 0
 

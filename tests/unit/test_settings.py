@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from serve.errors import SettingsError
-from serve.settings.application import Application, Settings, Tuning
+from serve.settings.application import ApplicationSettings, IngressSettings, Settings
 from serve.settings.file import load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -196,6 +196,6 @@ def test_the_rest_is_no_tuning() -> None:
 def test_parts_are_plain_data_that_comes_back() -> None:
     settings = load_settings(EXAMPLES / "sd35.yaml", {})
     application, tuning = settings.application(), settings.tuning()
-    assert Application.model_validate(application.model_dump(mode="json")) == application
-    assert Tuning.model_validate(tuning.model_dump(mode="json")) == tuning
+    assert ApplicationSettings.model_validate(application.model_dump(mode="json")) == application
+    assert IngressSettings.model_validate(tuning.model_dump(mode="json")) == tuning
     assert list(tuning.models) == [m.id for m in settings.models]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serve.cli.main import app
-from serve.cli.simulate_scene import policy_of, scene_of_settings, workload_of
+from serve.cli.simulate_scenario import policy_of, scenario_of_settings, workload_of
 from serve.errors import SettingsError
 from serve.models.replica_bounds import limits_of
 from serve.settings.file import load_settings
@@ -93,7 +93,7 @@ def test_limits_follow_from_settings() -> None:
 
 
 def test_replicas_that_share_a_card_share_its_time() -> None:
-    scene = scene_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
+    scene = scenario_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
     site = scene.sites["sd3.5-medium-fp8"]
     assert site.machine.per_node == 6
     assert site.costs.token == pytest.approx(6 * scene.unit.token)

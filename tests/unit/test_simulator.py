@@ -3,15 +3,21 @@ from pathlib import Path
 
 import pytest
 
-from autoscaling.load import Limits, Load, Pool, Supply
+from autoscaling.load import Load, PoolBounds, ScalingLimits, Supply
 from autoscaling.simulation.baselines import Oracle, QueueLength, RayServe, _most_ahead
 from autoscaling.simulation.contestants import QueuedWork, Static
-from autoscaling.simulation.fleet import Machine, Replica
-from autoscaling.simulation.simulator import Outcome, Policy, Simulation, Site, View
+from autoscaling.simulation.fleet import NodeType, SimulatedReplica
+from autoscaling.simulation.simulator import (
+    Policy,
+    PolicyView,
+    SimulatedPool,
+    Simulation,
+    SimulationResult,
+)
 from autoscaling.simulation.workloads import (
     HOUR_S,
     Arrival,
-    Shape,
+    RequestShape,
     Workload,
     diurnal,
     heavy_tailed,
@@ -21,13 +27,13 @@ from autoscaling.simulation.workloads import (
     spikes,
     trace,
 )
-from cluster.cost import Coefficients
+from cluster.cost import CostCoefficients
 
-COSTS = Coefficients(constant=0.0, step=0.0, token=1e-3 / 8, token2=0.0, pixel=0.0)
-SHAPE = Shape(256, 256, 10, 1.0)  # 589 tokens, 10 steps
+COSTS = CostCoefficients(constant=0.0, step=0.0, token=1e-3 / 8, token2=0.0, pixel=0.0)
+SHAPE = RequestShape(256, 256, 10, 1.0)  # 589 tokens, 10 steps
 IMAGE_S = 589 * 10 * 1e-3 / 8
-POOL = Pool("m", 0, 50, 2)
-MACHINE = Machine("h100", 3.6, node_s=20, start_s=10)
+POOL = PoolBounds("m", 0, 50, 2)
+MACHINE = NodeType("h100", 3.6, node_s=20, start_s=10)
 
 
 def given(*at: float, tenant: str = "t") -> Workload:
@@ -38,11 +44,13 @@ def given(*at: float, tenant: str = "t") -> Workload:
 def run(
     workload: Workload,
     policy: Policy,
-    machine: Machine = MACHINE,
-    costs: Coefficients = COSTS,
+    machine: NodeType = MACHINE,
+    costs: CostCoefficients = COSTS,
     warm_up_s: float = 0.0,
-) -> Outcome:
-    return Simulation({"p": Site(POOL, machine, costs)}, policy, 1).run(workload, warm_up_s)
+) -> SimulationResult:
+    return Simulation({"p": SimulatedPool(POOL, machine, costs)}, policy, 1).run(
+        workload, warm_up_s
+    )
 
 
 def static(replicas: int) -> Static:
@@ -53,7 +61,7 @@ def static(replicas: int) -> Static:
 
 
 def test_images_of_a_replica_take_turns_step_by_step() -> None:
-    replica = Replica(0, 0.0, step_s=1.0)
+    replica = SimulatedReplica(0, 0.0, step_s=1.0)
     replica.join("a", size=1, row_s=2.0, steps=10)
     assert replica.ends_at == 10 * 3.0  # a step costs 1, and 2 for its row
     replica.advance(15.0)  # after 5 steps
@@ -82,23 +90,23 @@ def test_cost_is_nodes_by_the_hour() -> None:
     outcome = run(given(0.0), static(3))
     assert outcome.usd == pytest.approx(3 * 60 * 3.6 / 3600, rel=0.05)
     assert outcome.usd_by_card == {"h100": outcome.usd}
-    packed = run(given(0.0), static(3), Machine("h100", 3.6, per_node=4, node_s=20, start_s=10))
+    packed = run(given(0.0), static(3), NodeType("h100", 3.6, per_node=4, node_s=20, start_s=10))
     assert packed.usd == pytest.approx(outcome.usd / 3, rel=0.05)
     assert packed.replica_h == pytest.approx(outcome.replica_h, rel=0.01)
 
 
 def test_empty_nodes_are_given_back_and_the_emptiest_is_emptied_first() -> None:
-    def shrinking(_: View, now: float) -> dict[str, int]:
+    def shrinking(_: PolicyView, now: float) -> dict[str, int]:
         return {"p": 5 if now < 100 else 4}
 
-    machine = Machine("h100", 3600.0, per_node=4, node_s=0, start_s=1, idle_s=30)
+    machine = NodeType("h100", 3600.0, per_node=4, node_s=0, start_s=1, idle_s=30)
     workload = Workload("idle", 1000.0, lambda _: [])
     outcome = run(workload, shrinking, machine)
     assert outcome.usd == pytest.approx(1000 + 100 + 30, abs=5)
 
 
 def test_what_a_dead_replica_drew_is_drawn_again() -> None:
-    machine = Machine("h100", 1.0, node_s=0, start_s=1, replica_fails_s=40)
+    machine = NodeType("h100", 1.0, node_s=0, start_s=1, replica_fails_s=40)
     workload = poisson(2.0, 600, ((SHAPE, 1.0),))
     outcome = run(workload, static(4), machine)
     assert outcome.retried > 0
@@ -107,9 +115,9 @@ def test_what_a_dead_replica_drew_is_drawn_again() -> None:
 
 def test_a_node_that_is_taken_away_is_emptied_before_where_there_is_time() -> None:
     workload = poisson(2.0, 600, ((SHAPE, 1.0),))
-    notice = Machine("h100", 1.0, node_s=0, start_s=1, node_taken_s=100, notice_s=60)
+    notice = NodeType("h100", 1.0, node_s=0, start_s=1, node_taken_s=100, notice_s=60)
     assert run(workload, static(4), notice).retried == 0
-    sudden = Machine("h100", 1.0, node_s=0, start_s=1, node_taken_s=20, notice_s=0)
+    sudden = NodeType("h100", 1.0, node_s=0, start_s=1, node_taken_s=20, notice_s=0)
     taken = run(workload, static(4), sudden)
     assert taken.retried > 0
     assert len(taken.waits) == taken.requests
@@ -127,16 +135,16 @@ def test_tenants_share_through_the_fair_queue() -> None:
 
 def test_the_same_seed_gives_the_same_result_and_a_warm_up_is_not_counted() -> None:
     workload = poisson(3.0, 600)
-    one, two = (run(workload, QueuedWork(Limits({"p": POOL}))) for _ in range(2))
+    one, two = (run(workload, QueuedWork(ScalingLimits({"p": POOL}))) for _ in range(2))
     assert one == two
-    warm = run(workload, QueuedWork(Limits({"p": POOL})), warm_up_s=300)
+    warm = run(workload, QueuedWork(ScalingLimits({"p": POOL})), warm_up_s=300)
     assert 0 < warm.requests < one.requests
     assert warm.usd < one.usd
 
 
 def test_a_policy_that_follows_the_load_beats_a_fleet_of_its_average() -> None:
     workload = diurnal(60, HOUR_S, trough=0.02, mix=((SHAPE, 1.0),))
-    ours = run(workload, QueuedWork(Limits({"p": POOL})), warm_up_s=300)
+    ours = run(workload, QueuedWork(ScalingLimits({"p": POOL})), warm_up_s=300)
     assert ours.attainment > 0.97
     same_cost = static(round(ours.replica_h * HOUR_S / (HOUR_S - 300)))
     assert run(workload, same_cost, warm_up_s=300).violations > 2 * ours.violations
@@ -183,8 +191,8 @@ def test_a_trace_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
     head = "time,tenant,width,height,steps,guidance\n"
     file.write_text(head + "5,b,512,512,4,1\n1.5,a,1024,768,28,4.5\n")
     assert list(trace(file).arrivals(0)) == [
-        Arrival(0.0, "a", Shape(1024, 768, 28, 4.5)),
-        Arrival(3.5, "b", Shape(512, 512, 4, 1.0)),
+        Arrival(0.0, "a", RequestShape(1024, 768, 28, 4.5)),
+        Arrival(3.5, "b", RequestShape(512, 512, 4, 1.0)),
     ]
     file.write_text(head + "1,a,512,512,4,1\n2,a,big,512,4,1\n")
     with pytest.raises(ValueError, match=r"line 3: .*'big'"):
@@ -204,8 +212,8 @@ def test_a_trace_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
 # -- those that are compared ----------------------------------------------------------------------
 
 
-def seen(ready: int, running: int, waiting: int = 0) -> View:
-    return View(Load([], {"p": Supply(ready)}), {"p": running}, waiting)
+def seen(ready: int, running: int, waiting: int = 0) -> PolicyView:
+    return PolicyView(Load([], {"p": Supply(ready)}), {"p": running}, waiting)
 
 
 def test_ray_serves_policy_waits_out_its_delays_on_our_clock() -> None:

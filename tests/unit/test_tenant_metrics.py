@@ -9,7 +9,7 @@ import pytest
 from serve.dispatch import dispatcher_metrics as metrics_module
 from serve.dispatch.dispatcher_metrics import EVER, MOST, OTHER, TenantMetrics
 from serve.dispatch.overview import TenantRow
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 
 class Kept:
@@ -55,7 +55,7 @@ def test_those_with_most_are_named_and_the_others_are_together(
 def test_many_who_come_and_go_leave_few_labels(found: dict[str, dict[str, float]]) -> None:
     metrics = TenantMetrics()
     for i in range(500):
-        metrics.charged(Usage(f"c{i}", 0, f"t{i}", "id", "m", "fp8", "64x64", 1, 1.0))
+        metrics.charged(UsageRecord(f"c{i}", 0, f"t{i}", "id", "m", "fp8", "64x64", 1, 1.0))
         metrics.refused(f"t{i}", "queue_full")
         metrics.report([row(f"t{i}", 1)])
     for values in found.values():

@@ -18,12 +18,12 @@ from serve.tenants.files import (
     revoke_keys,
     rotate_key,
 )
-from serve.tenants.keys import KEY, directory, tenant_of
+from serve.tenants.keys import KEY, tenant_directory, tenant_of
 from serve.tenants.watched_files import TenantFiles
 
 
 def who(folder: Path, key: str) -> str | None:
-    return tenant_of(key, directory(read_tenants(folder), read_keys(folder)))
+    return tenant_of(key, tenant_directory(read_tenants(folder), read_keys(folder)))
 
 
 def test_an_empty_folder_has_no_tenants(tmp_path: Path) -> None:

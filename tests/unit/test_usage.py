@@ -21,14 +21,14 @@ from serve.usage.ledger import (
     read_usage,
     usage_files,
 )
-from serve.usage.record import Usage
+from serve.usage.record import UsageRecord
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
 
 
-def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> Usage:
-    return Usage(f"c{call}", image, tenant, f"id{call}", "m", "fp8", "64x64", 10, work_s)
+def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> UsageRecord:
+    return UsageRecord(f"c{call}", image, tenant, f"id{call}", "m", "fp8", "64x64", 10, work_s)
 
 
 @pytest.fixture

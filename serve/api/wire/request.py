@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
-from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, Watch
-from ...settings.application import Tuning
+from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
+from ...settings.application import IngressSettings
 
 RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -70,7 +70,7 @@ class ImageGeneration(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class GenerationRequest:
     """A body, understood: its images, and how and until when to answer."""
 
     requests: list[ImageRequest]
@@ -78,16 +78,16 @@ class Generation:
     as_url: bool
     timeout_s: float
     stream: bool
-    watch: Watch
+    watch: StreamOptions
     ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
 
 
 def parse(
     body: bytes,
-    tuning: Tuning,
+    tuning: IngressSettings,
     request_id: str = "request",
     usual_timeout_s: float | None = None,
-) -> Generation:
+) -> GenerationRequest:
     """What a body asks for: image i has seed + i and the id `request_id/i`.
 
     The settings' first model is the default; `usual_timeout_s` that of who does not state one,
@@ -138,13 +138,15 @@ def parse(
     ]
     requests[0].check(limits)
     _check_streaming(asked, n)
-    return Generation(
+    return GenerationRequest(
         requests=requests,
         seeded=asked.seed is not None,
         as_url=asked.response_format == "url",
         timeout_s=timeout_s or min(usual_timeout_s or longest_s, longest_s),
         stream=bool(asked.stream),
-        watch=Watch(progress=bool(asked.progress), partial_images=asked.partial_images or 0),
+        watch=StreamOptions(
+            progress=bool(asked.progress), partial_images=asked.partial_images or 0
+        ),
         ignored=unknown,
     )
 
@@ -177,7 +179,7 @@ def ignored_header(fields: Sequence[str]) -> dict[str, str]:
     return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
-def model_not_found(name: str, tuning: Tuning) -> ModelNotFound:
+def model_not_found(name: str, tuning: IngressSettings) -> ModelNotFound:
     nearest = did_you_mean(name, tuning.models)
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 

@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ...errors import UsageUnrecorded
-from ...usage.record import Usage
-from ..protocol import Lease, Opening, Pools, Release, Standing, Submission, Verdict
+from ...usage.record import UsageRecord
+from ..protocol import (
+    AdmissionDecision,
+    AdmissionRequest,
+    Lease,
+    Pools,
+    QueuedImage,
+    RateLimitStatus,
+    Release,
+)
 from .refusals import refusal
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ class Wish(NamedTuple):
     watched: bool = False
 
 
-class Client(Protocol):
+class CallClient(Protocol):
     """Who made a call."""
 
     def cancel(self) -> None:
@@ -41,7 +49,7 @@ class Client(Protocol):
 
 
 @dataclass(slots=True)
-class Slot:
+class HeldSlot:
     """A slot that is held; say before it ends what came of it, if that is known.
 
     `took_s`: the work that it took; 0 if nothing was drawn. `cancelled`: what is charged in part,
@@ -50,12 +58,12 @@ class Slot:
 
     lease: Lease
     took_s: float | None = None
-    cancelled: Usage | None = None
+    cancelled: UsageRecord | None = None
 
 
 @dataclass(slots=True)
 class Entry:
-    asked: Submission
+    asked: QueuedImage
     granted: asyncio.Future[str]
     queued: Queued | None = None
     held: bool = False  # somebody waits for it or uses it, and will release it
@@ -67,7 +75,7 @@ class Entry:
 class Recording:
     """Usages that are to be on disk."""
 
-    usages: tuple[Usage, ...]
+    usages: tuple[UsageRecord, ...]
     done: asyncio.Future[None]
 
 
@@ -76,15 +84,15 @@ class OpenCall:
     """A client's call from its admission until `close`."""
 
     session: DispatchSession
-    opening: Opening
-    client: Client
-    verdict: asyncio.Future[Verdict]
+    opening: AdmissionRequest
+    client: CallClient
+    verdict: asyncio.Future[AdmissionDecision]
     entries: dict[str, Entry] = field(default_factory=dict)
     recording: Recording | None = None
-    drawn: list[Usage] = field(default_factory=list)
+    drawn: list[UsageRecord] = field(default_factory=list)
     closed: bool = False
     eta_s: float | None = None
-    standings: tuple[Standing, ...] = ()
+    standings: tuple[RateLimitStatus, ...] = ()
 
     async def admitted(self) -> None:
         """Wait for the verdict. Raises what `refusals` has."""
@@ -96,7 +104,7 @@ class OpenCall:
     @asynccontextmanager
     async def slot(
         self, image: int, pools: Pools | None = None, queued: Queued | None = None
-    ) -> AsyncIterator[Slot]:
+    ) -> AsyncIterator[HeldSlot]:
         """Wait for a slot for one of the images and hold it.
 
         The first time it is the one that was queued with the call, then another one in `pools`.
@@ -115,14 +123,14 @@ class OpenCall:
         name = entry.asked.entry
         slot = None
         try:
-            slot = Slot(Lease(self.session.name, name, await entry.granted))
+            slot = HeldSlot(Lease(self.session.name, name, await entry.granted))
             yield slot
         finally:
             self.session.release(
                 self, Release(name, slot.took_s, slot.cancelled) if slot else Release(name, 0.0)
             )
 
-    async def record(self, usages: Sequence[Usage]) -> None:
+    async def record(self, usages: Sequence[UsageRecord]) -> None:
         """Wait until what is charged is on disk. Raises `UsageUnrecorded`."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = Recording(tuple(usages), done)

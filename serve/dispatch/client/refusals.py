@@ -17,7 +17,7 @@ from ...errors import (
     RequestIdInUse,
     Unavailable,
 )
-from ..protocol import Standing, Verdict
+from ..protocol import AdmissionDecision, RateLimitStatus
 
 NO_CAPACITY = "no replica that may draw this lives, and no node can hold one"
 REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
@@ -40,7 +40,7 @@ REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
 }
 
 
-def refusal(verdict: Verdict) -> OctetError | None:
+def refusal(verdict: AdmissionDecision) -> OctetError | None:
     """None if the call is admitted."""
     if verdict.refusal is None:
         return None
@@ -55,7 +55,7 @@ def refusal(verdict: Verdict) -> OctetError | None:
     return error
 
 
-def standing_headers(standings: tuple[Standing, ...]) -> dict[str, str]:
+def standing_headers(standings: tuple[RateLimitStatus, ...]) -> dict[str, str]:
     """`x-ratelimit-…`, as OpenAI names them."""
     return {
         f"x-ratelimit-{name}-{standing.of}": value

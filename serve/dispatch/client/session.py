@@ -23,10 +23,19 @@ from contextlib import suppress
 from typing import Any
 
 from ...errors import NoCapacity, UsageUnrecorded
-from ...tenants.keys import Directory
-from ...usage.record import Usage
-from ..protocol import HEARTBEAT_S, News, Opening, Outcome, Release, Running, Submission, Verdict
-from .open_call import Client, Entry, OpenCall, Wish
+from ...tenants.keys import TenantDirectory
+from ...usage.record import UsageRecord
+from ..protocol import (
+    HEARTBEAT_S,
+    AdmissionDecision,
+    AdmissionRequest,
+    Outcome,
+    QueuedImage,
+    Release,
+    RunningImage,
+    SessionUpdate,
+)
+from .open_call import CallClient, Entry, OpenCall, Wish
 from .refusals import NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
@@ -38,7 +47,7 @@ class DispatchSession:
     """`dispatcher` is a handle with the methods of `Dispatcher`; use inside a running loop."""
 
     def __init__(self, dispatcher: Any) -> None:
-        self.directory: Directory | None = None  # of tenants, once it was told
+        self.directory: TenantDirectory | None = None  # of tenants, once it was told
         self.name = uuid.uuid4().hex
         self._dispatcher = dispatcher
         self._numbers = itertools.count()
@@ -48,7 +57,7 @@ class DispatchSession:
         self._new_calls: dict[str, OpenCall] = {}
         self._new_entries: dict[str, Entry] = {}
         self._new_usages: dict[str, OpenCall] = {}
-        self._usages: list[Usage] = []  # of calls that are closed
+        self._usages: list[UsageRecord] = []  # of calls that are closed
         self._releases: list[Release] = []
         self._ended: list[str] = []
         self._news = asyncio.Event()
@@ -67,17 +76,17 @@ class DispatchSession:
         request_id: str,
         wishes: Sequence[Wish],
         timeout_s: float,
-        client: Client,
+        client: CallClient,
     ) -> OpenCall:
         """Ask for a call to be admitted and its images queued; `close` has to follow, always."""
         loop = asyncio.get_running_loop()
         name = f"{self.name[:12]}-{next(self._numbers)}"
         entries = tuple(
-            Submission(str(next(self._numbers)), name, wish.pools, wish.work_s, wish.watched)
+            QueuedImage(str(next(self._numbers)), name, wish.pools, wish.work_s, wish.watched)
             for wish in wishes
         )
         work_s = sum(wish.work_s for wish in wishes)
-        opening = Opening(name, tenant, request_id, entries, timeout_s, work_s)
+        opening = AdmissionRequest(name, tenant, request_id, entries, timeout_s, work_s)
         call = OpenCall(self, opening, client, loop.create_future())
         for entry in entries:
             call.entries[entry.entry] = Entry(entry, loop.create_future())
@@ -88,7 +97,7 @@ class DispatchSession:
 
     # -- of a call ------------------------------------------------------------------------------
 
-    def submit(self, call: OpenCall, asked: Submission) -> Entry:
+    def submit(self, call: OpenCall, asked: QueuedImage) -> Entry:
         name = str(next(self._numbers))
         entry = Entry(asked._replace(entry=name), asyncio.get_running_loop().create_future())
         call.entries[name] = self._entries[name] = self._new_entries[name] = entry
@@ -169,7 +178,7 @@ class DispatchSession:
             self._open = False
             await asyncio.sleep(RECONNECT_S)
 
-    def _state(self) -> tuple[list[Opening], list[Running]]:
+    def _state(self) -> tuple[list[AdmissionRequest], list[RunningImage]]:
         """All that a Dispatcher has to know of us; what has no verdict yet is told later."""
         self._releases.clear()
         self._ended.clear()
@@ -185,15 +194,17 @@ class DispatchSession:
                 if entry.pool:
                     asked = entry.asked
                     tenant = call.opening.tenant
-                    running.append(Running(asked.entry, name, tenant, entry.pool, asked.work_s))
+                    running.append(
+                        RunningImage(asked.entry, name, tenant, entry.pool, asked.work_s)
+                    )
             waiting = tuple(entry.asked for entry in call.entries.values() if not entry.pool)
             calls.append(call.opening._replace(entries=waiting, accepted=True))
         return calls, running
 
-    def _collect(self) -> News:
+    def _collect(self) -> SessionUpdate:
         """What was not yet told."""
         recordings = [call.recording for call in self._new_usages.values() if call.recording]
-        news = News(
+        news = SessionUpdate(
             usages=(
                 *self._usages,
                 *(usage for recording in recordings for usage in recording.usages),
@@ -210,8 +221,8 @@ class DispatchSession:
         self._usages.clear()
         return news
 
-    def _hear(self, told: Outcome | Verdict) -> None:
-        if isinstance(told, Verdict):
+    def _hear(self, told: Outcome | AdmissionDecision) -> None:
+        if isinstance(told, AdmissionDecision):
             call = self._calls.get(told.call)
             if call is None and not told.refusal:  # it was closed while it was told
                 self._ended.append(told.call)

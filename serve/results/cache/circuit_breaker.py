@@ -6,7 +6,7 @@ FAILURES = 3  # in a row
 REST_S = 5.0
 
 
-class Breaker:
+class CircuitBreaker:
     def __init__(self) -> None:
         self._failures = 0
         self._rests_until = 0.0

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from ...request import ImageRequest, ImageResult
 
 
-class Remembered(NamedTuple):
+class CachedImages(NamedTuple):
     """The images of one call; `names`: where the result store has them, if it has to."""
 
     results: tuple[ImageResult, ...]
@@ -25,10 +25,10 @@ class ResultCache(Protocol):
 
     needs_names: bool
 
-    async def get(self, key: str, tenant: str, now: float) -> Remembered | None:
+    async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
         """None: never seen, forgotten, or nobody can say in time."""
 
-    async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
+    async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
         """Remember it, for so long at most."""
 
 
@@ -51,9 +51,9 @@ class MemoryCache:
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes`: of all images together."""
         self._max_bytes, self._bytes = max_bytes, 0
-        self._found: OrderedDict[str, tuple[Remembered, float]] = OrderedDict()
+        self._found: OrderedDict[str, tuple[CachedImages, float]] = OrderedDict()
 
-    async def get(self, key: str, tenant: str, now: float) -> Remembered | None:
+    async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
         found, expires = self._found.get(key, (None, 0.0))
         if found and expires <= now:
             self._forget(key)
@@ -62,7 +62,7 @@ class MemoryCache:
             self._found.move_to_end(key)
         return found
 
-    async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
+    async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
         self._forget(key)
         if _size(found) > self._max_bytes:
             return
@@ -76,5 +76,5 @@ class MemoryCache:
             self._bytes -= _size(known[0])
 
 
-def _size(found: Remembered) -> int:
+def _size(found: CachedImages) -> int:
     return sum(len(result.image) for result in found.results)

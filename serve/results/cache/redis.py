@@ -18,10 +18,10 @@ from redis.exceptions import RedisError
 
 from ...errors import NotFound
 from ...request import ImageResult, Timings
-from ...settings.application import Cache
+from ...settings.application import CacheSettings
 from ..store import folder_of
-from .circuit_breaker import Breaker
-from .memory import Remembered
+from .circuit_breaker import CircuitBreaker
+from .memory import CachedImages
 
 log = logging.getLogger("ray.serve")
 
@@ -40,13 +40,13 @@ class RedisCache:
 
     def __init__(
         self,
-        settings: Cache,
+        settings: CacheSettings,
         read: Callable[[str], Awaitable[bytes]],
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """`read`: an image by its name, or an `OctetError`. Raises `OSError` for the password."""
         file = settings.redis_password_file
-        self._read, self._failed, self._breaker = read, failed, Breaker()
+        self._read, self._failed, self._breaker = read, failed, CircuitBreaker()
         pool = BlockingConnectionPool.from_url(  # in a crowd one waits for another's connection
             str(settings.redis_url),
             password=Path(file).expanduser().read_text().strip() if file else None,
@@ -58,7 +58,7 @@ class RedisCache:
         )
         self._redis: Any = Redis.from_pool(pool)
 
-    async def get(self, key: str, tenant: str, now: float) -> Remembered | None:
+    async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
         value: bytes | None = await self._ask(lambda: self._redis.get(PREFIX + key), now)
         if value is None:
             return None
@@ -74,9 +74,9 @@ class RedisCache:
         except (TimeoutError, ExceptionGroup):  # it is swept, erased, on another node, or away
             return None
         names = tuple(str(image["name"]) for image in images)
-        return Remembered(tuple(task.result() for task in tasks), names)
+        return CachedImages(tuple(task.result() for task in tasks), names)
 
-    async def put(self, key: str, found: Remembered, now: float, max_age_s: int) -> None:
+    async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
         value = await asyncio.to_thread(_value, found)
         await self._ask(lambda: self._redis.set(PREFIX + key, value, ex=max_age_s), now)
 
@@ -110,7 +110,7 @@ class RedisCache:
         return answer
 
 
-def _value(found: Remembered) -> str:
+def _value(found: CachedImages) -> str:
     images = [
         {
             **{k: v for k, v in asdict(result).items() if k != "image"},

@@ -26,11 +26,13 @@ MAX_REPLICAS = 8  # of a model on a card
 SLOTS = 1, 2, 4, 8  # with guidance they fill the numbers of rows that the engine has code for
 FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
 WORTH = 1.02  # a way that takes more memory is so much faster, or not considered
-SLOWDOWN = 4.0  # the latency target, where none is given: × the image's own time on that card
+DEFAULT_LATENCY_FACTOR = (
+    4.0  # the latency target, where none is given: × the image's own time on that card
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Cards:
+class CardGroup:
     """`count` equal cards. Each keeps `reserved_gib` for others; the rest is counted in parts.
 
     A part is a ten-thousandth, as Ray counts. `encoder_gib`: of a text encoder on each of them.
@@ -62,7 +64,7 @@ class Cards:
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class PlannedModel:
     """A model, the image that it is planned for, and the largest one that it may be asked for.
 
     `share`: of all images, relative to the other models'.
@@ -75,7 +77,7 @@ class Want:
     share: float = 1.0
 
 
-class Way(NamedTuple):
+class ServingOption(NamedTuple):
     """How a card serves a model: `gib` and `parts` are one replica's, `images_s` the card's."""
 
     model: str
@@ -98,15 +100,15 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class PlanTerms:
     """What holds for every card; see `plan`."""
 
     latency_s: float | None = None
     adaln_8_bit: bool = False
 
-    def allowed_s(self, want: Want, card: Card) -> float:
-        alone_s = sum(times(want, recipe_on(card, adaln_8_bit=self.adaln_8_bit), card, 1))
-        return self.latency_s or SLOWDOWN * alone_s
+    def allowed_s(self, planned: PlannedModel, card: Card) -> float:
+        alone_s = sum(times(planned, recipe_on(card, adaln_8_bit=self.adaln_8_bit), card, 1))
+        return self.latency_s or DEFAULT_LATENCY_FACTOR * alone_s
 
 
 def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
@@ -116,46 +118,54 @@ def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
     return "bf16" if card.compute_capability >= BF16_SINCE else "fp16"
 
 
-def times(want: Want, recipe: str, card: Card, slots: int) -> tuple[float, float]:
+def times(planned: PlannedModel, recipe: str, card: Card, slots: int) -> tuple[float, float]:
     """Seconds of the card and of its host for one image, of `slots` that are drawn together.
 
     Their rows are padded to a power of two.
     """
-    costs, shape = reference(want.structure, recipe, card), want.shape
+    costs, shape = reference(planned.structure, recipe, card), planned.shape
     n = shape.tokens
     compute = padded(slots * shape.rows) * (costs.token * n + costs.token2 * n * n)
-    reading = transformer_bytes(want.structure, recipe) / (1e9 * card.bandwidth_gb_s * EFFICIENCY)
+    reading = transformer_bytes(planned.structure, recipe) / (
+        1e9 * card.bandwidth_gb_s * EFFICIENCY
+    )
     card_s = shape.steps * max(compute, reading) / slots + costs.pixel * shape.pixels
     return card_s, costs.constant + shape.steps * costs.step / slots
 
 
 @lru_cache(10_000)
-def all_ways(want: Want, cards: Cards, terms: Terms) -> list[Way]:
+def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> list[ServingOption]:
     """The ways to serve a model on a card that keep its images in time, whatever they take."""
     card = cards.card
     recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
-    estimated = (want.structure, recipe, card.id) not in REFERENCES
+    estimated = (planned.structure, recipe, card.id) not in REFERENCES
     found = []
     for slots in SLOTS:
-        tokens = want.shape.text_tokens
-        gib = footprint(want.structure, recipe, slots, want.max_pixels, tokens).total
-        card_s, host_s = times(want, recipe, card, slots)
+        tokens = planned.shape.text_tokens
+        gib = footprint(planned.structure, recipe, slots, planned.max_pixels, tokens).total
+        card_s, host_s = times(planned, recipe, card, slots)
         for replicas in range(1, MAX_REPLICAS + 1):
             images_s = min(1 / card_s, replicas / (card_s + host_s))
-            way = Way(
-                want.model, recipe, replicas, slots, gib, cards.parts(gib), images_s, estimated
+            option = ServingOption(
+                planned.model, recipe, replicas, slots, gib, cards.parts(gib), images_s, estimated
             )
-            if way.latency_s <= terms.allowed_s(want, card):
-                found.append(way)
+            if option.latency_s <= terms.allowed_s(planned, card):
+                found.append(option)
     return found
 
 
 @lru_cache(10_000)
-def ways(want: Want, cards: Cards, terms: Terms) -> list[Way]:
+def fitting_options(
+    planned: PlannedModel, cards: CardGroup, terms: PlanTerms
+) -> list[ServingOption]:
     """Those that fit, by memory, each worth what it takes."""
-    found = [way for way in all_ways(want, cards, terms) if way.total_parts <= cards.free_parts]
-    worth: list[Way] = []
-    for way in sorted(found, key=lambda w: (w.total_parts, -w.images_s)):
-        if not worth or way.images_s > WORTH * worth[-1].images_s:
-            worth.append(way)
+    found = [
+        option
+        for option in all_options(planned, cards, terms)
+        if option.total_parts <= cards.free_parts
+    ]
+    worth: list[ServingOption] = []
+    for option in sorted(found, key=lambda w: (w.total_parts, -w.images_s)):
+        if not worth or option.images_s > WORTH * worth[-1].images_s:
+            worth.append(option)
     return worth

@@ -6,16 +6,16 @@ import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autoscaling.load import Limits, Tuning
-from autoscaling.load import Pool as PoolLimits
+from autoscaling.load import PolicyTuning, ScalingLimits
+from autoscaling.load import PoolBounds as PoolLimits
 from autoscaling.policy import preferred
 from autoscaling.simulation import workloads
 from autoscaling.simulation.contestants import contestant
-from autoscaling.simulation.fleet import Machine
-from autoscaling.simulation.simulator import Outcome, Simulation, Site, image_of
+from autoscaling.simulation.fleet import NodeType
+from autoscaling.simulation.simulator import SimulatedPool, Simulation, SimulationResult, image_of
 from autoscaling.simulation.workloads import HOUR_S, Workload
 from cluster.cards import CARDS
-from cluster.cost import Coefficients, reference
+from cluster.cost import CostCoefficients, reference
 from cluster.structure import TRANSFORMERS, structure
 
 from ..errors import SettingsError, did_you_mean
@@ -35,16 +35,18 @@ NUMBERS = {  # what each policy is tuned by
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Scenario:
     """A model's pools on their machines; `unit`: what its work is counted in."""
 
-    sites: dict[str, Site]
-    unit: Coefficients
-    tuning: Tuning
+    sites: dict[str, SimulatedPool]
+    unit: CostCoefficients
+    tuning: PolicyTuning
 
     @property
-    def limits(self) -> Limits:
-        return Limits({name: site.pool for name, site in self.sites.items()}, tuning=self.tuning)
+    def limits(self) -> ScalingLimits:
+        return ScalingLimits(
+            {name: site.pool for name, site in self.sites.items()}, tuning=self.tuning
+        )
 
     @property
     def start_s(self) -> float:
@@ -59,7 +61,7 @@ class Scene:
         seed: int = 0,
         warm_up_s: float = 0.0,
         **numbers: float,
-    ) -> Outcome:
+    ) -> SimulationResult:
         """What becomes of the workload under a policy of `NUMBERS`."""
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
@@ -71,9 +73,9 @@ class Scene:
         return Simulation(self.sites, chosen, seed, self.unit).run(workload, warm_up_s)
 
 
-def scene_of_card(
+def scenario_of_card(
     model: str, card: str, slots: int, least: int, most: int, node_s: float, start_s: float
-) -> Scene:
+) -> Scenario:
     """One pool, a replica a card, in the card's best precision. Raises `SettingsError`."""
     if model not in TRANSFORMERS:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
@@ -84,13 +86,13 @@ def scene_of_card(
     pool = PoolLimits(model, least, most, slots, start_s=node_s + start_s)
     name = f"{model}-{'fp8' if recipe == 'fp8' else 'fp16'}-{card}"
     usd_h = CARDS[card].on_demand_usd_h or 0.0
-    machine = Machine(card, usd_h, node_s=node_s, start_s=start_s)
-    return Scene({name: Site(pool, machine, costs)}, costs, Tuning())
+    machine = NodeType(card, usd_h, node_s=node_s, start_s=start_s)
+    return Scenario({name: SimulatedPool(pool, machine, costs)}, costs, PolicyTuning())
 
 
-def scene_of_settings(
+def scenario_of_settings(
     settings: Settings, model: str | None, node_s: float, start_s: float
-) -> Scene:
+) -> Scenario:
     """The pools of a model that settings serve, by default the first. Raises `SettingsError`.
 
     Replicas that share a card share its time: each is as fast as if the others were busy.
@@ -109,7 +111,7 @@ def scene_of_settings(
         )
         for name in preferred(chosen.id, limits)
     }
-    return Scene(sites, unit, Tuning(**settings.autoscaling.model_dump()))
+    return Scenario(sites, unit, PolicyTuning(**settings.autoscaling.model_dump()))
 
 
 def _site(
@@ -119,17 +121,17 @@ def _site(
     models_folder: str | None,
     node_s: float,
     start_s: float,
-) -> Site:
+) -> SimulatedPool:
     per_node = replicas_per_card(pool)
-    costs = Coefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
-    machine = Machine(
+    costs = CostCoefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
+    machine = NodeType(
         pool.card or "unknown card",
         limits.usd_h * per_node,
         per_node=per_node,
         node_s=node_s,
         start_s=start_s,
     )
-    return Site(replace(limits, start_s=node_s + start_s), machine, costs)
+    return SimulatedPool(replace(limits, start_s=node_s + start_s), machine, costs)
 
 
 def workload_of(name: str, per_s: float, hours: float) -> Workload:
