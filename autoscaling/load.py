@@ -1,6 +1,8 @@
 """What the policy is told: what there may be, what there is, and what is asked of it.
 
 *Work* is seconds of a model's reference replica, known before an image is drawn.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ to zero when a pool has had nothing to do for `idle_s`. Replicas that do not com
 waited for: until they do, their share goes to the next pool.
 
 Time is an argument, in seconds on any steady clock.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the policy remembers of a pool: replicas that have come, and those that have not."""
+"""What the policy remembers of a pool: replicas that have come, and those that have not.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ few.
 
 What starts now is ready only after a start's time. `Rises` learns by how much more than expected
 arrives by then: the habit of its users, and the chance that is in it.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

@@ -1,69 +1,58 @@
-"""What Ray Serve calls for the number of replicas of every deployment of the application.
+"""The application's autoscaling policy in Ray Serve's controller: it obeys the Dispatcher.
 
-The Dispatcher decides (`serve.dispatch.scaling`) and reports numbers through Serve's
-`record_autoscaling_stats`; here its newest ones are taken: the `replicas` of each deployment, or at
-`least` how many as long as it has not decided. Where Ray Serve is to decide, they are the
-`requests` that wait or run: those that wait stand in the Dispatcher's queue, where Serve does not
-see them.
+The Dispatcher decides (`serve.dispatch.scaling`) and reports the numbers through Serve's
+`record_autoscaling_stats`. The policy takes the newest ones. While the Dispatcher has not decided
+yet, it only makes sure that the fewest replicas are there.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
-
-DISPATCHER, REQUESTS = "Dispatcher", "requests/"
+from .report import ScalingReport, is_reported
 
 log = logging.getLogger("ray.serve")
 
+Decision = tuple[dict[Any, float], dict[Any, dict[str, Any]]]
 
-def replicas(contexts: Mapping[Any, Any]) -> tuple[dict[Any, float], dict[Any, dict[str, Any]]]:
-    """Ray Serve's application-level policy: replicas by deployment, and what it is to remember.
 
-    A deployment that is left out keeps its number. Raises nothing: an exception in one policy
-    would hold up those of every application.
+def replicas(contexts: Mapping[Any, Any]) -> Decision:
+    """Ray Serve's application-level policy: replicas by deployment, and the state to remember.
+
+    A deployment that is left out keeps its number of replicas. Never raises: an exception in one
+    policy would stop the autoscaling of every application.
     """
-    found: dict[Any, float] = {}
-    states: dict[Any, dict[str, Any]] = {}
     try:
-        reported, requests = _reported(contexts)
-        for deployment, context in contexts.items():
-            name, target = deployment.name, context.target_num_replicas
-            wanted = reported.get(f"replicas/{name}")
-            least = reported.get(f"least/{name}", 0.0)
-            if requests and name != DISPATCHER:
-                asked = copy.copy(context)
-                asked.total_num_requests = requests.get(name, context.total_num_requests)
-                told, states[deployment] = replica_queue_length_autoscaling_policy(asked)
-                found[deployment] = max(told, least)
-            elif wanted or (wanted == 0 and target):
-                # What stays at zero is left out: Serve would start one for any request that waits
-                # in a handle.
-                found[deployment] = wanted
-            elif wanted is None and least:
-                found[deployment] = max(target, least)
-    except Exception:  # see above
+        return _obeyed(contexts), {}
+    except Exception:  # whatever Ray hands over, the present numbers are better than none
         log.exception("autoscaling: every deployment keeps its replicas")
         return {}, {}
-    return found, states
 
 
-def _reported(contexts: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """What the Dispatcher said last, and the mean of each deployment's requests if it told them."""
-    newest: dict[str, float] = {}
-    requests: dict[str, float] = {}
+def _obeyed(contexts: Mapping[Any, Any]) -> dict[Any, float]:
+    report = newest_report(contexts)
+    found: dict[Any, float] = {}
     for deployment, context in contexts.items():
-        if deployment.name == DISPATCHER:
-            for name, of_replicas in context.raw_metrics.items():
-                if samples := [sample for series in of_replicas.values() for sample in series]:
-                    newest[name] = max(samples, key=lambda sample: sample.timestamp).value
-            if any(name.startswith(REQUESTS) for name in newest):
-                for name, by_replica in context.aggregated_metrics.items():
-                    if name.startswith(REQUESTS):
-                        mean = max(by_replica.values(), default=0.0)
-                        requests[name.removeprefix(REQUESTS)] = mean
-    return newest, requests
+        name, target = deployment.name, context.target_num_replicas
+        wanted = report.wanted.get(name)
+        at_least = report.at_least.get(name, 0.0)
+        if wanted or (wanted == 0 and target):
+            # A deployment that stays at zero is left out: Serve would start a replica for any
+            # request that waits in a handle.
+            found[deployment] = wanted
+        elif wanted is None and at_least:
+            found[deployment] = max(target, at_least)
+    return found
+
+
+def newest_report(contexts: Mapping[Any, Any]) -> ScalingReport:
+    """The report that the Dispatcher made last, from what Ray Serve kept of all deployments."""
+    stats: dict[str, float] = {}
+    for context in contexts.values():
+        for name, by_replica in context.raw_metrics.items():
+            samples = [sample for series in by_replica.values() for sample in series]
+            if samples and is_reported([name]):
+                stats[name] = max(samples, key=lambda sample: sample.timestamp).value
+    return ScalingReport.from_stats(stats)

@@ -54,11 +54,11 @@ class TimedGenerator:
     async def generate(
         self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
-        yield Acknowledgement.TAKEN
+        yield Acknowledgement.RECEIVED
         began, done = time.monotonic(), False
         self._drawing.add(lease)
         try:
-            yield Acknowledgement.BEGUN
+            yield Acknowledgement.STARTED
             await asyncio.sleep(STEP_S * request.num_inference_steps)
             done = True
         finally:

@@ -8,6 +8,8 @@ and 1,979, of which a large bf16 product on random data reaches 800: FP8 is take
 Prices: those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"); T4: Google
 Cloud's list; A10 and A100-40 on demand: Lambda's; A100-40 on the spot: DataCrunch's. They differ
 between providers by factors of two to four: set your own.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ block d wide has 24 · d² floating-point operations for a token's linear layers
 pair of tokens; one that attends to the image a second time has 8 · d² and 4 · d more.
 
 What replicas take in truth they learn from what they draw: see `LearnedCost`.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

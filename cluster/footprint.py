@@ -4,6 +4,8 @@ Weights are counted exactly. The peaks of a step and of a decode are those of ea
 linear in rows × tokens and in pixels: the factors below are what `bench.memory_model` finds by
 following every tensor on the meta device; compiled, a step takes less. The CUDA context and the
 slack of torch's allocator are assumptions until they are measured on a GPU.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ a kind are interchangeable: with few possibilities all are tried, else it climbs
 
 Memory that is left gives slots, which let images overtake each other. Memory is counted in
 ten-thousandths of a card, as Ray counts GPUs: what is planned is what Ray can place.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

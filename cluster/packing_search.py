@@ -3,6 +3,8 @@
 Every arrangement gives each model so many images/s. The score of counts is the geometric mean of
 the models' sums, weighted by shares. It is concave in the counts, so climbing ends near the top;
 with few cards a single one makes a difference, and all possibilities are tried.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

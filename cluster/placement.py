@@ -4,6 +4,8 @@ A node's label `octet/precision` (`fp8` or `fp16`) says which precision it is fo
 missing, Ray's own label `ray.io/accelerator-type` decides by `cluster.cards`; a card that is not
 there counts as having no FP8. A pool that is bound to a card runs on nodes whose label `octet/card`
 names it, or whose card Ray calls so. `selectors` says the same to Ray that `fits` says to us.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

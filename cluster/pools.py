@@ -6,6 +6,8 @@ whatever Ray puts on a card fits into its memory. Where every card of a kind has
 replicas and an equal part is enough for each, they all get that part: then no card can get more of
 them than planned, and whichever Ray puts where, all find a place beside one text encoder. Otherwise
 Ray may place them so that the last ones find none: `PlannedPool.even` says which it is.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

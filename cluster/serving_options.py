@@ -8,6 +8,8 @@ alone:
 
 A way is allowed only if all images under way at once are still finished within the latency target
 (Little's law: replicas · slots ÷ images/s).
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The structure of an SD3.5 model: what its memory and its arithmetic follow from.
 
 `structures/` holds the configurations of the real models, as diffusers and transformers read them.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

@@ -28,11 +28,11 @@ from pydantic import (
 
 from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Node, NodeRequirement, fits
+from serve.deployments import DISPATCHER, INGRESS, generator_deployment
 from serve.errors import SettingsError, did_you_mean
-from serve.models.replica_bounds import bounds
 from serve.settings.application import Settings
 from serve.settings.models import Frozen, Resources
-from serve.settings.serve_config import LOGGING, serve_config
+from serve.settings.serve_config import LOGGING, autoscaling_config, serve_config
 
 BASE = Path(__file__).with_name("base") / "rayservice.yaml"
 MADE = "# Made by octet k8s render.\n"
@@ -150,19 +150,20 @@ def serve_config_v2(settings: Settings) -> dict[str, Any]:
     config = serve_config(settings)
     (application,) = config["applications"]
     deployments = {one["name"]: one for one in application["deployments"]}
-    deployments["Ingress"]["ray_actor_options"] = {
+    deployments[INGRESS]["ray_actor_options"] = {
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
     }
-    deployments["Dispatcher"]["ray_actor_options"] = {
+    deployments[DISPATCHER]["ray_actor_options"] = {
         "num_cpus": settings.dispatcher_num_cpus,
         "label_selector": FRONT,
     }
-    ours = settings.autoscaling_policy == "queued-work"
     application["deployments"] += [
         {
-            "name": f"Generator-{model.pool_name(pool)}",
-            "autoscaling_config": bounds(pool.least, pool.replicas, ours=ours),
+            "name": generator_deployment(model.pool_name(pool)),
+            "autoscaling_config": autoscaling_config(
+                settings.autoscaling_policy, pool.least, pool.replicas
+            ),
         }
         for model in settings.models
         for pool in model.pools
@@ -236,7 +237,7 @@ def _check(
     if any(source.revision for source in sources) and not settings.models_folder:
         raise SettingsError("models_folder: wanted, for what is pulled from the hub")
     for what, need in _needs(settings):
-        front = what in ("Ingress", "Dispatcher")
+        front = what in (INGRESS, DISPATCHER)
         if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
             raise SettingsError(f"{what}: none of the nodes can hold a replica")
     autoscaled = any(kind.min_nodes < kind.max_nodes for kind in kinds if kind.card)
@@ -248,8 +249,8 @@ def _check(
 
 
 def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
-    yield "Ingress", NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
-    yield "Dispatcher", NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
+    yield INGRESS, NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
+    yield DISPATCHER, NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
     for model in settings.models:
         for pool in model.pools:
             yield f"pool {model.pool_name(pool)}", pool.need

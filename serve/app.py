@@ -15,13 +15,15 @@ from ray.serve.config import RequestRouterConfig
 from cluster.placement import Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
+from .deployments import DISPATCHER, INGRESS, generator_deployment, text_encoder_deployment
 from .dispatch.dispatcher import Dispatcher
 from .engine.generator import Generator
 from .engine.text_encoder import TextEncoder
 from .models.reference_work import units
-from .models.replica_bounds import bounds, limits_of
+from .models.replica_bounds import scaling_limits
 from .settings.application import ApplicationSettings
 from .settings.models import Pool, Resources
+from .settings.serve_config import autoscaling_config
 
 # Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
 UNBOUNDED = 10_000
@@ -42,9 +44,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     settings = ApplicationSettings.model_validate(args)
     needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
-    ours = settings.autoscaling_policy == "queued-work"
     work = {model: list(unit) for model, unit in units(settings).items()}
-    dispatcher = serve.deployment(Dispatcher, name="Dispatcher").options(
+    dispatcher = serve.deployment(Dispatcher, name=DISPATCHER).options(
         max_ongoing_requests=UNBOUNDED,
         # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
         graceful_shutdown_timeout_s=0.5,
@@ -53,14 +54,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
         needs,
-        limits_of(settings),
+        scaling_limits(settings),
         settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
         f"{settings.data_folder}/usage" if settings.data_folder else None,
     )  # fmt: skip
     text_encoders = {
-        encoder.id: serve.deployment(TextEncoder, name=f"TextEncoder-{encoder.id}").options(
-            **_size(encoder, ours=ours),
+        encoder.id: serve.deployment(TextEncoder, name=text_encoder_deployment(encoder.id)).options(
+            **_size(encoder, settings.autoscaling_policy),
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options={
@@ -78,9 +79,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     }  # fmt: skip
     generators = {
         model.pool_name(pool): serve.deployment(
-            Generator, name=f"Generator-{model.pool_name(pool)}"
+            Generator, name=generator_deployment(model.pool_name(pool))
         ).options(
-            **_pool_size(pool, ours=ours),
+            **_pool_size(pool, settings.autoscaling_policy),
             max_ongoing_requests=pool.slots,
             ray_actor_options={
                 **pool.ray_actor_options,
@@ -101,8 +102,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         for model in settings.models
         for pool in model.pools
     }  # fmt: skip
-    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress").options(
-        **_size(settings.ingress, ours=ours),
+    ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS).options(
+        **_size(settings.ingress, settings.autoscaling_policy),
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
@@ -113,19 +114,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application
 
 
-def _size(resources: Resources, *, ours: bool) -> dict[str, Any]:
-    """A number of replicas, or between which numbers it follows the pools."""
+def _size(resources: Resources, policy: str) -> dict[str, Any]:
+    """A fixed number of replicas, or the bounds between which it follows the pools."""
     if resources.least == resources.replicas:
         return {"num_replicas": resources.replicas}
-    return {"autoscaling_config": bounds(resources.least, resources.replicas, ours=ours)}
+    return {"autoscaling_config": autoscaling_config(policy, resources.least, resources.replicas)}
 
 
-def _pool_size(pool: Pool, *, ours: bool) -> dict[str, Any]:
-    """From zero up: what cannot be placed then holds nothing up. The policy keeps the least.
+def _pool_size(pool: Pool, policy: str) -> dict[str, Any]:
+    """Let a pool begin at zero, so that a start does not wait for what cannot be placed.
 
-    Without `initial_replicas`, which Serve would go back to with every new version.
+    The policy keeps the pool's `min_replicas`. Without `initial_replicas`, to which Serve would go
+    back with every new version.
     """
-    return {"autoscaling_config": bounds(0, pool.replicas, ours=ours)}
+    return {"autoscaling_config": autoscaling_config(policy, 0, pool.replicas)}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

@@ -28,6 +28,8 @@
 Messages are written for the client: what was wrong, the value, what is allowed. They never hold
 paths, prompts or stack traces. `retryable` is what `x-should-retry` says; `headers` are those of
 the answer.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

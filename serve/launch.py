@@ -1,7 +1,7 @@
-"""Run the application on a Ray of its own on this machine: for `octet serve`, the demo, the tests.
+"""Running the application on a Ray of its own on this machine: `octet serve`, the demo, the tests.
 
-Deploys through Serve's declarative config, the path that `serve run` and KubeRay take, and keeps
-apart from every other Ray here: own address, own temporary folder, own token.
+It is deployed through Serve's declarative config, as `serve run` and KubeRay do it. Its Ray has its
+own address, temporary folder and token, so it never meets another Ray of this machine.
 """
 
 from __future__ import annotations
@@ -20,58 +20,67 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from .deployments import APPLICATION, DISPATCHER, generator_deployment
+from .dispatch.protocol import DispatcherStatus
 from .errors import SettingsError
 from .settings.application import Settings
-from .settings.serve_config import APPLICATION, LOGGING, serve_config
+from .settings.serve_config import BUILD, LOGGING, serve_config
 
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
-# What Ray and its Serve read from the environment, unless it says otherwise.
+# Environment variables of Ray and Ray Serve; values that are set already stay.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call must not start another Ray
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
-    # Fill cards as the packing plan counts on, and never move a replica to tidy up: that would load
-    # its model again.
+    # Fill one card after the other, as the packing plan expects, and never move a replica to free a
+    # node: it would load its model again.
     "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
     "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
 }
-ANSWER_S = 10.0
-GLANCE_S = 1.0
-OTHERS_S = 30.0
-LAST_BYTES_S = 2.0  # for what Serve's proxy still has to send
+ANSWER_S = 10.0  # for an answer of the Dispatcher
+GLANCE_S = 1.0  # for an answer that is only shown
+OTHERS_S = 30.0  # for further pools, once every model can be served
+LAST_BYTES_S = 2.0  # for Serve's proxy to send the last bytes
 
 
 class LaunchError(Exception):
-    """The application did not come up; the message says what Ray Serve said."""
+    """The application did not start; the message is Ray Serve's."""
 
 
 class RunningApplication:
     """The application on the Ray that this process is connected to."""
 
-    def __init__(self, settings: Settings, default_data_folder: str | None = None) -> None:
-        self._default_data_folder = default_data_folder
+    def __init__(
+        self,
+        settings: Settings,
+        default_data_folder: str | None = None,
+        import_path: str = BUILD,
+    ) -> None:
+        """`import_path`: the function that builds the Ray Serve application from its settings."""
+        self._default_data_folder, self._import_path = default_data_folder, import_path
         self._handle: Any = None
         self.settings = self._deploy(settings)
         self.url = f"http://{settings.http.host}:{settings.http.port}"
 
     def apply(self, settings: Settings) -> bool:
-        """Bring it to other settings; returns at once, and whether replicas restart for it.
+        """Apply changed settings; returns at once, and whether replicas restart for them.
 
-        What is tuning reaches the replicas as they run; any other change restarts them all. Raises
-        `SettingsError` for what belongs to this process.
+        Changed live settings reach the running replicas; any other change restarts all of them.
+        Raises `SettingsError` for a changed address.
         """
         if settings.http != self.settings.http:
             raise SettingsError("http: a change needs a restart")
         before, self.settings = self.settings, self._deploy(settings)
-        return self.settings.application() != before.application()
+        return self.settings.application_settings() != before.application_settings()
 
-    def wait(self, tell: Callable[[str], None] = lambda _: None) -> None:
-        """Until every pool that a node can hold has a replica; `tell` hears what is awaited.
+    def wait(self, on_news: Callable[[str], None] = lambda _: None) -> None:
+        """Wait until every pool that a node can hold has a replica.
 
-        Once all models can be served, other pools are awaited for `OTHERS_S` only: nodes may be
-        full. Raises `LaunchError` with the message of a deployment that fails.
+        Once all models can be served, further pools are awaited for `OTHERS_S` only, because nodes
+        may be full. `on_news` hears what is awaited. Raises `LaunchError` with the message of a
+        deployment that fails.
         """
         from ray import serve
 
@@ -85,34 +94,36 @@ class RunningApplication:
                 states = application.deployments.items()
                 awaited = [name for name, d in states if d.status != "HEALTHY"]
                 if application.status == "RUNNING":
-                    pools = self._dispatcher().state.remote().result(timeout_s=ANSWER_S)["pools"]
-                    empty = [name for name, p in pools.items() if p["wanted"] and not p["replicas"]]
-                    coming = {name for name in empty if pools[name]["placeable"]}
+                    pools = self._status(ANSWER_S).pools
+                    empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
+                    coming = {name for name in empty if pools[name].placeable}
                     if self._served(empty, coming):
                         served_since = served_since or time.monotonic()
                         if not coming or time.monotonic() - served_since > OTHERS_S:
                             if empty:
-                                tell(f"going on without {_generators(empty)}: no room on any node")
+                                on_news(
+                                    f"going on without {_generators(empty)}: no room on any node"
+                                )
                             return
-                    tell(f"waiting for {_generators(empty)}")
+                    on_news(f"waiting for {_generators(empty)}")
                     awaited = []
             if awaited or application is None:
-                tell("waiting for " + (", ".join(awaited) or "the application"))
+                on_news("waiting for " + (", ".join(awaited) or "the application"))
             time.sleep(POLL_S)
 
     def reasons(self) -> dict[str, str]:
-        """Why each pool has as many replicas as it has; nothing if nobody answers soon."""
+        """Why the number of each pool's replicas last changed; empty if nobody answers soon."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         try:
-            state = self._dispatcher().state.remote().result(timeout_s=GLANCE_S)
+            status = self._status(GLANCE_S)
         except (RayError, RayServeException, TimeoutError):
             return {}
-        return {name: pool["reason"] for name, pool in state["pools"].items()}
+        return {name: pool.reason for name, pool in status.pools.items()}
 
     def drain(self) -> None:
-        """Refuse new images; returns when the others are answered, or after `drain_timeout_s`.
+        """Refuse new calls; returns when the open ones are answered, or after `drain_timeout_s`.
 
         Raises `LaunchError` if the application no longer answers.
         """
@@ -125,7 +136,7 @@ class RunningApplication:
             try:
                 still_open = self._dispatcher().drain.remote().result(timeout_s=ANSWER_S)
             except (RayError, RayServeException, TimeoutError) as error:
-                if time.monotonic() > deadline:  # until then it may be restarting
+                if time.monotonic() > deadline:  # before that, the Dispatcher may be restarting
                     raise LaunchError(f"cannot drain: {type(error).__name__}") from error
             if time.monotonic() > deadline:
                 return
@@ -133,73 +144,79 @@ class RunningApplication:
         time.sleep(LAST_BYTES_S)
 
     def _served(self, empty: Collection[str], coming: Collection[str]) -> bool:
-        """Whether each model has a replica, or no pool that will get one."""
+        """Whether each model has a replica, or only pools that will get none."""
         return all(
             not set(pools) <= set(empty) or not set(pools) & set(coming)
             for pools in ([m.pool_name(p) for p in m.pools] for m in self.settings.models)
         )
 
     def _deploy(self, settings: Settings) -> Settings:
-        """Hand settings to Ray Serve, completed by what this process decides."""
-        # What `serve run` does; Serve has no public call for it without its dashboard.
+        """Hand the settings to Ray Serve; returns them with the default data folder filled in."""
+        # As `serve run` does; without its dashboard Serve has no public call for it.
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
         if settings.data_folder is None:
             settings = settings.model_copy(update={"data_folder": self._default_data_folder})
-        config = ServeDeploySchema.model_validate(serve_config(settings))
+        config = ServeDeploySchema.model_validate(serve_config(settings, self._import_path))
         _get_global_client().deploy_apps(config)
         return settings
 
     def close(self) -> None:
-        """Let go of the application, which runs on: its handle would report to Ray for ever."""
+        """Close the handle, which would report to Ray for ever; the application goes on."""
         if self._handle is not None:
             self._handle.shutdown()
+
+    def _status(self, timeout_s: float) -> DispatcherStatus:
+        status: DispatcherStatus = self._dispatcher().state.remote().result(timeout_s=timeout_s)
+        return status
 
     def _dispatcher(self) -> Any:
         from ray import serve
 
         if self._handle is None:
-            self._handle = serve.get_deployment_handle("Dispatcher", APPLICATION)
+            self._handle = serve.get_deployment_handle(DISPATCHER, APPLICATION)
         return self._handle
 
 
 def _generators(pools: Iterable[str]) -> str:
-    return ", ".join(f"Generator-{pool}" for pool in pools)
+    return ", ".join(map(generator_deployment, pools))
 
 
 @contextlib.contextmanager
 def run_application(
-    settings: Settings, tell: Callable[[str], None] = lambda _: None
+    settings: Settings,
+    on_news: Callable[[str], None] = lambda _: None,
+    import_path: str = BUILD,
 ) -> Iterator[RunningApplication]:
-    """The application, answering on its URL until the block ends; `tell` hears what is awaited.
+    """Run the application until the block ends; `on_news` hears what is awaited.
 
-    Leaves no process behind, and no file but those in `settings.data_folder`; without one, images
+    Leaves no process behind, and no files but those in `settings.data_folder`; without one, images
     for URLs are kept until the end. Raises `SettingsError` if the port is taken and `LaunchError`
     if a deployment fails.
     """
     check_port(settings.http.host, settings.http.port)
     folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
     try:
-        # Ray would write a token into the home directory; this one lives and dies with us.
+        # Ray would write a token into the home directory; this one lasts as long as the process.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        tell("loading Ray")
+        on_news("loading Ray")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import ray
         try:
-            tell("starting Ray")
+            on_news("starting Ray")
             _start(settings, folder)
-            octet = RunningApplication(settings, default_data_folder=f"{folder}/data")
+            octet = RunningApplication(settings, f"{folder}/data", import_path)
             with contextlib.closing(octet):
-                octet.wait(tell)
+                octet.wait(on_news)
                 yield octet
         finally:
-            tell("stopping")
-            ray.shutdown()  # the whole Ray is ours: with it end Serve and every replica
+            on_news("stopping")
+            ray.shutdown()  # ends Serve and every replica with it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -219,7 +236,7 @@ def _start(settings: Settings, folder: str) -> None:
             logging_level=logging.WARNING,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
-            _temp_dir=f"{folder}/ray",  # which Ray opens to everybody; `folder` is ours alone
+            _temp_dir=f"{folder}/ray",  # Ray opens it to everybody, but `folder` is this user's alone
         )
         address = {"host": settings.http.host, "port": settings.http.port}
         serve.start(http_options=address, logging_config=LOGGING)
@@ -227,11 +244,11 @@ def _start(settings: Settings, folder: str) -> None:
         first_line, *_ = str(error).splitlines() or [type(error).__name__]
         raise LaunchError(f"Ray did not start: {first_line}") from error
     finally:
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init puts its own in its place
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init replaces the handler
 
 
 def _failed(application: Any) -> list[str]:
-    """What Ray Serve says of the deployments that do not come up."""
+    """Ray Serve's messages about the deployments that do not start."""
     failed = [
         f"{name}: {_reason(d.message)}"
         for name, d in application.deployments.items()
@@ -243,13 +260,13 @@ def _failed(application: Any) -> list[str]:
 
 
 def _reason(message: str) -> str:
-    """The line of a deployment's message that says why: a traceback's last one."""
+    """The line of a deployment's message that says why: the last one of a traceback."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return errors[-1] if errors else " ".join(message.split())
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises `SettingsError` if it is taken."""
+    """Raise `SettingsError` if the address cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,13 +1,16 @@
-"""What is asked for and what comes back, valid by construction.
+"""One image as it is asked for, and what comes back; valid by construction.
 
-One `ImageRequest` is one image: a call for n images becomes n requests with seeds seed + i, which
-are granted, run and retried each for itself.
+A call for n images becomes n `ImageRequest`s with the seeds seed + i. Each of them is granted,
+generated and retried by itself.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -18,7 +21,7 @@ MAX_SEED = 2**63 - 1
 
 
 class Precision(StrEnum):
-    """What a client may ask for. `fp16` names the 16-bit pool, whichever 16-bit type it runs."""
+    """What a client may ask for; `fp16` names the 16-bit pool, whichever 16-bit type it runs."""
 
     AUTO = "auto"
     FP8 = "fp8"
@@ -26,14 +29,20 @@ class Precision(StrEnum):
 
 
 class OutputFormat(StrEnum):
+    """The image file formats that a client may ask for."""
+
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a model allows; sizes are of one side, `max_pixels` of the area."""
+class ModelLimits:
+    """What requests for a model may ask for at most.
+
+    Sizes are the sides of an image in pixels; `max_pixels` is its area. `max_images` is the largest
+    `n` of one call. Raises `ValueError` for a limit that is not above 0.
+    """
 
     min_size_px: int = 64
     max_size_px: int = 2048
@@ -43,13 +52,19 @@ class Limits:
     max_images: int = 4
     max_prompt_chars: int = 32_000
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name} {getattr(self, field.name)} must be above 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
-    """One image to make.
+    """One image to generate.
 
-    Raises `InvalidRequest`, naming the field, when a value can never be drawn by any model;
-    `check` adds the limits of one model.
+    Raises `InvalidRequest`, naming the field, for a value that no model can ever generate; `check`
+    adds the limits of one model. `deterministic`: the same bit for bit, whatever else is in the
+    batch. `output_compression`: the quality of a JPEG or WebP, 0 to 100.
     """
 
     id: str
@@ -63,8 +78,8 @@ class ImageRequest:
     negative_prompt: str = ""
     precision: Precision = Precision.AUTO
     output_format: OutputFormat = OutputFormat.PNG
-    output_compression: int | None = None  # quality of a JPEG or WebP, 0 to 100
-    deterministic: bool = False  # bit for bit the same, whatever is drawn beside it
+    output_compression: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -83,25 +98,27 @@ class ImageRequest:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(
-                f"seed {self.seed} must be between 0 and {MAX_SEED}, counting on by n",
+                f"seed {self.seed} must be between 0 and {MAX_SEED}; image i of n has seed + i",
                 param="seed",
             )
-
         if self.output_compression is not None:
-            if not 0 <= self.output_compression <= 100:
-                raise InvalidRequest(
-                    f"output_compression {self.output_compression} must be between 0 and 100",
-                    param="output_compression",
-                )
-            if self.output_format is OutputFormat.PNG and self.output_compression < 100:
-                raise InvalidRequest(
-                    f"output_compression {self.output_compression}: a png is lossless; it is for "
-                    "jpeg and webp",
-                    param="output_compression",
-                )
+            self._check_compression(self.output_compression)
+
+    def _check_compression(self, quality: int) -> None:
+        if not 0 <= quality <= 100:
+            raise InvalidRequest(
+                f"output_compression {quality} must be between 0 and 100",
+                param="output_compression",
+            )
+        if self.output_format is OutputFormat.PNG and quality < 100:
+            raise InvalidRequest(
+                f"output_compression {quality}: a png is lossless; use it with jpeg or webp",
+                param="output_compression",
+            )
 
     @property
     def size(self) -> str:
+        """The size as WIDTHxHEIGHT in pixels."""
         return f"{self.width}x{self.height}"
 
     @property
@@ -109,16 +126,18 @@ class ImageRequest:
         """Whether classifier-free guidance is on: two transformer rows instead of one."""
         return self.guidance_scale > 1
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: ModelLimits) -> None:
         """Raise `InvalidRequest` where this request is outside a model's limits."""
         low, high = limits.min_size_px, limits.max_size_px
         if not (low <= self.width <= high and low <= self.height <= high):
             raise InvalidRequest(
-                f"size '{self.size}': {self.model} draws sides of {low} to {high} px", param="size"
+                f"size '{self.size}': {self.model} generates images with sides from {low} to "
+                f"{high} px",
+                param="size",
             )
         if self.width * self.height > limits.max_pixels:
             raise InvalidRequest(
-                f"size '{self.size}': {self.model} draws at most {limits.max_pixels} pixels",
+                f"size '{self.size}': {self.model} generates at most {limits.max_pixels} pixels",
                 param="size",
             )
         if not 1 <= self.num_inference_steps <= limits.max_steps:
@@ -143,26 +162,30 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """What is to be heard of an image before it is done; `partial_images`: previews, 0 to 3."""
+    """What a client wants to hear of an image before it is done.
+
+    `progress`: an event for queue positions and steps; `partial_images`: previews, 0 to 3.
+    """
 
     progress: bool = False
     partial_images: int = 0
 
 
 class Acknowledgement(StrEnum):
-    """What a replica says before anything else: it has the request, and it has begun to draw.
+    """What a replica says before anything else.
 
-    In between it may wait until it is alone, or until another that is alone has finished.
+    First that it has received a request, then that it has started it. In between the request may
+    wait until it is alone on the replica, or until another one that is alone has finished.
     """
 
-    TAKEN = "taken"
-    BEGUN = "begun"
+    RECEIVED = "received"
+    STARTED = "started"
 
 
 class Progress(NamedTuple):
-    """Where an image is: waiting at a place in the queue (1: next), or `step` of `steps` done.
+    """An image's place in the queue (1: next), or `step` of `steps` done.
 
-    `eta_s`: seconds until it is finished, as far as is known.
+    `eta_s`: seconds until the image is finished, as far as that is known.
     """
 
     step: int
@@ -179,9 +202,12 @@ class PartialImage:
     image: bytes
 
 
+OnProgress = Callable[[Progress | PartialImage], None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds spent in each stage of one image; `queue_s` until the grant that led to it."""
+    """Seconds of each stage of one image; `queue_s`: until the grant of the last attempt."""
 
     queue_s: float = 0.0
     text_s: float
@@ -192,14 +218,19 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageResult:
-    """One finished image: the encoded file and how it was made."""
+    """One finished image: the encoded file, and how it was generated.
+
+    `precision`: what ran (fp8, bf16, fp16 or fp32). `emulated`: FP8 arithmetic without FP8 tensor
+    cores. `text_tokens`: tokens of text that the transformer read, with padding. `work_s`: what the
+    image took, in seconds of its model's reference replica.
+    """
 
     image: bytes
     seed: int
-    precision: str  # what the pool ran: fp8, bf16, fp16 or fp32
-    emulated: bool  # FP8 arithmetic on hardware without FP8 tensor cores
-    text_tokens: int  # that the transformer reads, padding and all
-    work_s: float  # that it took: seconds of its model's reference replica
+    precision: str
+    emulated: bool
+    text_tokens: int
+    work_s: float
     timings: Timings
 
 

@@ -1,8 +1,11 @@
-"""A fleet under a workload and a policy, event by event: what it costs, and how long requests wait.
+"""A simulation of a fleet under a workload and a policy: its cost, and how long requests wait.
 
-Requests go through the fair queue that serves real ones, their work is what `serve.cost` says, and
-the policy is told once a second what the Dispatcher would tell it. Replicas and nodes are those of
-`autoscaling.fleet`. The same seed gives the same result.
+It runs event by event. Requests wait in the queue that the caller hands in (the product's fair
+queue), their work is what `cluster.cost` says, and once a second the policy is told what the
+Dispatcher would tell it. Replicas and nodes are those of `fleet`. The same seed gives the same
+result.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
@@ -10,12 +13,11 @@ from __future__ import annotations
 import heapq
 import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cluster.cost import CostCoefficients, ImageShape
-from serve.dispatch.fair_queue import FairQueue, Item
 
 from ..load import Demand, Load, PoolBounds, Supply
 from .fleet import NodeType, PoolFleet, SimulatedReplica
@@ -23,34 +25,36 @@ from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
 PATIENCE_S = 3600.0  # how long after the last arrival requests may still be finished
-IN_TIME_SLOWDOWN = 5.0  # of an answer in time, as a multiple of what the image takes alone
+IN_TIME_SLOWDOWN = 5.0  # an answer is in time within so many times what the image takes alone
 TEXT_TOKENS = 333
 POINTS = 2000  # of a timeline
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedPool:
-    """A pool with its nodes; `costs`: of an image on one of its replicas."""
+    """A pool and the nodes that it runs on; `costs`: an image's cost on one of its replicas."""
 
     pool: PoolBounds
-    machine: NodeType
+    node_type: NodeType
     costs: CostCoefficients
 
 
 class PolicyView(NamedTuple):
-    """What a policy may know; requests: `running` in each pool, and `waiting` for all of them."""
+    """What a policy may know; `running` and `waiting` are numbers of requests."""
 
     load: Load
     running: Mapping[str, int]
     waiting: int
 
 
-Policy = Callable[[PolicyView, float], Mapping[str, int]]  # replicas of each pool, at a time
+Policy = Callable[[PolicyView, float], Mapping[str, int]]  # view and time → replicas by pool
 
 
 class TimelinePoint(NamedTuple):
+    """The fleet at a time; `arriving`: seconds of work per second."""
+
     at: float
-    arriving: float  # work a second
+    arriving: float
     queued: int
     wanted: int
     ready: int
@@ -58,7 +62,11 @@ class TimelinePoint(NamedTuple):
 
 @dataclass(slots=True)
 class SimulationResult:
-    """`waits`: seconds until the grant that led to the image; `changes`: of what was wanted."""
+    """What a simulation has counted.
+
+    `waits`: seconds from each request to the grant that led to its image, sorted. `ups`, `downs`:
+    changes of the number of wanted replicas.
+    """
 
     requests: int = 0
     in_time: int = 0
@@ -74,22 +82,26 @@ class SimulationResult:
 
     @property
     def violations(self) -> int:
-        """Requests that were not answered in time."""
+        """The number of requests that were not answered in time."""
         return self.requests - self.in_time
 
     @property
     def attainment(self) -> float:
+        """The share of requests that were answered in time."""
         return self.in_time / self.requests if self.requests else 1.0
 
     def wait_s(self, part: float) -> float:
-        """A quantile of the waits; sort them first."""
+        """The quantile `part`, 0 to 1, of the waits."""
         return (
             self.waits[min(int(part * len(self.waits)), len(self.waits) - 1)] if self.waits else 0.0
         )
 
 
-class _Kind(NamedTuple):
-    """Of a shape: its work, what it takes alone at best, and what of each pool's replica."""
+class _ShapeCosts(NamedTuple):
+    """A request shape's work, its time alone in the fastest pool, and its time in each pool.
+
+    `row_s`: seconds of one step on a replica of each pool, beside the step's constant part.
+    """
 
     work_s: float
     alone_s: float
@@ -98,53 +110,74 @@ class _Kind(NamedTuple):
     row_s: tuple[float, ...]
 
 
-class _Request(NamedTuple):
+@dataclass(slots=True, eq=False)
+class SimulatedRequest:
+    """A request from its arrival `at` to its end; waits in a `RequestQueue`."""
+
+    tenant: str
+    work_s: float
+    pools: tuple[str, ...]
     at: float
-    kind: _Kind
+    costs: _ShapeCosts
+    granted_at: float = 0.0
+    number: int = 0
+
+
+class RequestQueue(Protocol):
+    """The part of `serve.dispatch.fair_queue.FairQueue` that the simulation uses."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[SimulatedRequest]: ...
+    def add(self, item: SimulatedRequest) -> None: ...
+    def first(self, pool: str) -> SimulatedRequest | None: ...
+    def take(self, item: SimulatedRequest, pool: str) -> None: ...
+    def settle(self, tenant: str, pool: str, correction_s: float) -> None: ...
 
 
 def image_of(shape: RequestShape) -> ImageShape:
+    """A request's shape as the cost model takes it."""
     rows = 1 + (shape.guidance > 1)
     return ImageShape(shape.width, shape.height, TEXT_TOKENS, rows, shape.steps)
 
 
 class Simulation:
-    """See the module's text.
-
-    `sites`: a model's pools by name, preferred first; `unit`: what an image is counted as, by
-    default its cost in the first of them.
-    """
+    """One run of a workload under a policy."""
 
     def __init__(
         self,
-        sites: Mapping[str, SimulatedPool],
+        pools: Mapping[str, SimulatedPool],
         policy: Policy,
+        queue: RequestQueue,
         seed: int = 0,
         unit: CostCoefficients | None = None,
     ) -> None:
+        """`pools`: a model's pools by name, preferred first; `queue`: an empty queue.
+
+        `unit`: the cost that counts as an image's work, by default that of the first pool.
+        """
         self._policy, self._seed = policy, seed
-        self._names = tuple(sites)
-        self._sites = list(sites.values())
-        self._unit = unit or self._sites[0].costs
+        self._names = tuple(pools)
+        self._pools = list(pools.values())
+        self._unit = unit or self._pools[0].costs
         self._events: list[tuple[float, int, Any, Any]] = []
         self._number = 0
-        self._queue = FairQueue()
-        self._kinds: dict[RequestShape, _Kind] = {}
+        self._queue = queue
+        self._costs: dict[RequestShape, _ShapeCosts] = {}
         self._queued_s = 0.0
-        self._open: list[list[SimulatedReplica]] = [[] for _ in sites]  # that may draw
-        self._running = [0] * len(self._sites)
+        self._open: list[list[SimulatedReplica]] = [[] for _ in pools]  # those that get new images
+        self._running = [0] * len(self._pools)
         self._chance = random.Random(seed)
-        self._outcome = SimulationResult()
+        self._result = SimulationResult()
         self._requests = self._done = 0
         self._waits = array("f")
         self._arrived_s = self._squares = 0.0
         self._fleets = [
-            PoolFleet(i, site.pool, site.machine, site.costs.step, self, f"{seed}-{i}")
-            for i, site in enumerate(self._sites)
+            PoolFleet(i, pool.pool, pool.node_type, pool.costs.step, self, f"{seed}-{i}")
+            for i, pool in enumerate(self._pools)
         ]
 
     def run(self, workload: Workload, warm_up_s: float = 0.0) -> SimulationResult:
-        """What happens within `warm_up_s` is not counted."""
+        """Run the workload; what happens within the first `warm_up_s` seconds is not counted."""
         self._counted_from = warm_up_s
         for fleet in self._fleets if warm_up_s else ():
             self.later(warm_up_s, fleet.forget)
@@ -181,40 +214,41 @@ class Simulation:
     # -- requests -------------------------------------------------------------------------------
 
     def _arrive(self, arrival: Arrival) -> None:
-        kind = self._kinds.get(arrival.shape) or self._kind(arrival.shape)
-        self._outcome.requests += arrival.at >= self._counted_from
+        costs = self._costs.get(arrival.shape) or self._shape_costs(arrival.shape)
+        self._result.requests += arrival.at >= self._counted_from
         self._requests += 1
-        self._arrived_s += kind.work_s
-        self._squares += kind.work_s**2
-        self._submit(Item(arrival.tenant, kind.work_s, self._names, _Request(arrival.at, kind)))
+        self._arrived_s += costs.work_s
+        self._squares += costs.work_s**2
+        self._submit(SimulatedRequest(arrival.tenant, costs.work_s, self._names, arrival.at, costs))
         self._grant(arrival.at)
 
-    def _submit(self, item: Item) -> None:
-        self._queued_s += item.work_s
-        self._queue.add(item)
+    def _submit(self, request: SimulatedRequest) -> None:
+        self._queued_s += request.work_s
+        self._queue.add(request)
 
     def _grant(self, now: float) -> None:
         for i, name in enumerate(self._names):
-            slots = self._sites[i].pool.slots
+            slots = self._pools[i].pool.slots
             while len(self._queue) and self._running[i] < slots * len(self._open[i]):
-                item = self._queue.first(name)
-                if item is None:
+                request = self._queue.first(name)
+                if request is None:
                     break
-                self._queue.take(item, name)
-                self._queued_s -= item.work_s
-                self._draw(i, item, now)
+                self._queue.take(request, name)
+                self._queued_s -= request.work_s
+                self._start(i, request, now)
 
-    def _draw(self, i: int, item: Item, now: float) -> None:
+    def _start(self, i: int, request: SimulatedRequest, now: float) -> None:
         replica = self._routed(i)
-        kind: _Kind = item.what.kind
+        request.granted_at = now
+        costs = request.costs
         self._running[i] += 1
         replica.advance(now)
-        replica.join((item, now), kind.size, kind.row_s[i], kind.steps)
+        replica.join(request, costs.size, costs.row_s[i], costs.steps)
         self._plan(replica)
 
     def _routed(self, i: int) -> SimulatedReplica:
-        """The emptier of two, as Ray Serve's router chooses; if both are full, others."""
-        replicas, slots = self._open[i], self._sites[i].pool.slots
+        """The emptier of two random replicas, as Ray Serve's router chooses; if both are full, others."""
+        replicas, slots = self._open[i], self._pools[i].pool.slots
         many = len(replicas)
         for _ in range(4):
             a = replicas[int(self._chance.random() * many)]
@@ -235,29 +269,27 @@ class Simulation:
         replica.advance(now)
         image = replica.next
         replica.leave(image)
-        item, granted = image.what
+        request: SimulatedRequest = image.request
         self._running[i] -= not replica.draining
-        self._queue.settle(item.tenant, self._names[i], 0.0)
+        self._queue.settle(request.tenant, self._names[i], 0.0)
         self._plan(replica)
-        request: _Request = item.what
         self._done += 1
         if request.at >= self._counted_from:
-            self._waits.append(granted - request.at)
-            self._outcome.in_time += now - request.at <= IN_TIME_SLOWDOWN * request.kind.alone_s
+            self._waits.append(request.granted_at - request.at)
+            self._result.in_time += now - request.at <= IN_TIME_SLOWDOWN * request.costs.alone_s
         if replica.draining and not replica.running:
             self._fleets[i].end(replica, now)
         if len(self._queue):
             self._grant(now)
 
-    def _kind(self, shape: RequestShape) -> _Kind:
+    def _shape_costs(self, shape: RequestShape) -> _ShapeCosts:
         image = image_of(shape)
-        row_s = [site.costs.work_s(image) / shape.steps - site.costs.step for site in self._sites]
-        alone_s = min(site.costs.work_s(image) for site in self._sites)
-        kind = _Kind(
+        row_s = [pool.costs.work_s(image) / shape.steps - pool.costs.step for pool in self._pools]
+        alone_s = min(pool.costs.work_s(image) for pool in self._pools)
+        self._costs[shape] = costs = _ShapeCosts(
             self._unit.work_s(image), alone_s, image.image_tokens, shape.steps, tuple(row_s)
         )
-        self._kinds[shape] = kind
-        return kind
+        return costs
 
     # -- replicas -------------------------------------------------------------------------------
 
@@ -270,18 +302,18 @@ class Simulation:
         self._grant(now)
 
     def lost(self, replica: SimulatedReplica, now: float) -> None:
-        """What it drew is drawn again elsewhere."""
+        """Queue the images of a replica that died once more."""
         replica.plan += 1
         for image in list(replica.running):
             replica.leave(image)
-            item, _ = image.what
-            self._queue.settle(item.tenant, self._names[replica.pool], -item.work_s)
-            self._outcome.retried += 1
-            self._submit(Item(item.tenant, item.work_s, item.pools, item.what))
+            request: SimulatedRequest = image.request
+            self._queue.settle(request.tenant, self._names[replica.pool], -request.work_s)
+            self._result.retried += 1
+            self._submit(request)
         self._grant(now)
 
     def withdrawn(self, replica: SimulatedReplica) -> None:
-        """It draws what it has, and gets no more."""
+        """Give a replica no new images; it finishes those that it has."""
         if replica.ready:
             self._open[replica.pool].remove(replica)
             self._running[replica.pool] -= len(replica.running)
@@ -290,7 +322,7 @@ class Simulation:
 
     def _view(self, now: float) -> PolicyView:
         oldest = next(iter(self._queue), None)
-        wait_s = now - oldest.what.at if oldest else 0.0
+        wait_s = now - oldest.at if oldest else 0.0
         queued_s = self._queued_s if oldest else 0.0
         demand = Demand(self._names, self._arrived_s, self._squares, queued_s, wait_s)
         supplies = {
@@ -306,27 +338,27 @@ class Simulation:
             replicas = min(max(wanted[name], fleet.pool.min_replicas), fleet.pool.max_replicas)
             if replicas != fleet.wanted:
                 if now >= self._counted_from:
-                    self._outcome.ups += replicas > fleet.wanted
-                    self._outcome.downs += replicas < fleet.wanted
+                    self._result.ups += replicas > fleet.wanted
+                    self._result.downs += replicas < fleet.wanted
                 fleet.want(replicas, now)
 
     def _note(self, now: float, arriving: float) -> None:
         wanted = sum(fleet.wanted for fleet in self._fleets)
         ready = sum(map(len, self._open))
-        self._outcome.timeline.append(TimelinePoint(now, arriving, len(self._queue), wanted, ready))
+        self._result.timeline.append(TimelinePoint(now, arriving, len(self._queue), wanted, ready))
 
     def _close(self, now: float) -> SimulationResult:
-        outcome = self._outcome
+        result = self._result
         for fleet in self._fleets:
             fleet.close(now)
-            usd = fleet.bill.node_s / 3600 * fleet.machine.usd_h
-            outcome.usd += usd
-            outcome.usd_by_card[fleet.machine.card] = (
-                outcome.usd_by_card.get(fleet.machine.card, 0.0) + usd
+            usd = fleet.cost.node_s / 3600 * fleet.node_type.usd_h
+            result.usd += usd
+            result.usd_by_card[fleet.node_type.card] = (
+                result.usd_by_card.get(fleet.node_type.card, 0.0) + usd
             )
-            outcome.replica_h += fleet.bill.replica_s / 3600
-            outcome.starts += fleet.bill.starts
-        # Who still waits has waited so long at least.
-        self._waits.extend(now - item.what.at for item in self._queue)
-        outcome.waits = sorted(self._waits)
-        return outcome
+            result.replica_h += fleet.cost.replica_s / 3600
+            result.starts += fleet.cost.starts
+        # Requests that still wait have waited at least so long.
+        self._waits.extend(now - request.at for request in self._queue)
+        result.waits = sorted(self._waits)
+        return result

@@ -3,6 +3,8 @@
 Requests of independent users are a Poisson process; where the rate changes, requests at the highest
 rate are drawn and thinned (Lewis & Shedler 1979). What is asked for is a mix of shapes with
 weights.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

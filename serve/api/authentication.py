@@ -1,4 +1,4 @@
-"""Who calls: every route needs a tenant's key, except those that are named here."""
+"""Authentication: every route needs a tenant's API key, except the open ones named here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .wire.http_errors import error_answer
 
 ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
 OPEN_PATHS = {"/", "/health", "/ready"}
-OPEN_FOLDER = "/v1/files/"  # its links are signed
+OPEN_FOLDER = "/v1/files/"  # links to it are signed
 
 
 class Authentication:
-    """Puts the tenant into the scope, or answers 401.
+    """Puts the tenant of a request into its scope, or answers 401.
 
-    `directory` returns what is known of the tenants, None until anything is. With another `mode`
-    than `keys` nobody needs one; with `none` nobody from another machine is let in.
+    `directory` returns the directory of tenants, None until the Dispatcher has sent it. With a
+    `mode` other than `keys` nobody needs a key; with `none` nobody from another machine is let in.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class Authentication:
             return await self._app(scope, receive, send)
         if self._mode != "keys":
             if self._mode == "none" and scope.get("client") and not is_loopback(scope["client"][0]):
-                error = KeyInvalid("auth is none: this server is for its own machine alone")
+                error = KeyInvalid(
+                    "auth is none: only clients on the server's own machine are served"
+                )
                 return await error_answer(error)(scope, receive, send)
             return await self._app({**scope, "tenant": ANONYMOUS}, receive, send)
         if (directory := self._directory()) is None:
@@ -51,4 +53,5 @@ class Authentication:
 
 
 def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

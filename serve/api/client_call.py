@@ -12,11 +12,13 @@ T = TypeVar("T")
 
 
 class ClientCall:
+    """The client's side of one request; `timeout_s` counts from here on."""
+
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._began = asyncio.get_running_loop().time()
         self._deadline = self._began + timeout_s
-        self._client: asyncio.Task[Any] | None = None  # who waits for the work
+        self._client: asyncio.Task[Any] | None = None  # the task that waits for the work
         self._work: asyncio.Task[Any] | None = None
         self._cancelled = False
 
@@ -28,12 +30,13 @@ class ClientCall:
 
     @property
     def unwanted(self) -> bool:
-        """Its client has ended it, or is gone: not its deadline, and not an error."""
+        """Whether the client has cancelled the call or hung up; a missed deadline is neither."""
         gone = self._client is not None and self._client.cancelling() > 0
         return self._cancelled or (gone and not self._late)
 
     @property
     def age_s(self) -> float:
+        """Seconds since the call began."""
         return asyncio.get_running_loop().time() - self._began
 
     @property
@@ -51,7 +54,7 @@ class ClientCall:
                 return await task
         except TimeoutError:
             if not limit.expired():
-                raise  # somebody else's
+                raise  # the work's own
             raise DeadlineExceeded(f"the images were not done in {self._timeout_s:g} s") from None
         except asyncio.CancelledError:
             if not self._cancelled or (own and own.cancelling()):

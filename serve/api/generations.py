@@ -1,10 +1,10 @@
-"""From an understood request for images to its answer."""
+"""Answers to requests for images, from the parsed request to the bytes of the response."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,17 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..dispatch.client.open_call import OpenCall, Wish
-from ..dispatch.client.refusals import standing_headers
+from ..dispatch.client.open_call import CallClient, OpenCall
+from ..dispatch.client.refusals import rate_limit_headers
 from ..dispatch.client.session import DispatchSession
-from ..request import ImageRequest, ImageResult, Precision
+from ..dispatch.protocol import QueuedImage
+from ..request import ImageRequest, ImageResult, OnProgress, Precision
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
-from .attempts import Attempts, Tell, usage_of
+from .attempts import Attempts, usage_of
 from .client_call import ClientCall
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
-from .request_log import log_request, outcome_of
+from .request_log import OK, RequestLogEntry, log_request, outcome_of
 from .result_reuse import ResultReuse
 from .single_flight import SharedGeneration
 from .wire.event_stream import EventStream, Frames, events
@@ -34,7 +35,7 @@ CacheUse = Literal["hit", "miss", "shared", "off"]
 
 
 class JsonAnswer(Response):
-    """JSON; calls `sent` when it has been sent, or the client is gone."""
+    """A JSON response; calls `sent` when it has been sent, or the client is gone."""
 
     media_type = "application/json"
 
@@ -50,288 +51,278 @@ class JsonAnswer(Response):
 
 
 @dataclass(slots=True)
-class _Asking:
-    """A client's request; `opened`: what ends with its answer."""
+class _OpenRequest:
+    """A client's request while it is answered; `cleanup` runs when the answer has been sent."""
 
-    asked: GenerationRequest
+    parsed: GenerationRequest
     tenant: str
     request_id: str
     http: Request
-    wishes: Sequence[Wish]
-    key: str | None  # of the result cache
+    queued: Sequence[QueuedImage]
+    cache_key: str | None
     client: ClientCall
-    opened: ExitStack
-    use: CacheUse = "off"
-    error: BaseException | None = None  # after its answer had begun
+    cleanup: ExitStack
+    cache_use: CacheUse = "off"
+    error: BaseException | None = None  # after the answer had begun
     results: Sequence[ImageResult] = ()
 
 
 class GenerationHandler:
+    """Handles `POST /v1/images/generations` after authentication and parsing."""
+
     def __init__(
         self,
         session: DispatchSession,
-        drawing: Attempts,
+        attempts: Attempts,
         urls: ImageUrls,
-        repeats: ResultReuse,
+        reuse: ResultReuse,
         metrics: IngressMetrics,
+        keep_alive_s: float,
     ) -> None:
-        self._session, self._drawing = session, drawing
-        self._urls, self._repeats, self._metrics = urls, repeats, metrics
-        self._tasks: set[asyncio.Task[None]] = set()  # that nobody waits for
+        """`keep_alive_s`: between two signs of life in an event stream."""
+        self._session, self._attempts = session, attempts
+        self._keep_alive_s = keep_alive_s
+        self._urls, self._reuse, self._metrics = urls, reuse, metrics
+        self._tasks: set[asyncio.Task[None]] = set()  # tasks that nobody awaits
 
     async def answer(
-        self, asked: GenerationRequest, tenant: str, request_id: str, http: Request
+        self, parsed: GenerationRequest, tenant: str, request_id: str, http: Request
     ) -> Response:
-        """Raises any `OctetError`."""
-        if asked.as_url:
+        """Answer a request: from the result cache, or with generated images.
+
+        Raises any `OctetError`.
+        """
+        if parsed.as_url:
             self._urls.admit()
-        wishes = [self._drawing.wish(request, asked.watch) for request in asked.requests]
-        key = self._repeats.key(asked, tenant, http.headers)
-        client = ClientCall(asked.timeout_s)
-        with ExitStack() as opened:
-            asking = _Asking(asked, tenant, request_id, http, wishes, key, client, opened)
-            opened.enter_context(self._counting(asking))
-            if asking.key and (found := await client.run(self._repeats.find(asking.key, tenant))):
-                return await self._from_memory(asking, found)
-            if asked.stream:
-                return await self._streamed(asking)
-            return await self._drawn(asking)
+        queued = [self._attempts.queued_image(image, parsed.options) for image in parsed.images]
+        cache_key = self._reuse.key(parsed, tenant, http.headers)
+        client = ClientCall(parsed.timeout_s)
+        with ExitStack() as cleanup:
+            request = _OpenRequest(
+                parsed, tenant, request_id, http, queued, cache_key, client, cleanup
+            )
+            cleanup.enter_context(self._counted(request))
+            if cache_key and (found := await client.run(self._reuse.find(cache_key, tenant))):
+                return await self._from_cache(request, found)
+            if parsed.stream:
+                return await self._streamed(request)
+            return await self._generated(request)
 
     @contextmanager
-    def _counting(self, asking: _Asking) -> Iterator[None]:
-        """Until the answer has been sent."""
-        model, began = asking.asked.requests[0].model, time.monotonic()
+    def _counted(self, request: _OpenRequest) -> Iterator[None]:
+        """Count and log the request when its answer has been sent."""
+        model, began = request.parsed.images[0].model, time.monotonic()
         try:
             yield
         except BaseException as error:
-            asking.error = error
+            request.error = error
             raise
         finally:
             took_s = time.monotonic() - began
-            if asking.error:
-                outcome = outcome_of(asking.error)
+            outcome = OK
+            if request.error:
+                outcome = outcome_of(request.error)
                 self._metrics.ended(model, *outcome)
             else:
-                outcome = "ok", 200
-                self._metrics.answered(model, asking.use, took_s)
+                self._metrics.answered(model, request.cache_use, took_s)
             log_request(
-                asking.asked,
-                asking.tenant,
-                asking.request_id,
-                asking.use,
-                asking.results,
-                *outcome,
-                took_s,
+                RequestLogEntry(
+                    request=request.parsed,
+                    tenant=request.tenant,
+                    request_id=request.request_id,
+                    cache=request.cache_use,
+                    results=request.results,
+                    outcome=outcome,
+                    took_s=took_s,
+                )
             )
 
-    # -- images that are there already ----------------------------------------------------------
+    # -- images from the result cache -----------------------------------------------------------
 
-    async def _from_memory(self, asking: _Asking, found: CachedImages) -> Response:
-        asked, call = asking.asked, await self._entered(asking)
+    async def _from_cache(self, request: _OpenRequest, found: CachedImages) -> Response:
+        parsed, call = request.parsed, await self._admitted_without_work(request)
 
-        async def serve() -> bytes:
+        async def body() -> bytes:
             names = list(found.names)
-            if asked.as_url and not names:
-                names = await self._store(asking, found.results)
-            return await self._body(asking, found.results, names)
+            if parsed.as_url and not names:
+                names = await self._store(request, found.results)
+            return await self._body(request, found.results, names)
 
-        body = b"" if asked.stream else await asking.client.run(serve())
-        await call.record(_repeated(asked, call, found.results, "hit"))
-        if not asked.stream:
-            return self._answer(asking, call, "hit", body)
-        frames = events(asked.requests[0], lambda _: _at_once(found.results[0]))
-        return self._stream(asking, call, "hit", await anext(frames), frames)
+        content = b"" if parsed.stream else await request.client.run(body())
+        await call.record(_free_usages(parsed, call, found.results, "hit"))
+        if not parsed.stream:
+            return self._json_answer(request, call, "hit", content)
+        frames = events(parsed.images[0], lambda _: _at_once(found.results[0]), self._keep_alive_s)
+        return self._event_stream(request, call, "hit", await anext(frames), frames)
 
-    # -- images that are drawn ------------------------------------------------------------------
+    # -- generated images -----------------------------------------------------------------------
 
-    async def _drawn(self, asking: _Asking) -> Response:
-        client = asking.client
-        repeated: Literal["hit", "shared"] | None = None
-        flight = await self._join(asking)
-        if flight:
-            repeated = "hit" if flight.remembered else "shared"
-            call = await self._entered(asking)
+    async def _generated(self, request: _OpenRequest) -> Response:
+        """Generate the images, or share those of an equal request that is open already."""
+        client = request.client
+        reused: Literal["hit", "shared"] | None = None
+        shared = await self._join(request)
+        if shared:
+            reused = "hit" if shared.finished else "shared"
+            call = await self._admitted_without_work(request)
         else:
-            flight = self._begin(asking)
-            call = flight.call
-            await client.run(flight.admitted())
+            shared = self._begin(request)
+            call = shared.call
+            await client.run(shared.admitted())
 
-        async def serve(flight: SharedGeneration) -> tuple[bytes, CachedImages]:
-            results = await flight.images()
-            names = await flight.names() if asking.asked.as_url else []
+        async def body(shared: SharedGeneration) -> tuple[bytes, CachedImages]:
+            results = await shared.images()
+            names = await shared.names() if request.parsed.as_url else []
             found = CachedImages(tuple(results), tuple(names))
-            return await self._body(asking, results, names), found
+            return await self._body(request, results, names), found
 
-        body, found = await client.run(serve(flight))
-        asking.results = found.results
-        await flight.charged()
-        if repeated:
-            await call.record(_repeated(asking.asked, call, found.results, repeated))
+        content, found = await client.run(body(shared))
+        request.results = found.results
+        await shared.charged()
+        if reused:
+            await call.record(_free_usages(request.parsed, call, found.results, reused))
         else:
             self._metrics.predicted(call.eta_s, client.age_s)
-            asking.opened.callback(call.close)  # whoever stays in the flight
-        if not flight.remembered:  # who comes meanwhile finds the images in the flight
-            flight.remembered = True
-            flight.join()
-            self._remember(asking, found, flight.leave)
-        return self._answer(asking, call, repeated or _use(asking), body)
+            request.cleanup.callback(call.close)  # also if others still take part
+        if key := request.cache_key:
+            shared.cache(lambda: self._write_to_cache(key, request, found))
+        return self._json_answer(request, call, reused or _cache_miss(request), content)
 
-    async def _join(self, asking: _Asking) -> SharedGeneration | None:
-        """The flight that is under way, unless it was refused: then this request is the next."""
-        while asking.key and (flight := self._repeats.flights.get(asking.key)):
-            flight.join()
-            with ExitStack() as seat:
-                seat.callback(_leave, flight, asking.client)
-                if await asking.client.run(flight.taken()):
-                    asking.opened.callback(seat.pop_all().close)
-                    return flight
+    async def _join(self, request: _OpenRequest) -> SharedGeneration | None:
+        """Join an equal request that is open, unless that was refused: then this one is first."""
+        in_flight = self._reuse.in_flight
+        while request.cache_key and (shared := in_flight.get(request.cache_key)):
+            request.cleanup.enter_context(shared.joined(request.client))
+            if await request.client.run(shared.was_admitted()):
+                return shared
         return None
 
-    def _begin(self, asking: _Asking) -> SharedGeneration:
-        asked, key, flights = asking.asked, asking.key, self._repeats.flights
+    def _begin(self, request: _OpenRequest) -> SharedGeneration:
+        """Open a call for the images, which equal requests may join from now on."""
+        key, in_flight = request.cache_key, self._reuse.in_flight
 
-        def landed() -> None:
-            if key and flights.get(key) is flight:
-                del flights[key]
+        def on_closed(shared: SharedGeneration) -> None:
+            if key and in_flight.get(key) is shared:
+                del in_flight[key]
 
-        flight = SharedGeneration(asking.client, landed)
-        call = self._open(asking, asking.wishes, flight)
-        drawn: list[UsageRecord] = []
+        async def store(results: Sequence[ImageResult]) -> list[str]:
+            return await self._store(request, results)
 
-        async def draw() -> list[ImageResult]:
-            found = await self._draw_all(asked, call)
-            drawn.extend(usage for _, usage in found)
-            return [result for result, _ in found]
-
-        async def store() -> list[str]:
-            return await self._store(asking, await flight.images())
-
-        async def charge() -> None:
-            await call.record(drawn)
-
-        flight.begin(call, draw, store, charge)
+        shared = SharedGeneration(
+            request.client,
+            lambda client: self._open_call(request, request.queued, client),
+            self._attempts,
+            request.parsed.images,
+            store,
+            on_closed,
+        )
         if key:
-            flights[key] = flight
-        asking.opened.callback(_leave, flight, asking.client)
-        return flight
+            in_flight[key] = shared
+        request.cleanup.enter_context(shared.joined(request.client))
+        return shared
 
-    async def _draw_all(
-        self, asked: GenerationRequest, call: OpenCall
-    ) -> list[tuple[ImageResult, UsageRecord]]:
-        """The images of one call, side by side; the first error ends them all."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._drawing.draw(request, call, i))
-                    for i, request in enumerate(asked.requests)
-                ]
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _streamed(self, asking: _Asking) -> Response:
-        """The events of the one image of a call of its own."""
-        asked, client = asking.asked, asking.client
-        (request,) = asked.requests
-        call = self._open(asking, asking.wishes, client)
-        asking.opened.callback(call.close)
+    async def _streamed(self, request: _OpenRequest) -> Response:
+        """Stream the events of one image, which is never shared."""
+        parsed, client = request.parsed, request.client
+        (image,) = parsed.images
+        call = self._open_call(request, request.queued, client)
+        request.cleanup.callback(call.close)
         await client.run(call.admitted())
 
-        async def draw(tell: Tell) -> ImageResult:
-            drawing = self._drawing.draw(request, call, 0, asked.watch, tell)
+        async def generate(on_progress: OnProgress) -> ImageResult:
+            work = self._attempts.generate(image, call, 0, parsed.options, on_progress)
             try:
-                result, usage = await client.run(drawing)
+                result, usage = await client.run(work)
                 await call.record([usage])
             except BaseException as error:
-                asking.error = error
+                request.error = error
                 raise
             self._metrics.predicted(call.eta_s, client.age_s)
-            asking.results = (result,)
-            self._remember(asking, CachedImages((result,)))
+            request.results = (result,)
+            if key := request.cache_key:
+                self._in_background(self._write_to_cache(key, request, CachedImages((result,))))
             return result
 
-        frames = events(request, draw)
-        return self._stream(asking, call, _use(asking), await anext(frames), frames)
-
-    def _remember(
-        self, asking: _Asking, found: CachedImages, then: Callable[[], None] = lambda: None
-    ) -> None:
-        """Behind the answer."""
-        key, tenant, requests = asking.key, asking.tenant, asking.asked.requests
-        if key is None:
-            then()
-            return
-        task = asyncio.create_task(self._repeats.remember(key, tenant, requests, found))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: then())
+        frames = events(image, generate, self._keep_alive_s)
+        use = _cache_miss(request)
+        return self._event_stream(request, call, use, await anext(frames), frames)
 
     # -- parts of an answer ---------------------------------------------------------------------
 
-    def _open(
-        self, asking: _Asking, wishes: Sequence[Wish], client: ClientCall | SharedGeneration
+    def _open_call(
+        self, request: _OpenRequest, images: Sequence[QueuedImage], client: CallClient
     ) -> OpenCall:
-        who = asking.tenant, asking.request_id
-        return self._session.open(*who, wishes, asking.asked.timeout_s, client)
+        return self._session.open(
+            request.tenant, request.request_id, images, request.parsed.timeout_s, client
+        )
 
-    async def _entered(self, asking: _Asking) -> OpenCall:
-        """A call that needs no work: its tenant's limits hold for it too."""
-        call = self._open(asking, [], asking.client)
-        asking.opened.callback(call.close)
-        await asking.client.run(call.admitted())
+    async def _admitted_without_work(self, request: _OpenRequest) -> OpenCall:
+        """Open a call without images of its own: the tenant's limits hold for it too."""
+        call = self._open_call(request, [], request.client)
+        request.cleanup.callback(call.close)
+        await request.client.run(call.admitted())
         return call
 
-    async def _store(self, asking: _Asking, results: Sequence[ImageResult]) -> list[str]:
-        return await self._urls.store(asking.asked.requests, results, asking.tenant)
+    async def _write_to_cache(self, key: str, request: _OpenRequest, found: CachedImages) -> None:
+        await self._reuse.remember(key, request.tenant, request.parsed.images, found)
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _store(self, request: _OpenRequest, results: Sequence[ImageResult]) -> list[str]:
+        return await self._urls.store(request.parsed.images, results, request.tenant)
 
     async def _body(
-        self, asking: _Asking, results: Sequence[ImageResult], names: Sequence[str]
+        self, request: _OpenRequest, results: Sequence[ImageResult], names: Sequence[str]
     ) -> bytes:
-        urls = [self._urls.url(name, asking.http) for name in names if asking.asked.as_url]
-        return await asyncio.to_thread(response, asking.asked.requests, results, urls)
+        urls = [self._urls.url(name, request.http) for name in names if request.parsed.as_url]
+        return await asyncio.to_thread(response, request.parsed.images, results, urls)
 
-    def _answer(self, asking: _Asking, call: OpenCall, use: CacheUse, body: bytes) -> JsonAnswer:
-        headers = self._headers(asking, call, use)
-        return JsonAnswer(body, headers, asking.opened.pop_all().close)
+    def _json_answer(
+        self, request: _OpenRequest, call: OpenCall, use: CacheUse, body: bytes
+    ) -> JsonAnswer:
+        headers = self._headers(request, call, use)
+        return JsonAnswer(body, headers, request.cleanup.pop_all().close)
 
-    def _stream(
-        self, asking: _Asking, call: OpenCall, use: CacheUse, first: bytes, frames: Frames
+    def _event_stream(
+        self, request: _OpenRequest, call: OpenCall, use: CacheUse, first: bytes, frames: Frames
     ) -> EventStream:
-        headers = self._headers(asking, call, use)
-        return EventStream(first, frames, headers, asking.opened.pop_all().close)
+        headers = self._headers(request, call, use)
+        return EventStream(first, frames, headers, request.cleanup.pop_all().close)
 
-    def _headers(self, asking: _Asking, call: OpenCall, use: CacheUse) -> dict[str, str]:
-        asking.use = use
-        headers = {**ignored_header(asking.asked.ignored), **standing_headers(call.standings)}
+    def _headers(self, request: _OpenRequest, call: OpenCall, use: CacheUse) -> dict[str, str]:
+        request.cache_use = use
+        headers = {
+            **ignored_header(request.parsed.ignored),
+            **rate_limit_headers(call.rate_limits),
+        }
         if call.eta_s is not None:
             headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
         return {**headers, "x-octet-cache": use}
 
 
-def _use(asking: _Asking) -> CacheUse:
-    return "miss" if asking.key else "off"
-
-
-def _leave(flight: SharedGeneration, client: ClientCall) -> None:
-    flight.leave(unwanted=client.unwanted)
+def _cache_miss(request: _OpenRequest) -> CacheUse:
+    return "miss" if request.cache_key else "off"
 
 
 async def _at_once(result: ImageResult) -> ImageResult:
     return result
 
 
-def _repeated(
-    asked: GenerationRequest,
+def _free_usages(
+    parsed: GenerationRequest,
     call: OpenCall,
     results: Sequence[ImageResult],
     outcome: Literal["hit", "shared"],
 ) -> list[UsageRecord]:
-    """What is recorded of images that cost nothing this time."""
+    """The usage records of images that cost nothing this time."""
 
-    def usage(image: int, request: ImageRequest, result: ImageResult) -> UsageRecord:
+    def usage(index: int, image: ImageRequest, result: ImageResult) -> UsageRecord:
         fp8 = result.precision.startswith("fp8")
         precision = Precision.FP8 if fp8 else Precision.FP16
-        return usage_of(call, image, request, precision, 0.0)._replace(outcome=outcome)
+        return usage_of(call, index, image, precision, 0.0)._replace(outcome=outcome)
 
-    pairs = zip(asked.requests, results, strict=True)
-    return [usage(i, request, result) for i, (request, result) in enumerate(pairs)]
+    pairs = zip(parsed.images, results, strict=True)
+    return [usage(i, image, result) for i, (image, result) in enumerate(pairs)]

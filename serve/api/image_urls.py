@@ -1,4 +1,4 @@
-"""Images that are answered as URLs: kept in a store, read through signed links."""
+"""Images that are answered as URLs: kept in the result store, read through signed links."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ from .ingress_metrics import IngressMetrics
 
 log = logging.getLogger("ray.serve")
 
-SWEEP_S = 10.0
 THREADS = 32
 NO_IMAGES = "this server keeps no images"
 
 
 class ImageUrls:
-    """Without a folder for its data a server keeps no images."""
+    """Stores images and signs their links. A server without a data folder keeps no images."""
 
     def __init__(
         self,
         settings: ApplicationSettings,
-        tuning: Callable[[], IngressSettings],
+        live: Callable[[], IngressSettings],
         metrics: IngressMetrics,
+        sweep_s: float,
     ) -> None:
-        """Raises `OSError` if the folder cannot be used."""
-        self._tuning, self._metrics = tuning, metrics
+        """`live`: the present live settings. Raises `OSError` if the folder cannot be used."""
+        self._live, self._metrics, self._sweep_s = live, metrics, sweep_s
         self._kept = settings.data_folder is not None
         if self._kept:
-            # Where one is slow it takes no threads from the other, nor from anybody else.
+            # Threads of their own, so that a slow store delays neither reads nor anything else.
             self._writers = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
             self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
             self._store, self._links = open_store(settings), open_links(settings)
             self._sweeping = asyncio.create_task(self._sweep())
 
     def check(self) -> None:
-        """Raises `RuntimeError` if nobody sweeps any more."""
+        """Raise `RuntimeError` if stored images are no longer swept or uploaded."""
         if self._kept and self._sweeping.done():
             raise RuntimeError("stored images are no longer swept")
         if self._kept and isinstance(self._store, Spool):
             self._store.check()
 
     def admit(self) -> None:
-        """Before any work is done for URLs. Raises `InvalidRequest` and `StoreFailed`."""
+        """Check that images can be stored, before any work is done for a request that wants URLs.
+
+        Raises `InvalidRequest` and `StoreFailed`.
+        """
         if not self._kept:
             raise InvalidRequest(f"response_format 'url': {NO_IMAGES}", param="response_format")
         if self.full:
@@ -61,12 +64,12 @@ class ImageUrls:
 
     @property
     def full(self) -> bool:
-        """No more images can be kept at the moment."""
+        """Whether no more images can be kept at the moment."""
         return isinstance(self._store, Spool) and self._store.full
 
     @property
     def key(self) -> bytes | None:
-        """A secret of this server, the same for every Ingress."""
+        """A secret that all Ingress replicas share; None if the server keeps no images."""
         return self._links.key if self._kept else None
 
     async def store(
@@ -85,19 +88,19 @@ class ImageUrls:
         return names
 
     def url(self, name: str, http: Request) -> str:
-        """Where who has it may read a stored image, from now on for a while."""
-        base = self._tuning().public_url or str(http.base_url).rstrip("/")
-        expires = int(time.time()) + self._tuning().results.link_expires_s
+        """A signed link to a stored image, which works for `link_expires_s`."""
+        base = self._live().public_url or str(http.base_url).rstrip("/")
+        expires = int(time.time()) + self._live().results.link_expires_s
         return base + self._links.link(name, expires)
 
     async def image(self, name: str) -> bytes:
-        """A stored image. Raises `NotFound` and `StoreFailed`."""
+        """A stored image's bytes. Raises `NotFound` and `StoreFailed`."""
         return await asyncio.get_running_loop().run_in_executor(
             self._readers, self._store.read, name
         )
 
     async def read(self, http: Request) -> Response:
-        """Answer a request for a link. Raises `LinkInvalid`, `NotFound` and `StoreFailed`."""
+        """Answer `GET /v1/files/…`. Raises `LinkInvalid`, `NotFound` and `StoreFailed`."""
         if not self._kept:
             raise NotFound(NO_IMAGES)
         name, link = http.path_params["name"], http.query_params
@@ -116,10 +119,10 @@ class ImageUrls:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(self._sweep_s)
             if isinstance(self._store, Spool):
                 self._metrics.spooled(self._store.entries, self._store.bytes, self._store.max_bytes)
-            keep = self._tuning().results
+            keep = self._live().results
             try:
                 await asyncio.to_thread(
                     self._store.sweep,
@@ -127,5 +130,5 @@ class ImageUrls:
                     max_age_s=keep.max_age_s,
                     max_bytes=keep.max_bytes,
                 )
-            except (OSError, OctetError):  # of the store; images that need none go on
+            except (OSError, OctetError):  # requests that store nothing are not affected
                 log.warning("could not sweep the stored images; trying again", exc_info=True)

@@ -1,4 +1,4 @@
-"""The Ingress deployment: HTTP in, images out. Stateless; as many replicas as needed."""
+"""The Ingress deployment: HTTP in, images out. Stateless, so it may have many replicas."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from starlette.routing import Route
 from cluster.cost import CostCoefficients
 
 from ..dispatch.client.session import DispatchSession
+from ..dispatch.protocol import DispatcherStatus, PoolStatus
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -33,11 +35,12 @@ from ..errors import (
 from ..settings.application import ApplicationSettings, IngressSettings
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
-from .authentication import Authentication
+from .authentication import Authentication, is_open
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .result_reuse import ResultReuse
+from .timing import INGRESS_TIMING, IngressTiming
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
 from .wire.request import check_request_id, model_not_found, parse
@@ -45,48 +48,57 @@ from .wire.response import CancelledRequest, ModelItem, ModelList
 
 log = logging.getLogger("ray.serve")
 
-ANSWER_S = 2.0  # of the Dispatcher
-BODY_S = 30.0
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
 class Ingress:
+    """The HTTP routes, and what one Ingress replica needs to serve them."""
+
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,
         application: dict[str, Any],
         work: Mapping[str, Sequence[float]],
         dispatcher: Any,
         generators: Mapping[str, Any],
+        timing: IngressTiming = INGRESS_TIMING,
     ) -> None:
+        """`application`: an `ApplicationSettings`; `work`: the reference work of each model.
+
+        `dispatcher` and `generators`, by pool, are handles.
+        """
+        self._timing = timing
         settings = ApplicationSettings.model_validate(application)
         self._models = settings.models
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
         self._dispatcher = dispatcher
-        self._session = DispatchSession(dispatcher)
+        self._session = DispatchSession(dispatcher, timing.dispatch)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
         units = {model: CostCoefficients(*unit) for model, unit in work.items()}
         self._metrics = metrics = IngressMetrics()
-        drawing = Attempts(settings.models, units, streams, metrics)
-        self._tuning: IngressSettings | None = None
+        attempts = Attempts(settings.models, units, streams, metrics, timing.dispatch)
+        self._live: IngressSettings | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
-        self._openapi = document(version("octet-serve"), keys=not self._open_to_all)
-        self._urls = ImageUrls(settings, lambda: self.tuning, metrics)
-        repeats = ResultReuse(settings, lambda: self.tuning, self._urls, metrics)
-        self._generations = GenerationHandler(self._session, drawing, self._urls, repeats, metrics)
+        self._openapi = document(version("octet-serve"), self._needs_key)
+        self._urls = ImageUrls(settings, lambda: self.live, metrics, timing.sweep_s)
+        self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
+        self._generations = GenerationHandler(
+            self._session, attempts, self._urls, self.reuse, metrics, timing.keep_alive_s
+        )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Ray Serve with a `IngressSettings`, before the first request and when it changes."""
-        self._tuning = IngressSettings.model_validate(user_config)
+        """Apply changed live settings; called by Ray Serve before the first request too."""
+        self._live = IngressSettings.model_validate(user_config)
 
     @property
-    def tuning(self) -> IngressSettings:
-        if self._tuning is None:
+    def live(self) -> IngressSettings:
+        """The present live settings."""
+        if self._live is None:
             raise RuntimeError("the Ingress got no user_config")
-        return self._tuning
+        return self._live
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; an Ingress without its session would accept and never answer."""
+        """Raise `RuntimeError` for a session that has ended: requests would wait for ever. For Ray Serve."""
         self._session.check()
         self._urls.check()
 
@@ -106,9 +118,7 @@ class Ingress:
             ],
             exception_handlers=HANDLERS,
             middleware=[
-                Middleware(
-                    Authentication, mode=self._auth, directory=lambda: self._session.directory
-                )
+                Middleware(Authentication, mode=self._auth, directory=lambda: self._session.tenants)
             ],
         )
         app.router.redirect_slashes = False  # such a redirect would trust the Host header
@@ -121,37 +131,37 @@ class Ingress:
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
         try:
             check_request_id(request_id)
-            known = self._known(tenant)
+            access = self._access(tenant)
             body = await self._body(http)
             self._authenticate_again(http)
-            asked = parse(body, self._offer(tenant), request_id, known.timeout_s)
+            parsed = parse(body, self._allowed(tenant), request_id, access.timeout_s)
         except OctetError as error:
             self._metrics.ended("", error.code, error.status)
             raise
-        return await self._generations.answer(asked, tenant, request_id, http)
+        return await self._generations.answer(parsed, tenant, request_id, http)
 
     async def cancel(self, http: Request) -> Response:
-        """End a call at whichever Ingress it is; its slots are free before their next step."""
+        """Cancel a request, at whichever Ingress it is; its slots are free before their next step."""
         request_id = http.path_params["id"]
         check_request_id(request_id)
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._timing.dispatcher_s):
                 found = await self._dispatcher.cancel.remote(http.scope["tenant"], request_id)
         except (TimeoutError, RayError, RayServeException):
             found = None
         if found is None:
             raise Unavailable("the dispatcher is restarting: try again")
         if not found:
-            raise NotFound(f"no request '{request_id}' waits or runs")
+            raise NotFound(f"no open request has the id '{request_id}'")
         return JSONResponse(CancelledRequest(id=request_id).model_dump())
 
     async def models(self, http: Request) -> Response:
-        offer = self._offer(http.scope["tenant"])
+        offer = self._allowed(http.scope["tenant"])
         models = [ModelItem(id=name, created=self._started) for name in offer.models]
         return JSONResponse(ModelList(data=models).model_dump())
 
     async def model(self, http: Request) -> Response:
-        name, offer = http.path_params["model"], self._offer(http.scope["tenant"])
+        name, offer = http.path_params["model"], self._allowed(http.scope["tenant"])
         if name not in offer.models:
             raise model_not_found(name, offer)
         return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
@@ -163,38 +173,46 @@ class Ingress:
         return JSONResponse(self._openapi)
 
     async def state(self, http: Request) -> Response:
-        """Pools, queue and tenants, for those who operate the server."""
-        if not self._known(http.scope["tenant"]).operator:
+        """Show pools, queue and tenants to an operator."""
+        if not self._access(http.scope["tenant"]).operator:
             raise NotFound("GET /v1/state: Not Found")
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._timing.dispatcher_s):
                 return JSONResponse(await self._dispatcher.overview.remote())
         except (TimeoutError, RayError, RayServeException):
             raise Unavailable("the dispatcher is restarting: try again") from None
 
     async def health(self, _: Request) -> Response:
-        """This process answers."""
+        """Say that this process answers."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Every model has a replica, or may have none and wakes; and new images are taken."""
-        try:
-            async with asyncio.timeout(ANSWER_S):
+        """Say whether every model can be served and new requests are taken.
+
+        A pool that may be scaled to zero counts as served if a node could hold a replica.
+        """
+        found: DispatcherStatus | None = None
+        with suppress(TimeoutError, RayError, RayServeException):
+            async with asyncio.timeout(self._timing.dispatcher_s):
                 found = await self._dispatcher.state.remote()
-        except (TimeoutError, RayError, RayServeException):
-            found = {"draining": False, "queued": None, "pools": {}}
+        known = found.pools if found else {}
         models = {
-            model.id: {p: found["pools"].get(p) for p in map(model.pool_name, model.pools)}
+            model.id: {name: known.get(name) for name in map(model.pool_name, model.pools)}
             for model in self._models
         }
         served = all(
-            any(
-                p and (p["replicas"] or (p["placeable"] and not p["least"])) for p in pools.values()
-            )
-            for pools in models.values()
+            any(pool and _can_serve(pool) for pool in pools.values()) for pools in models.values()
         )
-        status = "draining" if found["draining"] else "ready" if served else "starting"
-        details = {"queued": found["queued"], "models": models} if self._open_to_all else {}
+        status = "draining" if found and found.draining else "ready" if served else "starting"
+        details: dict[str, Any] = {}
+        if self._open_to_all:
+            details = {
+                "queued": found.queued if found else None,
+                "models": {
+                    model: {name: pool and pool._asdict() for name, pool in pools.items()}
+                    for model, pools in models.items()
+                },
+            }
         return JSONResponse({"status": status, **details}, 200 if status == "ready" else 503)
 
     async def playground(self, _: Request) -> Response:
@@ -202,39 +220,47 @@ class Ingress:
 
     # -- one request --------------------------------------------------------------------------
 
-    def _offer(self, tenant: str) -> IngressSettings:
-        """What there is to ask for, as far as a tenant may."""
-        allowed = self._known(tenant).models
+    def _allowed(self, tenant: str) -> IngressSettings:
+        """The live settings with only the models that a tenant may use."""
+        allowed = self._access(tenant).models
         if allowed is None:
-            return self.tuning
-        models = {name: model for name, model in self.tuning.models.items() if name in allowed}
-        return self.tuning.model_copy(update={"models": models})
+            return self.live
+        models = {name: model for name, model in self.live.models.items() if name in allowed}
+        return self.live.model_copy(update={"models": models})
 
-    def _known(self, tenant: str) -> TenantAccess:
-        """Of the one tenant of a server without authentication: that it may do everything."""
+    def _needs_key(self, path: str) -> bool:
+        return not (self._open_to_all or is_open(path))
+
+    def _access(self, tenant: str) -> TenantAccess:
+        """A tenant's access; on a server without authentication everybody may do everything."""
         if self._open_to_all:
             return TenantAccess((), operator=True)
-        return (self._session.directory or {}).get(tenant, TenantAccess((), models=()))
+        return (self._session.tenants or {}).get(tenant, TenantAccess((), models=()))
 
     def _authenticate_again(self, http: Request) -> None:
-        """A body may take its time. Raises `KeyInvalid` if the key has been revoked meanwhile."""
+        """Check the key again after the body, which may take its time. Raises `KeyInvalid`."""
         if not self._open_to_all:
-            key, directory = http.scope["key"], self._session.directory or {}
+            key, directory = http.scope["key"], self._session.tenants or {}
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
 
     async def _body(self, http: Request) -> bytes:
-        body, limit = bytearray(), self.tuning.max_body_bytes
+        body, limit, body_s = bytearray(), self.live.max_body_bytes, self._timing.body_s
         too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
         stated = http.headers.get("content-length", "")
         if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
             raise too_large
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(body_s):
                 async for chunk in http.stream():
                     body += chunk
                     if len(body) > limit:
                         raise too_large
         except TimeoutError:
-            raise BodyTimeout(f"the body did not arrive in {BODY_S:g} s") from None
+            raise BodyTimeout(f"the body did not arrive in {body_s:g} s") from None
         return bytes(body)
+
+
+def _can_serve(pool: PoolStatus) -> bool:
+    """Whether the pool has a replica, or is meant to have none and would get one."""
+    return bool(pool.replicas or (pool.placeable and not pool.least))

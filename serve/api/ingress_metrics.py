@@ -1,4 +1,4 @@
-"""What an Ingress counts: see `serve.metrics`."""
+"""An Ingress's metrics, as `serve.metric_catalogue` lists them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from ..metric_catalogue import metric
 
 
 class IngressMetrics:
+    """Requests, queueing, forecasts, stored images and the result cache."""
+
     def __init__(self) -> None:
         self._requests, self._seconds = metric("octet_requests"), metric("octet_request_seconds")
         self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")

@@ -1,4 +1,4 @@
-"""What every request passes in Ray Serve's HTTP proxy before Serve reads its headers.
+"""A guard in Ray Serve's HTTP proxy: every request passes it before Serve reads the headers.
 
 Serve finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.api.proxy_guard:middlewares, in
 the environment of every node that runs a proxy.
@@ -19,7 +19,7 @@ from ..errors import InvalidRequest, NotFound
 from .wire.request import check_request_id
 from .wire.response import error_body
 
-# Clients could set Serve's own time limit with them, or make its proxy fail on odd bytes.
+# Headers with which clients could change Serve's own time limit, or make its proxy fail.
 SERVES_OWN = {
     "serve-multiplexed-model-id",
     "x-request-disconnect-disabled",
@@ -28,9 +28,9 @@ SERVES_OWN = {
 }
 
 
-SERVES_ROUTES = "/-/routes"  # which Serve's proxy would answer to everybody
+SERVES_ROUTES = "/-/routes"  # Serve's proxy would show all routes to everybody
 LOOK_S = 1.0
-# Serve's own path that says 503 when this proxy's node is about to go.
+# A request for Serve's own health path, which answers 503 when this proxy's node is about to go.
 HEALTH = {
     "method": "GET",
     "path": "/-/healthz",
@@ -41,15 +41,16 @@ HEALTH = {
 
 
 class ProxyGuard:
-    """Takes out the headers that steer Serve; an `x-request-id` that is not safe is a 400.
+    """Removes the headers that steer Serve, and answers an unsafe `x-request-id` with 400.
 
-    Of Serve's own paths only /-/healthz is answered, which says whether this proxy works. Where it
-    does not, or its node is about to go, answers close their connections: clients and gateways that
-    keep them would go on to ask here until the end.
+    Of Serve's own paths only /-/healthz is answered; it says whether this proxy works. If it does
+    not, or its node is about to go, responses close their connections: clients and gateways that
+    keep connections would otherwise go on sending requests here.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, look_s: float = LOOK_S) -> None:
+        """`look_s`: how long Serve's answer to the health path is believed."""
+        self._app, self._look_s = app, look_s
         self._leaving, self._look_at = False, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +66,7 @@ class ProxyGuard:
         given = Headers(scope=scope).getlist("x-request-id")
         try:
             if given:
-                check_request_id(", ".join(given))  # several are as bad as an unsafe one
+                check_request_id(", ".join(given))  # several ids are refused like an unsafe one
         except InvalidRequest as error:
             own = {"x-should-retry": "false", "x-request-id": str(uuid.uuid4())}
             answer = JSONResponse(error_body(error), error.status, own)
@@ -78,9 +79,9 @@ class ProxyGuard:
         return await self._app({**scope, "headers": headers}, receive, send)
 
     async def _is_leaving(self, scope: Scope) -> bool:
-        """By Serve's own answer, asked once a second at most."""
+        """Whether Serve's health path says so; asked once in `look_s` at most."""
         if (now := time.monotonic()) >= self._look_at:
-            self._look_at = now + LOOK_S
+            self._look_at = now + self._look_s
             asked = {**scope, **HEALTH}
 
             async def receive() -> Message:
@@ -90,7 +91,7 @@ class ProxyGuard:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
 
-            # Whatever is wrong with it, the request itself may be answered.
+            # Whatever is wrong with the question, the request itself may be answered.
             with contextlib.suppress(Exception):
                 await self._app(asked, receive, send)
         return self._leaving
@@ -107,4 +108,5 @@ def _closing(send: Send) -> Send:
 
 
 def middlewares() -> list[Middleware]:
+    """The middlewares that Ray Serve puts into its proxy."""
     return [Middleware(ProxyGuard)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from ..errors import OctetError
 from ..request import ImageResult
@@ -14,44 +15,58 @@ from .wire.request import GenerationRequest
 log = logging.getLogger("ray.serve")
 
 
-def log_request(
-    asked: GenerationRequest,
-    tenant: str,
-    request_id: str,
-    cache: str,
-    results: Sequence[ImageResult],
-    outcome: str,
-    status: int,
-    took_s: float,
-) -> None:
-    """One line for each request: who, what became of it and where its time went, never a prompt."""
-    first = asked.requests[0]
-    seconds = [asdict(result.timings) for result in results]
+class Outcome(NamedTuple):
+    """How a request ended: `ok` or an error's code, and the HTTP status."""
+
+    code: str
+    status: int
+
+
+OK = Outcome("ok", 200)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLogEntry:
+    """One request for images: whose it was, what became of it, and how long it took."""
+
+    request: GenerationRequest
+    tenant: str
+    request_id: str
+    cache: str  # what the result cache did
+    results: Sequence[ImageResult]
+    outcome: Outcome
+    took_s: float
+
+
+def log_request(entry: RequestLogEntry) -> None:
+    """Write the log line of a request, with the time of each phase and without its prompt."""
+    first = entry.request.images[0]
+    seconds = [asdict(result.timings) for result in entry.results]
     phases = {phase: max(of[phase] for of in seconds) for phase in seconds[0]} if seconds else {}
     log.info(
         "%s: %s",
-        request_id,
-        outcome,
+        entry.request_id,
+        entry.outcome.code,
         extra={
             "event": "request",
-            "request": request_id,
-            "tenant": tenant,
+            "request": entry.request_id,
+            "tenant": entry.tenant,
             "model": first.model,
-            "outcome": outcome,
-            "status": status,
-            "cache": cache,
-            "images": len(asked.requests),
+            "outcome": entry.outcome.code,
+            "status": entry.outcome.status,
+            "cache": entry.cache,
+            "images": len(entry.request.images),
             "size": first.size,
             "steps": first.num_inference_steps,
-            "took_s": round(took_s, 4),
+            "took_s": round(entry.took_s, 4),
             **{phase: round(value, 4) for phase, value in phases.items()},
         },
     )
 
 
-def outcome_of(error: BaseException) -> tuple[str, int]:
-    """As it is counted: a code and a status."""
+def outcome_of(error: BaseException) -> Outcome:
+    """How a request that ended with this error is counted."""
     if isinstance(error, asyncio.CancelledError):
-        return "client_gone", 499
+        return Outcome("client_gone", 499)
     kind = type(error) if isinstance(error, OctetError) else OctetError
-    return kind.code, kind.status
+    return Outcome(kind.code, kind.status)

@@ -1,4 +1,8 @@
-"""Requests that were made before, or are being made: they cost no work."""
+"""Reuse of results: what the result cache holds, and equal requests that are open.
+
+A repeated request costs no work. Its key in the cache holds everything that decides the pixels, so
+that a changed model, recipe, library or engine never answers with an image of the old one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
+from .. import engine
 from ..errors import StoreFailed
 from ..request import ImageRequest
 from ..results.cache.memory import CachedImages, MemoryCache, ResultCache, cache_key
@@ -22,49 +27,52 @@ from .ingress_metrics import IngressMetrics
 from .single_flight import SharedGeneration
 from .wire.request import GenerationRequest
 
-# What changes no image.
-SIZES = {*CardResources.model_fields, "id", "slots", "warm_sizes", "cache_mib", "warm_prompts"}
+# Settings of pools and text encoders that change no pixel.
+NO_PIXELS = {*CardResources.model_fields, "id", "slots", "warm_sizes", "cache_mib", "warm_prompts"}
+# Libraries whose version may change pixels.
+LIBRARIES = "diffusers", "optimum-quanto", "pillow", "torch", "transformers"
 
 
 class ResultReuse:
-    """What is remembered, and the flights that others may join, each under its key."""
+    """The result cache and the shared generations in flight, each by its cache key."""
 
     def __init__(
         self,
         settings: ApplicationSettings,
-        tuning: Callable[[], IngressSettings],
+        live: Callable[[], IngressSettings],
         urls: ImageUrls,
         metrics: IngressMetrics,
     ) -> None:
-        """Raises `OSError` if the password of Redis cannot be read."""
-        self.flights: dict[str, SharedGeneration] = {}
-        self._tuning, self._urls, self._metrics = tuning, urls, metrics
-        self._versions = {model.id: _version(settings, model) for model in settings.models}
+        """`live`: the present live settings. Raises `OSError` if Redis' password cannot be read."""
+        self.in_flight: dict[str, SharedGeneration] = {}
+        self._live, self._urls, self._metrics = live, urls, metrics
+        self._pixels = {model.id: pixel_digest(settings, model) for model in settings.models}
         self._secret = urls.key or secrets.token_bytes(32)
-        self._cache = self._open(settings.cache) if settings.cache else None
+        self.cache = self._open(settings.cache) if settings.cache else None
 
     def _open(self, settings: CacheSettings) -> ResultCache:
         if settings.redis_url is None:
             return MemoryCache(settings.memory_bytes)
-        from ..results.cache.redis import RedisCache  # only who has one needs its client
+        from ..results.cache.redis import RedisCache  # loads Redis' client only where it is used
 
         return RedisCache(settings, self._urls.image, self._metrics.cache_failed)
 
-    def key(self, asked: GenerationRequest, tenant: str, headers: Headers) -> str | None:
-        """None: it is to be drawn, whatever was drawn before."""
+    def key(self, request: GenerationRequest, tenant: str, headers: Headers) -> str | None:
+        """The cache key of a request; None if it must be generated, whatever the cache holds."""
         bypassed = {"no-cache", "no-store"} & {
             part.strip().lower() for part in headers.get("cache-control", "").split(",")
         }
-        if self._cache is None or not asked.seeded or bypassed:
+        if self.cache is None or not request.seeded or bypassed:
             return None
-        version = self._versions[asked.requests[0].model]
-        return cache_key(self._secret, tenant, version, asked.requests)
+        pixels = self._pixels[request.images[0].model]
+        return cache_key(self._secret, tenant, pixels, request.images)
 
     async def find(self, key: str, tenant: str) -> CachedImages | None:
-        if self._cache is None:
+        """The images of a key, if the cache has them."""
+        if self.cache is None:
             return None
         began = time.monotonic()
-        found = await self._cache.get(key, tenant, began)
+        found = await self.cache.get(key, tenant, began)
         self._metrics.looked_up(time.monotonic() - began, hit=found is not None)
         return found
 
@@ -72,47 +80,61 @@ class ResultReuse:
         self,
         key: str,
         tenant: str,
-        requests: Sequence[ImageRequest],
+        images: Sequence[ImageRequest],
         found: CachedImages,
     ) -> None:
-        """Store the images first if they have to be found by name."""
-        if self._cache is None:
+        """Put images into the cache; a cache that finds them by name has them stored first."""
+        if self.cache is None:
             return
-        keep = self._tuning().results
+        keep = self._live().results
         age_s = keep.max_age_s
-        if self._cache.needs_names:
+        if self.cache.needs_names:
             if not found.names:
                 if self._urls.full:
                     return
                 try:
-                    names = await self._urls.store(requests, found.results, tenant)
+                    names = await self._urls.store(images, found.results, tenant)
                 except StoreFailed:
                     return
                 found = found._replace(names=tuple(names))
-            age_s -= keep.link_expires_s  # a link into it is to work for its time
-        else:  # for URLs it is stored again: what was may be gone
+            age_s -= keep.link_expires_s  # a link to the image must work for its whole time
+        else:  # stored anew for each URL, because what was stored may be gone
             found = found._replace(names=())
         if age_s > 0:
-            await self._cache.put(key, found, time.monotonic(), age_s)
+            await self.cache.put(key, found, time.monotonic(), age_s)
 
 
-def _version(settings: ApplicationSettings, model: ServedModel) -> str:
-    """What draws a model's images: weights, arithmetic and code, on however many replicas."""
+def pixel_digest(settings: ApplicationSettings, model: ServedModel) -> str:
+    """A digest of everything but the request that decides a model's pixels.
+
+    That is: engine code, libraries, precision recipes, and the revisions or files of the weights.
+    The number of replicas and their share of a card decide nothing.
+    """
     (encoder,) = (e for e in settings.text_encoders if e.id == model.text_encoder)
     sources = [s for s in (model.source, encoder.source, *(p.source for p in model.pools)) if s]
     found = [
-        version("octet-serve"),
+        _code_digest(),
+        {name: version(name) for name in LIBRARIES},
         settings.emulate_fp8,
         model.max_sequence_length,
-        [pool.model_dump(mode="json", exclude=SIZES) for pool in model.pools],
-        encoder.model_dump(mode="json", exclude=SIZES),
+        [pool.model_dump(mode="json", exclude=NO_PIXELS) for pool in model.pools],
+        encoder.model_dump(mode="json", exclude=NO_PIXELS),
         [(source.location, source.revision, _files(source)) for source in sources],
     ]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+def _code_digest() -> str:
+    """SHA-256 over the engine's source files."""
+    (folder,) = engine.__path__
+    code = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.py")):
+        code.update(file.name.encode() + b"\0" + file.read_bytes())
+    return code.hexdigest()
+
+
 def _files(source: Source) -> list[tuple[str, int, int]]:
-    """A folder's files, their sizes and times: other weights in it are other weights."""
+    """The names, sizes and times of a folder's files: other weights have others."""
     folder = Path(source.location)
     if source.revision or not folder.is_dir():
         return []

@@ -1,4 +1,4 @@
-"""What `octet simulate` runs: a fleet from options or settings, a workload and a policy."""
+"""What `octet simulate` simulates: pools from options or settings, a workload and a policy."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autoscaling.load import PolicyTuning, ScalingLimits
-from autoscaling.load import PoolBounds as PoolLimits
+from autoscaling.load import PolicyTuning, PoolBounds, ScalingLimits
 from autoscaling.policy import preferred
 from autoscaling.simulation import workloads
 from autoscaling.simulation.contestants import contestant
 from autoscaling.simulation.fleet import NodeType
-from autoscaling.simulation.simulator import SimulatedPool, Simulation, SimulationResult, image_of
+from autoscaling.simulation.simulator import (
+    SimulatedPool,
+    SimulatedRequest,
+    Simulation,
+    SimulationResult,
+    image_of,
+)
 from autoscaling.simulation.workloads import HOUR_S, Workload
 from cluster.cards import CARDS
 from cluster.cost import CostCoefficients, reference
 from cluster.structure import TRANSFORMERS, structure
 
+from ..dispatch.fair_queue import FairQueue
 from ..errors import SettingsError, did_you_mean
 from ..models.reference_work import cost_of
-from ..models.replica_bounds import limits_of, replicas_per_card
+from ..models.replica_bounds import replicas_per_card, scaling_limits
 from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
 
 WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
-NUMBERS = {  # what each policy is tuned by
+NUMBERS = {  # the numbers that each policy is tuned by
     "ray-serve": ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
     "keda": ("target", "stabilisation_s", "cooldown_s"),
     "static": ("replicas",),
@@ -36,23 +42,23 @@ NUMBERS = {  # what each policy is tuned by
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A model's pools on their machines; `unit`: what its work is counted in."""
+    """A model's pools on their nodes; `unit`: the cost that counts as an image's work."""
 
-    sites: dict[str, SimulatedPool]
+    pools: dict[str, SimulatedPool]
     unit: CostCoefficients
     tuning: PolicyTuning
 
     @property
     def limits(self) -> ScalingLimits:
         return ScalingLimits(
-            {name: site.pool for name, site in self.sites.items()}, tuning=self.tuning
+            {name: pool.pool for name, pool in self.pools.items()}, tuning=self.tuning
         )
 
     @property
     def start_s(self) -> float:
-        """From an order to a ready replica where a node has to be added."""
-        machine = next(iter(self.sites.values())).machine
-        return machine.node_s + machine.start_s
+        """Seconds from an order to a ready replica where a node has to be added."""
+        node_type = next(iter(self.pools.values())).node_type
+        return node_type.node_s + node_type.start_s
 
     def run(
         self,
@@ -62,7 +68,7 @@ class Scenario:
         warm_up_s: float = 0.0,
         **numbers: float,
     ) -> SimulationResult:
-        """What becomes of the workload under a policy of `NUMBERS`."""
+        """Simulate the workload under a policy; `numbers` are those that `NUMBERS` lists for it."""
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
             work_s = self.unit.work_s
@@ -70,72 +76,77 @@ class Scenario:
         chosen = contestant(
             policy, self.limits, arrivals, workload.seconds, self.start_s, **numbers
         )
-        return Simulation(self.sites, chosen, seed, self.unit).run(workload, warm_up_s)
+        queue: FairQueue[SimulatedRequest] = FairQueue()
+        return Simulation(self.pools, chosen, queue, seed, self.unit).run(workload, warm_up_s)
 
 
 def scenario_of_card(
     model: str, card: str, slots: int, least: int, most: int, node_s: float, start_s: float
 ) -> Scenario:
-    """One pool, a replica a card, in the card's best precision. Raises `SettingsError`."""
+    """One pool with one replica on each card, in the card's best precision.
+
+    Raises `SettingsError`.
+    """
     if model not in TRANSFORMERS:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
     if card not in CARDS:
         raise SettingsError(f"--card '{card}': {did_you_mean(card, CARDS)}")
     recipe = "fp8" if CARDS[card].has_fp8 else "bf16"
     costs = reference(structure(model), recipe, CARDS[card])
-    pool = PoolLimits(model, least, most, slots, start_s=node_s + start_s)
+    pool = PoolBounds(model, least, most, slots, start_s=node_s + start_s)
     name = f"{model}-{'fp8' if recipe == 'fp8' else 'fp16'}-{card}"
     usd_h = CARDS[card].on_demand_usd_h or 0.0
-    machine = NodeType(card, usd_h, node_s=node_s, start_s=start_s)
-    return Scenario({name: SimulatedPool(pool, machine, costs)}, costs, PolicyTuning())
+    node_type = NodeType(card, usd_h, node_s=node_s, start_s=start_s)
+    return Scenario({name: SimulatedPool(pool, node_type, costs)}, costs, PolicyTuning())
 
 
 def scenario_of_settings(
     settings: Settings, model: str | None, node_s: float, start_s: float
 ) -> Scenario:
-    """The pools of a model that settings serve, by default the first. Raises `SettingsError`.
+    """The pools of one model of the settings, by default of the first.
 
-    Replicas that share a card share its time: each is as fast as if the others were busy.
+    Replicas that share a card share its time: each is as fast as if the others were busy. Raises
+    `SettingsError`.
     """
-    application = settings.application()
+    application = settings.application_settings()
     served = {m.id: m for m in application.models}
     if model is not None and model not in served:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, served)}")
     chosen = served[model] if model else application.models[0]
-    limits = limits_of(application)
+    limits = scaling_limits(application)
     unit = cost_of(chosen, chosen.pools[0], application.models_folder)
     pools = {chosen.pool_name(pool): pool for pool in chosen.pools}
-    sites = {
-        name: _site(
+    simulated = {
+        name: _simulated_pool(
             chosen, pools[name], limits.pools[name], application.models_folder, node_s, start_s
         )
         for name in preferred(chosen.id, limits)
     }
-    return Scenario(sites, unit, PolicyTuning(**settings.autoscaling.model_dump()))
+    return Scenario(simulated, unit, PolicyTuning(**settings.autoscaling.model_dump()))
 
 
-def _site(
+def _simulated_pool(
     model: ServedModel,
     pool: Pool,
-    limits: PoolLimits,
+    limits: PoolBounds,
     models_folder: str | None,
     node_s: float,
     start_s: float,
 ) -> SimulatedPool:
     per_node = replicas_per_card(pool)
     costs = CostCoefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
-    machine = NodeType(
+    node_type = NodeType(
         pool.card or "unknown card",
         limits.usd_h * per_node,
         per_node=per_node,
         node_s=node_s,
         start_s=start_s,
     )
-    return SimulatedPool(replace(limits, start_s=node_s + start_s), machine, costs)
+    return SimulatedPool(replace(limits, start_s=node_s + start_s), node_type, costs)
 
 
 def workload_of(name: str, per_s: float, hours: float) -> Workload:
-    """One of `WORKLOADS` with so many requests a second, or a CSV file. Raises `SettingsError`."""
+    """One of `WORKLOADS` with `per_s` requests a second, or a CSV file. Raises `SettingsError`."""
     if name not in WORKLOADS:
         if not Path(name).is_file():
             known = f"one of {', '.join(WORKLOADS)}, or a CSV file"
@@ -150,7 +161,7 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
 
 
 def policy_of(text: str) -> tuple[str, dict[str, float]]:
-    """`NAME` or `NAME:NUMBER,NUMBER`: what it is tuned by. Raises `SettingsError`."""
+    """Parse `NAME` or `NAME:NUMBER,NUMBER`, a policy and its tuning. Raises `SettingsError`."""
     name, _, given = text.partition(":")
     if name not in NUMBERS:
         raise SettingsError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")

@@ -117,7 +117,7 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
     with readable_errors(debug):
         if config is None:
             raise SettingsError("whose images? Name a settings file with --config")
-        settings = load_settings(config).application()
+        settings = load_settings(config).application_settings()
         if settings.data_folder is None:
             raise SettingsError(f"{config}: without data_folder nothing is kept")
         store = open_store(settings, drain=False)

@@ -1,41 +1,41 @@
-"""Which calls are admitted: every tenant's limits, budget and deadlines, decided in one place.
+"""Admission of calls: every tenant's limits, budget and deadlines, decided in one place.
 
-Gates, in this order: a tenant that is no more · a server that is stopping · request id · request
-rate · pools that could ever come · open requests · work rate · budget · queued work, the tenant's
-own and all · deadline.
-Nothing is taken from a limit unless the call passes all of them, except its place in the request
+The checks, in this order: the tenant exists · the server is not stopping · request id · request rate ·
+possible pools · open requests · work rate · budget · queue length, the tenant's own and all ·
+deadline. A call that fails a check takes nothing from any limit, except its place in the request
 rate.
 
-A tenant may queue four times as many images as there are places left, so even many floods together
-leave room for others (Choudhury & Hahne 1998, dynamic thresholds).
+A tenant may queue `OWN_SHARE` times as many images as there are places left, so that even many
+floods together leave room for others (dynamic thresholds: Choudhury & Hahne 1998).
 
 Time is an argument, in seconds on any steady clock.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..tenants.tenant import Tenant
 from ..usage.record import UsageRecord
-from .forecast import ArrivalRate, ForecastAccuracy, TenantDemand, wait_s
+from .call_forecasts import CallForecasts, Forecast
 from .grants import Grants
-from .protocol import AdmissionDecision, AdmissionRequest, Pools, Refusal
+from .protocol import AdmissionDecision, AdmissionRequest, Pools, RefusalReason
 from .tenant_account import TenantAccount
 
-OWN_SHARE = 4  # places that a tenant may have for each one that is left
-IDLE_S = 60.0  # arrivals that are older are forgotten
+OWN_SHARE = 4  # places that a tenant may take for each place that is left
 
 
 @dataclass(slots=True, eq=False)
 class AdmittedCall:
-    """One that was admitted; `reserved` is work that it may still be charged."""
+    """An open call; `reserved` is the work that it may still be charged."""
 
     session: str
-    name: str
+    id: str
     tenant: str
     request_id: str
     opened: float
@@ -43,27 +43,33 @@ class AdmittedCall:
     reserved: float
 
 
-class Forecast(NamedTuple):
-    """Seconds until the last grant of a call, and from there to its end."""
+class Arrivals(NamedTuple):
+    """Work that has arrived for the same pools since the start, and the sum of its squares."""
 
-    wait_s: float
-    service_s: float
+    work_s: float = 0.0
+    squares: float = 0.0
+
+    def and_one_of(self, work_s: float) -> Arrivals:
+        return Arrivals(self.work_s + work_s, self.squares + work_s**2)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(
-        self, refusal: Refusal, retry_after_s: float | None = None, own: bool = False
+        self,
+        reason: RefusalReason,
+        retry_after_s: float | None = None,
+        own_limit: bool = False,
     ) -> None:
         super().__init__()
-        self.refusal: Refusal = refusal
-        self.retry_after_s, self.own = retry_after_s, own
+        self.reason: RefusalReason = reason
+        self.retry_after_s, self.own_limit = retry_after_s, own_limit
 
     @property
     def for_want_of_replicas(self) -> bool:
-        """More of them could have answered it."""
-        if self.refusal == "queue_full":
-            return not self.own
-        return self.refusal == "deadline_unreachable" and self.retry_after_s is not None
+        """Whether more replicas could have answered the call."""
+        if self.reason == "queue_full":
+            return not self.own_limit
+        return self.reason == "deadline_unreachable" and self.retry_after_s is not None
 
 
 @dataclass(slots=True)
@@ -73,82 +79,90 @@ class _Tenancy:
 
 
 class Admission:
+    """The open calls of all tenants, and the decision about each new one."""
+
     def __init__(self, grants: Grants, *, max_queued: int) -> None:
         self.max_queued = max_queued
-        self.draining = False  # refuse what is new
+        self.draining = False  # refuse new calls
         self.month_ends = math.inf
+        # Arrived work by pools: admitted, or refused only because there were too few replicas.
+        self.arrived: dict[Pools, Arrivals] = {}
         self._grants = grants
-        self._tenants: dict[str, _Tenancy] = {}
-        self._known: Mapping[str, Tenant] | None = None  # None: whoever comes
-        self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and name
-        self._ids: dict[tuple[str, str], AdmittedCall] = {}  # by tenant and request id
-        self._arrivals: dict[str, dict[str, ArrivalRate]] = {}  # work, by pool and tenant
-        self._accuracy = ForecastAccuracy()
-        # Work that came for the same pools and was admitted, or would have been had there been
-        # more replicas; and the sum of its squares.
-        self.arrived: dict[Pools, tuple[float, float]] = {}
+        self._tenancies: dict[str, _Tenancy] = {}
+        self._known: Mapping[str, Tenant] | None = None  # None: any tenant may call
+        self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and call id
+        self._request_ids: dict[tuple[str, str], AdmittedCall] = {}  # by tenant and request id
+        self._forecasts = CallForecasts(grants)
 
     # -- tenants --------------------------------------------------------------------------------
 
     def set_tenants(self, tenants: Mapping[str, Tenant]) -> None:
-        """Those that exist from now on; what they have used stays used."""
+        """Replace the tenants and their limits; what they have used stays used."""
         self._known = tenants
         self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
-        for name, tenancy in self._tenants.items():
+        for name, tenancy in self._tenancies.items():
             if name in tenants:
                 tenancy.account.change(tenants[name])
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
-        """A month, what was spent in it so far, and when it ends."""
+        """Begin a month: `spent` work by tenant so far, and the time at which it ends."""
         self.month_ends = ends
-        for name in {*self._tenants, *spent}:
+        for name in {*self._tenancies, *spent}:
             self.account(name).spent = spent.get(name, 0.0)
 
     def account(self, tenant: str) -> TenantAccount:
         return self._tenancy(tenant).account
 
     def accounts(self) -> Iterator[tuple[str, TenantAccount, int]]:
-        """Every tenant that has been heard of, its account and its open calls."""
-        for name, tenancy in self._tenants.items():
+        """Every tenant that has called, its account and the number of its open calls."""
+        for name, tenancy in self._tenancies.items():
             yield name, tenancy.account, len(tenancy.calls)
 
     def _tenancy(self, tenant: str) -> _Tenancy:
-        if tenant not in self._tenants:
-            self._tenants[tenant] = _Tenancy(
-                TenantAccount((self._known or {}).get(tenant, Tenant()))
-            )
-        return self._tenants[tenant]
+        if tenant not in self._tenancies:
+            limits = (self._known or {}).get(tenant, Tenant())
+            self._tenancies[tenant] = _Tenancy(TenantAccount(limits))
+        return self._tenancies[tenant]
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def open(self, session: str, opening: AdmissionRequest, now: float) -> AdmissionDecision:
-        """Admit a call or refuse it; entries of an admitted one are then to be queued."""
-        account = self.account(opening.tenant)
+    def open(self, session: str, request: AdmissionRequest, now: float) -> AdmissionDecision:
+        """Admit a call or refuse it; the images of an admitted call are then to be queued."""
+        account = self.account(request.tenant)
         predicted_s = None
         try:
-            if not opening.accepted:
-                predicted_s = self._pass(opening, account, now)
-        except _Refused as no:
-            if no.for_want_of_replicas:
-                self._count(opening)
-            standings = account.standings(now, self.month_ends - now)
+            if not request.accepted:
+                predicted_s = self._check(request, account, now)
+        except _RefusedError as refused:
+            if refused.for_want_of_replicas:
+                self._count_arrival(request)
             return AdmissionDecision(
-                session, opening.call, no.refusal, None, no.retry_after_s, no.own, standings
+                session,
+                request.call_id,
+                refused.reason,
+                None,
+                refused.retry_after_s,
+                refused.own_limit,
+                account.rate_limits(now, self.month_ends - now),
             )
-        self._admit(session, opening, predicted_s, now)
-        standings = account.standings(now, self.month_ends - now)
-        eta_s = None if predicted_s is None else self._accuracy.expected(predicted_s)
-        return AdmissionDecision(session, opening.call, None, eta_s, standings=standings)
+        self._admit(session, request, predicted_s, now)
+        eta_s = None if predicted_s is None else self._forecasts.expected_s(predicted_s)
+        rate_limits = account.rate_limits(now, self.month_ends - now)
+        return AdmissionDecision(session, request.call_id, None, eta_s, rate_limits=rate_limits)
 
-    def call(self, session: str, name: str) -> AdmittedCall | None:
-        return self._calls.get((session, name))
+    def call(self, session: str, call_id: str) -> AdmittedCall | None:
+        """An open call by its session and id."""
+        return self._calls.get((session, call_id))
 
     def find(self, tenant: str, request_id: str) -> AdmittedCall | None:
         """A tenant's open call by the id that its client gave it."""
-        return self._ids.get((tenant, request_id))
+        return self._request_ids.get((tenant, request_id))
 
     def hold(self, session: str, usage: UsageRecord) -> float:
-        """Of a call's reservation, what stays until `free`, whatever becomes of the call."""
+        """Hold this image's part of the call's reservation until `free`; returns its work.
+
+        The held work outlives the call: it is what a charge that is being written may cost.
+        """
         call = self._calls.get((session, usage.call))
         held = min(usage.work_s, call.reserved) if call else 0.0
         if call:
@@ -156,215 +170,137 @@ class Admission:
         return held
 
     def free(self, tenant: str, held: float) -> None:
+        """Give back work that `hold` has held."""
         self.account(tenant).reserved -= held
 
     def spend(self, session: str, usage: UsageRecord, spent: float | None, now: float) -> None:
-        """An image was paid for; `spent`: by its tenant this month, where somebody else counts."""
+        """Count a charged image; `spent`: the tenant's sum of the month, if somebody else sums."""
         account = self.account(usage.tenant)
         account.spent = account.spent + usage.work_s if spent is None else spent
         if call := self._calls.get((session, usage.call)):
             self._learn(call, now)
 
-    def end(self, session: str, name: str, now: float) -> None:
-        """A call was answered, or nobody waits for it any more."""
-        if call := self._calls.pop((session, name), None):
+    def end(self, session: str, call_id: str, now: float) -> None:
+        """Close a call: it was answered, or nobody waits for it any more."""
+        if call := self._calls.pop((session, call_id), None):
             if call.predicted_s is not None and now - call.opened > call.predicted_s:
-                self._learn(call, now)  # it took at least so long
+                self._learn(call, now)  # it took at least this long
             tenancy = self._tenancy(call.tenant)
             tenancy.calls.discard(call)
             tenancy.account.reserved -= call.reserved
-            if self._ids.get((call.tenant, call.request_id)) is call:
-                del self._ids[call.tenant, call.request_id]
+            if self._request_ids.get((call.tenant, call.request_id)) is call:
+                del self._request_ids[call.tenant, call.request_id]
 
     def end_session(self, session: str, now: float) -> None:
-        for owner, name in [key for key in self._calls if key[0] == session]:
-            self.end(owner, name, now)
-
-    def _learn(self, call: AdmittedCall, now: float) -> None:
-        if call.predicted_s is not None:
-            self._accuracy.learn(call.predicted_s, now - call.opened)
-            call.predicted_s = None
+        """Close all calls of a session."""
+        for owner, call_id in [key for key in self._calls if key[0] == session]:
+            self.end(owner, call_id, now)
 
     @property
     def open_calls(self) -> int:
+        """The number of open calls."""
         return len(self._calls)
 
     def forget(self, now: float, passed_s: float) -> None:
-        """Drop what has faded; so much time has passed since the last time."""
-        self._accuracy.fade(passed_s)
-        for rates in self._arrivals.values():
-            for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
-                del rates[tenant]
+        """Let what was learned from past calls fade by `passed_s` seconds."""
+        self._forecasts.forget(now, passed_s)
 
-    # -- gates ----------------------------------------------------------------------------------
+    def _learn(self, call: AdmittedCall, now: float) -> None:
+        if call.predicted_s is not None:
+            self._forecasts.learn(call.predicted_s, now - call.opened)
+            call.predicted_s = None
 
-    def _pass(self, opening: AdmissionRequest, account: TenantAccount, now: float) -> float | None:
-        """When the call is predicted to be done, as the model has it. Raises `_Refused`."""
-        tenant, entries = account.tenant, opening.entries
-        if self._known is not None and opening.tenant not in self._known:
-            raise _Refused("no_tenant")
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check(self, request: AdmissionRequest, account: TenantAccount, now: float) -> float | None:
+        """Predicted seconds until the call is done; None without a prediction.
+
+        Raises `_RefusedError` for the first check that the call does not pass.
+        """
+        tenant, images = account.tenant, request.images
+        if self._known is not None and request.tenant not in self._known:
+            raise _RefusedError("no_tenant")
         if self.draining:
-            raise _Refused("draining")
-        if (opening.tenant, opening.request_id) in self._ids:
-            raise _Refused("request_id_in_use")
+            raise _RefusedError("draining")
+        if (request.tenant, request.request_id) in self._request_ids:
+            raise _RefusedError("request_id_in_use")
         if account.requests:
             if late_s := account.requests.wait_s(1, now):
-                raise _Refused("rate_limit_exceeded", late_s, own=True)
+                raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
             account.requests.take(1, now)
-        if not all(self._grants.possible(entry.pools) for entry in entries):
-            raise _Refused("no_capacity")
-        calls = self._tenancy(opening.tenant).calls
+        if not all(self._grants.possible(image.pools) for image in images):
+            raise _RefusedError("no_capacity")
+        calls = self._tenancy(request.tenant).calls
         if tenant.max_requests is not None and len(calls) >= tenant.max_requests:
             ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
             later_s = max(min(ends, default=0.0), 1.0) if tenant.max_requests else None
-            raise _Refused("rate_limit_exceeded", later_s, own=True)
-        if not entries:  # its images are there already, or on their way
+            raise _RefusedError("rate_limit_exceeded", later_s, own_limit=True)
+        if not images:  # they are in the result cache, or generated for another call
             return None
-        if account.work and (late_s := account.work.wait_s(opening.work_s, now)):
-            raise _Refused("rate_limit_exceeded", late_s, own=True)
-        if account.budget_left is not None and opening.work_s > account.budget_left + 1e-6:
-            never = opening.work_s > (tenant.monthly_work or 0.0)
+        if account.work and (late_s := account.work.wait_s(request.work_s, now)):
+            raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
+        if account.budget_left is not None and request.work_s > account.budget_left + 1e-6:
+            never = request.work_s > (tenant.monthly_work or 0.0)
             later_s = None if never else self.month_ends - now
-            raise _Refused("insufficient_quota", later_s, own=True)
-        self._check_queue(opening, tenant, now)
-        forecast = self._forecast(opening, now)
+            raise _RefusedError("insufficient_quota", later_s, own_limit=True)
+        self._check_queue(request, tenant, now)
+        forecast = self._forecasts.forecast(request, now)
         if forecast is None:
             return None
-        self._check_deadline(opening, forecast, now)
+        self._check_deadline(request, forecast, now)
         return sum(forecast)
 
-    def _check_queue(self, opening: AdmissionRequest, tenant: Tenant, now: float) -> None:
-        items, work_s = self._grants.queue.waiting(opening.tenant)
-        coming, free = len(opening.entries), self.max_queued - self._grants.queue_depth
+    def _check_queue(self, request: AdmissionRequest, tenant: Tenant, now: float) -> None:
+        queued, work_s = self._grants.queue.waiting(request.tenant)
+        coming, free = len(request.images), self.max_queued - self._grants.queue_depth
         if coming > free:
-            raise _Refused("queue_full", self._drained_s(opening, coming - free))
-        if items + coming > OWN_SHARE * free:
-            raise _Refused("queue_full", self._drained_s(opening, 1), own=True)
+            raise _RefusedError("queue_full", self._forecasts.grants_in_s(request, coming - free))
+        if queued + coming > OWN_SHARE * free:
+            raise _RefusedError(
+                "queue_full", self._forecasts.grants_in_s(request, 1), own_limit=True
+            )
         limit = tenant.max_queued_work
-        if limit is not None and items and work_s + opening.work_s > limit:
-            excess_s = work_s + opening.work_s - limit
-            backlogs = self._grants.queue.backlogs(opening.entries[0].pools)
-            later_s = self._wait_s(opening, min(excess_s, work_s), backlogs, now)
+        if limit is not None and queued and work_s + request.work_s > limit:
+            excess_s = work_s + request.work_s - limit
+            backlogs = self._grants.queue.backlogs(request.images[0].pools)
+            later_s = self._forecasts.wait_s(request, min(excess_s, work_s), backlogs, now)
             known_s = later_s if math.isfinite(later_s) else None
-            raise _Refused("queue_full", known_s, own=True)
+            raise _RefusedError("queue_full", known_s, own_limit=True)
 
-    def _check_deadline(self, opening: AdmissionRequest, forecast: Forecast, now: float) -> None:
-        late_s = self._at_most_s(forecast) - opening.timeout_s
+    def _check_deadline(self, request: AdmissionRequest, forecast: Forecast, now: float) -> None:
+        late_s = self._forecasts.at_most_s(forecast) - request.timeout_s
         if late_s <= 0:
             return
-        first = self._forecast(opening, now, first=True) or forecast
-        own = self._at_most_s(first) <= opening.timeout_s
-        never = self._alone_s(opening) > opening.timeout_s
-        raise _Refused("deadline_unreachable", None if never else late_s, own)
-
-    def _at_most_s(self, forecast: Forecast) -> float:
-        """Past errors count where something is waited for: they alone refuse nobody."""
-        return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
+        with_empty_backlog = self._forecasts.forecast(request, now, own_backlog=False) or forecast
+        own_limit = self._forecasts.at_most_s(with_empty_backlog) <= request.timeout_s
+        never = self._forecasts.alone_s(request) > request.timeout_s
+        raise _RefusedError("deadline_unreachable", None if never else late_s, own_limit)
 
     def _admit(
-        self, session: str, opening: AdmissionRequest, predicted_s: float | None, now: float
+        self, session: str, request: AdmissionRequest, predicted_s: float | None, now: float
     ) -> None:
-        tenancy = self._tenancy(opening.tenant)
+        tenancy = self._tenancy(request.tenant)
         call = AdmittedCall(
             session,
-            opening.call,
-            opening.tenant,
-            opening.request_id,
+            request.call_id,
+            request.tenant,
+            request.request_id,
             now,
             predicted_s,
-            opening.work_s,
+            request.work_s,
         )
-        self._calls[session, opening.call] = call
-        self._ids.setdefault((opening.tenant, opening.request_id), call)
+        self._calls[session, request.call_id] = call
+        self._request_ids.setdefault((request.tenant, request.request_id), call)
         tenancy.calls.add(call)
-        tenancy.account.reserved += opening.work_s
-        if opening.accepted:
+        tenancy.account.reserved += request.work_s
+        if request.accepted:
             return
         if tenancy.account.work:
-            tenancy.account.work.take(opening.work_s, now)
-        self._count(opening)
-        for pool in {pool for entry in opening.entries for pool in entry.pools}:
-            rates = self._arrivals.setdefault(pool, {})
-            rate = rates.setdefault(opening.tenant, ArrivalRate())
-            rate.add(sum(e.work_s for e in opening.entries if pool in e.pools), now)
+            tenancy.account.work.take(request.work_s, now)
+        self._count_arrival(request)
+        self._forecasts.count_arrival(request, now)
 
-    def _count(self, opening: AdmissionRequest) -> None:
-        for entry in opening.entries:
-            work_s, squares = self.arrived.get(entry.pools, (0.0, 0.0))
-            self.arrived[entry.pools] = work_s + entry.work_s, squares + entry.work_s**2
-
-    # -- forecasts ------------------------------------------------------------------------------
-
-    def _forecast(
-        self, opening: AdmissionRequest, now: float, *, first: bool = False
-    ) -> Forecast | None:
-        """None while none of the pools has a replica. `first`: with nothing else of its tenant."""
-        if not opening.entries:
-            return None
-        pools = opening.entries[0].pools
-        speed, slots, running = self._capacity(pools)
-        if not speed:
-            return None
-        backlogs = self._grants.queue.backlogs(pools)
-        coming = len(opening.entries)
-        wait_s = 0.0
-        if backlogs or running + coming > slots:
-            own_s = 0.0 if first else backlogs.get(opening.tenant, 0.0)
-            wait_s = self._wait_s(opening, own_s + opening.work_s, backlogs, now)
-        return Forecast(wait_s, self._service_s(opening, full=wait_s > 0))
-
-    def _service_s(self, opening: AdmissionRequest, *, full: bool) -> float:
-        """From the grants to the end: of the first pool that has room, or of all when `full`."""
-        pools = opening.entries[0].pools
-        if not full:
-            pools = tuple(p for p in pools if self._grants.free_slots(p) > 0)[:1] or pools
-        speed, slots, running = self._capacity(pools)
-        return self._drawn_s(opening, pools, min(slots, running + len(opening.entries)), speed)
-
-    def _alone_s(self, opening: AdmissionRequest) -> float:
-        """With nothing beside it, in the fastest of its pools."""
-        speeds = {pool: self._capacity((pool,))[0] for pool in opening.entries[0].pools}
-        coming = len(opening.entries)
-        return min(self._drawn_s(opening, (p,), coming, s) for p, s in speeds.items() if s)
-
-    def _drawn_s(self, opening: AdmissionRequest, pools: Pools, images: int, speed: float) -> float:
-        """The largest of a call's images among so many in these pools."""
-        replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
-        return max(entry.work_s for entry in opening.entries) * max(replicas, images) / speed
-
-    def _wait_s(
-        self, opening: AdmissionRequest, own_s: float, backlogs: Mapping[str, float], now: float
-    ) -> float:
-        """Until so much of the tenant's own work is under way."""
-        pools = opening.entries[0].pools
-        queue = self._grants.queue
-        arriving = dict.fromkeys(backlogs, 0.0)
-        for pool in pools:
-            for name, rate in self._arrivals.get(pool, {}).items():
-                arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
-        arriving.pop(opening.tenant, None)
-        others = [
-            TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
-            for name, per_s in arriving.items()
-        ]
-        speed, _, _ = self._capacity(pools)
-        return wait_s(own_s, queue.weight(opening.tenant), others, speed)
-
-    def _drained_s(self, opening: AdmissionRequest, items: int) -> float | None:
-        """Until so many of those who wait are granted."""
-        pools = opening.entries[0].pools
-        speed, _, _ = self._capacity(pools)
-        depth = self._grants.queue_depth
-        if not (speed and depth):
-            return None
-        return items * sum(self._grants.queue.backlogs(pools).values()) / depth / speed
-
-    def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
-        """Speed, slots and running images of the pools' replicas that stay."""
-        speed, slots, running = 0.0, 0, 0
-        for pool in pools:
-            staying = self._grants.slots(pool)
-            slots += staying
-            running += staying - self._grants.free_slots(pool)
-            speed += sum(said.speed for said in self._grants.staying(pool))
-        return speed, slots, running
+    def _count_arrival(self, request: AdmissionRequest) -> None:
+        for image in request.images:
+            before = self.arrived.get(image.pools, Arrivals())
+            self.arrived[image.pools] = before.and_one_of(image.work_s)

@@ -1,72 +1,58 @@
-"""The Dispatcher deployment: the one owner of the queue, exactly one replica, no GPU.
+"""The Dispatcher deployment: the one owner of queue and limits, exactly one replica, no GPU.
 
-It is `Admission` and `Grants` with a clock, a network and two folders: `TenantFiles` says who may
-call, `Metering` charges them. Each Ingress opens a stream on which verdicts and
-outcomes arrive in batches, and tells its news in batches; each Generator reports itself.
+It joins `Admission` and `Grants` with a clock and a network. Each Ingress opens a session, a stream
+on which decisions and grants arrive in batches, and sends its updates in batches. Each Generator
+reports itself by heartbeat. Other files do the rest: `metering` charges tenants, `scaling` decides on
+replicas, `node_watch` looks at the cluster, `upkeep` does what is due with every heartbeat.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from autoscaling.load import PolicyTuning, ScalingLimits
-from cluster.placement import Node, NodeRequirement, fits, unknown_cards
+from cluster.placement import Node, NodeRequirement
 from cluster.ray_nodes import living_nodes
 
 from ..settings.application import AutoscalingSettings, LiveSettings
-from ..tenants.keys import TenantDirectory
 from ..tenants.watched_files import TenantFiles
-from ..usage.ledger import UsageLedger, month_of
+from ..usage.ledger import UsageLedger
 from .admission import Admission
-from .dispatcher_metrics import PoolMetrics, TenantMetrics
+from .dispatcher_metrics import TenantMetrics
 from .grants import Grants
 from .metering import Metering
+from .node_watch import NodeWatch
 from .overview import overview
 from .protocol import (
-    HEARTBEAT_S,
-    REPLICA_LEASE_S,
-    SESSION_LEASE_S,
-    AdmissionDecision,
+    TIMING,
     AdmissionRequest,
+    Cancelled,
+    DispatcherStatus,
     Heartbeat,
     HeartbeatReply,
     Lease,
-    Outcome,
+    PoolStatus,
     QueuedImage,
     RunningImage,
+    SessionMessage,
     SessionUpdate,
     StoppedImage,
+    Timing,
 )
+from .ray_default_scaling import RayDefaultScaling
 from .scaling import Scaling
+from .sessions import SessionStreams
+from .upkeep import Upkeep
 
-log = logging.getLogger("ray.serve")
-
-POSITIONS_S = 0.05  # until places in the queue are told
-NODES_S = 2.0  # how often the cluster's nodes are looked up
-TENANTS_S = 1.0  # how often the tenants' files are looked at
-RECOVERY_S = 2.0  # after a restart nothing is granted until every Ingress could say what runs
-
-Told = list[Outcome | AdmissionDecision] | TenantDirectory
-
-
-class _Stream:
-    """What one session has still to be told."""
-
-    def __init__(self, directory: TenantDirectory) -> None:
-        self.directory: TenantDirectory | None = directory
-        self.told: list[Outcome | AdmissionDecision] = []
-        self.news = asyncio.Event()
-        self.news.set()
-        self.ended = False
+SCALINGS = {"queued-work": Scaling, "ray-default": RayDefaultScaling}  # by `autoscaling_policy`
 
 
 class Dispatcher:
-    """See `serve.dispatch.session` for the other end of `session` and `tell`."""
+    """The Dispatcher's calls; `serve.dispatch.client.session` is the other end of a session."""
 
     def __init__(
         self,
@@ -76,321 +62,265 @@ class Dispatcher:
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
-        recovery_s: float = RECOVERY_S,
+        timing: Timing = TIMING,
     ) -> None:
-        """`pools`: what one replica of each needs; `limits`: how many there may be.
+        """`pools`: what a replica of each pool needs of a node; `limits`: how many there may be.
 
-        `read_nodes` may block.
-
-        Without `tenants_folder` there are no tenants to know, without `usage_folder` usage is
-        counted until this process ends. Raises `SettingsError`, `OSError` and `ValueError` for
-        what these folders hold.
+        `read_nodes` may block. Without `tenants_folder` any tenant may call, without `usage_folder`
+        usage is counted until this process ends. Raises `SettingsError`, `OSError` and `ValueError`
+        for what is wrong in these folders.
         """
-        self._pools, self._read_nodes = pools, read_nodes
-        self._grants = Grants(
-            list(pools), session_lease_s=SESSION_LEASE_S, replica_lease_s=REPLICA_LEASE_S
+        self._timing = timing
+        self.grants = Grants(
+            list(pools),
+            session_lease_s=timing.session_lease_s,
+            replica_lease_s=timing.replica_lease_s,
         )
-        self._admission = Admission(self._grants, max_queued=LiveSettings().max_queued)
-        now, ours = time.monotonic(), autoscaling_policy == "queued-work"
-        self._scaling = Scaling(self._grants, self._admission, limits, now, ours=ours)
-        self._grants_from = now + recovery_s
-        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before that
-        self._streams: dict[str, _Stream] = {}
-        self._warned: set[str] = set()
-        self._positions_due = False
+        self.admission = Admission(self.grants, max_queued=LiveSettings().max_queued)
+        now = time.monotonic()
+        self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, limits, now)
+        self.sessions = SessionStreams()
+        self._tenant_metrics = TenantMetrics()
+        ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
+        self.metering = Metering(
+            self.admission,
+            ledger,
+            self._tenant_metrics,
+            self.sessions.deliver,
+            timing.charge_retry_s,
+        )
         self._tenants: TenantFiles | None = None
-        self._directory: TenantDirectory = {}
         if tenants_folder:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
-            self._take_tenants()
-        ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
-        self._metrics, self._pool_metrics = TenantMetrics(), PoolMetrics()
-        self._metering = Metering(self._admission, ledger, self._metrics, self._deliver)
+            self._apply_tenants(self._tenants)
+        self._grants_from = now + timing.recovery_s
+        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before that
+        self._positions_due = False
+        upkeep = Upkeep(
+            self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
+        )
+        nodes = NodeWatch(pools, read_nodes, self.grants, self.scaling, self.sessions.deliver)
+        decide_from = self._grants_from + timing.replica_lease_s
         self._tasks = [
-            asyncio.create_task(task())
-            for task in (self._expire, self._place, self._watch_tenants, self._metering.run)
+            asyncio.create_task(work)
+            for work in (
+                upkeep.run(self.end_session, self._grant_and_tell, decide_from),
+                nodes.run(timing.nodes_s),
+                self._watch_tenants(),
+                self.metering.run(),
+            )
         ]
-        asyncio.get_running_loop().call_later(recovery_s, self._begin)
+        asyncio.get_running_loop().call_later(timing.recovery_s, self._begin)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Ray Serve with parts of `LiveSettings`, at the start and when they change."""
-        self._admission.max_queued = user_config["max_queued"]
-        tuning = AutoscalingSettings.model_validate(user_config.get("autoscaling", {}))
-        self._scaling.tune(PolicyTuning(**tuning.model_dump()))
+        """Apply parts of `LiveSettings`; called by Ray Serve at the start and on changes."""
+        self.admission.max_queued = user_config["max_queued"]
+        settings = AutoscalingSettings.model_validate(user_config.get("autoscaling", {}))
+        self.scaling.tune(PolicyTuning(**settings.model_dump()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve for `autoscaling.ray_policy`."""
-        return self._scaling.reported()
+        """The scaling report; called by Ray Serve for `autoscaling.ray_policy`."""
+        return self.scaling.report().as_stats()
 
     # -- Ingresses ------------------------------------------------------------------------------
 
     async def session(
         self, session: str, calls: list[AdmissionRequest], running: list[RunningImage]
-    ) -> AsyncIterator[Told]:
-        """What becomes of the calls of one Ingress, from those that it has open and runs.
+    ) -> AsyncIterator[SessionMessage]:
+        """Open a session with the calls that are open and the images that run at an Ingress.
 
-        Opening a session again replaces it. Ends when it expires or is replaced. The directory of
-        tenants comes first, and again whenever it changes.
+        Opening a session again replaces it. The stream ends when the session expires or is
+        replaced.
         """
-        self._end(session)
-        stream = self._streams[session] = _Stream(self._directory)
-        self._grants.open(session, time.monotonic())
-        for entry in running:
-            self._grants.declare(session, entry)
+        self.end_session(session)
+        stream = self.sessions.open(session)
+        self.grants.open(session, time.monotonic())
+        for image in running:
+            self.grants.declare(session, image)
         self._open_calls(session, calls)
         try:
-            while not stream.ended:
-                await stream.news.wait()
-                stream.news.clear()
-                known, stream.directory = stream.directory, None
-                if known is not None:
-                    yield known
-                told, stream.told = stream.told, []
-                if told:
-                    yield told
+            async for message in self.sessions.messages(stream):
+                yield message
         finally:
-            if self._streams.get(session) is stream:
-                self._end(session)
+            if self.sessions.is_open(session, stream):
+                self.end_session(session)
 
-    async def tell(self, session: str, news: SessionUpdate) -> bool:
-        """What happened at one Ingress since it last spoke. False if its session is not open."""
+    async def tell(self, session: str, update: SessionUpdate) -> bool:
+        """Apply an Ingress's update. False if its session is not open."""
         now = time.monotonic()
-        if not self._grants.heard_from(session, now):
+        if not self.grants.heard_from(session, now):
             return False
-        for usage in news.usages:
-            self._metering.charge(session, usage)
-        for release in news.releases:
-            said = self._grants.release(session, release, now)
+        for usage in update.usages:
+            self.metering.charge(session, usage)
+        for release in update.releases:
+            report = self.grants.release(session, release, now)
             if release.cancelled:
-                self._metering.cancelled(session, release.cancelled, said)
-        for call in news.ended:
-            self._admission.end(session, call, now)
+                self.metering.cancelled(session, release.cancelled, report)
+        for call_id in update.ended_calls:
+            self.admission.end(session, call_id, now)
         if self._early:
             self._early = [
-                (s, o) for s, o in self._early if s != session or o.call not in news.ended
+                (s, request)
+                for s, request in self._early
+                if s != session or request.call_id not in update.ended_calls
             ]
-        self._open_calls(session, news.openings)
-        self._submit(session, news.submits)
+        self._open_calls(session, update.admissions)
+        self._queue_retries(session, update.retries)
         return True
 
     async def cancel(self, tenant: str, request_id: str) -> bool | None:
-        """End a tenant's call with this id, at whichever Ingress; False if there is none.
+        """End a tenant's call by its request id, at whichever Ingress; False if there is none.
 
-        None right after a start, when an Ingress may not yet have said that there is.
+        None right after a start, when an Ingress may not yet have said that it has such a call.
         """
-        if (call := self._admission.find(tenant, request_id)) is None:
+        if (call := self.admission.find(tenant, request_id)) is None:
             return None if time.monotonic() < self._grants_from else False
-        self._deliver([Outcome(call.session, call.name, None, "cancelled")])
+        self.sessions.deliver([Cancelled(call.session, call.id)])
         return True
+
+    def end_session(self, session: str) -> None:
+        """Close a session: its images leave the queue, its slots are free, its calls are closed."""
+        self.grants.close(session)
+        self.admission.end_session(session, time.monotonic())
+        self._early = [early for early in self._early if early[0] != session]
+        self.sessions.close(session)
 
     # -- Generators -----------------------------------------------------------------------------
 
     async def report_replica(
-        self, said: Heartbeat, drawing: Iterable[Lease] = (), stopped: Iterable[StoppedImage] = ()
+        self,
+        heartbeat: Heartbeat,
+        running: Iterable[Lease] = (),
+        stopped: Iterable[StoppedImage] = (),
     ) -> HeartbeatReply:
-        """The heartbeat of a Generator replica."""
+        """Note the heartbeat of a Generator, the leases that it runs and what it has stopped."""
         now = time.monotonic()
-        self._grants.report_replica(said, now, drawing)
-        for one in stopped:
-            if usage := self._grants.stopped(one, now):
-                self._metering.stopped(one.lease.session, usage, one)
+        self.grants.report_replica(heartbeat, now, running)
+        for report in stopped:
+            if usage := self.grants.stopped(report, now):
+                self.metering.stopped(report.lease.session, usage, report)
         self._grant()
-        orphans = tuple(lease for lease in drawing if not self._grants.holds(lease))
-        return HeartbeatReply(orphans, said.node in self._grants.draining)
+        orphans = tuple(lease for lease in running if not self.grants.holds(lease))
+        return HeartbeatReply(orphans, heartbeat.node in self.grants.draining)
 
-    # -- those who operate it -------------------------------------------------------------------
+    # -- operators ------------------------------------------------------------------------------
 
-    async def state(self) -> dict[str, Any]:
-        """Open `calls` of clients, `queued` images, and of each pool what its replicas say.
-
-        `running`: images granted to the pool; `speed`: reference replicas that it amounts to;
-        `wanted`: replicas, `least` of which there are always, and why their number last changed.
-        """
-        pools = {}
-        for pool in self._pools:
-            replicas = self._grants.staying(pool)
-            pools[pool] = {
-                "replicas": len(replicas),
-                "slots": self._grants.slots(pool),
-                "running": self._grants.running_in(pool),
-                "running_work_s": round(sum(said.running_work_s for said in replicas), 3),
-                "speed": round(sum(said.speed for said in replicas), 3),
-                "placeable": self._grants.placeable(pool),
-                "least": self._scaling.limits.pools[pool].min_replicas,
-                "wanted": self._scaling.replicas[pool],
-                "reason": self._scaling.reasons.get(pool, ""),
-            }
-        return {
-            "draining": self._admission.draining,
-            "calls": self._admission.open_calls,
-            "queued": self._grants.queue_depth,
-            "pools": pools,
-        }
+    async def state(self) -> DispatcherStatus:
+        """The number of open calls and queued images, and the status of every pool."""
+        return DispatcherStatus(
+            draining=self.admission.draining,
+            calls=self.admission.open_calls,
+            queued=self.grants.queue_depth,
+            pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
+        )
 
     async def overview(self) -> dict[str, Any]:
-        """`state`, and what each tenant has under way and has used: for `octet top`."""
-        faults = self._tenants.faults if self._tenants else {}
-        tenants = overview(self._admission, self._grants)
-        return {**await self.state(), "faults": faults, "tenants": tenants}
+        """`state`, faults of the tenants' files, and a row for each tenant: for `octet top`."""
+        status = await self.state()
+        return {
+            **status.as_json(),
+            "faults": self._tenants.faults if self._tenants else {},
+            "tenants": overview(self.admission, self.grants),
+        }
 
     async def drain(self) -> int:
-        """Refuse new images from now on; returns how many calls and images are still open.
+        """Refuse new calls from now on; returns how many calls and images are still open.
 
         At least one right after a start, when Ingresses have not yet said what they have.
         """
-        self._admission.draining = True
+        self.admission.draining = True
         unheard = time.monotonic() < self._grants_from
-        running = sum(self._grants.running_in(pool) for pool in self._pools)
-        return self._grants.queue_depth + running + self._admission.open_calls + unheard
+        running = sum(self.grants.running_in(pool) for pool in self.scaling.limits.pools)
+        return self.grants.queue_depth + running + self.admission.open_calls + unheard
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; without expiry the slots of a dead Ingress would stay taken."""
+        """Raise `RuntimeError` if a task has ended: leases would never expire. For Ray Serve."""
         if any(task.done() for task in self._tasks):
             raise RuntimeError("sessions, replicas, nodes, tenants or usage are without their task")
 
-    # -- calls and entries ----------------------------------------------------------------------
+    def _pool_status(self, pool: str) -> PoolStatus:
+        staying = self.grants.staying(pool)
+        return PoolStatus(
+            replicas=len(staying),
+            slots=self.grants.slots(pool),
+            running=self.grants.running_in(pool),
+            running_work_s=round(sum(replica.running_work_s for replica in staying), 3),
+            speed=round(sum(replica.speed for replica in staying), 3),
+            placeable=self.grants.placeable(pool),
+            least=self.scaling.limits.pools[pool].min_replicas,
+            wanted=self.scaling.replicas[pool],
+            reason=self.scaling.reasons.get(pool, ""),
+        )
+
+    # -- calls and images -----------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Every Ingress could say by now what it has: limits are known, so calls are admitted."""
-        self._grants_from = min(self._grants_from, time.monotonic())  # timers may be early
+        """Admit the calls that came early: by now every Ingress has said what it has."""
+        self._grants_from = min(self._grants_from, time.monotonic())  # timers may fire early
         early, self._early = self._early, []
-        for session, opening in early:
-            if session in self._streams:
-                self._open_calls(session, [opening])
+        for session, request in early:
+            if session in self.sessions:
+                self._open_calls(session, [request])
         self._grant()
 
-    def _open_calls(self, session: str, openings: Iterable[AdmissionRequest]) -> None:
+    def _open_calls(self, session: str, requests: Iterable[AdmissionRequest]) -> None:
         now = time.monotonic()
-        entries: list[QueuedImage] = []
-        for opening in openings:
-            if now < self._grants_from and not opening.accepted:
-                self._early.append((session, opening))
+        queued: list[QueuedImage] = []
+        for request in requests:
+            if now < self._grants_from and not request.accepted:
+                self._early.append((session, request))
                 continue
-            verdict = self._admission.open(session, opening, now)
-            if verdict.refusal:
-                self._metrics.refused(opening.tenant, verdict.refusal)
-            if not opening.accepted:
-                self._deliver([verdict])
-            if not verdict.refusal:
-                for entry in opening.entries:
-                    self._queue(session, entry, opening.tenant)
-                entries += opening.entries
+            decision = self.admission.open(session, request, now)
+            if decision.refusal:
+                self._tenant_metrics.refused(request.tenant, decision.refusal)
+            if not request.accepted:
+                self.sessions.deliver([decision])
+            if not decision.refusal:
+                for image in request.images:
+                    self._queue(session, image, request.tenant)
+                queued += request.images
         self._grant()
-        self._tell_positions(entries)
+        self._report_positions(queued)
 
-    def _submit(self, session: str, entries: Iterable[QueuedImage]) -> None:
-        """Further attempts."""
-        for entry in entries:
-            if call := self._admission.call(session, entry.call):
-                self._queue(session, entry, call.tenant)
+    def _queue_retries(self, session: str, images: Iterable[QueuedImage]) -> None:
+        for image in images:
+            if call := self.admission.call(session, image.call_id):
+                self._queue(session, image, call.tenant)
         self._grant()
-        self._tell_positions(entries)
+        self._report_positions(images)
 
-    def _queue(self, session: str, entry: QueuedImage, tenant: str) -> None:
-        if refused := self._grants.submit(session, entry, tenant, time.monotonic()):
-            self._deliver([refused])
+    def _queue(self, session: str, image: QueuedImage, tenant: str) -> None:
+        if refused := self.grants.submit(session, image, tenant, time.monotonic()):
+            self.sessions.deliver([refused])
 
-    def _tell_positions(self, entries: Iterable[QueuedImage]) -> None:
-        """Soon, and all together: it takes time that grows with the queue."""
+    def _report_positions(self, images: Iterable[QueuedImage]) -> None:
+        """Report queue positions soon, all at once: finding them costs time with the queue's length."""
 
-        def tell() -> None:
+        def report() -> None:
             self._positions_due = False
-            self._deliver(self._grants.positions())
+            self.sessions.deliver(self.grants.positions())
 
-        if not self._positions_due and any(entry.watched for entry in entries):
+        if not self._positions_due and any(image.report_position for image in images):
             self._positions_due = True
-            asyncio.get_running_loop().call_later(POSITIONS_S, tell)
+            asyncio.get_running_loop().call_later(self._timing.positions_s, report)
 
     def _grant(self) -> None:
         if time.monotonic() >= self._grants_from:
-            self._deliver(self._grants.grant())
+            self.sessions.deliver(self.grants.grant())
 
-    def _deliver(self, told: Iterable[Outcome | AdmissionDecision]) -> None:
-        for one in told:
-            if stream := self._streams.get(one.session):
-                stream.told.append(one)
-                stream.news.set()
+    def _grant_and_tell(self) -> None:
+        self._grant()
+        self.sessions.deliver(self.grants.positions())
 
-    def _end(self, session: str) -> None:
-        self._grants.close(session)
-        self._admission.end_session(session, time.monotonic())
-        self._early = [early for early in self._early if early[0] != session]
-        if stream := self._streams.pop(session, None):
-            stream.ended = True
-            stream.news.set()
-
-    async def _expire(self) -> None:
-        before = time.monotonic()
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            now, last, before = time.monotonic(), before, time.monotonic()
-            if now - last > 2 * HEARTBEAT_S:
-                continue  # it was this process that stood still: let the others be heard first
-            for session in self._grants.expire(now):
-                log.warning("session %s fell silent: its slots are free", session)
-                self._end(session)
-            for usage in self._grants.give_up(now):
-                self._metering.give_up(usage)
-            self._admission.forget(now, HEARTBEAT_S)
-            self._metering.turn_month(month_of(time.time()))
-            self._scale(now)
-            self._grant()
-            self._deliver(self._grants.positions())
-            self._metrics.report(overview(self._admission, self._grants))
-
-    def _scale(self, now: float) -> None:
-        """Never raises: without this task nothing else would expire."""
-        try:
-            if now >= self._grants_from + REPLICA_LEASE_S:  # every replica could say that it lives
-                for name, reason in self._scaling.decide(now).items():
-                    log.info("%s: %s", name, reason)
-            self._pool_metrics.report(self._scaling, self._grants, now)
-        except Exception:  # whatever it is, what was wanted stays
-            log.exception("autoscaling: no decision")
-
-    # -- tenants and nodes ----------------------------------------------------------------------
-
-    def _take_tenants(self) -> None:
-        if self._tenants:
-            self._admission.set_tenants(self._tenants.tenants)
-            self._directory = self._tenants.directory
-        for stream in self._streams.values():
-            stream.directory = self._directory
-            stream.news.set()
+    # -- tenants --------------------------------------------------------------------------------
 
     async def _watch_tenants(self) -> None:
         while True:
-            await asyncio.sleep(TENANTS_S)
-            tenants = self._tenants
-            if tenants is not None and await asyncio.to_thread(tenants.read):
-                self._take_tenants()
+            await asyncio.sleep(self._timing.tenants_s)
+            files = self._tenants
+            if files is not None and await asyncio.to_thread(files.read):
+                self._apply_tenants(files)
 
-    async def _place(self) -> None:
-        """Learn which pools could be held, and refuse what waits for pools that cannot."""
-        while True:
-            try:
-                nodes = list(await asyncio.to_thread(self._read_nodes))
-            except Exception:  # whatever Ray says, the last known state serves until it answers
-                log.warning("could not read the cluster's nodes; trying again", exc_info=True)
-            else:
-                self._warn(nodes)
-                alive = {node.id for node in nodes}
-                gone = {node for node in self._grants.draining if node not in alive}
-                self._grants.draining = frozenset(
-                    {node.id for node in nodes if node.draining} | gone
-                )
-                staying = [node for node in nodes if not node.draining]
-                self._scaling.placeable = frozenset(
-                    pool
-                    for pool, need in self._pools.items()
-                    if any(fits(need, node) for node in staying)
-                )
-                self._grants.set_placeable(filter(self._scaling.may_come, self._pools))
-                self._deliver(self._grants.refuse())
-            await asyncio.sleep(NODES_S)
-
-    def _warn(self, nodes: Iterable[Node]) -> None:
-        for node, warning in unknown_cards(nodes).items():
-            if node not in self._warned:
-                log.warning(warning)
-                self._warned.add(node)
+    def _apply_tenants(self, files: TenantFiles) -> None:
+        self.admission.set_tenants(files.tenants)
+        self.sessions.set_tenants(files.directory)

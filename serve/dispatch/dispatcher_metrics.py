@@ -1,7 +1,8 @@
-"""What the Dispatcher counts of pools and tenants: see `serve.metrics`.
+"""The Dispatcher's metrics of pools and tenants, as `serve.metric_catalogue` lists them.
 
-However many tenants there are, labels stay few: the `MOST` who have used most lately are named, all
-others together are `_other`; and no more than `EVER` are named while this process lives.
+Labels stay few however many tenants there are: the `MOST_NAMED` tenants that have used most lately
+are named, all others together are `_other`. No more than `EVER_NAMED` tenants are named while this
+process lives.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from .grants import Grants
 from .overview import TenantRow
 from .scaling import Scaling
 
-MOST, EVER = 20, 100
-FADE = 0.999  # of what was used lately, at each report
+MOST_NAMED, EVER_NAMED = 20, 100
+FADE = 0.999  # what is left, at each report, of what was used lately
 QUEUE = "images", "work_seconds", "oldest_seconds"
-OTHER = "_other"  # no tenant's id
+OTHER = "_other"  # not a valid tenant id
 
 
 class PoolMetrics:
-    """Of every pool: what waits for it, its slots and replicas."""
+    """Every pool's queue, slots and replicas."""
 
     def __init__(self) -> None:
         self._replicas, self._slots = metric("octet_pool_replicas"), metric("octet_pool_slots")
@@ -31,11 +32,11 @@ class PoolMetrics:
         self._wanted: dict[str, int] = {}
 
     def report(self, scaling: Scaling, grants: Grants, now: float) -> None:
-        """Once per heartbeat."""
+        """Set all gauges; called once per heartbeat."""
         waiting = {pool: [0, 0.0, 0.0] for pool in scaling.limits.pools}
-        for item in grants.queue:
-            row = waiting.setdefault(item.pools[0], [0, 0.0, 0.0])
-            row[:] = row[0] + 1, row[1] + item.work_s, max(row[2], now - item.what.since)
+        for image in grants.queue:
+            row = waiting.setdefault(image.pools[0], [0, 0.0, 0.0])
+            row[:] = row[0] + 1, row[1] + image.work_s, max(row[2], now - image.since)
         for pool in scaling.limits.pools:
             row = waiting[pool]
             tags = {"model": scaling.limits.pools[pool].model, "pool": pool}
@@ -56,11 +57,13 @@ class PoolMetrics:
 
 
 class TenantMetrics:
+    """Every tenant's calls, queue, charges and refusals."""
+
     def __init__(self) -> None:
         self._lately: Counter[str] = Counter()
-        self._named: set[str] = set()  # now
-        self._ever: set[str] = set()  # whose counters go on
-        # Since the last report: telling Ray of each costs more than dispatching it.
+        self._named: set[str] = set()  # named at present
+        self._ever: set[str] = set()  # named at some time: their counters go on
+        # Collected between reports, because telling Ray of each costs more than dispatching it.
         self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._gauges = {
@@ -72,24 +75,26 @@ class TenantMetrics:
         self._refused = metric("octet_tenant_refused")
 
     def charged(self, usage: UsageRecord) -> None:
+        """Count a charged image."""
         self._lately[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
         self._charges[usage.tenant, usage.outcome].append(usage.work_s)
 
     def refused(self, tenant: str, code: str) -> None:
+        """Count a refused call."""
         self._refusals[tenant, code] += 1
 
     def report(self, rows: Sequence[TenantRow]) -> None:
-        """Once per heartbeat: Ray forgets gauges that are not set again."""
+        """Report to Ray; called once per heartbeat, because Ray forgets gauges that are not set."""
         queued = {row["tenant"]: row["queued_work"] for row in rows}
         use = Counter({t: self._lately[t] + queued.get(t, 0) for t in {*self._lately, *queued}})
-        before, self._named = self._named, self._admitted(use)
+        before, self._named = self._named, self._most_used(use)
         for (tenant, outcome), work in self._charges.items():
-            tags = {"tenant": self._counted(tenant), "outcome": outcome}
+            tags = {"tenant": self._label(tenant), "outcome": outcome}
             self._images.inc(len(work), tags)
             if sum(work):
                 self._work.inc(sum(work), tags)
         for (tenant, code), count in self._refusals.items():
-            self._refused.inc(count, {"tenant": self._counted(tenant), "code": code})
+            self._refused.inc(count, {"tenant": self._label(tenant), "code": code})
         self._charges.clear()
         self._refusals.clear()
         for tenant in list(self._lately):
@@ -102,17 +107,17 @@ class TenantMetrics:
             for label, value in sums.items():
                 gauge.set(value, {"tenant": label})
 
-    def _admitted(self, use: Counter[str]) -> set[str]:
-        """Those with most, as far as they have a name or may still get one."""
+    def _most_used(self, use: Counter[str]) -> set[str]:
+        """The tenants with most use, as far as they are named or may still be."""
         named: set[str] = set()
         for tenant, _ in use.most_common():
-            if tenant in self._ever or len(self._ever) < EVER:
+            if tenant in self._ever or len(self._ever) < EVER_NAMED:
                 self._ever.add(tenant)
                 named.add(tenant)
-            if len(named) == MOST:
+            if len(named) == MOST_NAMED:
                 break
         return named
 
-    def _counted(self, tenant: str) -> str:
-        """A counter's label stays once it has begun."""
+    def _label(self, tenant: str) -> str:
+        """The label of a tenant's counters, which stays once it has begun."""
         return tenant if tenant in self._ever else OTHER

@@ -1,18 +1,20 @@
-"""Start-time fair queueing between tenants, first come first served within each.
+"""Start-time fair queueing between tenants, first come first served within each tenant.
 
 Every pool is shared by itself. A tenant's *clock* in a pool is the work that it was granted there ÷
-its weight; a slot of the pool goes to the waiting tenant whose clock is lowest, and that clock then
-moves on by the work of the item ÷ weight. So while two tenants wait for a pool, what they were
-granted there per weight never drifts further apart than their largest item is per weight, and no
-slot stays free while somebody waits for it. What an item took in truth corrects the clock later,
-so over time it is what was taken that is shared.
+its weight. A free slot of the pool goes to the waiting tenant with the lowest clock, and that clock
+then moves on by the image's work ÷ weight. So while two tenants wait for a pool, what they were
+granted there per weight never differs by more than their largest image per weight, and no slot stays
+free while anybody waits for it. When an image has ended, the clock is corrected by what it really
+took, so over time tenants share the time of replicas and not the predictions.
 
-A tenant that comes back is lifted to the clock at which the pool last granted: it has no credit for
-having been away, and goes next.
+A tenant that comes back after a pause is lifted to the clock at which the pool last granted: it has
+no credit for the time that it was away, and is served next.
 
-An item may wait for several pools and is taken from all of them at once. Adding, taking and
-removing one cost O(log tenants) for each of its pools. Goyal, Vin & Cheng 1996 describe the
-algorithm; counting per tenant instead of tagging each item makes removals and corrections exact.
+An item may wait for several pools; it leaves all of them when it is granted in one. Adding, taking
+and removing an item cost O(log tenants) for each of its pools. The algorithm is that of Goyal, Vin &
+Cheng 1996; counting per tenant instead of tagging each item makes removals and corrections exact.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations
@@ -21,45 +23,54 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, merge
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
-SLACK = 64  # stale keys that a heap may hold beside twice the tenants that wait
+SLACK = 64  # stale keys that a heap may hold, beside twice the number of waiting tenants
+
+
+class Queueable(Protocol):
+    """What the queue needs to know of an item; the queue itself sets `number`."""
+
+    number: int  # order of arrival
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def work_s(self) -> float:
+        """The predicted work, in seconds of a reference replica."""
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The pools that may serve the item, preferred first."""
+
+
+T = TypeVar("T", bound=Queueable)
 
 
 @dataclass(slots=True)
-class Item:
-    """Something that waits; `work_s` is what it will take, in seconds of a reference replica."""
-
-    tenant: str
-    work_s: float
-    pools: tuple[str, ...]  # preferred first
-    what: Any = None
-    number: int = 0  # order of arrival
-
-
-@dataclass(slots=True)
-class _Flow:
-    """A tenant in a pool."""
+class _Flow(Generic[T]):
+    """One tenant in one pool."""
 
     clock: float
-    line: OrderedDict[int, Item] = field(default_factory=OrderedDict)
+    line: OrderedDict[int, T] = field(default_factory=OrderedDict)
     backlog_s: float = 0.0
-    running: int = 0  # taken, and not yet settled
-    key: tuple[float, int] | None = None  # as it stands in the heap, while it waits
-    ahead: float | None = None  # the clock with which it stands among the idle
+    running: int = 0  # items taken and not yet settled
+    key: tuple[float, int] | None = None  # the flow's key in the heap, while anything waits
+    idle_clock: float | None = None  # the clock with which it stands among the idle flows
 
 
-class _Pool:
-    """The tenants that wait for one pool, that run in it, or whose clocks are still ahead."""
+class _PoolQueue(Generic[T]):
+    """The tenants that wait for one pool, run in it, or have a clock ahead of it."""
 
     def __init__(self) -> None:
-        self.flows: dict[str, _Flow] = {}
+        self.flows: dict[str, _Flow[T]] = {}
         self.waiting: set[str] = set()
         self.granted_at = 0.0  # the clock at which the last slot was granted
-        self._heap: list[tuple[float, int, str]] = []  # keys of flows, current and stale
-        self._ahead: list[tuple[float, str]] = []  # idle flows, by clock
+        self._heap: list[tuple[float, int, str]] = []  # keys of waiting flows, current and stale
+        self._idle: list[tuple[float, str]] = []  # idle flows, by clock
 
-    def enter(self, item: Item) -> None:
+    def enter(self, item: T) -> None:
         flow = self.flows.setdefault(item.tenant, _Flow(self.granted_at))
         if not flow.line:
             flow.clock = max(flow.clock, self.granted_at)
@@ -68,18 +79,18 @@ class _Pool:
         flow.backlog_s += item.work_s
         self._place(item.tenant, flow)
 
-    def leave(self, item: Item) -> None:
+    def leave(self, item: T) -> None:
         flow = self.flows[item.tenant]
         del flow.line[item.number]
         flow.backlog_s -= item.work_s
         if not flow.line:
-            flow.backlog_s = 0.0  # without the dust of rounding
+            flow.backlog_s = 0.0  # drop what rounding has left
             self.waiting.discard(item.tenant)
         self._place(item.tenant, flow)
-        self._forget()
+        self._forget_idle()
 
     def charge(self, tenant: str, served: float) -> None:
-        """A slot is granted; `served`: work ÷ weight."""
+        """Count a granted slot; `served`: work ÷ weight."""
         flow = self.flows[tenant]
         self.granted_at = max(self.granted_at, flow.clock)
         flow.running += 1
@@ -87,15 +98,15 @@ class _Pool:
         self._place(tenant, flow)
 
     def settle(self, tenant: str, correction: float) -> None:
-        """What runs has ended; `correction`: work ÷ weight."""
+        """Count the end of a running item; `correction`: work ÷ weight."""
         flow = self.flows.get(tenant)
         if flow and flow.running:
             flow.running -= 1
             flow.clock += correction
             self._place(tenant, flow)
-            self._forget()
+            self._forget_idle()
 
-    def first(self) -> Item | None:
+    def first(self) -> T | None:
         while self._heap:
             clock, number, tenant = self._heap[0]
             flow = self.flows.get(tenant)
@@ -104,13 +115,13 @@ class _Pool:
             heappop(self._heap)
         return None
 
-    def _place(self, tenant: str, flow: _Flow) -> None:
+    def _place(self, tenant: str, flow: _Flow[T]) -> None:
         """Keep the heap's key of a flow true: its clock, and the arrival of its first item."""
         if not flow.line:
             flow.key = None
-            if not flow.running and flow.ahead != flow.clock:
-                flow.ahead = flow.clock
-                heappush(self._ahead, (flow.clock, tenant))
+            if not flow.running and flow.idle_clock != flow.clock:
+                flow.idle_clock = flow.clock
+                heappush(self._idle, (flow.clock, tenant))
             return
         key = flow.clock, next(iter(flow.line))
         if key != flow.key:
@@ -121,13 +132,13 @@ class _Pool:
             self._heap = [(*key, name) for name, key in current if key]
             heapify(self._heap)
 
-    def _forget(self) -> None:
-        """Idle tenants whose clocks the pool has passed would be lifted anyway."""
-        while self._ahead and self._ahead[0][0] <= self.granted_at:
-            clock, tenant = heappop(self._ahead)
+    def _forget_idle(self) -> None:
+        """Drop idle tenants whose clocks the pool has passed: they would be lifted anyway."""
+        while self._idle and self._idle[0][0] <= self.granted_at:
+            clock, tenant = heappop(self._idle)
             flow = self.flows.get(tenant)
-            if flow and flow.ahead == clock:
-                flow.ahead = None
+            if flow and flow.idle_clock == clock:
+                flow.idle_clock = None
                 if not flow.line and not flow.running and flow.clock <= self.granted_at:
                     del self.flows[tenant]
 
@@ -140,24 +151,28 @@ class _Backlog:
     work_s: float = 0.0
 
 
-class FairQueue:
-    """See the module's text. A tenant that `weights` does not have has weight 1."""
+class FairQueue(Generic[T]):
+    """The queue that the module's docstring describes.
+
+    `weights` are by tenant; a tenant without one has weight 1.
+    """
 
     def __init__(self) -> None:
         self.weights: Mapping[str, float] = {}
-        self._pools: dict[str, _Pool] = {}
+        self._pools: dict[str, _PoolQueue[T]] = {}
         self._arrivals = 0
-        self._waiting: dict[int, Item] = {}
+        self._waiting: dict[int, T] = {}
         self._backlogs: dict[str, _Backlog] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[Item]:
-        """By arrival."""
+    def __iter__(self) -> Iterator[T]:
+        """The waiting items, in order of arrival."""
         return iter(self._waiting.values())
 
-    def add(self, item: Item) -> None:
+    def add(self, item: T) -> None:
+        """Let an item wait for all of its pools; sets its `number`."""
         self._arrivals += 1
         item.number = self._arrivals
         self._waiting[item.number] = item
@@ -165,10 +180,10 @@ class FairQueue:
         backlog.items += 1
         backlog.work_s += item.work_s
         for pool in item.pools:
-            self._pools.setdefault(pool, _Pool()).enter(item)
+            self._pools.setdefault(pool, _PoolQueue()).enter(item)
 
-    def remove(self, item: Item) -> None:
-        """It will not be served."""
+    def remove(self, item: T) -> None:
+        """Take an item out unserved."""
         del self._waiting[item.number]
         backlog = self._backlogs[item.tenant]
         backlog.items -= 1
@@ -178,30 +193,30 @@ class FairQueue:
         for pool in item.pools:
             self._pools[pool].leave(item)
 
-    def first(self, pool: str) -> Item | None:
-        """Who is next in a pool."""
+    def first(self, pool: str) -> T | None:
+        """The item that a pool's next free slot belongs to."""
         queue = self._pools.get(pool)
         return queue.first() if queue else None
 
-    def take(self, item: Item, pool: str) -> None:
-        """Serve an item in one of its pools; `settle` has to follow."""
+    def take(self, item: T, pool: str) -> None:
+        """Serve an item in one of its pools; `settle` must follow when it has ended."""
         self._pools[pool].charge(item.tenant, item.work_s / self.weight(item.tenant))
         self.remove(item)
 
     def taken_before(self, tenant: str, pool: str, work_s: float) -> None:
-        """As `take`, for what a queue before this one has granted."""
-        queue = self._pools.setdefault(pool, _Pool())
+        """Count an item that an earlier queue has granted, as `take` does."""
+        queue = self._pools.setdefault(pool, _PoolQueue())
         flow = queue.flows.setdefault(tenant, _Flow(queue.granted_at))
         flow.running += 1
         flow.clock += work_s / self.weight(tenant)
 
     def settle(self, tenant: str, pool: str, correction_s: float) -> None:
-        """What was taken has ended; it took so much more work than it was charged."""
+        """Count the end of a served item, which took `correction_s` more work than predicted."""
         if queue := self._pools.get(pool):
             queue.settle(tenant, correction_s / self.weight(tenant))
 
-    def order(self, pool: str) -> Iterator[Item]:
-        """Who would be served in which order, if nobody else came."""
+    def order(self, pool: str) -> Iterator[T]:
+        """The waiting items of a pool in the order of their service, if no others came."""
         queue = self._pools.get(pool)
         if queue is None:
             return
@@ -210,12 +225,13 @@ class FairQueue:
             yield item
 
     def weight(self, tenant: str) -> float:
+        """A tenant's weight: its share of a pool is weight ÷ the weights of all that wait."""
         return self.weights.get(tenant, 1.0)
 
     def backlogs(self, pools: tuple[str, ...]) -> dict[str, float]:
-        """The work that each tenant has waiting for some of these pools.
+        """The work, in seconds, that each tenant has waiting for any of these pools.
 
-        Of the pool for which it has most: what waits for several is not counted twice.
+        The largest of its backlogs counts, so an item that waits for several pools counts once.
         """
         found: dict[str, float] = {}
         for queue in filter(None, map(self._pools.get, pools)):
@@ -224,11 +240,11 @@ class FairQueue:
         return found
 
     def waiting(self, tenant: str) -> tuple[int, float]:
-        """Items of a tenant, and their work."""
+        """The number of a tenant's waiting items, and their work in seconds."""
         backlog = self._backlogs.get(tenant, _Backlog())
         return backlog.items, backlog.work_s
 
-    def _tagged(self, tenant: str, flow: _Flow) -> Iterator[tuple[float, int, Item]]:
+    def _tagged(self, tenant: str, flow: _Flow[T]) -> Iterator[tuple[float, int, T]]:
         clock = flow.clock
         for item in flow.line.values():
             yield clock, item.number, item

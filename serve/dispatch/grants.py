@@ -1,16 +1,17 @@
-"""Who may use which free slot: the Dispatcher's state, without clock, network or Ray.
+"""Grants of free slots to waiting images: the Dispatcher's state, without clock, network or Ray.
 
-An *entry* is one image waiting; it names the pools it may run in, preferred first. A *slot* is
-room for one image in a pool: replicas × slots each, as the replicas report themselves. A *grant*
-gives a free slot to the entry that is next by fairness (`fair_queue`) among those that may use it;
-binding is late, so an entry never waits while a pool that it allows has room. A grant is a lease of
-the *session* (one Ingress replica) that submitted the entry: a session that falls silent gives all
-of its entries and slots back.
+A *slot* is room for one image in a pool: replicas × slots each, as the replicas report themselves.
+A *grant* gives a free slot to the image that is next by fairness (`fair_queue`) among those that may
+use it. Binding is late, so an image never waits while a pool that it allows has a free slot. A grant
+is a lease of the *session* (one Ingress replica) that queued the image: a session that falls silent
+loses all of its images and slots.
 
-A pool is *possible* if a replica of it lives or a node could hold one; an entry that has no
-possible pool is refused, and never waits for what cannot come.
+A pool is *possible* if it has a living replica or a node could hold one. An image without a possible
+pool is refused at once, and never waits for what cannot come.
 
 Time is an argument, in seconds on any steady clock.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
@@ -22,96 +23,110 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 from ..usage.record import UsageRecord
-from .fair_queue import FairQueue, Item
+from .fair_queue import FairQueue
 from .protocol import (
+    Granted,
     Heartbeat,
     Lease,
-    Outcome,
     Pools,
+    Position,
     QueuedImage,
+    Refused,
     Release,
     RunningImage,
     StoppedImage,
 )
 
-UNSETTLED_S = 30.0  # a Generator has said by then what it took of an entry, or it never will
-EXCESS_S = 600.0  # a replica that is still there then was not stopped
-TOLD_POSITIONS = 1000  # who waits further back hears its position when it has come nearer
+UNSETTLED_S = 30.0  # a Generator has reported a stopped image by then, or it never will
+EXCESS_S = 600.0  # Ray Serve has stopped a replica in excess by then, or it never will
+REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
 
 
-@dataclass(slots=True)
-class _Waiting:
+@dataclass(slots=True, eq=False)
+class WaitingImage:
+    """An image in the fair queue; `since`: when it was queued; `position`: as last reported."""
+
+    image: QueuedImage
+    tenant: str
     session: str
-    asked: QueuedImage
     since: float
-    position: int = 0  # as it was last told
+    number: int = 0
+    position: int = 0
+
+    @property
+    def work_s(self) -> float:
+        return self.image.work_s
+
+    @property
+    def pools(self) -> Pools:
+        return self.image.pools
 
 
 @dataclass(slots=True)
 class _Session:
     last_heard: float
-    waiting: dict[str, Item] = field(default_factory=dict)
+    waiting: dict[str, WaitingImage] = field(default_factory=dict)
     running: dict[str, RunningImage] = field(default_factory=dict)
 
 
 class _Unsettled(NamedTuple):
-    """A slot that was given back before its Generator has said what it took."""
+    """A slot that was given back before its Generator said what the image took."""
 
     since: float
-    taken: RunningImage
+    image: RunningImage
     cancelled: UsageRecord | None
 
 
 @dataclass(slots=True)
 class _Replica:
-    said: Heartbeat
+    heartbeat: Heartbeat
     first_heard: float
     last_heard: float
-    drawing: frozenset[Lease]
+    running: frozenset[Lease]
 
 
 class _Excess(NamedTuple):
-    """Of the replicas that were there at a time, so many stay; Ray Serve stops the others."""
+    """Only `staying` of the replicas that lived at `since` stay; Ray Serve stops the others."""
 
     since: float
     staying: int
 
 
 class Grants:
-    """See the module's text for the words."""
+    """The queue, the slots and the leases of all sessions."""
 
     def __init__(
         self, pools: Sequence[str], *, session_lease_s: float, replica_lease_s: float
     ) -> None:
-        """`pools`: those of a model in the order in which they are preferred."""
-        self.queue = FairQueue()
+        """`pools`: each model's pools in order of preference."""
+        self.queue: FairQueue[WaitingImage] = FairQueue()
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
+        self.draining: frozenset[str] = frozenset()  # ids of nodes that are about to go
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {pool: {} for pool in pools}
-        self._placeable: frozenset[str] | None = None  # not known yet: any pool may come
+        self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
         self._excess: dict[str, _Excess] = {}
-        self.draining: frozenset[str] = frozenset()  # nodes that are about to go
-        self._running: dict[str, int] = {}  # granted slots per pool
-        self._watched: dict[int, Item] = {}  # waiting ones, by number
+        self._running: dict[str, int] = {}  # granted slots by pool
+        self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
-        self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # before their release
+        self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # reported before their release
 
-    # -- what the outside tells ---------------------------------------------------------------
+    # -- sessions -------------------------------------------------------------------------------
 
     def open(self, session: str, now: float) -> None:
-        """Begin a session."""
+        """Begin a session, in place of one with the same name."""
         self.close(session)
         self._sessions[session] = _Session(now)
 
     def close(self, session: str) -> None:
-        """End a session: its entries leave the queue and its slots are free."""
-        if gone := self._sessions.pop(session, None):
-            for item in gone.waiting.values():
-                self._leave_queue(item)
-            for taken in gone.running.values():
-                self._free(taken)
-                self._settle(taken, taken.work_s)
+        """End a session: its images leave the queue and its slots are free."""
+        if ended := self._sessions.pop(session, None):
+            for waiting in ended.waiting.values():
+                self._leave_queue(waiting)
+            for running in ended.running.values():
+                self._free(running)
+                self._settle(running, running.work_s)
 
     def heard_from(self, session: str, now: float) -> bool:
         """Renew a session's lease; False if there is no such session (any more)."""
@@ -121,79 +136,48 @@ class Grants:
         return True
 
     def declare(self, session: str, running: RunningImage) -> None:
-        """What a session already runs by an earlier grant."""
+        """Count an image that a session runs by the grant of an earlier Dispatcher."""
         self._hold(session, running)
         self.queue.taken_before(running.tenant, running.pool, running.work_s)
 
-    def submit(self, session: str, asked: QueuedImage, tenant: str, now: float) -> Outcome | None:
-        """Queue an entry; an `Outcome` is returned only when it is refused at once."""
+    def submit(self, session: str, image: QueuedImage, tenant: str, now: float) -> Refused | None:
+        """Queue an image; returns a refusal if none of its pools is possible."""
         holder = self._sessions[session]
-        if asked.entry in holder.waiting or asked.entry in holder.running:
+        if image.id in holder.waiting or image.id in holder.running:
             return None
-        if not self.possible(asked.pools):
-            return Outcome(session, asked.entry, None, "no_capacity")
-        item = Item(tenant, asked.work_s, asked.pools, _Waiting(session, asked, now))
-        self.queue.add(item)
-        holder.waiting[asked.entry] = item
-        if asked.watched:
-            self._watched[item.number] = item
+        if not self.possible(image.pools):
+            return Refused(session, image.id)
+        waiting = WaitingImage(image, tenant, session, now)
+        self.queue.add(waiting)
+        holder.waiting[image.id] = waiting
+        if image.report_position:
+            self._watched[waiting.number] = waiting
         return None
 
     def release(
         self, session: str, release: Release, now: float
     ) -> StoppedImage | Literal["awaited"] | None:
-        """An entry is done or no longer wanted, whether it waits, runs, or is unknown.
+        """Let go of an image, whether it waits, runs, or is unknown.
 
-        Of one that was stopped, returns what its Generator has said of it. If that is awaited,
-        `stopped` or `give_up` return what was to be charged for it.
+        For an image that was stopped, returns its Generator's report, or "awaited" if that is still
+        to come. A report that is awaited is answered by `stopped`, or by `give_up` if it is late.
         """
         holder = self._sessions[session]
-        if item := holder.waiting.pop(release.entry, None):
-            self._leave_queue(item)
-        elif taken := holder.running.pop(release.entry, None):
-            self._free(taken)
+        if waiting := holder.waiting.pop(release.image_id, None):
+            self._leave_queue(waiting)
+        elif running := holder.running.pop(release.image_id, None):
+            self._free(running)
             if release.took_s is not None:
-                self._settle(taken, release.took_s)
+                self._settle(running, release.took_s)
                 return None
-            lease = Lease(session, release.entry, taken.pool)
+            lease = Lease(session, release.image_id, running.pool)
             if lease in self._stopped:
-                _, stopped = self._stopped.pop(lease)
-                self._settle(taken, stopped.work_s)
-                return stopped
-            self._unsettled[lease] = _Unsettled(now, taken, release.cancelled)
+                _, report = self._stopped.pop(lease)
+                self._settle(running, report.work_s)
+                return report
+            self._unsettled[lease] = _Unsettled(now, running, release.cancelled)
             return "awaited"
         return None
-
-    def stopped(self, stopped: StoppedImage, now: float) -> UsageRecord | None:
-        """A Generator says what it took of an entry; returns what was to be charged for it."""
-        unsettled = self._unsettled.pop(stopped.lease, None)
-        if unsettled is None:
-            if self.holds(stopped.lease):
-                self._stopped[stopped.lease] = now, stopped
-            return None
-        self._settle(unsettled.taken, stopped.work_s)
-        return unsettled.cancelled
-
-    def report_replica(self, said: Heartbeat, now: float, drawing: Iterable[Lease] = ()) -> None:
-        """A replica of a pool is there. One of a pool that is no more is not heard."""
-        if (replicas := self._replicas.get(said.pool)) is not None:
-            known = replicas.get(said.replica)
-            first_heard = known.first_heard if known else now
-            replicas[said.replica] = _Replica(said, first_heard, now, frozenset(drawing))
-
-    def keep(self, pool: str, replicas: int, now: float) -> None:
-        """No more than so many of those that are there stay: the others get nothing new."""
-        if replicas < len(self._staying(pool)):
-            self._excess[pool] = _Excess(now, replicas)
-
-    def holds(self, lease: Lease) -> bool:
-        """Whether the lease's session still runs its entry."""
-        session = self._sessions.get(lease.session)
-        return session is not None and lease.entry in session.running
-
-    def set_placeable(self, pools: Iterable[str]) -> None:
-        """The pools of which a replica could be placed, now or on a node that is added."""
-        self._placeable = frozenset(pools)
 
     def expire(self, now: float) -> list[str]:
         """Drop sessions and replicas that have fallen silent; returns the sessions."""
@@ -216,130 +200,172 @@ class Grants:
             self.close(name)
         return silent
 
+    # -- Generators -----------------------------------------------------------------------------
+
+    def report_replica(
+        self, heartbeat: Heartbeat, now: float, running: Iterable[Lease] = ()
+    ) -> None:
+        """Note a replica's heartbeat, unless its pool no longer exists."""
+        if (replicas := self._replicas.get(heartbeat.pool)) is not None:
+            known = replicas.get(heartbeat.replica)
+            first_heard = known.first_heard if known else now
+            replicas[heartbeat.replica] = _Replica(heartbeat, first_heard, now, frozenset(running))
+
+    def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
+        """Note what a stopped image took; returns the record that it was to be charged by."""
+        unsettled = self._unsettled.pop(report.lease, None)
+        if unsettled is None:
+            if self.holds(report.lease):
+                self._stopped[report.lease] = now, report
+            return None
+        self._settle(unsettled.image, report.work_s)
+        return unsettled.cancelled
+
     def give_up(self, now: float) -> list[UsageRecord]:
-        """What was to be charged for entries of which no Generator has said what they took."""
-        late = [x for x, entry in self._unsettled.items() if now - entry.since > UNSETTLED_S]
-        gone = [self._unsettled.pop(lease) for lease in late]
-        for entry in gone:
-            self._settle(entry.taken, entry.taken.work_s)
-        return [entry.cancelled for entry in gone if entry.cancelled]
+        """Settle stopped images that no Generator has reported; returns their usage records."""
+        late = [x for x, image in self._unsettled.items() if now - image.since > UNSETTLED_S]
+        lost = [self._unsettled.pop(lease) for lease in late]
+        for unsettled in lost:
+            self._settle(unsettled.image, unsettled.image.work_s)
+        return [unsettled.cancelled for unsettled in lost if unsettled.cancelled]
 
-    # -- what follows -------------------------------------------------------------------------
+    def keep(self, pool: str, replicas: int, now: float) -> None:
+        """Keep at most `replicas` of the current replicas; the rest get no new grants."""
+        if replicas < len(self._staying(pool)):
+            self._excess[pool] = _Excess(now, replicas)
 
-    def grant(self) -> list[Outcome]:
-        """Give every free slot to the entry that is next among those that may use it."""
+    def holds(self, lease: Lease) -> bool:
+        """Whether the lease's session still runs its image."""
+        session = self._sessions.get(lease.session)
+        return session is not None and lease.image_id in session.running
+
+    # -- decisions ------------------------------------------------------------------------------
+
+    def grant(self) -> list[Granted]:
+        """Give every free slot to the image that is next among those that may use it."""
         granted = []
         for pool in self._replicas:
-            while self.free_slots(pool) > 0 and (item := self.queue.first(pool)):
-                entry: _Waiting = item.what
+            while self.free_slots(pool) > 0 and (waiting := self.queue.first(pool)):
                 # Pools come in order of preference, but a further attempt may prefer another one.
-                best = next(p for p in item.pools if p == pool or self._next_in(p) is item)
-                self.queue.take(item, best)
-                self._watched.pop(item.number, None)
-                asked = entry.asked
-                del self._sessions[entry.session].waiting[asked.entry]
-                running = RunningImage(asked.entry, asked.call, item.tenant, best, asked.work_s)
-                self._hold(entry.session, running)
-                granted.append(Outcome(entry.session, asked.entry, best, "granted"))
+                best = next(p for p in waiting.pools if p == pool or self._next_in(p) is waiting)
+                self.queue.take(waiting, best)
+                self._watched.pop(waiting.number, None)
+                image = waiting.image
+                del self._sessions[waiting.session].waiting[image.id]
+                running = RunningImage(image.id, image.call_id, waiting.tenant, best, image.work_s)
+                self._hold(waiting.session, running)
+                granted.append(Granted(waiting.session, image.id, best))
         return granted
 
-    def refuse(self) -> list[Outcome]:
-        """Take the entries out of the queue whose pools have all become impossible."""
-        hopeless = [item.what for item in self.queue if not self.possible(item.pools)]
-        for entry in hopeless:
-            self.release(entry.session, Release(entry.asked.entry), 0.0)
-        return [Outcome(e.session, e.asked.entry, None, "no_capacity") for e in hopeless]
+    def refuse(self) -> list[Refused]:
+        """Take the images out of the queue whose pools have all become impossible."""
+        hopeless = [waiting for waiting in self.queue if not self.possible(waiting.pools)]
+        for waiting in hopeless:
+            self.release(waiting.session, Release(waiting.image.id), 0.0)
+        return [Refused(waiting.session, waiting.image.id) for waiting in hopeless]
 
-    def positions(self) -> list[Outcome]:
-        """Where the watched entries wait, if it has changed since it was last told.
+    def positions(self) -> list[Position]:
+        """The queue positions that have changed since they were last reported.
 
-        In the pool in which they come first, if nobody else came.
+        An image that waits for several pools has the best of its positions in them.
         """
         found: dict[int, int] = {}
-        for pool in {pool for item in self._watched.values() for pool in item.pools}:
-            for place, item in enumerate(islice(self.queue.order(pool), TOLD_POSITIONS), 1):
-                if item.number in self._watched:
-                    found[item.number] = min(place, found.get(item.number, place))
-        moved: list[Outcome] = []
+        for pool in {pool for waiting in self._watched.values() for pool in waiting.pools}:
+            in_order = islice(self.queue.order(pool), REPORTED_POSITIONS)
+            for place, waiting in enumerate(in_order, 1):
+                if waiting.number in self._watched:
+                    found[waiting.number] = min(place, found.get(waiting.number, place))
+        moved: list[Position] = []
         for number, place in found.items():
-            entry: _Waiting = self._watched[number].what
-            if place != entry.position:
-                entry.position = place
-                moved.append(Outcome(entry.session, entry.asked.entry, None, "queued", place))
+            waiting = self._watched[number]
+            if place != waiting.position:
+                waiting.position = place
+                moved.append(Position(waiting.session, waiting.image.id, place))
         return moved
 
-    def free_slots(self, pool: str) -> int:
-        """Of the replicas that stay; what others draw takes none of them."""
-        staying = self._staying(pool)
-        free = sum(replica.said.slots for replica in staying) - self.running_in(pool)
-        if len(staying) < len(self._replicas.get(pool, {})):
-            names = {replica.said.replica for replica in staying}
-            for name, replica in self._replicas[pool].items():
-                if name not in names:
-                    free += sum(map(self.holds, replica.drawing))
-        return free
+    # -- pools ----------------------------------------------------------------------------------
 
-    def slots(self, pool: str) -> int:
-        """Of the replicas that stay."""
-        return sum(said.slots for said in self.staying(pool))
-
-    def replicas(self, pool: str) -> list[Heartbeat]:
-        """What the living replicas of a pool last said."""
-        return [replica.said for replica in self._replicas.get(pool, {}).values()]
-
-    def staying(self, pool: str) -> list[Heartbeat]:
-        """What those last said that are neither in excess nor on a node that is drained."""
-        return [replica.said for replica in self._staying(pool)]
-
-    def _staying(self, pool: str) -> list[_Replica]:
-        there = [
-            replica
-            for replica in self._replicas.get(pool, {}).values()
-            if replica.said.node not in self.draining
-        ]
-        if not (excess := self._excess.get(pool)):
-            return there
-        before = [replica for replica in there if replica.first_heard <= excess.since]
-        if len(before) <= excess.staying:
-            return there
-        # Which of them Serve stops is not known: those that draw most can take least anyway.
-        before.sort(key=lambda replica: len(replica.drawing))
-        return before[: excess.staying] + [r for r in there if r.first_heard > excess.since]
+    def set_placeable(self, pools: Iterable[str]) -> None:
+        """Set the pools whose replicas fit on a node that is there or may be added."""
+        self._placeable = frozenset(pools)
 
     def placeable(self, pool: str) -> bool:
         """Whether a node could hold a replica of the pool, as far as is known."""
         return self._placeable is None or pool in self._placeable
 
     def possible(self, pools: Pools) -> bool:
+        """Whether any of the pools has a living replica or a node for one."""
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+
+    def free_slots(self, pool: str) -> int:
+        """Slots of the staying replicas that no image holds.
+
+        Images that run on leaving replicas take none of these slots.
+        """
+        staying = self._staying(pool)
+        free = sum(replica.heartbeat.slots for replica in staying) - self.running_in(pool)
+        if len(staying) < len(self._replicas.get(pool, {})):
+            names = {replica.heartbeat.replica for replica in staying}
+            for name, replica in self._replicas[pool].items():
+                if name not in names:
+                    free += sum(map(self.holds, replica.running))
+        return free
+
+    def slots(self, pool: str) -> int:
+        """All slots of the staying replicas."""
+        return sum(heartbeat.slots for heartbeat in self.staying(pool))
+
+    def replicas(self, pool: str) -> list[Heartbeat]:
+        """The last heartbeat of each living replica."""
+        return [replica.heartbeat for replica in self._replicas.get(pool, {}).values()]
+
+    def staying(self, pool: str) -> list[Heartbeat]:
+        """The last heartbeats of replicas that are neither in excess nor on a draining node."""
+        return [replica.heartbeat for replica in self._staying(pool)]
 
     @property
     def queue_depth(self) -> int:
+        """The number of waiting images."""
         return len(self.queue)
 
     def running_in(self, pool: str) -> int:
-        """Granted slots of a pool."""
+        """The number of granted slots of a pool."""
         return self._running.get(pool, 0)
 
-    def _next_in(self, pool: str) -> Item | None:
-        """Who gets the pool's next slot, if one is free."""
+    def running_by_tenant(self) -> Counter[str]:
+        """The number of granted slots of each tenant."""
+        sessions = self._sessions.values()
+        return Counter(image.tenant for held in sessions for image in held.running.values())
+
+    def _staying(self, pool: str) -> list[_Replica]:
+        alive = [
+            replica
+            for replica in self._replicas.get(pool, {}).values()
+            if replica.heartbeat.node not in self.draining
+        ]
+        if not (excess := self._excess.get(pool)):
+            return alive
+        before = [replica for replica in alive if replica.first_heard <= excess.since]
+        if len(before) <= excess.staying:
+            return alive
+        # Nobody knows which replicas Serve will stop. The busiest could take least anyway.
+        before.sort(key=lambda replica: len(replica.running))
+        return before[: excess.staying] + [r for r in alive if r.first_heard > excess.since]
+
+    def _next_in(self, pool: str) -> WaitingImage | None:
+        """The image that gets the pool's next slot, if one is free."""
         return self.queue.first(pool) if self.free_slots(pool) > 0 else None
 
-    def running_by_tenant(self) -> Counter[str]:
-        """Granted slots."""
-        sessions = self._sessions.values()
-        return Counter(taken.tenant for held in sessions for taken in held.running.values())
+    def _hold(self, session: str, running: RunningImage) -> None:
+        self._sessions[session].running[running.image_id] = running
+        self._running[running.pool] = self._running.get(running.pool, 0) + 1
 
-    def _hold(self, session: str, taken: RunningImage) -> None:
-        self._sessions[session].running[taken.entry] = taken
-        self._running[taken.pool] = self._running.get(taken.pool, 0) + 1
+    def _free(self, running: RunningImage) -> None:
+        self._running[running.pool] -= 1
 
-    def _free(self, taken: RunningImage) -> None:
-        self._running[taken.pool] -= 1
+    def _leave_queue(self, waiting: WaitingImage) -> None:
+        self.queue.remove(waiting)
+        self._watched.pop(waiting.number, None)
 
-    def _leave_queue(self, item: Item) -> None:
-        self.queue.remove(item)
-        self._watched.pop(item.number, None)
-
-    def _settle(self, taken: RunningImage, took_s: float) -> None:
-        self.queue.settle(taken.tenant, taken.pool, took_s - taken.work_s)
+    def _settle(self, running: RunningImage, took_s: float) -> None:
+        self.queue.settle(running.tenant, running.pool, took_s - running.work_s)

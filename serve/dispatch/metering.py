@@ -1,4 +1,4 @@
-"""What images cost: held of their tenant's budget, written by a thread, confirmed when on disk."""
+"""Charging images: held of the tenant's budget, written by a thread, confirmed when on disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from ..usage.ledger import UsageLedger, month_end, month_of
 from ..usage.record import UsageRecord
 from .admission import Admission
 from .dispatcher_metrics import TenantMetrics
-from .protocol import Outcome, StoppedImage
+from .protocol import TIMING, DispatchEvent, Recorded, StoppedImage
 
 log = logging.getLogger("ray.serve")
 
-AGAIN_S = 1.0  # until a charge is tried again that could not be written
-
 
 class _Charge(NamedTuple):
-    """A record of a session; `held`: of its tenant's budget until it is written."""
+    """A usage record of a session; `held`: work held of its tenant's budget until it is written."""
 
     session: str
     usage: UsageRecord
@@ -28,52 +26,54 @@ class _Charge(NamedTuple):
 
 
 class Metering:
-    """Charges of sessions; `deliver` hears which calls' records were written, and which not."""
+    """Writes the charges of all sessions and tells each session through `deliver` what is on disk."""
 
     def __init__(
         self,
         admission: Admission,
         ledger: UsageLedger | None,
         metrics: TenantMetrics,
-        deliver: Callable[[Iterable[Outcome]], None],
+        deliver: Callable[[Iterable[DispatchEvent]], None],
+        retry_s: float = TIMING.charge_retry_s,
     ) -> None:
-        """Without a `ledger` usage is counted until this process ends."""
+        """Without a `ledger`, usage is counted until this process ends."""
         self.ledger = ledger
         self._admission, self._metrics, self._deliver = admission, metrics, deliver
+        self._retry_s = retry_s
         self._charges: asyncio.Queue[_Charge] = asyncio.Queue()
-        self._cancelled: dict[tuple[str, int], float] = {}  # held for it, by call and image
+        self._held: dict[tuple[str, int], float] = {}  # for cancelled images, by call and index
         self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
 
     def charge(self, session: str, usage: UsageRecord) -> None:
-        """An image that was drawn."""
+        """Charge an image that was generated."""
         self._charges.put_nowait(_Charge(session, usage, self._admission.hold(session, usage)))
 
     def cancelled(
-        self, session: str, usage: UsageRecord, said: StoppedImage | Literal["awaited"] | None
+        self, session: str, usage: UsageRecord, report: StoppedImage | Literal["awaited"] | None
     ) -> None:
-        """An image that its client did not want to the end; `said`: what its Generator has."""
-        if said:
-            self._cancelled[usage.call, usage.image] = self._admission.hold(session, usage)
-        if isinstance(said, StoppedImage):
-            self.stopped(session, usage, said)
+        """Hold the charge of a cancelled image until its Generator's report of it is there."""
+        if report:
+            self._held[usage.call, usage.image] = self._admission.hold(session, usage)
+        if isinstance(report, StoppedImage):
+            self.stopped(session, usage, report)
 
-    def stopped(self, session: str, usage: UsageRecord, said: StoppedImage) -> None:
-        """Charge the steps that were done of a cancelled image."""
-        if not said.steps:
-            self.give_up(usage)
+    def stopped(self, session: str, usage: UsageRecord, report: StoppedImage) -> None:
+        """Charge a cancelled image for the steps that were done."""
+        if not report.steps:
+            self.waive(usage)
             return
-        held = self._cancelled.pop((usage.call, usage.image), 0.0)
-        work_s = round(usage.work_s * said.steps / usage.steps, 6)
-        done = usage._replace(steps=said.steps, work_s=work_s, outcome="cancelled")
+        held = self._held.pop((usage.call, usage.image), 0.0)
+        work_s = round(usage.work_s * report.steps / usage.steps, 6)
+        done = usage._replace(steps=report.steps, work_s=work_s, outcome="cancelled")
         self._charges.put_nowait(_Charge(session, done, held))
 
-    def give_up(self, usage: UsageRecord) -> None:
-        """Nothing is charged for a cancelled image."""
-        held = self._cancelled.pop((usage.call, usage.image), 0.0)
+    def waive(self, usage: UsageRecord) -> None:
+        """Charge nothing for a cancelled image."""
+        held = self._held.pop((usage.call, usage.image), 0.0)
         self._admission.free(usage.tenant, held)
 
     def turn_month(self, month: str) -> None:
-        """Budgets begin anew if it is a later one; what is written meanwhile counts itself."""
+        """Begin all budgets anew if `month` (YYYY-MM) is a later one."""
         if month > self._month:
             self._begin_month(month, {})
 
@@ -83,7 +83,7 @@ class Metering:
         self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
 
     async def run(self) -> None:
-        """Write, for ever, as many records at a time as have come."""
+        """Write charges for ever, all that have come since the last write together."""
         while True:
             batch = [await self._charges.get()]
             while not self._charges.empty():
@@ -98,37 +98,38 @@ class Metering:
                     log.error("usage cannot be written: images are not delivered", exc_info=True)
                     fresh = None
                 else:
-                    fresh = _of(written, batch)
+                    fresh = _charges_of(written, batch)
             self.turn_month(month_of(now))
-            self._tell(batch, fresh)
+            self._confirm(batch, fresh)
 
-    def _tell(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
-        """Confirm what is on disk, of which `fresh` is new; None: it could not be written."""
-        told: dict[tuple[str, str], Outcome] = {}
+    def _confirm(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
+        """Tell sessions what is on disk, and count the `fresh` charges; None: the write failed.
+
+        A charge is not fresh if it was written before, for a Dispatcher that did not live to say so.
+        """
+        events: dict[tuple[str, str], Recorded] = {}
         for charge in batch:
             session, usage = charge.session, charge.usage
             if fresh is None and usage.outcome == "cancelled":
                 again = self._charges.put_nowait
-                asyncio.get_running_loop().call_later(AGAIN_S, again, charge)
+                asyncio.get_running_loop().call_later(self._retry_s, again, charge)
                 continue
             self._admission.free(usage.tenant, charge.held)
-            told[session, usage.call] = Outcome(
-                session, usage.call, None, "unrecorded" if fresh is None else "recorded"
-            )
+            events[session, usage.call] = Recorded(session, usage.call, fresh is not None)
         for session, usage, _ in fresh or ():
             spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None
-            if self.ledger and self.ledger.month < self._month:  # it was written before the turn
+            if self.ledger and self.ledger.month < self._month:  # written before the month turned
                 spent = self._admission.account(usage.tenant).spent
             self._admission.spend(session, usage, spent, time.monotonic())
             self._metrics.charged(usage)
         if self.ledger and self.ledger.month == self._month:
             for tenant in self.ledger.charged_elsewhere():
                 self._admission.account(tenant).spent = self.ledger.spent[tenant]
-        self._deliver(told.values())
+        self._deliver(events.values())
 
 
-def _of(usages: Iterable[UsageRecord], batch: Iterable[_Charge]) -> list[_Charge]:
-    """The charges of usages, each once."""
+def _charges_of(usages: Iterable[UsageRecord], batch: Iterable[_Charge]) -> list[_Charge]:
+    """The charges of these records, each record once."""
     left = set(usages)
     found = []
     for charge in batch:

@@ -1,4 +1,7 @@
-"""What each tenant has under way and has used, as rows for people and metrics."""
+"""What each tenant has under way and has used, as rows for people and metrics.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from .grants import Grants
 
 
 class TenantRow(TypedDict):
-    """Work is in seconds of a reference replica."""
+    """One tenant; work is in seconds of a reference replica."""
 
     tenant: str
     weight: float
@@ -17,12 +20,12 @@ class TenantRow(TypedDict):
     queued: int
     queued_work: float
     running: int
-    spent: float  # this month
+    spent: float  # work charged this month
     monthly_work: float | None
 
 
 def overview(admission: Admission, grants: Grants) -> list[TenantRow]:
-    """Of every tenant that has been heard of; those with most under way first."""
+    """A row for every tenant that has called, those with most under way first."""
     running = grants.running_by_tenant()
     rows: list[TenantRow] = []
     for name, account, calls in admission.accounts():

@@ -1,86 +1,230 @@
-"""What the Dispatcher, its Ingresses and the Generators tell each other.
+"""The messages between the Dispatcher, its Ingresses and the Generators, and their timing.
 
-A *call* is one request of a client, with one *entry* for each image and each further attempt at
-it. Calls and entries have the names that their session gives them.
+A *call* is one request of a client: one or more images. A *session* is one Ingress replica's
+connection to the Dispatcher. Ids of calls and images are given by the session that opens them.
+
+    Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord: in a SessionUpdate
+    Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded: in
+                             a SessionMessage
+    Generator → Dispatcher   Heartbeat, StoppedImage; answered with a HeartbeatReply
+    Ingress → Generator      Lease: the grant by which an image is generated
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ..tenants.keys import TenantDirectory
 from ..usage.record import UsageRecord
 
-Pools = tuple[str, ...]
+Pools = tuple[str, ...]  # names of pools, preferred first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How often each side speaks, and how long it waits for the others. All in seconds.
+
+    `heartbeat_s`: between messages of an Ingress, and of a Generator. `session_lease_s`,
+    `replica_lease_s`: how long an Ingress or a Generator may be silent before its slots are free.
+    `recovery_s`: how long a restarted Dispatcher only listens, so that every Ingress can say what
+    it runs. `reconnect_s`: before an Ingress opens a lost session again. `positions_s`: how long
+    queue positions are collected before they are sent. `nodes_s`, `tenants_s`: between two looks at
+    the cluster's nodes and at the tenants' files. `record_s`: how long an answer waits for its usage
+    records to be on disk, a restart of the Dispatcher included. `receive_s`: how long a Generator
+    may take to acknowledge an image. `retry_pause_s`: before an image is queued again after no
+    replica started it. `charge_retry_s`: before a charge that could not be written is tried again.
+    """
+
+    heartbeat_s: float = 1.0
+    session_lease_s: float = 10.0
+    replica_lease_s: float = 5.0
+    recovery_s: float = 2.0
+    reconnect_s: float = 0.5
+    positions_s: float = 0.05
+    nodes_s: float = 2.0
+    tenants_s: float = 1.0
+    record_s: float = 30.0
+    receive_s: float = 5.0
+    retry_pause_s: float = 0.25
+    charge_retry_s: float = 1.0
+
+
+TIMING = Timing()
+
+
+# -- an Ingress to the Dispatcher -----------------------------------------------------------------
 
 
 class QueuedImage(NamedTuple):
-    """An entry of a call; `work_s` is predicted. `watched`: its session wants its position."""
+    """One image on its way to a slot: from the Ingress that asks for it to the fair queue.
 
-    entry: str
-    call: str
+    `work_s`: the predicted work, in seconds of a reference replica. `report_position`: whether the
+    client wants to hear its place in the queue. `id` and `call_id` are filled in by the session.
+    """
+
     pools: Pools
     work_s: float = 0.0
-    watched: bool = False
+    report_position: bool = False
+    id: str = ""
+    call_id: str = ""
 
 
 class AdmissionRequest(NamedTuple):
-    """A call, which is admitted as a whole or not at all.
+    """A call that asks to be admitted, as a whole or not at all.
 
-    `timeout_s`: from its beginning to its deadline. `work_s`: what it may still be charged. Nothing
-    refuses what was `accepted` before, but the lack of every replica and node that it needs.
+    `timeout_s`: from the call's beginning to its deadline. `work_s`: what the call may still be
+    charged. `accepted`: an earlier Dispatcher admitted the call, so no limit refuses it now.
     """
 
-    call: str
+    call_id: str
     tenant: str
     request_id: str
-    entries: tuple[QueuedImage, ...] = ()
+    images: tuple[QueuedImage, ...] = ()
     timeout_s: float = 0.0
     work_s: float = 0.0
     accepted: bool = False
 
 
 class RunningImage(NamedTuple):
-    """An entry that holds a slot of a pool by an earlier grant."""
+    """An image that holds a slot of `pool` by an earlier grant."""
 
-    entry: str
-    call: str
+    image_id: str
+    call_id: str
     tenant: str
     pool: str
     work_s: float = 0.0
 
 
 class Release(NamedTuple):
-    """An entry is done or no longer wanted, whether it waits or runs.
+    """An image is done or no longer wanted, whether it waits or runs.
 
-    `took_s`: the work that it took; None if the Generator will say, because it was stopped.
-    `cancelled`: what its tenant would have been charged; it is charged the steps that were done.
+    `took_s`: the work that it took; None if the Generator will say, because the image was stopped.
+    `cancelled`: the full charge of an image that its client cancelled; the tenant is charged the
+    part of it that belongs to the steps that were done.
     """
 
-    entry: str
+    image_id: str
     took_s: float | None = None
     cancelled: UsageRecord | None = None
 
 
 class SessionUpdate(NamedTuple):
-    """What happened at an Ingress since it last spoke, to be taken in this order."""
+    """What happened at an Ingress since its last update, to be applied in this order."""
 
     usages: tuple[UsageRecord, ...] = ()
     releases: tuple[Release, ...] = ()
-    ended: tuple[str, ...] = ()  # calls
-    openings: tuple[AdmissionRequest, ...] = ()
-    submits: tuple[QueuedImage, ...] = ()  # further attempts
+    ended_calls: tuple[str, ...] = ()
+    admissions: tuple[AdmissionRequest, ...] = ()
+    retries: tuple[QueuedImage, ...] = ()  # further attempts at images of admitted calls
+
+
+# -- the Dispatcher to an Ingress -----------------------------------------------------------------
+
+RefusalReason = Literal[
+    "no_tenant",
+    "no_capacity",
+    "queue_full",
+    "request_id_in_use",
+    "draining",
+    "rate_limit_exceeded",
+    "insufficient_quota",
+    "deadline_unreachable",
+]
+
+
+class RateLimitStatus(NamedTuple):
+    """How much of one of its limits a tenant has left; `reset_s`: until it has all of it again."""
+
+    of: Literal["requests", "work", "budget"]
+    limit: float
+    remaining: float
+    reset_s: float
+
+
+class AdmissionDecision(NamedTuple):
+    """Whether a call is admitted, or why it is refused.
+
+    `eta_s`: seconds until the call is expected to be done. `retry_after_s`: seconds until it would
+    be admitted, if that is known. `own_limit`: the tenant is over its own share or limit, so calls
+    of other tenants may still be admitted.
+    """
+
+    session: str
+    call_id: str
+    refusal: RefusalReason | None = None
+    eta_s: float | None = None
+    retry_after_s: float | None = None
+    own_limit: bool = False
+    rate_limits: tuple[RateLimitStatus, ...] = ()
+
+
+class Granted(NamedTuple):
+    """An image has a slot of `pool`."""
+
+    session: str
+    image_id: str
+    pool: str
+
+
+class Refused(NamedTuple):
+    """An image left the queue: none of its pools has a replica or a node for one."""
+
+    session: str
+    image_id: str
+
+
+class Position(NamedTuple):
+    """An image's place in the queue changed; 1 is the next to be granted."""
+
+    session: str
+    image_id: str
+    position: int
+
+
+class Cancelled(NamedTuple):
+    """A call was cancelled by another call of its tenant."""
+
+    session: str
+    call_id: str
+
+
+class Recorded(NamedTuple):
+    """A call's usage records are on disk, or could not be written."""
+
+    session: str
+    call_id: str
+    on_disk: bool
+
+
+DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | Recorded
+
+
+class SessionMessage(NamedTuple):
+    """What the Dispatcher tells an Ingress at one time.
+
+    `tenants`: the directory of all tenants, when a session begins and whenever it has changed.
+    """
+
+    events: tuple[DispatchEvent, ...] = ()
+    tenants: TenantDirectory | None = None
+
+
+# -- Generators -----------------------------------------------------------------------------------
 
 
 class Lease(NamedTuple):
-    """A grant as the Generator that draws by it knows it."""
+    """A grant as the Generator knows it."""
 
     session: str
-    entry: str
+    image_id: str
     pool: str
 
 
 class StoppedImage(NamedTuple):
-    """A Generator drew no further than this; `work_s`: what it took so far."""
+    """A Generator stopped an image after `steps` steps; `work_s`: what it took until then."""
 
     lease: Lease
     steps: int
@@ -90,9 +234,9 @@ class StoppedImage(NamedTuple):
 class Heartbeat(NamedTuple):
     """What a Generator replica says of itself.
 
-    `running_work_s`: what it still has to do, in its own seconds; `speed`: work of a reference
-    replica that it does in a second; `node`: Ray's id of its node; `start_s`: what its own start
-    took there.
+    `running_work_s`: what it still has to do, in its own seconds. `speed`: seconds of a reference
+    replica's work that it does in a second. `node`: Ray's id of its node. `start_s`: what its own
+    start took.
     """
 
     pool: str
@@ -107,69 +251,46 @@ class Heartbeat(NamedTuple):
 class HeartbeatReply(NamedTuple):
     """The Dispatcher's answer to a heartbeat.
 
-    `orphans`: leases that no session holds. `leaving`: the replica's node is being drained, so it
-    is to get no new images.
+    `orphans`: leases that no session holds. `leaving`: the replica's node is being drained, so
+    Ray Serve must route no new images to it.
     """
 
     orphans: tuple[Lease, ...] = ()
     leaving: bool = False
 
 
-Refusal = Literal[
-    "no_tenant",
-    "no_capacity",
-    "queue_full",
-    "request_id_in_use",
-    "draining",
-    "rate_limit_exceeded",
-    "insufficient_quota",
-    "deadline_unreachable",
-]
+# -- operators ------------------------------------------------------------------------------------
 
 
-class RateLimitStatus(NamedTuple):
-    """How a tenant stands to one of its limits; `reset_s`: until it has all of it again."""
+class PoolStatus(NamedTuple):
+    """The state of a pool: its staying replicas, and what the autoscaling policy wants.
 
-    of: Literal["requests", "work", "budget"]
-    limit: float
-    remaining: float
-    reset_s: float
-
-
-class AdmissionDecision(NamedTuple):
-    """Whether a call is admitted, or why it is refused.
-
-    `eta_s`: when it is expected to be done. `retry_after_s`: when it would be admitted, if that is
-    known. `own`: the tenant has more under way than its share; others may be admitted.
+    `running`: images granted to the pool. `running_work_s`: what its replicas still have to do.
+    `speed`: the number of reference replicas that it amounts to. `placeable`: whether a node could
+    hold one of its replicas. `least`: replicas that it always has. `reason`: why `wanted` last
+    changed.
     """
 
-    session: str
-    call: str
-    refusal: Refusal | None = None
-    eta_s: float | None = None
-    retry_after_s: float | None = None
-    own: bool = False
-    standings: tuple[RateLimitStatus, ...] = ()
+    replicas: int
+    slots: int
+    running: int
+    running_work_s: float
+    speed: float
+    placeable: bool
+    least: int
+    wanted: int
+    reason: str
 
 
-class Outcome(NamedTuple):
-    """What became of an entry: the pool it was granted, or that it has none any more.
+class DispatcherStatus(NamedTuple):
+    """The Dispatcher's state: open `calls` of clients, `queued` images and every pool."""
 
-    Or where it waits (`position`, 1: next). A call in the place of an entry: it is "cancelled" by
-    another call, or its usage is "recorded".
-    """
+    draining: bool
+    calls: int
+    queued: int
+    pools: dict[str, PoolStatus]
 
-    session: str
-    entry: str
-    pool: str | None
-    kind: Literal["granted", "queued", "no_capacity", "cancelled", "recorded", "unrecorded"]
-    position: int = 0
-
-
-SESSION_LEASE_S = 10.0
-
-
-REPLICA_LEASE_S = 5.0
-
-
-HEARTBEAT_S = 1.0  # how often Ingresses and Generators are heard from
+    def as_json(self) -> dict[str, object]:
+        """The status as `GET /ready` and `GET /v1/state` show it."""
+        pools = {name: pool._asdict() for name, pool in self.pools.items()}
+        return {**self._asdict(), "pools": pools}

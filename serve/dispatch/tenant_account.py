@@ -1,4 +1,9 @@
-"""A tenant's limits and what it has used of them. Time is an argument, seconds on any clock."""
+"""A tenant's account: its limits, and what it has used of them.
+
+Time is an argument, in seconds on any steady clock.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +17,37 @@ from .protocol import RateLimitStatus
 class Gcra:
     """The generic cell rate algorithm (ITU-T I.371): an exact leaky bucket in one number.
 
-    `rate` a second are let through, and `burst` at once. Something larger than `burst` is let
-    through when nothing else was for long enough; what follows then waits for it.
+    The bucket lets `rate` units a second through over time, and `burst` units at once. A request
+    larger than `burst` passes when the bucket is empty; the requests after it then wait longer.
     """
 
     rate: float
     burst: float
-    empty_at: float = float("-inf")  # when all that came will have leaked out
+    empty_at: float = float("-inf")  # when all that was taken will have leaked out
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Until so much would be let through; 0: now."""
+        """Seconds until `amount` would pass; 0 if it passes now."""
         level = max(self.empty_at - now, 0.0) * self.rate
         return max(level + amount - max(self.burst, amount), 0.0) / self.rate
 
     def take(self, amount: float, now: float) -> None:
+        """Count `amount` as passed."""
         self.empty_at = max(self.empty_at, now) + amount / self.rate
 
     def remaining(self, now: float) -> float:
+        """The amount that would pass at once."""
         return max(self.burst - self.reset_s(now) * self.rate, 0.0)
 
     def reset_s(self, now: float) -> float:
-        """Until all of `burst` is there again."""
+        """Seconds until all of `burst` would pass at once again."""
         return max(self.empty_at - now, 0.0)
 
 
 class TenantAccount:
-    """What a tenant has under way and has used; `spent` is of one calendar month."""
+    """The work that a tenant has reserved and spent; `spent` counts one calendar month."""
 
     def __init__(self, tenant: Tenant) -> None:
-        self.reserved = 0.0  # work that calls under way may still be charged
+        self.reserved = 0.0  # work that open calls may still be charged
         self.spent = 0.0
         self.requests: Gcra | None = None
         self.work: Gcra | None = None
@@ -48,22 +55,23 @@ class TenantAccount:
         self.change(tenant)
 
     def change(self, tenant: Tenant) -> None:
-        """Other limits from now on; what was used stays used."""
+        """Apply changed limits from now on; what was used stays used."""
         self.tenant = tenant
         self.requests = _gcra(self.requests, tenant.requests_per_s, tenant.request_burst, 1.0)
         self.work = _gcra(self.work, tenant.work_per_s, tenant.work_burst, 0.0)
 
     @property
     def budget_left(self) -> float | None:
-        """Work that may still be promised this month; None: any."""
+        """Work that may still be reserved this month; None if there is no budget."""
         if self.tenant.monthly_work is None:
             return None
         return self.tenant.monthly_work - self.spent - self.reserved
 
-    def standings(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
+    def rate_limits(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
+        """How much of each of its limits the tenant has left."""
         found = []
         if gcra := self.requests:
-            left = float(int(gcra.remaining(now) + 1e-9))  # a part of a request is none
+            left = float(int(gcra.remaining(now) + 1e-9))  # whole requests only
             found.append(RateLimitStatus("requests", gcra.burst, left, gcra.reset_s(now)))
         if gcra := self.work:
             found.append(

@@ -1,33 +1,36 @@
-"""Which of the running images take their next step together.
+"""The choice of running images that take their next step together.
 
-A *batch* is one call of the transformer: its images have the same size and text length (SD3 has no
+A *batch* is one call of the transformer. Its images have the same size and text length (SD3 has no
 attention mask) and together at most `max_rows` rows; guidance doubles an image's rows. Images of
 different sizes therefore take turns.
 
-The policy, before each step: an image that was passed over `PATIENCE` times in a row is overdue. If
-any is, the one passed over most often leads; else the one with the fewest steps left, so that
-few-step images are not stuck behind long ones. The batch is the leader and as many images of its
-kind as fit, in the same order.
+Before each step one image leads. An image that was passed over `PATIENCE` times in a row is overdue.
+If any is overdue, the one passed over most often leads; otherwise the one with the fewest steps left,
+so that few-step images do not wait behind long ones. The batch is the leader and as many images of
+its kind as fit, in the same order.
 
-Bound: with at most n images running, nobody is passed over more than `PATIENCE` + n − 1 times in a
-row. Only those passed over as often or more lead before an overdue image; each of them leads once
-and then counts from zero, and newcomers never catch up with it.
+Bound: with at most n running images, no image is passed over more than `PATIENCE` + n − 1 times in a
+row. Only images passed over as often or more lead before an overdue one; each of them leads once and
+then counts from zero, and newcomers never catch up with it.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 PATIENCE = 4
-CALM_S = 60.0
+CALM_S = 60.0  # without an out-of-memory error, after which batches may grow again
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class BatchCandidate:
-    """What the choice needs to know of an image; only those of one `kind` share a batch.
+    """What the choice needs to know of an image; only images of one `kind` share a batch.
 
-    `max_rows` bounds the batches that it leads, beside the common bound.
+    `max_rows` bounds the batches that the image leads, beside the common bound.
     """
 
     kind: Hashable
@@ -38,27 +41,31 @@ class BatchCandidate:
     passed_over: int = 0
 
     @property
-    def _order(self) -> tuple[bool, int, int, int]:
+    def order(self) -> tuple[bool, int, int, int]:
+        """The sort key: the leader of the next batch is the smallest."""
         overdue = self.passed_over >= PATIENCE
         return not overdue, -self.passed_over if overdue else 0, self.steps_left, self.arrival
 
 
-def next_batch(running: Iterable[BatchCandidate], max_rows: int) -> list[BatchCandidate]:
-    """The images that take the next step; counts for the others that they were passed over.
+T = TypeVar("T", bound=BatchCandidate)
+
+
+def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
+    """The images that take the next step; the other images count as passed over once more.
 
     Raises `ValueError` for an image that alone has more than `max_rows` rows.
     """
-    waiting = sorted(running, key=lambda image: image._order)
-    batch: list[BatchCandidate] = []
-    room = max_rows
+    waiting = sorted(running, key=lambda image: image.order)
+    batch: list[T] = []
+    rows_left = max_rows
     for image in waiting:
         if image.rows > max_rows:
             raise ValueError(f"an image of {image.rows} rows in batches of {max_rows}")
         if not batch:
-            room = min(room, image.max_rows or room)
-        if image.rows <= room and (not batch or image.kind == batch[0].kind):
+            rows_left = min(rows_left, image.max_rows or rows_left)
+        if image.rows <= rows_left and (not batch or image.kind == batch[0].kind):
             batch.append(image)
-            room -= image.rows
+            rows_left -= image.rows
             image.passed_over = 0
         else:
             image.passed_over += 1
@@ -66,7 +73,7 @@ def next_batch(running: Iterable[BatchCandidate], max_rows: int) -> list[BatchCa
 
 
 class RowBudget:
-    """How many rows a batch may have: fewer for a while after the memory did not suffice.
+    """How many rows a batch may have: fewer for a while after memory ran out.
 
     After `CALM_S` without such an event the budget doubles, up to `most` again.
     """
@@ -77,13 +84,17 @@ class RowBudget:
         self._since = 0.0
 
     def rows(self, now: float) -> int:
+        """The rows that a batch may have now."""
         while self._rows < self._most and now - self._since >= CALM_S:
             self._rows = min(2 * self._rows, self._most)
             self._since += CALM_S
         return self._rows
 
     def shrink(self, rows: int, now: float) -> bool:
-        """A batch of `rows` was too much; False if a smaller one is not possible."""
+        """Halve the budget after a batch of `rows` ran out of memory.
+
+        False if a smaller batch is not possible.
+        """
         self._since = now
         if rows <= self._least:
             return False

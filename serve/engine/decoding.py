@@ -1,9 +1,9 @@
-"""From latents to pixels: finished images and previews of others, and memory that does not suffice.
+"""Decoding of latents to pixels: finished images, and previews of others.
 
-On a card a thread of its own does it, on a stream beside the next steps. On a CPU it happens
-between steps, in the loop's thread: two threads that compute there slow each other down by more
-than they save. Images are decoded one by one, because several in one call would round differently
-with their company.
+On a card a thread of its own decodes, on a CUDA stream beside the next steps. On a CPU images are
+decoded between steps, in the loop's thread: two threads that compute there slow each other down by
+more than they save. Images are decoded one by one, because the VAE rounds differently when several
+images share a call.
 """
 
 from __future__ import annotations
@@ -20,25 +20,34 @@ from ..errors import NonFiniteImage, Unavailable
 from .preview import VAE_FACTOR
 from .sd3 import Denoiser, DenoisingState, to_pixels
 
-MEMORY_ATTEMPTS = 3  # of an image alone, each with the allocator's own memory given back before
-PAUSE_S = 0.5  # between them: something else may be taking the memory
-NO_MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # of CUDA, the CPU, cuBLAS
+MEMORY_ATTEMPTS = 3  # attempts at an image alone, each after the allocator's cache was emptied
+MEMORY_PAUSE_S = 0.5  # between these attempts: something else may need the memory for a moment
+NO_MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, the CPU, cuBLAS
 
 
 class Decoding:
-    """`beside`: whether in a thread of its own; by default, if the card can do both."""
+    """Decodes finished images and previews.
 
-    def __init__(self, denoiser: Denoiser, beside: bool | None = None) -> None:
-        self._denoiser = denoiser
-        self.out_of_memory = 0  # decodes for which it did not suffice
+    `beside_steps`: whether in a thread of its own; by default on a card only. `memory_pause_s`: how
+    long to rest after running out of memory.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        beside_steps: bool | None = None,
+        memory_pause_s: float = MEMORY_PAUSE_S,
+    ) -> None:
+        self._denoiser, self._memory_pause_s = denoiser, memory_pause_s
+        self.out_of_memory = 0  # decodes that ran out of memory
         self._thread: ThreadPoolExecutor | None = None
-        if denoiser.on_cuda if beside is None else beside:
+        if denoiser.on_cuda if beside_steps is None else beside_steps:
             self._thread = ThreadPoolExecutor(
                 1, "decoding", initializer=torch.set_flush_denormal, initargs=(True,)
             )
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do what must not hold up the next step: there, or else here and now."""
+        """Do work in the decoding thread if there is one, otherwise here and now."""
         if self._thread:
             self._thread.submit(work)
         else:
@@ -51,7 +60,7 @@ class Decoding:
     def picture(self, image: DenoisingState) -> NDArray[np.uint8]:
         """Pixels (height_px, width_px, 3) of a finished image.
 
-        Raises `NonFiniteImage`, `Unavailable` for want of memory, or what the VAE raises.
+        Raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the VAE raises.
         """
         for attempt in range(1, MEMORY_ATTEMPTS + 1):
             try:
@@ -59,16 +68,16 @@ class Decoding:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            # Not within `except`: there the failed call's tensors are still alive.
+            # Not inside `except`, where the failed call's tensors are still alive.
             self.out_of_memory += 1
             self._denoiser.free_memory()
-            if self._thread and attempt < MEMORY_ATTEMPTS:  # else all others would pause with it
-                time.sleep(PAUSE_S)
+            if self._thread and attempt < MEMORY_ATTEMPTS:  # a pause here holds up no step
+                time.sleep(self._memory_pause_s)
         height, width = (VAE_FACTOR * side for side in image.latents.shape[-2:])
         raise no_memory(width, height)
 
     def preview(self, image: DenoisingState) -> NDArray[np.uint8]:
-        """About the pixels that `picture` will have."""
+        """An approximation of the pixels that `picture` will return."""
         with self._denoiser.beside_steps():
             return to_pixels(self._denoiser.preview(image.estimate))
 
@@ -84,9 +93,10 @@ class Decoding:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA's allocator has an exception of its own, others only a message."""
+    """Whether an error says that memory ran out; only CUDA's allocator has a class for it."""
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in NO_MEMORY)
 
 
 def no_memory(width: int, height: int) -> Unavailable:
-    return Unavailable(f"not enough memory to draw {width}x{height} now")
+    """The error for an image that ran out of memory in every attempt."""
+    return Unavailable(f"not enough memory to generate {width}x{height} now")

@@ -1,16 +1,16 @@
 """The denoising loop: images join and leave the batch between steps.
 
-One thread owns the transformer. Before each step it admits what has arrived and drops what is no
-longer wanted; `batching` chooses who goes on together; `decoding` takes over what is finished. Each
-image has its own size, steps, guidance and seed.
+One thread owns the transformer. Before each step it takes in the images that have arrived and drops
+those that are no longer wanted. `batching` chooses the images that go on together, `decoding` takes
+over those that are finished. Each image has its own size, steps, guidance and seed.
 
 Rows are padded to fixed bucket sizes, because matrix products of another row count round
-differently: within a bucket an image is the same bit for bit whatever runs beside it, across
-buckets it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
+differently. Within a bucket an image is the same bit for bit whatever runs beside it; across buckets
+it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
 
-A step that fails is repeated: for want of memory with fewer rows, and batches stay smaller for a
-while; otherwise image by image. An image whose step fails by itself is given up, for want of
-memory after some attempts.
+A step that fails is repeated: after an out-of-memory error with fewer rows, and batches stay smaller
+for a while; after any other error image by image. An image whose step fails when it runs alone is
+given up, after an out-of-memory error only when further attempts fail too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from ..request import ImageRequest
 from .batching import BatchCandidate, RowBudget, next_batch
-from .decoding import MEMORY_ATTEMPTS, PAUSE_S, Decoding, is_out_of_memory, no_memory
+from .decoding import MEMORY_ATTEMPTS, MEMORY_PAUSE_S, Decoding, is_out_of_memory, no_memory
 from .sd3 import Denoiser, DenoisingState, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
@@ -43,9 +43,10 @@ PINNED_ROWS = ROWS_OF_AN_IMAGE
 
 
 class GeneratedPixels(NamedTuple):
-    """`pixels`: (height_px, width_px, 3); seconds of all steps, with waiting, and of the VAE.
+    """A finished image; `pixels`: (height_px, width_px, 3).
 
-    `busy_s`: of the steps in its share of their rows, and of the VAE: what it cost the replica.
+    `denoise_s`, `decode_s`: seconds of all steps, with waiting, and of the VAE. `busy_s`: the
+    image's share of the time of its steps, by rows, and the VAE: what it cost the replica.
     """
 
     pixels: NDArray[np.uint8]
@@ -55,7 +56,7 @@ class GeneratedPixels(NamedTuple):
 
 
 class StepDone(NamedTuple):
-    """An image has taken another step: how many, and how long they took with waiting."""
+    """An image has taken `step` steps; `denoise_s`: how long that took, with waiting."""
 
     step: int
     denoise_s: float
@@ -63,81 +64,96 @@ class StepDone(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreviewPixels:
-    """`pixels`: (height_px, width_px, 3), of preview number `index`, counted from 0."""
+    """Preview number `index`, counted from 0; `pixels`: (height_px, width_px, 3)."""
 
     index: int
     pixels: NDArray[np.uint8]
 
 
-Tell = Callable[[StepDone | PreviewPixels], None]
+OnEvent = Callable[[StepDone | PreviewPixels], None]
 
 
 @dataclass(slots=True)
 class LoopCounts:
-    """What the loop has done so far; only ever grows."""
+    """What the loop has done so far; the numbers only grow."""
 
     steps: int = 0  # calls of the transformer
-    rows: int = 0  # in them, without padding
+    rows: int = 0  # rows in these calls, without padding
     step_s: float = 0.0
     out_of_memory: int = 0
 
 
-@dataclass(slots=True)
-class _Job:
+@dataclass(slots=True, eq=False)
+class _NewImage:
+    """An image that has been asked for; `memory_failures`: attempts in a row that ran out of it."""
+
     request: ImageRequest
     embeds: PromptEmbeds
     previews: int
-    tell: Tell
+    on_event: OnEvent
     done: Future[GeneratedPixels]
-    began: float = 0.0
+    memory_failures: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _RunningImage(BatchCandidate):
+    """An image under way; it takes no step before `not_before`."""
+
+    new: _NewImage
+    state: DenoisingState
+    began: float
     busy_s: float = 0.0
-    too_large: int = 0  # attempts in a row for which alone the memory did not suffice
     not_before: float = 0.0
-    image: DenoisingState = field(init=False)
-    running: BatchCandidate = field(init=False)
+
+    @property
+    def request(self) -> ImageRequest:
+        return self.new.request
 
 
 class DenoisingLoop:
-    """`max_rows`, at most the largest bucket, bounds a batch; guidance takes two rows an image.
+    """Runs images in batches of at most `max_rows` rows, and at most the largest bucket.
 
-    `broken` is called when the device can no longer be used: images under way would wait for ever.
-    `beside`: see `Decoding`.
+    An image with guidance takes two rows. `on_broken` is called when the device can no longer be
+    used: images under way would wait for ever. `beside_steps`: see `Decoding`. `memory_pause_s`: how
+    long an image rests after it ran out of memory.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         max_rows: int,
-        broken: Callable[[], None] = lambda: None,
-        beside: bool | None = None,
+        on_broken: Callable[[], None] = lambda: None,
+        beside_steps: bool | None = None,
+        memory_pause_s: float = MEMORY_PAUSE_S,
     ) -> None:
-        self._denoiser, self._broken = denoiser, broken
-        self._decoding = Decoding(denoiser, beside)
+        self._denoiser, self._on_broken = denoiser, on_broken
+        self._memory_pause_s = memory_pause_s
+        self._decoding = Decoding(denoiser, beside_steps, memory_pause_s)
         self._budget = RowBudget(max_rows, ROWS_OF_AN_IMAGE)
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._jobs: list[_Job] = []
+        self._inbox: queue.SimpleQueue[_NewImage | None] = queue.SimpleQueue()
+        self._running: list[_RunningImage] = []
         self._arrivals = 0
         self._counts = LoopCounts()
-        # With this thread's settings of torch's compiler, which are kept by context.
+        # torch keeps the settings of its compiler by context: the thread gets this one's.
         run = partial(contextvars.copy_context().run, self._run)
         self._thread = threading.Thread(target=run, name="denoising", daemon=True)
         self._thread.start()
 
-    def draw(
+    def generate(
         self,
         request: ImageRequest,
         embeds: PromptEmbeds,
         previews: int = 0,
-        tell: Tell = lambda _: None,
+        on_event: OnEvent = lambda _: None,
     ) -> Future[GeneratedPixels]:
-        """Admit an image at the next step; cancelling the future drops it before its next one.
+        """Take an image in at the next step; cancelling the future drops it before its next one.
 
-        `tell` hears in the loop's threads of each step and preview, and must not block or fail.
-        The future raises `NonFiniteImage`, `Unavailable` for want of memory, or what the model
+        `on_event` is called in the loop's threads for each step and preview; it must not block or
+        raise. The future raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the model
         raised.
         """
         done: Future[GeneratedPixels] = Future()
-        self._inbox.put(_Job(request, embeds, previews, tell, done))
+        self._inbox.put(_NewImage(request, embeds, previews, on_event, done))
         return done
 
     def close(self) -> None:
@@ -148,6 +164,7 @@ class DenoisingLoop:
 
     @property
     def counts(self) -> LoopCounts:
+        """What the loop has done so far, with the out-of-memory errors of decoding."""
         decodes = self._decoding.out_of_memory
         return replace(self._counts, out_of_memory=self._counts.out_of_memory + decodes)
 
@@ -159,50 +176,48 @@ class DenoisingLoop:
     def _run(self) -> None:
         torch.set_flush_denormal(True)
         try:
-            while self._admit():
-                self._jobs = [job for job in self._jobs if not job.done.cancelled()]
+            while self._take_in():
+                self._running = [i for i in self._running if not i.new.done.cancelled()]
                 now = time.monotonic()
-                ready = [job for job in self._jobs if job.not_before <= now]
+                ready = [image for image in self._running if image.not_before <= now]
                 if ready:
-                    chosen = next_batch((job.running for job in ready), self._budget.rows(now))
-                    self._step([job for job in ready if any(job.running is r for r in chosen)])
-                elif self._jobs:
-                    time.sleep(min(job.not_before for job in self._jobs) - now)
-        except Exception:  # of the device, or of this loop: either way nothing more comes of it
+                    self._step(next_batch(ready, self._budget.rows(now)))
+                elif self._running:
+                    time.sleep(min(image.not_before for image in self._running) - now)
+        except Exception:  # the device is broken, or this loop is: nothing more comes of either
             log.exception("the denoising loop has ended")
-            self._broken()
+            self._on_broken()
 
-    def _admit(self) -> bool:
-        """Take in what has arrived, waiting for it if there is nothing else; False to end."""
-        while not self._inbox.empty() or not self._jobs:
-            job = self._inbox.get()
-            if job is None:
+    def _take_in(self) -> bool:
+        """Begin the images that have arrived; waits if none is running. False ends the loop."""
+        while not self._inbox.empty() or not self._running:
+            new = self._inbox.get()
+            if new is None:
                 return False
-            if job.done.cancelled():
+            if new.done.cancelled():
                 continue
             try:
-                self._begin(job)
+                image = self._begin(new)
             except Exception as error:
                 failure = error
             else:
-                self._jobs.append(job)
+                self._running.append(image)
                 continue
             if is_out_of_memory(failure):
                 self._out_of_memory(failure)
-                job.too_large += 1
-                if job.too_large < MEMORY_ATTEMPTS:
-                    self._inbox.put(job)
+                new.memory_failures += 1
+                if new.memory_failures < MEMORY_ATTEMPTS:
+                    self._inbox.put(new)
                     continue
-                failure = no_memory(job.request.width, job.request.height)
+                failure = no_memory(new.request.width, new.request.height)
             self._denoiser.check_device()
-            _settle(job, failure)  # of this image alone
+            _settle(new, failure)
         return True
 
-    def _begin(self, job: _Job) -> None:
-        request = job.request
-        job.began = time.monotonic()
-        job.image = self._denoiser.begin(
-            job.embeds,
+    def _begin(self, new: _NewImage) -> _RunningImage:
+        request, began = new.request, time.monotonic()
+        state = self._denoiser.begin(
+            new.embeds,
             width=request.width,
             height=request.height,
             num_inference_steps=request.num_inference_steps,
@@ -210,22 +225,25 @@ class DenoisingLoop:
             seed=request.seed,
         )
         self._arrivals += 1
-        job.running = BatchCandidate(
-            kind=(request.size, job.embeds.tokens.shape[1], request.deterministic),
-            rows=job.image.rows,
-            steps_left=job.image.steps_left,
+        return _RunningImage(
+            new=new,
+            state=state,
+            began=began,
+            kind=(request.size, new.embeds.tokens.shape[1], request.deterministic),
+            rows=state.rows,
+            steps_left=state.steps_left,
             arrival=self._arrivals,
             max_rows=PINNED_ROWS if request.deterministic else None,
         )
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def _step(self, batch: list[_Job]) -> None:
-        """Whatever the model raises ends at most images of the batch."""
-        rows = sum(job.running.rows for job in batch)
+    def _step(self, batch: list[_RunningImage]) -> None:
+        """Take one step with a batch. Whatever the model raises ends at most images of the batch."""
+        rows = sum(image.rows for image in batch)
         began = time.monotonic()
         try:
-            self._denoiser.denoise_step([job.image for job in batch], self._padded(batch))
+            self._denoiser.denoise_step([image.state for image in batch], _padded_rows(batch))
         except Exception as error:
             failure = error
         else:
@@ -240,102 +258,104 @@ class DenoisingLoop:
             log.warning("a step of %d images failed", len(batch), exc_info=failure)
             self._denoiser.check_device()
         if len(batch) > 1:
-            for job in batch:
-                self._step([job])
+            for image in batch:
+                self._step([image])
         elif is_out_of_memory(failure):
             self._set_aside(batch[0])
         else:
             self._give_up(batch[0], failure)
 
-    def _padded(self, batch: list[_Job]) -> int:
-        if batch[0].request.deterministic:
-            return PINNED_ROWS
-        return bucket(sum(job.running.rows for job in batch))
-
-    def _stepped(self, batch: list[_Job], rows: int, step_s: float) -> None:
+    def _stepped(self, batch: list[_RunningImage], rows: int, step_s: float) -> None:
         now = time.monotonic()
         self._counts.steps += 1
         self._counts.rows += rows
         self._counts.step_s += step_s
-        self._jobs = [job for job in self._jobs if not job.image.finished]
-        for job in batch:
-            job.busy_s += step_s * job.running.rows / rows
-            job.running.steps_left = job.image.steps_left
-            job.too_large = 0
-            job.tell(StepDone(job.image.step, now - job.began))
-            previews = preview_steps(job.request.num_inference_steps, job.previews)
-            if job.image.step in previews:
-                index, image = previews.index(job.image.step), replace(job.image)
-                self._decoding.submit(partial(self._preview, job, index, image))
-            if job.image.finished:
-                self._decoding.submit(partial(self._decode, job, now - job.began))
+        self._running = [image for image in self._running if not image.state.finished]
+        for image in batch:
+            image.busy_s += step_s * image.rows / rows
+            image.steps_left = image.state.steps_left
+            image.new.memory_failures = 0
+            image.new.on_event(StepDone(image.state.step, now - image.began))
+            previews = preview_steps(image.request.num_inference_steps, image.new.previews)
+            if image.state.step in previews:
+                index, state = previews.index(image.state.step), replace(image.state)
+                self._decoding.submit(partial(self._preview, image, index, state))
+            if image.state.finished:
+                self._decoding.submit(partial(self._decode, image, now - image.began))
 
     def _out_of_memory(self, failure: Exception) -> None:
         failure.__traceback__ = None  # it holds the failed call's tensors
         self._counts.out_of_memory += 1
         self._denoiser.free_memory()
 
-    def _set_aside(self, job: _Job) -> None:
-        """The memory did not suffice for an image alone."""
-        log.warning("out of memory with one image of %s", job.request.size)
-        job.too_large += 1
-        job.not_before = time.monotonic() + PAUSE_S
-        if job.too_large >= MEMORY_ATTEMPTS:
-            self._give_up(job, no_memory(job.request.width, job.request.height))
+    def _set_aside(self, image: _RunningImage) -> None:
+        """Let an image rest that ran out of memory alone; give it up after several attempts."""
+        log.warning("out of memory with one image of %s", image.request.size)
+        image.new.memory_failures += 1
+        image.not_before = time.monotonic() + self._memory_pause_s
+        if image.new.memory_failures >= MEMORY_ATTEMPTS:
+            self._give_up(image, no_memory(image.request.width, image.request.height))
 
-    def _give_up(self, job: _Job, error: Exception) -> None:
-        self._jobs = [other for other in self._jobs if other is not job]
-        _settle(job, error)
+    def _give_up(self, image: _RunningImage, error: Exception) -> None:
+        self._running = [other for other in self._running if other is not image]
+        _settle(image.new, error)
 
-    # -- what `decoding` runs -------------------------------------------------------------------
+    # -- work that `decoding` runs ---------------------------------------------------------------
 
-    def _decode(self, job: _Job, denoise_s: float) -> None:
-        if job.done.cancelled():
+    def _decode(self, image: _RunningImage, denoise_s: float) -> None:
+        if image.new.done.cancelled():
             return
         began = time.monotonic()
         try:
-            pixels = self._decoding.picture(job.image)
+            pixels = self._decoding.picture(image.state)
         except Exception as error:
             try:
                 self._denoiser.check_device()
-            except Exception:  # of the device: nothing more comes of it
+            except Exception:  # the device is broken: nothing more comes of it
                 log.exception("the device has failed")
-                self._broken()
-            _settle(job, error)  # of this image alone
+                self._on_broken()
+            _settle(image.new, error)
         else:
             decode_s = time.monotonic() - began
-            _settle(job, GeneratedPixels(pixels, denoise_s, decode_s, job.busy_s + decode_s))
+            busy_s = image.busy_s + decode_s
+            _settle(image.new, GeneratedPixels(pixels, denoise_s, decode_s, busy_s))
 
-    def _preview(self, job: _Job, index: int, image: DenoisingState) -> None:
-        if job.done.cancelled():
+    def _preview(self, image: _RunningImage, index: int, state: DenoisingState) -> None:
+        if image.new.done.cancelled():
             return
         try:
-            pixels = self._decoding.preview(image)
+            pixels = self._decoding.preview(state)
         except Exception:  # the image itself goes on
-            log.warning("no preview of %s", job.request.id, exc_info=True)
+            log.warning("no preview of %s", image.request.id, exc_info=True)
         else:
-            job.tell(PreviewPixels(index, pixels))
+            image.new.on_event(PreviewPixels(index, pixels))
 
 
-def _settle(job: _Job, outcome: GeneratedPixels | Exception) -> None:
-    if not job.done.set_running_or_notify_cancel():
+def _padded_rows(batch: list[_RunningImage]) -> int:
+    if batch[0].request.deterministic:
+        return PINNED_ROWS
+    return bucket(sum(image.rows for image in batch))
+
+
+def _settle(image: _NewImage, outcome: GeneratedPixels | Exception) -> None:
+    if not image.done.set_running_or_notify_cancel():
         return
     if isinstance(outcome, Exception):
-        job.done.set_exception(outcome)
+        image.done.set_exception(outcome)
     else:
-        job.done.set_result(outcome)
+        image.done.set_result(outcome)
 
 
 def bucket(rows: int) -> int:
-    """The rows to which a batch is padded."""
+    """The number of rows to which a batch is padded."""
     return next(size for size in BUCKETS if size >= rows)
 
 
 def buckets(most: int) -> list[int]:
-    """All numbers of rows that a call can have, up to `most`."""
+    """The numbers of rows that a call of the transformer can have, up to `most`."""
     return [size for size in BUCKETS if size <= most]
 
 
 def preview_steps(steps: int, previews: int) -> list[int]:
-    """After which steps previews are drawn: evenly spread, fewer if there are too few steps."""
+    """The steps after which previews are made: evenly spread, fewer if there are too few steps."""
     return sorted({steps * i // (previews + 1) for i in range(1, previews + 1)} - {0})

@@ -1,4 +1,4 @@
-"""Who may draw on a replica together, and who alone."""
+"""A lock that many may hold together, or one alone."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from contextlib import asynccontextmanager
 
 
 class SharedExclusiveLock:
-    """Entered by many at a time, or by one alone: it waits until the others have left.
+    """Held by many at a time, or by one exclusively.
 
-    Meanwhile nobody else enters. `reserved`: how many wait or are inside to be alone.
+    An exclusive holder waits until all others have let go, and meanwhile nobody else gets the lock.
+    `exclusive`: how many hold it exclusively or wait for that.
     """
 
     def __init__(self) -> None:
-        self.reserved = 0
-        self._inside = 0
-        self._change = asyncio.Event()
+        self.exclusive = 0
+        self._holders = 0
+        self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def entered(self, *, alone: bool = False) -> AsyncIterator[None]:
-        self.reserved += alone
+    async def held(self, *, exclusively: bool = False) -> AsyncIterator[None]:
+        """Wait for the lock and hold it until the block ends."""
+        self.exclusive += exclusively
         try:
-            while self._inside if alone else self.reserved:
-                await self._change.wait()
-            self._inside += 1
+            while self._holders if exclusively else self.exclusive:
+                await self._changed.wait()
+            self._holders += 1
             try:
                 yield
             finally:
-                self._inside -= 1
+                self._holders -= 1
         finally:
-            self.reserved -= alone
-            self._change.set()
-            self._change = asyncio.Event()
+            self.exclusive -= exclusively
+            self._changed.set()
+            self._changed = asyncio.Event()

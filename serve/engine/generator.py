@@ -1,7 +1,7 @@
-"""The Generator deployment: one replica draws the images of one pool.
+"""The Generator deployment: one replica generates the images of one pool.
 
-The denoising loop's threads own the model and another writes image files, so the event loop is
-always free for heartbeats and cancellations.
+The denoising loop's threads own the model and another thread writes image files, so the event loop
+is always free for heartbeats and cancellations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.cards import card_of_device
 from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, LearnedCost, reference
 from cluster.structure import Structure
 
-from ..dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S, Heartbeat, Lease, StoppedImage
+from ..dispatch.protocol import TIMING, Heartbeat, Lease, StoppedImage
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..models.checkpoints import open_checkpoint
 from ..ray_errors import REPLICA_LOST
@@ -48,16 +48,16 @@ from .warm_up import Phases, WarmUp, warm_sizes
 log = logging.getLogger("ray.serve")
 
 ENCODER_ATTEMPTS = 3
-ENCODER_PAUSE_S = 0.5  # between them
+ENCODER_PAUSE_S = 0.5  # between these attempts
 WARM_UP = "warm-up"
-USUAL_STEPS = 28  # of an image of the model's own size, by which a replica's speed is foretold
-PROGRESS_S = 0.1  # progress is told no more often
+USUAL_STEPS = 28  # of the image by which a replica's speed is estimated before it has made any
+PROGRESS_S = 0.1  # between two progress events of an image, at least
 
-Told = Progress | PartialImage
+StreamItem = Progress | PartialImage
 
 
 def choose_recipe(pool: Pool, device: Capability) -> Recipe:
-    """The recipe that a pool runs on a device. Raises `OctetError` if it has no FP8."""
+    """The recipe that a pool runs on a device. Raises `OctetError` if the device has no FP8."""
     if pool.precision == "fp8":
         if device.fp8 == "none":
             raise OctetError(f"an FP8 pool cannot run here: {device.reason}")
@@ -66,11 +66,14 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
 
 
 @dataclass(slots=True)
-class _Image:
-    """One that is being drawn."""
+class _ImageCall:
+    """One call of `generate`: its image, and the events that are to be streamed.
+
+    `step`: steps done. `shape`: what the image's work depends on.
+    """
 
     request: ImageRequest
-    watch: StreamOptions
+    options: StreamOptions
     events: asyncio.Queue[Acknowledgement | StepDone | PreviewPixels | None]
     shape: ImageShape
     step: int = 0
@@ -79,7 +82,7 @@ class _Image:
 
 
 class Generator:
-    """Draws an image a call, several at a time; reports itself to the Dispatcher once it can."""
+    """Generates one image per call, several at a time; reports itself to the Dispatcher."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,
@@ -92,6 +95,10 @@ class Generator:
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
+        """`work`: the coefficients of the model's reference work.
+
+        `text_encoder` and `dispatcher` are handles.
+        """
         began = time.monotonic()
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._models_folder, self._work = models_folder, CostCoefficients(*work)
@@ -102,10 +109,10 @@ class Generator:
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
         self._text_tokens = self._model.max_sequence_length  # until the encoder says how many
         self._file_thread = ThreadPoolExecutor(1)
-        self._room = SharedExclusiveLock()
-        self._drawing: dict[Lease, _Image] = {}
-        self._stopped: list[StoppedImage] = []  # not yet told
-        self._orphans: dict[Lease, float] = {}  # leases that nobody holds, and since when
+        self._lock = SharedExclusiveLock()
+        self._running: dict[Lease, _ImageCall] = {}
+        self._stopped: list[StoppedImage] = []  # not yet reported
+        self._orphans: dict[Lease, float] = {}  # leases that no session holds, and since when
         self._leaving = False  # the node is being drained
         phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
@@ -115,8 +122,9 @@ class Generator:
         self._denoising = DenoisingLoop(
             self._denoiser,
             max_rows=2 * self._pool.slots,
-            # At once: callers of a dead replica are served elsewhere, of a stuck one they wait.
-            broken=lambda: os._exit(1),
+            # Exit at once: the calls of a dead replica are repeated elsewhere, those of a stuck
+            # replica would wait.
+            on_broken=lambda: os._exit(1),
         )
         card = card_of_device(device.name, device.memory_gib) or UNKNOWN_GPU
         self._cost = LearnedCost(
@@ -126,62 +134,60 @@ class Generator:
                 card if device.compute_capability else None,
             ),
             self._work,
-            replace(
-                self._new_image(self._warm_up_request(), StreamOptions()).shape, steps=USUAL_STEPS
-            ),
+            replace(self._warm_up_call().shape, steps=USUAL_STEPS),
         )
         self._metrics = GeneratorMetrics(self._model.pool_name(self._pool))
         with phases.timed("text"):
             embeds = await self._embed(self._warm_up_request())
         with phases.timed("warm-up"):
             attention = await asyncio.to_thread(warm_up.run, embeds)
-            await self._draw(self._new_image(self._warm_up_request(), StreamOptions()))
+            await self._result(self._warm_up_call())
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
         self._start_s = time.monotonic() - began
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
-    ) -> AsyncIterator[Acknowledgement | Told | ImageResult]:
-        """Both receipts, what `watch` asks for, then the finished image.
+        self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
+    ) -> AsyncIterator[Acknowledgement | StreamItem | ImageResult]:
+        """Stream both acknowledgements, what `options` ask for, then the finished image.
 
-        `alone`: nothing else is drawn on this replica meanwhile. Raises `NonFiniteImage` and
-        `Unavailable`. Closing the stream stops the work before its next step, and so does the end
-        of the lease: a caller that was killed closes nothing.
+        `alone`: nothing else runs on this replica meanwhile. Raises `NonFiniteImage` and
+        `Unavailable`. Closing the stream stops the image before its next step. So does the end of
+        the lease, because a caller that was killed closes nothing.
         """
-        yield Acknowledgement.TAKEN
-        image = self._new_image(request, watch)
-        image.task = asyncio.create_task(self._in_turn(image, alone))
-        image.task.add_done_callback(lambda _: image.events.put_nowait(None))
-        self._drawing[lease] = image
+        yield Acknowledgement.RECEIVED
+        call = self._new_call(request, options)
+        call.task = asyncio.create_task(self._in_turn(call, alone))
+        call.task.add_done_callback(lambda _: call.events.put_nowait(None))
+        self._running[lease] = call
         try:
-            async for told in self._watched(image):
-                yield told
-            result = await image.task
-            image.done = True
+            async for item in self._stream(call):
+                yield item
+            result = await call.task
+            call.done = True
         except NonFiniteImage:
             self._metrics.ended("non_finite")
             raise
         except (asyncio.CancelledError, GeneratorExit):
             self._metrics.ended("cancelled")
             raise
-        except Exception:  # counted here, answered elsewhere
+        except Exception:  # counted here, answered by the Ingress
             self._metrics.ended("failed")
             raise
         finally:
-            image.task.cancel()
-            del self._drawing[lease]
-            if not image.done:
-                done = replace(image.shape, steps=image.step)
-                took_s = self._work.work_s(done) if image.step else 0.0
-                self._stopped.append(StoppedImage(lease, image.step, took_s))
-        self._metrics.drew(result.timings)
-        log.info("drew %s", request.id)
+            call.task.cancel()
+            del self._running[lease]
+            if not call.done:
+                done = replace(call.shape, steps=call.step)
+                took_s = self._work.work_s(done) if call.step else 0.0
+                self._stopped.append(StoppedImage(lease, call.step, took_s))
+        self._metrics.generated(result.timings)
+        log.info("generated %s", request.id)
         yield result
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; a replica that no longer reports itself would never be used."""
+        """Raise `RuntimeError` if the card is broken or a task has ended. For Ray Serve."""
         if self._card:
             await asyncio.to_thread(self._card.check)
         if self._heartbeat.done() or not self._denoising.alive:
@@ -189,7 +195,7 @@ class Generator:
 
     # -- one image ------------------------------------------------------------------------------
 
-    def _new_image(self, request: ImageRequest, watch: StreamOptions) -> _Image:
+    def _new_call(self, request: ImageRequest, options: StreamOptions) -> _ImageCall:
         shape = ImageShape(
             width_px=request.width,
             height_px=request.height,
@@ -197,74 +203,76 @@ class Generator:
             rows=1 + request.guided,
             steps=request.num_inference_steps,
         )
-        return _Image(request, watch, asyncio.Queue(), shape)
+        return _ImageCall(request, options, asyncio.Queue(), shape)
 
-    async def _in_turn(self, image: _Image, alone: bool) -> ImageResult:
-        async with self._room.entered(alone=alone):
-            image.events.put_nowait(Acknowledgement.BEGUN)
-            return await self._draw(image)
+    async def _in_turn(self, call: _ImageCall, alone: bool) -> ImageResult:
+        async with self._lock.held(exclusively=alone):
+            call.events.put_nowait(Acknowledgement.STARTED)
+            return await self._result(call)
 
-    async def _draw(self, image: _Image) -> ImageResult:
-        request = image.request
+    async def _result(self, call: _ImageCall) -> ImageResult:
+        """Encode the prompt, denoise, decode, and write the image file."""
+        request = call.request
         began = time.monotonic()
         embeds = await self._embed(request)
         text_s = time.monotonic() - began
         self._text_tokens = embeds.tokens.shape[1]
-        image.shape = replace(image.shape, text_tokens=self._text_tokens)
+        call.shape = replace(call.shape, text_tokens=self._text_tokens)
         # Cancelling this coroutine cancels the future, which the loop sees before its next step.
-        drawing = self._denoising.draw(
-            request, embeds, image.watch.partial_images, self._teller(image)
+        generation = self._denoising.generate(
+            request, embeds, call.options.partial_images, self._event_sender(call)
         )
-        drawn: GeneratedPixels = await asyncio.wrap_future(drawing)
-        file, encode_s = await self._file(drawn.pixels, request)
+        generated: GeneratedPixels = await asyncio.wrap_future(generation)
+        file, encode_s = await self._file(generated.pixels, request)
         if request.id != WARM_UP:
-            self._cost.observe(image.shape, drawn.busy_s)
+            self._cost.observe(call.shape, generated.busy_s)
         return ImageResult(
             image=file,
             seed=request.seed,
             precision=self._recipe.name,
             emulated=self._emulated,
-            text_tokens=image.shape.text_tokens,
-            work_s=drawn.busy_s * self._cost.speed,
+            text_tokens=call.shape.text_tokens,
+            work_s=generated.busy_s * self._cost.speed,
             timings=Timings(
                 text_s=text_s,
-                denoise_s=drawn.denoise_s,
-                decode_s=drawn.decode_s,
+                denoise_s=generated.denoise_s,
+                decode_s=generated.decode_s,
                 encode_s=encode_s,
             ),
         )
 
-    def _teller(self, image: _Image) -> Callable[[StepDone | PreviewPixels], None]:
-        """What the loop's threads call; it hands over to the event loop what is watched."""
+    def _event_sender(self, call: _ImageCall) -> Callable[[StepDone | PreviewPixels], None]:
+        """A function for the loop's threads that hands events over to the event loop."""
         event_loop = asyncio.get_running_loop()
-        told = 0.0
+        last_sent_s = 0.0
 
-        def tell(event: StepDone | PreviewPixels) -> None:
-            nonlocal told
+        def send(event: StepDone | PreviewPixels) -> None:
+            nonlocal last_sent_s
             if isinstance(event, StepDone):
-                image.step = event.step
-                last = event.step == image.shape.steps
-                if not image.watch.progress or (event.denoise_s - told < PROGRESS_S and not last):
+                call.step = event.step
+                last = event.step == call.shape.steps
+                soon = event.denoise_s - last_sent_s < PROGRESS_S
+                if not call.options.progress or (soon and not last):
                     return
-                told = event.denoise_s
-            event_loop.call_soon_threadsafe(image.events.put_nowait, event)
+                last_sent_s = event.denoise_s
+            event_loop.call_soon_threadsafe(call.events.put_nowait, event)
 
-        return tell
+        return send
 
-    async def _watched(self, image: _Image) -> AsyncIterator[Acknowledgement | Told]:
-        """That an image is begun, and what is watched of it, until it is done."""
-        steps = image.shape.steps
-        while (event := await image.events.get()) is not None:
+    async def _stream(self, call: _ImageCall) -> AsyncIterator[Acknowledgement | StreamItem]:
+        """The image's start, and what its options ask for, until it is done."""
+        steps = call.shape.steps
+        while (event := await call.events.get()) is not None:
             if isinstance(event, Acknowledgement):
                 yield event
-                if image.watch.progress:
-                    yield Progress(0, steps, self._cost.coefficients.work_s(image.shape))
+                if call.options.progress:
+                    yield Progress(0, steps, self._cost.coefficients.work_s(call.shape))
             elif isinstance(event, PreviewPixels):
-                file, _ = await self._file(event.pixels, image.request)
+                file, _ = await self._file(event.pixels, call.request)
                 yield PartialImage(event.index, file)
             else:
                 pace = event.denoise_s / event.step
-                decode_s = self._cost.coefficients.pixel * image.shape.pixels
+                decode_s = self._cost.coefficients.pixel * call.shape.pixels
                 yield Progress(event.step, steps, (steps - event.step) * pace + decode_s)
 
     async def _file(self, pixels: Any, request: ImageRequest) -> tuple[bytes, float]:
@@ -278,7 +286,10 @@ class Generator:
         return await asyncio.get_running_loop().run_in_executor(self._file_thread, encode)
 
     async def _embed(self, request: ImageRequest) -> PromptEmbeds:
-        """One row, or two with guidance. Raises `Unavailable` if encoders die again and again."""
+        """Embeddings: one row, or two with guidance.
+
+        Raises `Unavailable` if the text encoder is lost in each of several attempts.
+        """
         prompts = [request.negative_prompt] if request.guided else []
         for attempt in range(1, ENCODER_ATTEMPTS + 1):
             try:
@@ -301,8 +312,11 @@ class Generator:
         with phases.timed("load"):
             return Denoiser.load(folder, self._recipe, device_for(self._pool))
 
+    def _warm_up_call(self) -> _ImageCall:
+        return self._new_call(self._warm_up_request(), StreamOptions())
+
     def _warm_up_request(self) -> ImageRequest:
-        """Touches text encoder, kernels and VAE, so that the first client does not wait."""
+        """A small request that uses text encoder, kernels and VAE before the first client does."""
         width, height = warm_sizes(self._pool, self._denoiser)[0]
         return ImageRequest(
             id=WARM_UP,
@@ -315,17 +329,17 @@ class Generator:
             seed=0,
         )
 
-    def _said(self) -> Heartbeat:
-        """While an image is drawn alone, or waits for that, there is no slot for another."""
-        drawing = list(self._drawing.values())
+    def _heartbeat_message(self) -> Heartbeat:
+        """The heartbeat; while an image runs alone or waits for that, no slot is free."""
+        running = list(self._running.values())
         work_s = sum(
-            self._cost.coefficients.work_s(replace(i.shape, steps=i.shape.steps - i.step))
-            for i in drawing
+            self._cost.coefficients.work_s(replace(c.shape, steps=c.shape.steps - c.step))
+            for c in running
         )
         return Heartbeat(
             pool=self._model.pool_name(self._pool),
             replica=self._replica,
-            slots=len(drawing) if self._room.reserved else self._pool.slots,
+            slots=len(running) if self._lock.exclusive else self._pool.slots,
             running_work_s=work_s,
             speed=self._cost.speed,
             node=self._node,
@@ -333,37 +347,40 @@ class Generator:
         )
 
     def record_routing_stats(self) -> dict[str, bool]:
-        """Called by Ray Serve for `serve.engine.routing`."""
+        """Whether the node is being drained; called by Ray Serve for `serve.engine.routing`."""
         return {"leaving": self._leaving}
 
     async def _report(self) -> None:
+        """Report this replica to the Dispatcher for as long as it can generate images."""
         import ray
         from ray import serve  # the contexts exist only inside a replica
 
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._node = ray.get_runtime_context().get_node_id()
         while self._denoising.alive:
-            said, stopped = self._said(), list(self._stopped)
+            heartbeat, stopped = self._heartbeat_message(), list(self._stopped)
             try:
                 reply = await self._dispatcher.report_replica.remote(
-                    said, list(self._drawing), stopped
+                    heartbeat, list(self._running), stopped
                 )
                 del self._stopped[: len(stopped)]
                 self._leaving = reply.leaving
                 self._drop(reply.orphans, time.monotonic())
             except Exception:  # a replica that stops reporting is lost: go on whatever happened
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
-                self._orphans.clear()  # sessions need their time anew
-            self._metrics.report(self._denoising.counts, said.speed, self._cost.coefficients)
-            await asyncio.sleep(HEARTBEAT_S)
+                self._orphans.clear()  # sessions get their time to come back anew
+            self._metrics.report(self._denoising.counts, heartbeat.speed, self._cost.coefficients)
+            await asyncio.sleep(TIMING.heartbeat_s)
 
     def _drop(self, orphans: Iterable[Lease], now: float) -> None:
-        """Stop what nobody has held for as long as a session may take to come back."""
+        """Stop images whose lease nobody has held for as long as a session may take to return."""
         self._orphans = {
             lease: self._orphans.get(lease, now) for lease in map(Lease._make, orphans)
         }
         for lease, since in self._orphans.items():
-            image = self._drawing.get(lease)
-            if now - since > SESSION_LEASE_S and image and image.task:
-                log.warning("nobody waits for entry %s of session %s", lease.entry, lease.session)
-                image.task.cancel()
+            call = self._running.get(lease)
+            if now - since > TIMING.session_lease_s and call and call.task:
+                log.warning(
+                    "nobody waits for image %s of session %s", lease.image_id, lease.session
+                )
+                call.task.cancel()

@@ -1,4 +1,4 @@
-"""What a Generator counts: see `serve.metrics`."""
+"""A Generator's metrics, as `serve.metric_catalogue` lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .denoising_loop import LoopCounts
 
 
 class GeneratorMetrics:
-    """`pool` tags every one of them."""
+    """Images, phases, steps, speed and cost of one replica; `pool` tags all of them."""
 
     def __init__(self, pool: str) -> None:
         self._pool = {"pool": pool}
@@ -32,25 +32,27 @@ class GeneratorMetrics:
         self._coefficients = metric("octet_engine_cost_seconds")
 
     def started(self, seconds: Mapping[str, float]) -> None:
-        """How long each phase of the start took."""
+        """Note how long each phase of the start took."""
         self._start_s = dict(seconds)
 
     def ended(self, outcome: str) -> None:
+        """Count an image by what became of it."""
         self._outcomes.inc(tags={**self._pool, "outcome": outcome})
 
-    def drew(self, timings: Timings) -> None:
+    def generated(self, timings: Timings) -> None:
+        """Count a finished image, and observe how long each of its phases took."""
         self.ended("drawn")
         for phase in ("text", "denoise", "decode", "encode"):
             self._phases.observe(getattr(timings, f"{phase}_s"), {**self._pool, "phase": phase})
 
     def report(self, counts: LoopCounts, speed: float, coefficients: CostCoefficients) -> None:
-        """Once per heartbeat; `counts` as the denoising loop has them."""
+        """Report to Ray, once per heartbeat; `counts` are those of the denoising loop."""
         now, before = asdict(counts), asdict(self._counted)
         for name, counter in self._counters.items():
             if now[name] > before[name]:
                 counter.inc(now[name] - before[name], self._pool)
         self._counted = LoopCounts(**now)
-        # Gauges again and again: Ray forgets what it has not heard of for a while.
+        # Gauges are set again each time, because Ray forgets those that are not.
         for phase, taken_s in self._start_s.items():
             self._start.set(taken_s, {**self._pool, "phase": phase})
         self._speed.set(speed, self._pool)

@@ -2,6 +2,8 @@
 
 Equals diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser et al. 2024,
 section 5.3.2) to 6e-8; plain numbers, so that every row of a batch can be at its own step.
+
+Pure: standard library only.
 """
 
 from __future__ import annotations

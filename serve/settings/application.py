@@ -236,10 +236,10 @@ class Settings(ApplicationSettings, LiveSettings):
             )
         return self
 
-    def application(self) -> ApplicationSettings:
+    def application_settings(self) -> ApplicationSettings:
         return ApplicationSettings.model_validate(self._part(ApplicationSettings, ServedModel))
 
-    def tuning(self) -> IngressSettings:
+    def ingress_settings(self) -> IngressSettings:
         parts = self._part(LiveSettings, LiveModelSettings)
         models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
         return IngressSettings(models=models, **parts)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -19,12 +22,23 @@ from cluster.cards import CARDS
 from cluster.placement import NodeRequirement
 
 from ..errors import InvalidRequest, did_you_mean
-from ..request import SIZE_MULTIPLE_PX, ImageRequest, Limits
+from ..request import SIZE_MULTIPLE_PX, ImageRequest, ModelLimits
 
-_LIMITS = Limits()
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$")]
 Share = Annotated[float, Field(ge=0)]
+
+
+def refuse_unknown_keys(data: Any, known: Collection[str]) -> Any:
+    """The data; raises `ValueError` for an unknown key, with the nearest known one."""
+    if isinstance(data, dict):
+        for key in data.keys() - set(known):
+            raise ValueError(f"unknown key '{key}': {did_you_mean(str(key), known)}")
+    return data
+
+
+def _known_limits(data: Any) -> Any:
+    return refuse_unknown_keys(data, [field.name for field in fields(ModelLimits)])
 
 
 class Frozen(BaseModel):
@@ -35,11 +49,7 @@ class Frozen(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data.keys() - cls.model_fields.keys():
-                nearest = did_you_mean(str(key), cls.model_fields)
-                raise ValueError(f"unknown key '{key}': {nearest}")
-        return data
+        return refuse_unknown_keys(data, cls.model_fields)
 
 
 class Source(Frozen):
@@ -181,35 +191,21 @@ class Defaults(Frozen):
     guidance_scale: float
 
 
-class ModelLimits(Frozen):
-    min_size_px: PositiveInt = _LIMITS.min_size_px
-    max_size_px: PositiveInt = _LIMITS.max_size_px
-    max_pixels: PositiveInt = _LIMITS.max_pixels
-    max_steps: PositiveInt = _LIMITS.max_steps
-    max_guidance_scale: PositiveFloat = _LIMITS.max_guidance_scale
-    max_images: PositiveInt = _LIMITS.max_images
-    max_prompt_chars: PositiveInt = _LIMITS.max_prompt_chars
-
-
 class LiveModelSettings(Frozen):
     """What requests for a model get and may ask for."""
 
     defaults: Defaults
-    limits: ModelLimits = ModelLimits()
+    limits: Annotated[ModelLimits, BeforeValidator(_known_limits)] = ModelLimits()
 
     @model_validator(mode="after")
     def _defaults_are_within_the_limits(self) -> LiveModelSettings:
         try:
             ImageRequest(
                 id="", model="this model", prompt="x", seed=0, **self.defaults.model_dump()
-            ).check(self.request_limits)
+            ).check(self.limits)
         except InvalidRequest as error:
             raise ValueError(f"defaults: {error.message}") from None
         return self
-
-    @property
-    def request_limits(self) -> Limits:
-        return Limits(**self.limits.model_dump())
 
 
 class ServedModel(Frozen):

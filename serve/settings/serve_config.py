@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from ..deployments import APPLICATION, DISPATCHER, INGRESS
 from .application import Settings
 
-APPLICATION = "octet"
-
-
+BUILD = "serve.app:build"
 LOGGING = {"encoding": "JSON"}  # of the application, and of Serve's own processes
 
 
-def serve_config(settings: Settings) -> dict[str, Any]:
-    """The application as Ray Serve's declarative config (`serveConfigV2` on KubeRay).
+class PolicyAdapter(NamedTuple):
+    """How Ray Serve applies an autoscaling policy: its function, and the delays it adds."""
+
+    function: str
+    delays: Mapping[str, float]
+
+
+ADAPTERS = {  # by `autoscaling_policy`
+    # Octet's policy has decided already: Serve's delays would only blur it.
+    "queued-work": PolicyAdapter(
+        "autoscaling.ray_policy:replicas",
+        {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0},
+    ),
+    "ray-default": PolicyAdapter("autoscaling.ray_default:replicas", {}),
+}
+
+
+def serve_config(settings: Settings, import_path: str = BUILD) -> dict[str, Any]:
+    """The application as Ray Serve's declarative config.
 
     A change of `args` restarts every replica; a change of a `user_config` restarts none.
     """
-    tuning = settings.tuning()
+    live = settings.ingress_settings()
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
-        "import_path": "serve.app:build",
-        "args": settings.application().model_dump(mode="json"),
+        "import_path": import_path,
+        "args": settings.application_settings().model_dump(mode="json"),
         "deployments": [
-            {"name": "Ingress", "user_config": tuning.model_dump(mode="json")},
+            {"name": INGRESS, "user_config": live.model_dump(mode="json")},
             {
-                "name": "Dispatcher",
-                "user_config": tuning.model_dump(
-                    mode="json", include={"max_queued", "autoscaling"}
-                ),
+                "name": DISPATCHER,
+                "user_config": live.model_dump(mode="json", include={"max_queued", "autoscaling"}),
             },
         ],
         "logging_config": LOGGING,
-        "autoscaling_policy": {"policy_function": "autoscaling.ray_policy:replicas"},
+        "autoscaling_policy": {"policy_function": ADAPTERS[settings.autoscaling_policy].function},
     }
     return {"applications": [application]}
+
+
+def autoscaling_config(policy: str, least: int, most: int) -> dict[str, float]:
+    """Ray Serve's `autoscaling_config` of a deployment with `least` to `most` replicas."""
+    return {"min_replicas": least, "max_replicas": most, **ADAPTERS[policy].delays}

@@ -1,4 +1,10 @@
-"""API keys: what is kept of them, and which tenant a key belongs to."""
+"""API keys: their form, what is kept of them, and which tenant a key belongs to.
+
+A key itself is kept nowhere: `octet tenant` shows it once and keeps its SHA-256. Keys are random, so
+a plain digest cannot be searched for as that of a password can.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +16,26 @@ from typing import NamedTuple
 
 from .tenant import Tenant
 
+KEY = re.compile(r"octet_([a-z0-9-]{1,63})_[0-9a-f]{40}")
+KEY_BYTES = 20  # 160 random bits
+VALID_KEYS = 2  # keys of one tenant at a time, so that it can move from one to the next
+NO_DIGEST = "0" * 64
+
+KeyDigests = dict[
+    str, list[dict[str, str]]
+]  # by tenant: the digest of each key, and when it was made
+
 
 class TenantAccess(NamedTuple):
     """What an Ingress has to know of a tenant; `digests`: SHA-256 of its keys, hexadecimal."""
 
     digests: tuple[str, ...]
-    models: tuple[str, ...] | None = None  # None: all
+    models: tuple[str, ...] | None = None  # None: all models
     timeout_s: float | None = None
     operator: bool = False
 
 
 TenantDirectory = dict[str, TenantAccess]  # by tenant
-
-
-KEY_BYTES = 20  # 160 random bits
-
-
-KEY = re.compile(r"octet_([a-z0-9-]{1,63})_[0-9a-f]{40}")
-
-
-VALID_KEYS = 2  # of a tenant, while it moves from one to the next
-
-
-NO_DIGEST = "0" * 64
-
-
-KeyDigests = dict[str, list[dict[str, str]]]
 
 
 def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantDirectory:
@@ -51,11 +51,11 @@ def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantD
     }
 
 
-def tenant_of(key: str, tenant_directory: TenantDirectory) -> str | None:
-    """The tenant that a key belongs to; takes as long whether there is one or not."""
+def tenant_of(key: str, directory: TenantDirectory) -> str | None:
+    """The tenant that a key belongs to; takes the same time whether there is one or not."""
     match = KEY.fullmatch(key)
     name = match[1] if match else ""
-    access = tenant_directory.get(name)
+    access = directory.get(name)
     known = access.digests if access else ()
     given = digest(key)
     same = [
@@ -65,4 +65,5 @@ def tenant_of(key: str, tenant_directory: TenantDirectory) -> str | None:
 
 
 def digest(key: str) -> str:
+    """The SHA-256 of a key, hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()

@@ -1,4 +1,7 @@
-"""A tenant: its share of the cluster, and its limits."""
+"""A tenant: its share of the cluster, and its limits.
+
+Pure: standard library only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a tenant is charged for one image."""
+"""The usage record: what a tenant is charged for one image.
+
+Pure: standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from typing import Literal, NamedTuple
 
 
 class UsageRecord(NamedTuple):
-    """What a tenant is charged for one image; `call` and `image` together are unique for ever.
+    """One image of one call; `call` and `image` together are unique for ever.
 
-    Nothing for one that was drawn before ("hit"), or for another call at the same time ("shared").
+    `call` is the call's id, `image` the image's index in it. `work_s` is what the tenant is charged,
+    in seconds of a reference replica: nothing for an image that came from the result cache ("hit")
+    or was generated for another call at the same time ("shared").
     """
 
     call: str

@@ -49,8 +49,8 @@ class Painter:
     async def generate(
         self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
     ) -> AsyncIterator[Any]:
-        yield Acknowledgement.TAKEN
-        yield Acknowledgement.BEGUN
+        yield Acknowledgement.RECEIVED
+        yield Acknowledgement.STARTED
         if watch.progress:
             yield Progress(0, request.num_inference_steps)
         if request.prompt == "broken":
@@ -90,7 +90,7 @@ class Edge:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        application = self.settings.application()
+        application = self.settings.application_settings()
         pools = [m.pool_name(p) for m in application.models for p in m.pools]
         keyed = application.auth == "keys"
         self.dispatcher = dispatcher = a_dispatcher(
@@ -134,7 +134,7 @@ class Edge:
             await asyncio.sleep(0.2)
 
     def tune(self, settings: Settings) -> None:
-        self.ingress.reconfigure(settings.tuning().model_dump(mode="json"))
+        self.ingress.reconfigure(settings.ingress_settings().model_dump(mode="json"))
 
 
 @contextmanager

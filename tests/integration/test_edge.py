@@ -300,9 +300,9 @@ def test_a_quiet_stream_says_that_it_is_there(
 def test_a_call_is_cancelled_at_any_ingress(edge: Edge) -> None:
     async def another_ingress_deletes() -> httpx.Response:
         other = Ingress.__new__(Ingress)
-        application = edge.settings.application().model_dump(mode="json")
+        application = edge.settings.application_settings().model_dump(mode="json")
         await other.__init__(application, WORK, Handle(edge.dispatcher), {})  # type: ignore[misc]
-        other.reconfigure(edge.settings.tuning().model_dump(mode="json"))
+        other.reconfigure(edge.settings.ingress_settings().model_dump(mode="json"))
         transport = httpx.ASGITransport(other.__serve_build_asgi_app__())
         async with httpx.AsyncClient(transport=transport, base_url="http://other") as client:
             return await client.delete("/v1/requests/elsewhere")

@@ -33,9 +33,9 @@ def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
     schema = ServeDeploySchema.model_validate(serve_config(laptop))
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
-    assert ApplicationSettings.model_validate(application.args) == laptop.application()
+    assert ApplicationSettings.model_validate(application.args) == laptop.application_settings()
     ingress, dispatcher = application.deployments
-    assert IngressSettings.model_validate(ingress.user_config) == laptop.tuning()
+    assert IngressSettings.model_validate(ingress.user_config) == laptop.ingress_settings()
     assert dispatcher.user_config == {
         "max_queued": laptop.max_queued,
         "autoscaling": laptop.autoscaling.model_dump(),

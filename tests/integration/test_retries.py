@@ -62,10 +62,10 @@ class Generator:
         self.alone.append(alone)
         if self.calls <= self.late:
             await asyncio.sleep(60)  # the grant was for a replica that is no more
-        yield Acknowledgement.TAKEN
+        yield Acknowledgement.RECEIVED
         if self.calls <= self.bystander:
             raise ActorDiedError  # before it began with this one
-        yield Acknowledgement.BEGUN
+        yield Acknowledgement.STARTED
         if self.failures:
             raise self.failures.pop(0)
         await asyncio.sleep(self.takes_s)

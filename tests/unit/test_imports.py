@@ -16,14 +16,13 @@ ROOT = Path(__file__).parents[2]
 # room and from those below it.
 ROOMS = (
     *("bench", "demo"),
-    *("serve.cli", "k8s", "serve.app"),
+    *("serve.cli", "k8s", "serve.app", "serve.launch"),
     *("serve.api", "serve.api.wire"),
     "serve.engine",
     *("serve.results.cache", "serve.results"),
     *("serve.dispatch.client", "serve.dispatch"),
-    "serve.launch",
     *("serve.models", "serve.settings", "serve.tenants", "serve.usage"),
-    *("serve.request", "serve.errors", "serve.atomic_file"),
+    *("serve.request", "serve.errors", "serve.deployments", "serve.atomic_file"),
     *("serve.ray_errors", "serve.metric_catalogue"),
     *("autoscaling.simulation", "autoscaling"),
     "cluster",

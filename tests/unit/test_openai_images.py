@@ -19,7 +19,7 @@ from serve.request import OutputFormat, Precision, StreamOptions
 from serve.settings.file import load_settings
 
 SETTINGS = load_settings(Path(__file__).parents[2] / "examples" / "laptop.yaml", {})
-TUNING = SETTINGS.tuning()
+TUNING = SETTINGS.ingress_settings()
 
 
 def body(**fields: object) -> bytes:

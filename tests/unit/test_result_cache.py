@@ -89,7 +89,7 @@ def test_texts_do_not_run_into_each_other(prompt: str, negative: str) -> None:
 
 
 def test_other_weights_are_another_version(tmp_path: Path) -> None:
-    settings = load_settings(ROOT / "examples" / "laptop.yaml", {}).application()
+    settings = load_settings(ROOT / "examples" / "laptop.yaml", {}).application_settings()
     (model,) = settings.models
     before = _version(settings, model)
     more = [pool.model_copy(update={"replicas": 9, "slots": 1}) for pool in model.pools]

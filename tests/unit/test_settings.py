@@ -181,21 +181,21 @@ def test_tuning_is_no_argument_of_the_application(name: str) -> None:
     """Arguments restart every replica when they change."""
     plain, tuned = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: TUNED[name]})
     assert tuned != plain
-    assert tuned.application() == plain.application()
-    assert (tuned.tuning() == plain.tuning()) == (name == "OCTET_HTTP__PORT")
+    assert tuned.application_settings() == plain.application_settings()
+    assert (tuned.ingress_settings() == plain.ingress_settings()) == (name == "OCTET_HTTP__PORT")
 
 
 def test_the_rest_is_no_tuning() -> None:
     plain, other = load_settings(LAPTOP, {}), load_settings(LAPTOP, {"OCTET_EMULATE_FP8": "true"})
-    assert other.tuning() == plain.tuning()
+    assert other.ingress_settings() == plain.ingress_settings()
     bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "3"})
-    assert bigger.tuning() == plain.tuning()
-    assert bigger.application() != plain.application()
+    assert bigger.ingress_settings() == plain.ingress_settings()
+    assert bigger.application_settings() != plain.application_settings()
 
 
 def test_parts_are_plain_data_that_comes_back() -> None:
     settings = load_settings(EXAMPLES / "sd35.yaml", {})
-    application, tuning = settings.application(), settings.tuning()
+    application, tuning = settings.application_settings(), settings.ingress_settings()
     assert ApplicationSettings.model_validate(application.model_dump(mode="json")) == application
     assert IngressSettings.model_validate(tuning.model_dump(mode="json")) == tuning
     assert list(tuning.models) == [m.id for m in settings.models]

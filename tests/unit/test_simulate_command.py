@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from serve.cli.main import app
 from serve.cli.simulate_scenario import policy_of, scenario_of_settings, workload_of
 from serve.errors import SettingsError
-from serve.models.replica_bounds import limits_of
+from serve.models.replica_bounds import scaling_limits
 from serve.settings.file import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_limits_follow_from_settings() -> None:
         "OCTET_MODELS__0__POOLS__1__CARD": "a100-80",
         "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": "1",
     }
-    limits = limits_of(load_settings(SD35, environ).application())
+    limits = scaling_limits(load_settings(SD35, environ).application_settings())
     fp8, fp16 = limits.pools["sd3.5-large-fp8-h100"], limits.pools["sd3.5-large-fp16-a100-80"]
     assert (fp8.min_replicas, fp8.max_replicas, fp16.min_replicas) == (1, 2, 1)
     assert fp8.speed == pytest.approx(1 / 3)  # three share a card
@@ -89,7 +89,7 @@ def test_limits_follow_from_settings() -> None:
     assert fp8.usd_h > 0
     assert limits.followers["Ingress"].max_replicas == 3
     assert set(limits.followers["TextEncoder-sd35"].pools) == set(limits.pools)
-    assert not limits_of(load_settings(LAPTOP, {}).application()).followers
+    assert not scaling_limits(load_settings(LAPTOP, {}).application_settings()).followers
 
 
 def test_replicas_that_share_a_card_share_its_time() -> None:

@@ -1,4 +1,4 @@
-"""Server-sent events: previews and progress of an image, as OpenAI's Images API streams them."""
+"""Server-sent events of one image: previews and progress, as OpenAI's Images API streams them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...errors import OctetError
-from ...request import ImageRequest, ImageResult, PartialImage, Progress
-from ..attempts import Tell
+from ...request import ImageRequest, ImageResult, OnProgress, PartialImage, Progress
 from .http_errors import UNEXPECTED
 from .response import Event, completed_event, error_event, partial_image_event, progress_event
 
 log = logging.getLogger("ray.serve")
 
-ALIVE_S = 10.0  # a comment at least so often, lest proxies think that nobody is there
-
 Frames = AsyncGenerator[bytes, None]
 
 
 class EventStream(StreamingResponse):
-    """Calls `sent` when all has been sent, or the client is gone.
+    """A stream of events; calls `sent` when all has been sent, or the client is gone.
 
-    `first` was awaited before, so that what is refused at once keeps its own status; what goes
-    wrong later is an event.
+    `first` is awaited before the response begins, so a request that is refused at once gets its own
+    status. What goes wrong later becomes an event.
     """
 
     media_type = "text/event-stream"
@@ -56,24 +53,30 @@ async def _all(first: bytes, frames: Frames) -> Frames:
             yield frame
     except OctetError as error:
         yield _frame(error_event(error))
-    except Exception:  # the status has been sent: this is the place of `unexpected_error`
+    except Exception:  # `unexpected_error` comes too late: the status has been sent
         log.exception("unexpected error in a stream")
         yield _frame(error_event(OctetError(UNEXPECTED)))
 
 
 async def events(
-    request: ImageRequest, draw: Callable[[Tell], Coroutine[Any, Any, ImageResult]]
+    request: ImageRequest,
+    generate: Callable[[OnProgress], Coroutine[Any, Any, ImageResult]],
+    keep_alive_s: float = 10.0,
 ) -> Frames:
-    """The events of one image; ends with it. Raises what `draw` raises; closing it ends `draw`."""
-    told: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()
-    drawing = asyncio.create_task(draw(told.put_nowait))
-    drawing.add_done_callback(lambda _: told.put_nowait(None))
+    """The events of one image as frames, until it is completed.
+
+    A comment is sent after `keep_alive_s` without an event, so that proxies keep the connection.
+    Raises what `generate` raises; closing the frames ends `generate`.
+    """
+    heard: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()
+    generation = asyncio.create_task(generate(heard.put_nowait))
+    generation.add_done_callback(lambda _: heard.put_nowait(None))
     previews = 0
     try:
         while True:
             try:
-                async with asyncio.timeout(ALIVE_S):
-                    event = await told.get()
+                async with asyncio.timeout(keep_alive_s):
+                    event = await heard.get()
             except TimeoutError:
                 yield b": still here\n\n"
                 continue
@@ -81,12 +84,12 @@ async def events(
                 break
             if isinstance(event, Progress):
                 yield _frame(progress_event(event))
-            elif event.index >= previews:  # a second attempt draws the first ones again
+            elif event.index >= previews:  # a second attempt generates the first previews again
                 previews = event.index + 1
                 yield _frame(await asyncio.to_thread(partial_image_event, request, event))
-        yield _frame(await asyncio.to_thread(completed_event, request, await drawing))
+        yield _frame(await asyncio.to_thread(completed_event, request, await generation))
     finally:
-        drawing.cancel()
+        generation.cancel()
 
 
 def _frame(event: Event) -> bytes:

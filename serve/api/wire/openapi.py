@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,7 +19,6 @@ from ...errors import (
     Unavailable,
     tree,
 )
-from ..authentication import is_open
 from .request import REQUEST_ID, ImageGeneration
 from .response import (
     CancelledRequest,
@@ -45,8 +45,8 @@ LIMITS = tuple(
 EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
 
 
-def document(version: str, *, keys: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 as plain data; `keys`: whether callers need one."""
+def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
+    """The OpenAPI 3.1 document as plain data; `needs_key`: whether a path needs an API key."""
     _, schemas = models_json_schema(
         [
             (ImageGeneration, "validation"),
@@ -61,7 +61,7 @@ def document(version: str, *, keys: bool) -> dict[str, Any]:
     )
     paths = _paths()
     for path, methods in paths.items():
-        if keys and not is_open(path):
+        if needs_key(path):
             for operation in methods.values():
                 operation["security"] = [{"key": []}]
                 operation["responses"] |= _errors(KeyInvalid)

@@ -1,4 +1,7 @@
-"""What OpenAI's Images API is asked, with our own fields at top level."""
+"""The request body of `POST /v1/images/generations`, and what it means.
+
+The format is that of OpenAI's Images API, with Octet's own fields at top level.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from ...errors import InvalidRequest, ModelNotFound, did_you_mean
 from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
 from ...settings.application import IngressSettings
 
-RANDOM_SEEDS = 2**32  # a seed that we choose stays short enough to read out
+RANDOM_SEEDS = 2**32  # a seed that the server chooses is short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
-MANY = 10**6  # more than any limit: keeps absurd numbers out of messages
-SHOWN_CHARS = 80  # of what a client sent, in an error message
+MANY = 10**6  # more than any limit: keeps absurd numbers out of error messages
+SHOWN_CHARS = 80  # of a client's text, in an error message
 MOST_PREVIEWS = 3
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
-Ignored = Annotated[str | None, Field(description="Accepted; changes nothing here.")]
+Ignored = Annotated[str | None, Field(description="Accepted and ignored.")]
 
 
 class ImageGeneration(BaseModel):
@@ -40,7 +43,7 @@ class ImageGeneration(BaseModel):
     output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
 
-    # Ours.
+    # Octet's own fields.
     negative_prompt: str | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
@@ -50,7 +53,7 @@ class ImageGeneration(BaseModel):
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     progress: Annotated[bool, Field(description="With stream: progress events too.")] | None = None
 
-    # OpenAI's that cannot change our picture.
+    # OpenAI's fields that change nothing here.
     user: Ignored = None
     safety_identifier: Ignored = None
     moderation: Ignored = None
@@ -59,11 +62,11 @@ class ImageGeneration(BaseModel):
     complexity: Ignored = None
     background: Literal["auto", "opaque"] | None = None
 
-    # OpenAI's that ask for the image's making to be shown.
+    # OpenAI's fields for streaming.
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = None
 
-    # OpenAI's that ask for what we cannot make.
+    # OpenAI's fields that cannot be served.
     frame_count: Unsupported = None
     frame_duration_ms: Unsupported = None
     svg: Unsupported = None
@@ -71,30 +74,33 @@ class ImageGeneration(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A body, understood: its images, and how and until when to answer."""
+    """A parsed request body: its images, and how and until when to answer.
 
-    requests: list[ImageRequest]
-    seeded: bool  # the client says which seed
+    `seeded`: the client chose the seed. `ignored`: unknown fields, if the settings let them pass.
+    """
+
+    images: list[ImageRequest]
+    seeded: bool
     as_url: bool
     timeout_s: float
     stream: bool
-    watch: StreamOptions
-    ignored: tuple[str, ...] = ()  # unknown fields, if the settings let them pass
+    options: StreamOptions
+    ignored: tuple[str, ...] = ()
 
 
 def parse(
     body: bytes,
-    tuning: IngressSettings,
+    live: IngressSettings,
     request_id: str = "request",
-    usual_timeout_s: float | None = None,
+    default_timeout_s: float | None = None,
 ) -> GenerationRequest:
-    """What a body asks for: image i has seed + i and the id `request_id/i`.
+    """Parse a request body; image i has seed + i and the id `request_id/i`.
 
-    The settings' first model is the default; `usual_timeout_s` that of who does not state one,
-    if it is not the longest. Raises `InvalidRequest` with the field's name.
+    The settings' first model is the default. `default_timeout_s` holds for a body without
+    `timeout_s`, up to the settings' longest. Raises `InvalidRequest` with the field's name.
     """
     unknown = _unknown_fields(body)
-    if unknown and not tuning.ignore_unknown_fields:
+    if unknown and not live.ignore_unknown_fields:
         nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
         field = unknown[0][:SHOWN_CHARS]
         raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
@@ -102,15 +108,15 @@ def parse(
         asked = ImageGeneration.model_validate_json(body, extra="ignore")
     except ValidationError as error:
         raise _explain(error) from None
-    name = next(iter(tuning.models), "") if asked.model is None else asked.model
-    model = tuning.models.get(name)
+    name = next(iter(live.models), "") if asked.model is None else asked.model
+    model = live.models.get(name)
     if model is None:
-        raise model_not_found(name, tuning)
-    defaults, limits = model.defaults, model.request_limits
+        raise model_not_found(name, live)
+    defaults, limits = model.defaults, model.limits
     n = asked.n or 1
     if n > limits.max_images:
         raise InvalidRequest(f"n {n} must be between 1 and {limits.max_images}", param="n")
-    timeout_s, longest_s = asked.timeout_s, tuning.request_timeout_s
+    timeout_s, longest_s = asked.timeout_s, live.request_timeout_s
     if timeout_s and timeout_s > longest_s:
         raise InvalidRequest(
             f"timeout_s {timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
@@ -118,7 +124,7 @@ def parse(
     width, height = _size(asked.size) or (defaults.width, defaults.height)
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
     steps, guidance = asked.num_inference_steps, asked.guidance_scale
-    requests = [
+    images = [
         ImageRequest(
             id=f"{request_id}/{i}",
             model=name,
@@ -136,15 +142,15 @@ def parse(
         )
         for i in range(n)
     ]
-    requests[0].check(limits)
+    images[0].check(limits)
     _check_streaming(asked, n)
     return GenerationRequest(
-        requests=requests,
+        images=images,
         seeded=asked.seed is not None,
         as_url=asked.response_format == "url",
-        timeout_s=timeout_s or min(usual_timeout_s or longest_s, longest_s),
+        timeout_s=timeout_s or min(default_timeout_s or longest_s, longest_s),
         stream=bool(asked.stream),
-        watch=StreamOptions(
+        options=StreamOptions(
             progress=bool(asked.progress), partial_images=asked.partial_images or 0
         ),
         ignored=unknown,
@@ -155,17 +161,17 @@ def _check_streaming(asked: ImageGeneration, n: int) -> None:
     if not asked.stream:
         for name in ("partial_images", "progress"):
             if getattr(asked, name):
-                raise InvalidRequest(f"{name} is for stream: true", param=name)
+                raise InvalidRequest(f"{name} needs stream: true", param=name)
     elif n > 1:
         raise InvalidRequest(f"n {n} must be 1 with stream: true", param="n")
     elif asked.response_format == "url":
         raise InvalidRequest(
-            "response_format 'url': a stream holds the image itself", param="response_format"
+            "response_format 'url': a stream carries the image itself", param="response_format"
         )
 
 
 def check_request_id(given: str) -> None:
-    """Raise `InvalidRequest` if a client's x-request-id cannot be used."""
+    """Raise `InvalidRequest` if a client's `x-request-id` cannot be used."""
     if not REQUEST_ID.fullmatch(given):
         raise InvalidRequest(
             f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 of A-Z a-z 0-9 . _ : -",
@@ -174,13 +180,13 @@ def check_request_id(given: str) -> None:
 
 
 def ignored_header(fields: Sequence[str]) -> dict[str, str]:
-    """`x-octet-ignored`: the names, percent-encoded, cut to what gateways let through."""
+    """The header `x-octet-ignored`: field names, percent-encoded, cut to what gateways accept."""
     names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
     return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
-def model_not_found(name: str, tuning: IngressSettings) -> ModelNotFound:
-    nearest = did_you_mean(name, tuning.models)
+def model_not_found(name: str, live: IngressSettings) -> ModelNotFound:
+    nearest = did_you_mean(name, live.models)
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 
 
@@ -197,9 +203,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _unknown_fields(body: bytes) -> tuple[str, ...]:
-    """Found before anything else: a misspelt name explains a missing one.
+    """The unknown fields of a body, found first: a misspelt name explains a missing one.
 
-    By itself, because pydantic takes half a second to complain of a megabyte of them.
+    Not left to pydantic, which takes half a second to report a megabyte of them.
     """
     try:
         data = from_json(body)
@@ -211,7 +217,7 @@ def _unknown_fields(body: bytes) -> tuple[str, ...]:
 
 
 def _explain(error: ValidationError) -> InvalidRequest:
-    """The first fault of a body in one sentence."""
+    """The first fault of a body, in one sentence."""
     fault = error.errors(include_url=False)[0]
     field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]
     if fault["type"] == "missing":

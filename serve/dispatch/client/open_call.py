@@ -1,4 +1,7 @@
-"""A client's call at an Ingress, from its admission to its answer: see `session`."""
+"""A client's call at an Ingress, from its admission to its answer.
+
+`session` holds the connection to the Dispatcher; this file is what a request sees of it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Protocol
 
 from ...errors import UsageUnrecorded
 from ...usage.record import UsageRecord
@@ -21,39 +24,44 @@ from ..protocol import (
 )
 from .refusals import refusal
 
-if TYPE_CHECKING:
-    from .session import DispatchSession
-
-RECORD_S = 30.0  # for usage to be on disk, a restart of the Dispatcher included
-
-Queued = Callable[[int], None]
-
-
-class Wish(NamedTuple):
-    """One image of a call: the pools it may run in, its work, and whether its place is wanted."""
-
-    pools: Pools
-    work_s: float
-    watched: bool = False
+OnPosition = Callable[[int], None]
 
 
 class CallClient(Protocol):
-    """Who made a call."""
+    """The client that a call belongs to."""
 
     def cancel(self) -> None:
-        """Another call asks for its end."""
+        """End the call's work: another call has asked for that."""
 
     @property
     def unwanted(self) -> bool:
-        """Its client has ended it, or is gone."""
+        """Whether the client has ended the call, or is gone."""
+
+
+class CallSession(Protocol):
+    """What a call needs of its session."""
+
+    name: str
+
+    def submit(self, call: OpenCall, image: QueuedImage) -> PendingGrant:
+        """Queue a further attempt at an image."""
+
+    def release(self, call: OpenCall, release: Release) -> None:
+        """Let go of an image, whether it waits or runs."""
+
+    def record(self, call: OpenCall) -> None:
+        """Have the call's usage records written."""
+
+    def close(self, call: OpenCall) -> None:
+        """End the call."""
 
 
 @dataclass(slots=True)
 class HeldSlot:
-    """A slot that is held; say before it ends what came of it, if that is known.
+    """A slot that is held; its holder says before it ends what came of it, if that is known.
 
-    `took_s`: the work that it took; 0 if nothing was drawn. `cancelled`: what is charged in part,
-    if the client ends it.
+    `took_s`: the work that the image took; 0 if nothing was generated. `cancelled`: the image's
+    full charge, if the client cancelled it: its tenant pays for the steps that were done.
     """
 
     lease: Lease
@@ -62,18 +70,24 @@ class HeldSlot:
 
 
 @dataclass(slots=True)
-class Entry:
-    asked: QueuedImage
+class PendingGrant:
+    """An image that waits for its grant, or holds a slot of `pool`.
+
+    `claimed`: a task waits for the grant or uses the slot, and will release it. `position`: the
+    place in the queue as last heard.
+    """
+
+    image: QueuedImage
     granted: asyncio.Future[str]
-    queued: Queued | None = None
-    held: bool = False  # somebody waits for it or uses it, and will release it
-    position: int = 0  # as it was last heard
-    pool: str | None = None  # once it runs
+    on_position: OnPosition | None = None
+    claimed: bool = False
+    position: int = 0
+    pool: str | None = None
 
 
 @dataclass(slots=True)
 class Recording:
-    """Usages that are to be on disk."""
+    """Usage records that are being written."""
 
     usages: tuple[UsageRecord, ...]
     done: asyncio.Future[None]
@@ -81,70 +95,77 @@ class Recording:
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
-    """A client's call from its admission until `close`."""
+    """A client's call from its admission until `close`.
 
-    session: DispatchSession
-    opening: AdmissionRequest
+    `grants`: by image id. `generated`: the charges of images that are done and not yet recorded.
+    """
+
+    session: CallSession
+    request: AdmissionRequest
     client: CallClient
-    verdict: asyncio.Future[AdmissionDecision]
-    entries: dict[str, Entry] = field(default_factory=dict)
+    decision: asyncio.Future[AdmissionDecision]
+    record_s: float
+    grants: dict[str, PendingGrant] = field(default_factory=dict)
     recording: Recording | None = None
-    drawn: list[UsageRecord] = field(default_factory=list)
+    generated: list[UsageRecord] = field(default_factory=list)
     closed: bool = False
     eta_s: float | None = None
-    standings: tuple[RateLimitStatus, ...] = ()
+    rate_limits: tuple[RateLimitStatus, ...] = ()
 
     async def admitted(self) -> None:
-        """Wait for the verdict. Raises what `refusals` has."""
-        verdict = await self.verdict
-        if error := refusal(verdict):
+        """Wait for the Dispatcher's decision. Raises the error of `refusals` if it is a refusal."""
+        decision = await self.decision
+        if error := refusal(decision):
             raise error
-        self.eta_s, self.standings = verdict.eta_s, verdict.standings
+        self.eta_s, self.rate_limits = decision.eta_s, decision.rate_limits
 
     @asynccontextmanager
     async def slot(
-        self, image: int, pools: Pools | None = None, queued: Queued | None = None
+        self, index: int, pools: Pools | None = None, on_position: OnPosition | None = None
     ) -> AsyncIterator[HeldSlot]:
-        """Wait for a slot for one of the images and hold it.
+        """Wait for a slot for image `index` of the call, and hold it until the block ends.
 
-        The first time it is the one that was queued with the call, then another one in `pools`.
-        While it waits, `queued` is told its position whenever that changes (1: next).
+        The first time this is the place in the queue that the image got with the call; later times
+        are further attempts, in `pools`. While the image waits, `on_position` hears its position
+        whenever that changes (1: next).
 
         Raises `NoCapacity`. Leaving the block, or being cancelled while waiting, gives the slot
         back.
         """
-        first = self.opening.entries[image]
-        entry = self.entries.get(first.entry) or self.session.submit(
+        first = self.request.images[index]
+        pending = self.grants.get(first.id) or self.session.submit(
             self, first._replace(pools=pools or first.pools)
         )
-        entry.queued, entry.held = queued, True
-        if queued and entry.position:
-            queued(entry.position)
-        name = entry.asked.entry
+        pending.on_position, pending.claimed = on_position, True
+        if on_position and pending.position:
+            on_position(pending.position)
+        image_id = pending.image.id
         slot = None
         try:
-            slot = HeldSlot(Lease(self.session.name, name, await entry.granted))
+            slot = HeldSlot(Lease(self.session.name, image_id, await pending.granted))
             yield slot
         finally:
             self.session.release(
-                self, Release(name, slot.took_s, slot.cancelled) if slot else Release(name, 0.0)
+                self,
+                Release(image_id, slot.took_s, slot.cancelled) if slot else Release(image_id, 0.0),
             )
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:
-        """Wait until what is charged is on disk. Raises `UsageUnrecorded`."""
+        """Wait until these usage records are on disk. Raises `UsageUnrecorded`."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = Recording(tuple(usages), done)
         self.session.record(self)
         try:
-            async with asyncio.timeout(RECORD_S):
+            async with asyncio.timeout(self.record_s):
                 await done
         except TimeoutError:
-            raise UsageUnrecorded("the image could not be accounted in time") from None
-        self.drawn.clear()
+            raise UsageUnrecorded("the image's usage could not be recorded in time") from None
+        self.generated.clear()
 
     def close(self) -> None:
-        """The answer has been sent, or never will be. To say so twice does no harm.
+        """End the call: its answer was sent, or never will be. Closing it twice does no harm.
 
-        What was drawn and not recorded, because its client did not wait for it, is charged.
+        Images that were generated and not recorded, because the client did not wait for them, are
+        charged.
         """
         self.session.close(self)

@@ -1,4 +1,7 @@
-"""Why a call was refused, as the error that its client sees."""
+"""Refusals of the Dispatcher as the errors that clients see.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 
@@ -19,62 +22,69 @@ from ...errors import (
 )
 from ..protocol import AdmissionDecision, RateLimitStatus
 
-NO_CAPACITY = "no replica that may draw this lives, and no node can hold one"
+NO_CAPACITY = "no replica can generate this image, and no node can hold one"
+# By reason, and whether the tenant's own limit is the cause.
 REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
-    ("no_tenant", False): (KeyInvalid, "the tenant of this API key is no more"),
+    ("no_tenant", False): (KeyInvalid, "the tenant of this API key no longer exists"),
     ("draining", False): (Unavailable, "this server is shutting down"),
     ("request_id_in_use", False): (
         RequestIdInUse,
-        "x-request-id: a request with this id is being served",
+        "x-request-id: another request with this id is still open",
     ),
     ("no_capacity", False): (NoCapacity, NO_CAPACITY),
-    ("rate_limit_exceeded", True): (RateLimited, "you ask for more at a time than your limits"),
-    ("insufficient_quota", True): (QuotaExceeded, "this month's budget does not suffice for it"),
-    ("queue_full", True): (OwnQueueFull, "you have as much waiting as you may"),
+    ("rate_limit_exceeded", True): (RateLimited, "you have reached your rate limit"),
+    ("insufficient_quota", True): (
+        QuotaExceeded,
+        "what is left of this month's budget is less than this request costs",
+    ),
+    ("queue_full", True): (OwnQueueFull, "you have as many images queued as you may"),
     ("queue_full", False): (QueueFull, "the queue is full: try again later"),
     ("deadline_unreachable", True): (
         BacklogTooLong,
-        "it would not be done in time after what you have waiting already",
+        "it would not be done in time behind your other queued requests",
     ),
     ("deadline_unreachable", False): (DeadlineUnreachable, "it would not be done in time"),
 }
 
 
-def refusal(verdict: AdmissionDecision) -> OctetError | None:
-    """None if the call is admitted."""
-    if verdict.refusal is None:
+def refusal(decision: AdmissionDecision) -> OctetError | None:
+    """The error of a refused call; None if the call is admitted."""
+    if decision.refusal is None:
         return None
-    kind, message = REFUSALS[verdict.refusal, verdict.own]
-    if verdict.retry_after_s is not None and verdict.refusal != "insufficient_quota":
-        message += f"; in {verdict.retry_after_s:.1f} s it may be taken"
+    kind, message = REFUSALS[decision.refusal, decision.own_limit]
+    if decision.retry_after_s is not None and decision.refusal != "insufficient_quota":
+        message += f"; try again in {decision.retry_after_s:.1f} s"
     error = kind(message)
-    error.headers = {**standing_headers(verdict.standings), **retry_after(verdict.retry_after_s)}
-    if verdict.refusal == "deadline_unreachable" and verdict.retry_after_s is None:
-        error.message = "timeout_s is less than it takes, even with nothing else there"
+    error.headers = {
+        **rate_limit_headers(decision.rate_limits),
+        **retry_after(decision.retry_after_s),
+    }
+    if decision.refusal == "deadline_unreachable" and decision.retry_after_s is None:
+        error.message = "timeout_s is shorter than these images take, even on an idle server"
         error.headers["x-should-retry"] = "false"
     return error
 
 
-def standing_headers(standings: tuple[RateLimitStatus, ...]) -> dict[str, str]:
-    """`x-ratelimit-…`, as OpenAI names them."""
+def rate_limit_headers(rate_limits: tuple[RateLimitStatus, ...]) -> dict[str, str]:
+    """The `x-ratelimit-…` headers, with the names that OpenAI uses."""
     return {
-        f"x-ratelimit-{name}-{standing.of}": value
-        for standing in standings
+        f"x-ratelimit-{name}-{status.of}": value
+        for status in rate_limits
         for name, value in (
-            ("limit", _plain(standing.limit)),
-            ("remaining", _plain(standing.remaining)),
-            ("reset", f"{standing.reset_s:.3f}s"),
+            ("limit", _plain(status.limit)),
+            ("remaining", _plain(status.remaining)),
+            ("reset", f"{status.reset_s:.3f}s"),
         )
     }
 
 
 def _plain(amount: float) -> str:
-    """To a thousandth below, without an exponent."""
+    """A number rounded down to thousandths, without an exponent."""
     return f"{math.floor(amount * 1000 + 1e-6) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
-    """In whole seconds, and in milliseconds as OpenAI's clients read it first."""
+    """Headers in whole seconds, and in milliseconds, which OpenAI's clients read first."""
     if seconds is None:
         return {}
     milliseconds = int(max(seconds, 0.0) * 1000) + 1

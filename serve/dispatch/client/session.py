@@ -1,15 +1,15 @@
-"""An Ingress's side of its session with the Dispatcher.
+"""An Ingress's session with the Dispatcher.
 
-    call = session.open(tenant, request_id, wishes, timeout_s, client)
-    await call.admitted()  # or it is refused
+    call = session.open(tenant, request_id, images, timeout_s, client)
+    await call.admitted()             # raises if the call is refused
     async with call.slot(0) as slot:
-        ...  # a slot of `slot.lease.pool` is ours until the block ends
-    await call.record(usages)  # on disk now
+        ...                           # a slot of `slot.lease.pool` is held until the block ends
+    await call.record(usages)         # the usage records are on disk now
     call.close()
 
-News is coalesced: while one message is under way the next collects. If the Dispatcher restarts, a
-new session says which calls are open, what they still wait for and what runs, so running images
-are not touched.
+Updates are coalesced: while one message is under way, the next one collects. If the Dispatcher
+restarts, the session is opened again with the calls that are open, the images that still wait and
+the images that run, so running images are not touched.
 """
 
 from __future__ import annotations
@@ -26,41 +26,48 @@ from ...errors import NoCapacity, UsageUnrecorded
 from ...tenants.keys import TenantDirectory
 from ...usage.record import UsageRecord
 from ..protocol import (
-    HEARTBEAT_S,
+    TIMING,
     AdmissionDecision,
     AdmissionRequest,
-    Outcome,
+    Cancelled,
+    DispatchEvent,
+    Granted,
+    Position,
     QueuedImage,
+    Recorded,
+    Refused,
     Release,
     RunningImage,
     SessionUpdate,
+    Timing,
 )
-from .open_call import CallClient, Entry, OpenCall, Wish
+from .open_call import CallClient, OpenCall, PendingGrant
 from .refusals import NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
 
-RECONNECT_S = 0.5
-
 
 class DispatchSession:
-    """`dispatcher` is a handle with the methods of `Dispatcher`; use inside a running loop."""
+    """A session; `dispatcher` is a handle with the methods of `Dispatcher`.
 
-    def __init__(self, dispatcher: Any) -> None:
-        self.directory: TenantDirectory | None = None  # of tenants, once it was told
+    Use it inside a running event loop.
+    """
+
+    def __init__(self, dispatcher: Any, timing: Timing = TIMING) -> None:
+        self.tenants: TenantDirectory | None = None  # once the Dispatcher has sent it
         self.name = uuid.uuid4().hex
-        self._dispatcher = dispatcher
+        self._dispatcher, self._timing = dispatcher, timing
         self._numbers = itertools.count()
         self._calls: dict[str, OpenCall] = {}
-        self._entries: dict[str, Entry] = {}  # of all calls
-        # What was not yet told.
+        self._grants: dict[str, PendingGrant] = {}  # of all calls, by image id
+        # The update that collects.
         self._new_calls: dict[str, OpenCall] = {}
-        self._new_entries: dict[str, Entry] = {}
-        self._new_usages: dict[str, OpenCall] = {}
+        self._new_grants: dict[str, PendingGrant] = {}
+        self._new_recordings: dict[str, OpenCall] = {}
         self._usages: list[UsageRecord] = []  # of calls that are closed
         self._releases: list[Release] = []
         self._ended: list[str] = []
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._open = False
         self._stream: Any = None
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._talk())]
@@ -70,223 +77,242 @@ class DispatchSession:
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
+    @property
+    def pending_images(self) -> int:
+        """The number of images that wait for a grant or hold a slot."""
+        return len(self._grants)
+
     def open(
         self,
         tenant: str,
         request_id: str,
-        wishes: Sequence[Wish],
+        images: Sequence[QueuedImage],
         timeout_s: float,
         client: CallClient,
     ) -> OpenCall:
-        """Ask for a call to be admitted and its images queued; `close` has to follow, always."""
+        """Ask for a call to be admitted and its images queued; `close` must always follow."""
         loop = asyncio.get_running_loop()
-        name = f"{self.name[:12]}-{next(self._numbers)}"
-        entries = tuple(
-            QueuedImage(str(next(self._numbers)), name, wish.pools, wish.work_s, wish.watched)
-            for wish in wishes
+        call_id = f"{self.name[:12]}-{next(self._numbers)}"
+        named = tuple(
+            image._replace(id=str(next(self._numbers)), call_id=call_id) for image in images
         )
-        work_s = sum(wish.work_s for wish in wishes)
-        opening = AdmissionRequest(name, tenant, request_id, entries, timeout_s, work_s)
-        call = OpenCall(self, opening, client, loop.create_future())
-        for entry in entries:
-            call.entries[entry.entry] = Entry(entry, loop.create_future())
-        self._entries.update(call.entries)
-        self._calls[name] = self._new_calls[name] = call
-        self._news.set()
+        work_s = sum(image.work_s for image in named)
+        request = AdmissionRequest(call_id, tenant, request_id, named, timeout_s, work_s)
+        call = OpenCall(self, request, client, loop.create_future(), self._timing.record_s)
+        for image in named:
+            call.grants[image.id] = PendingGrant(image, loop.create_future())
+        self._grants.update(call.grants)
+        self._calls[call_id] = self._new_calls[call_id] = call
+        self._changed.set()
         return call
 
-    # -- of a call ------------------------------------------------------------------------------
+    # -- what a call asks for -------------------------------------------------------------------
 
-    def submit(self, call: OpenCall, asked: QueuedImage) -> Entry:
-        name = str(next(self._numbers))
-        entry = Entry(asked._replace(entry=name), asyncio.get_running_loop().create_future())
-        call.entries[name] = self._entries[name] = self._new_entries[name] = entry
-        self._news.set()
-        return entry
+    def submit(self, call: OpenCall, image: QueuedImage) -> PendingGrant:
+        """Queue a further attempt at an image."""
+        image = image._replace(id=str(next(self._numbers)))
+        pending = PendingGrant(image, asyncio.get_running_loop().create_future())
+        call.grants[image.id] = self._grants[image.id] = self._new_grants[image.id] = pending
+        self._changed.set()
+        return pending
 
     def release(self, call: OpenCall, release: Release) -> None:
-        call.entries.pop(release.entry, None)
-        known = self._entries.pop(release.entry, None)
-        if known and not self._new_entries.pop(release.entry, None):
+        """Let go of an image, whether it waits or runs."""
+        call.grants.pop(release.image_id, None)
+        known = self._grants.pop(release.image_id, None)
+        if known and not self._new_grants.pop(release.image_id, None):
             self._releases.append(release)
-            self._news.set()
-        if call.closed and not call.entries:
+            self._changed.set()
+        if call.closed and not call.grants:
             self._end(call)
 
     def record(self, call: OpenCall) -> None:
-        self._new_usages[call.opening.call] = call
-        self._news.set()
+        """Have the call's usage records written."""
+        self._new_recordings[call.request.call_id] = call
+        self._changed.set()
 
     def close(self, call: OpenCall) -> None:
+        """End a call: images that nobody claims are released."""
         if call.closed:
             return
         call.closed = True
-        name = call.opening.call
-        if name in self._new_calls or name not in self._calls:  # not told, or refused
+        call_id = call.request.call_id
+        if call_id in self._new_calls or call_id not in self._calls:  # not yet sent, or refused
             self._forget(call)
             return
-        for entry in [name for name, entry in call.entries.items() if not entry.held]:
-            self.release(call, Release(entry, 0.0))
-        if not call.entries:
+        for image_id in [name for name, grant in call.grants.items() if not grant.claimed]:
+            self.release(call, Release(image_id, 0.0))
+        if not call.grants:
             self._end(call)
 
     def _end(self, call: OpenCall) -> None:
-        """A closed call holds nothing any more."""
-        name = call.opening.call
-        if self._calls.get(name) is not call:
+        """Report the end of a closed call that holds nothing any more."""
+        call_id = call.request.call_id
+        if self._calls.get(call_id) is not call:
             return
-        untold = name in self._new_usages or call.recording is None
-        if call.drawn and untold and call.client.unwanted:
-            self._usages += [usage._replace(outcome="cancelled") for usage in call.drawn]
+        unrecorded = call_id in self._new_recordings or call.recording is None
+        if call.generated and unrecorded and call.client.unwanted:
+            self._usages += [usage._replace(outcome="cancelled") for usage in call.generated]
         self._forget(call)
-        self._ended.append(name)
-        self._news.set()
+        self._ended.append(call_id)
+        self._changed.set()
 
     def _forget(self, call: OpenCall) -> None:
-        name = call.opening.call
-        for pending in (self._calls, self._new_calls, self._new_usages):
-            pending.pop(name, None)
-        for entry in call.entries:
-            self._entries.pop(entry, None)
-            self._new_entries.pop(entry, None)
+        call_id = call.request.call_id
+        for pending in (self._calls, self._new_calls, self._new_recordings):
+            pending.pop(call_id, None)
+        for image_id in call.grants:
+            self._grants.pop(image_id, None)
+            self._new_grants.pop(image_id, None)
 
-    # -- the session ----------------------------------------------------------------------------
+    # -- the Dispatcher's messages --------------------------------------------------------------
 
     async def _listen(self) -> None:
-        """Keep a session open and hand what it tells to those who wait."""
+        """Keep a session open and hand its messages to those who wait."""
         while True:
             calls, running = self._state()
             try:
                 self._stream = self._dispatcher.session.options(stream=True).remote(
                     self.name, calls, running
                 )
-                async for told in self._stream:
+                async for message in self._stream:
                     self._open = True
-                    self._news.set()
-                    if isinstance(told, dict):
-                        self.directory = told
-                        continue
-                    for one in told:
-                        self._hear(one)
+                    self._changed.set()
+                    if message.tenants is not None:
+                        self.tenants = message.tenants
+                    for event in message.events:
+                        self._hear(event)
                 log.warning("the dispatcher ended the session; opening it again")
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) and task.cancelling():
-                    raise  # it was this task that was cancelled, and not the call
+                    raise  # this task was cancelled, and not the call
                 log.warning("the session's call was cancelled; opening it again")
-            except Exception:  # whatever it is, an Ingress without a session is of no use
+            except Exception:  # an Ingress without a session is of no use: always try again
                 log.warning("the dispatcher is not reachable; trying again", exc_info=True)
             self._open = False
-            await asyncio.sleep(RECONNECT_S)
+            await asyncio.sleep(self._timing.reconnect_s)
 
     def _state(self) -> tuple[list[AdmissionRequest], list[RunningImage]]:
-        """All that a Dispatcher has to know of us; what has no verdict yet is told later."""
+        """The open calls and running images that a fresh Dispatcher has to know.
+
+        Calls without a decision are sent again with the next update.
+        """
         self._releases.clear()
         self._ended.clear()
-        self._new_entries.clear()
+        self._new_grants.clear()
         calls, running = [], []
-        for name, call in self._calls.items():
+        for call_id, call in self._calls.items():
             if call.recording:
-                self._new_usages[name] = call
-            if not call.verdict.done():
-                self._new_calls[name] = call
+                self._new_recordings[call_id] = call
+            if not call.decision.done():
+                self._new_calls[call_id] = call
                 continue
-            for entry in call.entries.values():
-                if entry.pool:
-                    asked = entry.asked
-                    tenant = call.opening.tenant
+            for grant in call.grants.values():
+                if grant.pool:
+                    image, tenant = grant.image, call.request.tenant
                     running.append(
-                        RunningImage(asked.entry, name, tenant, entry.pool, asked.work_s)
+                        RunningImage(image.id, call_id, tenant, grant.pool, image.work_s)
                     )
-            waiting = tuple(entry.asked for entry in call.entries.values() if not entry.pool)
-            calls.append(call.opening._replace(entries=waiting, accepted=True))
+            waiting = tuple(grant.image for grant in call.grants.values() if not grant.pool)
+            calls.append(call.request._replace(images=waiting, accepted=True))
         return calls, running
 
-    def _collect(self) -> SessionUpdate:
-        """What was not yet told."""
-        recordings = [call.recording for call in self._new_usages.values() if call.recording]
-        news = SessionUpdate(
-            usages=(
-                *self._usages,
-                *(usage for recording in recordings for usage in recording.usages),
-            ),
-            releases=tuple(self._releases),
-            ended=tuple(self._ended),
-            openings=tuple(call.opening for call in self._new_calls.values()),
-            submits=tuple(entry.asked for entry in self._new_entries.values()),
-        )
-        for told in (self._new_usages, self._new_calls, self._new_entries):
-            told.clear()
-        self._releases.clear()
-        self._ended.clear()
-        self._usages.clear()
-        return news
+    def _hear(self, event: DispatchEvent) -> None:
+        match event:
+            case AdmissionDecision():
+                self._hear_decision(event)
+            case Granted(image_id=image_id, pool=pool):
+                self._hear_grant(image_id, pool)
+            case Refused(image_id=image_id):
+                grant = self._grants.get(image_id)
+                if grant and not grant.granted.done():
+                    grant.granted.set_exception(NoCapacity(NO_CAPACITY))
+            case Position(image_id=image_id, position=position):
+                if grant := self._grants.get(image_id):
+                    grant.position = position
+                    if grant.on_position:
+                        grant.on_position(position)
+            case Cancelled(call_id=call_id):
+                if call := self._calls.get(call_id):
+                    call.client.cancel()
+            case Recorded(call_id=call_id, on_disk=on_disk):
+                if call := self._calls.get(call_id):
+                    self._hear_recorded(call, on_disk)
 
-    def _hear(self, told: Outcome | AdmissionDecision) -> None:
-        if isinstance(told, AdmissionDecision):
-            call = self._calls.get(told.call)
-            if call is None and not told.refusal:  # it was closed while it was told
-                self._ended.append(told.call)
-                self._news.set()
-            elif call and not call.verdict.done():
-                call.verdict.set_result(told)
-                if told.refusal:
-                    self._forget(call)
-        elif told.kind in ("cancelled", "recorded", "unrecorded"):
-            if call := self._calls.get(told.entry):
-                self._hear_of_call(call, told)
+    def _hear_decision(self, decision: AdmissionDecision) -> None:
+        call = self._calls.get(decision.call_id)
+        if call is None and not decision.refusal:  # the call was closed meanwhile
+            self._ended.append(decision.call_id)
+            self._changed.set()
+        elif call and not call.decision.done():
+            call.decision.set_result(decision)
+            if decision.refusal:
+                self._forget(call)
+
+    def _hear_grant(self, image_id: str, pool: str) -> None:
+        grant = self._grants.get(image_id)
+        if grant is None:  # nobody waits any more; releasing a slot twice does no harm
+            self._releases.append(Release(image_id, 0.0))
+            self._changed.set()
+        elif not grant.granted.done():
+            grant.pool = pool
+            grant.granted.set_result(pool)
+
+    def _hear_recorded(self, call: OpenCall, on_disk: bool) -> None:
+        if call.recording is None:
+            return
+        recording, call.recording = call.recording, None
+        call.request = call.request._replace(work_s=0.0)
+        if recording.done.done():
+            return
+        if on_disk:
+            recording.done.set_result(None)
         else:
-            self._hear_of_entry(told)
+            error = UsageUnrecorded("the image's usage could not be recorded")
+            recording.done.set_exception(error)
 
-    def _hear_of_call(self, call: OpenCall, told: Outcome) -> None:
-        if told.kind == "cancelled":
-            call.client.cancel()
-        elif call.recording:
-            recording, call.recording = call.recording, None
-            call.opening = call.opening._replace(work_s=0.0)
-            if recording.done.done():
-                return
-            if told.kind == "recorded":
-                recording.done.set_result(None)
-            else:
-                recording.done.set_exception(UsageUnrecorded("the image could not be accounted"))
-
-    def _hear_of_entry(self, told: Outcome) -> None:
-        entry = self._entries.get(told.entry)
-        if entry is None:
-            if told.pool:  # whoever waited is gone; to say so twice does no harm
-                self._releases.append(Release(told.entry, 0.0))
-                self._news.set()
-        elif told.kind == "queued":
-            entry.position = told.position
-            if entry.queued:
-                entry.queued(told.position)
-        elif not entry.granted.done():
-            if told.pool is None:
-                entry.granted.set_exception(NoCapacity(NO_CAPACITY))
-            else:
-                entry.pool = told.pool
-                entry.granted.set_result(told.pool)
+    # -- updates to the Dispatcher --------------------------------------------------------------
 
     async def _talk(self) -> None:
-        """Tell what is new, or at least that we live, once per heartbeat."""
+        """Send what is new, or at least a sign of life, once per heartbeat."""
         while True:
             with suppress(TimeoutError):  # wait_for may swallow a cancellation before Python 3.12
-                async with asyncio.timeout(HEARTBEAT_S):
-                    await self._news.wait()
-            self._news.clear()
+                async with asyncio.timeout(self._timing.heartbeat_s):
+                    await self._changed.wait()
+            self._changed.clear()
             if not self._open:
                 continue
-            news = self._collect()
+            update = self._collect()
             try:
-                understood = await self._dispatcher.tell.remote(self.name, news)
+                understood = await self._dispatcher.tell.remote(self.name, update)
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) and task.cancelling():
-                    raise  # it was this task that was cancelled, and not the call
+                    raise  # this task was cancelled, and not the call
                 understood = False
             except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False
             if not understood:  # `_listen` then opens a session that knows the whole state
-                self._usages += [u for u in news.usages if u.outcome == "cancelled"]
+                self._usages += [u for u in update.usages if u.outcome == "cancelled"]
                 with suppress(Exception):
                     self._stream.cancel()
+
+    def _collect(self) -> SessionUpdate:
+        """Everything that is new, as one update."""
+        recordings = [call.recording for call in self._new_recordings.values() if call.recording]
+        update = SessionUpdate(
+            usages=(
+                *self._usages,
+                *(usage for recording in recordings for usage in recording.usages),
+            ),
+            releases=tuple(self._releases),
+            ended_calls=tuple(self._ended),
+            admissions=tuple(call.request for call in self._new_calls.values()),
+            retries=tuple(grant.image for grant in self._new_grants.values()),
+        )
+        for sent in (self._new_recordings, self._new_calls, self._new_grants):
+            sent.clear()
+        self._releases.clear()
+        self._ended.clear()
+        self._usages.clear()
+        return update

@@ -1,4 +1,7 @@
-"""A circuit breaker: a service that fails is left alone for a while. Time is an argument."""
+"""A circuit breaker: a service that fails is left alone for a while. Time is an argument.
+
+Pure: standard library only.
+"""
 
 from __future__ import annotations
 

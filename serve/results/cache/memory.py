@@ -1,4 +1,7 @@
-"""Repeated requests: under which key their images are remembered, and a memory for them."""
+"""Repeated requests: under which key their images are remembered, and a memory for them.
+
+Pure: imports the standard library and pure files only.
+"""
 
 from __future__ import annotations
 

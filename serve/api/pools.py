@@ -1,0 +1,64 @@
+"""Which pools an image may be generated in, preferred pool first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..dispatch.protocol import Pools
+from ..errors import InvalidRequest, NonFiniteImage, OctetError
+from ..request import ImageRequest, Precision
+from ..settings.models import ServedModel
+
+
+class PoolChoice:
+    """The pools of all served models."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._models = {model.id: model for model in models}
+        self._precisions = {
+            model.pool_name(pool): pool.precision
+            for model in self._models.values()
+            for pool in model.pools
+        }
+
+    def allowed(self, request: ImageRequest) -> Pools:
+        """The pools of the request's model and precision.
+
+        Raises `InvalidRequest` if the model is not served in that precision.
+        """
+        return self._with_precision(request.model, request.precision)
+
+    def after_failure(self, error: OctetError, request: ImageRequest) -> Pools:
+        """The pools in which an image may be tried again after a Generator has raised `error`.
+
+        Only non-finite numbers are worth another attempt, and only in 16 bit.
+        """
+        if not isinstance(error, NonFiniteImage):
+            return ()
+        try:
+            return self._with_precision(request.model, Precision.FP16)
+        except InvalidRequest:
+            return ()
+
+    def precision_of(self, pool: str) -> str:
+        """The precision of a pool: `fp8` or `fp16`."""
+        return self._precisions[pool]
+
+    def _with_precision(self, model_id: str, precision: Precision) -> Pools:
+        model = self._models[model_id]
+        pools = tuple(
+            model.pool_name(pool)
+            for pool in model.pools
+            if precision in (Precision.AUTO, pool.precision)
+        )
+        if not pools:
+            served = ", ".join(dict.fromkeys(pool.precision for pool in model.pools))
+            raise InvalidRequest(
+                f"precision '{precision}': {model.id} is served in {served}", param="precision"
+            )
+        return pools
+
+
+def moved_last(pool: str, pools: Pools) -> Pools:
+    """The same pools with one of them last, because its replicas may all be gone."""
+    return (*(p for p in pools if p != pool), pool)

@@ -1,0 +1,154 @@
+"""Forecasts of calls on the pools as they are now: when they would be granted, and when done.
+
+`forecast` has the mathematics; this file feeds it with the queue, the replicas and the arrivals.
+
+Pure: imports the standard library and pure files only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from .forecast import ArrivalRate, ForecastAccuracy, TenantDemand
+from .forecast import wait_s as fluid_wait_s
+from .grants import Grants
+from .protocol import AdmissionRequest, Pools
+
+IDLE_S = 60.0  # arrival rates without an event for so long are forgotten
+
+
+class Forecast(NamedTuple):
+    """Seconds until the last image of a call is granted, and from there to the call's end."""
+
+    wait_s: float
+    service_s: float
+
+
+class CallForecasts:
+    """Forecasts for new calls; learns from the calls that have ended."""
+
+    def __init__(self, grants: Grants) -> None:
+        self._grants = grants
+        self._rates: dict[str, dict[str, ArrivalRate]] = {}  # arriving work, by pool and tenant
+        self._accuracy = ForecastAccuracy()
+
+    def count_arrival(self, request: AdmissionRequest, now: float) -> None:
+        """Count an admitted call into the arrival rates of its tenant."""
+        for pool in {pool for image in request.images for pool in image.pools}:
+            rates = self._rates.setdefault(pool, {})
+            rate = rates.setdefault(request.tenant, ArrivalRate())
+            rate.add(sum(i.work_s for i in request.images if pool in i.pools), now)
+
+    def learn(self, predicted_s: float, took_s: float) -> None:
+        """Compare a call's forecast with the time that it took."""
+        self._accuracy.learn(predicted_s, took_s)
+
+    def forget(self, now: float, passed_s: float) -> None:
+        """Let past errors fade by `passed_s` seconds, and drop arrival rates that are idle."""
+        self._accuracy.fade(passed_s)
+        for rates in self._rates.values():
+            for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
+                del rates[tenant]
+
+    def expected_s(self, predicted_s: float) -> float:
+        """When a call will be done, in the mean of such forecasts."""
+        return self._accuracy.expected(predicted_s)
+
+    def at_most_s(self, forecast: Forecast) -> float:
+        """Apply the learned error margin only to calls that must queue.
+
+        So past errors alone never refuse a call that finds a free slot.
+        """
+        return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
+
+    def forecast(
+        self, request: AdmissionRequest, now: float, *, own_backlog: bool = True
+    ) -> Forecast | None:
+        """When the call would be granted and done; None while none of its pools has a replica.
+
+        Without `own_backlog`, as if the tenant had nothing else waiting.
+        """
+        if not request.images:
+            return None
+        pools = request.images[0].pools
+        speed, slots, running = self._capacity(pools)
+        if not speed:
+            return None
+        backlogs = self._grants.queue.backlogs(pools)
+        coming = len(request.images)
+        wait_s = 0.0
+        if backlogs or running + coming > slots:
+            own_s = backlogs.get(request.tenant, 0.0) if own_backlog else 0.0
+            wait_s = self.wait_s(request, own_s + request.work_s, backlogs, now)
+        return Forecast(wait_s, self._service_s(request, full=wait_s > 0))
+
+    def _service_s(self, request: AdmissionRequest, *, full: bool) -> float:
+        """Seconds from the grants to the end.
+
+        In the first pool that has a free slot, or spread over all pools when these are `full`.
+        """
+        pools = request.images[0].pools
+        if not full:
+            pools = tuple(p for p in pools if self._grants.free_slots(p) > 0)[:1] or pools
+        speed, slots, running = self._capacity(pools)
+        images = min(slots, running + len(request.images))
+        return self._generation_s(request, pools, images, speed)
+
+    def alone_s(self, request: AdmissionRequest) -> float:
+        """Seconds that the call takes in the fastest of its pools if nothing else runs there."""
+        speeds = {pool: self._capacity((pool,))[0] for pool in request.images[0].pools}
+        coming = len(request.images)
+        return min(
+            self._generation_s(request, (pool,), coming, speed)
+            for pool, speed in speeds.items()
+            if speed
+        )
+
+    def _generation_s(
+        self, request: AdmissionRequest, pools: Pools, images: int, speed: float
+    ) -> float:
+        """Seconds of the call's largest image while `images` images run in these pools."""
+        replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
+        return max(image.work_s for image in request.images) * max(replicas, images) / speed
+
+    def wait_s(
+        self,
+        request: AdmissionRequest,
+        own_s: float,
+        backlogs: Mapping[str, float],
+        now: float,
+    ) -> float:
+        """Seconds until `own_s` seconds of the tenant's own work have been granted."""
+        pools = request.images[0].pools
+        queue = self._grants.queue
+        arriving = dict.fromkeys(backlogs, 0.0)
+        for pool in pools:
+            for name, rate in self._rates.get(pool, {}).items():
+                arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
+        arriving.pop(request.tenant, None)
+        others = [
+            TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
+            for name, per_s in arriving.items()
+        ]
+        speed, _, _ = self._capacity(pools)
+        return fluid_wait_s(own_s, queue.weight(request.tenant), others, speed)
+
+    def grants_in_s(self, request: AdmissionRequest, images: int) -> float | None:
+        """Seconds until `images` of the waiting images are granted, if that is known."""
+        pools = request.images[0].pools
+        speed, _, _ = self._capacity(pools)
+        depth = self._grants.queue_depth
+        if not (speed and depth):
+            return None
+        return images * sum(self._grants.queue.backlogs(pools).values()) / depth / speed
+
+    def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
+        """Speed, slots and running images of the staying replicas of these pools."""
+        speed, slots, running = 0.0, 0, 0
+        for pool in pools:
+            staying = self._grants.slots(pool)
+            slots += staying
+            running += staying - self._grants.free_slots(pool)
+            speed += sum(heartbeat.speed for heartbeat in self._grants.staying(pool))
+        return speed, slots, running

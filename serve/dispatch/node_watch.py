@@ -1,0 +1,63 @@
+"""Watching the cluster's nodes: which pools could be placed, and which nodes are draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from cluster.placement import Node, NodeRequirement, fits, unknown_cards
+
+from .grants import Grants
+from .protocol import DispatchEvent
+from .scaling import Scaling
+
+log = logging.getLogger("ray.serve")
+
+
+class NodeWatch:
+    """Tells grants and scaling about nodes, and sessions which waiting images became hopeless."""
+
+    def __init__(
+        self,
+        needs: Mapping[str, NodeRequirement],
+        read_nodes: Callable[[], Iterable[Node]],
+        grants: Grants,
+        scaling: Scaling,
+        deliver: Callable[[Iterable[DispatchEvent]], None],
+    ) -> None:
+        """`needs`: what a replica of each pool needs of a node; `read_nodes` may block."""
+        self._needs, self._read_nodes = needs, read_nodes
+        self._grants, self._scaling, self._deliver = grants, scaling, deliver
+        self._warned: set[str] = set()
+
+    async def run(self, every_s: float) -> None:
+        """Look at the nodes for ever."""
+        while True:
+            await self.look()
+            await asyncio.sleep(every_s)
+
+    async def look(self) -> None:
+        """Look at the nodes once. If Ray does not answer, the last known state stays."""
+        try:
+            nodes = list(await asyncio.to_thread(self._read_nodes))
+        except Exception:  # Ray's errors have no common class
+            log.warning("could not read the cluster's nodes; trying again", exc_info=True)
+            return
+        self._warn(nodes)
+        alive = {node.id for node in nodes}
+        # A drained node stays drained after it is gone: its replicas may still report themselves.
+        gone = {node for node in self._grants.draining if node not in alive}
+        self._grants.draining = frozenset({node.id for node in nodes if node.draining} | gone)
+        staying = [node for node in nodes if not node.draining]
+        self._scaling.placeable = frozenset(
+            pool for pool, need in self._needs.items() if any(fits(need, n) for n in staying)
+        )
+        self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
+        self._deliver(self._grants.refuse())
+
+    def _warn(self, nodes: Iterable[Node]) -> None:
+        for node, warning in unknown_cards(nodes).items():
+            if node not in self._warned:
+                log.warning(warning)
+                self._warned.add(node)

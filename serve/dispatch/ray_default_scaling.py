@@ -1,0 +1,35 @@
+"""The `ray-default` baseline: Ray Serve's own policy decides, on Octet's requests.
+
+See `autoscaling.ray_default` for the other end.
+
+Pure: imports the standard library and pure files only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from autoscaling.report import ScalingReport
+
+from ..deployments import generator_deployment
+from .scaling import Scaling, by_deployment
+
+
+class RayDefaultScaling(Scaling):
+    """Decides nothing, and tells Ray Serve how many requests there are."""
+
+    def decide(self, now: float) -> Mapping[str, str]:
+        """Decide nothing."""
+        return {}
+
+    def report(self) -> ScalingReport:
+        """The requests that run in each pool or wait for it, and its fewest replicas."""
+        waiting = Counter(
+            next(filter(self.may_come, image.pools), image.pools[0]) for image in self._grants.queue
+        )
+        requests = {
+            generator_deployment(pool): float(waiting[pool] + self._grants.running_in(pool))
+            for pool in self.limits.pools
+        }
+        return ScalingReport(at_least=by_deployment(self.replicas, self.limits), requests=requests)

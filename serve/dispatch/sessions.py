@@ -1,0 +1,73 @@
+"""The streams of messages from the Dispatcher to its sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+from ..tenants.keys import TenantDirectory
+from .protocol import DispatchEvent, SessionMessage
+
+
+class _Stream:
+    """The messages that one session has still to be sent."""
+
+    def __init__(self, tenants: TenantDirectory) -> None:
+        self.tenants: TenantDirectory | None = tenants
+        self.events: list[DispatchEvent] = []
+        self.changed = asyncio.Event()
+        self.changed.set()
+        self.ended = False
+
+
+class SessionStreams:
+    """One stream for each open session; events that come together are sent in one message."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, _Stream] = {}
+        self._tenants: TenantDirectory = {}
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._streams
+
+    def __iter__(self) -> Iterable[str]:
+        return iter(self._streams)
+
+    def open(self, session: str) -> _Stream:
+        """Begin a session's stream; its first message holds the directory of tenants."""
+        stream = self._streams[session] = _Stream(self._tenants)
+        return stream
+
+    def close(self, session: str) -> None:
+        """End a session's stream after what it has still to be sent."""
+        if stream := self._streams.pop(session, None):
+            stream.ended = True
+            stream.changed.set()
+
+    def is_open(self, session: str, stream: _Stream) -> bool:
+        """Whether a stream is its session's current one."""
+        return self._streams.get(session) is stream
+
+    async def messages(self, stream: _Stream) -> AsyncIterator[SessionMessage]:
+        """The messages of a stream until it is closed."""
+        while not stream.ended:
+            await stream.changed.wait()
+            stream.changed.clear()
+            tenants, stream.tenants = stream.tenants, None
+            events, stream.events = stream.events, []
+            if events or tenants is not None:
+                yield SessionMessage(tuple(events), tenants)
+
+    def deliver(self, events: Iterable[DispatchEvent]) -> None:
+        """Queue events for their sessions; those of sessions that have ended are dropped."""
+        for event in events:
+            if stream := self._streams.get(event.session):
+                stream.events.append(event)
+                stream.changed.set()
+
+    def set_tenants(self, tenants: TenantDirectory) -> None:
+        """Send a changed directory of tenants to every session."""
+        self._tenants = tenants
+        for stream in self._streams.values():
+            stream.tenants = tenants
+            stream.changed.set()

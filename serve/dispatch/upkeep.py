@@ -1,0 +1,76 @@
+"""The Dispatcher's periodic work: leases expire, replicas are decided on, metrics are reported."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from ..usage.ledger import month_of
+from .admission import Admission
+from .dispatcher_metrics import PoolMetrics, TenantMetrics
+from .grants import Grants
+from .metering import Metering
+from .overview import overview
+from .protocol import Timing
+from .scaling import Scaling
+
+log = logging.getLogger("ray.serve")
+
+
+class Upkeep:
+    """The work that is due with every heartbeat."""
+
+    def __init__(
+        self,
+        grants: Grants,
+        admission: Admission,
+        metering: Metering,
+        scaling: Scaling,
+        tenant_metrics: TenantMetrics,
+        timing: Timing,
+    ) -> None:
+        self._grants, self._admission = grants, admission
+        self._metering, self._scaling = metering, scaling
+        self._tenant_metrics, self._pool_metrics = tenant_metrics, PoolMetrics()
+        self._timing = timing
+
+    async def run(
+        self, end_session: Callable[[str], None], then: Callable[[], None], decide_from: float
+    ) -> None:
+        """Do what is due, for ever.
+
+        `end_session` is called for every session whose lease is over, `then` after each round.
+        Nothing is decided before `decide_from`, when every replica could say that it lives.
+        """
+        heartbeat_s = self._timing.heartbeat_s
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(heartbeat_s)
+            now, last, before = time.monotonic(), before, time.monotonic()
+            if now - last > 2 * heartbeat_s:
+                continue  # this process stood still: first hear the others
+            self.expire(now, end_session)
+            self._metering.turn_month(month_of(time.time()))
+            self.scale(now, decide=now >= decide_from)
+            then()
+            self._tenant_metrics.report(overview(self._admission, self._grants))
+
+    def expire(self, now: float, end_session: Callable[[str], None]) -> None:
+        """End silent sessions, settle images that no Generator reports, forget what has faded."""
+        for session in self._grants.expire(now):
+            log.warning("session %s fell silent: its slots are free", session)
+            end_session(session)
+        for usage in self._grants.give_up(now):
+            self._metering.waive(usage)
+        self._admission.forget(now, self._timing.heartbeat_s)
+
+    def scale(self, now: float, *, decide: bool) -> None:
+        """Decide on replicas and report every pool. Never raises: leases must go on expiring."""
+        try:
+            for name, reason in self._scaling.decide(now).items() if decide else ():
+                log.info("%s: %s", name, reason)
+            self._pool_metrics.report(self._scaling, self._grants, now)
+        except Exception:  # whatever it is, the numbers wanted before stay
+            log.exception("autoscaling: no decision")
