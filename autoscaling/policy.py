@@ -95,9 +95,14 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
         rises[model] = updated_rises(
             known, sum(arriving), recent_rate(theirs, mean_s), start_s, now
         )
-        filling = _Filling(demands, arriving, rises[model].usual, pools, limits, now)
+        rise = rises[model].usual / sum(arriving) if sum(arriving) else 0.0
+        filling = _Filling(pools, limits, rise, now)
+        unserved = [
+            _Unserved(d, rate, d.queued_s) for d, rate in zip(demands, arriving, strict=True)
+        ]
         for place, name in enumerate(names):
-            before, share = pools[name], filling.share(name, names[place + 1 :])
+            before = pools[name]
+            share, unserved = filling.share(name, names[place + 1 :], unserved)
             if name in load.supplies:
                 after = _wanting(before, share, name, limits, first=not place, now=now)
                 pools[name] = after
@@ -151,63 +156,78 @@ def _resumed(state: PolicyState, now: float) -> PolicyState:
 # -- what is needed -------------------------------------------------------------------------------
 
 
+class _Unserved(NamedTuple):
+    """What of one demand no pool has taken over yet: work per second, and queued work."""
+
+    demand: Demand
+    rate: float
+    queued_s: float
+
+    def scaled(self, rate: float, queued_s: float) -> _Unserved:
+        return self._replace(rate=self.rate * rate, queued_s=self.queued_s * queued_s)
+
+
 class _Filling:
-    """A model's demands, shared out among its pools one after the other."""
+    """Shares a model's demands out among its pools, one pool after the other."""
 
     def __init__(
         self,
-        demands: Sequence[Demand],
-        arriving: Sequence[float],
-        rise: float,
         pools: Mapping[str, PoolState],
         limits: ScalingLimits,
+        rise: float,
         now: float,
     ) -> None:
-        self._demands, self._now = demands, now
-        self._rise = rise / sum(arriving) if sum(arriving) else 0.0  # of each second of work
-        self._rates, self._queues = list(arriving), [d.queued_s for d in demands]
+        """`rise`: the usual rise within a start's time, for each second of arriving work."""
         self._pools, self._limits = dict(pools), limits
+        self._rise, self._now = rise, now
 
-    def share(self, name: str, later: Sequence[str]) -> _Share:
-        """The pool's share; what is too much for it is left to those that come `later`."""
-        pool, state, demands = self._limits.pools[name], self._pools[name], self._demands
-        mine = [i for i, d in enumerate(demands) if name in d.pools]
-        movable = [i for i in mine if set(later) & set(demands[i].pools)]
+    def share(
+        self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]
+    ) -> tuple[_Share, list[_Unserved]]:
+        """The share of pool `name`, and what it leaves to the pools that come `later`."""
+        pool, state = self._limits.pools[name], self._pools[name]
+        mine = [u for u in unserved if name in u.demand.pools]
+        movable = [u for u in mine if set(later) & set(u.demand.pools)]
         share = _Share(
-            sum(self._rates[i] for i in mine),
-            sum(self._queues[i] for i in mine),
-            max((demands[i].oldest_wait_s for i in mine if self._queues[i]), default=0.0),
+            sum(u.rate for u in mine),
+            sum(u.queued_s for u in mine),
+            max((u.demand.oldest_wait_s for u in mine if u.queued_s), default=0.0),
         )
-        share = self._needs(share, pool, state, self._helping(later, mine) if movable else 0.0)
+        helping = self._helping(name, later, unserved) if movable else 0.0
+        share = self._needs(share, pool, state, helping)
         limit = state.ready if state.given_up else pool.max_replicas
-        for amounts, needed in ((self._rates, share.for_rate), (self._queues, share.for_queue)):
-            over = max(1 - limit / needed, 0.0) if needed else 0.0
-            here, elsewhere = sum(amounts[i] for i in mine), sum(amounts[i] for i in movable)
-            part = min(over * here / elsewhere, 1.0) if elsewhere else 0.0
-            for i in mine:
-                amounts[i] *= part if i in movable else 0.0
-        return share
+        rate_left = _left(limit, share.for_rate, share.rate, sum(u.rate for u in movable))
+        queue_left = _left(limit, share.for_queue, share.queued_s, sum(u.queued_s for u in movable))
+        left = []
+        for u in unserved:
+            if u in movable:
+                left.append(u.scaled(rate_left, queue_left))
+            else:
+                left.append(u.scaled(0.0, 0.0) if u in mine else u)
+        return share, left
 
-    def _helping(self, later: Sequence[str], mine: Sequence[int]) -> float:
-        """Work a second that later pools have left for a queue that they share."""
-        theirs = [
-            self._rates[i]
-            for i, d in enumerate(self._demands)
-            if i not in mine and set(later) & set(d.pools)
+    def _helping(self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]) -> float:
+        """Work per second that the later pools can spare for a queue that they share."""
+        others = [
+            u.rate
+            for u in unserved
+            if name not in u.demand.pools and set(later) & set(u.demand.pools)
         ]
-        there = sum(self._pools[name].ready * self._pools[name].speed for name in later)
-        return max(there - sum(theirs), 0.0)
+        there = sum(self._pools[pool].ready * self._pools[pool].speed for pool in later)
+        return max(there - sum(others), 0.0)
 
     def _needs(self, share: _Share, pool: PoolBounds, state: PoolState, helping: float) -> _Share:
         tuning, start_s = self._limits.tuning, state.start_s
         always = share.rate / state.speed  # replicas that are at work at any time
         chance = tuning.spare * math.sqrt(always / pool.slots)
-        room = math.hypot(chance, self._rise * always)
+        spare = math.hypot(chance, self._rise * always)
         for_queue = 0.0
         if share.queued_s:
-            done_s = state.ready * start_s  # by replicas, until one that is ordered now is ready
+            # What replicas will have done when one that is ordered now is ready.
+            done_s = state.ready * start_s
             for order in () if state.given_up else state.orders:
-                due_s = abs(start_s - (self._now - order.at))  # who is late may be so again
+                # Assume that an overdue start needs as long again as it is late.
+                due_s = abs(start_s - (self._now - order.at))
                 done_s += order.replicas * max(start_s - due_s, 0.0)
             left_s = share.queued_s + (share.rate - helping) * start_s - state.speed * done_s
             if left_s > 0:
@@ -215,8 +235,17 @@ class _Filling:
                 for_queue = always + left_s / drain_s / state.speed
         if share.oldest_wait_s > max(tuning.target_wait_s, start_s) and not state.starting:
             for_queue = max(for_queue, state.ready + 1.0)  # whatever was predicted
-        for_rate = max(always + room, always / tuning.utilisation)
+        for_rate = max(always + spare, always / tuning.utilisation)
         return share._replace(for_rate=for_rate, for_queue=for_queue)
+
+
+def _left(limit: int, needed: float, here: float, movable: float) -> float:
+    """The part of the movable demand that goes on to later pools.
+
+    `needed`: the replicas that serving everything `here` would take; `limit`: those that there are.
+    """
+    excess = max(1 - limit / needed, 0.0) if needed else 0.0
+    return min(excess * here / movable, 1.0) if movable else 0.0
 
 
 # -- what is wanted -------------------------------------------------------------------------------

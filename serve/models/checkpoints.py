@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..atomic_file import replace_file
 from ..settings.models import Source
 
 MANIFEST = "octet.json"
@@ -118,9 +119,7 @@ def _download(source: Source, folder: Path) -> None:
 def write_manifest(folder: Path, made_from: dict[str, Any]) -> None:
     """Note the digests of a folder as it is now."""
     manifest = {"made_from": made_from, "files": digests(folder, _files(folder))}
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    part.rename(folder / MANIFEST)
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode(), mode=0o644)
 
 
 def verify(folder: Path, components: Iterable[str] | None = None) -> None:

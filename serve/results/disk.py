@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..atomic_file import write_whole
+from ..atomic_file import replace_file
 from ..errors import NotFound, StoreFailed
 from .store import NAME, folder_of
 
@@ -28,10 +28,10 @@ class DiskStore:
                 raise FileNotFoundError(self._images)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, image)
+                replace_file(file, image)
             except FileNotFoundError:  # another Ingress has just swept the empty day away
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, image)
+                replace_file(file, image)
         except OSError as error:
             raise StoreFailed("the image could not be stored") from error
 

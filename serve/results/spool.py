@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ..atomic_file import write_whole
+from ..atomic_file import replace_file
 from ..errors import OctetError
 from .store import ResultStore, folder_of
 
@@ -70,7 +70,7 @@ class Spool:
         head = json.dumps({"request_id": request_id}).encode() + b"\n"
         self._mine.add(file)
         try:
-            write_whole(file, head, image, sync=True)
+            replace_file(file, head, image, sync=True)
         except OSError:
             self._mine.discard(file)
             log.warning("the spool cannot be written", exc_info=True)

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ..atomic_file import sync_folder
+from ..atomic_file import replace_file
 from ..errors import SettingsError, did_you_mean
 from .keys import KEY_BYTES, VALID_KEYS, KeyDigests, digest
 from .tenant import ID, Tenant
@@ -104,7 +102,8 @@ def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
         _parse(after, file)
         keys = read_keys(folder)
         key = _new_key(keys, name, [])
-        _write(file, after, file.stat().st_mode & 0o777 if file.exists() else 0o644)
+        mode = file.stat().st_mode & 0o777 if file.exists() else 0o644
+        replace_file(file, after.encode(), mode=mode, sync=True, keep_owner=True)
         _write_keys(folder, keys)
         return key
 
@@ -195,7 +194,8 @@ def _changing(folder: Path) -> Iterator[None]:
 
 
 def _write_keys(folder: Path, keys: KeyDigests) -> None:
-    _write(folder / KEYS, json.dumps(keys, indent=1) + "\n", 0o600)
+    content = json.dumps(keys, indent=1) + "\n"
+    replace_file(folder / KEYS, content.encode(), sync=True, keep_owner=True)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -207,23 +207,3 @@ class _UniqueKeys(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands there twice")
         return super().construct_mapping(node, deep)
-
-
-def _write(file: Path, text: str, mode: int) -> None:
-    """Whole or not at all, whoever reads meanwhile; where it was, of whom it was."""
-    file = file.resolve()
-    before = (file if file.exists() else file.parent).stat()
-    handle, part = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            os.fchmod(handle, mode)
-            with suppress(PermissionError):  # else what root wrote could not be read by the server
-                os.fchown(handle, before.st_uid, before.st_gid)
-            out.write(text)
-            out.flush()
-            os.fsync(handle)
-        Path(part).rename(file)
-    except OSError:
-        Path(part).unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)

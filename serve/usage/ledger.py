@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..atomic_file import sync_folder, write_whole
+from ..atomic_file import replace_file, sync_folder
 from .record import UsageRecord
 
 log = logging.getLogger("ray.serve")
@@ -244,10 +244,7 @@ def _erase(file: Path, tenant: str) -> int:
             continue
         kept.append(_line(entry))
     if erased or named:
-        owner = file.stat()
-        write_whole(file, *kept, sync=True)
-        with contextlib.suppress(PermissionError):  # else the server could not read what root wrote
-            os.chown(file, owner.st_uid, owner.st_gid)
+        replace_file(file, *kept, sync=True, keep_owner=True)
     return erased
 
 
