@@ -1,1 +1,1 @@
-"""How many replicas each pool should have, from queue depth."""
+"""Autoscaling: how many replicas each pool should have, from arriving and queued work."""

@@ -1,6 +1,7 @@
-"""What the policy is told: what there may be, what there is, and what is asked of it.
+"""The policy's inputs: the limits on replicas, the replicas that exist, and the work to do.
 
-*Work* is seconds of a model's reference replica, known before an image is drawn.
+*Work* is measured in seconds of a model's reference replica. It is known before an image is
+generated.
 
 Pure: standard library only.
 """
@@ -14,14 +15,19 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class PolicyTuning:
-    """What an operator may set.
+    """The policy's numbers that an operator may set.
 
-    `target_wait_s`: how soon a queue is to be drained once replicas ordered for it are ready;
-    `utilisation`: how busy replicas are at most with what is expected; `spare`: room for chance, in
-    standard deviations of the images that are drawn at a time; `hold_s`: over how long the work
-    that arrives is averaged, and how long what was needed is kept; `idle_s`: until the last replica
-    goes; `node_wait_s`: how long a node may take that is added for a replica, 0: nobody adds nodes;
-    `warm_reserve`: replicas beyond what is needed, of each model that is not idle.
+    - `target_wait_s`: seconds within which a queue is to be drained, once the replicas that were
+      ordered for it are ready.
+    - `utilisation`: the largest fraction of time for which expected work may keep replicas busy.
+    - `spare`: capacity for chance, in standard deviations of the number of images that are
+      generated at a time.
+    - `hold_s`: seconds over which arriving work is averaged, and for which replicas are kept after
+      they were last needed.
+    - `idle_s`: seconds without work after which a pool's last replica is stopped.
+    - `node_wait_s`: seconds that the provider may take to add a node for a replica; 0: nodes are
+      never added.
+    - `warm_reserve`: replicas beyond the needed ones, for each model that is not idle.
     """
 
     target_wait_s: float = 10.0
@@ -35,11 +41,12 @@ class PolicyTuning:
 
 @dataclass(frozen=True, slots=True)
 class PoolBounds:
-    """What is known of a pool beforehand.
+    """The settings of a pool, and estimates that hold until its replicas have been observed.
 
-    `speed`, work a second, and `start_s` of a replica: until replicas have shown theirs. `usd_h`:
-    what one costs. A model's pools are preferred by the price of their work if all have one, else
-    as they are listed.
+    `slots`: images that a replica runs at a time. `speed`: estimated seconds of work that a replica
+    does per second. `start_s`: estimated seconds of a replica's start. `usd_h`: US dollars per hour
+    of a replica, 0 if unknown. A model's pools are preferred by the price of their work if all
+    prices are known, otherwise in the order of the settings.
     """
 
     model: str
@@ -53,7 +60,11 @@ class PoolBounds:
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """A deployment whose size follows that of `pools`, or one replica for `each` open requests."""
+    """A deployment that serves the pools, and whose number of replicas follows from them.
+
+    It follows the replicas of `pools`. If `each` is not 0 it follows the open requests instead: one
+    replica for every `each` of them.
+    """
 
     min_replicas: int
     max_replicas: int
@@ -63,15 +74,19 @@ class Follower:
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:
+    """The bounds of all pools and followers by name, and the policy's tuning."""
+
     pools: Mapping[str, PoolBounds]
     followers: Mapping[str, Follower] = field(default_factory=dict)
     tuning: PolicyTuning = PolicyTuning()
 
 
 class Demand(NamedTuple):
-    """Of all requests that may use the same pools.
+    """The work of all requests that may use the same pools, in seconds of a reference replica.
 
-    `arrived_s`, `squares`: the work that has arrived since the start, and the sum of its squares.
+    `arrived_s`, `squares`: the work that has arrived since the start, and the sum of the squares of
+    the requests' works. `queued_s`: the work that waits. `oldest_wait_s`: how long the oldest
+    waiting request has waited.
     """
 
     pools: tuple[str, ...]
@@ -82,9 +97,11 @@ class Demand(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """Of a pool; `speed`: of one ready replica; `placeable`: a node that is there could hold it.
+    """The replicas that a pool has.
 
-    `start_s`: what starts took on their nodes, as far as is known.
+    `ready`: the number of ready ones. `speed`: seconds of work per second that one of them does,
+    None if unknown. `placeable`: whether a node of the cluster could hold a replica. `start_s`:
+    seconds that starts took once a node was there, None if unknown.
     """
 
     ready: int = 0
@@ -94,7 +111,10 @@ class Supply(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What was wanted of a pool that is not in `supplies` stays."""
+    """Everything that the policy is told at one time.
+
+    A pool that is missing from `supplies` keeps its number of wanted replicas.
+    """
 
     demands: Sequence[Demand]
     supplies: Mapping[str, Supply]

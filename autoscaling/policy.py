@@ -1,19 +1,21 @@
-"""How many replicas each pool should have.
+"""The autoscaling policy: decides how many replicas each pool should have.
 
-A demand names the pools that may serve it; a model's pools are filled in order of preference, and
-what is too much for one goes on to the next. A pool whose replicas do `speed` seconds of work a
-second needs
+Each demand names the pools that may serve it. A model's pools are filled in order of preference;
+demand that is too much for a pool goes on to the next one. *Speed* is the seconds of work that a
+replica of the pool does per second. A pool needs replicas
 
-- for what arrives: rate ÷ speed, plus room for the chance by which images meet, which grows with
-  the square root of their number, and for the usual rise within a start's time (`rates`);
-- for what waits: enough to drain, within `target_wait_s` or an eighth of a start's time if that is
-  longer, what will be left when a replica that is ordered now is ready. A queue that is gone by
-  then orders nothing; what was ordered for one stays until it is gone.
+- for arriving work: rate ÷ speed, plus spare capacity. The spare capacity covers images that meet
+  by chance, which grows with the square root of their number, and the usual rise of the rate during
+  a replica's start (`rates`).
+- for queued work: as many as drain the queue within `target_wait_s`, or within an eighth of a
+  start's time if that is longer. Only the work counts that will be left when a replica that is
+  ordered now is ready. If none will be left, nothing is ordered. Replicas that were ordered for a
+  queue stay until the queue is empty.
 
-*Wanted* replicas are *ready* or *starting*. Wanted goes up at once, and down to the most that was
-needed within `hold_s` and within two starts, so neither chance nor a short pause releases anything;
-to zero when a pool has had nothing to do for `idle_s`. Replicas that do not come in time are not
-waited for: until they do, their share goes to the next pool.
+*Wanted* replicas are either *ready* or *starting*. Their number rises at once. It falls to the
+highest number that was needed within `hold_s` and within the time of two starts, so neither chance
+nor a short pause stops replicas. It falls to zero when the pool has had nothing to do for `idle_s`.
+If replicas do not start in time, their share goes to the next pool until they do.
 
 Time is an argument, in seconds on any steady clock.
 
@@ -31,15 +33,17 @@ from .load import Demand, Follower, Load, PoolBounds, ScalingLimits
 from .pool_state import PoolState, ReplicaOrder, ReplicasNeeded, bounded, updated
 from .rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
 
-PAUSE_S = 10.0  # without a decision for so long, nothing is known of the time between
-QUEUE_S = 1.0  # a queue that lasts no longer is chance
-DRAIN = 1 / 8  # of a start's time, at least: for less, replicas would start for moments
-ROUNDING = 1e-6  # of a replica
+PAUSE_S = 10.0  # after a longer time without a decision, nothing is known about that time
+CHANCE_QUEUE_S = 1.0  # a queue that the ready replicas drain within this time is chance
+# A queue may take at least this part of a start's time to drain: to drain it faster, replicas would
+# start that are needed for moments only.
+MIN_DRAIN = 1 / 8
+ROUNDING = 1e-6  # replicas; tolerance for floating-point errors
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What `decide` remembers."""
+    """The state that `decide` keeps from one decision to the next."""
 
     at: float = -math.inf
     samples: Mapping[tuple[str, ...], Samples] = field(default_factory=dict)
@@ -49,7 +53,7 @@ class PolicyState:
 
 
 class ScalingDecision(NamedTuple):
-    """Replicas of every pool and follower; `reasons`: of those for which it changed."""
+    """The replicas of every pool and follower; `reasons`: why, for each number that changed."""
 
     replicas: Mapping[str, int]
     state: PolicyState
@@ -57,9 +61,9 @@ class ScalingDecision(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What a pool has to serve, and the replicas that it takes, not rounded."""
+    """The demand that a pool has to serve, and the replicas that this needs, not rounded."""
 
-    rate: float = 0.0  # work a second
+    rate: float = 0.0  # arriving work per second
     queued_s: float = 0.0
     oldest_wait_s: float = 0.0
     for_rate: float = 0.0
@@ -71,14 +75,14 @@ class _Share(NamedTuple):
 
 
 def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) -> ScalingDecision:
-    """Replicas to run from now on, within their bounds whatever the load says."""
+    """Decide how many replicas to run from now on, always within their bounds."""
     mean_s = limits.tuning.hold_s
     if now < state.at or now - state.at > PAUSE_S:
         state = _resumed(state, now)
     samples = dict(state.samples)
     for d in load.demands:
         new = Sample(now, d.arrived_s, d.squares)
-        # Nobody had asked for these pools by the last decision, if there was one.
+        # If this is the first demand for these pools, nothing had arrived by the last decision.
         first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
         samples[d.pools] = with_sample(samples.get(d.pools, first), new, mean_s)
     pools = {
@@ -89,11 +93,11 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
     for model in dict.fromkeys(pool.model for pool in limits.pools.values()):
         names = preferred(model, limits)
         demands = [d for d in load.demands if set(d.pools) & set(names)]
-        theirs = [samples[d.pools] for d in demands]
-        arriving, known = rates(theirs, mean_s), state.rises.get(model, Rises())
+        counted = [samples[d.pools] for d in demands]
+        arriving, known = rates(counted, mean_s), state.rises.get(model, Rises())
         start_s = pools[names[0]].start_s
         rises[model] = updated_rises(
-            known, sum(arriving), recent_rate(theirs, mean_s), start_s, now
+            known, sum(arriving), recent_rate(counted, mean_s), start_s, now
         )
         rise = rises[model].usual / sum(arriving) if sum(arriving) else 0.0
         filling = _Filling(pools, limits, rise, now)
@@ -104,26 +108,26 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
             before = pools[name]
             share, unserved = filling.share(name, names[place + 1 :], unserved)
             if name in load.supplies:
-                after = _wanting(before, share, name, limits, first=not place, now=now)
+                after = _with_wanted(before, share, name, limits, first=not place, now=now)
                 pools[name] = after
                 if after.wanted != before.wanted:
                     reasons[name] = _reason(before, after, share, limits.pools[name])
     replicas = {name: pool.wanted for name, pool in pools.items()}
     followers = {}
     for name, follower in limits.followers.items():
-        wanted = _following(follower, replicas, load, limits)
+        wanted = _follower_replicas(follower, replicas, load, limits)
         history = state.followers.get(name, ())
-        followers[name] = _held(history, wanted, limits.tuning.hold_s, now)
+        followers[name] = _with_need(history, wanted, limits.tuning.hold_s, now)
     for name, history in followers.items():
         replicas[name] = wanted = history[0].replicas
         last = state.followers.get(name)
         if last and last[0].replicas != wanted:
-            reasons[name] = f"{last[0].replicas} → {wanted} replicas (along with what it serves)"
+            reasons[name] = f"{last[0].replicas} → {wanted} replicas (it follows what it serves)"
     return ScalingDecision(replicas, PolicyState(now, samples, rises, pools, followers), reasons)
 
 
 def preferred(model: str, limits: ScalingLimits) -> list[str]:
-    """A model's pools, best first."""
+    """The names of a model's pools, preferred first: by price of work, else as they are listed."""
     names = [name for name, pool in limits.pools.items() if pool.model == model]
     if all(limits.pools[name].usd_h for name in names):
         names.sort(key=lambda name: limits.pools[name].usd_h / limits.pools[name].speed)
@@ -131,7 +135,10 @@ def preferred(model: str, limits: ScalingLimits) -> list[str]:
 
 
 def _resumed(state: PolicyState, now: float) -> PolicyState:
-    """After a pause, or a clock that was set: what is wanted stays until more is known."""
+    """The state to go on with after a pause, or after the clock was set back.
+
+    The wanted numbers stay until more is known.
+    """
     if state.at == -math.inf:
         return state
     pools = {
@@ -157,18 +164,22 @@ def _resumed(state: PolicyState, now: float) -> PolicyState:
 
 
 class _Unserved(NamedTuple):
-    """What of one demand no pool has taken over yet: work per second, and queued work."""
+    """The part of one demand that no pool serves yet.
+
+    `rate`: its arriving work per second. `queued_s`: its queued work.
+    """
 
     demand: Demand
     rate: float
     queued_s: float
 
     def scaled(self, rate: float, queued_s: float) -> _Unserved:
+        """Keep the fractions `rate` and `queued_s` of the arriving and the queued work."""
         return self._replace(rate=self.rate * rate, queued_s=self.queued_s * queued_s)
 
 
 class _Filling:
-    """Shares a model's demands out among its pools, one pool after the other."""
+    """Distributes a model's demands among its pools, one pool after the other."""
 
     def __init__(
         self,
@@ -177,14 +188,14 @@ class _Filling:
         rise: float,
         now: float,
     ) -> None:
-        """`rise`: the usual rise within a start's time, for each second of arriving work."""
+        """`rise`: the usual rise of the rate during a start, as a fraction of the rate."""
         self._pools, self._limits = dict(pools), limits
         self._rise, self._now = rise, now
 
     def share(
         self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]
     ) -> tuple[_Share, list[_Unserved]]:
-        """The share of pool `name`, and what it leaves to the pools that come `later`."""
+        """The share of pool `name`, and the demand that it leaves to the `later` pools."""
         pool, state = self._limits.pools[name], self._pools[name]
         mine = [u for u in unserved if name in u.demand.pools]
         movable = [u for u in mine if set(later) & set(u.demand.pools)]
@@ -207,23 +218,27 @@ class _Filling:
         return share, left
 
     def _helping(self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]) -> float:
-        """Work per second that the later pools can spare for a queue that they share."""
+        """Work per second that ready replicas of later pools can spare for a queue that they share.
+
+        Demands that this pool cannot serve come first there.
+        """
         others = [
             u.rate
             for u in unserved
             if name not in u.demand.pools and set(later) & set(u.demand.pools)
         ]
-        there = sum(self._pools[pool].ready * self._pools[pool].speed for pool in later)
-        return max(there - sum(others), 0.0)
+        capacity = sum(self._pools[pool].ready * self._pools[pool].speed for pool in later)
+        return max(capacity - sum(others), 0.0)
 
     def _needs(self, share: _Share, pool: PoolBounds, state: PoolState, helping: float) -> _Share:
+        """Add to a share the replicas that it needs; `helping`: see `_helping`."""
         tuning, start_s = self._limits.tuning, state.start_s
-        always = share.rate / state.speed  # replicas that are at work at any time
-        chance = tuning.spare * math.sqrt(always / pool.slots)
-        spare = math.hypot(chance, self._rise * always)
+        busy = share.rate / state.speed  # replicas that are busy on average
+        chance = tuning.spare * math.sqrt(busy / pool.slots)
+        spare = math.hypot(chance, self._rise * busy)
         for_queue = 0.0
         if share.queued_s:
-            # What replicas will have done when one that is ordered now is ready.
+            # Replica-seconds of work until a replica that is ordered now is ready.
             done_s = state.ready * start_s
             for order in () if state.given_up else state.orders:
                 # Assume that an overdue start needs as long again as it is late.
@@ -231,18 +246,19 @@ class _Filling:
                 done_s += order.replicas * max(start_s - due_s, 0.0)
             left_s = share.queued_s + (share.rate - helping) * start_s - state.speed * done_s
             if left_s > 0:
-                drain_s = max(tuning.target_wait_s, DRAIN * start_s)
-                for_queue = always + left_s / drain_s / state.speed
+                drain_s = max(tuning.target_wait_s, MIN_DRAIN * start_s)
+                for_queue = busy + left_s / drain_s / state.speed
         if share.oldest_wait_s > max(tuning.target_wait_s, start_s) and not state.starting:
-            for_queue = max(for_queue, state.ready + 1.0)  # whatever was predicted
-        for_rate = max(always + spare, always / tuning.utilisation)
+            for_queue = max(for_queue, state.ready + 1.0)  # the predictions were wrong
+        for_rate = max(busy + spare, busy / tuning.utilisation)
         return share._replace(for_rate=for_rate, for_queue=for_queue)
 
 
 def _left(limit: int, needed: float, here: float, movable: float) -> float:
-    """The part of the movable demand that goes on to later pools.
+    """The fraction of the movable demand that goes on to later pools.
 
-    `needed`: the replicas that serving everything `here` would take; `limit`: those that there are.
+    `needed`: the replicas that all the demand `here` needs. `limit`: the replicas that the pool can
+    have. `movable`: the part of `here` that later pools can serve.
     """
     excess = max(1 - limit / needed, 0.0) if needed else 0.0
     return min(excess * here / movable, 1.0) if movable else 0.0
@@ -251,10 +267,13 @@ def _left(limit: int, needed: float, here: float, movable: float) -> float:
 # -- what is wanted -------------------------------------------------------------------------------
 
 
-def _wanting(
+def _with_wanted(
     before: PoolState, share: _Share, name: str, limits: ScalingLimits, *, first: bool, now: float
 ) -> PoolState:
-    """`first`: of its model's pools."""
+    """The pool's state with the number of replicas that is wanted now.
+
+    `first`: whether the pool is the preferred one of its model, which holds the warm reserve.
+    """
     pool, tuning = limits.pools[name], limits.tuning
     busy = now if share.replicas else before.busy
     idle = now - busy > tuning.idle_s
@@ -262,20 +281,21 @@ def _wanting(
     if first and not idle:
         for_rate += tuning.warm_reserve
     for_queue = math.ceil(share.for_queue - ROUNDING)
-    if share.queued_s > QUEUE_S * before.speed * before.ready:
+    if share.queued_s > CHANCE_QUEUE_S * before.speed * before.ready:
         for_queue = max(for_queue, before.wanted)
     hold_s = max(tuning.hold_s, 2 * before.start_s)
-    arriving = _held(before.arriving, bounded(for_rate, pool), hold_s, now)
-    draining = _held(before.draining, bounded(for_queue, pool), tuning.target_wait_s, now)
+    arriving = _with_need(before.arriving, bounded(for_rate, pool), hold_s, now)
+    draining = _with_need(before.draining, bounded(for_queue, pool), tuning.target_wait_s, now)
     wanted = max(arriving[0].replicas, draining[0].replicas)
     if not wanted and before.wanted and not idle:
         wanted = min(1, pool.max_replicas)
     return replace(before, wanted=wanted, busy=busy, arriving=arriving, draining=draining)
 
 
-def _following(
+def _follower_replicas(
     follower: Follower, replicas: Mapping[str, int], load: Load, limits: ScalingLimits
 ) -> int:
+    """The replicas that a follower needs, given the `replicas` of the pools."""
     most = follower.max_replicas
     if follower.each:
         wanted = math.ceil(load.open_requests / follower.each)
@@ -287,16 +307,21 @@ def _following(
     return min(max(wanted, follower.min_replicas), most)
 
 
-def _held(
+def _with_need(
     history: tuple[ReplicasNeeded, ...], needed: int, hold_s: float, now: float
 ) -> tuple[ReplicasNeeded, ...]:
-    """The first is the most that was needed within `hold_s`, and so on of what came after it."""
-    kept = [then for then in history if then.replicas > needed and now - then.at <= hold_s]
+    """Add the number that is `needed` now to a history of needs, newest last.
+
+    Earlier needs stay in it if they are greater and at most `hold_s` old. So the first entry is
+    always the greatest need within `hold_s`, the second one the greatest need since the first, and
+    so on.
+    """
+    kept = [need for need in history if need.replicas > needed and now - need.at <= hold_s]
     return (*kept, ReplicasNeeded(now, needed))
 
 
 def _reason(before: PoolState, after: PoolState, share: _Share, pool: PoolBounds) -> str:
-    """Which rule it was, and its numbers, in words."""
+    """Say in words which rule changed the number of replicas, with the rule's numbers."""
     words = [f"{share.rate:.2f} s of work arrive a second"] if share.rate else ["nothing arrives"]
     if share.queued_s:
         words.append(f"{share.queued_s:.1f} s wait")
@@ -306,7 +331,7 @@ def _reason(before: PoolState, after: PoolState, share: _Share, pool: PoolBounds
     if share.replicas > pool.max_replicas:
         words.append(f"{pool.max_replicas} is its limit")
     if after.given_up:
-        words.append("its replicas do not come")
+        words.append("its new replicas do not become ready")
     if not after.wanted:
         rule = "idle"
     elif after.wanted < before.wanted:

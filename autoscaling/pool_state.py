@@ -1,4 +1,4 @@
-"""What the policy remembers of a pool: replicas that have come, and those that have not.
+"""The policy's memory of a pool: ordered and ready replicas, their speed and their start time.
 
 Pure: imports the standard library and pure files only.
 """
@@ -11,20 +11,20 @@ from typing import NamedTuple
 
 from .load import PolicyTuning, PoolBounds, Supply
 
-LEARN = 0.3  # how far one start moves the time that is expected of the next
-LATE = 3.0  # a start that takes so many times as long as expected may never end
-RETRY_S = 600.0  # until replicas that did not come are waited for again
+LEARNING_RATE = 0.3  # how much the time of one start changes the expected time of the next
+LATE_FACTOR = 3.0  # a start that takes this many times its expected time may never end
+RETRY_S = 600.0  # seconds until a pool whose replicas did not become ready is tried again
 
 
 class ReplicaOrder(NamedTuple):
-    """Replicas that were wanted at a time and are not ready yet."""
+    """Replicas that were ordered at the time `at` and are not ready yet."""
 
     at: float
     replicas: int
 
 
 class ReplicasNeeded(NamedTuple):
-    """So many were needed at a time, and fewer ever since."""
+    """The number of replicas that was needed at the time `at`; fewer were needed ever since."""
 
     at: float
     replicas: int
@@ -32,7 +32,13 @@ class ReplicasNeeded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """`start_s`, `speed`: of a replica, as learnt. `busy`: when there was last anything to do."""
+    """The state of one pool.
+
+    `start_s`, `speed`: a replica's start time and speed, as learned. `busy`: the last time at which
+    the pool had anything to do. `arriving`, `draining`: the replicas that were needed for arriving
+    and for queued work; see `policy`. `given_up_at`: the time at which the policy stopped waiting
+    for the pool's replicas, None while it waits for them.
+    """
 
     wanted: int
     ready: int
@@ -40,9 +46,9 @@ class PoolState:
     speed: float
     busy: float
     orders: tuple[ReplicaOrder, ...] = ()
-    arriving: tuple[ReplicasNeeded, ...] = ()  # for what arrives
-    draining: tuple[ReplicasNeeded, ...] = ()  # for what waits
-    given_up_at: float | None = None  # its replicas do not come
+    arriving: tuple[ReplicasNeeded, ...] = ()
+    draining: tuple[ReplicasNeeded, ...] = ()
+    given_up_at: float | None = None
 
     @property
     def starting(self) -> int:
@@ -50,6 +56,7 @@ class PoolState:
 
     @property
     def given_up(self) -> bool:
+        """Whether the policy no longer waits for the pool's replicas to become ready."""
         return self.given_up_at is not None
 
 
@@ -60,7 +67,10 @@ def updated(
     tuning: PolicyTuning,
     now: float,
 ) -> PoolState:
-    """As known before, and as its replicas report now; None: nothing is known, or reported."""
+    """Update a pool's state with what its replicas report now.
+
+    `known`: the state so far, None for a new pool. `supply`: the report, None if there is none.
+    """
     if known is None:
         ready = supply.ready if supply else 0
         wanted = bounded(ready, pool)
@@ -75,14 +85,15 @@ def updated(
     while came > 0 and orders:
         oldest, *others = orders
         taken = min(came, oldest.replicas)
-        took_s = min(max(now - oldest.at, start_s / LATE), start_s * LATE)
-        learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARN) ** taken
+        took_s = min(max(now - oldest.at, start_s / LATE_FACTOR), start_s * LATE_FACTOR)
+        learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARNING_RATE) ** taken
         start_s += learn * (took_s - start_s)
-        left = ReplicaOrder(now, oldest.replicas - taken)  # where one came others may
+        # The time of the other replicas of this order counts anew: one came, so others may.
+        left = ReplicaOrder(now, oldest.replicas - taken)
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)
     late_s = now - orders[0].at if orders else 0.0
-    patience_s = tuning.node_wait_s + (LATE * start_s if supply.placeable else 0.0)
+    patience_s = tuning.node_wait_s + (LATE_FACTOR * start_s if supply.placeable else 0.0)
     given_up_at = known.given_up_at
     if late_s > patience_s or not (supply.placeable or tuning.node_wait_s):
         given_up_at = now
@@ -101,7 +112,10 @@ def updated(
 def _ordered(
     orders: tuple[ReplicaOrder, ...], starting: int, now: float
 ) -> tuple[ReplicaOrder, ...]:
-    """So many in all: more are ordered now; fewer, and the newest are called off."""
+    """Change the orders so that `starting` replicas are ordered in all.
+
+    Missing replicas are ordered now. If there are too many, the newest orders are called off.
+    """
     missing = starting - sum(order.replicas for order in orders)
     if missing > 0:
         return (*orders, ReplicaOrder(now, missing))
@@ -115,4 +129,5 @@ def _ordered(
 
 
 def bounded(replicas: int, pool: PoolBounds) -> int:
+    """The nearest number of replicas within the pool's bounds."""
     return min(max(replicas, pool.min_replicas), pool.max_replicas)

@@ -1,13 +1,13 @@
-"""How much work arrives in a second, from counters that only grow.
+"""Estimates of how much work arrives per second, from counters that only grow.
 
-A window that holds few requests says little: the work in it has a standard deviation of √Σw², for
-requests that come independently of each other. So a short window raises the estimate only by what
-it proves, its mean less `DOUBT` standard deviations; otherwise the long one's mean stands. A jump
-is seen within seconds where there are many requests, and noise is not taken for one where there are
-few.
+The estimate is the mean over a long window, unless a shorter window proves more. A window that
+holds few requests proves little: the work w of requests that arrive independently of each other has
+a standard deviation of √Σw². So a short window counts as its mean less `DEVIATIONS` standard
+deviations. With many requests a jump is noticed within seconds; with few requests noise is not
+taken for a jump.
 
-What starts now is ready only after a start's time. `Rises` learns by how much more than expected
-arrives by then: the habit of its users, and the chance that is in it.
+A replica that starts now is ready only after a start's time. `Rises` learns how much more work than
+expected usually arrives by then, from the habits of the users and from chance.
 
 Pure: standard library only.
 """
@@ -18,16 +18,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHORT = (1 / 24, 1 / 8, 1 / 3)  # windows, as parts of the long one
-DOUBT = 1.5
+SHORT_WINDOWS = (1 / 24, 1 / 8, 1 / 3)  # as fractions of the long window
+DEVIATIONS = 1.5  # standard deviations by which a short window's mean is lowered
 
-RISES_S = 3600.0  # how far back rises are remembered
-RISES_EVERY_S = 10.0
-COVERED = 0.95  # of the time
+RISES_S = 3600.0  # seconds for which rises are remembered
+RISES_EVERY_S = 10.0  # seconds between two measurements of a rise
+COVERED = 0.95  # the fraction of time in which the rate rises by no more than the usual rise
 
 
 class Sample(NamedTuple):
-    """Counters at a time: the work that has arrived, and the sum of its squares."""
+    """The counters at one time: the work that has arrived, and the sum of its squares."""
 
     at: float
     work_s: float
@@ -38,10 +38,10 @@ Samples = tuple[Sample, ...]
 
 
 def with_sample(samples: Samples, new: Sample, mean_s: float) -> Samples:
-    """With one more, and without those that the long window, `mean_s`, no longer needs.
+    """Add a sample, and drop those that the long window of `mean_s` seconds no longer needs.
 
-    If a counter has become less it is a new process's, and if time has the clock was set back:
-    what was known begins anew.
+    If the counter or the time is less than before, only the new sample is kept: the counting
+    process was restarted, or the clock was set back.
     """
     if samples and (new.at < samples[-1].at or new.work_s < samples[-1].work_s):
         return (new,)
@@ -50,25 +50,28 @@ def with_sample(samples: Samples, new: Sample, mean_s: float) -> Samples:
 
 
 def rates(demands: Sequence[Samples], mean_s: float) -> list[float]:
-    """Of demands that share replicas, work a second; their sum is the highest that is proven."""
+    """The work per second of each of several demands that share replicas.
+
+    Their sum is the highest rate that any window proves.
+    """
     means = [_rate(samples, mean_s)[0] for samples in demands]
     most = sum(means)
-    for part in SHORT:
+    for part in SHORT_WINDOWS:
         found = [_rate(samples, part * mean_s) for samples in demands]
         total = sum(mean for mean, _ in found)
-        proven = total - DOUBT * sum(variance for _, variance in found) ** 0.5
+        proven = total - DEVIATIONS * sum(variance for _, variance in found) ** 0.5
         if proven > most:
             most, means = proven, [mean * proven / total for mean, _ in found]
     return means
 
 
 def recent_rate(demands: Sequence[Samples], mean_s: float) -> float:
-    """Work a second within the longest of the short windows."""
-    return sum(_rate(samples, SHORT[-1] * mean_s)[0] for samples in demands)
+    """The work per second of all demands together within the longest of the short windows."""
+    return sum(_rate(samples, SHORT_WINDOWS[-1] * mean_s)[0] for samples in demands)
 
 
 def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
-    """Mean and variance over a window; before the first sample nothing arrived."""
+    """The mean rate over a window and its variance; nothing arrived before the first sample."""
     last = samples[-1]
     before = bisect_right(samples, last.at - window_s, key=lambda sample: sample.at) - 1
     base = samples[max(before, 0)]
@@ -77,9 +80,11 @@ def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
 
 
 class Rises(NamedTuple):
-    """`expected` rates, by time, until a start is over; then the `rises` above them.
+    """How much more work than expected arrives by the time that a replica has started.
 
-    `usual`: a rise that was not exceeded for `COVERED` of the last hour, in work a second.
+    `expected`: pairs of time and expected rate, for the last start's time. `rises`: pairs of time
+    and the rise of the rate above the one that was expected a start's time earlier. `usual`: the
+    rise that was not exceeded in the fraction `COVERED` of the last hour, in work per second.
     """
 
     expected: tuple[tuple[float, float], ...] = ()
@@ -90,7 +95,10 @@ class Rises(NamedTuple):
 def updated_rises(
     known: Rises, expected: float, arriving: float, start_s: float, now: float
 ) -> Rises:
-    """With what is expected now, and what became of what was expected one start ago."""
+    """Note the rate that is expected now, and the rise since the one expected a start's time ago.
+
+    Does so every `RISES_EVERY_S` seconds. `arriving`: the work per second that arrives now.
+    """
     if known.expected and 0 <= now - known.expected[-1][0] < RISES_EVERY_S:
         return known
     before = [pair for pair in known.expected if now - start_s - RISES_EVERY_S <= pair[0] < now]
@@ -98,6 +106,7 @@ def updated_rises(
     if ready := [rate for at, rate in before if now - at >= start_s]:
         rises.append((now, arriving - ready[-1]))
     ranked = sorted((rise for _, rise in rises), reverse=True)
-    exceeded = int((1 - COVERED) * RISES_S / RISES_EVERY_S)  # what was not seen did not rise
+    # Times without a measurement count as times without a rise.
+    exceeded = int((1 - COVERED) * RISES_S / RISES_EVERY_S)
     usual = max(ranked[exceeded], 0.0) if exceeded < len(ranked) else 0.0
     return Rises((*before, (now, expected)), tuple(rises), usual)

@@ -1,4 +1,4 @@
-"""A model to measure on, driven by our engine or by diffusers' pipeline; the demo model's."""
+"""The demo model, driven by Octet's engine or by diffusers' pipeline, to measure on."""
 
 from __future__ import annotations
 
@@ -27,25 +27,30 @@ T = TypeVar("T")
 
 
 class Engine:
-    """A model in one recipe, with embeddings at hand: text is not what is measured."""
+    """A model in one recipe, with prompt embeddings made beforehand, and timers.
+
+    Text encoding is not measured. `steps`: size in pixels, padded rows and seconds of each step so
+    far. `model_s`: seconds spent in the transformer and the VAE themselves.
+    """
 
     def __init__(self, denoiser: Denoiser, both: PromptEmbeds, sizes: Sequence[int]) -> None:
-        """`both`: of an empty prompt and another; `sizes` in pixels that are drawn."""
+        """`both`: embeddings of an empty prompt and of another. `sizes`: image sizes in pixels."""
         self._embeds = {2: both, 1: PromptEmbeds(both.tokens[1:], both.pooled[1:])}
         self.text_tokens = both.tokens.shape[1]
         self.denoiser, self.sizes = denoiser, sizes
-        self.steps: list[tuple[int, int, float]] = []  # size, padded rows, seconds
-        self.denoiser.denoise_step = self._noting(self.denoiser.denoise_step)
-        self.model_s = 0.0  # within transformer and VAE themselves
+        self.steps: list[tuple[int, int, float]] = []
+        self.denoiser.denoise_step = self._recorded(self.denoiser.denoise_step)
+        self.model_s = 0.0
         for part, method in ((self.denoiser.transformer, "forward"), (self.denoiser.vae, "decode")):
-            setattr(part, method, self._timing(getattr(part, method)))
+            setattr(part, method, self._timed(getattr(part, method)))
 
     @classmethod
     def demo(cls, recipe: str) -> Engine:
+        """The demo model in a recipe."""
         both = PromptEncoder(MODEL).encode_prompts(["", "the sea at dawn"], TEXT_LENGTH)
         return cls(Denoiser.load(MODEL, RECIPES[recipe]), both, SIZES)
 
-    def _noting(self, original: Callable[..., None]) -> Callable[..., None]:
+    def _recorded(self, original: Callable[..., None]) -> Callable[..., None]:
         def step(batch: Any, rows: int = 0) -> None:
             began = time.perf_counter()
             original(batch, rows)
@@ -54,7 +59,7 @@ class Engine:
 
         return step
 
-    def _timing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
             began = time.perf_counter()
             try:
@@ -92,13 +97,13 @@ class Engine:
         )
 
     def static_batch(self, key: Key, images: int) -> None:
-        """Equal images together from the first step to the last, decoded in one call."""
+        """Generate equal images together from first step to last, and decode them in one call."""
         batch = [self.begin(key, seed) for seed in range(images)]
         for _ in range(key[2]):
             self.denoiser.denoise_step(batch)
-        pictures = self.denoiser.decode(torch.cat([image.latents for image in batch]))
-        for picture in pictures:
-            to_pixels(picture)
+        decoded = self.denoiser.decode(torch.cat([image.latents for image in batch]))
+        for image in decoded:
+            to_pixels(image)
 
     def shape(self, key: Key) -> ImageShape:
         size_px, rows, steps = key
@@ -112,20 +117,24 @@ class Engine:
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds that the call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def apart(work: Callable[[], T]) -> T:
-    """In a thread that ends afterwards, as the loop's does: OpenMP keeps workers for every thread
-    that computes, and with more of them than cores all get slower."""
+    """Run `work` in a thread that ends afterwards, and return its result.
+
+    The denoising loop also runs in a thread of its own. OpenMP keeps workers for every thread that
+    computes, and everything gets slower once there are more workers than cores.
+    """
     with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as thread:
         return thread.submit(work).result()
 
 
 def measure_costs(engine: Engine, repeats: int) -> Costs:
-    """Medians of steps and decodes, sizes and row counts in turn."""
+    """Median seconds of steps and decodes, for every size and number of rows."""
     steps: dict[int, dict[int, list[float]]] = {
         s: {b: [] for b in BUCKETS if b <= MAX_ROWS} for s in engine.sizes
     }
@@ -134,7 +143,7 @@ def measure_costs(engine: Engine, repeats: int) -> Costs:
         for rows, found in steps[size].items():
             own = min(rows, 2)
             batch = [engine.begin((size, own, 100), seed) for seed in range(rows // own)]
-            engine.denoiser.denoise_step(batch)  # not the first of its kind
+            engine.denoiser.denoise_step(batch)  # the first step of its kind takes longer
             found += [
                 timed(lambda b=batch: engine.denoiser.denoise_step(b)) for _ in range(repeats)
             ]
@@ -151,11 +160,14 @@ def measure_costs(engine: Engine, repeats: int) -> Costs:
 
 
 def in_stream(engine: Engine, costs: Costs) -> Costs:
-    """The means of the steps that the engine has noted; `costs` where there are none."""
+    """Costs with the mean seconds of the steps that the engine has recorded.
+
+    Sizes and rows without recorded steps keep those of `costs`.
+    """
     step_s = {
         size: {
             rows: statistics.mean(
-                [s for noted, r, s in engine.steps if (noted, r) == (size, rows)] or [before]
+                [s for px, r, s in engine.steps if (px, r) == (size, rows)] or [before]
             )
             for rows, before in measured.items()
         }
@@ -165,7 +177,10 @@ def in_stream(engine: Engine, costs: Costs) -> Costs:
 
 
 def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
-    """diffusers' pipeline on the same weights, given embeddings as we are."""
+    """A function that runs diffusers' pipeline on the same weights and embeddings.
+
+    It takes the key of an image and the number of images to generate in one call.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline(
@@ -196,7 +211,10 @@ def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
 
 
 def fitted(engine: Engine, costs: Costs) -> CostCoefficients:
-    """Coefficients of the images alone, least squares of relative errors: see `serve.cost`."""
+    """Cost coefficients for images that run alone: see `cluster.cost`.
+
+    They minimise the squared relative errors.
+    """
     rows_of, wanted = [], []
     for size in engine.sizes:
         for rows in (1, 2):
@@ -211,7 +229,11 @@ def fitted(engine: Engine, costs: Costs) -> CostCoefficients:
 
 
 def _least_squares(features: list[list[float]], wanted: list[float]) -> list[float]:
-    """No coefficient is negative: the worst is left out until none is."""
+    """The coefficients that minimise squared relative errors, none of them negative.
+
+    While a coefficient is negative, the most negative one is set to 0 and the others are fitted
+    again.
+    """
     used = list(range(len(features[0])))
     while True:
         a = torch.tensor(

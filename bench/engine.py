@@ -1,12 +1,16 @@
-"""What batching between steps gains, and what the denoising loop costs.
+"""Measure what batching between steps gains and what the denoising loop costs.
 
     python -m bench.engine [--recipe fp8] [--quick]
 
-Real runs on the demo model: throughput of 8 equal images (all there at once) through the loop,
-one at a time, in one static batch, and through diffusers' pipeline; memory over 1,000 images; and
-a mixed stream of images in real time. Latency tables replay thousands of images in virtual time on
-step costs measured in the same run: see `bench.replay`. Writes build/bench/engine.json and
-bench/engine.png.
+Real runs on the demo model measure:
+
+- the throughput of 8 equal images that are requested at once: through the loop, one at a time, in
+  one static batch, and through diffusers' pipeline;
+- the memory over 1,000 images;
+- a mixed stream of images in real time.
+
+The latency tables replay thousands of images in virtual time, with step costs measured in the same
+run: see `bench.replay`. Writes build/bench/engine.json and bench/engine.png.
 """
 
 from __future__ import annotations
@@ -42,9 +46,9 @@ from .demo_engine import (
 )
 from .engine_report import KEYS, plot, table
 from .replay import (
-    Asked,
     Costs,
     Key,
+    RequestedImage,
     between_steps,
     one_at_a_time,
     percentile,
@@ -56,26 +60,30 @@ from .replay import (
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "engine.json"
 EQUAL = MAX_ROWS // 2  # images in the throughput runs, and slots of the replica everywhere
 STEPS = 4, 8, 20, 28, 50
-LOADS = 0.5, 0.8, 0.95  # of what one at a time can do
+LOADS = 0.5, 0.8, 0.95  # fractions of the rate that one image at a time can serve
 
 
 # -- throughput -----------------------------------------------------------------------------------
 
 
 def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
-    """Images/s of 8 equal images that are there at once, each way in turn; medians."""
+    """Images/s of 8 equal images that are requested at once, for each way to run them.
+
+    The ways take turns, so that a change of the machine's speed meets all of them. Results are
+    medians.
+    """
     key = engine.denoiser.native_size_px, 2, steps
     overheads: list[float] = []
 
-    def through_the_loop(beside: bool = False) -> float:
-        loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside=beside)
+    def through_the_loop(beside_steps: bool = False) -> float:
+        loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside_steps=beside_steps)
         before, began = engine.model_s, time.perf_counter()
-        futures = [loop.draw(engine.request(key, s), engine.embeds(2)) for s in range(EQUAL)]
+        futures = [loop.generate(engine.request(key, s), engine.embeds(2)) for s in range(EQUAL)]
         for future in futures:
             future.result()
         wall_s = time.perf_counter() - began
         loop.close()
-        if not beside:
+        if not beside_steps:
             overheads.append(1 - (engine.model_s - before) / wall_s)
         return wall_s
 
@@ -86,29 +94,29 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
         "pipeline, one at a time": lambda: [pipeline(key, 1) for _ in range(EQUAL)],
         "pipeline, one batch": lambda: pipeline(key, EQUAL),
     }
-    ours: list[float] = []
-    beside: list[float] = []
+    loop_s: list[float] = []
+    beside_steps_s: list[float] = []
     decodes: list[tuple[float, float]] = []
     seconds: dict[str, list[float]] = {way: [] for way in others}
     gains = []
     for _ in range(repeats):
         gains.append(apart(lambda: model_gain(engine)))
         decodes.append(apart(lambda: decode_both_ways(engine, key)))
-        ours.append(through_the_loop())
-        beside.append(through_the_loop(beside=True))
+        loop_s.append(through_the_loop())
+        beside_steps_s.append(through_the_loop(beside_steps=True))
         for way, run in others.items():
             seconds[way].append(apart(lambda r=run: timed(r)))
     per_s = {
         way: EQUAL / statistics.median(s)
         for way, s in {
-            "denoising loop": ours,
-            "denoising loop, decoding beside": beside,
+            "denoising loop": loop_s,
+            "denoising loop, decoding beside": beside_steps_s,
             **seconds,
         }.items()
     }
 
-    def over(way: str) -> float:
-        return statistics.median(b / a for a, b in zip(ours, seconds[way], strict=True))
+    def gain_over(way: str) -> float:
+        return statistics.median(b / a for a, b in zip(loop_s, seconds[way], strict=True))
 
     return {
         "images": EQUAL,
@@ -116,16 +124,16 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
         "images_per_s": per_s,
         "decode_one_by_one_s": statistics.median(one_by_one for one_by_one, _ in decodes),
         "decode_together_s": statistics.median(together for _, together in decodes),
-        "throughput_vs_one_at_a_time": over("one at a time"),
-        "throughput_vs_static_batching": over("static batch"),
-        "throughput_vs_pipeline": over("pipeline, one at a time"),
+        "throughput_vs_one_at_a_time": gain_over("one at a time"),
+        "throughput_vs_static_batching": gain_over("static batch"),
+        "throughput_vs_pipeline": gain_over("pipeline, one at a time"),
         "model_batching_gain": statistics.median(gains),
         "loop_overhead_fraction": statistics.median(overheads),
     }
 
 
 def model_gain(engine: Engine) -> float:
-    """Rows/s of the transformer with 8 images ÷ with one, steps in turn."""
+    """Rows/s of the transformer with 8 images ÷ with one image; their steps take turns."""
     one, all_ = ([engine.begin((128, 2, 100), s) for s in range(n)] for n in (1, EQUAL))
     pairs = [
         (
@@ -139,7 +147,7 @@ def model_gain(engine: Engine) -> float:
 
 
 def decode_both_ways(engine: Engine, key: Key) -> tuple[float, float]:
-    """Seconds of the VAE for 8 images one by one, as the loop does it, and in one call."""
+    """Seconds to decode 8 images one by one, like the loop, and in one call of the VAE."""
     latents = [engine.begin(key, seed).latents for seed in range(EQUAL)]
     together = torch.cat(latents)
     engine.denoiser.decode(together)
@@ -153,14 +161,17 @@ def decode_both_ways(engine: Engine, key: Key) -> tuple[float, float]:
 
 
 def mix(rng: random.Random, sizes: Sequence[int]) -> Key:
-    """Sizes, guidance and steps drawn evenly."""
+    """The key of an image with random size, guidance and steps, all equally likely."""
     return rng.choice(sizes), rng.choice((1, 2)), rng.choice(STEPS)
 
 
 def own_time_s(costs: Costs) -> float:
-    """The mean of the mix, each image alone: one at a time can do one per so many seconds."""
+    """Mean seconds of an image of the mix alone.
+
+    One image at a time can serve 1 ÷ this many images per second.
+    """
     return statistics.mean(
-        costs.alone(Asked(0, size, rows, steps))
+        costs.alone(RequestedImage(0, size, rows, steps))
         for size in costs.step_s
         for rows in (1, 2)
         for steps in STEPS
@@ -168,7 +179,7 @@ def own_time_s(costs: Costs) -> float:
 
 
 def replay(costs: Costs, images: int) -> dict[str, Any]:
-    """Slowdowns (latency ÷ own time) of the mix at each load."""
+    """Slowdowns (latency ÷ time alone) of the mix at each load, for each way to serve it."""
     found: dict[str, Any] = {}
     for load in LOADS:
         rng = random.Random(int(100 * load))
@@ -184,9 +195,12 @@ def replay(costs: Costs, images: int) -> dict[str, Any]:
     return found
 
 
-def summary(trace: Sequence[Asked], finished: Sequence[float], costs: Costs) -> dict[str, float]:
+def summary(
+    trace: Sequence[RequestedImage], finished: Sequence[float], costs: Costs
+) -> dict[str, float]:
+    """Percentiles of slowdowns and latencies."""
     ordered = slowdowns(trace, finished, costs)
-    latencies = sorted(f - asked.arrives_s for asked, f in zip(trace, finished, strict=True))
+    latencies = sorted(done - image.arrives_s for image, done in zip(trace, finished, strict=True))
     return {
         "slowdown_p50": percentile(ordered, 0.5),
         "slowdown_p99": percentile(ordered, 0.99),
@@ -196,10 +210,10 @@ def summary(trace: Sequence[Asked], finished: Sequence[float], costs: Costs) -> 
 
 
 def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[str, Any]:
-    """The same kind of trace in real time, and replayed; and how well its work was foretold.
+    """Run a trace of the mix in real time and replay it; also the errors of its predicted work.
 
-    It is replayed on the means of its own steps: a shared machine's speed drifts within minutes.
-    `steps_over_measured` says how far they are from those that were measured before.
+    The replay uses the mean step times of this run, because a shared machine's speed drifts within
+    minutes. `steps_over_measured`: these step times ÷ those that were measured before.
     """
     rng = random.Random(7)
     engine.steps.clear()
@@ -217,10 +231,10 @@ def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[st
         errors.append(abs(learned.coefficients.work_s(shape) - busy_s) / busy_s)
         learned.observe(shape, busy_s)
 
-    for i, asked in enumerate(trace):
-        time.sleep(max(0.0, asked.arrives_s - (time.perf_counter() - began)))
+    for i, image in enumerate(trace):
+        time.sleep(max(0.0, image.arrives_s - (time.perf_counter() - began)))
         slots.acquire()
-        future = loop.draw(engine.request(asked.key, i), engine.embeds(asked.rows))
+        future = loop.generate(engine.request(image.key, i), engine.embeds(image.rows))
         future.add_done_callback(lambda f, i=i: done(i, f))
     while not all(finished):
         time.sleep(0.01)
@@ -244,7 +258,7 @@ def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[st
 
 
 def foretold(engine: Engine, costs: Costs, images: int) -> dict[str, float]:
-    """How far the fitted coefficients are off for images alone, of the mix."""
+    """Relative errors of the work that the fitted coefficients predict for images alone."""
     rng, coefficients = random.Random(11), fitted(engine, costs)
     errors = []
     for _ in range(images):
@@ -259,7 +273,7 @@ def foretold(engine: Engine, costs: Costs, images: int) -> dict[str, float]:
 
 
 def memory(engine: Engine, images: int) -> dict[str, float]:
-    """MiB resident after the first 100 and after all of a mixed stream of small images."""
+    """Resident MiB after the first 100 and after all images of a mixed stream of small images."""
     rng, process = random.Random(3), psutil.Process()
     loop, after = DenoisingLoop(engine.denoiser, MAX_ROWS), {}
     for first in range(0, images, 20):
@@ -267,7 +281,7 @@ def memory(engine: Engine, images: int) -> dict[str, float]:
             (rng.choice((64, 80, 96)), rng.choice((1, 2)), rng.choice((1, 2, 3))) for _ in range(20)
         ]
         futures = [
-            loop.draw(engine.request(key, first + i), engine.embeds(key[1]))
+            loop.generate(engine.request(key, first + i), engine.embeds(key[1]))
             for i, key in enumerate(keys)
         ]
         for future in futures:
@@ -285,7 +299,9 @@ def memory(engine: Engine, images: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="fp8", choices=["fp8", "bf16", "fp32"])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and steps, < 4 minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats and steps: less than 4 minutes"
+    )
     arguments = parser.parse_args()
     quick = arguments.quick
     engine = apart(lambda: Engine.demo(arguments.recipe))

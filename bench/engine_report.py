@@ -1,4 +1,4 @@
-"""What `bench.engine` found, as a table and a plot."""
+"""Results of `bench.engine` as a table and a plot."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ KEYS = (
 
 
 def plot(found: dict[str, Any]) -> None:
+    """Plot throughput and tail latency into bench/engine.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,13 +31,14 @@ def plot(found: dict[str, Any]) -> None:
         tails = [cell[way]["slowdown_p99"] for cell in loads.values()]
         right.plot([f"{100 * float(load):.0f} %" for load in loads], tails, "o-", label=way)
     right.set_yscale("log")
-    right.set_title("mixed images: p99 of latency ÷ own time")
-    right.set_xlabel("load, of what one at a time can do")
+    right.set_title("mixed images: p99 of latency ÷ time alone")
+    right.set_xlabel("load, as a share of what one image at a time can serve")
     right.legend()
     figure.savefig(PLOT, dpi=110)
 
 
 def table(found: dict[str, Any]) -> str:
+    """The results as Markdown tables, as bench/README.md shows them."""
     t, cell, rss = found["throughput"], found["real_cell"], found["memory"]
     alone = found["work_alone"]
     lines = [f"{found['machine']}, demo model in {found['recipe']}", ""]

@@ -1,10 +1,11 @@
-"""What one tenant feels of the others, who is admitted, and what the Dispatcher can do.
+"""Measure fairness between tenants, admission under overload, and the Dispatcher's throughput.
 
     python -m bench.fairness [--quick]
 
-Real Ray, real HTTP, an own server on loopback. Most of it runs on Generators that only wait
-(`bench/timed.py`), 8 slots, so that two cores measure dispatch; one part runs on the demo model.
-Plain Ray Serve, first come first served, is measured beside it. Writes build/bench/fairness.json.
+Runs on real Ray with real HTTP, against a server of its own on loopback. Most parts use Generators
+that only wait (`bench/timed.py`), with 8 slots, so that two cores are enough to measure dispatch. One
+part uses the demo model. Plain Ray Serve, first come first served, is measured for comparison. Writes
+build/bench/fairness.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from serve.settings.file import load_settings
 
 from .fairness_report import table
 from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
-from .load import STEP_S, jain
+from .timed import STEP_S
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
 SLOTS = 8
@@ -38,42 +39,47 @@ def body(steps: int, **more: Any) -> dict[str, Any]:
     return {"prompt": "the sea", "size": "64x64", "num_inference_steps": steps, **more}
 
 
+def jain(values: Sequence[float]) -> float:
+    """Jain's fairness index: 1 if all values are equal, 1/n if one of n has everything."""
+    return sum(values) ** 2 / (len(values) * sum(v * v for v in values))
+
+
 # -- parts ----------------------------------------------------------------------------------------
 
 
 def light_tenants(steps: int, seconds: float) -> list[TimedRequest]:
-    """Nine tenants at half of their share each."""
+    """Requests of nine tenants that each use half of their share."""
     share = SLOTS / (steps * STEP_S) / (len(LIGHT) + 1)
-    return [ask for t in LIGHT for ask in poisson("1", t, share / 2, seconds, body(steps))]
+    return [r for t in LIGHT for r in poisson("1", t, share / 2, seconds, body(steps))]
 
 
 def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[TimedRequest]]:
-    """The light tenants without and with one that asks for ten times all there is.
+    """Measure the light tenants without and with a tenant that requests ten times the capacity.
 
-    The flood sets in when they have begun; they are compared from then on. Also what was drawn
-    of it, when it was asked for.
+    The tenant `flood` begins after the light tenants; their latencies are compared from then on. The
+    second value is the requests of the flood whose images were generated, at their times.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s
     light, asked = light_tenants(steps, seconds), body(steps, timeout_s=10 * service_s)
     heavy = [
-        ask._replace(at=begins + ask.at)
-        for ask in poisson("1", "flood", 10 * capacity, seconds - begins, asked)
+        request._replace(at=begins + request.at)
+        for request in poisson("1", "flood", 10 * capacity, seconds - begins, asked)
     ]
     calm = asyncio.run(bench.load.open_loop(light))
     flooded = asyncio.run(bench.load.open_loop([*light, *heavy]))
     done = [a for a in flooded if a.status == 200 and begins + service_s < a.done_at < seconds]
-    drawn = [a.ask for a in _of(flooded, ["flood"]) if a.status == 200]
+    generated = [a.request for a in _of(flooded, ["flood"]) if a.status == 200]
     return {
         **_tails(calm, flooded, begins),
         "flood_requests": len(heavy),
-        "flood_drawn": len(drawn),
+        "flood_drawn": len(generated),
         "used": len(done) / capacity / (seconds - begins - service_s),
-    }, drawn
+    }, generated
 
 
 def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
-    """Four tenants who always wait: what each is served, per weight."""
+    """Images per weight of four tenants that always have requests waiting."""
     asking = dict.fromkeys(WEIGHTS, 2 * SLOTS)
     found = asyncio.run(bench.load.closed_loop(asking, body(steps), seconds))
     settled = [a for a in found if 0.1 * seconds < a.done_at < seconds and a.status == 200]
@@ -87,15 +93,15 @@ def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
 
 
 def budget(bench: Bench, tenant: str) -> int:
-    """Of 200 parallel requests of a tenant with budget for ten, how many are drawn."""
-    asks = [TimedRequest(0, tenant, body(4)) for _ in range(200)]
-    found = asyncio.run(bench.load.open_loop(asks))
+    """The number of images from 200 parallel requests of a tenant whose budget is ten images."""
+    requests = [TimedRequest(0, tenant, body(4)) for _ in range(200)]
+    found = asyncio.run(bench.load.open_loop(requests))
     assert {a.code for a in found if a.status != 200} == {"insufficient_quota"}
     return sum(a.status == 200 for a in found)
 
 
 def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
-    """Three tenants who together ask for three times what there is, with deadlines."""
+    """Measure three tenants that together request three times the capacity, with deadlines."""
     capacity = SLOTS / (steps * STEP_S)
     deadline_s = 5 * steps * STEP_S
     tenants = LIGHT[:3]
@@ -104,8 +110,8 @@ def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
     )
     peak_per_s = _rate(peak, seconds / 2)
     asked = body(steps, timeout_s=deadline_s)
-    asks = [a for t in tenants for a in poisson("2", t, capacity, seconds, asked)]
-    found = asyncio.run(bench.load.open_loop(asks))
+    requests = [r for t in tenants for r in poisson("2", t, capacity, seconds, asked)]
+    found = asyncio.run(bench.load.open_loop(requests))
     accepted = [a for a in found if a.status in (200, 504)]
     met = [a for a in accepted if a.status == 200 and a.latency_s <= deadline_s + 0.1]
     refused = [a for a in found if a.status in (429, 503)]
@@ -124,7 +130,7 @@ def overload(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
 
 
 def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[TimedRequest]) -> dict[str, Any]:
-    """Plain Ray Serve with the same slots, the same light tenants, and of the flood `heavy`."""
+    """Measure plain Ray Serve with the same slots, the same light tenants and the load `heavy`."""
     from ray import serve
 
     from .timed import fifo as application
@@ -138,9 +144,9 @@ def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[TimedRequest]
 
 
 def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Grants a second without HTTP and without drawing, with limits and metering.
+    """Measure grants per second without HTTP and image generation, with limits and metering.
 
-    As many slots as calls: nobody waits for another.
+    There are as many slots as calls, so no call waits for another.
     """
     from ray import serve
 
@@ -153,7 +159,7 @@ def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
     drive = serve.run(driver.bind(handle), name="driver", route_prefix=None).drive
     found = {}
     for opened in (32, 256):
-        drive.remote(opened, 1.0, POOL, LIGHT).result()  # warm
+        drive.remote(opened, 1.0, POOL, LIGHT).result()  # warm-up
         before = _dispatcher_cpu_s()
         driven = drive.remote(opened, seconds, POOL, LIGHT).result()
         cpu_s, waits = _dispatcher_cpu_s() - before, driven["waits"]
@@ -169,7 +175,7 @@ def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
 
 
 def demo(bench: Bench, seconds: float) -> dict[str, Any]:
-    """One tenant asks for an image at a time, alone and beside one with 32 requests open."""
+    """Measure a tenant with one open request, alone and next to a tenant with 32."""
     asked = body(28)
     calm = asyncio.run(bench.load.closed_loop({"light0": 1}, asked, seconds))
 
@@ -192,12 +198,12 @@ def demo(bench: Bench, seconds: float) -> dict[str, Any]:
 def _tails(
     calm: Sequence[LoadAnswer], flooded: Sequence[LoadAnswer], begins: float
 ) -> dict[str, Any]:
-    """Of the light tenants' requests since a time."""
+    """The p99 latencies of the light tenants' requests since `begins`, calm and flooded."""
 
     def p99(found: Sequence[LoadAnswer]) -> float:
         return percentile([a.latency_s for a in found if a.status == 200], 0.99)
 
-    before, after = ([a for a in _of(f, LIGHT) if a.ask.at >= begins] for f in (calm, flooded))
+    before, after = ([a for a in _of(f, LIGHT) if a.request.at >= begins] for f in (calm, flooded))
     return {
         "light_requests": len(after),
         "light_failed": sum(a.status != 200 for a in [*before, *after]),
@@ -208,17 +214,18 @@ def _tails(
 
 
 def _of(found: Sequence[LoadAnswer], tenants: Sequence[str]) -> list[LoadAnswer]:
-    return [a for a in found if a.ask.tenant in tenants]
+    return [a for a in found if a.request.tenant in tenants]
 
 
 def _rate(found: Sequence[LoadAnswer], seconds: float) -> float:
-    """Images a second after the first fifth, in which slots fill."""
+    """Images per second without the first fifth of the time, in which the slots fill."""
     begin = 0.2 * seconds
     done = [a for a in found if a.status == 200 and begin < a.done_at < seconds]
     return len(done) / (seconds - begin)
 
 
 def _dispatcher_cpu_s() -> float:
+    """CPU seconds that the Dispatcher's process has used so far."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):
@@ -228,7 +235,8 @@ def _dispatcher_cpu_s() -> float:
     raise RuntimeError("no Dispatcher")
 
 
-def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
+    """Run all parts; `on_part` is called with the name of each before it begins."""
     found: dict[str, Any] = {"slots": SLOTS, "step_s": STEP_S}
     model = load_settings(DEMO_SETTINGS, {}).models[0]
     pools = tuple(
@@ -242,22 +250,22 @@ def measure(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
         with served("bench.timed:build", Path(folder), **changes) as bench:
             for part in ("flood", "shares", "budget_admitted"):
                 found[part] = {}
-            drawn: list[TimedRequest] = []
+            generated: list[TimedRequest] = []
             for number, replicas in enumerate((1, 4) if quick else (1, 2, 4)):
-                tell(f"{replicas} Ingresses")
+                on_part(f"{replicas} Ingresses")
                 bench.ingresses(replicas)
-                found["flood"][replicas], drawn = flood(bench, steps, seconds)
+                found["flood"][replicas], generated = flood(bench, steps, seconds)
                 found["shares"][replicas] = shares(bench, *((5, 10.0) if quick else (8, 20.0)))
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
-            tell("overload")
+            on_part("overload")
             found["overload"] = overload(bench, 10, 12.0 if quick else 45.0)
-            tell("plain Ray Serve")
-            found["fifo"] = fifo(bench, steps, seconds, drawn)
-            tell("the Dispatcher")
+            on_part("plain Ray Serve")
+            found["fifo"] = fifo(bench, steps, seconds, generated)
+            on_part("the Dispatcher")
             found["dispatcher"] = dispatcher(bench, 3.0 if quick else 5.0)
     with tempfile.TemporaryDirectory() as folder:
-        tell("the demo model")
+        on_part("the demo model")
         with served("serve.app:build", Path(folder)) as bench:
             found["demo"] = demo(bench, 6.0 if quick else 30.0)
     return found
@@ -269,7 +277,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     logging.disable(logging.WARNING)
     began = time.monotonic()
-    found = measure(quick, lambda news: print(f"{time.monotonic() - began:5.0f} s  {news}"))
+    found = measure(quick, lambda part: print(f"{time.monotonic() - began:5.0f} s  {part}"))
     found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

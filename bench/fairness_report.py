@@ -1,4 +1,4 @@
-"""What `bench.fairness` found, as tables."""
+"""Results of `bench.fairness` as tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cluster.structure import structure
 
 
 def table(found: dict[str, Any]) -> str:
+    """The results as Markdown tables, as bench/README.md shows them."""
     lines = [
         f"{found['machine']}, {found['slots']} slots, {found['seconds']:.0f} s",
         "",
@@ -27,17 +28,17 @@ def table(found: dict[str, Any]) -> str:
         )
     fifo, over, demo = found["fifo"], found["overload"], found["demo"]
     lines.append(
-        f"| plain Ray Serve, with as much of the flood as Octet drew "
+        f"| plain Ray Serve, with as much of the flood as Octet generated "
         f"| {fifo['light_requests']}, {fifo['light_failed']} | {fifo['light_p99_calm_s']:.2f} "
         f"| {fifo['light_p99_flooded_s']:.2f} | {fifo['light_p99_ratio']:.2f} | | | | |"
     )
     lines += [
         "",
-        "| three times what there is, with deadlines | |",
+        "| three times the capacity, with deadlines | |",
         "|---|---|",
         f"| requests, accepted | {over['requests']}, {over['accepted']} |",
         f"| `deadline_met` | {over['deadline_met']:.4f} |",
-        f"| `goodput_of_peak` (peak: {over['peak_per_s']:.1f} a second) "
+        f"| `goodput_of_peak` (peak: {over['peak_per_s']:.1f} per second) "
         f"| {over['goodput_of_peak']:.3f} |",
         f"| `refusal_handler_p99_ms` | {over['refusal_handler_p99_ms']:.1f} |",
         "",
@@ -56,13 +57,13 @@ def table(found: dict[str, Any]) -> str:
     work_s = reference(structure("sd3.5-large-turbo"), "fp8", CARDS["h100"]).work_s(turbo)
     lines += [
         "",
-        f"{most:.0f} grants/s are what {most * work_s:.0f} H100 draw of SD3.5 Large Turbo at 1024² "
-        f"in FP8, by arithmetic ({work_s:.2f} s an image).",
+        f"{most:.0f} grants/s suffice for {most * work_s:.0f} H100 that generate SD3.5 Large Turbo "
+        f"at 1024² in FP8, by arithmetic ({work_s:.2f} s per image).",
         "",
         "| the demo model, one image after the other | median s |",
         "|---|---|",
         f"| alone | {demo['light_calm_s']:.2f} |",
-        f"| beside one with 32 requests open | {demo['light_flooded_s']:.2f} |",
-        f"| that one | {demo['flood_s']:.2f} |",
+        f"| next to a tenant with 32 requests open | {demo['light_flooded_s']:.2f} |",
+        f"| that tenant | {demo['flood_s']:.2f} |",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The server that `bench.fairness` measures, with a key for every tenant of its parts."""
+"""The server that `bench.fairness` measures, with an API key for each tenant of its parts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serve import launch
 from serve.cli.load_client import LoadClient
 from serve.cli.main import DEMO_SETTINGS
 from serve.launch import RunningApplication, run_application
-from serve.settings.application import Settings
 from serve.settings.file import load_settings
 from serve.tenants.files import add_tenant
 
-from .load import STEP_S
+from .timed import STEP_S
 
 LIGHT = [f"light{i}" for i in range(9)]
 WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}
@@ -26,14 +24,14 @@ BUDGETS = [f"budget{i}" for i in range(4)]
 
 
 class Bench:
-    """One Ray with the application on it, and a client with every tenant's key."""
+    """The application on a Ray of its own, and a client with the keys of all tenants."""
 
     def __init__(self, octet: RunningApplication, keys: dict[str, str]) -> None:
         self.octet, self.keys = octet, keys
         self.load = LoadClient(f"{octet.url}/v1/images/generations", keys)
 
     def ingresses(self, replicas: int) -> None:
-        """Serve with so many; waits until they and the rest are there again."""
+        """Change the number of Ingresses; wait until all replicas are ready again."""
         before = self.octet.settings
         ingress = before.ingress.model_copy(update={"replicas": replicas})
         if ingress != before.ingress:
@@ -45,8 +43,16 @@ class Bench:
 
 @contextmanager
 def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
-    """An application with the tenants of all parts."""
-    limits = {"requests_per_s": 1e5, "work_per_s": 1e5, "monthly_work": 1e9}  # and never reached
+    """Run the application with the tenants of all parts until the block ends.
+
+    `import_path`: the function that builds the application. `folder`: where its tenants and usage
+    records are kept. `changes`: settings that differ from the demo's.
+    """
+    limits = {
+        "requests_per_s": 1e5,
+        "work_per_s": 1e5,
+        "monthly_work": 1e9,
+    }  # too high to be reached
     keys = {name: add_tenant(folder / "tenants", name, limits) for name in ("flood", *LIGHT)}
     for name, weight in WEIGHTS.items():
         keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
@@ -60,24 +66,14 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
             **changes,
         }
     )
-    config = launch.serve_config
-
-    def patched(settings: Settings) -> Any:
-        found = config(settings)
-        found["applications"][0]["import_path"] = import_path
-        return found
-
-    launch.serve_config = patched
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with run_application(settings) as octet:
-                yield Bench(octet, keys)
-    finally:
-        launch.serve_config = config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with run_application(settings, import_path=import_path) as octet:
+            yield Bench(octet, keys)
 
 
 def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,9 @@
-"""Ways to serve a stream of images on one replica, replayed in virtual time on measured costs.
+"""Replay of a stream of images on one replica in virtual time, with measured costs.
 
-Decisions are the real ones (`serve.engine.batching`), only the seconds of steps and decodes come
-from a table. One thing happens at a time: a decode holds the next step up, as on a CPU whose cores
-are all busy.
+Three ways to serve the stream can be compared: one image at a time, static batches, and batches
+that change between steps. The last uses the real batch former (`serve.engine.batching`). Only the
+seconds of steps and decodes come from a table. One thing happens at a time: a decode delays the
+next step, as on a CPU whose cores are all busy.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import NamedTuple
 
 from serve.engine.batching import BatchCandidate, next_batch
 
-Key = tuple[int, int, int]  # size, rows, steps: what static batching calls equal
+# Size in pixels, rows and steps of an image. Static batching puts images with equal keys together.
+Key = tuple[int, int, int]
 
 
-class Asked(NamedTuple):
-    """An image of `size_px` squared; `rows` is 2 with guidance."""
+class RequestedImage(NamedTuple):
+    """An image of `size_px` × `size_px` that is requested at `arrives_s`.
+
+    `rows`: 2 with guidance, else 1.
+    """
 
     arrives_s: float
     size_px: int
@@ -34,14 +39,18 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step by size and measured row counts, and of a decode by size."""
+    """Measured seconds of steps and decodes.
+
+    `step_s`: by size in pixels and number of rows. `decode_s`: by size. `bucket`: rounds a number
+    of rows up to one that the engine runs.
+    """
 
     step_s: Mapping[int, Mapping[int, float]]
     decode_s: Mapping[int, float]
     bucket: Callable[[int], int]
 
     def step(self, size_px: int, rows: int) -> float:
-        """Between measured row counts, interpolated."""
+        """Seconds of a step, interpolated between the measured numbers of rows."""
         measured = self.step_s[size_px]
         known = sorted(measured)
         i = bisect_left(known, rows)
@@ -51,38 +60,41 @@ class Costs:
         share = (rows - low) / (high - low)
         return measured[low] * (1 - share) + measured[high] * share
 
-    def alone(self, asked: Asked) -> float:
-        """An image's own time, with nobody else there."""
-        return asked.steps * self.step(asked.size_px, asked.rows) + self.decode_s[asked.size_px]
+    def alone(self, image: RequestedImage) -> float:
+        """Seconds that an image takes while the replica runs nothing else."""
+        return image.steps * self.step(image.size_px, image.rows) + self.decode_s[image.size_px]
 
 
-Finished = list[float]  # when each image of a trace is done, seconds
+Finished = list[float]  # the time in s at which each image of a trace is done
 
 
-def poisson(rng: random.Random, images: int, per_s: float, mix: Callable[[], Key]) -> list[Asked]:
-    """A trace: arrivals by a Poisson process, each image drawn from `mix`."""
+def poisson(
+    rng: random.Random, images: int, per_s: float, mix: Callable[[], Key]
+) -> list[RequestedImage]:
+    """A trace of images that arrive as a Poisson process; `mix` returns the key of each."""
     now, trace = 0.0, []
     for _ in range(images):
         now += rng.expovariate(per_s)
-        trace.append(Asked(now, *mix()))
+        trace.append(RequestedImage(now, *mix()))
     return trace
 
 
-def one_at_a_time(trace: Sequence[Asked], costs: Costs) -> Finished:
-    """First come, first served, each by itself."""
+def one_at_a_time(trace: Sequence[RequestedImage], costs: Costs) -> Finished:
+    """Serve the images in order of arrival, each by itself."""
     now, finished = 0.0, []
-    for asked in trace:
-        now = max(now, asked.arrives_s) + costs.alone(asked)
+    for image in trace:
+        now = max(now, image.arrives_s) + costs.alone(image)
         finished.append(now)
     return finished
 
 
 def static_batches(
-    trace: Sequence[Asked], costs: Costs, most: int, window_s: float = 0.05
+    trace: Sequence[RequestedImage], costs: Costs, most: int, window_s: float = 0.05
 ) -> Finished:
-    """Equal images together from first step to last; the oldest waiting one says which.
+    """Serve images with equal keys together, from their first step to their last.
 
-    Unless `most` of its kind are there, company is waited for until it is `window_s` old.
+    A batch has the key of the image that has waited longest. If fewer than `most` images with that
+    key are there, the batch waits for more until that image has waited for `window_s`.
     """
     finished = [0.0] * len(trace)
     arriving, waiting = deque(range(len(trace))), deque[int]()
@@ -112,20 +124,25 @@ def static_batches(
     return finished
 
 
-def between_steps(trace: Sequence[Asked], costs: Costs, slots: int, max_rows: int) -> Finished:
-    """As the denoising loop does, behind a first-come queue for its slots."""
+def between_steps(
+    trace: Sequence[RequestedImage], costs: Costs, slots: int, max_rows: int
+) -> Finished:
+    """Serve the images like the denoising loop, which forms a new batch before each step.
+
+    Images wait for one of the `slots` in order of arrival.
+    """
     finished = [0.0] * len(trace)
     arriving = deque(range(len(trace)))
-    inside: dict[int, BatchCandidate] = {}
+    running: dict[int, BatchCandidate] = {}
     now = 0.0
-    while arriving or inside:
-        if not inside:
+    while arriving or running:
+        if not running:
             now = max(now, trace[arriving[0]].arrives_s)
-        while arriving and len(inside) < slots and trace[arriving[0]].arrives_s <= now:
+        while arriving and len(running) < slots and trace[arriving[0]].arrives_s <= now:
             i = arriving.popleft()
             size, rows, steps = trace[i].key
-            inside[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
-        batch = next_batch(inside.values(), max_rows)
+            running[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
+        batch = next_batch(running.values(), max_rows)
         rows = costs.bucket(sum(image.rows for image in batch))
         now += costs.step(trace[batch[0].arrival].size_px, rows)
         for image in batch:
@@ -133,17 +150,18 @@ def between_steps(trace: Sequence[Asked], costs: Costs, slots: int, max_rows: in
             if not image.steps_left:
                 now += costs.decode_s[trace[image.arrival].size_px]
                 finished[image.arrival] = now
-                del inside[image.arrival]
+                del running[image.arrival]
     return finished
 
 
-def slowdowns(trace: Sequence[Asked], finished: Finished, costs: Costs) -> list[float]:
-    """Latency ÷ own time, sorted."""
+def slowdowns(trace: Sequence[RequestedImage], finished: Finished, costs: Costs) -> list[float]:
+    """Latency ÷ time alone of each image, sorted."""
     return sorted(
-        (done - asked.arrives_s) / costs.alone(asked)
-        for asked, done in zip(trace, finished, strict=True)
+        (done - image.arrives_s) / costs.alone(image)
+        for image, done in zip(trace, finished, strict=True)
     )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value at `share` (0 to 1) of sorted values."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -1,7 +1,9 @@
-"""The application with Generators that only wait, so that what is measured is who waits for whom.
+"""The application with Generators that only wait, to measure dispatch without a model.
 
-An image takes `STEP_S` a step, whatever else is drawn. `fifo` is the same service on plain Ray
-Serve: one deployment, whose handle's queue is first come, first served.
+`build` replaces the Generator, the TextEncoder, the Ingress and the reference work of `serve.app` by
+the classes and the function below. An image then takes `STEP_S` per step, however many images run at
+the same time. `fifo` is the same service on plain Ray Serve: one deployment, whose handle's queue is
+first come, first served.
 """
 
 from __future__ import annotations
@@ -22,47 +24,49 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
-from serve.dispatch.client.open_call import Wish
 from serve.dispatch.client.session import DispatchSession
-from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
+from serve.dispatch.protocol import Heartbeat, Lease, QueuedImage, StoppedImage
 from serve.errors import OctetError
 from serve.request import Acknowledgement, ImageRequest, ImageResult, StreamOptions, Timings
 from serve.settings.application import ApplicationSettings
 from serve.settings.models import Pool, ServedModel
 from serve.usage.record import UsageRecord
 
-from .load import STEP_S
-
-FILE = bytes(2000)  # in the place of a picture, at which nobody looks
+STEP_S = 0.05  # seconds that a denoising step of an image takes here
+FILE = bytes(2000)  # stands for an image file; its content is never read
 
 
 class TimedGenerator:
-    """Takes what `Generator` takes; an image is `STEP_S` × its steps of waiting."""
+    """Stands for `Generator`: takes the same calls and waits `STEP_S` × steps for each image.
+
+    It reports itself to the Dispatcher with the same heartbeats.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self, model: dict[str, Any], pool: dict[str, Any], *others: Any
     ) -> None:
+        """The arguments of `Generator`; the last of `others` is the Dispatcher's handle."""
         settings = Pool.model_validate(pool)
         self._slots, self._precision = settings.slots, settings.precision
         self._pool = ServedModel.model_validate(model).pool_name(settings)
         self._dispatcher = others[-1]
-        self._drawing: set[Lease] = set()
+        self._running: set[Lease] = set()
         self._stopped: list[StoppedImage] = []
         self._leaving = False
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
+        self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
         yield Acknowledgement.RECEIVED
         began, done = time.monotonic(), False
-        self._drawing.add(lease)
+        self._running.add(lease)
         try:
             yield Acknowledgement.STARTED
             await asyncio.sleep(STEP_S * request.num_inference_steps)
             done = True
         finally:
-            self._drawing.discard(lease)
+            self._running.discard(lease)
             if not done:
                 steps = int((time.monotonic() - began) / STEP_S)
                 self._stopped.append(StoppedImage(lease, steps, steps * STEP_S))
@@ -87,25 +91,27 @@ class TimedGenerator:
         name = ray_serve.get_replica_context().replica_id.unique_id
         node = ray.get_runtime_context().get_node_id()
         while True:
-            said = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node, 2.0)
+            heartbeat = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node, 2.0)
             stopped, self._stopped = self._stopped, []
             try:
                 reply = await self._dispatcher.report_replica.remote(
-                    said, list(self._drawing), stopped
+                    heartbeat, list(self._running), stopped
                 )
                 self._leaving = reply.leaving
-            except Exception:  # whatever it is, the next heartbeat comes
+            except Exception:  # of any kind: the next heartbeat tries again
                 logging.getLogger("ray.serve").warning("no dispatcher", exc_info=True)
             await asyncio.sleep(1)
 
 
 class TimedTextEncoder:
+    """Stands for `TextEncoder`; nothing calls it."""
+
     def __init__(self, *_: Any) -> None:
         pass
 
 
 class TimedIngress(Ingress):
-    """Says in a header of refusals how long its handler took."""
+    """An Ingress whose refusals say in a header how long the handler took."""
 
     async def generate(self, http: Request) -> Response:
         began = time.perf_counter()
@@ -118,19 +124,21 @@ class TimedIngress(Ingress):
 
 
 def units(application: ApplicationSettings) -> Mapping[str, CostCoefficients]:
+    """The reference work of each model: `STEP_S` per step, and nothing else."""
     return {model.id: CostCoefficients(0, STEP_S, 0, 0, 0) for model in application.models}
 
 
 def build(args: dict[str, Any]) -> Any:
-    import serve.app  # and torch with it, for which replicas that only wait have no use
+    """Build the application of `serve.app` with the stand-ins of this file."""
+    import serve.app  # imports torch too, which replicas that only wait do not need
 
-    for name, stands_in in (
+    for name, stand_in in (
         ("Generator", TimedGenerator),
         ("TextEncoder", TimedTextEncoder),
         ("Ingress", TimedIngress),
         ("units", units),
     ):
-        setattr(serve.app, name, stands_in)
+        setattr(serve.app, name, stand_in)
     return serve.app.build(args)
 
 
@@ -138,12 +146,16 @@ def build(args: dict[str, Any]) -> Any:
 
 
 class FifoGenerator:
+    """Waits as long as an image of `steps` takes, then returns its file."""
+
     async def generate(self, steps: int) -> bytes:
         await asyncio.sleep(STEP_S * steps)
         return FILE
 
 
 class FifoIngress:
+    """Takes HTTP requests and hands each to the generator's handle, which queues them."""
+
     def __init__(self, generator: DeploymentHandle) -> None:
         self._generator = generator
 
@@ -154,6 +166,7 @@ class FifoIngress:
 
 
 def fifo(slots: int) -> Any:
+    """Plain Ray Serve with one replica of `slots` slots, first come, first served."""
     generator = ray_serve.deployment(FifoGenerator).options(
         max_ongoing_requests=slots,
         request_router_config=RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02),
@@ -169,6 +182,8 @@ def fifo(slots: int) -> Any:
 
 
 class Client:
+    """A client that never ends its call."""
+
     unwanted = False
 
     def cancel(self) -> None:
@@ -176,50 +191,54 @@ class Client:
 
 
 class Driver:
-    """Calls without HTTP and without drawing, as many open as asked, by one session."""
+    """A deployment that opens calls at the Dispatcher through one session, without HTTP and images."""
 
     def __init__(self, dispatcher: Any) -> None:
         self._dispatcher = dispatcher
         self._session: DispatchSession | None = None
 
     async def drive(self, opened: int, seconds: float, pool: str, tenants: list[str]) -> Any:
-        """How long each call waited for its grant, s; calls in all; this process's CPU seconds."""
+        """Keep `opened` calls open for `seconds`.
+
+        Returns the seconds that each call waited for its grant (`waits`, sorted), the seconds that
+        the run took, and the CPU seconds that this process used.
+        """
         self._session = session = self._session or DispatchSession(self._dispatcher)
         waits: list[float] = []
         until = time.monotonic() + seconds
 
         async def beat() -> None:
             while True:
-                said = Heartbeat(pool, "driver", opened, speed=1e6)
-                await self._dispatcher.report_replica.remote(said)
+                heartbeat = Heartbeat(pool, "driver", opened, speed=1e6)
+                await self._dispatcher.report_replica.remote(heartbeat)
                 await asyncio.sleep(1)
 
-        async def call(worker: int) -> None:
+        async def keep_calling(worker: int) -> None:
             tenant, number = tenants[worker % len(tenants)], 0
             while time.monotonic() < until:
                 number += 1
                 began, id = time.monotonic(), f"{worker}-{number}-{seconds}"
-                wishes = [Wish((pool,), 0.001)]
-                opened = session.open(tenant, id, wishes, 60, Client())
-                await opened.admitted()
-                async with opened.slot(0) as slot:
+                call = session.open(tenant, id, [QueuedImage((pool,), 0.001)], 60, Client())
+                await call.admitted()
+                async with call.slot(0) as slot:
                     waits.append(time.monotonic() - began)
                     slot.took_s = 0.001
-                name = opened.opening.call
-                await opened.record(
-                    [UsageRecord(name, 0, tenant, id, "m", "fp16", "64x64", 1, 0.001)]
+                call_id = call.request.call_id
+                await call.record(
+                    [UsageRecord(call_id, 0, tenant, id, "m", "fp16", "64x64", 1, 0.001)]
                 )
-                opened.close()
+                call.close()
 
         beating = asyncio.create_task(beat())
         await asyncio.sleep(0.5)
         cpu, began = _cpu_s(), time.monotonic()
-        await asyncio.gather(*(call(worker) for worker in range(opened)))
+        await asyncio.gather(*(keep_calling(worker) for worker in range(opened)))
         took_s = time.monotonic() - began
         beating.cancel()
         return {"waits": sorted(waits), "took_s": took_s, "cpu_s": _cpu_s() - cpu}
 
 
 def _cpu_s() -> float:
+    """CPU seconds that this process has used so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime

@@ -1,1 +1,1 @@
-"""The hardware: what a node can do, what a replica needs, how many fit on a card."""
+"""The hardware: what a node can run, what a replica needs, and how many replicas fit on a card."""

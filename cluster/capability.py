@@ -1,9 +1,9 @@
-"""Which precisions a device can run, decided from plain facts.
+"""The precisions that a device can run, decided from its compute capability.
 
-FP8 tensor cores exist from compute capability 8.9 (Ada, Hopper, Blackwell) on. A100 is 8.0 and
-RTX 3090 is 8.6: neither has them. bfloat16 arithmetic exists from 8.0; older cards use float16.
-A CPU can run the FP8 layers slowly ("emulated"), which is for demos and tests and therefore off
-unless the settings allow it.
+FP8 tensor cores exist from compute capability 8.9 (Ada, Hopper, Blackwell) on. An A100 has 8.0 and
+an RTX 3090 has 8.6: neither has FP8 tensor cores. bfloat16 arithmetic exists from 8.0 on; older
+cards use float16. A CPU can run the FP8 layers slowly ("emulated"). Emulation is meant for demos
+and tests, so it is off unless the settings allow it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Fp8 = Literal["native", "emulated", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as the driver reports it; `compute_capability` is None for a CPU."""
+    """A GPU as its driver reports it, or a CPU, whose `compute_capability` is None."""
 
     name: str
     compute_capability: tuple[int, int] | None
@@ -29,7 +29,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """What a device can run. `reason` says in words why FP8 is there or not."""
+    """The precisions that a device can run; `reason` says in words why it has FP8 or not."""
 
     fp8: Fp8
     sixteen_bit: SixteenBit
@@ -37,12 +37,15 @@ class Capability:
 
 
 def capability(device: Device, *, allow_emulated_fp8: bool = False) -> Capability:
-    """The precisions of a device."""
+    """Decide which precisions a device can run.
+
+    `allow_emulated_fp8`: let a CPU run the FP8 layers in software.
+    """
     found = device.compute_capability
     if found is None:
         if allow_emulated_fp8:
-            return Capability("emulated", "bf16", f"{device.name}: a CPU; emulation is allowed")
-        return Capability("none", "bf16", f"{device.name}: a CPU; emulation is not allowed")
+            return Capability("emulated", "bf16", f"{device.name}: a CPU; FP8 emulation is allowed")
+        return Capability("none", "bf16", f"{device.name}: a CPU; FP8 emulation is not allowed")
     sixteen_bit: SixteenBit = "bf16" if found >= BF16_SINCE else "fp16"
     version, needed = f"{found[0]}.{found[1]}", f"{FP8_SINCE[0]}.{FP8_SINCE[1]}"
     if found >= FP8_SINCE:
@@ -52,8 +55,11 @@ def capability(device: Device, *, allow_emulated_fp8: bool = False) -> Capabilit
 
 
 def probe(device: str = "cuda") -> Device:
-    """This process's first visible GPU if there is one and `device` is `cuda`; else the CPU."""
-    import torch  # here alone, so that the decision above needs nothing
+    """Describe the device that this process runs on.
+
+    This is the first visible GPU if `device` is `cuda` and there is a GPU, otherwise the CPU.
+    """
+    import torch  # imported here, so that `capability` works without torch
 
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

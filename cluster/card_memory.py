@@ -1,6 +1,7 @@
-"""A replica's part of a card: it starts only if that is free, and takes no more.
+"""A replica's part of a card's memory: it starts only if this part is free, and takes no more.
 
-Ray's fractions of a GPU isolate nothing: this keeps replicas from taking each other's memory.
+Ray counts fractions of a GPU but does not enforce them. The cap that is set here keeps replicas
+from taking each other's memory.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from typing import Protocol
 
 from .footprint import CONTEXT_GIB, GIB
 
-WAIT_S = 30.0  # a predecessor that has just died may still hold what it had
+WAIT_S = 30.0  # a replica that has just died may hold its memory for a while
 POLL_S = 1.0
-TOLERANCE_GIB = 0.5  # contexts are larger or smaller than assumed
+TOLERANCE_GIB = 0.5  # CUDA's context may be larger or smaller than `CONTEXT_GIB` assumes
 
 
 class CardFull(Exception):
-    """What a replica was promised is not free; the message says promised, free and total."""
+    """The memory that a replica was promised is not free.
+
+    The message names the promised, free and total GiB.
+    """
 
 
 class Cuda(Protocol):
-    """The part of `torch.cuda` that is used here."""
+    """The part of `torch.cuda` that this file uses."""
 
     def mem_get_info(self) -> tuple[int, int]: ...
     def set_per_process_memory_fraction(self, fraction: float) -> None: ...
@@ -33,13 +37,14 @@ class Cuda(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemoryClaim:
-    """The part of this process's card that it may take; `cuda` reports what it does take."""
+    """The memory that this process may take of its card; `cuda` reports what the process takes."""
 
     promised_gib: float
     cuda: Cuda
 
     @property
     def taken_bytes(self) -> dict[str, int]:
+        """Bytes promised to this process, and bytes that torch's allocator holds, by kind."""
         return {
             "promised": round(self.promised_gib * GIB),
             "allocated": self.cuda.memory_allocated(),
@@ -49,7 +54,11 @@ class MemoryClaim:
 
 
 def is_free(promised_gib: float, free_gib: float) -> bool:
-    """Whether a promise can be kept; `free_gib` is asked for in a process that has a context."""
+    """Whether a promise can be kept.
+
+    `free_gib` is measured in a process that has a CUDA context already, so the context is no longer
+    part of it.
+    """
     return promised_gib - CONTEXT_GIB <= free_gib + TOLERANCE_GIB
 
 
@@ -59,10 +68,12 @@ def claim(
     memory_gib: float | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> MemoryClaim:
-    """Cap this process at `memory_gib` of its card, by default the part that `num_gpus` says.
+    """Cap this process at `memory_gib` of its card, by default at the fraction `num_gpus` of it.
 
-    Blocks for up to `WAIT_S` until so much is free. Raises `CardFull`. CUDA's context lies outside
-    torch's allocator and exists by the time that free memory can be asked for.
+    Blocks for up to `WAIT_S` seconds until that much memory is free. Raises `CardFull` if it is
+    still not free then. CUDA's context lies outside torch's allocator, and it exists as soon as
+    free memory can be measured. So the allocator is capped at the promised memory less
+    `CONTEXT_GIB`.
     """
     waited_s = 0.0
     while True:
@@ -79,6 +90,8 @@ def claim(
         waited_s += POLL_S
     needed_gib = promised_gib - CONTEXT_GIB
     if needed_gib <= 0:
-        raise CardFull(f"promised {promised_gib:.1f} GiB, and CUDA's context alone takes as much")
+        raise CardFull(
+            f"promised {promised_gib:.1f} GiB, and CUDA's context alone takes {CONTEXT_GIB:g} GiB"
+        )
     cuda.set_per_process_memory_fraction(min(needed_gib / total_gib, 1.0))
     return MemoryClaim(promised_gib, cuda)

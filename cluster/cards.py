@@ -1,13 +1,18 @@
-"""Facts of the cards that we know, in one place; `octet plan --prices FILE` replaces the prices.
+"""Facts about the cards that Octet knows: memory, compute capability, rates and prices.
 
-Sources. Memory: what CUDA reports, the lowest figure seen (nvidia-smi's total less what the driver
-keeps: github.com/modal-labs/modal-client pull request 2797 lists totals). Compute capability:
-NVIDIA's list of CUDA GPUs. Rates: dense, from NVIDIA's datasheets (T4, A10, L4, L40S, A100, B200)
-and architecture white papers (RTX 4090, 5090: with float32 accumulation); H100 and H200 state 989
-and 1,979, of which a large bf16 product on random data reaches 800: FP8 is taken as twice that.
-Prices: those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"); T4: Google
-Cloud's list; A10 and A100-40 on demand: Lambda's; A100-40 on the spot: DataCrunch's. They differ
-between providers by factors of two to four: set your own.
+Sources:
+
+- Memory is what CUDA reports, the lowest figure seen: the total of nvidia-smi less what the driver
+  keeps (github.com/modal-labs/modal-client pull request 2797 lists totals).
+- Compute capabilities are those of NVIDIA's list of CUDA GPUs.
+- Rates are dense. They come from NVIDIA's datasheets (T4, A10, L4, L40S, A100, B200) and
+  architecture white papers (RTX 4090 and 5090: with float32 accumulation). For the H100 and H200
+  NVIDIA states 989 (16 bit) and 1,979 (FP8) TFLOP/s. A large bf16 product on random data reaches
+  800 of the 989; FP8 is taken as twice that.
+- Prices are those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"), with
+  exceptions: T4 is Google Cloud's list price, A10 and A100-40 on demand are Lambda's, and the spot
+  price of the A100-40 is DataCrunch's. Prices differ between providers by factors of two to four:
+  set your own with `octet plan --prices FILE`.
 
 Pure: standard library only.
 """
@@ -19,15 +24,19 @@ from dataclasses import dataclass
 
 FP8_SINCE = (8, 9)
 BF16_SINCE = (8, 0)
-SAME_MEMORY = 0.08  # how far what CUDA reports may be off: drivers keep more or less
+# How far the memory that CUDA reports may be from `Card.memory_gib`, relative to it: drivers keep
+# more or less of it.
+MEMORY_TOLERANCE = 0.08
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """`ray_names`: as Ray's label `ray.io/accelerator-type` has it; `name`: in the driver's name.
+    """A GPU model.
 
-    Rates are dense TFLOP/s: 16 bit (fp16 where there is no bf16) and FP8, None without FP8 tensor
-    cores. Prices are US dollars an hour for one card; None where we know none.
+    `name`: the part of the driver's device name that identifies the card. `ray_names`: the card's
+    values of Ray's label `ray.io/accelerator-type`. `tflops`, `fp8_tflops`: dense TFLOP/s in 16 bit
+    (fp16 where there is no bf16) and in FP8, None without FP8 tensor cores. Prices are US dollars
+    per hour for one card, None where no price is known.
     """
 
     id: str
@@ -59,7 +68,7 @@ CARDS = {
         Card(
             "rtx5090", "RTX 5090", ("GeForce-RTX-5090",), 31.35, (12, 0), 209, 419, 1792, 1.22, 0.69
         ),
-        # Ray's "A100" does not say how much memory: it counts as the smaller one.
+        # Ray's "A100" does not say how much memory the card has: it counts as the smaller one.
         Card("a100-40", "A100", ("A100", "A100-40G"), 39.38, (8, 0), 312, None, 1555, 1.29, 0.25),
         Card("a100-80", "A100", ("A100-80G",), 79.14, (8, 0), 312, None, 1935, 2.10, 1.19),
         Card("h100", "H100", ("H100",), 79.11, (9, 0), 800, 1600, 3350, 4.76, 2.69),
@@ -68,7 +77,7 @@ CARDS = {
     )
 }
 
-# Compute capability of cards of which we know nothing else, by Ray's name.
+# Compute capabilities of cards that are not in `CARDS`, by Ray's name.
 OTHER_CAPABILITIES = {
     "P4": (6, 1),
     "P100": (6, 0),
@@ -90,6 +99,7 @@ OTHER_CAPABILITIES = {
     "RTX-PRO-6000": (12, 0),
     "GeForce-RTX-5080": (12, 0),
 }
+# Compute capabilities of all known cards, by Ray's name.
 CAPABILITIES = {
     **{name: card.compute_capability for card in CARDS.values() for name in card.ray_names},
     **OTHER_CAPABILITIES,
@@ -97,21 +107,22 @@ CAPABILITIES = {
 
 
 def card_of(ray_name: str) -> Card | None:
-    """The card that Ray calls so."""
+    """The card that Ray's label `ray.io/accelerator-type` names; None if it is unknown."""
     return next((card for card in CARDS.values() if ray_name in card.ray_names), None)
 
 
 def card_of_device(name: str, memory_gib: float) -> Card | None:
-    """The card that the driver calls so: "NVIDIA A100-SXM4-40GB" with its memory.
+    """The card that the driver reports by this name and memory; None if it is unknown.
 
-    Others of the same name (mobile ones, partitions, larger ones) are not it.
+    Example: "NVIDIA A100-SXM4-40GB" with 39.4 GiB is `a100-40`. Memory is compared too, because
+    mobile cards, partitions and larger cards have the same name and are other cards.
     """
     return next(
         (
             card
             for card in CARDS.values()
             if re.search(rf"\b{card.name}\b", name)
-            and abs(memory_gib / card.memory_gib - 1) < SAME_MEMORY
+            and abs(memory_gib / card.memory_gib - 1) < MEMORY_TOLERANCE
         ),
         None,
     )

@@ -1,14 +1,15 @@
-"""The work of a request: its predicted seconds on one reference replica.
+"""The work of an image: its predicted seconds on one reference replica.
 
     work = constant + steps · (step + rows · (token · n + token² · n²)) + pixel · pixels
 
-n is the number of tokens, image and text; rows is 2 with guidance. The five coefficients belong to
-a model, a recipe and a card: `REFERENCES` has those that were measured; otherwise they follow from
-the arithmetic of SD3.5's transformer and a card's peak rates, of which `EFFICIENCY` is reached. A
-block d wide has 24 · d² floating-point operations for a token's linear layers and 4 · d for each
-pair of tokens; one that attends to the image a second time has 8 · d² and 4 · d more.
+n is the number of tokens of image and text together; rows is 2 with guidance, else 1. The five
+coefficients belong to a model, a recipe and a card. `REFERENCES` holds the measured ones. Others
+are estimated from the arithmetic of SD3.5's transformer and the card's peak rates, of which the
+fraction `EFFICIENCY` is reached: a block of width d takes 24 · d² floating-point operations for the
+linear layers of a token and 4 · d for each pair of tokens; a block that attends to the image a
+second time takes 8 · d² and 4 · d more.
 
-What replicas take in truth they learn from what they draw: see `LearnedCost`.
+A replica learns its real cost from the images that it generates: see `LearnedCost`.
 
 Pure: imports the standard library and pure files only.
 """
@@ -22,27 +23,27 @@ from cluster.cards import CARDS, Card
 from cluster.structure import TOKEN_PX, Structure
 
 VAE_FLOPS_PER_PIXEL = 1.0e7  # of SD3.5's VAE: 10.5 TFLOP for 1024 × 1024
-EFFICIENCY = 0.5  # of a card's peak
+EFFICIENCY = 0.5  # fraction of a card's peak rate that is reached
 UNKNOWN_GPU = CARDS["rtx4090"]  # its rates stand in for those of a card that is not listed
-RATE = 0.3  # how far an observation moves what is learnt
-BOUND = 16.0  # how far what is learnt may leave the reference
+LEARNING_RATE = 0.3  # the part of an observed error by which the learned cost is corrected
+MAX_FACTOR = 16.0  # a learned coefficient is 1/16 to 16 times the reference's
 
 
 class CardRates(NamedTuple):
-    """Peak floating-point operations a second: of linear layers, and of all else."""
+    """Peak floating-point operations per second: in linear layers, and in everything else."""
 
     linear: float
     other: float
 
 
-CPU = {
+CPU = {  # two cores of a cloud machine
     "fp8": CardRates(75e9, 150e9),
     "bf16": CardRates(150e9, 150e9),
-}  # two cores of a cloud machine
+}
 
 
 def rates(recipe: str, card: Card | None) -> CardRates:
-    """Of a card, or of a CPU if it is None."""
+    """The peak rates of a recipe on a card, or on a CPU if `card` is None."""
     if card is None:
         return CPU["fp8" if recipe.startswith("fp8") else "bf16"]
     linear = card.fp8_tflops if recipe.startswith("fp8") else None
@@ -51,7 +52,7 @@ def rates(recipe: str, card: Card | None) -> CardRates:
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """What the work depends on; `rows` is 2 with guidance, else 1."""
+    """The properties of an image on which its work depends; `rows` is 2 with guidance, else 1."""
 
     width_px: int
     height_px: int
@@ -73,7 +74,11 @@ class ImageShape:
 
 
 class CostCoefficients(NamedTuple):
-    """Seconds: of an image, a step, a row's token and token², and a pixel of the VAE."""
+    """The coefficients of the cost formula, in seconds.
+
+    `constant`: for an image. `step`: for a step. `token`, `token2`: for a token and for a pair of
+    tokens, of one row in one step. `pixel`: for a pixel that the VAE decodes.
+    """
 
     constant: float
     step: float
@@ -82,17 +87,21 @@ class CostCoefficients(NamedTuple):
     pixel: float
 
     def parts(self, shape: ImageShape) -> tuple[float, ...]:
-        """What each coefficient contributes to the work."""
+        """The seconds that each coefficient contributes to the work of an image, in order."""
         row_steps, n = shape.steps * shape.rows, shape.tokens
         amounts = 1, shape.steps, row_steps * n, row_steps * n * n, shape.pixels
         return tuple(c * amount for c, amount in zip(self, amounts, strict=True))
 
     def work_s(self, shape: ImageShape) -> float:
+        """The work of an image, in seconds."""
         return sum(self.parts(shape))
 
 
 def estimated(structure: Structure, rates: CardRates) -> CostCoefficients:
-    """Coefficients from arithmetic, where nothing was measured; what comes beside it is a guess."""
+    """Estimate coefficients from arithmetic, for models and cards that were not measured.
+
+    `constant` and `step`, which do not follow from arithmetic, are guesses.
+    """
     d, layers, dual = structure.width, structure.layers, structure.dual_layers
     linear, other = (rate * EFFICIENCY for rate in rates)
     return CostCoefficients(
@@ -105,7 +114,10 @@ def estimated(structure: Structure, rates: CardRates) -> CostCoefficients:
 
 
 def reference(structure: Structure, recipe: str, card: Card | None) -> CostCoefficients:
-    """The coefficients of a model in a recipe on a card, or on a CPU if it is None."""
+    """The coefficients of a model in a recipe on a card, or on a CPU if `card` is None.
+
+    Measured coefficients are preferred to estimated ones.
+    """
     measured = REFERENCES.get((structure, recipe, card.id if card else "cpu"))
     return measured or estimated(structure, rates(recipe, card))
 
@@ -127,11 +139,12 @@ REFERENCES = {
 
 
 class LearnedCost:
-    """A replica's own coefficients, refitted from each image that it has finished.
+    """A replica's own coefficients, corrected after each image that it has finished.
 
-    Each is a factor of the reference's. An image moves the factors along what it consists of
-    (normalised least mean squares), by `RATE` of its error; an error counts for no more than the
-    prediction itself, and no factor leaves 1/`BOUND` … `BOUND`, so that a hiccup does little.
+    A learned coefficient is a factor times the reference's. Each image corrects the factors in
+    proportion to their parts of its work (normalised least mean squares), by `LEARNING_RATE` of the
+    error of its prediction. An error counts as at most the prediction itself, and every factor
+    stays between 1/`MAX_FACTOR` and `MAX_FACTOR`, so that a single outlier changes little.
     """
 
     def __init__(
@@ -140,9 +153,10 @@ class LearnedCost:
         unit: CostCoefficients | None = None,
         usual: ImageShape | None = None,
     ) -> None:
-        """`reference`: of this kind of replica; `unit`: in which speed is told, by default that.
+        """`reference`: the coefficients to start from, of this model, recipe and card.
 
-        Until an image is observed, speed is that of a `usual` one.
+        `unit`: the coefficients of the reference replica, whose seconds are the unit of work; by
+        default `reference`. `usual`: an image whose speed counts until one is observed.
         """
         self.reference, self._unit = reference, unit or reference
         self._factors = [1.0] * len(reference)
@@ -151,27 +165,29 @@ class LearnedCost:
 
     @property
     def coefficients(self) -> CostCoefficients:
+        """The learned coefficients."""
         return CostCoefficients(
             *(f * c for f, c in zip(self._factors, self.reference, strict=True))
         )
 
     @property
     def speed(self) -> float:
-        """Work of recent images, in `unit`, ÷ the seconds that they took of the replica.
+        """Seconds of a reference replica's work that this replica does in a second.
 
-        Their errors are bounded as above.
+        Computed from recent images: their work in `unit` ÷ the seconds of the replica that they
+        took, with errors bounded as described for the class.
         """
         return self._unit_s / self._busy_s if self._busy_s else self._first
 
     def observe(self, shape: ImageShape, busy_s: float) -> None:
-        """An image is finished; `busy_s`: its share of the replica's time."""
+        """Learn from a finished image; `busy_s`: its share of the replica's time, in seconds."""
         parts = self.reference.parts(shape)
         predicted = sum(f * p for f, p in zip(self._factors, parts, strict=True))
         error = min(max(busy_s - predicted, -predicted), predicted)
-        gain = RATE * error / sum(p * p for p in parts)
+        gain = LEARNING_RATE * error / sum(p * p for p in parts)
         self._factors = [
-            min(max(f + gain * p, 1 / BOUND), BOUND)
+            min(max(f + gain * p, 1 / MAX_FACTOR), MAX_FACTOR)
             for f, p in zip(self._factors, parts, strict=True)
         ]
-        self._unit_s = self._unit_s * (1 - RATE) + self._unit.work_s(shape) * RATE
-        self._busy_s = self._busy_s * (1 - RATE) + (predicted + error) * RATE
+        self._unit_s = self._unit_s * (1 - LEARNING_RATE) + self._unit.work_s(shape) * LEARNING_RATE
+        self._busy_s = self._busy_s * (1 - LEARNING_RATE) + (predicted + error) * LEARNING_RATE

@@ -1,9 +1,9 @@
-"""GiB of a card that a replica takes, by formula from its structure and recipe.
+"""The memory that a replica takes of its card, computed from the model's structure and recipe.
 
-Weights are counted exactly. The peaks of a step and of a decode are those of eager execution,
-linear in rows × tokens and in pixels: the factors below are what `bench.memory_model` finds by
-following every tensor on the meta device; compiled, a step takes less. The CUDA context and the
-slack of torch's allocator are assumptions until they are measured on a GPU.
+Weights are counted exactly. The peaks of a step and of a decode are those of eager execution: they
+are linear in rows × tokens and in pixels. `bench.memory_model` finds the factors below by following
+every tensor on the meta device. A compiled step takes less. The CUDA context and the slack of
+torch's allocator are assumptions until they are measured on a GPU.
 
 Pure: imports the standard library and pure files only.
 """
@@ -15,33 +15,37 @@ from dataclasses import astuple, dataclass
 from .structure import TOKEN_PX, Structure
 
 GIB = 2**30
-TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
+TEXT_TOKENS = 333  # 77 from CLIP and 256 from T5
 ROWS_OF_AN_IMAGE = 2  # with guidance
 
-# Peak of a step, in numbers of 16 bit for a token and unit of width; with dual layers one more.
+# Peak of a step: how many 16-bit numbers it holds for each token and unit of width. A model with
+# dual layers holds one more for each image token.
 IMAGE_TOKEN_FP8, IMAGE_TOKEN_16_BIT, TEXT_TOKEN = 19, 13, 3
-DECODE_BYTES_PER_PX = 1536  # of the VAE in 16 bit: three maps of 256 channels at full size
+DECODE_BYTES_PER_PX = 1536  # by the VAE in 16 bit: three maps of 256 channels at full size
 VAE_PARAMETERS = 83_819_683
 CLIP_PARAMETERS = 123_650_304 + 694_659_840
 T5_LINEAR_PARAMETERS, T5_PARAMETERS = 4_630_511_616, 4_762_310_656
-ENCODER_PEAK_GIB = 0.25  # 4 prompts of 256 tokens, and one layer of T5 out of its storage format
+ENCODER_PEAK_GIB = 0.25  # 4 prompts of 256 tokens, and one layer of T5 converted to 16 bit
 
 CONTEXT_GIB = 0.5  # assumed: CUDA's context with torch's kernels loaded
-WORKSPACE_GIB = 0.25  # assumed: of cuBLAS and cuDNN
-SLACK = 0.1  # assumed: what the allocator holds beyond what steps and decodes need
+WORKSPACE_GIB = 0.25  # assumed: workspaces of cuBLAS and cuDNN
+SLACK = 0.1  # assumed: fraction that the allocator holds beyond what steps and decodes need
 
 RECIPES = ("fp8", "fp8-adaln8", "bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """GiB. `step` and `decode` are peaks; on a card they run beside each other."""
+    """A replica's memory by use, in GiB.
+
+    `step` and `decode` are peaks. They add up, because on a card a step and a decode overlap.
+    """
 
     transformer: float
     vae: float
     step: float
     decode: float
-    waiting: float  # embeddings and latents of the images under way
+    waiting: float  # embeddings and latents of the running images
     context: float
     slack: float
 
@@ -51,15 +55,15 @@ class Footprint:
 
     @property
     def torch_peak(self) -> float:
-        """What `torch.cuda.max_memory_allocated` should report."""
+        """The GiB that `torch.cuda.max_memory_allocated` should report."""
         return self.total - self.context - self.slack
 
 
 def transformer_bytes(s: Structure, recipe: str) -> int:
-    """Of weights, scales and the table of positions; equal to the state dict's."""
+    """Bytes of a transformer's weights, scales and position table: the size of its state dict."""
     d, layers, dual = s.width, s.layers, s.dual_layers
-    # Of width × width: q, k, v and out of images, q, k, v and out of text, four of a second
-    # attention to images; the last block gives no text out.
+    # Matrices of width × width: q, k, v and out of the image, q, k, v and out of the text, and four
+    # more in a dual layer. The last block has no text output.
     squares = 4 * layers + (4 * layers - 1) + 4 * dual
     feed_forwards = 2 * layers - 1
     main, main_outs = d * d * (squares + 8 * feed_forwards), d * (squares + 5 * feed_forwards)
@@ -85,12 +89,12 @@ def transformer_bytes(s: Structure, recipe: str) -> int:
 
 
 def _linear_bytes(weights: int, outs: int, *, in_8_bit: bool) -> int:
-    """With biases of 16 bit; in 8 bit each output also has a scale of 32."""
+    """Bytes of linear layers with 16-bit biases; 8-bit layers add a 32-bit scale per output."""
     return weights + 6 * outs if in_8_bit else 2 * (weights + outs)
 
 
 def step_bytes(s: Structure, recipe: str, rows: int, pixels: int, text_tokens: int) -> int:
-    """The peak of a step of one call with `rows` rows, eager."""
+    """Bytes at the peak of one step with `rows` rows, in eager execution."""
     image = IMAGE_TOKEN_FP8 if recipe.startswith("fp8") else IMAGE_TOKEN_16_BIT
     image_tokens = pixels // TOKEN_PX**2
     per_row = (image + bool(s.dual_layers)) * image_tokens + TEXT_TOKEN * text_tokens
@@ -100,14 +104,15 @@ def step_bytes(s: Structure, recipe: str, rows: int, pixels: int, text_tokens: i
 def footprint(
     s: Structure, recipe: str, slots: int, pixels: int, text_tokens: int = TEXT_TOKENS
 ) -> Footprint:
-    """Of a Generator that draws `slots` images with guidance at a time, at most this large.
+    """The memory of a Generator that runs `slots` images with guidance at a time.
 
-    Batches are padded to a power of two of rows. Raises `ValueError` for an unknown recipe.
+    `pixels`: the area of the largest image. Batches are padded to a power of two of rows. Raises
+    `ValueError` for an unknown recipe.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"recipe '{recipe}' is none of {', '.join(RECIPES)}")
+        raise ValueError(f"recipe '{recipe}' must be one of {', '.join(RECIPES)}")
     rows = padded(ROWS_OF_AN_IMAGE * slots)
-    vae_width = 4 if recipe == "fp16" else 2  # its decoder overflows in float16
+    vae_width = 4 if recipe == "fp16" else 2  # bytes: the VAE's decoder overflows in float16
     step = step_bytes(s, recipe, rows, pixels, text_tokens) / GIB
     decode = DECODE_BYTES_PER_PX * pixels * vae_width / 2 / GIB
     return Footprint(
@@ -122,12 +127,12 @@ def footprint(
 
 
 def padded(rows: int) -> int:
-    """Rows of the call in which so many run: the engine has code for powers of two."""
+    """Round rows up to a power of two: the engine has code for these numbers of rows."""
     return 1 << (rows - 1).bit_length()
 
 
 def text_encoders_gib(t5_in_fp8: bool = True) -> float:
-    """GiB of a TextEncoder with SD3.5's encoders, T5 stored in FP8 or in 16 bit."""
+    """GiB of a TextEncoder replica with SD3.5's encoders, T5 stored in FP8 or in 16 bit."""
     t5 = T5_LINEAR_PARAMETERS * (1 if t5_in_fp8 else 2)
     t5 += 2 * (T5_PARAMETERS - T5_LINEAR_PARAMETERS)
     weights = (t5 + 2 * CLIP_PARAMETERS) / GIB

@@ -1,13 +1,16 @@
-"""The packing plan: which models share a card, and in which way each is served there.
+"""The packing plan: which models share a card, and how each of them is served there.
 
-An *arrangement* has at most one way for each model (`cluster.serving_options`) and fits into the card. The
-plan gives every card an arrangement such that the mean of the models' capacities (images/s if only
-that model is asked for), geometric and weighted by their shares, is greatest. So a model that has
-no place weighs more than any speed, and models share cards as far as their memory allows. Cards of
-a kind are interchangeable: with few possibilities all are tried, else it climbs.
+An *arrangement* is a choice of at most one serving option for each model
+(`cluster.serving_options`) that fits into one card. A model's *capacity* is the images/s that all
+cards generate if only this model is requested. The plan gives every card an arrangement, such that
+the geometric mean of the capacities, weighted by the models' shares, is greatest. So no speed makes
+up for a model without a place, and models share cards as far as memory allows. Cards of a kind are
+interchangeable. If there are few possibilities all are tried, otherwise hill climbing searches them
+(`cluster.packing_search`).
 
-Memory that is left gives slots, which let images overtake each other. Memory is counted in
-ten-thousandths of a card, as Ray counts GPUs: what is planned is what Ray can place.
+Memory that is left over is used for more slots, which let images overtake each other. Memory is
+counted in ten-thousandths of a card, because Ray counts GPUs in ten-thousandths. So Ray can place
+what is planned.
 
 Pure: imports the standard library and pure files only.
 """
@@ -36,23 +39,23 @@ from .serving_options import (
     times,
 )
 
-ENCODER_FLOPS = 2.5e12  # of a prompt of 256 tokens: 2 × parameters × tokens
-ENCODER_LOAD = 0.7  # how busy text encoders may be
+ENCODER_FLOPS = 2.5e12  # for a prompt of 256 tokens: 2 × parameters × tokens
+ENCODER_LOAD = 0.7  # the fraction of time for which text encoders may be busy
 
 
 USUAL = PlanTerms()
 
 
 class DoesNotFit(Exception):
-    """No plan; the message says for each model why, and what would do."""
+    """No plan is possible; the message says why for each model, and what would make it possible."""
 
 
-Arrangement = tuple[ServingOption | None, ...]  # one for each model wanted
+Arrangement = tuple[ServingOption | None, ...]  # one for each model, None: not on this card
 
 
 @dataclass(frozen=True, slots=True)
 class PackedCards:
-    """Equal cards with equal arrangements."""
+    """Equal cards with the same arrangement; `options`: how each card serves its models."""
 
     cards: CardGroup
     options: tuple[ServingOption, ...]
@@ -60,38 +63,44 @@ class PackedCards:
 
 @dataclass(frozen=True)
 class Plan:
+    """What every card runs.
+
+    `stacks`: the cards, each with its arrangement. No card is in two of them.
+    """
+
     planned_models: tuple[PlannedModel, ...]
     stacks: tuple[PackedCards, ...]
 
     def even_parts(self, card: Card) -> int | None:
-        """What each replica on such cards gets if all get the same, and as many on every card.
+        """The equal part, in ten-thousandths, that each replica on this kind of card can have.
 
-        None where that is not possible.
+        None if the cards hold different numbers of replicas or none, or if the equal part is too
+        small for one of the replicas.
         """
-        stacks = [stack for stack in self.stacks if stack.cards.card == card]
-        replicas = {sum(option.replicas for option in stack.options) for stack in stacks}
+        stacks = [packed for packed in self.stacks if packed.cards.card == card]
+        replicas = {sum(option.replicas for option in packed.options) for packed in stacks}
         if len(replicas) > 1 or not max(replicas):
             return None
-        parts = min(stack.cards.free_parts for stack in stacks) // replicas.pop()
-        fit = all(option.parts <= parts for stack in stacks for option in stack.options)
+        parts = min(packed.cards.free_parts for packed in stacks) // replicas.pop()
+        fit = all(option.parts <= parts for packed in stacks for option in packed.options)
         return parts if fit else None
 
     def encoders(self, card: Card) -> int:
-        """Text encoder replicas on all such cards."""
+        """The number of text encoder replicas on all cards of a kind."""
         return sum(
-            stack.cards.count
-            for stack in self.stacks
-            if stack.cards.card == card and stack.cards.encoder_gib
+            packed.cards.count
+            for packed in self.stacks
+            if packed.cards.card == card and packed.cards.encoder_gib
         )
 
     @cached_property
     def images_s(self) -> dict[str, float]:
-        """Of each model, if only that one is asked for."""
+        """The capacity of each model: images/s of all cards if only this model is requested."""
         return {
             planned.model: sum(
-                stack.cards.count * option.images_s
-                for stack in self.stacks
-                for option in stack.options
+                packed.cards.count * option.images_s
+                for packed in self.stacks
+                for option in packed.options
                 if option.model == planned.model
             )
             for planned in self.planned_models
@@ -99,17 +108,17 @@ class Plan:
 
     @property
     def mean_images_s(self) -> float:
-        """What the plan maximises: the geometric mean, weighted by share."""
+        """The geometric mean of the capacities, weighted by share: the plan maximises it."""
         total = sum(planned.share for planned in self.planned_models)
         return math.exp(
-            sum(w.share / total * math.log(self.images_s[w.model]) for w in self.planned_models)
+            sum(m.share / total * math.log(self.images_s[m.model]) for m in self.planned_models)
         )
 
     @property
     def mixed_images_s(self) -> float:
-        """Of all models together, each asked for by its share."""
-        return sum(w.share for w in self.planned_models) / sum(
-            w.share / self.images_s[w.model] for w in self.planned_models
+        """Images/s of all models together if each is requested by its share."""
+        return sum(m.share for m in self.planned_models) / sum(
+            m.share / self.images_s[m.model] for m in self.planned_models
         )
 
 
@@ -120,33 +129,36 @@ def plan(
     terms: PlanTerms = USUAL,
     encoder_gib: float | None = None,
 ) -> Plan:
-    """Where everything goes. Raises `DoesNotFit`; `ValueError` for a kind of card given twice.
+    """Plan which models run on which cards, and where the text encoders run.
 
-    `encoder_gib`: of a text encoder replica that takes a card's memory; None: they run on CPUs.
+    `encoder_gib`: the memory of a card that a text encoder replica takes; None: text encoders run
+    on CPUs. All text encoders run on cards of one kind, the one that leaves the models the highest
+    mean capacity. Raises `DoesNotFit` if there is no plan, and `ValueError` if a kind of card is
+    given twice.
     """
     if len({group.card.id for group in groups}) < len(groups):
-        raise ValueError("each kind of card once")
-    without = _placed(groups, planned_models, terms)
-    if without is None:
+        given = ", ".join(group.card.id for group in groups)
+        raise ValueError(f"cards {given}: give each kind of card once")
+    models_alone = _placed(groups, planned_models, terms)
+    if models_alone is None:
         raise DoesNotFit(why_not(groups, planned_models, terms))
     if encoder_gib is None:
-        return _with_more_slots(without, terms)
+        return _with_more_slots(models_alone, terms)
     plans, too_few = [], []
     for i, group in enumerate(groups):
-        needed = encoders_needed(without.mixed_images_s, group.card)
-        home = replace(group, count=needed, encoder_gib=encoder_gib)
+        needed = encoders_needed(models_alone.mixed_images_s, group.card)
+        with_encoder = replace(group, count=needed, encoder_gib=encoder_gib)
         if needed > group.count:
             too_few.append(f"{needed} × {group.card.id}")
-        elif home.free_parts >= 0:
-            rest = replace(group, count=group.count - needed)
-            plans.append(
-                _placed([*groups[:i], rest, home, *groups[i + 1 :]], planned_models, terms)
-            )
+        elif with_encoder.free_parts >= 0:
+            without = replace(group, count=group.count - needed)
+            split = [*groups[:i], without, with_encoder, *groups[i + 1 :]]
+            plans.append(_placed(split, planned_models, terms))
     if not any(plans):
         raise DoesNotFit(
-            f"text encoders need {encoder_gib:.1f} GiB of a card, and no card has that left beside "
-            "the models"
-            + (f"; for so many prompts they need {' or '.join(too_few)}" if too_few else "")
+            f"text encoders need {encoder_gib:.1f} GiB of a card, and no card has that left next "
+            "to the models"
+            + (f"; to encode all prompts they need {' or '.join(too_few)}" if too_few else "")
             + ": add a card, or run them on CPUs (--encoders-on-cpu)"
         )
     best = max((p for p in plans if p), key=lambda p: p.mean_images_s)
@@ -154,7 +166,10 @@ def plan(
 
 
 def encoders_needed(images_s: float, card: Card) -> int:
-    """Text encoder replicas for so many prompts a second; estimated from arithmetic."""
+    """Estimate, from arithmetic, the text encoder replicas that a rate of images needs.
+
+    Every image has one prompt to encode.
+    """
     prompts_s = 1e12 * card.tflops * EFFICIENCY / ENCODER_FLOPS
     return math.ceil(images_s / (ENCODER_LOAD * prompts_s))
 
@@ -163,18 +178,21 @@ def encoders_needed(images_s: float, card: Card) -> int:
 
 
 def arrangements(choices: Sequence[Sequence[ServingOption]], free_parts: int) -> list[Arrangement]:
-    """What fits on a card, without what another beats for every model; `choices`: by model."""
-    kept: list[tuple[int, Arrangement]] = [(0, ())]
-    for models_ways in choices:
-        kept = [
+    """The arrangements that fit into `free_parts` of a card; `choices`: the options of each model.
+
+    An arrangement is left out if another one gives every model at least as many images/s.
+    """
+    fitting: list[tuple[int, Arrangement]] = [(0, ())]
+    for options in choices:
+        fitting = [
             (parts + (option.total_parts if option else 0), (*before, option))
-            for parts, before in kept
-            for option in (None, *models_ways)
+            for parts, before in fitting
+            for option in (None, *options)
             if option is None or parts + option.total_parts <= free_parts
         ]
-    kept.sort(key=lambda each: (-sum(_rates(each[1])), each[0]))
+    fitting.sort(key=lambda each: (-sum(_rates(each[1])), each[0]))
     best: dict[Arrangement, tuple[float, ...]] = {}
-    for _, arrangement in kept:
+    for _, arrangement in fitting:
         rates = _rates(arrangement)
         if not any(all(map(le, rates, others)) for others in best.values()):
             best[arrangement] = rates
@@ -182,13 +200,14 @@ def arrangements(choices: Sequence[Sequence[ServingOption]], free_parts: int) ->
 
 
 def _rates(arrangement: Arrangement) -> tuple[float, ...]:
+    """Images/s of each model on a card with this arrangement."""
     return tuple(option.images_s if option else 0.0 for option in arrangement)
 
 
 def _placed(
     groups: Sequence[CardGroup], planned_models: Sequence[PlannedModel], terms: PlanTerms
 ) -> Plan | None:
-    """The best plan, or None if a model has no place in any."""
+    """The best plan for the models alone, or None if every plan leaves a model without a place."""
     arranged_groups = [
         arrangements(
             [fitting_options(planned, group, terms) for planned in planned_models], group.free_parts
@@ -212,24 +231,27 @@ def _placed(
 
 
 def _with_more_slots(plan: Plan, terms: PlanTerms) -> Plan:
-    """What memory is left gives slots, in turns, as far as the latency target allows."""
+    """Use memory that is left over for more slots, as far as the latency target allows.
+
+    The models of a card take turns: each doubles its slots while that fits.
+    """
     stacks = []
-    for stack in plan.stacks:
-        chosen, grown = list(stack.options), True
-        most_parts = plan.even_parts(stack.cards.card) or FRACTIONS
+    for packed in plan.stacks:
+        chosen, grown = list(packed.options), True
+        most_parts = plan.even_parts(packed.cards.card) or FRACTIONS
         while grown:
             grown = False
             for i, option in enumerate(chosen):
-                spare = stack.cards.free_parts - sum(w.total_parts for w in chosen)
-                (planned,) = [w for w in plan.planned_models if w.model == option.model]
-                for more in all_options(planned, stack.cards, terms):
+                spare = packed.cards.free_parts - sum(each.total_parts for each in chosen)
+                (planned,) = [m for m in plan.planned_models if m.model == option.model]
+                for more in all_options(planned, packed.cards, terms):
                     if (
                         (more.replicas, more.slots) == (option.replicas, 2 * option.slots)
                         and more.total_parts - option.total_parts <= spare
                         and more.parts <= most_parts
                     ):
                         chosen[i], grown = more, True
-        stacks.append(replace(stack, options=tuple(chosen)))
+        stacks.append(replace(packed, options=tuple(chosen)))
     return replace(plan, stacks=tuple(stacks))
 
 
@@ -239,53 +261,59 @@ def _with_more_slots(plan: Plan, terms: PlanTerms) -> Plan:
 def why_not(
     groups: Sequence[CardGroup], planned_models: Sequence[PlannedModel], terms: PlanTerms
 ) -> str:
-    """Of each model that fits nowhere why, and what would do; else that not all fit at once."""
+    """Explain why no plan exists.
+
+    Says for each model that fits on no card why it does not, and what would make it possible. If
+    every model fits alone, says that they do not all fit at once.
+    """
     if not groups:
         return "there are no cards"
-    homeless = [
-        w for w in planned_models if not any(fitting_options(w, group, terms) for group in groups)
+    unplaced = [
+        m for m in planned_models if not any(fitting_options(m, group, terms) for group in groups)
     ]
-    if homeless:
-        return "\n".join(line for planned in homeless for line in _reasons(planned, groups, terms))
+    if unplaced:
+        return "\n".join(line for planned in unplaced for line in _reasons(planned, groups, terms))
     least = ", ".join(
-        f"{w.model} {min(_least_gib(w, g.card, terms) for g in groups):.1f} GiB"
-        for w in planned_models
+        f"{m.model} {min(_least_gib(m, g.card, terms) for g in groups):.1f} GiB"
+        for m in planned_models
     )
     return f"each model fits alone, but not all of them at once ({least}): add a card"
 
 
 def _reasons(planned: PlannedModel, groups: Sequence[CardGroup], terms: PlanTerms) -> Iterator[str]:
+    """Lines that say why a model fits on none of the cards, and what would make it possible."""
     for group in groups:
         card = group.card
         recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
         if (gib := _least_gib(planned, card, terms)) > group.free_gib:
-            why = f"needs {gib:.1f} GiB in {recipe}, and there are {group.free_gib:.1f}"
+            why = f"needs {gib:.1f} GiB in {recipe}, and {group.free_gib:.1f} GiB are free"
         else:
             alone_s = sum(times(planned, recipe, card, 1))
-            why = f"an image takes {alone_s:.1f} s in {recipe}, and {terms.latency_s:g} are allowed"
+            allowed = f"{terms.latency_s:g} s are allowed"
+            why = f"an image takes {alone_s:.1f} s in {recipe}, and {allowed}"
         yield f"{planned.model} on {card.id}: {why}"
-    would = []
+    remedies = []
     in_8_bit = replace(terms, adaln_8_bit=True)
     if any(fitting_options(planned, group, in_8_bit) for group in groups):
-        would.append("AdaLN stored in 8 bit (--adaln-8-bit)")
+        remedies.append("AdaLN stored in 8 bit (--adaln-8-bit)")
     width_px, height_px = (
         side // 32 * 16 for side in (planned.shape.width_px, planned.shape.height_px)
     )
     small = replace(planned.shape, width_px=width_px, height_px=height_px)
     smaller = replace(planned, shape=small, max_pixels=planned.max_pixels // 4)
     if small.pixels and any(fitting_options(smaller, group, terms) for group in groups):
-        would.append(f"images of {small.width_px}x{small.height_px}")
+        remedies.append(f"images of {small.width_px}x{small.height_px}")
     reserved_gib = max(group.reserved_gib for group in groups)
     others = [CardGroup(card, 1, reserved_gib) for card in CARDS.values()]
     if enough := [cards.card.id for cards in others if fitting_options(planned, cards, terms)]:
-        would.append(f"another card: {', '.join(enough)}")
-    yield f"{planned.model}: what would do: " + (
-        "; or ".join(would) or "no card that is known here"
+        remedies.append(f"another card: {', '.join(enough)}")
+    yield f"{planned.model}: possible with: " + (
+        "; or ".join(remedies) or "no card that Octet knows"
     )
 
 
 def _least_gib(planned: PlannedModel, card: Card, terms: PlanTerms) -> float:
-    """Of one replica with one slot."""
+    """GiB of one replica with one slot."""
     recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
     return footprint(
         planned.structure, recipe, 1, planned.max_pixels, planned.shape.text_tokens

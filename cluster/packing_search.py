@@ -1,8 +1,9 @@
-"""Which card of which kind gets which arrangement: a search over counts.
+"""A search for the best arrangements: how many cards of each kind get which arrangement.
 
-Every arrangement gives each model so many images/s. The score of counts is the geometric mean of
-the models' sums, weighted by shares. It is concave in the counts, so climbing ends near the top;
-with few cards a single one makes a difference, and all possibilities are tried.
+Every arrangement gives each model some images/s. A model's capacity is their sum over all cards.
+The score is the geometric mean of the capacities, weighted by shares. Its logarithm is concave in
+the numbers of cards, so hill climbing ends near the best. With few cards a single card makes a
+difference, and all possibilities are tried.
 
 Pure: standard library only.
 """
@@ -15,15 +16,19 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement, product
 from operator import mul
 
-TRIED = 3000  # possibilities at most; with more it climbs
-TARGETS = 4  # arrangements that a card may change to in one move of the climb
-SCARCE = 1e-9  # images/s that count as none
+MAX_TRIED = 3000  # with more possibilities than this, hill climbing searches them
+TARGETS = 4  # arrangements that are tried as the new one of a card in each move of the climb
+NO_CAPACITY = 1e-9  # images/s that count as none
 
-Counts = list[list[int]]  # of each kind of card: how many have each arrangement
+Counts = list[list[int]]  # for each kind of card: how many cards have each arrangement
 
 
 class Search:
-    """`rates`: by group and arrangement, the images/s of each model."""
+    """The possibilities of one packing problem.
+
+    `cards`: the number of cards of each kind. `rates`: for each kind of card and each arrangement,
+    the images/s of each model. `shares`: the share of each model.
+    """
 
     def __init__(
         self,
@@ -34,17 +39,19 @@ class Search:
         self._cards, self._rates, self._shares = cards, rates, shares
 
     def best(self) -> Counts | None:
-        """None if a model would have no place."""
-        counts = self.all() if self.possibilities <= TRIED else self.climb()
+        """The best counts; None if they leave a model without a place."""
+        counts = self.all() if self.possibilities <= MAX_TRIED else self.climb()
         return None if self.score(counts)[0] else counts
 
     @property
     def possibilities(self) -> int:
+        """The number of ways to give every card an arrangement."""
         return math.prod(
             math.comb(n + len(r) - 1, n) for n, r in zip(self._cards, self._rates, strict=True)
         )
 
     def capacities(self, counts: Counts) -> list[float]:
+        """Images/s of each model over all cards."""
         total = [0.0] * len(self._shares)
         for ns, rates in zip(counts, self._rates, strict=True):
             for n, images_s in zip(ns, rates, strict=True):
@@ -53,11 +60,15 @@ class Search:
         return total
 
     def score(self, counts: Counts) -> tuple[int, float]:
-        """Models without a place, and minus the logarithm of the weighted geometric mean."""
+        """Rate counts; less is better.
+
+        Returns the number of models without a place, and minus the sum over the others of share ·
+        logarithm of the capacity: the logarithm of the weighted geometric mean, up to a factor.
+        """
         return _score(self.capacities(counts), self._shares)
 
     def all(self) -> Counts:
-        """The best by trying all."""
+        """Find the best counts by trying all possibilities."""
 
         def counted(picks: Iterable[int], kinds: int) -> list[int]:
             picked = Counter(picks)
@@ -70,9 +81,11 @@ class Search:
         return min(map(list, product(*each_group)), key=self.score)
 
     def climb(self) -> Counts:
-        """Cards change their arrangement, many at a time and then fewer, while that helps.
+        """Find good counts by hill climbing.
 
-        They try the `TARGETS` that are worth most as things stand: by the gradient of the score.
+        In each move some cards change from one arrangement to another: first many cards at a time,
+        then fewer, as long as that improves the score. Only the `TARGETS` arrangements with the
+        highest value are tried as new ones, where the value follows the gradient of the score.
         """
         counts = [[n, *[0] * (len(r) - 1)] for n, r in zip(self._cards, self._rates, strict=True)]
         capacities = self.capacities(counts)
@@ -82,11 +95,11 @@ class Search:
             better = False
             for ns, rates in zip(counts, self._rates, strict=True):
                 gradient = [
-                    s / max(c, SCARCE) for s, c in zip(self._shares, capacities, strict=True)
+                    s / max(c, NO_CAPACITY) for s, c in zip(self._shares, capacities, strict=True)
                 ]
                 values = [sum(map(mul, images_s, gradient)) for images_s in rates]
-                worth = sorted(range(len(values)), key=values.__getitem__, reverse=True)
-                for a, b in product([i for i, n in enumerate(ns) if n], worth[:TARGETS]):
+                ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+                for a, b in product([i for i, n in enumerate(ns) if n], ranked[:TARGETS]):
                     moved = min(step, ns[a])
                     after = [
                         c + moved * (rb - ra)
@@ -101,6 +114,6 @@ class Search:
 
 
 def _score(capacities: Sequence[float], shares: Sequence[float]) -> tuple[int, float]:
-    """Better is less."""
-    there = [(c, s) for c, s in zip(capacities, shares, strict=True) if c > SCARCE]
-    return len(shares) - len(there), -sum(s * math.log(c) for c, s in there)
+    """See `Search.score`."""
+    placed = [(c, s) for c, s in zip(capacities, shares, strict=True) if c > NO_CAPACITY]
+    return len(shares) - len(placed), -sum(s * math.log(c) for c, s in placed)

@@ -1,9 +1,11 @@
-"""On which nodes the replicas of a pool may run, preferred first.
+"""The nodes on which the replicas of a pool may run, preferred nodes first.
 
-A node's label `octet/precision` (`fp8` or `fp16`) says which precision it is for. Where it is
-missing, Ray's own label `ray.io/accelerator-type` decides by `cluster.cards`; a card that is not
-there counts as having no FP8. A pool that is bound to a card runs on nodes whose label `octet/card`
-names it, or whose card Ray calls so. `selectors` says the same to Ray that `fits` says to us.
+A node's label `octet/precision` (`fp8` or `fp16`) says which precision the node is for. Without
+this label, the card decides: it is looked up in `cluster.cards` by Ray's own label
+`ray.io/accelerator-type`. A card that is not listed there counts as having no FP8. A pool that is
+bound to a card runs on nodes whose label `octet/card` names the card, or, without that label, whose
+`ray.io/accelerator-type` does. `selectors` states these rules for Ray, and `fits` states the same
+rules for Octet.
 
 Pure: imports the standard library and pure files only.
 """
@@ -32,17 +34,20 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     num_cpus: float = 0.0
     num_gpus: float = 0.0
-    draining: bool = False  # about to go: nothing new is placed on it
+    draining: bool = False  # about to end: nothing new is placed on the node
 
     @property
     def card(self) -> Card | None:
-        """One of those whose facts are known."""
+        """The node's card if it is one of `CARDS`: by Octet's label, else by Ray's."""
         if label := CARDS.get(self.labels.get(CARD_LABEL, "")):
             return label
         return card_of(self.labels.get(ACCELERATOR_LABEL, ""))
 
     def has_fp8(self, card: Card | None = None) -> bool:
-        """By its label; else by its card, or what Ray calls it."""
+        """Whether the node counts as having FP8.
+
+        Octet's precision label decides; without it, `card` if one is given, else Ray's label.
+        """
         label = self.labels.get(PRECISION_LABEL)
         if label in ("fp8", "fp16"):
             return label == "fp8"
@@ -51,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NodeRequirement:
-    """What one replica of a pool needs of its node, in Ray's units; `card`: an id of CARDS."""
+    """What one replica needs of its node, in Ray's units; `card`: an id of `CARDS`."""
 
     precision: Literal["fp8", "fp16"]
     num_cpus: float
@@ -61,7 +66,7 @@ class NodeRequirement:
 
 
 def selectors(need: NodeRequirement) -> list[Selector]:
-    """Ray label selectors for a pool's replicas, preferred first; none means anywhere."""
+    """Ray label selectors for a pool's replicas, preferred first; an empty list means any node."""
     if not need.num_gpus:
         return []
     if need.card:
@@ -82,7 +87,7 @@ def selectors(need: NodeRequirement) -> list[Selector]:
 
 
 def card_selectors(card: str) -> list[Selector]:
-    """Ray label selectors for the nodes that have a card of CARDS."""
+    """Ray label selectors for the nodes that have this card, an id of `CARDS`."""
     labelled, named = ",".join(CARDS), ",".join(CARDS[card].ray_names)
     return [
         {CARD_LABEL: card},
@@ -91,7 +96,7 @@ def card_selectors(card: str) -> list[Selector]:
 
 
 def _precision_on(card: Card, need: NodeRequirement) -> Selector:
-    """What the precision label of a node with this card must be for a pool to run there."""
+    """The selector on a node's precision label for a pool that is bound to this card."""
     if need.precision == "fp8":
         return {PRECISION_LABEL: "!fp16" if card.has_fp8 else "fp8"}
     if need.allow_fp8_nodes:
@@ -100,7 +105,7 @@ def _precision_on(card: Card, need: NodeRequirement) -> Selector:
 
 
 def fits(need: NodeRequirement, node: Node) -> bool:
-    """Whether an empty node could hold a replica."""
+    """Whether an empty node could hold a replica of a pool."""
     if node.num_cpus < need.num_cpus or node.num_gpus < need.num_gpus:
         return False
     if not need.num_gpus:
@@ -113,7 +118,7 @@ def fits(need: NodeRequirement, node: Node) -> bool:
 
 
 def unknown_cards(nodes: Iterable[Node]) -> dict[str, str]:
-    """A warning for each GPU node whose precision is a guess, by node id."""
+    """Warnings, by node id, about GPU nodes whose precision had to be guessed."""
     warnings = {}
     for node in nodes:
         card = node.labels.get(ACCELERATOR_LABEL)
@@ -123,7 +128,7 @@ def unknown_cards(nodes: Iterable[Node]) -> dict[str, str]:
         known = f"label {PRECISION_LABEL}={label}" if label else f"card {card or 'without a name'}"
         warnings[node.id] = (
             f"node {node.id[:8]}: unknown {known}; it counts as "
-            f"{'having' if node.has_fp8() else 'having no'} FP8. To say so, start the node with "
+            f"{'having' if node.has_fp8() else 'having no'} FP8. To set this, start the node with "
             f"the label {PRECISION_LABEL}=fp8 or {PRECISION_LABEL}=fp16 (ray start --labels, or "
             "'labels' of a KubeRay worker group)"
         )

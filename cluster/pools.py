@@ -1,11 +1,14 @@
-"""A packing plan in Ray's terms: pools with fractions of a GPU.
+"""A packing plan in Ray's terms: pools whose replicas take fractions of a GPU.
 
-Ray adds up fractions and knows nothing of memory, and with its packing strategy it fills a card
-before it takes the next. Fractions are rounded up to the ten-thousandths in which Ray counts, so
-whatever Ray puts on a card fits into its memory. Where every card of a kind has the same number of
-replicas and an equal part is enough for each, they all get that part: then no card can get more of
-them than planned, and whichever Ray puts where, all find a place beside one text encoder. Otherwise
-Ray may place them so that the last ones find none: `PlannedPool.even` says which it is.
+Ray adds up the fractions on a card and knows nothing of memory. With its packing strategy it fills
+one card before it takes the next. Fractions are rounded up to the ten-thousandths in which Ray
+counts, so whatever Ray puts on a card fits into the card's memory.
+
+If every card of a kind holds the same number of replicas, and an equal part of the card is enough
+for each of them, all get this equal part. Then Ray cannot put more replicas on a card than planned,
+and in every order of placement all replicas find a place next to one text encoder. Otherwise Ray
+may place replicas in such a way that the last ones find no place. `PlannedPool.even` says which of
+the two it is.
 
 Pure: imports the standard library and pure files only.
 """
@@ -20,9 +23,10 @@ from .serving_options import FRACTIONS, ServingOption
 
 @dataclass(frozen=True, slots=True)
 class PlannedPool:
-    """Equal replicas on cards of one kind; each takes `num_gpus` and is promised `memory_gib`.
+    """Equal replicas on cards of one kind.
 
-    `model` is None for text encoders.
+    `model` is None for text encoders. Each replica takes the fraction `num_gpus` of a card and is
+    promised `memory_gib` of its memory. `even`: whether every order of placement works out.
     """
 
     model: str | None
@@ -36,14 +40,14 @@ class PlannedPool:
 
 
 def planned_pools(plan: Plan) -> list[PlannedPool]:
-    """The models' pools, then those of the text encoders."""
+    """The pools of a plan: those of the models, then those of the text encoders."""
     counted: dict[tuple[str, ServingOption], int] = {}
-    for stack in plan.stacks:
-        card = stack.cards.card.id
-        for option in stack.options:
+    for packed in plan.stacks:
+        card = packed.cards.card.id
+        for option in packed.options:
             key = card, option._replace(replicas=0, images_s=0.0)
-            counted[key] = counted.get(key, 0) + stack.cards.count * option.replicas
-    kinds = {stack.cards.card.id: stack.cards for stack in plan.stacks}
+            counted[key] = counted.get(key, 0) + packed.cards.count * option.replicas
+    kinds = {packed.cards.card.id: packed.cards for packed in plan.stacks}
     pools = []
     for (card, option), replicas in counted.items():
         cards = kinds[card]
@@ -63,8 +67,8 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
         )
     order = {planned.model: i for i, planned in enumerate(plan.planned_models)}
     pools.sort(key=lambda pool: order[pool.model or ""])
-    for stack in plan.stacks:
-        cards = stack.cards
+    for packed in plan.stacks:
+        cards = packed.cards
         if cards.encoder_gib and all(pool.model for pool in pools):
             num_gpus = cards.parts(cards.encoder_gib) / FRACTIONS
             replicas, gib = plan.encoders(cards.card), num_gpus * cards.total_gib

@@ -11,8 +11,8 @@ from .placement import Node
 
 
 def living_nodes() -> list[Node]:
-    """Blocks for two calls to Ray's control store. Raises Ray's errors."""
-    draining = state.get_draining_nodes()  # Ray has no public call for it
+    """The living nodes. Blocks for two calls to Ray's control store; raises Ray's errors."""
+    draining = state.get_draining_nodes()  # Ray has no public call for this
     return [
         Node(
             id=node["NodeID"],
@@ -27,10 +27,11 @@ def living_nodes() -> list[Node]:
 
 
 def drain(node_id: str, seconds: float) -> None:
-    """Let nothing new be placed on a node: it goes after so many seconds.
+    """Drain a node: Ray places nothing new on it, and expects the node to end after `seconds`.
 
-    Ray Serve starts its replicas elsewhere, then ends them here when they are idle; those that are
-    not have `seconds` less their own time to shut down. Raises `RuntimeError` if Ray refuses.
+    Ray Serve starts replacements of the node's replicas elsewhere, then ends each replica of the
+    node when it is idle. Replicas that stay busy have `seconds` less their own time to shut down.
+    Raises `RuntimeError` if Ray refuses.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
     from ray.core.generated import autoscaler_pb2
@@ -43,11 +44,11 @@ def drain(node_id: str, seconds: float) -> None:
         int((time.time() + seconds) * 1000),
     )
     if not accepted:
-        raise RuntimeError(f"node {node_id[:8]}: not drained: {why}")
+        raise RuntimeError(f"node {node_id[:8]}: Ray refuses to drain it: {why}")
 
 
 def actors_on(node_id: str) -> list[str]:
-    """Names of the living ones: of Ray Serve its replicas and proxy."""
+    """The names of the living named actors on a node: Ray Serve's replicas and proxy."""
     return [
         actor["Name"]
         for actor in actors().values()

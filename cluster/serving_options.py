@@ -1,13 +1,14 @@
-"""The ways to serve a model on a card: how many replicas, and how many slots each.
+"""The options for serving a model on a card: how many replicas, and how many slots each.
 
-Replicas copy the weights, slots share them; both fill the gaps in which the card waits for its
-host, and slots also share the reading of the weights. Images/s of a card that draws this model
-alone:
+Each replica holds its own copy of the weights; the slots of a replica share one copy. Replicas and
+slots both fill the gaps in which the card waits for its host. Slots also share the reading of the
+weights. A card that runs this model alone generates, in images/s:
 
-    min(1 / g, replicas / (g + h)),    g: seconds of the card for an image, h: of its host
+    min(1 / g, replicas / (g + h))
 
-A way is allowed only if all images under way at once are still finished within the latency target
-(Little's law: replicas · slots ÷ images/s).
+g is the card's time for an image in seconds, h is its host's. An option is allowed only if images
+are finished within the latency target while all slots are taken. By Little's law an image then
+takes replicas · slots ÷ images/s.
 
 Pure: imports the standard library and pure files only.
 """
@@ -24,20 +25,21 @@ from .cost import EFFICIENCY, REFERENCES, ImageShape, reference
 from .footprint import footprint, padded, transformer_bytes
 from .structure import Structure
 
-MAX_REPLICAS = 8  # of a model on a card
-SLOTS = 1, 2, 4, 8  # with guidance they fill the numbers of rows that the engine has code for
+MAX_REPLICAS = 8  # of one model on one card
+SLOTS = 1, 2, 4, 8  # with guidance, they fill the numbers of rows that the engine has code for
 FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
-WORTH = 1.02  # a way that takes more memory is so much faster, or not considered
-DEFAULT_LATENCY_FACTOR = (
-    4.0  # the latency target, where none is given: × the image's own time on that card
-)
+MIN_SPEEDUP = 1.02  # an option that takes more memory must be faster by more than this
+# Where no latency target is given, an image may take this many times its time alone on the card.
+DEFAULT_LATENCY_FACTOR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class CardGroup:
-    """`count` equal cards. Each keeps `reserved_gib` for others; the rest is counted in parts.
+    """`count` equal cards.
 
-    A part is a ten-thousandth, as Ray counts. `encoder_gib`: of a text encoder on each of them.
+    `reserved_gib`: memory of each card that is left to other programs. The rest of the memory is
+    counted in parts; a part is a ten-thousandth of it, because Ray counts GPUs in ten-thousandths.
+    `encoder_gib`: memory of each card that a text encoder takes.
     """
 
     card: Card
@@ -47,19 +49,27 @@ class CardGroup:
 
     @property
     def total_gib(self) -> float:
+        """GiB of a card that Octet may use."""
         return max(self.card.memory_gib - self.reserved_gib, 0.0)
 
     @property
     def free_parts(self) -> int:
-        """For models; not the last one, because Ray Serve adds up in floating point."""
+        """The parts of a card that are left for models.
+
+        One part stays unused, because Ray Serve adds up fractions in floating point.
+        """
         return FRACTIONS - 1 - self.parts(self.encoder_gib)
 
     @property
     def free_gib(self) -> float:
+        """GiB of a card that are left for models."""
         return max(self.total_gib - self.encoder_gib, 0.0)
 
     def parts(self, gib: float) -> int:
-        """Rounded up; more than there are if nothing is left."""
+        """Convert GiB to parts of a card, rounded up.
+
+        On a card without usable memory the result is more parts than a card has.
+        """
         if not gib:
             return 0
         return math.ceil(FRACTIONS * gib / self.total_gib) if self.total_gib else 2 * FRACTIONS
@@ -67,9 +77,11 @@ class CardGroup:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model, the image that it is planned for, and the largest one that it may be asked for.
+    """A model to serve.
 
-    `share`: of all images, relative to the other models'.
+    `shape`: the image for which its speed is planned. `max_pixels`: the area of the largest image
+    that may be requested. `share`: how many of all images are this model's, relative to the shares
+    of the other models.
     """
 
     model: str
@@ -80,7 +92,11 @@ class PlannedModel:
 
 
 class ServingOption(NamedTuple):
-    """How a card serves a model: `gib` and `parts` are one replica's, `images_s` the card's."""
+    """A way to serve a model on a card.
+
+    `gib` and `parts` are one replica's memory. `images_s` is the rate of all replicas on the card,
+    in images/s, if the card runs this model alone.
+    """
 
     model: str
     recipe: str
@@ -89,41 +105,47 @@ class ServingOption(NamedTuple):
     gib: float
     parts: int
     images_s: float
-    estimated: bool  # from arithmetic, not measured
+    estimated: bool  # `images_s` follows from arithmetic, not from a measurement
 
     @property
     def total_parts(self) -> int:
+        """The parts of a card that all replicas take together."""
         return self.replicas * self.parts
 
     @property
     def latency_s(self) -> float:
-        """Of an image while all slots of the way are taken, and the card draws nothing else."""
+        """Seconds of an image while all slots are taken and the card runs no other model."""
         return self.replicas * self.slots / self.images_s
 
 
 @dataclass(frozen=True, slots=True)
 class PlanTerms:
-    """What holds for every card; see `plan`."""
+    """The terms of a plan, for every card.
+
+    `latency_s`: the latency target; None: `DEFAULT_LATENCY_FACTOR` times an image's time alone.
+    `adaln_8_bit`: whether FP8 replicas store AdaLN's weights in 8 bit.
+    """
 
     latency_s: float | None = None
     adaln_8_bit: bool = False
 
     def allowed_s(self, planned: PlannedModel, card: Card) -> float:
+        """The seconds that an image of this model may take on this card."""
         alone_s = sum(times(planned, recipe_on(card, adaln_8_bit=self.adaln_8_bit), card, 1))
         return self.latency_s or DEFAULT_LATENCY_FACTOR * alone_s
 
 
 def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
-    """What a card runs: FP8 where it can."""
+    """The recipe that a card runs: FP8 if it has FP8 tensor cores, else 16 bit."""
     if card.has_fp8:
         return "fp8-adaln8" if adaln_8_bit else "fp8"
     return "bf16" if card.compute_capability >= BF16_SINCE else "fp16"
 
 
 def times(planned: PlannedModel, recipe: str, card: Card, slots: int) -> tuple[float, float]:
-    """Seconds of the card and of its host for one image, of `slots` that are drawn together.
+    """Seconds of the card and seconds of its host for one of `slots` images that run together.
 
-    Their rows are padded to a power of two.
+    The rows of the images are padded to a power of two.
     """
     costs, shape = reference(planned.structure, recipe, card), planned.shape
     n = shape.tokens
@@ -137,7 +159,10 @@ def times(planned: PlannedModel, recipe: str, card: Card, slots: int) -> tuple[f
 
 @lru_cache(10_000)
 def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> list[ServingOption]:
-    """The ways to serve a model on a card that keep its images in time, whatever they take."""
+    """All options for a model on a card that meet the latency target.
+
+    They may take more memory than the card has.
+    """
     card = cards.card
     recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)
     estimated = (planned.structure, recipe, card.id) not in REFERENCES
@@ -160,14 +185,18 @@ def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> li
 def fitting_options(
     planned: PlannedModel, cards: CardGroup, terms: PlanTerms
 ) -> list[ServingOption]:
-    """Those that fit, by memory, each worth what it takes."""
-    found = [
+    """The options that fit into the card, from little to much memory.
+
+    An option that takes more memory than another one is left out unless it is faster by more than
+    the factor `MIN_SPEEDUP`.
+    """
+    fitting = [
         option
         for option in all_options(planned, cards, terms)
         if option.total_parts <= cards.free_parts
     ]
-    worth: list[ServingOption] = []
-    for option in sorted(found, key=lambda w: (w.total_parts, -w.images_s)):
-        if not worth or option.images_s > WORTH * worth[-1].images_s:
-            worth.append(option)
-    return worth
+    kept: list[ServingOption] = []
+    for option in sorted(fitting, key=lambda each: (each.total_parts, -each.images_s)):
+        if not kept or option.images_s > MIN_SPEEDUP * kept[-1].images_s:
+            kept.append(option)
+    return kept

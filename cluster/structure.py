@@ -1,6 +1,7 @@
-"""The structure of an SD3.5 model: what its memory and its arithmetic follow from.
+"""The structure of an SD3.5 model, from which its memory and its arithmetic follow.
 
-`structures/` holds the configurations of the real models, as diffusers and transformers read them.
+The folder `structures/` holds the configurations of the real models in the format of diffusers and
+transformers.
 
 Pure: standard library only.
 """
@@ -12,10 +13,10 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-TOKEN_PX = 16  # of a token's side: VAE factor 8 × patch size 2
+TOKEN_PX = 16  # side of the square that a token stands for: VAE factor 8 × patch size 2
 
-# The file of each model's transformer; Turbo is Large with other weights. They share the VAE
-# (vae.json) and the text encoders (clip_l.json, clip_g.json, t5_xxl.json).
+# The configuration file of each model's transformer. Turbo is Large with other weights. All models
+# share the VAE (vae.json) and the text encoders (clip_l.json, clip_g.json, t5_xxl.json).
 TRANSFORMERS = {
     "sd3.5-large": "large",
     "sd3.5-large-turbo": "large",
@@ -24,7 +25,12 @@ TRANSFORMERS = {
 
 
 class Structure(NamedTuple):
-    """A transformer (MMDiT); `width` is its hidden size, `dual_layers` attend to images twice."""
+    """The sizes of a transformer (MMDiT).
+
+    `width`: the hidden size. `dual_layers`: how many of the `layers` attend to the image a second
+    time. `text_width`, `pooled_width`: of the token embeddings and of the pooled embedding.
+    `positions`: entries of the position table.
+    """
 
     width: int
     layers: int
@@ -33,13 +39,14 @@ class Structure(NamedTuple):
     text_width: int = 4096
     pooled_width: int = 2048
     positions: int = 192 * 192
-    patch_values: int = 2 * 2 * 16  # of a token's patch of latents
+    patch_values: int = 2 * 2 * 16  # numbers in a token's patch of latents
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Structure:
-        """From the configuration of an `SD3Transformer2DModel`; what it leaves out is diffusers'.
+        """Read the structure from the configuration of an `SD3Transformer2DModel`.
 
-        Raises `KeyError` for what every such configuration has.
+        Values that the configuration leaves out are diffusers' defaults. Raises `KeyError` if a
+        value is missing that every such configuration has.
         """
         return cls(
             width=config["num_attention_heads"] * config["attention_head_dim"],
@@ -54,12 +61,12 @@ class Structure(NamedTuple):
 
 
 def config(name: str) -> dict[str, Any]:
-    """A configuration of `structures/`, by its file's name."""
+    """Read a configuration of the folder `structures/`, by its file's name without `.json`."""
     text = files(__package__).joinpath("structures", f"{name}.json").read_text(encoding="utf-8")
     read: dict[str, Any] = json.loads(text)
     return read
 
 
 def structure(model: str) -> Structure:
-    """Of a model of `TRANSFORMERS`."""
+    """The structure of a model, a key of `TRANSFORMERS`."""
     return Structure.of(config(TRANSFORMERS[model]))

@@ -1,6 +1,7 @@
-"""What a card says of itself through NVML: load, memory, power, temperature, clocks, faults.
+"""Readings of a card through NVML: load, memory, power, temperature, clocks and faults.
 
-Not every card, driver and partition (MIG) answers everything: what is not supported is left out.
+Not every card, driver or partition (MIG) supports every reading. Those that are not supported are
+left out.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import pynvml
 
-# Faults of a program, not of the card, as NVIDIA's device plugin for Kubernetes has them.
+# Xid errors that a program causes, not the card: the list of NVIDIA's device plugin for Kubernetes.
 PROGRAMS_XIDS = frozenset({13, 31, 43, 45, 68, 109})
+# Errors of a reading that is not supported, and errors after which the card cannot be used.
 ABSENT = (
     pynvml.NVMLError_NotSupported,
     pynvml.NVMLError_FunctionNotFound,
@@ -24,13 +26,14 @@ DEAD = pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired
 
 
 class NoTelemetry(Exception):
-    """NVML does not work here; the message says why."""
+    """NVML does not work on this machine; the message says why."""
 
 
 class CardTelemetry:
-    """One card, or one partition of it, by CUDA's UUID; `nvml` behaves like pynvml.
+    """The readings of one card, or of one partition of a card, which CUDA's UUID names.
 
-    `broken` says in words what is wrong with the card, once something is.
+    `broken` says in words what is wrong with the card; it is empty while nothing is. `nvml` behaves
+    like the module pynvml.
     """
 
     def __init__(self, uuid: str, nvml: Any = pynvml) -> None:
@@ -50,7 +53,7 @@ class CardTelemetry:
         self._events = self._listen()
 
     def sample(self) -> dict[str, float]:
-        """What it answers, by name with its unit; `broken` is up to date afterwards. Blocks."""
+        """Take all readings, by name with unit, and bring `broken` up to date. Blocks."""
         values = {name: value for name, value in self._readings() if value is not None}
         errors = values.get("ecc_errors")
         if self._ecc_before is None or errors is None:
@@ -64,7 +67,7 @@ class CardTelemetry:
         return values
 
     def _handle(self, uuid: str) -> Any:
-        """CUDA does not say whether a UUID is a card's or a partition's."""
+        """Find NVML's handle of a UUID; CUDA does not say whether that is a card or a partition."""
         for prefix in ("GPU-", "MIG-"):
             with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
                 return self._nvml.nvmlDeviceGetHandleByUUID(prefix + uuid)
@@ -88,7 +91,10 @@ class CardTelemetry:
         yield "ecc_errors", self._ecc_errors()
 
     def _read(self, ask: Callable[[], Any]) -> Any:
-        """None for what this card, driver or module does not have."""
+        """Take one reading; None if it fails or is not supported.
+
+        A card that is lost or needs a reset counts as broken.
+        """
         try:
             return ask()
         except (*ABSENT, AttributeError):
@@ -96,7 +102,7 @@ class CardTelemetry:
         except DEAD as error:
             self.broken = str(error)
             return None
-        except pynvml.NVMLError:  # of this moment
+        except pynvml.NVMLError:  # a passing error: the next reading may work
             return None
 
     def _ecc_errors(self) -> int | None:
@@ -109,7 +115,7 @@ class CardTelemetry:
         return found
 
     def _listen(self) -> Any:
-        """The set in which the driver's critical events arrive, or None."""
+        """Subscribe to the driver's critical events; None if that is not supported."""
         nvml = self._nvml
 
         def listen() -> Any:
@@ -122,7 +128,7 @@ class CardTelemetry:
         return self._read(listen)
 
     def _xids(self) -> list[int]:
-        """Those that have come since they were last asked for."""
+        """The Xid errors that were reported since the last call."""
         found: list[int] = []
         while self._events is not None:
             event = self._read(lambda: self._nvml.nvmlEventSetWait_v2(self._events, 0))
@@ -133,7 +139,7 @@ class CardTelemetry:
 
 
 def driver_version(nvml: Any = pynvml) -> str:
-    """Raises `NoTelemetry`."""
+    """The version of NVIDIA's driver. Raises `NoTelemetry`."""
     try:
         nvml.nvmlInit()
         found = nvml.nvmlSystemGetDriverVersion()

@@ -1,1 +1,1 @@
-"""The application on Kubernetes, and what watches it."""
+"""Octet on Kubernetes: rendered manifests, and dashboards and alerts to monitor the application."""

@@ -1,6 +1,6 @@
-"""Grafana dashboards, made from the metrics' table: `python -m k8s.dashboards` writes k8s/grafana.
+"""Grafana dashboards of Octet's metrics: `python -m k8s.dashboards` writes them into k8s/grafana.
 
-They use Grafana's own panels and one data source, which is chosen at the top.
+The dashboards need no plugins. Their data source is chosen at the top of each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class Panel:
-    """`queries`: PromQL and legend; `unit`: Grafana's name of it."""
+    """A panel of a dashboard.
+
+    `unit`: Grafana's name of the unit. `queries`: pairs of PromQL and legend. `text`: the panel's
+    description.
+    """
 
     title: str
     unit: str
@@ -30,12 +34,14 @@ class Panel:
 
 
 def quantiles(title: str, histogram: str, by: str = "", text: str = "") -> Panel:
+    """A panel with the p50, p90 and p99 of a histogram in seconds."""
     legend = f"{{{{{by}}}}} " if by else ""
     shown = tuple((quantile(q, histogram, by), f"{legend}p{100 * q:g}") for q in QUANTILES)
     return Panel(title, "s", shown, text=text)
 
 
 def one(title: str, unit: str, query: str, legend: str, text: str = "", **more: bool) -> Panel:
+    """A panel with one query."""
     return Panel(title, unit, ((query, legend),), text=text, **more)
 
 
@@ -56,18 +62,18 @@ OVERVIEW = [
                 "of all requests",
             ),
         ),
-        text="What the error budget of the alerts is spent on.",
+        text="These requests use up the error budget of the alerts.",
     ),
-    quantiles("Time to the whole answer", "octet_request_seconds", "model"),
+    quantiles("Time to the full answer", "octet_request_seconds", "model"),
     quantiles("Time in the queue", "octet_queue_seconds", "pool"),
-    one("Images that wait", "short", most("octet_queue_images", "pool"), "{{pool}}"),
-    one("Oldest that waits", "s", most("octet_queue_oldest_seconds", "pool"), "{{pool}}"),
+    one("Queued images", "short", most("octet_queue_images", "pool"), "{{pool}}"),
+    one("Longest wait in the queue", "s", most("octet_queue_oldest_seconds", "pool"), "{{pool}}"),
     one(
         "Queued work",
         "s",
         most("octet_queue_work_seconds", "pool"),
         "{{pool}}",
-        "Seconds of a reference replica.",
+        "In seconds of a reference replica.",
         stacked=True,
     ),
     one("Replicas", "short", most("octet_pool_replicas", "pool, state"), "{{pool}} {{state}}"),
@@ -87,21 +93,26 @@ OVERVIEW = [
         stacked=True,
     ),
     quantiles("Cache lookups", "octet_cache_lookup_seconds", "result"),
-    one("Redis without an answer", "ops", rate("octet_cache_failures"), "failures"),
-    quantiles("Time to keep an image", "octet_store_seconds"),
+    one("Redis requests without an answer", "ops", rate("octet_cache_failures"), "failures"),
+    quantiles("Time to store an image", "octet_store_seconds"),
     Panel(
         "Spool",
         "bytes",
         (
             (most("octet_spool_bytes", "NodeAddress"), "{{NodeAddress}}"),
-            (most("octet_spool_limit_bytes"), "full"),
+            (most("octet_spool_limit_bytes"), "limit"),
         ),
-        text="Images that wait for the bucket, of each node.",
+        text="Images on each node that wait to be uploaded to the bucket.",
     ),
     one(
         "Images in the spool", "short", most("octet_spool_images", "NodeAddress"), "{{NodeAddress}}"
     ),
-    one("Drawn again", "ops", rate("octet_retried", "pool, reason"), "{{pool}} {{reason}}"),
+    one(
+        "Images generated again",
+        "ops",
+        rate("octet_retried", "pool, reason"),
+        "{{pool}} {{reason}}",
+    ),
 ]
 TENANTS = [
     one(
@@ -116,14 +127,19 @@ TENANTS = [
         "percentunit",
         rate("octet_tenant_work", "tenant"),
         "{{tenant}}",
-        "Seconds of a reference replica a second: 100 % is one such replica.",
+        "In seconds of a reference replica per second: 100 % is one such replica.",
         stacked=True,
     ),
-    one("Refused", "reqps", rate("octet_tenant_refused", "tenant, code"), "{{tenant}} {{code}}"),
+    one(
+        "Refused requests",
+        "reqps",
+        rate("octet_tenant_refused", "tenant, code"),
+        "{{tenant}} {{code}}",
+    ),
     one("Open requests", "short", most("octet_tenant_calls", "tenant"), "{{tenant}}"),
-    one("Images that wait", "short", most("octet_tenant_queued", "tenant"), "{{tenant}}"),
-    one("Work that waits", "s", most("octet_tenant_queued_work", "tenant"), "{{tenant}}"),
-    one("Images that are drawn", "short", most("octet_tenant_running", "tenant"), "{{tenant}}"),
+    one("Queued images", "short", most("octet_tenant_queued", "tenant"), "{{tenant}}"),
+    one("Queued work", "s", most("octet_tenant_queued_work", "tenant"), "{{tenant}}"),
+    one("Running images", "short", most("octet_tenant_running", "tenant"), "{{tenant}}"),
 ]
 CARDS = [
     one("Utilisation", "percent", most("octet_card_utilisation_percent", "uuid"), "{{uuid}}"),
@@ -156,12 +172,12 @@ CARDS = [
         "short",
         (
             (most("octet_card_ecc_errors", "uuid"), "{{uuid}} ECC"),
-            (rate("octet_card_xids", "uuid, xid"), "{{uuid}} Xid {{xid}} a second"),
+            (rate("octet_card_xids", "uuid, xid"), "{{uuid}} Xid {{xid}} per second"),
         ),
     ),
     one("Replicas", "short", most("octet_pool_replicas", "pool, state"), "{{pool}} {{state}}"),
     one(
-        "Decisions",
+        "Scaling decisions",
         "ops",
         rate("octet_pool_decisions", "pool, direction"),
         "{{pool}} {{direction}}",
@@ -170,14 +186,14 @@ CARDS = [
 ENGINE = [
     one("Steps", "ops", rate("octet_engine_steps", "pool"), "{{pool}}"),
     one(
-        "Rows in a step",
+        "Rows per step",
         "short",
         f"{rate('octet_engine_rows', 'pool')} / {rate('octet_engine_steps', 'pool')}",
         "{{pool}}",
-        "How full batches are; an image with guidance takes two.",
+        "How full the batches are. An image with guidance takes two rows.",
     ),
     one(
-        "Seconds of a step",
+        "Time per step",
         "s",
         f"{rate('octet_engine_step_seconds', 'pool')} / {rate('octet_engine_steps', 'pool')}",
         "{{pool}}",
@@ -194,24 +210,24 @@ ENGINE = [
         stacked=True,
     ),
     one("Images", "ops", rate("octet_engine_images", "pool, outcome"), "{{pool}} {{outcome}}"),
-    one("Without memory", "ops", rate("octet_engine_out_of_memory", "pool"), "{{pool}}"),
+    one("Out of memory", "ops", rate("octet_engine_out_of_memory", "pool"), "{{pool}}"),
     one(
-        "Starts",
+        "Start time",
         "s",
         most("octet_engine_start_seconds", "pool, phase"),
         "{{pool}} {{phase}}",
-        "The slowest of those that live.",
+        "For each phase, the longest time among the running replicas.",
         stacked=True,
     ),
     one("Speed", "percentunit", total("octet_engine_speed", "pool"), "{{pool}}"),
     one(
-        "Learnt costs",
+        "Learned cost coefficients",
         "s",
         most("octet_engine_cost_seconds", "pool, coefficient"),
         "{{pool}} {{coefficient}}",
     ),
     Panel(
-        "Answer ÷ forecast",
+        "Actual ÷ predicted time",
         "short",
         tuple((quantile(q, "octet_eta_ratio"), f"p{100 * q:g}") for q in QUANTILES),
     ),
@@ -225,7 +241,7 @@ DASHBOARDS = {
 
 
 def dashboard(uid: str) -> dict[str, Any]:
-    """Grafana's JSON."""
+    """The dashboard in Grafana's JSON model; `uid`: a key of `DASHBOARDS`."""
     title, panels = DASHBOARDS[uid]
     source = {"name": "datasource", "label": "Data source", "type": "datasource"}
     return {
@@ -264,6 +280,7 @@ def _panel(panel: Panel, i: int) -> dict[str, Any]:
 
 
 def files() -> dict[Path, str]:
+    """Texts of the dashboards by path."""
     return {
         OUT / f"{uid}.json": json.dumps(dashboard(uid), indent=1, ensure_ascii=False) + "\n"
         for uid in DASHBOARDS

@@ -1,10 +1,13 @@
-"""What settings mean on KubeRay: the part of an overlay that `octet k8s render` writes.
+"""Manifests for KubeRay from settings: the part of an overlay that `octet k8s render` writes.
 
 `base/rayservice.yaml` has two worker groups as patterns: `front` for nodes without a card, where
-Ingresses and the Dispatcher run, and `card` for the others. Every kind of node in an overlay's
-`nodes.yaml` becomes a copy of one of them. The rest is `serve_config`, the same that `octet serve`
-deploys, with the addresses of proxies and the smallest numbers of replicas: on KubeRay traffic
-moves to a cluster when its application is running, so it must not be before it is warm.
+Ingresses and the Dispatcher run, and `card` for nodes with cards. Each kind of node in an overlay's
+`nodes.yaml` becomes a copy of one of the two.
+
+The rest is the config of `serve_config`, the same that `octet serve` deploys. In addition it names
+the address of the HTTP proxies, the nodes of Ingresses and Dispatcher, and the smallest number of
+replicas of each pool. That number matters because KubeRay moves traffic to a cluster as soon as its
+application is running, and with it the application is running only when those replicas are warm.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ MADE = "# Made by octet k8s render.\n"
 ROLE_LABEL = "octet/role"
 FRONT = {ROLE_LABEL: "front"}
 GPU = "nvidia.com/gpu"
-LEAVE_S = 120  # of a pod, beyond what it draws: to be told, and for proxies to let go
+# Seconds that a pod has to leave in addition to drain_timeout_s: Ray must learn of it, and the HTTP
+# proxies must stop sending requests.
+LEAVE_S = 120
 SPOT_TAINTS = (
     ("cloud.google.com/gke-spot", "true"),
     ("kubernetes.azure.com/scalesetpriority", "spot"),
@@ -48,10 +53,11 @@ SPOT_TAINTS = (
 
 
 class NodeKind(Frozen):
-    """Nodes of one kind, each wholly taken by one worker pod.
+    """A kind of node in nodes.yaml; one worker pod takes the whole of such a node.
 
-    With a `card` (an id of cluster/cards.py) and `gpus` of it, on Kubernetes nodes that carry it as
-    their label `octet/card`. `idle_s`: how long one is kept that nobody needs.
+    `card`: an id of cluster/cards.py, which the Kubernetes nodes carry as their label `octet/card`;
+    None for nodes without a card. `gpus`: cards per node. `idle_s`: seconds after which an unused
+    node is removed.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
@@ -69,14 +75,14 @@ class NodeKind(Frozen):
         if self.card is not None and self.card not in CARDS:
             raise ValueError(f"card '{self.card}': {did_you_mean(self.card, CARDS)}")
         if bool(self.gpus) != bool(self.card):
-            raise ValueError("card and gpus belong together")
+            raise ValueError("card and gpus belong together: give both or neither")
         if self.min_nodes > self.max_nodes:
             raise ValueError(f"min_nodes {self.min_nodes} is more than max_nodes {self.max_nodes}")
         return self
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of its Ray nodes."""
+        """Labels of these nodes in Ray."""
         if self.card is None:
             return FRONT
         precision = "fp8" if CARDS[self.card].has_fp8 else "fp16"
@@ -84,12 +90,12 @@ class NodeKind(Frozen):
 
     @property
     def node(self) -> Node:
-        """One of them, as placement sees it."""
+        """Such a node, as `cluster.placement` describes it."""
         return Node(self.name, self.labels, float(self.cpus), float(self.gpus))
 
 
 def read_nodes(file: Path) -> tuple[NodeKind, ...]:
-    """Raises `SettingsError` with one line per fault."""
+    """The kinds of nodes in a nodes.yaml. Raises `SettingsError` with one line per fault."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         kinds = TypeAdapter(tuple[NodeKind, ...]).validate_python(data)
@@ -102,34 +108,35 @@ def read_nodes(file: Path) -> tuple[NodeKind, ...]:
         raise SettingsError("\n".join(f"{file}: {fault}" for fault in faults)) from None
     names = [kind.name for kind in kinds]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise SettingsError(f"{file}: '{min(twice)}' is there twice")
+        raise SettingsError(f"{file}: the name '{min(twice)}' is used twice")
     if not any(kind.min_nodes for kind in kinds if not kind.card):
         raise SettingsError(
-            f"{file}: wanted: nodes without a card, min_nodes 1 or more, for Ingresses and "
-            "the Dispatcher"
+            f"{file}: Ingresses and the Dispatcher need nodes without a card: add a kind with "
+            "min_nodes 1 or more"
         )
     return kinds
 
 
 def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
-    """Files of an overlay: a patch of the base's RayService, and the settings as a ConfigMap.
+    """Texts of the rendered files by name.
 
-    Raises `SettingsError` for settings that cannot work on these nodes.
+    The files are a patch of the base's RayService, and the settings as a ConfigMap. Raises
+    `SettingsError` for settings that cannot work on these nodes.
     """
     kinds = tuple(kinds)
     service = yaml.safe_load(BASE.read_text(encoding="utf-8"))
     cluster = service["spec"]["rayClusterConfig"]
     patterns = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     _check(settings, kinds, patterns)
-    stays_s = ceil(settings.drain_timeout_s) + LEAVE_S
+    grace_s = ceil(settings.drain_timeout_s) + LEAVE_S
     patch = {
         **{key: service[key] for key in ("apiVersion", "kind", "metadata")},
         "spec": {
-            "rayClusterDeletionDelaySeconds": stays_s,
+            "rayClusterDeletionDelaySeconds": grace_s,
             "serveConfigV2": _text(serve_config_v2(settings)),
             "rayClusterConfig": {
                 "workerGroupSpecs": [
-                    _worker_group(kind, patterns["card" if kind.card else "front"], stays_s)
+                    _worker_group(kind, patterns["card" if kind.card else "front"], grace_s)
                     for kind in kinds
                 ]
             },
@@ -146,10 +153,10 @@ def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
 
 
 def serve_config_v2(settings: Settings) -> dict[str, Any]:
-    """`serve_config` for a cluster of pods."""
+    """The config of `serve_config`, with what a cluster of pods needs in addition."""
     config = serve_config(settings)
     (application,) = config["applications"]
-    deployments = {one["name"]: one for one in application["deployments"]}
+    deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
     deployments[INGRESS]["ray_actor_options"] = {
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
@@ -171,22 +178,22 @@ def serve_config_v2(settings: Settings) -> dict[str, Any]:
     ]
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": settings.http.port},  # noqa: S104 - the pod's
+        "http_options": {"host": "0.0.0.0", "port": settings.http.port},  # noqa: S104 - all addresses of the pod
         "logging_config": LOGGING,
         **config,
     }
 
 
 def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
-    """In words, of what there is less on all nodes than all replicas would take."""
+    """A sentence for each shortage: cards or CPUs of which replicas may take more than exist."""
     kinds = tuple(kinds)
-    bound = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
+    deployed = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
     front = Resources(num_cpus=settings.dispatcher_num_cpus), settings.ingress
     found = []
     for card in dict.fromkeys(kind.card for kind in kinds):
         nodes = [kind for kind in kinds if kind.card == card]
-        takers = [one for one in bound if one.card == card] if card else front
-        for what, there, wanted in (
+        takers = [part for part in deployed if part.card == card] if card else front
+        for unit, available, needed in (
             (
                 "cards",
                 sum(kind.max_nodes * kind.gpus for kind in nodes),
@@ -198,23 +205,29 @@ def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
                 sum(taker.replicas * taker.num_cpus for taker in takers),
             ),
         ):
-            if wanted > there:
+            if needed > available:
                 where = card or "nodes without a card"
-                found.append(f"{where}: {there} {what} at most, replicas may take {wanted:.4g}")
+                found.append(
+                    f"{where}: the nodes have at most {available} {unit}, and replicas may take "
+                    f"{needed:.4g}"
+                )
     return found
 
 
 def _check(
     settings: Settings, kinds: tuple[NodeKind, ...], patterns: dict[str, dict[str, Any]]
 ) -> None:
+    """Raise `SettingsError` for settings that cannot work on these nodes and in these pods."""
     if settings.auth == "none":
         raise SettingsError(
-            "auth none: pods are reached from outside: keys, or none-on-any-address"
+            "auth none: pods are reached from outside: set auth to keys or none-on-any-address"
         )
     (front,) = patterns["front"]["template"]["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in front["ports"]}
     if settings.http.port != ports["serve"]:
-        raise SettingsError(f"http: port {settings.http.port}: pods listen on {ports['serve']}")
+        raise SettingsError(
+            f"http: port {settings.http.port}: pods listen on {ports['serve']}, so it must be that"
+        )
     written = {
         "data_folder": settings.data_folder,
         "models_folder": settings.models_folder,
@@ -232,23 +245,26 @@ def _check(
             if key in read or not mount.get("readOnly")
         )
         if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
-            raise SettingsError(f"{key} {path}: no volume of the pods is there: {BASE.name}")
+            raise SettingsError(
+                f"{key} {path}: no volume of the pods is mounted there; see {BASE.name}"
+            )
     sources = [m.source for m in settings.models] + [e.source for e in settings.text_encoders]
     if any(source.revision for source in sources) and not settings.models_folder:
-        raise SettingsError("models_folder: wanted, for what is pulled from the hub")
-    for what, need in _needs(settings):
-        front = what in (INGRESS, DISPATCHER)
+        raise SettingsError("models_folder: must be set, because models are pulled from the hub")
+    for name, need in _needs(settings):
+        front = name in (INGRESS, DISPATCHER)
         if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
-            raise SettingsError(f"{what}: none of the nodes can hold a replica")
+            raise SettingsError(f"{name}: none of the nodes can hold a replica")
     autoscaled = any(kind.min_nodes < kind.max_nodes for kind in kinds if kind.card)
     if autoscaled and not settings.autoscaling.node_wait_s:
         raise SettingsError(
-            "autoscaling: node_wait_s 0: nodes come only when they are needed: say how long that "
-            "may take, or requests are refused meanwhile"
+            "autoscaling: node_wait_s 0: nodes are added only when they are needed. Set how many "
+            "seconds that may take, or requests are refused meanwhile"
         )
 
 
 def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
+    """Names of all deployments, and what a replica of each needs of its node."""
     yield INGRESS, NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
     yield DISPATCHER, NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
     for model in settings.models:
@@ -258,12 +274,13 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
         yield f"text encoder {encoder.id}", encoder.need
 
 
-def _worker_group(kind: NodeKind, pattern: dict[str, Any], stays_s: int) -> dict[str, Any]:
+def _worker_group(kind: NodeKind, pattern: dict[str, Any], grace_s: int) -> dict[str, Any]:
+    """A worker group of pods for a kind of node; a pod has `grace_s` seconds to end."""
     group = copy.deepcopy(pattern)
     pod = group["template"]["spec"]
-    pod["terminationGracePeriodSeconds"] = stays_s
+    pod["terminationGracePeriodSeconds"] = grace_s
     (container,) = pod["containers"]
-    patience_s = str(stays_s - LEAVE_S // 2)
+    patience_s = str(grace_s - LEAVE_S // 2)
     container["lifecycle"]["preStop"]["exec"]["command"][-1] = patience_s
     memory = f"{kind.memory_gib:g}Gi"
     gpus = {GPU: str(kind.gpus)} if kind.gpus else {}
@@ -291,7 +308,7 @@ def _worker_group(kind: NodeKind, pattern: dict[str, Any], stays_s: int) -> dict
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as such, and nothing by reference."""
+    """Dumps YAML with multi-line texts as literal blocks (`|`), and without aliases."""
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True

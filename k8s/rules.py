@@ -1,8 +1,8 @@
-"""Alerts as a PrometheusRule's groups: `python -m k8s.rules` writes them into k8s/prometheus.
+"""Prometheus alerts: `python -m k8s.rules` writes them into k8s/prometheus.
 
-Each alert's runbook is a heading of docs/runbook.md. The error budget is that of requests answered
-with 5xx: what a client did wrong, or left, is none of it. Two windows each, as the Site Reliability
-Workbook has them (chapter 5, "Alerting on SLOs").
+Each alert's runbook is a heading of docs/runbook.md. The error budget counts requests answered with
+5xx; requests that the client got wrong or abandoned do not count. Each of the two budget alerts
+looks at two windows, as in the Site Reliability Workbook (chapter 5, "Alerting on SLOs").
 """
 
 from __future__ import annotations
@@ -16,93 +16,100 @@ from .queries import happened, increase, most, name, rate
 
 RULES = Path(__file__).parent / "prometheus" / "rules.yaml"
 RUNBOOK = "docs/runbook.md"
-OBJECTIVE = 0.995  # of requests without 5xx, in 30 days
-FAST, SLOW = 14.4, 6.0  # the budget of 30 days is gone in two days, or in five
+OBJECTIVE = 0.995  # share of requests answered without 5xx, over 30 days
+# Burn rates: multiples of the rate that uses up the budget in exactly 30 days. At these rates it is
+# gone in two days and in five days.
+FAST, SLOW = 14.4, 6.0
 WINDOWS = "5m", "30m", "1h", "6h"
 
 
 def errors(window: str) -> str:
+    """The name of the recorded share of 5xx answers over a window."""
     return f"octet:errors:ratio_rate{window}"
 
 
-def burns(long: str, short: str, speed: float) -> str:
-    limit = f"{speed * (1 - OBJECTIVE):.4g}"
+def burns(long: str, short: str, burn_rate: float) -> str:
+    """Condition that the error budget burns faster than `burn_rate` over both windows."""
+    limit = f"{burn_rate * (1 - OBJECTIVE):.4g}"
     return f"{errors(long)} > {limit} and {errors(short)} > {limit}"
 
 
-ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, what it means
+ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, summary
     "OctetErrorBudgetFast": (
         burns("1h", "5m", FAST),
         "2m",
         "critical",
         "{{ $value | humanizePercentage }} of requests are answered with 5xx: at this rate the "
-        "month's budget is gone in two days.",
+        "month's error budget is used up in two days.",
     ),
     "OctetErrorBudgetSlow": (
         burns("6h", "30m", SLOW),
         "15m",
         "warning",
         "{{ $value | humanizePercentage }} of requests are answered with 5xx: at this rate the "
-        "month's budget is gone in five days.",
+        "month's error budget is used up in five days.",
     ),
     "OctetNoDispatcher": (
         f"absent({name('octet_pool_replicas')})",
         "2m",
         "critical",
-        "Nobody reports pools: no new image is granted.",
+        "No Dispatcher reports its pools: no new image can start.",
     ),
     "OctetUsageUnrecorded": (
         happened("octet_requests", "10m", outcome="usage_unrecorded"),
         "0m",
         "critical",
-        "{{ $value | humanize }} images were drawn and not delivered, because usage cannot be "
-        "written.",
+        "{{ $value | humanize }} images were generated and not delivered, because usage records "
+        "cannot be written.",
     ),
     "OctetOldestWait": (
         f"{most('octet_queue_oldest_seconds', 'pool')} > 60",
         "2m",
         "warning",
-        "The first of those that wait for {{ $labels.pool }} has waited {{ $value | humanize }} s.",
+        "The oldest queued image of {{ $labels.pool }} has waited {{ $value | humanize }} s.",
     ),
     "OctetReplicasNotReady": (
         f"{most('octet_pool_replicas', 'pool', state='starting')} > 0",
         "15m",
         "warning",
-        "{{ $value }} replicas of {{ $labels.pool }} are wanted and do not come.",
+        "{{ $value }} replicas of {{ $labels.pool }} are wanted and have not become ready for 15 "
+        "minutes.",
     ),
     "OctetManyStarts": (
         f"{increase('octet_pool_decisions', '1h', 'pool', direction='up')} > 20",
         "0m",
         "warning",
-        "{{ $labels.pool }} was enlarged {{ $value | humanize }} times in an hour: cold starts "
-        "without end.",
+        "{{ $labels.pool }} was scaled up {{ $value | humanize }} times within an hour: its "
+        "replicas keep starting cold.",
     ),
     "OctetSlowStart": (
         f"max by (pool) (sum by (pool, replica) ({name('octet_engine_start_seconds')})) > 600",
         "0m",
         "warning",
-        "A start of {{ $labels.pool }} took {{ $value | humanizeDuration }}.",
+        "A replica of {{ $labels.pool }} took {{ $value | humanizeDuration }} to start.",
     ),
     "OctetGpuFault": (
         f"{happened('octet_card_xids', '10m', 'uuid, xid')} or "
         f"max by (uuid) (delta({name('octet_card_ecc_errors')}[10m])) > 0",
         "0m",
         "critical",
-        "The card {{ $labels.uuid }} reports a fault: Xid {{ $labels.xid }}, or its memory.",
+        "The card {{ $labels.uuid }} reports a fault: Xid {{ $labels.xid }}, or errors of its "
+        "memory (ECC).",
     ),
     "OctetOutOfMemory": (
         happened("octet_engine_out_of_memory", "15m", "pool"),
         "0m",
         "warning",
-        "Memory did not suffice for {{ $value | humanize }} steps of {{ $labels.pool }}; they were "
-        "repeated in smaller batches.",
+        "{{ $value | humanize }} steps of {{ $labels.pool }} ran out of memory and were repeated "
+        "in smaller batches.",
     ),
     "OctetNonFiniteImages": (
         f"{rate('octet_engine_images', 'pool', '15m', outcome='non_finite')} / "
         f"{rate('octet_engine_images', 'pool', '15m')} > 0.01",
         "5m",
         "warning",
-        "{{ $value | humanizePercentage }} of the images of {{ $labels.pool }} are not finite.",
+        "{{ $value | humanizePercentage }} of the images of {{ $labels.pool }} have non-finite "
+        "numbers.",
     ),
     "OctetSpoolFilling": (
         f"{most('octet_spool_bytes', 'NodeAddress')} / "
@@ -110,19 +117,20 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, w
         "5m",
         "warning",
         "The spool on {{ $labels.NodeAddress }} is {{ $value | humanizePercentage }} full: the "
-        "bucket is away or too slow.",
+        "bucket is unreachable or too slow.",
     ),
     "OctetRedisDown": (
         f"{increase('octet_cache_failures', '5m')} > 10",
         "2m",
         "warning",
-        "Redis did not answer {{ $value | humanize }} times: repeated requests are drawn.",
+        "Redis did not answer {{ $value | humanize }} times within 5 minutes: images of repeated "
+        "requests are generated again.",
     ),
 }
 
 
 def groups() -> list[dict[str, Any]]:
-    """Of a PrometheusRule, and of a file of rules."""
+    """The groups of rules: recorded shares of errors, and alerts."""
     recorded = [
         {
             "record": errors(window),
@@ -148,7 +156,7 @@ def groups() -> list[dict[str, Any]]:
 
 
 def files() -> dict[Path, str]:
-    """Rules for Prometheus, and the same for its operator."""
+    """Texts by path: a rules file for Prometheus, and the same rules for its operator."""
     rule = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
@@ -160,8 +168,9 @@ def files() -> dict[Path, str]:
         RULES.with_name("prometheus-rule.yaml"): rule,
     }
     return {
-        path: "# Made by python -m k8s.rules\n" + yaml.safe_dump(what, sort_keys=False, width=100)
-        for path, what in documents.items()
+        path: "# Made by python -m k8s.rules\n"
+        + yaml.safe_dump(document, sort_keys=False, width=100)
+        for path, document in documents.items()
     }
 
 

@@ -1,1 +1,1 @@
-"""The request path: HTTP request in, image bytes out."""
+"""The server: from the HTTP request for images to their bytes, and the operator's commands."""

@@ -1,8 +1,8 @@
-"""The composition root: settings in, a Ray Serve application out. Nothing else wires deployments.
+"""The composition root: makes a Ray Serve application from settings.
 
-`build` is the import path of the declarative config (`serve.app:build`), in the demo, the tests
-and on KubeRay alike. Its arguments are hashed into every deployment's version, so they hold only
-what must restart replicas.
+Only this file connects the deployments with each other. Ray Serve's declarative config names its
+function `serve.app:build`, in the demo, the tests and on KubeRay alike. Ray Serve hashes the
+arguments into every deployment's version, so they hold only settings that must restart replicas.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .settings.application import ApplicationSettings
 from .settings.models import Pool, Resources
 from .settings.serve_config import autoscaling_config
 
-# Requests wait in the Dispatcher's queue alone: no deployment may put a second queue before it.
+# Requests wait only in the Dispatcher's queue: no deployment may queue them a second time.
 UNBOUNDED = 10_000
-# The default back-off of Serve's router leaves a replica idle between two images.
+# The default back-off of Ray Serve's router would leave a replica idle between two images.
 PROMPT_ROUTER = RequestRouterConfig(
     initial_backoff_s=0.005,
     max_backoff_s=0.02,
@@ -38,19 +38,21 @@ REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Ingress → Dispatcher, and → one Generator per pool → TextEncoder.
+    """Make the application from `ApplicationSettings` as plain data.
 
-    Ingress and Dispatcher also need their `user_config`: see `serve.launch.serve_config`.
+    The Ingress calls the Dispatcher and the Generators, of which each pool has its own deployment.
+    The Generators call the TextEncoder of their model, and the Dispatcher. Ingress and Dispatcher
+    also need a `user_config`: see `serve.settings.serve_config`.
     """
     settings = ApplicationSettings.model_validate(args)
     needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
     work = {model: list(unit) for model, unit in units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name=DISPATCHER).options(
         max_ongoing_requests=UNBOUNDED,
-        # Its streams never end by themselves, and sessions outlive it: nothing to wait for.
+        # Nothing to wait for: its streams never end by themselves, and sessions outlive it.
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
-        # Serve asks only what it scales how it is doing.
+        # Ray Serve calls `record_autoscaling_stats` only on deployments that it autoscales.
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
         needs,
@@ -115,23 +117,23 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _size(resources: Resources, policy: str) -> dict[str, Any]:
-    """A fixed number of replicas, or the bounds between which it follows the pools."""
+    """A fixed number of replicas, or the bounds between which their number follows the pools."""
     if resources.least == resources.replicas:
         return {"num_replicas": resources.replicas}
     return {"autoscaling_config": autoscaling_config(policy, resources.least, resources.replicas)}
 
 
 def _pool_size(pool: Pool, policy: str) -> dict[str, Any]:
-    """Let a pool begin at zero, so that a start does not wait for what cannot be placed.
+    """Let a pool begin at zero, so that a start does not wait for replicas that no node can hold.
 
-    The policy keeps the pool's `min_replicas`. Without `initial_replicas`, to which Serve would go
-    back with every new version.
+    The autoscaling policy keeps the pool's `min_replicas`. `initial_replicas` is not set, because
+    Ray Serve would go back to that number with every new version.
     """
     return {"autoscaling_config": autoscaling_config(policy, 0, pool.replicas)}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:
-    """Ray's options for the nodes that a replica may use, preferred ones first."""
+    """Ray's options for the nodes that a replica may use, preferred nodes first."""
     if not selectors:
         return {}
     first, *others = selectors

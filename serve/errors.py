@@ -1,4 +1,6 @@
-"""The error tree. Each class carries what the HTTP edge needs to answer truthfully.
+"""All errors that Octet answers over HTTP, as a tree of classes, and `SettingsError`.
+
+Each class of the tree holds the status, type and code of its answer:
 
     OctetError                      500  server_error            internal_error
     ├── InvalidRequest              400  invalid_request_error   invalid_value
@@ -26,8 +28,10 @@
     └── NonFiniteImage              500  server_error            non_finite_image
 
 Messages are written for the client: what was wrong, the value, what is allowed. They never hold
-paths, prompts or stack traces. `retryable` is what `x-should-retry` says; `headers` are those of
-the answer.
+paths, prompts or stack traces.
+
+`SettingsError` is the one error that is not an HTTP answer. It is for the operator, whose settings
+or tenants' files cannot be used.
 
 Pure: standard library only.
 """
@@ -39,8 +43,19 @@ from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 
+class SettingsError(Exception):
+    """The settings cannot be used; the message names the key, its value and what is allowed.
+
+    Not an HTTP answer: commands print the message, and a server does not start.
+    """
+
+
 class OctetError(Exception):
-    """Something went wrong here; the server's log says what."""
+    """An unexpected error in the server; its log holds the details.
+
+    The root of the tree. `retryable`: the value of the header `x-should-retry`. `param`: the field
+    of the request that was wrong. `headers`: further headers of the answer.
+    """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -55,7 +70,7 @@ class OctetError(Exception):
 
 
 class InvalidRequest(OctetError):
-    """The request can never succeed as it stands; `param` names the field."""
+    """The request is not valid and cannot succeed unchanged; `param` names the field."""
 
     status = 400
     type = "invalid_request_error"
@@ -63,41 +78,41 @@ class InvalidRequest(OctetError):
 
 
 class KeyInvalid(InvalidRequest):
-    """The API key is missing, wrong, or has been revoked."""
+    """The API key is missing, wrong or revoked."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class LinkInvalid(InvalidRequest):
-    """The signature of an image's URL is wrong, or its time is over."""
+    """The URL of an image has a wrong signature or has expired."""
 
     status = 403
     code = "link_invalid"
 
 
 class NotFound(InvalidRequest):
-    """There is nothing at this path, or the image is no longer kept."""
+    """Nothing exists at this path, or the image is no longer kept."""
 
     status = 404
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
-    """No model of this name is served; `GET /v1/models` lists them."""
+    """No model of this name is served; `GET /v1/models` lists the models."""
 
     code = "model_not_found"
 
 
 class MethodNotAllowed(InvalidRequest):
-    """The path exists, but not for this method; `allow` lists those it has."""
+    """The path does not support this method; the header `allow` lists its methods."""
 
     status = 405
     code = "method_not_allowed"
 
 
 class BodyTimeout(InvalidRequest):
-    """The body did not arrive in time."""
+    """The request body did not arrive in time."""
 
     status = 408
     code = "body_timeout"
@@ -111,21 +126,21 @@ class RequestIdInUse(InvalidRequest):
 
 
 class BodyTooLarge(InvalidRequest):
-    """The body is larger than the settings allow."""
+    """The request body is larger than the settings allow (`max_body_bytes`)."""
 
     status = 413
     code = "body_too_large"
 
 
 class RequestCancelled(InvalidRequest):
-    """It was cancelled by DELETE /v1/requests/ID."""
+    """The request was cancelled by `DELETE /v1/requests/ID`."""
 
     status = 499
     code = "request_cancelled"
 
 
 class RateLimited(OctetError):
-    """More requests or work at a time than the tenant's limits; `retry-after` says when."""
+    """The tenant is at its limit of rate or open requests; `retry-after` says when to try again."""
 
     status = 429
     type = "rate_limit_error"
@@ -134,7 +149,7 @@ class RateLimited(OctetError):
 
 
 class QuotaExceeded(RateLimited):
-    """What is left of the tenant's monthly budget does not suffice."""
+    """The rest of the tenant's monthly budget is less than the request costs."""
 
     type = "insufficient_quota"
     code = "insufficient_quota"
@@ -142,19 +157,19 @@ class QuotaExceeded(RateLimited):
 
 
 class OwnQueueFull(RateLimited):
-    """The tenant has as much waiting as it may; others may be taken."""
+    """The tenant has as much work queued as it may; other tenants' requests are still accepted."""
 
     code = "queue_full"
 
 
 class BacklogTooLong(RateLimited):
-    """With what the tenant has waiting already it would not be done within `timeout_s`."""
+    """The request would miss `timeout_s` behind the tenant's own queued requests."""
 
     code = "deadline_unreachable"
 
 
 class Unavailable(OctetError):
-    """The request cannot be taken now; another time it may."""
+    """The request cannot be served at the moment; try again later."""
 
     status = 503
     code = "unavailable"
@@ -162,44 +177,44 @@ class Unavailable(OctetError):
 
 
 class NoCapacity(Unavailable):
-    """No replica lives that may serve the request, and no node could hold one."""
+    """No replica can serve the request, and no node can hold such a replica."""
 
     code = "no_capacity"
 
 
 class QueueFull(Unavailable):
-    """As many images wait as the settings allow."""
+    """The queue holds as many images as the settings allow (`max_queued`)."""
 
     code = "queue_full"
 
 
 class DeadlineUnreachable(Unavailable):
-    """It would not be done within `timeout_s`."""
+    """The request would not be finished within `timeout_s`."""
 
     code = "deadline_unreachable"
 
 
 class ReplicaFailed(Unavailable):
-    """Every attempt ended with the death of its replica: perhaps the request kills them."""
+    """The replica died in every attempt; the request itself may be the cause."""
 
     code = "replica_failed"
     retryable = False
 
 
 class StoreFailed(Unavailable):
-    """The image was drawn, but could not be stored for its URL."""
+    """The image could not be stored for its URL, or the store does not answer."""
 
     code = "store_failed"
 
 
 class UsageUnrecorded(Unavailable):
-    """The image was drawn, but what it costs could not be written down; it is not charged."""
+    """The image was generated, but its usage could not be recorded; it is not charged."""
 
     code = "usage_unrecorded"
 
 
 class DeadlineExceeded(OctetError):
-    """The images were not done within `timeout_s`."""
+    """The images were not finished within `timeout_s`."""
 
     status = 504
     code = "deadline_exceeded"
@@ -212,14 +227,17 @@ class NonFiniteImage(OctetError):
 
 
 def tree(cls: type[OctetError] = OctetError) -> Iterator[type[OctetError]]:
-    """A class of the tree and all below it, as drawn above."""
+    """Yield an error class and all its subclasses, in the order of the tree above."""
     yield cls
     for child in cls.__subclasses__():
         yield from tree(child)
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
+    """The end of a message about an unknown name: the nearest known name, or all known names.
+
+    For example "did you mean 'size'?" or "known: fp8, fp16".
+    """
     name = name[:100]  # comparing takes time that grows with its square
     inside = [k for k in known if len(name) > 2 and (name in k or (k in name and len(k) > 2))]
     near = inside or difflib.get_close_matches(name, known, 1, cutoff=0.5)
@@ -227,7 +245,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def markdown_table() -> str:
-    """The tree as docs/api.md shows it, by status."""
+    """The table of all errors in docs/api.md, sorted by status and code."""
     rows = [
         f"| {error.status} | `{error.code}` | {'yes' if error.retryable else 'no'} "
         f"| {(error.__doc__ or '').splitlines()[0]} |"
@@ -238,7 +256,3 @@ def markdown_table() -> str:
 
 if __name__ == "__main__":
     print(markdown_table(), end="")  # noqa: T201 - what `python -m serve.errors` is for
-
-
-class SettingsError(Exception):
-    """The settings cannot be used; the message says which key, its value and what is allowed."""

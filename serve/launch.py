@@ -94,7 +94,7 @@ class RunningApplication:
                 states = application.deployments.items()
                 awaited = [name for name, d in states if d.status != "HEALTHY"]
                 if application.status == "RUNNING":
-                    pools = self._status(ANSWER_S).pools
+                    pools = self.status().pools
                     empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
                     coming = {name for name in empty if pools[name].placeable}
                     if self._served(empty, coming):
@@ -117,7 +117,7 @@ class RunningApplication:
         from ray.serve.exceptions import RayServeException
 
         try:
-            status = self._status(GLANCE_S)
+            status = self.status(GLANCE_S)
         except (RayError, RayServeException, TimeoutError):
             return {}
         return {name: pool.reason for name, pool in status.pools.items()}
@@ -167,7 +167,8 @@ class RunningApplication:
         if self._handle is not None:
             self._handle.shutdown()
 
-    def _status(self, timeout_s: float) -> DispatcherStatus:
+    def status(self, timeout_s: float = ANSWER_S) -> DispatcherStatus:
+        """The Dispatcher's status. Raises Ray's errors, and `TimeoutError`."""
         status: DispatcherStatus = self._dispatcher().state.remote().result(timeout_s=timeout_s)
         return status
 

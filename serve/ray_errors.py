@@ -1,4 +1,4 @@
-"""What Ray raises at the caller when the replica that it called is gone."""
+"""The errors that Ray raises in a caller whose replica has died or is lost with its node."""
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 

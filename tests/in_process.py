@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from autoscaling.load import PoolBounds as PoolLimits
-from autoscaling.load import ScalingLimits
+from autoscaling.load import PoolBounds, ScalingLimits
 from cluster.placement import Node, NodeRequirement
 from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.protocol import Timing
 
 
 class Handle:
@@ -18,6 +18,7 @@ class Handle:
     def __init__(self, target: Any) -> None:
         self.target = target
         self.streams: list[Stream] = []
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def options(self, stream: bool) -> Handle:
         assert stream
@@ -32,6 +33,7 @@ class Handle:
                 return self
 
             def remote(self, *args: Any) -> Any:
+                handle.calls.append((method, args))
                 result = getattr(handle.target, method)(*args)
                 if not hasattr(result, "__anext__"):
                     return result
@@ -40,8 +42,13 @@ class Handle:
 
         return Method()
 
+    def mute(self) -> None:
+        """Lose what the replica says from now on, as when it dies before its words arrive."""
+        for stream in self.streams:
+            stream.muted = True
+
     def break_off(self, fresh: Any) -> None:
-        """The replica dies and another takes its place."""
+        """Let the replica die and another one take its place."""
         self.target = fresh
         for stream in self.streams:
             stream.cancel()
@@ -50,6 +57,7 @@ class Handle:
 class Stream:
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self.items = items
+        self.muted = False
         self.broken = asyncio.Event()
 
     def cancel(self) -> None:
@@ -69,10 +77,10 @@ class Stream:
                 item.cancel()
         if not item.done():
             raise ConnectionError("the replica died")
-        return item.result()
+        return await anext(self) if self.muted else item.result()
 
 
-class Someone:
+class Client:
     """A client that stays until it is cancelled."""
 
     def __init__(self) -> None:
@@ -86,27 +94,33 @@ class Someone:
         return self.cancelled
 
 
+# Without the time in which a restarted Dispatcher only listens, and with quick reconnects.
+PROMPT = Timing(recovery_s=0.0, reconnect_s=0.01)
+
+
 def a_dispatcher(
     *pools: str,
     max_queued: int = 9,
-    recovery_s: float = 0,
     tenants_folder: str | None = None,
     usage_folder: str | None = None,
     limits: ScalingLimits | None = None,
+    nodes: list[Node] | None = None,
+    timing: Timing = PROMPT,
 ) -> Dispatcher:
-    """A Dispatcher of pools that fit on the one node there is, but for "elsewhere"."""
-    needs = {
-        p: NodeRequirement("fp16", num_cpus=1, num_gpus=float(p == "elsewhere")) for p in pools
-    }
-    nodes = [Node("n", num_cpus=1)]
+    """A Dispatcher of pools that fit on the one node there is, but for "elsewhere".
+
+    `nodes` may be changed while it runs.
+    """
+    needs = {p: NodeRequirement("fp16", 1, float(p == "elsewhere")) for p in pools}
+    alive = [Node("n", num_cpus=1)] if nodes is None else nodes
     dispatcher = Dispatcher(
         needs,
-        limits or ScalingLimits({pool: PoolLimits("m", 0, 9, 4) for pool in pools}),
+        limits or ScalingLimits({pool: PoolBounds("m", 0, 9, 4) for pool in pools}),
         "queued-work",
         tenants_folder,
         usage_folder,
-        lambda: nodes,
-        recovery_s,
+        lambda: alive,
+        timing,
     )
     dispatcher.reconfigure({"max_queued": max_queued})
     return dispatcher

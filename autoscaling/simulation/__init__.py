@@ -1,1 +1,1 @@
-"""A simulator for autoscaling policies: fleets, workloads, baselines and plots."""
+"""A simulator of autoscaling policies: fleets, workloads, baseline policies and plots."""

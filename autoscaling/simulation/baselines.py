@@ -1,5 +1,7 @@
-"""What the simulator compares with: Ray Serve's own policy, a queue-length rule as KEDA and
-Kubernetes apply it, and an oracle. For measurements, not for serving.
+"""The baseline policies of the simulator, with which Octet's own policy is compared.
+
+They are Ray Serve's own policy, the queue-length rule of KEDA and Kubernetes, and an oracle. They
+serve for measurements only.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from .simulator import TICK_S, PolicyView
 
 
 class _Now:
-    """In the place of the `time` module where Ray's delays read the clock."""
+    """A simulated clock that replaces the `time` module in Ray's policy, whose delays read it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,12 +31,12 @@ class _Now:
 
 
 class RayServe:
-    """`replica_queue_length_autoscaling_policy` as installed, through Serve's factors and delays.
+    """The installed `replica_queue_length_autoscaling_policy`, with Serve's factors and delays.
 
-    It is told the requests that wait or run, as Serve would count them if they waited in its
-    handles: their mean over `look_back_period_s` (Serve's default, 30 s, as for the interval).
-    `target_ongoing_requests` is that of the first pool; others have as much for each of their
-    slots.
+    The policy is told the number of waiting and running requests as Serve would count them if they
+    waited in its handles: as their mean over `look_back_period_s` (Serve's default, 30 s; the
+    interval is Serve's default too). `target_ongoing_requests` holds for the first pool; other
+    pools have the same target per slot.
     """
 
     def __init__(
@@ -109,19 +111,26 @@ class RayServe:
 def _requests(
     name: str, pools: Mapping[str, PoolBounds], wanted: Mapping[str, int], view: PolicyView
 ) -> int:
-    """That run in a pool; those that wait count for the first that is not at its limit."""
+    """The requests of a pool, as the baselines count them.
+
+    These are the requests that run in the pool. Waiting requests count for the first pool that is
+    not at its limit, or for the last one if all pools are.
+    """
     *_, last = pools
     growing = (other for other, pool in pools.items() if wanted[other] < pool.max_replicas)
     return view.running[name] + (view.waiting if name == next(growing, last) else 0)
 
 
 class QueueLength:
-    """KEDA's rule on the number of requests that wait or run, carried out by Kubernetes' HPA.
+    """KEDA's rule on the number of waiting and running requests, applied by Kubernetes' HPA.
 
-    Every 15 s: replicas = ⌈requests ÷ `target`⌉, unless within 10 % of what there is; no more than
-    twice as many at once, or four more; and no fewer than were called for within
-    `stabilisation_s`. KEDA itself goes to zero after `cooldown_s` without requests and to one with
-    the first, looking every 30 s.
+    Every 15 s the HPA sets replicas = ⌈requests ÷ `target`⌉, unless that is within 10 % of the
+    present number. It adds at most as many replicas as there are, or four if that is more. It goes
+    no lower than the highest number that the rule gave within `stabilisation_s`. KEDA itself goes
+    to zero replicas after `cooldown_s` without requests, and to one with the first request; it
+    looks every 30 s.
+
+    `target` holds for the first pool; other pools have the same target per slot.
     """
 
     EVERY_S, POLL_S, TOLERANCE = 15.0, 30.0, 0.1
@@ -138,7 +147,7 @@ class QueueLength:
         self._targets = {n: target * pool.slots / first.slots for n, pool in pools.items()}
         self._stabilisation_s, self._cooldown_s = stabilisation_s, cooldown_s
         self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
-        self._called: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
+        self._results: dict[str, deque[tuple[float, int]]] = {name: deque() for name in pools}
         self._active = dict.fromkeys(pools, -math.inf)
 
     def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
@@ -156,25 +165,27 @@ class QueueLength:
         return self._wanted
 
     def _hpa(self, name: str, requests: int, wanted: int, now: float) -> int:
+        """The HPA's next number of replicas, given the present number `wanted`."""
         target = self._targets[name]
         near = abs(requests / (target * wanted) - 1) <= self.TOLERANCE
-        called = wanted if near else max(math.ceil(requests / target), 1)
-        recent = self._called[name]
-        recent.append((now, called))
+        result = wanted if near else max(math.ceil(requests / target), 1)
+        recent = self._results[name]
+        recent.append((now, result))
         while now - recent[0][0] > self._stabilisation_s:
             recent.popleft()
-        if called < wanted:
-            return min(max(c for _, c in recent), wanted)
-        return min(called, max(2 * wanted, wanted + 4))
+        if result < wanted:
+            return min(max(replicas for _, replicas in recent), wanted)
+        return min(result, max(2 * wanted, wanted + 4))
 
 
 class Oracle:
-    """Knows every request before it comes, and orders replicas so that they are ready for it.
+    """A policy that knows every request in advance, and orders replicas to be ready for it.
 
-    A moment needs the work that arrives within `window_s` around it, and `spare` standard
-    deviations of the images drawn at a time. What will be needed again within the time of two
-    starts is kept. Both are tuned, so its cost says what it is worth to know the future, and is no
-    proof that nothing is cheaper.
+    At any time it needs replicas for the mean rate of work within a window of `window_s` around
+    that time, plus `spare` standard deviations of the number of images that are generated at a
+    time. It keeps replicas that it will need again within the time of two starts. Both numbers are
+    tuned. So its cost shows the value of knowing the future, and does not prove that no policy is
+    cheaper.
     """
 
     def __init__(
@@ -186,7 +197,7 @@ class Oracle:
         spare: float = 2.0,
         window_s: float = 60.0,
     ) -> None:
-        """`arrivals`: times and work, in order."""
+        """`arrivals`: the time and the work of each request, in order of time."""
         self._pools = pools
         most = sum(pool.max_replicas for pool in pools.values())
         (pool, *_) = pools.values()
@@ -200,12 +211,12 @@ class Oracle:
                 sums[bisect_left(times, at + window_s / 2)]
                 - sums[bisect_left(times, at - window_s / 2)]
             )
-            always = work / window_s
-            need = math.ceil(always + spare * math.sqrt(always / pool.slots) - 1e-9)
+            busy = work / window_s  # reference replicas that are busy on average
+            need = math.ceil(busy + spare * math.sqrt(busy / pool.slots) - 1e-9)
             needs.append(min(max(need, pool.min_replicas), most))
         ahead = math.ceil(start_s / TICK_S)
-        # Ordered when it has just time to start; kept if it is needed again within another start,
-        # which would cost as much.
+        # A replica is ordered just in time to be ready. It is kept if it is needed again within
+        # another start's time, because a new start would cost as much.
         ordered, kept = _most_ahead(needs, ahead), _most_ahead(needs, 2 * ahead)
         self._wanted: list[int] = []
         for now, later in zip(ordered, kept, strict=True):
@@ -222,7 +233,7 @@ class Oracle:
 
 
 def _most_ahead(values: Sequence[int], ticks: int) -> list[int]:
-    """Of each value and the next ones."""
+    """For each value, the greatest of it and the next `ticks` values."""
     found, window = [0] * len(values), deque[int]()
     for i in range(len(values) - 1, -1, -1):
         while window and values[window[-1]] <= values[i]:

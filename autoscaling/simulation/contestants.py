@@ -11,7 +11,7 @@ from .simulator import Policy, PolicyView
 
 
 class QueuedWork:
-    """Ours; what is None is as in `limits`."""
+    """Octet's own policy; numbers that are None are those of `limits`."""
 
     def __init__(
         self,
@@ -20,12 +20,12 @@ class QueuedWork:
         hold_s: float | None = None,
         utilisation: float | None = None,
     ) -> None:
-        kept = limits.tuning
+        given = limits.tuning
         tuning = replace(
-            kept,
-            spare=kept.spare if spare is None else spare,
-            hold_s=hold_s or kept.hold_s,
-            utilisation=utilisation or kept.utilisation,
+            given,
+            spare=given.spare if spare is None else spare,
+            hold_s=hold_s or given.hold_s,
+            utilisation=utilisation or given.utilisation,
         )
         self._limits = replace(limits, tuning=tuning)
         self._state = PolicyState()
@@ -37,7 +37,10 @@ class QueuedWork:
 
 
 class Static:
-    """Always so many replicas, of the first pool as long as it has them."""
+    """A policy with a fixed number of replicas.
+
+    The first pool gets as many of them as its limit allows, the next pool the others, and so on.
+    """
 
     def __init__(self, pools: Mapping[str, PoolBounds], replicas: int) -> None:
         self._wanted = {}
@@ -57,12 +60,13 @@ def contestant(
     start_s: float,
     **numbers: float,
 ) -> Policy:
-    """`works`: times and work of all requests, and `start_s`, for the oracle alone.
+    """Make a policy by its name: `queued-work`, `static`, `ray-serve`, `keda` or `oracle`.
 
-    `numbers` are what a policy is tuned by: the names of its constructor's arguments. Raises
-    `TypeError` for others.
+    `works`, `seconds` and `start_s` are for the oracle alone: time and work of each request, the
+    length of the workload, and the time of a start. `numbers` tune the policy: they are keyword
+    arguments of its constructor. Raises `TypeError` for other names.
     """
-    from . import baselines  # needs Ray
+    from . import baselines  # imported here, because it needs Ray
 
     if name == "queued-work":
         return QueuedWork(limits, **numbers)

@@ -1,8 +1,8 @@
-"""Simulated replicas on simulated nodes: starts, stops, failures, and what they cost.
+"""Simulated replicas on simulated nodes: their starts, stops, failures and cost.
 
-A replica with several images does one step of each in turn; images of one size share the constant
-part of a step. So all of its images take their steps at the same pace, and a clock that counts
-rounds tells when each image is done.
+A replica that runs several images does one step of each in turn, which is a *round*. Images of one
+size share the constant part of a step. So all images of a replica take their steps at the same
+pace, and a clock that counts rounds tells when each image is done.
 
 Pure: imports the standard library and pure files only.
 """
@@ -20,12 +20,16 @@ from ..load import PoolBounds
 
 @dataclass(frozen=True, slots=True)
 class NodeType:
-    """The nodes of a pool, each with one card; times in seconds, None: never.
+    """The kind of nodes on which a pool runs.
 
-    Nodes are paid for from the moment that they are ordered. `node_s`: from the order until the node
-    is there. `idle_s`: until an empty node is given back. `start_s`: a replica's start on a node,
-    give or take a fifth. `replica_fails_s`, `node_taken_s`: mean times until a replica fails and
-    until the provider takes a node away; `notice_s`: how long before that it says so.
+    - `card`, `usd_h`, `per_node`: the card's id, US dollars per hour of a node, and replicas per
+      node. A node is paid for from its order on.
+    - `node_s`: seconds from the order of a node until it is up.
+    - `idle_s`: seconds after which an empty node is given back.
+    - `start_s`: mean seconds of a replica's start on a node; starts vary by ±20 %.
+    - `replica_fails_s`, `node_taken_s`: mean seconds until a replica fails, and until the provider
+      takes a node away; None: never.
+    - `notice_s`: seconds between the provider's notice and the end of the node.
     """
 
     card: str
@@ -40,7 +44,7 @@ class NodeType:
 
 
 class SimulatedNode:
-    """A node; it is `leaving` once the provider has said that it takes it away."""
+    """A node; `leaving`: the provider has announced that it takes the node away."""
 
     def __init__(self, ordered: float) -> None:
         self.ordered = ordered
@@ -51,9 +55,10 @@ class SimulatedNode:
 
 @dataclass(slots=True, eq=False)
 class SimulatedImage:
-    """An image that a replica generates; it is done when the replica's clock is at `ends`.
+    """An image that a replica generates.
 
-    `row_s`: the seconds that it adds to a round.
+    `size`: its number of image tokens. `row_s`: the seconds that the image adds to a round. `ends`:
+    the round of the replica's clock at which the image is done.
     """
 
     request: Any
@@ -63,14 +68,17 @@ class SimulatedImage:
 
 
 class SimulatedReplica:
-    """A replica of a pool; `draining`: it gets no new images."""
+    """A replica of a pool and its clock, which counts rounds.
+
+    `draining`: the replica gets no new images. `step_s`: the constant part of a step, in seconds.
+    """
 
     def __init__(self, pool: int, began: float, step_s: float) -> None:
         self.node: SimulatedNode | None = None
         self.pool, self.began = pool, began
         self.ready = self.draining = self.stopped = False
         self.running: list[SimulatedImage] = []
-        self.plan = 0  # number of the planned end that holds
+        self.plan = 0  # number of the newest planned end; older plans are void
         self._step_s = step_s
         self._sizes: Counter[int] = Counter()
         self._row_s = 0.0
@@ -103,7 +111,7 @@ class SimulatedReplica:
 
     @property
     def ends_at(self) -> float:
-        """When `next` is done, if no image joins."""
+        """The time at which `next` is done, if no image joins or leaves before."""
         return self._at + max(self.next.ends - self._rounds, 0.0) * self._round_s
 
     @property
@@ -113,7 +121,7 @@ class SimulatedReplica:
 
 @dataclass(slots=True)
 class FleetCost:
-    """Seconds of replicas and of nodes, and the number of replica starts."""
+    """The seconds of all replicas and of all nodes, and the number of replica starts."""
 
     replica_s: float = 0.0
     node_s: float = 0.0
@@ -121,23 +129,26 @@ class FleetCost:
 
 
 class SimulationClock(Protocol):
-    """The simulation that a fleet belongs to."""
+    """The part of `Simulation` that a fleet uses."""
 
     def later(self, at: float, do: Callable[[float], None]) -> None:
-        """Call `do` at a time."""
+        """Call `do` at the time `at`."""
 
     def ready(self, replica: SimulatedReplica, now: float) -> None:
-        """A replica may get images from now on."""
+        """Let a replica get images from now on."""
 
     def withdrawn(self, replica: SimulatedReplica) -> None:
-        """A replica gets no new images; it finishes those that it has."""
+        """Give a replica no new images; it finishes those that it has."""
 
     def lost(self, replica: SimulatedReplica, now: float) -> None:
-        """A withdrawn replica dies with its images."""
+        """Take back the images of a withdrawn replica that has died."""
 
 
 class PoolFleet:
-    """The replicas of one pool and its nodes."""
+    """The replicas and nodes of one pool.
+
+    `number`: the pool's place in the simulation. `step_s`: the constant part of a step, in seconds.
+    """
 
     def __init__(
         self,
@@ -152,22 +163,22 @@ class PoolFleet:
         self._number, self._step_s, self._clock = number, step_s, clock
         self._later = clock.later
         self._chance = random.Random(seed)
-        self.replicas: list[SimulatedReplica] = []  # without draining ones
+        self.replicas: list[SimulatedReplica] = []  # all that are not draining
         self.nodes: list[SimulatedNode] = []
         self.wanted = 0
 
     def want(self, replicas: int, now: float) -> None:
-        """Start or stop replicas until there are as many as wanted."""
+        """Start or stop replicas until `replicas` are there or starting."""
         self.wanted = replicas
         while len(self.replicas) < replicas:
             self.replicas.append(replica := SimulatedReplica(self._number, now, self._step_s))
             self.cost.starts += 1
             self._place(replica, now)
         while len(self.replicas) > replicas:
-            self.stop(min(self.replicas, key=self._dispensable), now)
+            self.stop(min(self.replicas, key=self._stop_order), now)
 
     def stop(self, replica: SimulatedReplica, now: float) -> None:
-        """Give a replica no new images, and end it when its images are done."""
+        """Give a replica no new images, and end it as soon as it runs none."""
         self._withdraw(replica)
         if not replica.running:
             self.end(replica, now)
@@ -188,7 +199,7 @@ class PoolFleet:
                 self._later(now + self.node_type.idle_s, lambda at: self._give_back(node, at))
 
     def forget(self, now: float) -> None:
-        """Forget all cost before `now`."""
+        """Forget all costs before `now`."""
         self.cost = FleetCost()
         for node in self.nodes:
             node.ordered = now
@@ -196,22 +207,26 @@ class PoolFleet:
                 replica.began = now
 
     def close(self, now: float) -> None:
-        """End the simulation: what is still there is paid for until `now`."""
+        """End the simulation: count the cost of all nodes and replicas until `now`."""
         for node in self.nodes:
             self.cost.node_s += now - node.ordered
             self.cost.replica_s += sum(now - replica.began for replica in node.replicas)
 
-    def _dispensable(self, replica: SimulatedReplica) -> tuple[bool, int, float]:
-        """Sort key of the replica to stop, as Ray Serve: not ready, on the emptiest node, newest."""
+    def _stop_order(self, replica: SimulatedReplica) -> tuple[bool, int, float]:
+        """Sort key for the replica to stop first.
+
+        The order is Ray Serve's: replicas that are not ready, then those on the emptiest node, then
+        the newest ones.
+        """
         node = replica.node
         return replica.ready, len(node.replicas) if node else 0, -replica.began
 
     def _place(self, replica: SimulatedReplica, now: float) -> None:
-        """Place a replica on the fullest node with room, otherwise on a new one."""
-        room = [
+        """Place a replica on the fullest node that has a place left, otherwise on a new node."""
+        with_place = [
             n for n in self.nodes if not n.leaving and len(n.replicas) < self.node_type.per_node
         ]
-        node = max(room, key=lambda n: (n.up, len(n.replicas)), default=None)
+        node = max(with_place, key=lambda n: (n.up, len(n.replicas)), default=None)
         if node is None:
             node = SimulatedNode(now)
             self.nodes.append(node)
@@ -249,7 +264,7 @@ class PoolFleet:
         self._clock.ready(replica, now)
 
     def _fail(self, replica: SimulatedReplica, now: float) -> None:
-        """A replica dies; Ray Serve starts another one in its place."""
+        """Let a replica die; Ray Serve starts another one in its place."""
         if replica.stopped:
             return
         self._kill(replica, now)
@@ -262,7 +277,7 @@ class PoolFleet:
         self.end(replica, now)
 
     def _notice(self, node: SimulatedNode, now: float) -> None:
-        """The provider announces to take a node: its replicas drain, and others are started."""
+        """The provider announces that it takes a node: drain its replicas and start others."""
         if node.gone:
             return
         node.leaving = True

@@ -1,4 +1,4 @@
-"""Pictures of simulations and of what was measured: load, replicas and queue over time."""
+"""Plots of simulations and of measurements: load, replicas and queue over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#8d6a9f")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means over a hundredth of them on either side."""
+    """Moving means; each reaches over a hundredth of the values to either side."""
     sums, reach = [0.0, *accumulate(values)], max(len(values) // 100, 1)
     ends = [(max(i - reach, 0), min(i + reach + 1, len(values))) for i in range(len(values))]
     return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
@@ -22,11 +22,12 @@ def plot_timelines(
     timelines: Mapping[str, Sequence[TimelinePoint]],
     title: str,
     out: Path,
-    arriving: str = "work that arrives,\nreplicas' seconds a second",
+    arriving: str = "arriving work,\nreplica seconds per second",
 ) -> None:
-    """Timelines by name, above each other on one time axis, into an image file.
+    """Plot timelines, given by name, over one time axis into the image file `out`.
 
-    `arriving`: what is said of the first number. Raises `ImportError` without matplotlib.
+    The load is that of the first timeline; replicas and queue are plotted for each of them.
+    `arriving`: the label of the load's axis. Raises `ImportError` without matplotlib.
     """
     import matplotlib as mpl
 
@@ -49,7 +50,7 @@ def plot_timelines(
         queue.plot(times, [point.queued for point in points], color=colour)
     replicas.set_ylabel("replicas: ready,\ndotted: wanted")
     replicas.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
-    queue.set_ylabel("requests that wait")
+    queue.set_ylabel("waiting requests")
     queue.set_xlabel(unit)
     figure.suptitle(title)
     for axes in (load, replicas, queue):

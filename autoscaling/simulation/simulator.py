@@ -1,9 +1,9 @@
 """A simulation of a fleet under a workload and a policy: its cost, and how long requests wait.
 
-It runs event by event. Requests wait in the queue that the caller hands in (the product's fair
-queue), their work is what `cluster.cost` says, and once a second the policy is told what the
-Dispatcher would tell it. Replicas and nodes are those of `fleet`. The same seed gives the same
-result.
+The simulation runs event by event. Requests wait in a queue that the caller hands in, in practice
+Octet's fair queue. `cluster.cost` says how much work they are. Once per second the policy is told
+what the Dispatcher would tell it. `fleet` simulates replicas and nodes. The same seed gives the
+same result.
 
 Pure: imports the standard library and pure files only.
 """
@@ -24,15 +24,15 @@ from .fleet import NodeType, PoolFleet, SimulatedReplica
 from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
-PATIENCE_S = 3600.0  # how long after the last arrival requests may still be finished
-IN_TIME_SLOWDOWN = 5.0  # an answer is in time within so many times what the image takes alone
+PATIENCE_S = 3600.0  # seconds after the workload's end in which requests may still be finished
+IN_TIME_SLOWDOWN = 5.0  # in time: within this many times the seconds that the image takes alone
 TEXT_TOKENS = 333
-POINTS = 2000  # of a timeline
+POINTS = 2000  # about as many points has a timeline
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedPool:
-    """A pool and the nodes that it runs on; `costs`: an image's cost on one of its replicas."""
+    """A pool, the nodes that it runs on, and the cost of images on one of its replicas."""
 
     pool: PoolBounds
     node_type: NodeType
@@ -40,7 +40,10 @@ class SimulatedPool:
 
 
 class PolicyView(NamedTuple):
-    """What a policy may know; `running` and `waiting` are numbers of requests."""
+    """Everything that a policy may know.
+
+    `running`: requests that run in each pool. `waiting`: requests in the queue.
+    """
 
     load: Load
     running: Mapping[str, int]
@@ -51,7 +54,10 @@ Policy = Callable[[PolicyView, float], Mapping[str, int]]  # view and time → r
 
 
 class TimelinePoint(NamedTuple):
-    """The fleet at a time; `arriving`: seconds of work per second."""
+    """The fleet at one time.
+
+    `arriving`: seconds of work per second. `queued`: requests. `wanted`, `ready`: replicas.
+    """
 
     at: float
     arriving: float
@@ -62,10 +68,12 @@ class TimelinePoint(NamedTuple):
 
 @dataclass(slots=True)
 class SimulationResult:
-    """What a simulation has counted.
+    """The counts of a simulation.
 
-    `waits`: seconds from each request to the grant that led to its image, sorted. `ups`, `downs`:
-    changes of the number of wanted replicas.
+    `requests`, `in_time`, `retried`: requests that arrived, that were answered in time, and
+    repetitions after a replica died. `waits`: seconds from each request to the grant that led to
+    its image, sorted. `usd`, `replica_h`, `starts`: the cost, the hours of replicas and the number
+    of their starts. `ups`, `downs`: how often the number of wanted replicas rose and fell.
     """
 
     requests: int = 0
@@ -98,9 +106,11 @@ class SimulationResult:
 
 
 class _ShapeCosts(NamedTuple):
-    """A request shape's work, its time alone in the fastest pool, and its time in each pool.
+    """The costs of a request shape.
 
-    `row_s`: seconds of one step on a replica of each pool, beside the step's constant part.
+    `work_s`: its work. `alone_s`: seconds that it takes alone in the fastest pool. `size`: the
+    number of its image tokens. `row_s`: for each pool, the seconds of one step on a replica,
+    without the constant part of a step.
     """
 
     work_s: float
@@ -112,7 +122,7 @@ class _ShapeCosts(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SimulatedRequest:
-    """A request from its arrival `at` to its end; waits in a `RequestQueue`."""
+    """A request from its arrival at the time `at` to its end; it waits in a `RequestQueue`."""
 
     tenant: str
     work_s: float
@@ -135,7 +145,7 @@ class RequestQueue(Protocol):
 
 
 def image_of(shape: RequestShape) -> ImageShape:
-    """A request's shape as the cost model takes it."""
+    """A request's shape in the form that the cost model takes."""
     rows = 1 + (shape.guidance > 1)
     return ImageShape(shape.width, shape.height, TEXT_TOKENS, rows, shape.steps)
 
@@ -151,9 +161,10 @@ class Simulation:
         seed: int = 0,
         unit: CostCoefficients | None = None,
     ) -> None:
-        """`pools`: a model's pools by name, preferred first; `queue`: an empty queue.
+        """`pools`: a model's pools by name, preferred first. `queue`: an empty queue.
 
-        `unit`: the cost that counts as an image's work, by default that of the first pool.
+        `unit`: the cost of images on the reference replica, which is their work; by default the
+        cost in the first pool.
         """
         self._policy, self._seed = policy, seed
         self._names = tuple(pools)
@@ -164,7 +175,9 @@ class Simulation:
         self._queue = queue
         self._costs: dict[RequestShape, _ShapeCosts] = {}
         self._queued_s = 0.0
-        self._open: list[list[SimulatedReplica]] = [[] for _ in pools]  # those that get new images
+        self._open: list[list[SimulatedReplica]] = [
+            [] for _ in pools
+        ]  # replicas that get new images
         self._running = [0] * len(self._pools)
         self._chance = random.Random(seed)
         self._result = SimulationResult()
@@ -177,7 +190,7 @@ class Simulation:
         ]
 
     def run(self, workload: Workload, warm_up_s: float = 0.0) -> SimulationResult:
-        """Run the workload; what happens within the first `warm_up_s` seconds is not counted."""
+        """Run the workload; nothing that happens in the first `warm_up_s` seconds is counted."""
         self._counted_from = warm_up_s
         for fleet in self._fleets if warm_up_s else ():
             self.later(warm_up_s, fleet.forget)
@@ -196,7 +209,7 @@ class Simulation:
                 if ticks % every == 0:
                     arriving = (self._arrived_s - seen_s) / (every * TICK_S)
                     seen_s = self._arrived_s
-                    self._note(now, arriving)
+                    self._add_point(now, arriving)
                 ticks, next_tick = ticks + 1, next_tick + TICK_S
                 finished = upcoming is None and self._done == self._requests
                 if now >= workload.seconds and (finished or now > workload.seconds + PATIENCE_S):
@@ -205,11 +218,12 @@ class Simulation:
                 self._arrive(upcoming)
                 upcoming = next(arrivals, None)
             else:
-                at, _, what, plan = heapq.heappop(events)
+                # An event is a callback, or the planned end of a replica's next image.
+                at, _, target, plan = heapq.heappop(events)
                 if plan is None:
-                    what(at)
-                elif what.plan == plan:
-                    self._end(what, at)
+                    target(at)
+                elif target.plan == plan:
+                    self._end(target, at)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -227,6 +241,7 @@ class Simulation:
         self._queue.add(request)
 
     def _grant(self, now: float) -> None:
+        """Start queued requests while there are free slots, in the preferred pools first."""
         for i, name in enumerate(self._names):
             slots = self._pools[i].pool.slots
             while len(self._queue) and self._running[i] < slots * len(self._open[i]):
@@ -238,33 +253,39 @@ class Simulation:
                 self._start(i, request, now)
 
     def _start(self, i: int, request: SimulatedRequest, now: float) -> None:
-        replica = self._routed(i)
+        replica = self._chosen_replica(i)
         request.granted_at = now
         costs = request.costs
         self._running[i] += 1
         replica.advance(now)
         replica.join(request, costs.size, costs.row_s[i], costs.steps)
-        self._plan(replica)
+        self._plan_end(replica)
 
-    def _routed(self, i: int) -> SimulatedReplica:
-        """The emptier of two random replicas, as Ray Serve's router chooses; if both are full, others."""
+    def _chosen_replica(self, i: int) -> SimulatedReplica:
+        """The emptier of two random replicas, as Ray Serve's router chooses.
+
+        If both are full another pair is tried, up to four pairs; after that the emptiest replica of
+        the pool is chosen.
+        """
         replicas, slots = self._open[i], self._pools[i].pool.slots
-        many = len(replicas)
+        count = len(replicas)
         for _ in range(4):
-            a = replicas[int(self._chance.random() * many)]
-            b = replicas[int(self._chance.random() * many)]
+            a = replicas[int(self._chance.random() * count)]
+            b = replicas[int(self._chance.random() * count)]
             best = a if len(a.running) <= len(b.running) else b
             if len(best.running) < slots:
                 return best
         return min(replicas, key=lambda replica: len(replica.running))
 
-    def _plan(self, replica: SimulatedReplica) -> None:
+    def _plan_end(self, replica: SimulatedReplica) -> None:
+        """Plan the end of a replica's next image; its older plans become void."""
         replica.plan += 1
         if replica.running:
             self._number += 1
             heapq.heappush(self._events, (replica.ends_at, self._number, replica, replica.plan))
 
     def _end(self, replica: SimulatedReplica, now: float) -> None:
+        """End the image of a replica that is done."""
         i = replica.pool
         replica.advance(now)
         image = replica.next
@@ -272,7 +293,7 @@ class Simulation:
         request: SimulatedRequest = image.request
         self._running[i] -= not replica.draining
         self._queue.settle(request.tenant, self._names[i], 0.0)
-        self._plan(replica)
+        self._plan_end(replica)
         self._done += 1
         if request.at >= self._counted_from:
             self._waits.append(request.granted_at - request.at)
@@ -294,15 +315,17 @@ class Simulation:
     # -- replicas -------------------------------------------------------------------------------
 
     def later(self, at: float, do: Callable[[float], None]) -> None:
+        """Call `do` at the time `at`."""
         self._number += 1
         heapq.heappush(self._events, (at, self._number, do, None))
 
     def ready(self, replica: SimulatedReplica, now: float) -> None:
+        """Let a replica get images from now on."""
         self._open[replica.pool].append(replica)
         self._grant(now)
 
     def lost(self, replica: SimulatedReplica, now: float) -> None:
-        """Queue the images of a replica that died once more."""
+        """Queue the images of a dead replica again."""
         replica.plan += 1
         for image in list(replica.running):
             replica.leave(image)
@@ -333,6 +356,7 @@ class Simulation:
         return PolicyView(Load([demand], supplies), running, len(self._queue))
 
     def _tick(self, now: float) -> None:
+        """Ask the policy, and change the fleets to what it wants."""
         wanted = self._policy(self._view(now), now)
         for name, fleet in zip(self._names, self._fleets, strict=True):
             replicas = min(max(wanted[name], fleet.pool.min_replicas), fleet.pool.max_replicas)
@@ -342,12 +366,13 @@ class Simulation:
                     self._result.downs += replicas < fleet.wanted
                 fleet.want(replicas, now)
 
-    def _note(self, now: float, arriving: float) -> None:
+    def _add_point(self, now: float, arriving: float) -> None:
         wanted = sum(fleet.wanted for fleet in self._fleets)
         ready = sum(map(len, self._open))
         self._result.timeline.append(TimelinePoint(now, arriving, len(self._queue), wanted, ready))
 
     def _close(self, now: float) -> SimulationResult:
+        """End the simulation and add up its result."""
         result = self._result
         for fleet in self._fleets:
             fleet.close(now)
@@ -358,7 +383,7 @@ class Simulation:
             )
             result.replica_h += fleet.cost.replica_s / 3600
             result.starts += fleet.cost.starts
-        # Requests that still wait have waited at least so long.
+        # Requests that still wait count with the time that they have waited so far.
         self._waits.extend(now - request.at for request in self._queue)
         result.waits = sorted(self._waits)
         return result

@@ -1,8 +1,8 @@
-"""Requests over time, to simulate: made from a seed, or read from a trace.
+"""Workloads for simulations: requests over time, generated from a seed or read from a trace.
 
-Requests of independent users are a Poisson process; where the rate changes, requests at the highest
-rate are drawn and thinned (Lewis & Shedler 1979). What is asked for is a mix of shapes with
-weights.
+Requests of independent users form a Poisson process. Where its rate changes, requests are sampled
+at the highest rate and then thinned out (Lewis & Shedler 1979). The shapes of the requests are
+sampled from a mix of shapes with weights.
 
 Pure: standard library only.
 """
@@ -22,6 +22,8 @@ DAY_S = 24 * HOUR_S
 
 
 class RequestShape(NamedTuple):
+    """The size of an image in pixels, its steps and its guidance scale."""
+
     width: int
     height: int
     steps: int
@@ -29,7 +31,7 @@ class RequestShape(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A request for one image, at a time in seconds from the start."""
+    """A request for one image; `at`: seconds since the start of the workload."""
 
     at: float
     tenant: str
@@ -38,22 +40,23 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`arrivals` gives the requests of a seed, in order of time."""
+    """A workload of `seconds` seconds; `arrivals` gives the requests of a seed in order of time."""
 
     name: str
     seconds: float
     arrivals: Callable[[int], Iterable[Arrival]]
 
 
-Mix = Sequence[tuple[RequestShape, float]]  # and how often each is asked for
+Mix = Sequence[tuple[RequestShape, float]]  # shapes with weights
 
-# Mostly the model's own size; a few that are much cheaper or dearer.
+# Sizes and steps of a usual mix: the model's own size, a smaller one, and one with more steps.
 USUAL: Mix = (
     (RequestShape(1024, 1024, 28, 4.5), 0.5),
     (RequestShape(768, 768, 28, 4.5), 0.3),
     (RequestShape(1024, 1024, 40, 4.5), 0.2),
 )
-# Most requests are small, most of the work is in few: a factor of 60 between the ends.
+# Most requests are small, and few requests make up most of the work: their costs differ by a factor
+# of up to 60.
 HEAVY_TAILED: Mix = (
     (RequestShape(512, 512, 4, 1.0), 0.6),
     (RequestShape(512, 512, 28, 4.5), 0.2),
@@ -61,18 +64,22 @@ HEAVY_TAILED: Mix = (
     (RequestShape(1024, 1024, 50, 4.5), 0.05),
 )
 TENANTS = 20
-TAIL, LONGEST = 1.5, 200  # of the bursts of `heavy_tailed`
-BURST = sum(n**-TAIL for n in range(1, LONGEST + 1))  # their mean: the sum of P(size ≥ n)
+TAIL, LONGEST = 1.5, 200  # Pareto exponent and greatest length of the bursts of `heavy_tailed`
+MEAN_BURST = sum(n**-TAIL for n in range(1, LONGEST + 1))  # the sum of P(length ≥ n)
 
 
 def poisson(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
+    """Requests at a constant mean rate."""
     return Workload(
         "poisson", seconds, lambda seed: _thinned(seed, lambda _: per_s, per_s, seconds, mix)
     )
 
 
 def diurnal(peak_per_s: float, seconds: float, trough: float = 0.2, mix: Mix = USUAL) -> Workload:
-    """One day, however long: from `trough` of the peak at night to the peak, as a sine."""
+    """One day that lasts `seconds`; the rate follows a sine.
+
+    It rises from `trough` times the peak rate at night to the peak rate at noon, and falls again.
+    """
 
     def rate(at: float) -> float:
         return peak_per_s * (trough + (1 - trough) * 0.5 * (1 - math.cos(math.tau * at / seconds)))
@@ -81,7 +88,7 @@ def diurnal(peak_per_s: float, seconds: float, trough: float = 0.2, mix: Mix = U
 
 
 def spikes(per_s: float, seconds: float, times: float = 10.0, mix: Mix = USUAL) -> Workload:
-    """About once an hour, for 3 to 6 minutes, so many times as much at once."""
+    """A constant rate that jumps to `times` as much about once an hour, for 3 to 6 minutes."""
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance, when, begins = random.Random(seed + 1), [], 0.0
@@ -97,7 +104,10 @@ def spikes(per_s: float, seconds: float, times: float = 10.0, mix: Mix = USUAL) 
 
 
 def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> Workload:
-    """Tenants that ask for 10 minutes and rest for 30, on average, each by itself."""
+    """Tenants that send requests for 10 minutes and pause for 30 minutes, on average.
+
+    Each tenant does so independently of the others. `per_s`: the mean rate of all together.
+    """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance = random.Random(seed)
@@ -116,15 +126,17 @@ def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> 
 
 
 def heavy_tailed(per_s: float, seconds: float) -> Workload:
-    """Bursts of a Pareto-distributed number of requests of one tenant, in a mix of shapes of
-    which few make most of the work.
+    """Bursts of requests, each of one tenant and with a Pareto-distributed length.
+
+    The shapes are those of `HEAVY_TAILED`: few requests make up most of the work. `per_s`: the mean
+    rate.
     """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance = random.Random(seed)
         shapes, weights = zip(*HEAVY_TAILED, strict=True)
         at = 0.0
-        while (at := at + chance.expovariate(per_s / BURST)) < seconds:
+        while (at := at + chance.expovariate(per_s / MEAN_BURST)) < seconds:
             tenant = f"t{chance.randrange(TENANTS)}"
             for _ in range(min(int(chance.paretovariate(TAIL)), LONGEST)):
                 yield Arrival(at, tenant, *chance.choices(shapes, weights))
@@ -133,7 +145,7 @@ def heavy_tailed(per_s: float, seconds: float) -> Workload:
 
 
 def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
-    """Work for about 20 minutes, then nothing for about 40."""
+    """Requests for about 20 minutes, then none for about 40 minutes, and so on."""
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance = random.Random(seed)
@@ -150,9 +162,11 @@ def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
 
 
 def trace(file: Path) -> Workload:
-    """From a CSV file with the columns time (s), tenant, width, height, steps and guidance.
+    """Read a workload from a CSV file.
 
-    The first request comes at 0. Raises `OSError`, and `ValueError` with the line of what is wrong.
+    Its columns are time (s), tenant, width and height (px), steps and guidance. Times are shifted
+    so that the first request comes at 0. Raises `OSError`, and `ValueError` that names the faulty
+    line.
     """
     found: list[Arrival] = []
     with file.open(newline="", encoding="utf-8") as lines:
@@ -164,10 +178,13 @@ def trace(file: Path) -> Workload:
                 )
                 arrival = Arrival(float(row["time"]), row["tenant"], shape)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file}: line {rows.line_num}: {_what(error)}") from None
+                raise ValueError(f"{file}: line {rows.line_num}: {_fault(error)}") from None
             numbers = arrival.at, shape.guidance
             if not all(map(math.isfinite, numbers)) or min(shape[:3]) <= 0 or not arrival.tenant:
-                raise ValueError(f"{file}: line {rows.line_num}: no request: {row}")
+                raise ValueError(
+                    f"{file}: line {rows.line_num}: no request: {row}: it needs a tenant, a finite "
+                    "time and guidance, and a width, a height and steps above 0"
+                )
             found.append(arrival)
     if not found:
         raise ValueError(f"{file}: no requests")
@@ -177,13 +194,14 @@ def trace(file: Path) -> Workload:
     return Workload(file.stem, found[-1].at + 60, lambda _: found)
 
 
-def _what(error: Exception) -> str:
+def _fault(error: Exception) -> str:
     return f"no column {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _thinned(
     seed: int, rate: Callable[[float], float], most: float, seconds: float, mix: Mix
 ) -> Iterator[Arrival]:
+    """Requests whose rate changes over time; `most`: the highest rate."""
     chance = random.Random(seed)
     shapes, weights = zip(*mix, strict=True)
     at = 0.0

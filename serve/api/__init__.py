@@ -1,1 +1,1 @@
-"""The HTTP edge: ingress deployment, OpenAI wire format, playground page."""
+"""The HTTP edge: the Ingress deployment, OpenAI's wire formats and the playground page."""

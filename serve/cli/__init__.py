@@ -1,1 +1,1 @@
-"""The operator's commands: one file for each `octet` command, and what they print."""
+"""The operator's commands: a file for each `octet` command, and the helpers that they share."""

@@ -1,4 +1,4 @@
-"""`octet bench`: load on a server that runs, and what its clients felt."""
+"""`octet bench`: put load on a running server and report what its clients experience."""
 
 from __future__ import annotations
 
@@ -28,51 +28,86 @@ Body = dict[str, Any]
 
 
 def bench(
-    url: Annotated[str, typer.Argument(help="Of the server, such as http://127.0.0.1:8000")],
+    url: Annotated[str, typer.Argument(help="Address of the server: http://HOST:PORT.")],
     rate: Annotated[
-        float, typer.Option(min=0.001, max=10_000, help="Requests a second, as a Poisson process.")
+        float,
+        typer.Option(
+            min=0.001,
+            max=10_000,
+            help="Requests per second; they arrive at random times (a Poisson process).",
+        ),
     ] = 1.0,
     clients: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="Instead: so many, each with one request open."),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Number of clients that each keep one request open. Replaces --rate.",
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, max=86_400)] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="How long requests are sent.")
+    ] = 60.0,
     mix: Annotated[
         list[str] | None,
         typer.Option(
-            help="SIZE:STEPS=WEIGHT, each part optional, repeatable: 512x512:28=3. Default: the "
-            "model's own."
+            help="Requests to send, as SIZE:STEPS=WEIGHT, for example 512x512:28=3. Each part may "
+            "be left out. Repeat the option for several kinds. Default: the model's own size and "
+            "steps."
         ),
     ] = None,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=KEY, repeatable; the load is divided equally between them."),
+        typer.Option(
+            help="A tenant and its API key, as NAME=KEY. Repeat the option for several tenants; "
+            "each sends an equal part of the load."
+        ),
     ] = None,
-    key: Annotated[str, typer.Option(envvar="OCTET_KEY", show_default=False)] = "",
-    model: Annotated[str | None, typer.Option(help="Default: the server's first.")] = None,
+    key: Annotated[
+        str,
+        typer.Option(
+            envvar="OCTET_KEY", help="API key to use without --tenant.", show_default=False
+        ),
+    ] = "",
+    model: Annotated[
+        str | None, typer.Option(help="Model to request; default: the server's first.")
+    ] = None,
     repeated: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of requests that repeat one of twenty.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the requests that repeat one of twenty prompts with its seed.",
+        ),
     ] = 0.0,
-    slo_s: Annotated[float, typer.Option(min=0.001, help="What counts as in time.")] = 30.0,
-    seed: int = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw latency and answers over time.")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    slo_s: Annotated[
+        float, typer.Option(min=0.001, help="Seconds within which an answer is in time.")
+    ] = 30.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random load; the same seed sends the same requests.")
+    ] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image file for a plot of latency and answers over time.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, not as a table.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Put load on a server and tell what came back: latency, what was in time, what was refused.
+    """Put load on a server and report latency, answers in time, and refusals.
 
-    Exit code 1 if any request had no answer, or one with 500.
+    The exit code is 1 if any request got no answer or one with status 500.
     """
     with readable_errors(debug):
         if not re.match(r"https?://[^/]", url):
-            raise SettingsError(f"'{url}' is no address: http://HOST:PORT")
+            raise SettingsError(f"'{url}' is no address of a server: expected http://HOST:PORT")
         keys = _tenants(tenant or []) or {"bench": key}
         bodies = _bodies([_shape(text) for text in mix or [""]], model, repeated, seed)
         per_tenant = rate / len(keys)
-        asks = [
-            ask._replace(body=bodies())
+        requests = [
+            request._replace(body=bodies())
             for name in keys
-            for ask in poisson(str(seed), name, per_tenant, seconds, {})
+            for request in poisson(str(seed), name, per_tenant, seconds, {})
         ]
         with Progress(
             TextColumn("{task.description}"),
@@ -81,15 +116,18 @@ def bench(
             TimeElapsedColumn(),
             console=console,
         ) as progress:
-            task = progress.add_task("answers", total=None if clients else len(asks))
+            task = progress.add_task("answers", total=None if clients else len(requests))
             load = LoadClient(url.rstrip("/") + ROUTE, keys, lambda _: progress.advance(task))
             if clients:
-                each = Counter(list(keys)[i % len(keys)] for i in range(clients))
-                answers = asyncio.run(load.closed_loop(each, bodies, seconds))
+                per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
+                answers = asyncio.run(load.closed_loop(per_client, bodies, seconds))
             else:
-                answers = asyncio.run(load.open_loop(sorted(asks, key=lambda ask: ask.at)))
+                in_order = sorted(requests, key=lambda request: request.at)
+                answers = asyncio.run(load.open_loop(in_order))
         if not answers:
-            raise SettingsError(f"no request came in {seconds:g} s at {rate:g} a second")
+            raise SettingsError(
+                f"no request was sent: --seconds {seconds:g} is too short for --rate {rate:g}"
+            )
         found = report(answers, slo_s)
         typer.echo(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
         if plot:
@@ -99,18 +137,23 @@ def bench(
 
 
 def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
-    """In all, by tenant and by shape; latencies in seconds, of what was answered with images."""
+    """Report of all answers, and of those of each tenant and each request shape.
+
+    The groups are `all`, `tenant NAME` and `shape SIZE:STEPS`; the last two only where there are
+    several. Latencies are in seconds and count only requests that were answered with images.
+    `slo_s`: the latency up to which an answer counts as in time.
+    """
     groups: dict[str, list[LoadAnswer]] = {"all": list(answers)}
     kinds: tuple[tuple[str, Callable[[TimedRequest], str]], ...] = (
-        ("tenant", lambda ask: ask.tenant),
-        ("shape", _named),
+        ("tenant", lambda request: request.tenant),
+        ("shape", _shape_name),
     )
-    for kind, of in kinds:
-        names = sorted({of(answer.ask) for answer in answers})
+    for kind, name_of in kinds:
+        names = sorted({name_of(answer.request) for answer in answers})
         for name in names if len(names) > 1 else ():
-            groups[f"{kind} {name}"] = [a for a in answers if of(a.ask) == name]
+            groups[f"{kind} {name}"] = [a for a in answers if name_of(a.request) == name]
     lasted_s = max(answer.done_at for answer in answers)
-    return {name: _row(some, slo_s, lasted_s) for name, some in groups.items()}
+    return {name: _row(members, slo_s, lasted_s) for name, members in groups.items()}
 
 
 def _row(answers: Sequence[LoadAnswer], slo_s: float, lasted_s: float) -> dict[str, Any]:
@@ -129,7 +172,7 @@ def _row(answers: Sequence[LoadAnswer], slo_s: float, lasted_s: float) -> dict[s
 
 def _table(found: dict[str, Any]) -> Table:
     table = Table()
-    for name in ("", "requests", "ok", "in time", "a second", "p50 s", "p90 s", "p99 s"):
+    for name in ("", "requests", "ok", "in time", "in time/s", "p50 s", "p90 s", "p99 s"):
         table.add_column(name, justify="right" if name else "left")
     table.add_column("other answers", overflow="fold")
     table.add_column("cache", overflow="fold")
@@ -151,16 +194,20 @@ def _plot(answers: Sequence[LoadAnswer], out: Path) -> None:
         mpl.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise SettingsError("--plot needs matplotlib: pip install 'octet[bench]'") from None
+        raise SettingsError("--plot needs matplotlib: pip install 'octet-serve[bench]'") from None
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained"
     )
-    for name in sorted({answer.ask.tenant for answer in answers}):
-        served = [a for a in answers if a.status == 200 and a.ask.tenant == name]
+    for name in sorted({answer.request.tenant for answer in answers}):
+        served = [a for a in answers if a.status == 200 and a.request.tenant == name]
         above.plot(
-            [a.ask.at for a in served], [a.latency_s for a in served], ".", markersize=3, label=name
+            [a.request.at for a in served],
+            [a.latency_s for a in served],
+            ".",
+            markersize=3,
+            label=name,
         )
-    above.set_ylabel("seconds to the answer,\nby when it was asked for")
+    above.set_ylabel("latency in s,\nby the time of the request")
     above.legend(fontsize=7)
     kinds = sorted({a.code or "ok" for a in answers})
     for kind in kinds:
@@ -175,7 +222,7 @@ def _plot(answers: Sequence[LoadAnswer], out: Path) -> None:
         raise SettingsError(f"--plot {out}: {error}") from None
     finally:
         pyplot.close(figure)
-    console.print(f"{out}: drawn", highlight=False)
+    console.print(f"{out}: plotted", highlight=False)
 
 
 def _tenants(given: Sequence[str]) -> dict[str, str]:
@@ -183,20 +230,25 @@ def _tenants(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, sign, key = text.partition("=")
         if not (name and sign and key):
-            raise SettingsError(f"--tenant '{name}': NAME=KEY")
+            raise SettingsError(f"--tenant '{name}': expected NAME=KEY")
         found[name] = key
     return found
 
 
 def _shape(text: str) -> tuple[Body, float]:
-    """A body's fields, and how often they are asked for."""
+    """Parse SIZE:STEPS=WEIGHT into the fields of a request body and their weight.
+
+    Raises `SettingsError`.
+    """
     match = SHAPE.fullmatch(text)
     try:
         if match is None:
             raise ValueError
         weight = float(match[3] or 1)
     except ValueError:
-        raise SettingsError(f"--mix '{text}': SIZE:STEPS=WEIGHT, such as 512x512:28=3") from None
+        raise SettingsError(
+            f"--mix '{text}': expected SIZE:STEPS=WEIGHT, such as 512x512:28=3"
+        ) from None
     fields: Body = {}
     if match[1]:
         fields["size"] = match[1]
@@ -208,11 +260,15 @@ def _shape(text: str) -> tuple[Body, float]:
 def _bodies(
     shapes: Sequence[tuple[Body, float]], model: str | None, repeated: float, seed: int
 ) -> Callable[[], Body]:
-    """One body after the other, the same for the same `seed`."""
+    """A function that returns the next request body; the same `seed` gives the same bodies.
+
+    `repeated`: the share of bodies with one of twenty pairs of prompt and seed. Raises
+    `SettingsError`.
+    """
     rng = random.Random(seed)  # noqa: S311 - no secrets
     weights = [weight for _, weight in shapes]
     if not sum(weights):
-        raise SettingsError("--mix: all weights are 0")
+        raise SettingsError("--mix: all weights are 0; at least one must be more")
     named: Mapping[str, str] = {"model": model} if model else {}
 
     def body() -> Body:
@@ -225,6 +281,7 @@ def _bodies(
     return body
 
 
-def _named(ask: TimedRequest) -> str:
-    size, steps = ask.body.get("size"), ask.body.get("num_inference_steps")
+def _shape_name(request: TimedRequest) -> str:
+    """The request's size and steps, such as `512x512:28`; `default` if it names neither."""
+    size, steps = request.body.get("size"), request.body.get("num_inference_steps")
     return ":".join(str(part) for part in (size or "", steps) if part is not None) or "default"

@@ -1,4 +1,4 @@
-"""`octet doctor`: what this machine or cluster can do, and what stands in the way."""
+"""`octet doctor`: report what this machine or cluster can serve, and what prevents it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .terminal import Debug, readable_errors
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="Settings file (YAML) that should run here.")
+        Path | None, typer.Argument(help="Settings file (YAML) whose models are to be served here.")
     ] = None,
     ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster to look at instead.")
+        str | None,
+        typer.Option(help="Address of a Ray cluster to examine, instead of this machine."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Say what this machine or cluster can do, and what stands in the way.
+    """Report what this machine or a cluster can serve, and what prevents it.
 
-    Exit code 1 if there is a problem: with CONFIG, if a model of it cannot be served here.
+    The exit code is 1 if there is a problem. A model of CONFIG that cannot be served is a problem.
     """
     with readable_errors(debug):
         settings = load_settings(config) if config else None

@@ -1,4 +1,4 @@
-"""`octet doctor`: what this machine can do, and what stands in the way, in words."""
+"""Findings of `octet doctor` about this machine: its cards, driver, torch and disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cluster.telemetry import NoTelemetry, driver_version
 
 from ..models.checkpoints import DEFAULT_MODELS_FOLDER
 
-OLDEST_DRIVER = {"12": 535, "13": 580}  # NVIDIA's branch, by the CUDA that torch is built for
+OLDEST_DRIVER = {"12": 535, "13": 580}  # NVIDIA's driver branch, by torch's CUDA version
 COMPILE_S = 180.0
-ROOMY_GIB = 60.0  # SD3.5 Large as it is published, with its text encoders, and an FP8 copy
+ROOMY_GIB = 60.0  # SD3.5 Large as published, with its text encoders, plus an FP8 copy
 COMPILE = """
 import torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,13 +32,19 @@ Verdict = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """One line of the report. Only a `problem` keeps something from being served."""
+
     verdict: Verdict
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was found here; `compile_error` is empty if torch.compile works."""
+    """What was found on this machine.
+
+    `free_gib`: free memory of the device. `compile_error`: empty if torch.compile works. `nvcc`:
+    whether CUDA's compiler is on the path.
+    """
 
     device: Device  # the first GPU, or the CPU
     gpus: int
@@ -57,7 +63,11 @@ class Machine:
 
 
 def look(models_folder: str | None) -> Machine:
-    """Look at this machine; compiles a small function, which takes seconds."""
+    """Examine this machine.
+
+    Compiles a small function with torch, which takes seconds. `models_folder`: the folder whose
+    free disk space is measured; None stands for the default folder.
+    """
     import torch
 
     device = probe()
@@ -83,9 +93,9 @@ def look(models_folder: str | None) -> Machine:
 
 
 def _compile_error() -> str:
-    """The last line of what torch.compile says, in a process of its own; empty if it works."""
+    """Run torch.compile in a process of its own; return its last error line, or "" if it works."""
     try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and program
+        done = subprocess.run(  # noqa: S603 - this interpreter, Octet's program
             [sys.executable, "-W", "ignore", "-c", COMPILE],
             capture_output=True,
             text=True,
@@ -93,14 +103,14 @@ def _compile_error() -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not done after {COMPILE_S:g} s"
+        return f"not finished after {COMPILE_S:g} s"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line] or lines
     return (errors[-1] if errors else "failed") if done.returncode else ""
 
 
 def _disk_free_gib(folder: Path) -> float:
-    """Of the nearest folder that is there."""
+    """Free GiB on the disk of `folder`, or of its nearest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / GIB
@@ -110,7 +120,10 @@ def _disk_free_gib(folder: Path) -> float:
 
 
 def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
-    """The machine alone. `needs_gpu`: whether it is a problem that a card cannot be used."""
+    """Findings about the machine alone, without settings.
+
+    `needs_gpu`: whether a card that cannot be used is a problem or only a note.
+    """
     device = machine.device
     found = capability(device)
     problem: Verdict = "problem" if needs_gpu else "note"
@@ -120,16 +133,18 @@ def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
         yield Finding("ok" if found.fp8 == "native" else "note", found.reason)
         card = card_of_device(device.name, device.memory_gib)
         yield (
-            Finding("ok", f"its facts are known as '{card.id}'; Ray labels it {card.ray_names[0]}")
+            Finding("ok", f"the card is known as '{card.id}'; Ray labels it {card.ray_names[0]}")
             if card
-            else Finding("note", "no facts of this card are known: `octet plan` leaves it out")
+            else Finding(
+                "note", "the card is not in Octet's list of cards: `octet plan` leaves it out"
+            )
         )
     else:
         yield Finding("note", f"no GPU: {device.memory_gib:.0f} GiB of memory on a CPU")
     if machine.driver:
         yield from _examine_driver(machine, problem)
     elif machine.has_gpu:
-        yield Finding("note", "the driver does not say its version")
+        yield Finding("note", "the version of the driver could not be read")
     cuda = f"CUDA {machine.torch_cuda}" if machine.torch_cuda else "no CUDA"
     yield Finding("ok", f"torch {machine.torch}, {cuda}")
     yield _examine_compile(machine, problem)
@@ -137,7 +152,7 @@ def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
     yield Finding(
         "ok" if enough else "note",
         f"{machine.disk_free_gib:.0f} GiB of disk free for weights"
-        + ("" if enough else f"; SD3.5 Large and an FP8 copy take about {ROOMY_GIB:.0f}"),
+        + ("" if enough else f"; SD3.5 Large and an FP8 copy take about {ROOMY_GIB:.0f} GiB"),
     )
 
 
@@ -145,17 +160,18 @@ def _examine_driver(machine: Machine, problem: Verdict) -> Iterator[Finding]:
     major = (machine.driver or "").partition(".")[0]
     oldest = OLDEST_DRIVER.get((machine.torch_cuda or "").partition(".")[0], 535)
     if major.isdigit() and int(major) < oldest:
-        wanted = f"R{oldest}, which torch for CUDA {machine.torch_cuda or '12'} needs"
-        yield Finding(problem, f"driver {machine.driver} is older than {wanted}: update it")
+        needed = f"R{oldest}, which torch for CUDA {machine.torch_cuda or '12'} needs"
+        yield Finding(problem, f"driver {machine.driver} is older than {needed}: update it")
     elif machine.has_gpu:
         yield Finding("ok", f"driver {machine.driver}")
     elif machine.torch_cuda is None:
         yield Finding(
             problem,
-            f"driver {machine.driver} is here, but torch {machine.torch} is built without CUDA",
+            f"driver {machine.driver} is installed, but torch {machine.torch} is built without "
+            "CUDA",
         )
     else:
-        yield Finding(problem, f"driver {machine.driver} is here, but torch sees no card")
+        yield Finding(problem, f"driver {machine.driver} is installed, but torch sees no card")
 
 
 def _examine_compile(machine: Machine, problem: Verdict) -> Finding:
@@ -165,6 +181,8 @@ def _examine_compile(machine: Machine, problem: Verdict) -> Finding:
         return Finding(
             problem,
             f"torch.compile does not work ({machine.compile_error}): FP8 without it is slower than "
-            "16 bit. It needs a C compiler and Python's headers",
+            "16 bit. It needs a C compiler and Python's header files",
         )
-    return Finding("note", f"torch.compile does not work ({machine.compile_error}); CPUs need none")
+    return Finding(
+        "note", f"torch.compile does not work ({machine.compile_error}); a CPU does not need it"
+    )

@@ -1,4 +1,4 @@
-"""What `octet doctor` says of settings, on this machine or on a cluster."""
+"""Findings of `octet doctor` about settings: whether a machine or a cluster can serve them."""
 
 from __future__ import annotations
 
@@ -22,58 +22,59 @@ from .plan_inputs import encoder_gib, most_pixels
 
 
 def needs_gpu(settings: Settings) -> bool:
+    """Whether a pool or a set of text encoders of the settings takes a GPU."""
     pools = [pool for model in settings.models for pool in model.pools]
     return any(part.num_gpus for part in (*settings.text_encoders, *pools))
 
 
 def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
-    """Whether all models of the settings could be served by this machine alone."""
-    least: list[CardResources] = [*settings.text_encoders]
+    """Findings on whether this machine alone could serve all models of the settings."""
+    minimum: list[CardResources] = [*settings.text_encoders]  # what must run at the same time
     for encoder in settings.text_encoders:
         reason = _cannot_hold(encoder, machine, _encoder_weights_gib(encoder, settings))
         name = f"text encoder {encoder.id}"
         yield Finding("problem", f"{name}: {reason}") if reason else Finding("ok", name)
         if encoder.num_gpus and encoder.precision == "t5-quanto" and not machine.nvcc:
-            why = "quanto builds its kernel with nvcc at the first start, and there is none"
+            why = "quanto builds its kernel with nvcc at the first start, and nvcc is not installed"
             yield Finding("note", f"{name}: {why}")
     for model in settings.models:
         reasons = {pool: _cannot_run(model, pool, settings, machine) for pool in model.pools}
-        able = [pool for pool, reason in reasons.items() if not reason]
-        least += sorted(able, key=lambda pool: (pool.num_gpus, pool.num_cpus))[:1]
+        runnable = [pool for pool, reason in reasons.items() if not reason]
+        minimum += sorted(runnable, key=lambda pool: (pool.num_gpus, pool.num_cpus))[:1]
         for pool, reason in reasons.items():
-            verdict: Verdict = "ok" if not reason else "note" if able else "problem"
+            verdict: Verdict = "ok" if not reason else "note" if runnable else "problem"
             why = f": {reason}" if reason else ""
             yield Finding(verdict, f"pool {model.pool_name(pool)}{why}")
-        yield from _examine_promises(model, able, settings, machine)
+        yield from _examine_promises(model, runnable, settings, machine)
         for location in dict.fromkeys(_missing_weights(model, settings)):
-            yield Finding("note", f"{model.id}: {location} is not on this node yet: octet pull")
-    yield from _examine_together(least, settings, machine)
+            yield Finding("note", f"{model.id}: {location} is not on this node yet: run octet pull")
+    yield from _examine_together(minimum, settings, machine)
     yield _examine_port(settings.http.host, settings.http.port)
 
 
 def _examine_together(
-    least: Sequence[CardResources], settings: Settings, machine: Machine
+    minimum: Sequence[CardResources], settings: Settings, machine: Machine
 ) -> Iterator[Finding]:
-    """Whether the text encoders and a replica of each model find room at once."""
-    gpus = sum(part.num_gpus for part in least)
+    """Problems if the text encoders and one replica of each model (`minimum`) do not all fit."""
+    gpus = sum(part.num_gpus for part in minimum)
     if machine.has_gpu and gpus > machine.gpus:
         yield Finding(
             "problem",
-            f"text encoders and one replica of each model take {gpus:.2f} GPUs together, and there "
-            f"are {machine.gpus}",
+            f"text encoders and one replica of each model take {gpus:.2f} GPUs together, and this "
+            f"machine has {machine.gpus}",
         )
-    cpus = sum(part.num_cpus for part in least) + settings.dispatcher_num_cpus
+    cpus = sum(part.num_cpus for part in minimum) + settings.dispatcher_num_cpus
     cpus += settings.ingress.num_cpus
     if cpus > machine.cpus:
         yield Finding(
             "problem",
-            f"with one replica of each model everything takes {cpus:.1f} CPUs, and there are "
-            f"{machine.cpus}: set num_cpus",
+            f"with one replica of each model everything takes {cpus:.1f} CPUs, and this machine "
+            f"has {machine.cpus}: set num_cpus",
         )
 
 
 def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) -> str:
-    """Why a replica of a pool cannot run here; empty if it can."""
+    """The reason why a replica of the pool cannot run on this machine; "" if it can."""
     device = machine.device if pool.num_gpus else replace(machine.device, compute_capability=None)
     found = capability(device, allow_emulated_fp8=settings.emulate_fp8)
     if pool.num_gpus and not machine.has_gpu:
@@ -81,31 +82,33 @@ def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) 
     if pool.precision == "fp8" and found.fp8 == "none":
         return found.reason
     if pool.precision == "fp16" and not pool.allow_fp8_nodes and found.fp8 == "native":
-        return "allow_fp8_nodes is false, and this card has FP8"
+        return "allow_fp8_nodes is false, and the card here has FP8"
     recipe = _recipe(pool, found.sixteen_bit)
     return _cannot_hold(pool, machine, _weights_gib(model, recipe, settings))
 
 
 def _cannot_hold(part: CardResources, machine: Machine, weights_gib: float) -> str:
+    """The reason why the machine's cards have no room for a replica; "" if they have."""
     if not part.num_gpus:
         return ""
     if not machine.has_gpu:
-        return f"takes {part.num_gpus:g} GPU, and there is none"
+        return f"takes {part.num_gpus:g} GPU, and this machine has none"
     if part.num_gpus > machine.gpus:
-        return f"takes {part.num_gpus:g} GPUs, and there are {machine.gpus}"
+        return f"takes {part.num_gpus:g} GPUs, and this machine has {machine.gpus}"
     device = machine.device
     card = card_of_device(device.name, device.memory_gib)
     if part.card and part.card != (card and card.id):
-        return f"bound to {part.card}, and this is {card.id if card else device.name}"
+        return f"bound to {part.card}, and the card here is {card.id if card else device.name}"
     promised_gib = _promised_gib(part, device.memory_gib)
     if promised_gib < weights_gib:
-        return f"promised {promised_gib:.1f} GiB, and its weights alone need {weights_gib:.1f}"
+        return f"promised {promised_gib:.1f} GiB, and its weights alone need {weights_gib:.1f} GiB"
     if not is_free(promised_gib, machine.free_gib):
-        return f"promised {promised_gib:.1f} GiB, and {machine.free_gib:.1f} are free"
+        return f"promised {promised_gib:.1f} GiB, and only {machine.free_gib:.1f} GiB are free"
     return ""
 
 
 def _promised_gib(part: CardResources, memory_gib: float) -> float:
+    """GiB that a replica may use on a card of `memory_gib`, by its settings."""
     return part.memory_gib or min(part.num_gpus, 1.0) * memory_gib
 
 
@@ -116,7 +119,7 @@ def _recipe(pool: Pool, sixteen_bit: str) -> str:
 
 
 def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
-    """With CUDA's context; zero where the model's structure is not known."""
+    """GiB of a replica's weights and CUDA context; 0 if the model's structure is not known."""
     try:
         found = footprint(structure_of(model, settings.models_folder), recipe, 1, 256 * 256)
     except SettingsError:
@@ -125,6 +128,7 @@ def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
 
 
 def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
+    """GiB of the text encoders' weights and CUDA context; 0 if their structure is not known."""
     try:
         return encoder_gib(encoder, settings) - ENCODER_PEAK_GIB - WORKSPACE_GIB
     except SettingsError:
@@ -134,7 +138,10 @@ def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
 def _examine_promises(
     model: Model, pools: Iterable[Pool], settings: Settings, machine: Machine
 ) -> Iterator[Finding]:
-    """Whether what replicas are promised is what they need by computation with all slots full."""
+    """Notes on replicas that are promised less memory than all their slots need.
+
+    The need is computed with `cluster.footprint`, for the largest images that the model allows.
+    """
     try:
         structure = structure_of(model, settings.models_folder)
     except SettingsError:
@@ -150,11 +157,12 @@ def _examine_promises(
             yield Finding(
                 "note",
                 f"pool {model.pool_name(pool)}: {pool.slots} images of {pixels} pixels need "
-                f"{needed:.1f} GiB as computed, and {promised_gib:.1f} are promised",
+                f"{needed:.1f} GiB by computation, and {promised_gib:.1f} GiB are promised",
             )
 
 
 def _missing_weights(model: Model, settings: Settings) -> Iterator[str]:
+    """Hub ids or folders of the model's weights that are not on this node."""
     (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
     sources: list[Source] = [encoder.source, *(pool.source or model.source for pool in model.pools)]
     for source in sources:
@@ -175,7 +183,7 @@ def _examine_port(host: str, port: int) -> Finding:
 
 
 def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterator[Finding]:
-    """The nodes of a cluster, and whether each model has one."""
+    """Findings about the nodes of a cluster, and on which of them each model can run."""
     for node in nodes:
         card = node.card.id if node.card else "an unknown card"
         cards = f"{node.num_gpus:g} × {card}" if node.num_gpus else "no GPU"
@@ -185,9 +193,9 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
     if settings is None:
         return
     for model in settings.models:
-        homes = {model.pool_name(p): _homes(model, p, nodes, settings) for p in model.pools}
-        for name, count in homes.items():
-            verdict: Verdict = "ok" if count else "note" if any(homes.values()) else "problem"
+        counts = {model.pool_name(p): _count_nodes(model, p, nodes, settings) for p in model.pools}
+        for name, count in counts.items():
+            verdict: Verdict = "ok" if count else "note" if any(counts.values()) else "problem"
             yield Finding(verdict, f"pool {name}: {count or 'none'} of the nodes can hold it")
     for encoder in settings.text_encoders:
         weights_gib = _encoder_weights_gib(encoder, settings)
@@ -198,7 +206,8 @@ def examine_cluster(nodes: Sequence[Node], settings: Settings | None) -> Iterato
         )
 
 
-def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) -> int:
+def _count_nodes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) -> int:
+    """The number of nodes that can hold a replica of the pool."""
     count = 0
     for node in nodes:
         old = node.card and node.card.compute_capability < BF16_SINCE
@@ -209,7 +218,7 @@ def _homes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Settings) 
 
 
 def _has_memory(part: CardResources, node: Node, weights_gib: float) -> bool:
-    """Whether its part of the node's card, if that is known, holds the weights."""
+    """Whether the promised part of the card holds the weights; True if the card is unknown."""
     if not part.num_gpus or node.card is None:
         return True
     return _promised_gib(part, node.card.memory_gib) >= weights_gib

@@ -1,4 +1,4 @@
-"""`octet k8s`: the application on KubeRay."""
+"""`octet k8s`: render the manifests for KubeRay, and take a node out of its Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ LOOK_S = 1.0
 ANSWER_S = 5.0
 HANG_S = 30
 
-app = typer.Typer(help="The application on Kubernetes: docs/runbook.md.", no_args_is_help=True)
+app = typer.Typer(help="Run Octet on Kubernetes; see docs/runbook.md.", no_args_is_help=True)
 
 
 @app.command()
 def render(
     config: ConfigFile,
     overlay: Annotated[
-        Path, typer.Option(help="Kustomize overlay with a nodes.yaml; see k8s/overlays/.")
+        Path,
+        typer.Option(help="Folder of a Kustomize overlay with a nodes.yaml; see k8s/overlays/."),
     ],
     debug: Debug = False,
 ) -> None:
-    """Write what CONFIG means for KubeRay into OVERLAY/rendered, for kubectl apply -k OVERLAY."""
+    """Write the manifests for CONFIG into OVERLAY/rendered; then run kubectl apply -k OVERLAY."""
     with readable_errors(debug):
         settings, kinds = load_settings(config), read_nodes(overlay / "nodes.yaml")
         files = rendered(settings, kinds)
@@ -47,19 +48,23 @@ def render(
 
 @app.command()
 def leave(
-    patience_s: Annotated[int, typer.Argument(min=1, help="How long it may take.")],
-    node: Annotated[str | None, typer.Option(help="Ray's id of it; default: this one.")] = None,
+    patience_s: Annotated[
+        int, typer.Argument(min=1, help="Seconds to wait for the node's work to end.")
+    ],
+    node: Annotated[
+        str | None, typer.Option(help="Ray id of the node; default: the node that this runs on.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Take a node out of its Ray cluster gently; returns when nothing is served there any more.
+    """Drain a node of a Ray cluster, and return when nothing is served on it any more.
 
-    The pods' preStop hook: what is drawn there is finished, then the pod may end. PATIENCE_S is
-    more than drain_timeout_s, or Ray Serve ends replicas at once.
+    Pods run this as their preStop hook: running images are finished, then the pod may end.
+    PATIENCE_S must be more than drain_timeout_s, or Ray Serve stops the replicas at once.
     """
     with readable_errors(debug):
         address = os.environ.get("RAY_ADDRESS", "127.0.0.1:6379")
         _check_answers(address)
-        signal.alarm(patience_s + HANG_S)  # Ray's calls wait for minutes for a head that is gone
+        signal.alarm(patience_s + HANG_S)  # Ray's calls wait for minutes if the head node is gone
         import ray
         from ray.exceptions import RayError
 
@@ -73,15 +78,22 @@ def leave(
             while (left := actors_on(node)) and time.monotonic() < until:
                 time.sleep(LOOK_S)
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            raise LaunchError(f"cannot leave: {error}") from None
+            raise LaunchError(f"the node cannot leave the cluster: {error}") from None
         finally:
             ray.shutdown()
             signal.alarm(0)
-    console.print(f"still there: {', '.join(left)}" if left else "nothing is served there any more")
+    console.print(
+        f"still running on the node: {', '.join(left)}"
+        if left
+        else "nothing is served there any more"
+    )
 
 
 def _check_answers(address: str) -> None:
-    """Raises `LaunchError` if there is no Ray: its client would try for minutes."""
+    """Raise `LaunchError` if no Ray answers at the address.
+
+    Ray's own client would try for minutes.
+    """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), ANSWER_S).close()

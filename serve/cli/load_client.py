@@ -1,4 +1,4 @@
-"""Load over HTTP: requests at given times or as fast as they are answered, and what came back."""
+"""Client that puts load on a server over HTTP, at given times or as fast as it answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 300.0
 
 
 class TimedRequest(NamedTuple):
-    """A request of a tenant at a time, seconds from the start."""
+    """A tenant's request body, to be sent `at` seconds after the start."""
 
     at: float
     tenant: str
@@ -26,11 +26,14 @@ class TimedRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadAnswer:
-    """`status` 0: no answer, and `code` says why. `handler_ms`: of the server's handler, where it
-    says so; `cache`: what the result cache did.
+    """A request and how the server answered it.
+
+    `status`: the HTTP status, or 0 if no answer came; `code` then names the client's error.
+    `handler_ms`: milliseconds that the server's handler took, if the answer says so. `cache`: what
+    the result cache did, such as `hit` or `miss`.
     """
 
-    ask: TimedRequest
+    request: TimedRequest
     status: int
     code: str
     latency_s: float
@@ -40,27 +43,30 @@ class LoadAnswer:
 
 
 class LoadClient:
-    """Sends to one address, with each tenant's key; `tell` hears every answer."""
+    """Sends requests to one address with each tenant's API key.
+
+    `keys`: by tenant; a tenant without one sends no key. `on_answer`: called with every answer.
+    """
 
     def __init__(
         self,
         url: str,
         keys: Mapping[str, str],
-        tell: Callable[[LoadAnswer], None] = lambda _: None,
+        on_answer: Callable[[LoadAnswer], None] = lambda _: None,
     ) -> None:
-        self._url, self._keys, self._tell = url, keys, tell
+        self._url, self._keys, self._on_answer = url, keys, on_answer
         self._began = 0.0
 
-    async def open_loop(self, asks: Iterable[TimedRequest]) -> list[LoadAnswer]:
-        """Every request at its time, whatever has become of the others."""
+    async def open_loop(self, requests: Iterable[TimedRequest]) -> list[LoadAnswer]:
+        """Send each request at its own time, even if earlier ones are still unanswered."""
         async with self._session() as http:
             self._began = time.monotonic()
 
-            async def later(ask: TimedRequest) -> LoadAnswer:
-                await asyncio.sleep(max(self._began + ask.at - time.monotonic(), 0))
-                return await self._send(http, ask)
+            async def send_later(request: TimedRequest) -> LoadAnswer:
+                await asyncio.sleep(max(self._began + request.at - time.monotonic(), 0))
+                return await self._send(http, request)
 
-            return await asyncio.gather(*(later(ask) for ask in asks))
+            return await asyncio.gather(*(send_later(request) for request in requests))
 
     async def closed_loop(
         self,
@@ -68,18 +74,21 @@ class LoadClient:
         body: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         seconds: float,
     ) -> list[LoadAnswer]:
-        """Each tenant has so many requests open all the time, each of one body or the next."""
+        """Keep `outstanding[tenant]` requests of each tenant open for `seconds`.
+
+        `body`: the body of every request, or a function that returns the next one.
+        """
         bodies = body if callable(body) else lambda: body
         found: list[LoadAnswer] = []
         async with self._session() as http:
             self._began = time.monotonic()
 
-            async def keep_asking(tenant: str) -> None:
+            async def keep_sending(tenant: str) -> None:
                 while (now := time.monotonic() - self._began) < seconds:
                     found.append(await self._send(http, TimedRequest(now, tenant, bodies())))
 
             await asyncio.gather(
-                *(keep_asking(tenant) for tenant, n in outstanding.items() for _ in range(n))
+                *(keep_sending(tenant) for tenant, n in outstanding.items() for _ in range(n))
             )
         return found
 
@@ -88,13 +97,13 @@ class LoadClient:
         timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
         return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
-    async def _send(self, http: aiohttp.ClientSession, ask: TimedRequest) -> LoadAnswer:
-        key = self._keys.get(ask.tenant)
+    async def _send(self, http: aiohttp.ClientSession, request: TimedRequest) -> LoadAnswer:
+        key = self._keys.get(request.tenant)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         began = time.monotonic()
         status, handler_ms, cache = 0, None, ""
         try:
-            async with http.post(self._url, json=ask.body, headers=headers) as answer:
+            async with http.post(self._url, json=request.body, headers=headers) as answer:
                 status, cache = answer.status, answer.headers.get("x-octet-cache", "")
                 timing = re.search(r"\bdur=([\d.]+)$", answer.headers.get("server-timing", ""))
                 handler_ms = float(timing[1]) if timing else None
@@ -103,24 +112,29 @@ class LoadClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             status, code = 0, type(error).__name__
         except (LookupError, TypeError, ValueError):
-            code = "no answer of Octet's"
+            code = "not an answer of Octet"
         done = time.monotonic()
-        found = LoadAnswer(ask, status, code, done - began, done - self._began, handler_ms, cache)
-        self._tell(found)
+        found = LoadAnswer(
+            request, status, code, done - began, done - self._began, handler_ms, cache
+        )
+        self._on_answer(found)
         return found
 
 
 def poisson(
     seed: str, tenant: str, per_s: float, seconds: float, body: Mapping[str, Any]
 ) -> list[TimedRequest]:
-    """Arrivals by a Poisson process; the same for the same seed."""
-    rng, now, asks = random.Random(seed + tenant), 0.0, []  # noqa: S311 - no secrets
+    """Requests of a tenant that arrive as a Poisson process of rate `per_s`, for `seconds`.
+
+    The same seed and tenant give the same times.
+    """
+    rng, now, requests = random.Random(seed + tenant), 0.0, []  # noqa: S311 - no secrets
     while (now := now + rng.expovariate(per_s)) < seconds:
-        asks.append(TimedRequest(now, tenant, body))
-    return asks
+        requests.append(TimedRequest(now, tenant, body))
+    return requests
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; nan if there are none."""
+    """The value at `share` (0 to 1) of the sorted values, by nearest rank; nan without values."""
     ordered = sorted(values)
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else float("nan")

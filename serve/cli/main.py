@@ -1,4 +1,4 @@
-"""The `octet` command."""
+"""The `octet` command: its command line, and `octet serve` with its signals."""
 
 from __future__ import annotations
 
@@ -48,17 +48,20 @@ app.command("top")(top.top)
 
 @app.command()
 def serve(config: ConfigFile, debug: Debug = False) -> None:
-    """Serve the models of CONFIG on a Ray of their own, in the foreground."""
+    """Serve the models of CONFIG in the foreground, on a Ray cluster started for them.
+
+    Ctrl-C or SIGTERM finishes running images and stops; SIGUSR1 applies changed settings.
+    """
     with readable_errors(debug):
         _serve(lambda: load_settings(config))
 
 
 @app.command()
 def demo(
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default: 8000.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve the small demo model on this machine, in the foreground."""
+    """Serve the small demo model on this machine, in the foreground. Needs no GPU."""
     with readable_errors(debug):
         if port is not None and not 1 <= port <= 65535:
             raise SettingsError(f"port {port} must be between 1 and 65535")
@@ -85,12 +88,16 @@ def models(config: ConfigFile, debug: Debug = False) -> None:
 @app.command()
 def pull(
     model: Annotated[
-        str | None, typer.Argument(help="HUB/ID@REVISION, or the id of a model in --config.")
+        str | None,
+        typer.Argument(
+            help="Model to download: HUB/ID@REVISION, or a model's id in --config. Default: all "
+            "models of --config."
+        ),
     ] = None,
     config: ConfigOption = None,
     debug: Debug = False,
 ) -> None:
-    """Fetch weights from the hub into this node's models folder, so that replicas start fast."""
+    """Download weights from the hub into this node's models folder, so that replicas start fast."""
     with readable_errors(debug):
         settings = load_settings(config) if config else None
         models_folder = settings.models_folder if settings else None
@@ -101,7 +108,7 @@ def pull(
         elif model:
             sources = {_source(model)}
         else:
-            raise SettingsError("which MODEL? Name one, or a settings file with --config")
+            raise SettingsError("no model is given: name MODEL, or a settings file with --config")
         for source in sorted(sources, key=lambda s: s.location):
             folder = fetch(source, models_folder)
             verify(folder)
@@ -111,17 +118,24 @@ def pull(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A folder, or HUB/ID@REVISION.")],
-    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    model: Annotated[str, typer.Argument(help="Model to convert: a folder, or HUB/ID@REVISION.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create for the FP8 checkpoint.")],
     models_folder: Annotated[
-        str | None, typer.Option(help="Where this node keeps what it pulls.")
+        str | None, typer.Option(help="Folder where this node keeps downloaded weights.")
     ] = None,
     adaln_8_bit: Annotated[
-        bool, typer.Option("--adaln-8-bit", help="AdaLN too; for pools that say adaln_8_bit.")
+        bool,
+        typer.Option(
+            "--adaln-8-bit",
+            help="Store the AdaLN layers in 8 bit too, for pools with adaln_8_bit in CONFIG.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write an FP8 checkpoint of MODEL to OUT, which loads alone; prints sizes and load times."""
+    """Write an FP8 checkpoint of MODEL to the folder OUT, and print sizes and load times.
+
+    OUT is complete: it loads without MODEL.
+    """
     with readable_errors(debug):
         folder = fetch(_source(model), models_folder)
         with console.status("quantising"):
@@ -141,7 +155,7 @@ def quantize(
 
 @app.command("check-config")
 def check_config(config: ConfigFile, debug: Debug = False) -> None:
-    """Check CONFIG and the OCTET_* overrides without starting anything."""
+    """Check CONFIG and the OCTET_* environment variables without starting anything."""
     with readable_errors(debug):
         settings = load_settings(config)
         if settings.auth == "keys":
@@ -164,14 +178,14 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
 
 
 def _sources(settings: Settings, model: Model) -> dict[str, Source]:
-    """Where the weights of a model's parts come from."""
+    """The source of the weights of each part of a model: its pools and its text encoders."""
     (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
     pools = {f"pool {pool.precision}": pool.source or model.source for pool in model.pools}
     return {**pools, f"text encoder {encoder.id}": encoder.source}
 
 
 def _source(model: str) -> Source:
-    """A folder or HUB/ID@REVISION. Raises `SettingsError`."""
+    """Parse a folder or HUB/ID@REVISION. Raises `SettingsError`."""
     location, _, revision = model.partition("@")
     if Path(model).is_dir():
         location, revision = str(Path(model).resolve()), ""
@@ -185,8 +199,11 @@ def _source(model: str) -> Source:
 
 
 def _serve(read: Callable[[], Settings]) -> None:
-    """Until Ctrl-C, SIGTERM or the end of the terminal; SIGUSR1 applies the settings anew."""
-    events: SimpleQueue[int] = SimpleQueue()  # its `put` is made for signal handlers
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal.
+
+    `read` returns the current settings. SIGUSR1 reads and applies them again.
+    """
+    events: SimpleQueue[int] = SimpleQueue()  # its `put` may be called in a signal handler
     before = {number: signal.getsignal(number) for number in (*STOP, APPLY)}
     nohup = before[signal.SIGHUP] is signal.SIG_IGN
     stop = [number for number in STOP if not (nohup and number == signal.SIGHUP)]
@@ -196,26 +213,26 @@ def _serve(read: Callable[[], Settings]) -> None:
             signal.signal(number, handler)
 
     def interrupt(*_: object) -> None:
-        on_stop(signal.SIG_IGN)  # another Ctrl-C must not interrupt the cleaning up
+        on_stop(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
         raise KeyboardInterrupt
 
     on_stop(interrupt)
     signal.signal(APPLY, signal.SIG_IGN)
     try:
         settings = read()
-        _warn_of_strangers(settings)
-        with run_application(settings, _tell_changes()) as octet:
+        _warn_about_access(settings)
+        with run_application(settings, _news_printer()) as octet:
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
-            decided = _tell_decisions(octet)
-            while (event := _next(events)) in (None, APPLY):
+            print_decisions = _decision_printer(octet)
+            while (event := _next_signal(events)) in (None, APPLY):
                 if event:
                     _apply(octet, read)
-                decided()
+                print_decisions()
             signal.signal(APPLY, signal.SIG_IGN)
             on_stop(interrupt)
-            console.print("finishing what is being drawn; Ctrl-C again drops it")
+            console.print("finishing the images that are running; Ctrl-C again drops them")
             try:
                 octet.drain()
             finally:
@@ -228,68 +245,75 @@ def _serve(read: Callable[[], Settings]) -> None:
     console.print("stopped")
 
 
-def _warn_of_strangers(settings: Settings) -> None:
-    """Raises `SettingsError` for tenants that cannot be read."""
+def _warn_about_access(settings: Settings) -> None:
+    """Warn if no key is needed, or if there is no tenant that could have one.
+
+    Raises `SettingsError` for tenants that cannot be read.
+    """
     if settings.auth != "keys":
         host = settings.http.host
-        complain(f"auth is {settings.auth}: whoever reaches {host} may draw, without a key")
+        complain(f"auth is {settings.auth}: anyone who reaches {host} may generate images")
     elif not read_tenants(Path(settings.tenants_folder).expanduser()):
-        complain("there are no tenants yet: octet tenant add")
+        complain("there are no tenants yet: add one with octet tenant add")
 
 
 def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
-    """Bring the running application to the settings as they are now; it runs on if that fails."""
+    """Apply the current settings to the running application; on an error it runs on unchanged."""
     try:
         settings = read()
         restarts = octet.apply(settings)
-    except Exception as error:  # also whatever Ray raises while its controller restarts
+    except Exception as error:  # also any of Ray's errors while its controller restarts
         complain(f"octet: settings not applied: {error}")
     else:
-        _warn_of_strangers(settings)
-        news = "replicas restart for them; /ready shows when they are back"
-        console.print(f"settings applied{f': {news}' if restarts else ''}", soft_wrap=True)
+        _warn_about_access(settings)
+        note = ": replicas restart with them; /ready shows when they are back"
+        console.print(f"settings applied{note if restarts else ''}", soft_wrap=True)
 
 
-def _next(events: SimpleQueue[int]) -> int | None:
-    """The next signal, or None after a while."""
+def _next_signal(events: SimpleQueue[int]) -> int | None:
+    """The next signal, or None if none comes within `LOOK_S` seconds."""
     try:
         return events.get(timeout=LOOK_S)
     except Empty:
         return None
 
 
-def _tell_decisions(octet: RunningApplication) -> Callable[[], None]:
-    """Print how many replicas each pool should have, and why, where that has changed."""
+def _decision_printer(octet: RunningApplication) -> Callable[[], None]:
+    """A function that prints new autoscaling decisions.
+
+    A decision says how many replicas a pool should have, and why. It is printed once.
+    """
     last: dict[str, str] = {}
 
-    def tell() -> None:
+    def print_decisions() -> None:
         for pool, reason in octet.reasons().items():
             if reason and reason != last.get(pool):
                 console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
             last[pool] = reason
 
-    return tell
+    return print_decisions
 
 
-def _tell_changes() -> Callable[[str], None]:
-    """Print news, each once, as long as nothing else has been heard."""
+def _news_printer() -> Callable[[str], None]:
+    """A function that prints a line of news, unless it is the same as the line before."""
     last = ""
 
-    def tell(news: str) -> None:
+    def print_news(news: str) -> None:
         nonlocal last
         if news != last:
             console.print(news, style="dim", highlight=False, soft_wrap=True)
         last = news
 
-    return tell
+    return print_news
 
 
 def _announce(octet: RunningApplication) -> None:
+    """Print the playground's address and a curl command that generates an image."""
     url, model = octet.url, octet.settings.models[0]
     prompt = "a futuristic cityscape at sunset"
     key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
     out = Console(highlight=False, soft_wrap=True)
-    out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nDraw a picture:\n")
+    out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nGenerate an image:\n")
     out.print(
         f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
         f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'

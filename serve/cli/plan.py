@@ -1,4 +1,4 @@
-"""The commands of `octet` that look at cards."""
+"""`octet plan`: plan which replicas share which cards, and what that costs."""
 
 from __future__ import annotations
 
@@ -24,55 +24,78 @@ from .terminal import ConfigOption, Debug, complain, readable_errors
 
 def plan(
     gpu: Annotated[
-        list[str] | None, typer.Option(help=f"CARD:COUNT, repeatable. Cards: {', '.join(CARDS)}.")
+        list[str] | None,
+        typer.Option(
+            help="Cards to plan for, as CARD:COUNT; repeat the option for several kinds. Known "
+            f"cards: {', '.join(CARDS)}."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="MODEL or MODEL=SHARE of the images, repeatable. Models: "
-            f"{', '.join(TRANSFORMERS)}."
+            help="Model to serve, as MODEL or MODEL=SHARE, where SHARE is its part of all images; "
+            f"repeat the option for several. Known models: {', '.join(TRANSFORMERS)}."
         ),
     ] = None,
     config: ConfigOption = None,
     ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster whose nodes are planned for.")
+        str | None, typer.Option(help="Address of a Ray cluster; the plan is for its nodes.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Of images that are planned for; default: 1024x1024.")
+        str | None, typer.Option(help="Size of the images to plan for; default: 1024x1024.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Of them; default: the model card's.")
+        int | None,
+        typer.Option(
+            min=1, max=1000, help="Steps of the images to plan for; default: the model card's."
+        ),
     ] = None,
     latency_s: Annotated[
         float | None,
         typer.Option(
             min=0.001,
-            help="Of an image while its model's slots are taken; default: 4 × its own time.",
+            help="Longest time in seconds that an image may take while all slots of its model are "
+            "taken; default: 4 × its time alone.",
         ),
     ] = None,
-    reserve_gib: Annotated[float, typer.Option(min=0, help="Of each card, for others.")] = 0.0,
+    reserve_gib: Annotated[
+        float, typer.Option(min=0, help="GiB of each card to leave free for other programs.")
+    ] = 0.0,
     adaln_8_bit: Annotated[
-        bool, typer.Option("--adaln-8-bit", help="Store more of FP8 models in 8 bit.")
+        bool,
+        typer.Option("--adaln-8-bit", help="Store the AdaLN layers of FP8 models in 8 bit too."),
     ] = False,
-    encoders_on_cpu: Annotated[bool, typer.Option("--encoders-on-cpu")] = False,
-    prices: Annotated[Path | None, typer.Option(help="YAML: card to $ an hour.")] = None,
+    encoders_on_cpu: Annotated[
+        bool, typer.Option("--encoders-on-cpu", help="Run the text encoders on CPUs.")
+    ] = False,
+    prices: Annotated[
+        Path | None, typer.Option(help="YAML file with the price of each card in $ per hour.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     as_settings: Annotated[
-        bool, typer.Option("--settings", help="Print it as settings: CONFIG's, or their part.")
+        bool,
+        typer.Option(
+            "--settings",
+            help="Print the plan as settings: those of CONFIG with the planned pools, or the pools "
+            "alone.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Plan which replicas share which cards, what they draw and what an image costs.
+    """Plan which replicas share which cards, how many images they generate and at what cost.
 
-    Needs neither a GPU nor Ray. What does not fit is explained, with exit code 2.
+    Needs neither a GPU nor Ray. If the models do not fit, the exit code is 2 and the reason is
+    printed.
     """
     with readable_errors(debug):
         if bool(model) == bool(config) or bool(gpu) == bool(ray):
-            raise SettingsError("wanted: --gpu or --ray, and --model or --config")
+            raise SettingsError(
+                "give either --gpu or --ray, and either --model or --config: one of each pair"
+            )
         if config and (size or steps):
-            raise SettingsError("--size and --steps are for --model: CONFIG has its own")
+            raise SettingsError("--size and --steps go with --model: CONFIG has its own")
         if as_json and as_settings:
-            raise SettingsError("--json or --settings, not both")
+            raise SettingsError("give --json or --settings, not both")
         settings = load_settings(config) if config else None
         planned_models = (
             planning.planned_models_of(settings)

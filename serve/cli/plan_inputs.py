@@ -1,4 +1,4 @@
-"""What `octet plan` reads: cards, models and prices, from options, settings and clusters."""
+"""Inputs of `octet plan`: cards, models and prices, from options, settings and Ray clusters."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ from ..settings.application import Settings
 from ..settings.models import Encoder, Model
 
 SD35_TEXT_WIDTH = 4096
-# Steps, and rows of an image, as the model cards have them; Medium's as diffusers' documentation.
+# Steps and rows (2 with guidance) of an image by default: those of the model cards, and for Medium
+# those of diffusers' documentation.
 USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
 
 def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
-    """`h100:8`, each kind once. Raises `SettingsError`."""
+    """Parse `CARD:COUNT` texts, such as `h100:8`; counts of the same card add up.
+
+    `reserved_gib`: GiB of each card that stay free. Raises `SettingsError`.
+    """
     counts: dict[Card, int] = {}
     for text in given:
         name, _, count = text.partition(":")
@@ -45,13 +49,15 @@ def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
         if card is None:
             raise SettingsError(f"--gpu '{text}': card '{name}': {did_you_mean(name, CARDS)}")
         if not re.fullmatch(r"[1-9]\d{0,5}", count or "1"):
-            raise SettingsError(f"--gpu '{text}': '{count}' is no number of cards")
+            raise SettingsError(
+                f"--gpu '{text}': '{count}' must be a number of cards from 1 to 999999"
+            )
         counts[card] = counts.get(card, 0) + int(count or 1)
     return [CardGroup(card, count, reserved_gib) for card, count in counts.items()]
 
 
 def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[CardGroup], list[str]]:
-    """The cards of a cluster, and in words which nodes are left out."""
+    """The cards of a cluster's nodes, and a note for each node that is left out of the plan."""
     counts: dict[Card, int] = {}
     left_out = []
     for node in nodes:
@@ -59,16 +65,16 @@ def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[CardGroup
         if not node.num_gpus:
             continue
         if card is None:
-            left_out.append(f"{name}: {node.num_gpus:g} GPUs of an unknown card are not planned")
+            left_out.append(f"{name}: {node.num_gpus:g} GPUs of an unknown card are left out")
         elif card.has_fp8 and not node.has_fp8(card):
-            left_out.append(f"{name}: {card.id}, labelled for 16 bit, is not planned")
+            left_out.append(f"{name}: {card.id} is labelled for 16 bit and left out")
         else:
             counts[card] = counts.get(card, 0) + int(node.num_gpus)
     return [CardGroup(card, count, reserved_gib) for card, count in counts.items()], left_out
 
 
 def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[PlannedModel]:
-    """`sd3.5-large` or `sd3.5-large=SHARE`. Raises `SettingsError`."""
+    """Parse `MODEL` or `MODEL=SHARE` texts, such as `sd3.5-large=2`. Raises `SettingsError`."""
     planned_models = []
     for text in given:
         model, _, share = text.partition("=")
@@ -80,13 +86,13 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Pla
         planned_models.append(
             PlannedModel(model, structure(model), shape, shape.pixels, _share(text, share))
         )
-    return _each_once(planned_models)
+    return _without_repeats(planned_models)
 
 
 def planned_models_of(settings: Settings) -> list[PlannedModel]:
-    """What a settings file serves: its default images, and the largest that it allows.
+    """The models of a settings file, with their default images and the largest that they allow.
 
-    Raises `SettingsError` for a model whose structure is not known here.
+    Raises `SettingsError` for a model whose structure is not known on this node.
     """
     return [
         PlannedModel(
@@ -106,19 +112,27 @@ def planned_models_of(settings: Settings) -> list[PlannedModel]:
 
 
 def most_pixels(model: Model) -> int:
-    """Of the largest image that a model's limits allow."""
+    """Pixels of the largest image that a model's limits allow."""
     return min(model.limits.max_pixels, model.limits.max_size_px**2)
 
 
 def only_encoder(settings: Settings) -> Encoder:
-    """Raises `SettingsError` for several sets of text encoders, which a plan does not have."""
+    """The one set of text encoders of the settings.
+
+    Raises `SettingsError` if there are several, because a plan is for one set.
+    """
     if len(settings.text_encoders) > 1:
-        raise SettingsError("a plan is for one set of text encoders: give each its own settings")
+        raise SettingsError(
+            "a plan is for one set of text encoders: plan each set with settings of its own"
+        )
     return settings.text_encoders[0]
 
 
 def encoder_gib(encoder: Encoder, settings: Settings) -> float:
-    """GiB of one replica: of SD3.5's text encoders, or by the size of their files."""
+    """GiB of one replica of the text encoders.
+
+    Those of SD3.5 have a known size; the size of others follows from their files.
+    """
     readers = [m for m in settings.models if m.text_encoder == encoder.id]
     if any(structure_of(m, settings.models_folder).text_width == SD35_TEXT_WIDTH for m in readers):
         weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision == "t5-quanto")
@@ -131,10 +145,10 @@ def encoder_gib(encoder: Encoder, settings: Settings) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", text)):
-        raise SettingsError(f"--size '{text}': WIDTHxHEIGHT in pixels is wanted")
+        raise SettingsError(f"--size '{text}': expected WIDTHxHEIGHT in pixels")
     width, height = map(int, match.groups())
     if width % 16 or height % 16:
-        raise SettingsError(f"--size '{text}': both must be multiples of 16")
+        raise SettingsError(f"--size '{text}': width and height must be multiples of 16")
     return width, height
 
 
@@ -144,28 +158,31 @@ def _share(text: str, share: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1e6:
-        raise SettingsError(f"--model '{text}': '{share}' is no share of the images")
+        raise SettingsError(
+            f"--model '{text}': '{share}' must be a share of the images: a number above 0"
+        )
     return value
 
 
-def _each_once(planned_models: list[PlannedModel]) -> list[PlannedModel]:
+def _without_repeats(planned_models: list[PlannedModel]) -> list[PlannedModel]:
     for planned in planned_models:
-        if sum(w.model == planned.model for w in planned_models) > 1:
+        if sum(other.model == planned.model for other in planned_models) > 1:
             raise SettingsError(f"--model '{planned.model}' is given twice")
     return planned_models
 
 
 def with_prices(groups: Sequence[CardGroup], file: Path) -> list[CardGroup]:
-    """Prices from a YAML file: `h100: 2.50`, or `h100: {on_demand: 2.50, spot: 1.10}`, $ an hour.
+    """The cards with prices in $ per hour from a YAML file.
 
-    Raises `SettingsError`.
+    A line is `h100: 2.50` (on demand) or `h100: {on_demand: 2.50, spot: 1.10}`. Cards that the file
+    does not name keep their prices. Raises `SettingsError`.
     """
     try:
         prices = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file}: {' '.join(str(error).split())}") from None
     if not isinstance(prices, dict):
-        raise SettingsError(f"{file}: expected cards and prices")
+        raise SettingsError(f"{file}: expected lines of cards and prices, such as h100: 2.50")
     for card in prices:
         if card not in CARDS:
             raise SettingsError(f"{file}: card '{card}': {did_you_mean(str(card), CARDS)}")
@@ -184,14 +201,15 @@ def _priced(card: Card, price: Any, file: Path) -> Card:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known or not number or not 0 < value < 1e6:
             raise SettingsError(
-                f"{file}: {card.id}: '{key}: {value}' is no price; known: {[*known]}"
+                f"{file}: {card.id}: '{key}: {value}' is no price: expected {' or '.join(known)} "
+                "and a number of $ per hour above 0"
             )
     known.update(given)
     return replace(card, on_demand_usd_h=known["on_demand"], spot_usd_h=known["spot"])
 
 
 def nodes_of_cluster(address: str) -> list[Node]:
-    """Raises `LaunchError`."""
+    """The living nodes of the Ray cluster at an address. Raises `LaunchError`."""
     import ray
 
     from cluster.ray_nodes import living_nodes

@@ -1,4 +1,4 @@
-"""What `octet plan` says: a packing plan in tables and pictures, as JSON and as settings."""
+"""Reports of `octet plan`: a packing plan as a table with bars, as JSON and as settings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from cluster.pools import PlannedPool, planned_pools
 from cluster.serving_options import PlannedModel, ServingOption
 
 COLOURS = "cyan", "green", "magenta", "yellow", "blue", "red"
-PLACE = "card", "replicas", "num_gpus", "memory_gib"
-WIDTH = 112  # characters that the table takes at least
-BAR = 44  # characters of a card's picture
+# The settings of a pool that say where its replicas run; the plan decides them.
+PLACEMENT_KEYS = "card", "replicas", "num_gpus", "memory_gib"
+WIDTH = 112  # characters that the table needs
+BAR = 44  # characters of the bar for a card's memory
 
 
 def usd_per_1000(usd_h: float | None, images_s: float) -> float | None:
+    """The price in $ of 1,000 images on a card that costs `usd_h` per hour."""
     return None if usd_h is None else usd_h / 3.6 / images_s
 
 
 def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
-    """The plan as data; images/s of a card are those if it draws that model alone."""
+    """The plan as data; images/s of a card are those while it generates that model alone."""
     return {
         "models": {
             planned.model: {
@@ -65,16 +67,21 @@ def _option_as_json(stack: PackedCards, option: ServingOption) -> dict[str, Any]
 
 
 def _free_gib(stack: PackedCards) -> float:
+    """GiB of a card that no replica takes."""
     return stack.cards.free_gib - sum(option.replicas * option.gib for option in stack.options)
 
 
 def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
-    """YAML: `base`, a settings file's data, with the plan's pools; else that part alone."""
+    """The plan as settings in YAML.
+
+    With `base`, the data of a settings file, the result is `base` with the planned pools. Otherwise
+    it holds the text encoders and models of the plan alone.
+    """
     pools = planned_pools(plan)
     data: dict[str, Any] = dict(base or {"text_encoders": [{"id": "sd35"}]})
-    encoders = [_place(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
+    encoders = [_placement(pool) for pool in pools if pool.model is None] or [{"num_gpus": 0.0}]
     data["text_encoders"] = [
-        {**_kept(encoder, PLACE, encoders[0].get("replicas", 1)), **encoders[0]}
+        {**_kept(encoder, PLACEMENT_KEYS, encoders[0].get("replicas", 1)), **encoders[0]}
         for encoder in data["text_encoders"]
     ]
     given = {model["id"]: model for model in data.get("models", [])}
@@ -93,7 +100,7 @@ def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
     return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
 
 
-def _place(pool: PlannedPool) -> dict[str, Any]:
+def _placement(pool: PlannedPool) -> dict[str, Any]:
     return {
         "card": pool.card,
         "replicas": pool.replicas,
@@ -103,7 +110,7 @@ def _place(pool: PlannedPool) -> dict[str, Any]:
 
 
 def _kept(settings: Mapping[str, Any], keys: Container[str], replicas: int) -> dict[str, Any]:
-    """Without these keys; there are so many replicas at most."""
+    """The settings without `keys`; `min_replicas` is at most `replicas`."""
     kept = {key: value for key, value in settings.items() if key not in keys}
     if kept.get("min_replicas") is not None:
         kept["min_replicas"] = min(kept["min_replicas"], replicas)
@@ -113,19 +120,23 @@ def _kept(settings: Mapping[str, Any], keys: Container[str], replicas: int) -> d
 def _pool(
     pool: PlannedPool, planned: PlannedModel, before: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a pool of the same precision had before stays, but for its place."""
+    """Settings of a planned pool.
+
+    The plan decides its placement, slots and `adaln_8_bit`. Its other settings are those that the
+    first pool of the same precision in `before` has.
+    """
     precision = "fp8" if pool.recipe.startswith("fp8") else "fp16"
     same = next((p for p in before if p["precision"] == precision), {})
     size = f"{planned.shape.width_px}x{planned.shape.height_px}"
-    place = {"precision": precision, **_place(pool), "slots": pool.slots}
+    placement = {"precision": precision, **_placement(pool), "slots": pool.slots}
     adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
-    kept = _kept(same, (*PLACE, "slots", "adaln_8_bit"), pool.replicas)
-    return {"warm_sizes": [size], **kept, **place, **adaln}
+    kept = _kept(same, (*PLACEMENT_KEYS, "slots", "adaln_8_bit"), pool.replicas)
+    return {"warm_sizes": [size], **kept, **placement, **adaln}
 
 
 def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
-    """Tables and pictures for a person."""
-    return Group(_table(plan), Text(), *_pictures(plan), Text(), *_sums(plan, notes))
+    """The plan for a terminal: a table, bars of the cards' memory, totals and notes."""
+    return Group(_table(plan), Text(), *_bars(plan), Text(), *_totals(plan, notes))
 
 
 def _table(plan: Plan) -> Table:
@@ -169,8 +180,8 @@ def _usd(usd: float | None) -> str:
     return "–" if usd is None else f"{usd:.2f}"
 
 
-def _pictures(plan: Plan) -> Iterable[Text]:
-    """One bar for each kind of card and arrangement: what takes its memory, true to scale."""
+def _bars(plan: Plan) -> Iterable[Text]:
+    """A bar for each kind of card and packing that shows, to scale, what takes the memory."""
     colours = {
         planned.model: COLOURS[i % len(COLOURS)] for i, planned in enumerate(plan.planned_models)
     }
@@ -193,18 +204,20 @@ def _pictures(plan: Plan) -> Iterable[Text]:
         yield bar
 
 
-def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
+def _totals(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
     options = [option for stack in plan.stacks for option in stack.options]
     for planned in plan.planned_models:
         size = f"{planned.shape.width_px}x{planned.shape.height_px}"
         yield Text(
             f"{planned.model}: {plan.images_s[planned.model]:.3g} images/s of {size}, "
-            f"{planned.shape.steps} steps, if nothing else is asked for"
+            f"{planned.shape.steps} steps, if no other model is requested"
         )
     if len(plan.planned_models) > 1:
-        yield Text(f"all together: {plan.mixed_images_s:.3g} images/s, each model by its share")
-    yield Text("GiB and GPU of a replica; images/s and $ of a card that draws this model alone;")
-    yield Text("s full: an image's seconds while all slots of its model are taken", end="\n\n")
+        yield Text(
+            f"all models together: {plan.mixed_images_s:.3g} images/s, each model by its share"
+        )
+    yield Text("GiB, GPU: of one replica. images/s, $: of a card that generates this model alone.")
+    yield Text("s full: seconds of an image while all slots of its model are taken.", end="\n\n")
     if estimated := {option.model for option in options if option.estimated}:
         yield Text(
             f"Estimated from arithmetic, not measured: images/s of {', '.join(sorted(estimated))}.",
@@ -212,20 +225,20 @@ def _sums(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
         )
     if not any(option.recipe in ("bf16", "fp16") for option in options):
         yield Text(
-            "No 16-bit pool: `precision: fp16` is refused, and an image with non-finite numbers is "
-            "not drawn again. Cards without FP8 would have one.",
+            "No 16-bit pool: requests for `precision: fp16` are refused, and an image with "
+            "non-finite numbers is not generated again. Cards without FP8 would run such a pool.",
             "yellow",
         )
     if not all(pool.even for pool in planned_pools(plan)):
         yield Text(
-            "Replicas of one kind of card differ in size: Ray may put them elsewhere than planned, "
-            "and then the last ones find no place. No card's memory is ever exceeded.",
+            "Replicas on one kind of card differ in size: Ray may place them elsewhere than "
+            "planned, and then the last ones do not fit. No card's memory is ever exceeded.",
             "yellow",
         )
     yield from (Text(note, "yellow") for note in notes)
 
 
 def print_plan(plan: Plan, notes: Iterable[str] = ()) -> None:
-    """A narrow terminal wraps the lines, rather than lose numbers."""
+    """Print the plan; a narrow terminal wraps the lines, so that no number is cut off."""
     console = Console()
     Console(width=max(console.width, WIDTH)).print(as_text(plan, notes))

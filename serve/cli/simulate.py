@@ -1,4 +1,4 @@
-"""`octet simulate`: what a workload costs and how long its requests wait, before it comes."""
+"""`octet simulate`: predict the cost and the waiting times of a workload by simulation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def simulate(
     workload: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(WORKLOADS)}; or a CSV file with the columns time, tenant, width, "
-            "height, steps, guidance."
+            help=f"Workload to simulate: {', '.join(WORKLOADS)}; or a CSV file with the columns "
+            "time, tenant, width, height, steps, guidance."
         ),
     ] = "diurnal",
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Repeatable: "
+            help="Policy and its numbers; repeat the option to compare several: "
             + ", ".join(f"{name}[:{','.join(n)}]" if n else name for name, n in NUMBERS.items())
         ),
     ] = None,
@@ -45,77 +45,104 @@ def simulate(
         typer.Option(
             min=0.001,
             max=10_000,
-            help="Requests a second: of diurnal at its peak, of spikes between them (they are ten "
-            "times as high), of sparse while it is not idle, else the mean.",
+            help="Mean requests per second. For diurnal: the rate at its peak. For spikes: the "
+            "rate between the spikes, which are ten times as high. For sparse: the rate while it "
+            "is not idle.",
         ),
     ] = 4.0,
     hours: Annotated[
-        float, typer.Option(min=0.05, max=24 * 31, help="Diurnal is one day, however long.")
+        float,
+        typer.Option(
+            min=0.05,
+            max=24 * 31,
+            help="Length of the workload in hours. Diurnal stretches its one day to this length.",
+        ),
     ] = 24.0,
     config: ConfigOption = None,
     model: Annotated[
-        str | None, typer.Option(help="Default: sd3.5-large, or the first of --config.")
+        str | None,
+        typer.Option(help="Model to serve; default: sd3.5-large, or the first of --config."),
     ] = None,
-    card: Annotated[str, typer.Option(help="Without --config: of each replica.")] = "h100",
-    slots: Annotated[int, typer.Option(min=1, max=16)] = 4,
-    least: Annotated[int, typer.Option("--min-replicas", min=0)] = 0,
-    most: Annotated[int, typer.Option("--replicas", min=1, help="At most.")] = 64,
-    node_s: Annotated[float, typer.Option(min=0, help="Until an added node is there.")] = 60.0,
-    start_s: Annotated[float, typer.Option(min=0, help="Of a replica on a node.")] = 30.0,
-    seed: int = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw load, replicas and queue.")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    card: Annotated[
+        str, typer.Option(help="Card of each replica; ignored with --config.")
+    ] = "h100",
+    slots: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16,
+            help="Images that a replica generates at the same time; ignored with --config.",
+        ),
+    ] = 4,
+    least: Annotated[
+        int,
+        typer.Option("--min-replicas", min=0, help="Fewest replicas; ignored with --config."),
+    ] = 0,
+    most: Annotated[
+        int, typer.Option("--replicas", min=1, help="Most replicas; ignored with --config.")
+    ] = 64,
+    node_s: Annotated[float, typer.Option(min=0, help="Seconds until a new node is ready.")] = 60.0,
+    start_s: Annotated[
+        float, typer.Option(min=0, help="Seconds that a replica takes to start on a ready node.")
+    ] = 30.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image file for a plot of load, replicas and queue.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON, not as a table.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Simulate a workload under autoscaling policies: cost, answers in time, waits, replicas.
+    """Simulate a workload under autoscaling policies and compare costs and waiting times.
 
-    Times of images are those of `serve/cost.py`: arithmetic, where nothing was measured.
+    The time that an image takes comes from measurements where there are any, and is computed
+    otherwise (cluster/cost.py).
     """
     with readable_errors(debug):
         if config:
-            scene = scenario_of_settings(load_settings(config), model, node_s, start_s)
+            scenario = scenario_of_settings(load_settings(config), model, node_s, start_s)
         else:
-            scene = scenario_of_card(
+            scenario = scenario_of_card(
                 model or "sd3.5-large", card, slots, least, most, node_s, start_s
             )
         requests = workload_of(workload, rate, hours)
-        outcomes: dict[str, SimulationResult] = {}
+        results: dict[str, SimulationResult] = {}
         policies = {text: policy_of(text) for text in policy or ["queued-work"]}
         for text, (name, numbers) in policies.items():
             with console.status(text):
-                outcomes[text] = scene.run(requests, name, seed, **numbers)
+                results[text] = scenario.run(requests, name, seed, **numbers)
         if as_json:
-            found = {text: as_dict(outcome) for text, outcome in outcomes.items()}
+            found = {text: as_dict(result) for text, result in results.items()}
             typer.echo(json.dumps(found, indent=1))
         else:
-            Console().print(_table(outcomes))
+            Console().print(_table(results))
         if plot:
-            _plot({text: o.timeline for text, o in outcomes.items()}, requests.name, plot)
+            _plot({text: result.timeline for text, result in results.items()}, requests.name, plot)
 
 
-def as_dict(outcome: SimulationResult) -> dict[str, Any]:
-    """What came of it, in numbers; waits in seconds."""
+def as_dict(result: SimulationResult) -> dict[str, Any]:
+    """The result of a simulation in numbers; waits are in seconds, costs in $."""
     return {
-        "requests": outcome.requests,
-        "violations": outcome.violations,
-        "attainment": round(outcome.attainment, 5),
-        "wait_p50_s": round(outcome.wait_s(0.5), 3),
-        "wait_p99_s": round(outcome.wait_s(0.99), 3),
-        "usd": round(outcome.usd, 2),
-        "usd_by_card": {card: round(usd, 2) for card, usd in outcome.usd_by_card.items()},
-        "replica_h": round(outcome.replica_h, 2),
-        "ups": outcome.ups,
-        "downs": outcome.downs,
-        "starts": outcome.starts,
-        "retried": outcome.retried,
+        "requests": result.requests,
+        "violations": result.violations,
+        "attainment": round(result.attainment, 5),
+        "wait_p50_s": round(result.wait_s(0.5), 3),
+        "wait_p99_s": round(result.wait_s(0.99), 3),
+        "usd": round(result.usd, 2),
+        "usd_by_card": {card: round(usd, 2) for card, usd in result.usd_by_card.items()},
+        "replica_h": round(result.replica_h, 2),
+        "ups": result.ups,
+        "downs": result.downs,
+        "starts": result.starts,
+        "retried": result.retried,
     }
 
 
-def _table(outcomes: dict[str, SimulationResult]) -> Table:
-    some = next(iter(outcomes.values()))
-    title = (
-        f"{some.requests} requests; in time: within {IN_TIME_SLOWDOWN:g} × what each takes alone"
-    )
+def _table(results: dict[str, SimulationResult]) -> Table:
+    requests = next(iter(results.values())).requests
+    limit = f"{IN_TIME_SLOWDOWN:g} × the time that each takes alone"
+    title = f"{requests} requests; in time: within {limit}"
     table = Table(Column("policy", overflow="fold"), title=title, title_justify="left")
     for name in (
         "$",
@@ -128,17 +155,17 @@ def _table(outcomes: dict[str, SimulationResult]) -> Table:
         "starts",
     ):
         table.add_column(name, justify="right")
-    for text, o in outcomes.items():
+    for text, result in results.items():
         table.add_row(
             text,
-            f"{o.usd:.2f}",
-            f"{o.replica_h:.1f}",
-            f"{o.attainment:.2%}",
-            f"{o.wait_s(0.5):.2f}",
-            f"{o.wait_s(0.99):.2f}",
-            str(o.ups),
-            str(o.downs),
-            str(o.starts),
+            f"{result.usd:.2f}",
+            f"{result.replica_h:.1f}",
+            f"{result.attainment:.2%}",
+            f"{result.wait_s(0.5):.2f}",
+            f"{result.wait_s(0.99):.2f}",
+            str(result.ups),
+            str(result.downs),
+            str(result.starts),
         )
     return table
 
@@ -149,7 +176,7 @@ def _plot(timelines: dict[str, Any], title: str, out: Path) -> None:
     try:
         plot_timelines(timelines, title, out)
     except ImportError:
-        raise SettingsError("--plot needs matplotlib: pip install 'octet[bench]'") from None
+        raise SettingsError("--plot needs matplotlib: pip install 'octet-serve[bench]'") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"--plot {out}: {error}") from None
-    console.print(f"{out}: drawn", highlight=False)
+    console.print(f"{out}: plotted", highlight=False)

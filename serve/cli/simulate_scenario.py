@@ -1,4 +1,4 @@
-"""What `octet simulate` simulates: pools from options or settings, a workload and a policy."""
+"""Inputs of `octet simulate`: pools from options or settings, a workload and a policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
 
 WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
-NUMBERS = {  # the numbers that each policy is tuned by
+NUMBERS = {  # the parameters of each policy, in the order in which --policy takes them
     "ray-serve": ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
     "keda": ("target", "stabilisation_s", "cooldown_s"),
     "static": ("replicas",),
@@ -42,7 +42,10 @@ NUMBERS = {  # the numbers that each policy is tuned by
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A model's pools on their nodes; `unit`: the cost that counts as an image's work."""
+    """A model's pools with their nodes, and the tuning of the `queued-work` policy.
+
+    `unit`: the cost coefficients that define the work of an image.
+    """
 
     pools: dict[str, SimulatedPool]
     unit: CostCoefficients
@@ -50,13 +53,14 @@ class Scenario:
 
     @property
     def limits(self) -> ScalingLimits:
+        """The bounds of all pools, as a policy takes them."""
         return ScalingLimits(
             {name: pool.pool for name, pool in self.pools.items()}, tuning=self.tuning
         )
 
     @property
     def start_s(self) -> float:
-        """Seconds from an order to a ready replica where a node has to be added."""
+        """Seconds from the decision to a ready replica if a node must be added first."""
         node_type = next(iter(self.pools.values())).node_type
         return node_type.node_s + node_type.start_s
 
@@ -68,7 +72,11 @@ class Scenario:
         warm_up_s: float = 0.0,
         **numbers: float,
     ) -> SimulationResult:
-        """Simulate the workload under a policy; `numbers` are those that `NUMBERS` lists for it."""
+        """Simulate the workload under a policy.
+
+        `numbers`: the policy's parameters, named as in `NUMBERS`. Requests of the first `warm_up_s`
+        seconds are not counted.
+        """
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
             work_s = self.unit.work_s
@@ -83,9 +91,10 @@ class Scenario:
 def scenario_of_card(
     model: str, card: str, slots: int, least: int, most: int, node_s: float, start_s: float
 ) -> Scenario:
-    """One pool with one replica on each card, in the card's best precision.
+    """A scenario of one pool, with one replica on each card in the card's best precision.
 
-    Raises `SettingsError`.
+    `least`, `most`: bounds of the number of replicas. `node_s`: seconds until an added node is
+    ready. `start_s`: seconds that a replica then takes to start. Raises `SettingsError`.
     """
     if model not in TRANSFORMERS:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
@@ -103,10 +112,10 @@ def scenario_of_card(
 def scenario_of_settings(
     settings: Settings, model: str | None, node_s: float, start_s: float
 ) -> Scenario:
-    """The pools of one model of the settings, by default of the first.
+    """A scenario with the pools of one model of the settings; None stands for the first model.
 
-    Replicas that share a card share its time: each is as fast as if the others were busy. Raises
-    `SettingsError`.
+    Replicas that share a card share its time: each is as slow as if the others were always busy.
+    Raises `SettingsError`.
     """
     application = settings.application_settings()
     served = {m.id: m for m in application.models}
@@ -146,11 +155,14 @@ def _simulated_pool(
 
 
 def workload_of(name: str, per_s: float, hours: float) -> Workload:
-    """One of `WORKLOADS` with `per_s` requests a second, or a CSV file. Raises `SettingsError`."""
+    """One of `WORKLOADS` with `per_s` requests per second, or the trace of a CSV file.
+
+    Raises `SettingsError`.
+    """
     if name not in WORKLOADS:
         if not Path(name).is_file():
-            known = f"one of {', '.join(WORKLOADS)}, or a CSV file"
-            raise SettingsError(f"--workload '{name}': {known}")
+            known = f"one of {', '.join(WORKLOADS)}, or a CSV file that exists"
+            raise SettingsError(f"--workload '{name}': expected {known}")
         try:
             return workloads.trace(Path(name))
         except (OSError, ValueError, csv.Error) as error:
@@ -161,7 +173,10 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
 
 
 def policy_of(text: str) -> tuple[str, dict[str, float]]:
-    """Parse `NAME` or `NAME:NUMBER,NUMBER`, a policy and its tuning. Raises `SettingsError`."""
+    """Parse `NAME` or `NAME:NUMBER,NUMBER` into a policy and its parameters.
+
+    For example, `static:8` is `("static", {"replicas": 8.0})`. Raises `SettingsError`.
+    """
     name, _, given = text.partition(":")
     if name not in NUMBERS:
         raise SettingsError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")
@@ -170,14 +185,14 @@ def policy_of(text: str) -> tuple[str, dict[str, float]]:
         values = [float(value) for value in given.split(",")] if given else []
     except ValueError:
         values = [-1.0]
-    low = [
+    lowest = [
         0.0 if key.endswith(("delay_s", "stabilisation_s", "cooldown_s")) else 1e-6 for key in keys
     ]
     wrong = len(values) > len(keys) or any(
-        not least <= value < 1e6 for least, value in zip(low, values, strict=False)
+        not low <= value < 1e6 for low, value in zip(lowest, values, strict=False)
     )
     if wrong:
         raise SettingsError(f"--policy '{text}': {name} takes {', '.join(keys) or 'no numbers'}")
     if name == "static" and not values:
-        raise SettingsError(f"--policy '{text}': how many replicas? static:8")
+        raise SettingsError(f"--policy '{text}': how many replicas? For example static:8")
     return name, dict(zip(keys, values, strict=False))

@@ -1,4 +1,4 @@
-"""`octet tenant`, `usage` and `top`: who may call, what they had, and what they have now."""
+"""`octet tenant`: add and list tenants, change their keys, and erase their data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, ro
 from ..usage.ledger import erase_usage
 from .terminal import ConfigOption, Debug, console, readable_errors
 
-app = typer.Typer(help="Who may call: tenants, their limits and their keys.", no_args_is_help=True)
+app = typer.Typer(help="Manage tenants, their limits and their API keys.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="The tenant's id: a-z 0-9 -", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(help="Id of the tenant: letters a-z, digits and hyphens.", show_default=False),
+]
 FolderOption = Annotated[
-    Path | None, typer.Option(help="Tenants' folder, instead of that of --config.")
+    Path | None,
+    typer.Option(help="Folder with the tenants, instead of the one that --config names."),
 ]
 Limit = float | None
 
@@ -31,17 +35,38 @@ def add(
     tenant: Name,
     config: ConfigOption = None,
     folder: FolderOption = None,
-    weight: Annotated[Limit, typer.Option(help="Its share is weight ÷ all weights.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="That it may use; default: all.")] = None,
-    requests_per_s: Annotated[Limit, typer.Option(help="Requests a second.")] = None,
-    work_per_s: Annotated[Limit, typer.Option(help="Work a second.")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Open at a time.")] = None,
-    monthly_work: Annotated[Limit, typer.Option(help="Work in a calendar month.")] = None,
-    timeout_s: Annotated[Limit, typer.Option(help="Deadline of requests without one.")] = None,
-    operator: Annotated[bool, typer.Option("--operator", help="May run octet top.")] = False,
+    weight: Annotated[
+        Limit,
+        typer.Option(
+            help="Weight of the tenant. Its share is its weight ÷ the sum of the weights."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model that the tenant may use; repeat it for several. Default: all."),
+    ] = None,
+    requests_per_s: Annotated[Limit, typer.Option(help="Limit of requests per second.")] = None,
+    work_per_s: Annotated[
+        Limit,
+        typer.Option(help="Limit of work per second; work is in seconds of a reference replica."),
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Limit of requests that are open at a time.")
+    ] = None,
+    monthly_work: Annotated[
+        Limit,
+        typer.Option(help="Budget of work per calendar month, in seconds of a reference replica."),
+    ] = None,
+    timeout_s: Annotated[
+        Limit,
+        typer.Option(help="Deadline in seconds of requests that name none."),
+    ] = None,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="Let the tenant run octet top.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Add a tenant and print its key, which is shown only now."""
+    """Add a tenant and print its API key. The key is shown only this once."""
     with readable_errors(debug):
         given = {
             "weight": weight,
@@ -61,7 +86,7 @@ def add(
 def list_tenants(
     config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
 ) -> None:
-    """Tenants, their limits, and when their keys were made."""
+    """List the tenants, their limits, and when their keys were made."""
     with readable_errors(debug):
         where = _folder(config, folder)
         tenants, keys = read_tenants(where), read_keys(where)
@@ -84,7 +109,9 @@ def list_tenants(
         )
     for name in sorted(set(keys) - set(tenants)):
         if keys[name]:
-            table.add_row(name, "", "not in tenants.yaml: it cannot call", "", "keys are kept")
+            table.add_row(
+                name, "", "not in tenants.yaml: its keys are refused", "", "keys are kept"
+            )
     Console().print(table)
 
 
@@ -92,7 +119,7 @@ def list_tenants(
 def rotate(
     tenant: Name, config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
 ) -> None:
-    """Print a new key; the newest of the old ones stays valid until `revoke --old`."""
+    """Make and print a new key. The newest old key stays valid until `revoke --old`."""
     with readable_errors(debug):
         _show(rotate_key(_folder(config, folder), tenant))
 
@@ -102,24 +129,26 @@ def revoke(
     tenant: Name,
     config: ConfigOption = None,
     folder: FolderOption = None,
-    old: Annotated[bool, typer.Option("--old", help="All keys but the newest.")] = False,
+    old: Annotated[bool, typer.Option("--old", help="Revoke all keys except the newest.")] = False,
     debug: Debug = False,
 ) -> None:
-    """End a tenant's keys, everywhere within 5 s."""
+    """Revoke a tenant's keys. Every Ingress refuses them within 5 s."""
     with readable_errors(debug):
-        ended = revoke_keys(_folder(config, folder), tenant, but_newest=old)
-    console.print(f"{ended} of the keys of {tenant} ended", highlight=False)
+        count = revoke_keys(_folder(config, folder), tenant, but_newest=old)
+    console.print(f"{count} of the keys of {tenant} revoked", highlight=False)
 
 
 @app.command("erase")
 def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> None:
-    """Delete a tenant's images and usage records for ever. Revoke its keys before."""
+    """Delete a tenant's images and usage records for ever. Revoke its keys first."""
     with readable_errors(debug):
         if config is None:
             raise SettingsError("whose images? Name a settings file with --config")
         settings = load_settings(config).application_settings()
         if settings.data_folder is None:
-            raise SettingsError(f"{config}: without data_folder nothing is kept")
+            raise SettingsError(
+                f"{config}: it has no data_folder, so no images or records are kept"
+            )
         store = open_store(settings, drain=False)
         folder = Path(settings.data_folder).expanduser() / "usage"
         try:
@@ -129,10 +158,11 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
             raise SettingsError(str(error)) from None
         finally:
             store.close()
-    console.print(f"{images} images and {erased} records of {tenant} are gone", highlight=False)
+    console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
 
 
 def _folder(config: Path | None, folder: Path | None) -> Path:
+    """The tenants' folder: `folder`, or the one that the settings name. Raises `SettingsError`."""
     if folder:
         return folder
     if config is None:
@@ -141,5 +171,5 @@ def _folder(config: Path | None, folder: Path | None) -> Path:
 
 
 def _show(key: str) -> None:
-    console.print("The key; it is shown only now, and valid within 5 s:", highlight=False)
+    console.print("The key, valid within 5 s. It is shown only this once:", highlight=False)
     sys.stdout.write(key + "\n")

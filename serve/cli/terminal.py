@@ -1,4 +1,4 @@
-"""What the commands of `octet` share: one console, and errors in one line each."""
+"""Console, common options and one-line error messages that all `octet` commands share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ..launch import LaunchError
 from ..models.checkpoints import CheckpointError
 
 console = Console(stderr=True)
-ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see examples/.")]
+ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see the folder examples.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (YAML).")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 
-def complain(what: object) -> None:
-    console.print(str(what), style="red", markup=False, highlight=False, soft_wrap=True)
+def complain(message: object) -> None:
+    """Print a message in red to standard error."""
+    console.print(str(message), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def readable_errors(debug: bool) -> Iterator[None]:
-    """Errors that we foresee in one line each, exit code 1."""
+    """Turn expected errors into one-line messages and exit code 1; `debug` lets them through."""
     try:
         yield
     except (SettingsError, LaunchError, CheckpointError) as error:

@@ -1,4 +1,4 @@
-"""`octet top`: pools, slots and queue by tenant, live."""
+"""`octet top`: show a server's pools, slots and queue in the terminal, once per second."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ANSWER_S = 5.0
 
 
 def top(
-    url: Annotated[str, typer.Argument(help="The server.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     key: Annotated[
-        str, typer.Option(envvar="OCTET_KEY", help="An operator's key.", show_default=False)
+        str, typer.Option(envvar="OCTET_KEY", help="API key of an operator.", show_default=False)
     ] = "",
-    once: Annotated[bool, typer.Option("--once", help="Print it once.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the tables once, then exit.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Pools, slots and queue by tenant, live."""
+    """Show a server's pools and slots and each tenant's queue, updated every second."""
     with readable_errors(debug):
         if once:
             Console().print(overview_table(_state(url, key)))
@@ -41,15 +41,18 @@ def top(
                 time.sleep(1)
                 try:
                     shown = overview_table(_state(url, key))
-                except SettingsError as error:  # a restart is no reason to look away
+                except (
+                    SettingsError
+                ) as error:  # the server may be restarting: go on and show the error
                     live.update(Group(shown, f"[red]{escape(str(error))}[/]"), refresh=True)
                 else:
                     live.update(shown, refresh=True)
 
 
 def _state(url: str, key: str) -> dict[str, Any]:
+    """The answer of `GET /v1/state`. Raises `SettingsError`."""
     if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"'{url}' is no http address")
+        raise SettingsError(f"'{url}' is no http address: expected http://HOST:PORT")
     headers = {"authorization": f"Bearer {key.strip()}"} if key else {}
     request = urllib.request.Request(url.rstrip("/") + "/v1/state", headers=headers)  # noqa: S310 - checked
     try:
@@ -57,16 +60,16 @@ def _state(url: str, key: str) -> dict[str, Any]:
             state: dict[str, Any] = json.load(answer)
             return state
     except urllib.error.HTTPError as error:
-        what = {401: "the key is missing or wrong", 404: "the key is not an operator's"}
-        raise SettingsError(f"{url}: {what.get(error.code, error.reason)}") from None
+        reasons = {401: "the key is missing or wrong", 404: "the key is not an operator's"}
+        raise SettingsError(f"{url}: {reasons.get(error.code, error.reason)}") from None
     except OSError as error:
         raise SettingsError(f"{url}: {getattr(error, 'reason', error)}") from None
-    except (ValueError, http.client.HTTPException) as error:  # whose words may hold the key
-        raise SettingsError(f"{url}: no answer of an Octet ({type(error).__name__})") from None
+    except (ValueError, http.client.HTTPException) as error:  # the error's text may hold the key
+        raise SettingsError(f"{url}: the answer is not Octet's ({type(error).__name__})") from None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for one server alone."""
+    """Refuses redirects, so that the key is sent to one server only."""
 
     def redirect_request(self, *_: Any) -> None:
         return None

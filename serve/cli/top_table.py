@@ -1,4 +1,4 @@
-"""The state of a server as `octet top` shows it, and files that it could not read."""
+"""Tables of `octet top`: the state of a server, and the files that it could not read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-SHOWN = 30  # tenants, those with most under way
+SHOWN = 30  # tenants in the table: those with the most running and queued images
 
 
 def overview_table(state: dict[str, Any]) -> Group:
-    """Of the answer of `GET /v1/state`."""
+    """Tables of pools and tenants; `state` is the answer of `GET /v1/state`."""
     head = f"{state['calls']} requests open, {state['queued']} images queued"
     pools = Table(title=head + (" · draining" if state["draining"] else ""), title_justify="left")
     for name in ("pool", "ready / wanted", "slots used", "work left", "speed"):
@@ -35,11 +35,11 @@ def overview_table(state: dict[str, Any]) -> Group:
             f"{row['queued_work']:.1f}",
             f"{row['spent']:.1f}" + ("" if budget is None else f" / {budget:g}"),
         )
-    why = [
+    reasons = [
         f"[dim]{escape(name + ': ' + pool['reason'])}[/]"
         for name, pool in state["pools"].items()
         if pool["reason"]
     ]
     more = len(state["tenants"]) - SHOWN
     faults = [f"[red]{escape(f'{name}: {fault}')}[/]" for name, fault in state["faults"].items()]
-    return Group(pools, *why, tenants, f"and {more} more" if more > 0 else "", *faults)
+    return Group(pools, *reasons, tenants, f"and {more} more" if more > 0 else "", *faults)

@@ -1,4 +1,4 @@
-"""`octet usage`: what tenants were charged."""
+"""`octet usage`: show what tenants were charged, from the usage records on disk."""
 
 from __future__ import annotations
 
@@ -25,27 +25,37 @@ from .terminal import ConfigOption, Debug, readable_errors
 def usage(
     config: ConfigOption = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder of usage, instead of that of --config.")
+        Path | None,
+        typer.Option(help="Folder with the usage records, instead of the one that --config names."),
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Of one tenant.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Show this tenant only; default: all.")] = None,
     since: Annotated[
-        str | None, typer.Option(help="YYYY-MM-DD or later, UTC; default: this month.")
+        str | None,
+        typer.Option(
+            help="Show usage since this time in UTC: YYYY-MM-DD or YYYY-MM-DDTHH:MM. Default: the "
+            "beginning of this month."
+        ),
     ] = None,
     records: Annotated[
-        bool, typer.Option("--records", help="Every record as a line of JSON, not sums.")
+        bool,
+        typer.Option("--records", help="Print each record as a line of JSON, instead of sums."),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """What tenants were charged: images and work, by model and outcome."""
+    """Show what tenants were charged: images and work, by model, precision and outcome."""
     with readable_errors(debug):
         if folder is None:
             data = load_settings(config).data_folder if config else None
             if data is None:
-                raise SettingsError("which usage? Name a settings file with --config, or --folder")
+                raise SettingsError(
+                    "which usage? Name a settings file with data_folder by --config, or --folder"
+                )
             folder = Path(data).expanduser() / "usage"
         begin = _since(since)
         if not folder.is_dir():
-            raise SettingsError(f"{folder}: no such folder; usage is where the Dispatcher runs")
+            raise SettingsError(
+                f"{folder}: no such folder; usage is recorded on the node where the Dispatcher runs"
+            )
         try:
             found = read_usage(folder, begin, tenant)
             if records:
@@ -53,24 +63,26 @@ def usage(
                     sys.stdout.write(json.dumps(record) + "\n")
             else:
                 Console().print(_sums(found, begin))
-        except BrokenPipeError:  # `| head` has what it wants
+        except BrokenPipeError:  # such as `| head`, which closes the pipe early
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError) as error:
             raise SettingsError(str(error)) from None
 
 
 def _since(given: str | None) -> str:
+    """The time of --since in UTC, as usage records write it. Raises `SettingsError`."""
     if given is None:
         return month_of(time.time())
     try:
         begin = datetime.fromisoformat(given)
     except ValueError:
-        raise SettingsError(f"--since '{given}': YYYY-MM-DD, or YYYY-MM-DDTHH:MM") from None
+        raise SettingsError(f"--since '{given}': expected YYYY-MM-DD or YYYY-MM-DDTHH:MM") from None
     utc = begin.replace(tzinfo=UTC) if begin.tzinfo is None else begin.astimezone(UTC)
     return utc.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
+    """Images and work of each tenant, in all and by model, precision and outcome."""
     images: dict[tuple[str, ...], int] = defaultdict(int)
     work: dict[tuple[str, ...], float] = defaultdict(float)
     for record in records:
@@ -84,7 +96,7 @@ def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
     for name in ("images", "work"):
         table.add_column(name, justify="right")
     for key in sorted(images):
-        whole = not key[1]
+        is_total = not key[1]
         row = (*key, str(images[key]), f"{work[key]:.3f}")
-        table.add_row(*row, style="bold" if whole else None)
+        table.add_row(*row, style="bold" if is_total else None)
     return table

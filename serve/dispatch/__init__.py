@@ -1,1 +1,1 @@
-"""Who runs next: the queue, the grants, and each ingress's session with them."""
+"""Dispatch: admission of calls, the fair queue, and the grants of replicas' slots to images."""

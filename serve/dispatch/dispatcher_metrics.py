@@ -8,7 +8,8 @@ process lives.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..metric_catalogue import metric
 from ..usage.record import UsageRecord
@@ -59,7 +60,8 @@ class PoolMetrics:
 class TenantMetrics:
     """Every tenant's calls, queue, charges and refusals."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[str], Any] = metric) -> None:
+        """`make`: makes a metric of the catalogue by its name."""
         self._lately: Counter[str] = Counter()
         self._named: set[str] = set()  # named at present
         self._ever: set[str] = set()  # named at some time: their counters go on
@@ -67,12 +69,12 @@ class TenantMetrics:
         self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._gauges = {
-            name: metric(f"octet_tenant_{name}")
+            name: make(f"octet_tenant_{name}")
             for name in ("calls", "queued", "queued_work", "running")
         }
-        self._work = metric("octet_tenant_work")
-        self._images = metric("octet_tenant_images")
-        self._refused = metric("octet_tenant_refused")
+        self._work = make("octet_tenant_work")
+        self._images = make("octet_tenant_images")
+        self._refused = make("octet_tenant_refused")
 
     def charged(self, usage: UsageRecord) -> None:
         """Count a charged image."""

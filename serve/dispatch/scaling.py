@@ -27,6 +27,8 @@ SEEN_S = 3.0  # Ray Serve has seen a number by then
 class Scaling:
     """Octet's own policy; `began`: when this process began to count what arrives."""
 
+    policy = staticmethod(decide)
+
     def __init__(
         self, grants: Grants, admission: Admission, limits: ScalingLimits, began: float
     ) -> None:
@@ -46,7 +48,7 @@ class Scaling:
 
     def decide(self, now: float) -> Mapping[str, str]:
         """Decide anew; returns the reasons for every number that changed."""
-        decision = decide(self.load(now), self.limits, self._state, now)
+        decision = self.policy(self.load(now), self.limits, self._state, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
         self._settled = now - self._began >= self.limits.tuning.hold_s

@@ -1,1 +1,1 @@
-"""The model in our hands: text encoders, denoising, precision recipes."""
+"""The engine that runs the models: text encoders, denoising loop, precision, decoding."""

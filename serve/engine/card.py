@@ -1,4 +1,4 @@
-"""The card that a replica runs on: its part of the memory, and how the card is."""
+"""The card that a replica runs on: its memory, and the readings that show the card's health."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..settings.models import CardResources
 
 log = logging.getLogger("ray.serve")
 
-READINGS = (
+READINGS = (  # names of the readings that become gauges
     *("utilisation_percent", "memory_used_bytes", "memory_total_bytes", "power_watts"),
     *("temperature_celsius", "sm_clock_mhz", "memory_clock_mhz", "ecc_errors"),
 )
 
 
 class ReplicaCard:
-    """What this process may take of its card, and what the card reports."""
+    """This process's part of its card's memory, and the readings of the card as metrics."""
 
     def __init__(
         self,
@@ -31,7 +31,10 @@ class ReplicaCard:
         cuda: Any = torch.cuda,
         telemetry: CardTelemetry | None = None,
     ) -> None:
-        """Raises `OctetError` if what was promised is not free. Blocks."""
+        """Claim the memory that the settings promise.
+
+        Raises `OctetError` if it is not free. Blocks for up to `card_memory.WAIT_S` seconds.
+        """
         try:
             self._claim = claim(cuda, settings.num_gpus, settings.memory_gib)
         except CardFull as error:
@@ -45,7 +48,7 @@ class ReplicaCard:
         self._memory = metric("octet_replica_memory_bytes")
 
     def check(self) -> None:
-        """Report, and raise `RuntimeError` if the card is broken. Blocks."""
+        """Update the card's metrics, and raise `RuntimeError` if it is broken. Blocks."""
         for kind, taken in self._claim.taken_bytes.items():
             self._memory.set(taken, {**self._tags, "kind": kind})
         if self._telemetry is None:
@@ -62,15 +65,21 @@ class ReplicaCard:
         try:
             return CardTelemetry(uuid)
         except NoTelemetry as error:
-            log.warning("no telemetry of %s: %s", uuid, error)
+            log.warning("no readings of card %s: %s", uuid, error)
             return None
 
 
 def device_for(settings: CardResources) -> str:
-    """`cuda` for what takes a GPU, where there is one. Ray hides none from what takes none."""
+    """The device of a replica: `cuda` if its settings take a GPU and there is one, else `cpu`.
+
+    The settings decide, because Ray does not hide a machine's GPUs from an actor that takes none.
+    """
     return "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
 
 
 def take_card(settings: CardResources) -> ReplicaCard | None:
-    """This process's card; None for what runs on a CPU. Raises `OctetError`; blocks."""
+    """Claim this process's card; None if it runs on the CPU.
+
+    Raises `OctetError` if the promised memory is not free. Blocks.
+    """
     return ReplicaCard(settings) if device_for(settings) == "cuda" else None

@@ -1,10 +1,10 @@
-"""The transformer's blocks compiled, and its attention by measurement.
+"""Compilation of the transformer's blocks, and choice of its attention kernel by measurement.
 
-FP8 pays only compiled: in eager execution the scaling of activations costs more than the matrix
-products save. Blocks are compiled one kind at a time, not the whole model: all blocks of a kind
-share the code. Sizes that were asked for beforehand (`warm`) get code for exactly their shape; any
-other size runs code with flexible shapes, so that no request waits for the compiler. Which of the
-two an image runs depends on its size and rows alone.
+FP8 saves time only when compiled: in eager execution the scaling of activations costs more than the
+matrix products save. Blocks are compiled one by one, not the whole model at once, because all
+blocks of a kind share their code. Shapes that are named beforehand (*warm* shapes) get code of
+their own. All other shapes run *flexible* code, which is compiled for any shape, so that no request
+waits for the compiler. An image's size and rows alone decide which of the two it runs.
 """
 
 from __future__ import annotations
@@ -24,37 +24,38 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Mode = Literal["default", "max-autotune"]
-Shape = tuple[int, int]  # rows and image tokens
+Shape = tuple[int, int]  # rows, and image tokens of a row
 
 DEFAULT_COMPILED_FOLDER = "~/.cache/octet/compiled"
-MOST_SHAPES = 1024  # torch gives up on a function after so many kinds of input; by default 8
+MAX_SHAPES = 1024  # kinds of input after which torch stops compiling a function; its default is 8
 MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-TRIALS = 10
+TRIALS = 10  # measurements of each attention kernel
 
 
 def keep_compiled_code(folder: str | None) -> FileLock:
-    """In a folder of this node, by torch's version: a later start finds it there.
+    """Keep compiled code in a folder of this node, where later starts find it.
 
-    Who holds the lock compiles; replicas that start together would else all compile the same.
+    Each version of torch has its own subfolder of `folder`. Returns a lock to hold while compiling:
+    otherwise replicas that start together would all compile the same code.
     """
     root = Path(folder or DEFAULT_COMPILED_FOLDER).expanduser() / torch.__version__
     root.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # torch itself may have set it
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # overwrites a value that torch may have set
     return FileLock(root / "compiling.lock")
 
 
 class CompiledBlock(nn.Module):
-    """A block that runs its exact code for warm shapes, and its flexible code for others."""
+    """A block that runs code of its own for each warm shape, and flexible code for all others."""
 
     def __init__(self, block: nn.Module, warm: Collection[Shape], mode: Mode, backend: str) -> None:
         super().__init__()
         self.block = block
         self._warm = warm
-        inductors = MODES[mode] if backend == "inductor" else None
-        # Not as sub-modules: they would name the block's weights a second time.
+        inductor_mode = MODES[mode] if backend == "inductor" else None
+        # A dictionary, because submodules would list the block's weights a second time.
         self._code = {
             exact: torch.compile(
-                block, fullgraph=True, dynamic=not exact, backend=backend, mode=inductors
+                block, fullgraph=True, dynamic=not exact, backend=backend, mode=inductor_mode
             )
             for exact in (True, False)
         }
@@ -71,9 +72,9 @@ def compile_blocks(
     mode: Mode = "default",
     backend: str = "inductor",
 ) -> nn.Module:
-    """In place; nothing is compiled before its first call."""
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+    """Replace the blocks, in place, by ones that compile their code at its first call."""
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = MAX_SHAPES
     blocks: Any = transformer.transformer_blocks
     for i, block in enumerate(blocks):
         blocks[i] = CompiledBlock(block, warm, mode, backend)
@@ -82,21 +83,22 @@ def compile_blocks(
 
 # -- attention ------------------------------------------------------------------------------------
 
-# In order of preference; another is used if it takes less by `WORTH`.
+# Attention kernels in order of preference. A later one is used only if it takes less than
+# `WORTH_SWITCHING` times as long as the first one that works.
 ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-WORTH = 0.9
-_for_good = ExitStack()  # what is entered here is never left
+WORTH_SWITCHING = 0.9
+_kept_contexts = ExitStack()  # contexts that last as long as the process
 
 
 def preferred(took: Mapping[str, float]) -> list[str]:
-    """Those that work, the one to be used first."""
+    """The names of the attention kernels that work, the one to use first; `took`: their seconds."""
     names = [name for name in ATTENTION if name in took]
     fastest = min(names, key=lambda name: took[name], default=None)
-    if fastest and took[fastest] < WORTH * took[names[0]]:
+    if fastest and took[fastest] < WORTH_SWITCHING * took[names[0]]:
         names.remove(fastest)
         names.insert(0, fastest)
     return names
@@ -105,11 +107,11 @@ def preferred(took: Mapping[str, float]) -> list[str]:
 def time_attention(
     heads: int, head_width: int, tokens: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of each kind of fused attention that works on this card, for one image's two rows."""
+    """Seconds of each attention kernel that works on this card, for the two rows of an image."""
     q, k, v = torch.randn(3, 2, heads, tokens, head_width, device=device, dtype=dtype)
     took = {}
     for name, backend in ATTENTION.items():
-        # RuntimeError: torch's answer to a kernel that this card or shape does not have
+        # torch raises RuntimeError if the card or the shape does not support a kernel
         with suppress(RuntimeError), sdpa_kernel(backend):
             seconds = []
             for _ in range(TRIALS):
@@ -123,10 +125,12 @@ def time_attention(
 
 
 def prefer_attention(names: Sequence[str]) -> None:
-    """In this process from now on, where they work; others stay for what these cannot do.
+    """Prefer these attention kernels, in this order, in the whole process from now on.
 
-    The VAE's attention, with one wide head, is such.
+    The other kernels stay available for inputs that the preferred ones do not support, such as the
+    VAE's attention with one wide head.
     """
     order = [ATTENTION[name] for name in names]
-    rest = [backend for backend in ATTENTION.values() if backend not in order]
-    _for_good.enter_context(sdpa_kernel([*order, *rest, SDPBackend.MATH], set_priority=True))
+    others = [backend for backend in ATTENTION.values() if backend not in order]
+    backends = [*order, *others, SDPBackend.MATH]
+    _kept_contexts.enter_context(sdpa_kernel(backends, set_priority=True))

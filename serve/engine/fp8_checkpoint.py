@@ -1,9 +1,10 @@
 """FP8 checkpoints: quantised once by `octet quantize`, loaded without the 16-bit weights.
 
-The transformer's `Fp8Linear` layers, q, k and v joined, and T5 as quanto stores it go into plain
-safetensors; every other component is copied, so the folder loads alone. A component's config names
-a quantisation method that diffusers and transformers do not know: they refuse it instead of drawing
-noise. On a CPU the weights stay mapped from the file, and the processes of a node share them.
+Two components are written as plain safetensors: the transformer with its `Fp8Linear` layers, whose
+q, k and v are joined, and T5 in quanto's format. All other components are copied, so the folder is
+complete. The configurations of the two components name a quantisation method that diffusers and
+transformers do not know. So these libraries refuse the folder instead of generating noise. On a CPU
+the weights stay mapped from the file, and the processes of a node share them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..models.checkpoints import CheckpointError, size_bytes, write_manifest
 from .fused_attention import fuse_qkv
 from .precision import E4M3, RECIPES, Recipe, apply_recipe, store_in_fp8
 
-logging.disable_progress_bar()  # it would write lines into every replica's log
+logging.disable_progress_bar()  # a progress bar would fill every replica's log
 
 TRANSFORMER, T5 = "transformer", "text_encoder_3"
 METHODS = {TRANSFORMER: "octet-fp8-rowwise-fused", T5: "octet-quanto-fp8"}
@@ -33,19 +34,20 @@ QUANTO_MAP = "quanto_map.json"
 
 
 def is_fp8(folder: Path, component: str) -> bool:
-    """Whether a checkpoint's component was written by `quantize`."""
+    """Whether a component of a checkpoint holds FP8 weights that `quantize` has written."""
     config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
     method = config.get("quantization_config", {}).get("quant_method")
     return bool(method == METHODS[component])
 
 
 def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
-    """Write the FP8 checkpoint of a 16-bit one to a new folder `out`.
+    """Quantise a 16-bit checkpoint into the new folder `out`.
 
-    Needs the memory of the 16-bit transformer, or T5 if that is larger. Raises `CheckpointError`.
+    Needs memory for the 16-bit transformer, or for T5 if that is larger. Raises `CheckpointError`
+    if `out` exists, or if `folder` holds no model or an FP8 checkpoint.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists already")
+        raise CheckpointError(f"{out} exists already: name a new folder")
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder}: no model here (no model_index.json)")
     if is_fp8(folder, TRANSFORMER):
@@ -68,9 +70,11 @@ def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
 
 
 def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tuple[str, str, str]]:
-    """Rows of name, 16-bit and FP8: sizes on disk, and seconds until an FP8 replica is loaded.
+    """Compare a 16-bit checkpoint with its FP8 checkpoint `out`.
 
-    Both loads find their files in the page cache.
+    Returns rows of a name, a text for the 16-bit and a text for the FP8 checkpoint: sizes on disk,
+    and the seconds in which an FP8 transformer is loaded from each. Both loads find their files in
+    the page cache.
     """
 
     def size(source: Path, part: str) -> str:
@@ -90,10 +94,11 @@ def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tu
 
 
 def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
-    """The FP8 transformer on a device; from an FP8 checkpoint without any 16-bit weights of it.
+    """Load the FP8 transformer onto a device.
 
-    AdaLN that an FP8 checkpoint holds in 16 bit is stored in 8 bit here if the recipe says so.
-    Raises `CheckpointError` for the opposite.
+    From an FP8 checkpoint it is loaded without 16-bit copies of its weights. A 16-bit checkpoint is
+    quantised while it is loaded. AdaLN is converted if the checkpoint holds it in 16 bit and the
+    recipe stores it in 8 bit; for the opposite, `CheckpointError` is raised.
     """
     if not is_fp8(folder, TRANSFORMER):
         transformer = SD3Transformer2DModel.from_pretrained(
@@ -101,20 +106,20 @@ def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
         )
         return fuse_qkv(apply_recipe(transformer, recipe, device)).eval()
     config = SD3Transformer2DModel.load_config(folder / TRANSFORMER)
-    made = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
-    if made.adaln_8_bit and not recipe.adaln_8_bit:
+    stored = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
+    if stored.adaln_8_bit and not recipe.adaln_8_bit:
         raise CheckpointError(
-            f"{folder} holds AdaLN in 8 bit: the pool needs adaln_8_bit: true, or the original"
+            f"{folder} holds AdaLN in 8 bit: set adaln_8_bit: true, or use the 16-bit checkpoint"
         )
     with torch.device("meta"):
-        transformer = fuse_qkv(apply_recipe(SD3Transformer2DModel.from_config(config), made))
+        transformer = fuse_qkv(apply_recipe(SD3Transformer2DModel.from_config(config), stored))
     weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
     transformer.load_state_dict(weights, assign=True)
     return apply_recipe(transformer, recipe).eval()
 
 
 def load_t5(folder: Path, dtype: torch.dtype) -> Any:
-    """T5 with weights stored in FP8, computing in `dtype`; on the CPU."""
+    """Load T5 onto the CPU with its weights stored in FP8; it computes in `dtype`."""
     from optimum.quanto import requantize
 
     config = AutoConfig.from_pretrained(folder / T5)
@@ -140,12 +145,13 @@ def _quantize_t5(folder: Path, out: Path) -> None:
     (out / T5 / QUANTO_MAP).write_text(json.dumps(quantization_map(t5)), encoding="utf-8")
 
 
-def _save(model: Any, component: str, folder: Path, out: Path, how: dict[str, str]) -> None:
+def _save(model: Any, component: str, folder: Path, out: Path, details: dict[str, str]) -> None:
+    """Write a component's weights and its configuration, with `details` of the quantisation."""
     config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": METHODS[component], **how}
+    config["quantization_config"] = {"quant_method": METHODS[component], **details}
     (out / component).mkdir()
     (out / component / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    state.pop("encoder.embed_tokens.weight", None)  # T5's `shared.weight` under a second name
+    state.pop("encoder.embed_tokens.weight", None)  # a second name of T5's `shared.weight`
     save_file(state, out / component / WEIGHTS)
-    (out / component / WEIGHTS).chmod(0o644)  # safetensors' own is for its user alone
+    (out / component / WEIGHTS).chmod(0o644)  # safetensors lets only its own user read the file

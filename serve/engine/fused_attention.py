@@ -1,8 +1,8 @@
-"""Attention with one matrix product for q, k and v.
+"""Attention with one matrix product for q, k and v together.
 
-In row-wise FP8 the joined layer is exact: each output channel keeps its numbers and its scale. The
-separate layers are given up, so the weights are there once. diffusers' own fused processor for SD3
-leaves out the norms of q and k, which SD3.5 has.
+In row-wise FP8 joining the three layers changes no number: each output channel keeps its numbers
+and its scale. The separate layers are deleted, so the weights are in memory once. diffusers has a
+fused processor for SD3 too, but it leaves out the norms of q and k, which SD3.5 has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .precision import Fp8Linear
 
 
 def fuse_qkv(transformer: nn.Module) -> nn.Module:
-    """Join the projections of every attention, in place."""
+    """Join the q, k and v layers of every attention module, in place."""
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.to_qkv = _joined(module.to_q, module.to_k, module.to_v)
@@ -34,7 +34,7 @@ def fuse_qkv(transformer: nn.Module) -> nn.Module:
 
 
 def _joined(*layers: nn.Module) -> nn.Module:
-    """One layer with the output channels of several."""
+    """Join several linear layers into one with all their output channels."""
     first = layers[0]
     weight, bias = _cat(layers, "weight", 0), _cat(layers, "bias", 0)
     if isinstance(first, Fp8Linear):
@@ -53,7 +53,7 @@ def _cat(layers: Sequence[nn.Module], name: str, dim: int) -> Any:
 
 
 class FusedAttention:
-    """Of images, and of images and text together where text is given."""
+    """An attention processor for diffusers' blocks, for the image alone or image and text."""
 
     def __call__(
         self,
@@ -62,7 +62,11 @@ class FusedAttention:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: None = None,
     ) -> Any:
-        """Both (rows, tokens, width); the last block gives no text out."""
+        """Attend; both inputs have the shape (rows, tokens, width).
+
+        Returns the image, or image and text if there is text. The last block has no layer for the
+        text's output.
+        """
         q, k, v = _heads(attn.to_qkv(hidden_states), attn.heads)
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:

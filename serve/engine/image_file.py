@@ -1,4 +1,4 @@
-"""Pictures as files. PNG files carry the request that makes them again."""
+"""Encoding of pixels as image files. A PNG file carries the request that generated it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEBP_QUALITY = 90
 
 
 def parameters(request: ImageRequest, precision: str) -> str:
-    """A JSON body that, posted to /v1/images/generations, asks for the same image again."""
+    """The JSON body that generates the same image again when sent to /v1/images/generations."""
     return json.dumps(
         {
             "model": request.model,
@@ -35,7 +35,7 @@ def parameters(request: ImageRequest, precision: str) -> str:
 
 
 def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: str) -> bytes:
-    """The file's bytes in the requested format, from pixels (height_px, width_px, 3)."""
+    """Encode pixels (height_px, width_px, 3) in the format that the request asks for."""
     image, file = Image.fromarray(pixels), io.BytesIO()
     quality = request.output_compression
     if request.output_format is OutputFormat.PNG:

@@ -1,7 +1,8 @@
 """SD3's noise schedule in closed form.
 
-Equals diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser et al. 2024,
-section 5.3.2) to 6e-8; plain numbers, so that every row of a batch can be at its own step.
+It equals that of diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser et al.
+2024, section 5.3.2) to within 6e-8. It consists of plain numbers, so that every row of a batch can
+be at its own step.
 
 Pure: standard library only.
 """
@@ -12,18 +13,18 @@ TRAIN_STEPS = 1000
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Move a noise level towards 1, as larger images need; 0 and 1 stay."""
+    """Shift a noise level, 0 to 1, towards 1, which larger images need; 0 and 1 stay."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sigmas(num_inference_steps: int, shift: float = 3.0) -> tuple[float, ...]:
-    """Noise levels from 1 down to 0, `num_inference_steps` + 1 of them.
+    """The `num_inference_steps` + 1 noise levels of a denoising run, from 1 down to 0.
 
-    The timestep that the transformer is given is 1000 · sigma.
+    The transformer's timestep is 1000 · sigma. Raises `ValueError` for less than one step.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps {num_inference_steps} must be 1 or more")
-    # diffusers shifts twice: once when it lays out the training levels, once over their linspace.
+    # diffusers shifts twice: first the range of the training levels, then the levels spaced in it.
     high, low = shifted(1.0, shift), shifted(1 / TRAIN_STEPS, shift)
     gaps = max(1, num_inference_steps - 1)
     spaced = (high + (low - high) * i / gaps for i in range(num_inference_steps))

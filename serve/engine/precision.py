@@ -1,13 +1,14 @@
-"""Precision recipes: what runs in which number format, as data, and the FP8 linear layer.
+"""Precision recipes, which say what runs in which number format, and the FP8 linear layer.
 
-FP8 here means W8A8 with E4M3 on both sides: weights with one scale per output channel, quantised
-once at load; activations with one scale per token, computed on the fly. Per-token scales are a
-matter of correctness: with one scale for a whole batch, one tenant's outliers would change
-another tenant's image. `torch._scaled_mm` multiplies the FP8 numbers on the tensor cores of
-capability 8.9 and up, and in software on a CPU: the code is the same.
+FP8 here means W8A8 with E4M3 for both weights and activations. Weights have one scale per output
+channel and are quantised once, at load. Activations have one scale per token, which is computed
+during the step. Correctness demands scales per token: with one scale for a whole batch, one
+tenant's outliers would change another tenant's image. `torch._scaled_mm` multiplies the FP8
+numbers. It uses the tensor cores of cards from compute capability 8.9 on; on a CPU the same code
+runs in software.
 
-optimum-quanto stores the T5 encoder's weights in FP8 and computes in 16 bit. It is not used for
-the transformer: it never reaches FP8 tensor cores, and its Marlin kernel leaves out biases.
+optimum-quanto stores the T5 encoder's weights in FP8 and computes in 16 bit. It is not used for the
+transformer, because it never uses FP8 tensor cores and its Marlin kernel leaves out biases.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ from cluster.capability import SixteenBit
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
-ALIGNMENT = 16  # K and N of the matrix product; the CPU kernel does not check it
+ALIGNMENT = 16  # K and N of the matrix product are multiples of it; the CPU kernel does not check
 
 ADALN = "*.norm1*.linear"
-# Linear layers of the transformer that stay in 16 bit, with the reason.
+# The transformer's linear layers that stay in 16 bit, by module path, with the reason.
 KEEP_16_BIT = {
-    "pos_embed*": "patch embedding: sees raw latents, negligible time",
-    "time_text_embed*": "timestep and pooled text: one row per image, steers every block",
+    "pos_embed*": "patch embedding: reads raw latents, takes negligible time",
+    "time_text_embed*": "timestep and pooled text: one row per image, affects every block",
     "context_embedder*": "text embeddings have outliers; runs once per row and step",
     ADALN: "AdaLN: one row per image, and its error scales whole blocks",
     "norm_out.linear": "AdaLN of the output",
-    "proj_out": "writes the velocity itself",
+    "proj_out": "computes the velocity itself",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a transformer runs: `dtype` of all that is not FP8, and whether its linears are FP8.
+    """The number formats of a transformer.
 
-    `adaln_8_bit`: AdaLN's weights are stored in FP8 and computed with in 16 bit; a quarter less of
-    SD3.5 Large.
+    `dtype`: the format of everything that is not FP8. `fp8_linears`: whether linear layers compute
+    in FP8. `adaln_8_bit`: whether AdaLN's weights are stored in FP8; AdaLN computes in 16 bit all
+    the same. That makes SD3.5 Large a quarter smaller.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Recipe:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """float16 overflows in the VAE's decoder; bfloat16 does not."""
+        """The VAE's format: float32 instead of float16, which overflows in the decoder."""
         return torch.float32 if self.dtype is torch.float16 else self.dtype
 
 
@@ -70,14 +72,21 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderRecipe:
-    """How text encoders run: `dtype` of their arithmetic, and whether T5 is stored in FP8."""
+    """The number formats of the text encoders.
+
+    `dtype`: the format of their arithmetic. `t5_stored_in_fp8`: whether T5's weights are stored in
+    FP8.
+    """
 
     name: str
     dtype: torch.dtype
     t5_stored_in_fp8: bool = False
 
     def on(self, sixteen_bit: SixteenBit) -> EncoderRecipe:
-        """The recipe on a device: without bfloat16, float32. T5 is inaccurate in float16."""
+        """The recipe for a device with this 16-bit format.
+
+        A device without bfloat16 computes in float32, because T5 is inaccurate in float16.
+        """
         return self if sixteen_bit == "bf16" else replace(self, dtype=torch.float32)
 
 
@@ -92,18 +101,21 @@ ENCODER_RECIPES = {
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 numbers (rows, k) and their scales (rows, 1) in float32: x ≈ numbers · scales."""
+    """Quantise rows (rows, k) to E4M3 with one scale per row.
+
+    Returns the numbers (rows, k) and the scales (rows, 1) in float32: x ≈ numbers · scales.
+    """
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    # In place: what eager execution holds here at a time is the peak of a whole step.
+    # In place: in eager execution, the peak of a step's memory is here.
     return x.to(torch.float32, copy=True).div_(scale).to(E4M3), scale
 
 
 class Fp8Linear(nn.Module):
-    """`nn.Linear` in row-wise E4M3; forward takes (…, in_features) and keeps its dtype.
+    """`nn.Linear` in row-wise E4M3; `forward` takes (…, in_features) and keeps the input's dtype.
 
-    Buffers: `weight` (out, in) E4M3, `weight_scale` (1, out) float32, `bias` (out,) or None, all
-    in the state dict, so a quantised model is saved and loaded as plain safetensors.
-    Raises `ValueError` for sizes that are not multiples of 16.
+    Its buffers are `weight` (out, in) in E4M3, `weight_scale` (1, out) in float32, and `bias`
+    (out,) or None. All are part of the state dict, so a quantised model is saved and loaded as
+    plain safetensors. Raises `ValueError` for sizes that are not multiples of 16.
     """
 
     weight: torch.Tensor
@@ -125,7 +137,7 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def quantize(cls, linear: nn.Linear) -> Fp8Linear:
-        """The FP8 form of a linear layer; on the meta device, its shape alone."""
+        """Quantise a linear layer. On the meta device this makes a layer of the same shapes."""
         weight, scale = quantize_rows(linear.weight.detach())
         bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
         return cls(weight, scale.t().contiguous(), bias)
@@ -139,13 +151,13 @@ class Fp8Linear(nn.Module):
             scale_b=self.weight_scale,
             bias=self.bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=True,  # Hopper's other way of adding up is much slower
+            use_fast_accum=True,  # Hopper's other way to accumulate is much slower
         )
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class Fp8StoredLinear(Fp8Linear):
-    """The same weights, only stored in FP8: activations stay in 16 bit. For few rows."""
+    """A linear layer whose weights are only stored in FP8; it computes in 16 bit. For few rows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale
@@ -153,19 +165,19 @@ class Fp8StoredLinear(Fp8Linear):
 
 
 def fp8_layer(name: str, recipe: Recipe) -> type[Fp8Linear] | None:
-    """What becomes of the transformer's linear layer of this module path; None: it stays."""
+    """The FP8 layer that replaces the linear layer at this module path; None: none replaces it."""
     if recipe.adaln_8_bit and fnmatch(name, ADALN):
         return Fp8StoredLinear
-    stays = not recipe.fp8_linears or any(fnmatch(name, pattern) for pattern in KEEP_16_BIT)
-    return None if stays else Fp8Linear
+    kept = not recipe.fp8_linears or any(fnmatch(name, pattern) for pattern in KEEP_16_BIT)
+    return None if kept else Fp8Linear
 
 
 def apply_recipe(transformer: nn.Module, recipe: Recipe, device: str | None = None) -> nn.Module:
-    """Bring a transformer into a recipe's formats, in place, and onto a device if one is given.
+    """Convert a transformer to a recipe's formats, in place, on a device if one is given.
 
-    Linears are quantised one by one on that device, so it never holds the whole model in 16 bit.
-    Applied to a meta model it makes the structure into which a saved state dict is loaded
-    (assign=True).
+    Linear layers are quantised one by one on the device, so it never holds the whole model in 16
+    bit. A converted model on the meta device is a structure into which a saved state dict can be
+    loaded with `assign=True`.
     """
     linears = [(n, m) for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:
@@ -187,7 +199,7 @@ def _convert_own(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def store_in_fp8(t5: nn.Module) -> None:
-    """T5's weights stored in E4M3, in place; it computes in the dtype that it had."""
+    """Store T5's weights in E4M3, in place; T5 goes on computing in its present dtype."""
     from optimum.quanto import freeze, qfloat8_e4m3fn, quantize
 
     quantize(t5, weights=qfloat8_e4m3fn)

@@ -1,7 +1,8 @@
-"""Pictures of images that are not finished, at the cost of a small matrix product.
+"""Previews of unfinished images, at the cost of a small matrix product.
 
-A latent's 16 channels tell its 8 × 8 pixels' mean colour almost linearly. The map is fitted to the
-model's own VAE when it is loaded, from pictures of soft coloured patches that the VAE encodes.
+The mean colour of 8 × 8 pixels is almost a linear function of the 16 channels of their latent. This
+function is fitted to the model's own VAE when the model is loaded: the VAE encodes test images of
+soft coloured patches, and their mean colours are known.
 """
 
 from __future__ import annotations
@@ -12,34 +13,37 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 VAE_FACTOR = 8
-PICTURE_PX = 128
-CELLS = 2, 4, 8, 16  # patches along a side, from coarse to fine
-PICTURES = 4  # of each
+TEST_IMAGE_PX = 128
+PATCHES = 2, 4, 8, 16  # patches along a side of a test image, from coarse to fine
+TEST_IMAGES = 4  # for each number of patches
 
 
 class LatentToRgb:
-    """`weight`: (17, 3), of the 16 latent channels and a constant; linear, so about a picture."""
+    """A linear map from latents to colours, which makes previews.
+
+    `weight`: (17, 3), for the 16 latent channels and a constant.
+    """
 
     @torch.inference_mode()
     def __init__(self, vae: Any) -> None:
         generator = torch.Generator("cpu").manual_seed(0)
-        pictures = torch.cat(
+        images = torch.cat(
             [
                 interpolate(
-                    torch.rand(PICTURES, 3, cells, cells, generator=generator),
-                    (PICTURE_PX, PICTURE_PX),
+                    torch.rand(TEST_IMAGES, 3, patches, patches, generator=generator),
+                    (TEST_IMAGE_PX, TEST_IMAGE_PX),
                     mode="bilinear",
                 )
-                for cells in CELLS
+                for patches in PATCHES
             ]
         )
-        encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+        encoded = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
         latents = (encoded.float().cpu() - vae.config.shift_factor) * vae.config.scaling_factor
-        colours = avg_pool2d(pictures, VAE_FACTOR).movedim(1, -1).reshape(-1, 3)
+        colours = avg_pool2d(images, VAE_FACTOR).movedim(1, -1).reshape(-1, 3)
         self.weight: torch.Tensor = torch.linalg.lstsq(_with_one(latents), colours).solution
 
     def __call__(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """A picture (3, height_px, width_px) of latents (1, 16, …); 0..1, not yet clamped."""
+        """The preview (3, height_px, width_px) of latents (1, 16, …); 0 to 1, not yet clamped."""
         _, _, rows, columns = latents.shape
         colours = _with_one(latents.float().cpu()) @ self.weight
         small = colours.reshape(1, rows, columns, 3).movedim(-1, 1)
@@ -47,6 +51,6 @@ class LatentToRgb:
 
 
 def _with_one(latents: torch.Tensor) -> torch.Tensor:
-    """(pixels, channels + 1) of latents (n, channels, height, width)."""
+    """Latents (n, channels, height, width) as rows (pixels, channels + 1) that end with a 1."""
     pixels = latents.movedim(1, -1).reshape(-1, latents.shape[1])
     return torch.cat([pixels, pixels.new_ones(len(pixels), 1)], dim=1)

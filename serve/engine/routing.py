@@ -1,4 +1,4 @@
-"""To which replica of a pool an image goes."""
+"""The router that chooses the replica of a pool that an image is sent to."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 
 
 class StayingReplicas(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """The emptier of two by chance, as Ray Serve's own router, but none whose node is drained.
+    """Chooses the emptier of two random replicas, but none on a node that is being drained.
 
-    Serve goes on routing to those until others have started in their place.
+    Ray Serve's own router also chooses the emptier of two, but continues to use replicas on such a
+    node until others have started in their place. This router uses them only if there are no other
+    replicas.
     """
 
     async def choose_replicas(
@@ -19,7 +21,7 @@ class StayingReplicas(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray ha
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         staying = [r for r in candidate_replicas if not r.routing_stats.get("leaving")]
-        among = staying or candidate_replicas
-        if pending_request:  # else who waits for a full replica asks it again without a pause
+        usable = staying or candidate_replicas
+        if pending_request:  # else a request that finds only full replicas retries without a pause
             pending_request.routing_context.should_backoff = True
-        return [random.sample(among, min(len(among), 2))]
+        return [random.sample(usable, min(len(usable), 2))]

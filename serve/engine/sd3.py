@@ -1,12 +1,12 @@
-"""Stable Diffusion 3.5, loaded and operated piece by piece.
+"""Stable Diffusion 3.5 in parts: prompt encoder, single denoising steps, and VAE decoder.
 
-`PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` does, cut where
-a server needs it cut: text apart from pictures, and one denoising step at a time over images that
-may each be at their own step, with their own guidance. The pipeline is the oracle in the tests
-and is never called here.
+`PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` does, divided as
+a server needs it: text encoding is separate from image generation, and denoising is done one step
+at a time for a batch of images, each of which has its own step and guidance. The tests compare with
+the pipeline; this code never calls it.
 
-Weights come from a checkpoint folder: see `serve.engine.checkpoint`; safetensors only, never remote
-code.
+Weights come from a checkpoint folder (`serve.models.checkpoints`): safetensors only, and never code
+from the hub.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ ENCODER_COMPONENTS = (
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeds:
-    """`tokens`: (prompts, text length, joint width); `pooled`: (prompts, pooled width)."""
+    """The embeddings of one or more prompts.
+
+    `tokens`: (prompts, text length, joint width). `pooled`: (prompts, pooled width).
+    """
 
     tokens: torch.Tensor
     pooled: torch.Tensor
@@ -55,10 +58,10 @@ class PromptEmbeds:
 
 
 class PromptEncoder:
-    """CLIP-L, CLIP-G and T5 with their tokenizers.
+    """The text encoders CLIP-L, CLIP-G and T5 with their tokenizers.
 
-    CLIP's two last-but-one hidden states lie side by side, padded to T5's width, and T5's tokens
-    follow. A model without T5 gets zeros in its place, as in diffusers.
+    The last hidden states but one of the two CLIP encoders are concatenated and padded to T5's
+    width; T5's tokens follow them. A model without T5 gets zeros in their place, as in diffusers.
     """
 
     @torch.inference_mode()
@@ -90,7 +93,7 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeds:
-        """Embeddings of prompts; `max_sequence_length` is T5's token count, CLIP's is fixed."""
+        """Encode prompts; `max_sequence_length`: T5's number of tokens (CLIP's is fixed)."""
         hidden, pooled = [], []
         for tokenizer, clip in zip(self.clip_tokenizers, self.clips, strict=True):
             out = clip(
@@ -111,7 +114,7 @@ class PromptEncoder:
         return PromptEmbeds(torch.cat([clip_tokens, t5_tokens], dim=1), torch.cat(pooled, dim=-1))
 
     def check_device(self) -> None:
-        """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
+        """Raise CUDA's error if a kernel has failed: no later call could succeed."""
         check_device(self.device)
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
@@ -128,10 +131,11 @@ class PromptEncoder:
 
 @dataclass(slots=True)
 class DenoisingState:
-    """One image under way: its latents and all that its next step needs.
+    """An image between two steps: its latents, and everything that its next step needs.
 
-    `latents` and `velocity`, its last step's: (1, 16, height_px/8, width_px/8) float32. `embeds`
-    has one row, or two with guidance: first the negative prompt's, then the prompt's.
+    `latents`, and the `velocity` of the last step: (1, 16, height_px/8, width_px/8) in float32.
+    `embeds`: the prompt's row; with guidance two rows, the negative prompt's and the prompt's.
+    `sigmas`: the noise levels before the first and after each step.
     """
 
     latents: torch.Tensor
@@ -155,19 +159,22 @@ class DenoisingState:
 
     @property
     def estimate(self) -> torch.Tensor:
-        """The finished latents as the last step sees them: x − σ · v, with v = noise − image."""
+        """The finished latents as the last step predicts them.
+
+        They are x − σ · v, because the velocity v predicts noise − image.
+        """
         if self.velocity is None:
             return self.latents
         return self.latents - self.sigmas[self.step] * self.velocity
 
 
 class Denoiser:
-    """Transformer and VAE of one model in one precision, on one device."""
+    """The transformer and the VAE of one model, in one precision and on one device."""
 
     @classmethod
     @torch.inference_mode()
     def load(cls, folder: Path, recipe: Recipe, device: str = "cpu") -> Denoiser:
-        """Raises `CheckpointError` if the checkpoint is not made for the recipe."""
+        """Load a model; raises `CheckpointError` if the checkpoint does not suit the recipe."""
         vae = AutoencoderKL.from_pretrained(
             folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
@@ -179,17 +186,20 @@ class Denoiser:
     def __init__(
         self, transformer: Any, vae: Any, recipe: Recipe, device: str, shift: float
     ) -> None:
-        """`transformer` as the recipe has it and on the device; `shift` of the noise schedule."""
+        """`transformer`: in the recipe's formats and on the device already.
+
+        `shift`: the shift of the noise schedule.
+        """
         self.recipe, self.device, self.shift = recipe, device, shift
         self.transformer, self.vae = transformer, vae
-        # Faster on a CPU (bench/README.md); `bench.gpu.steps` compares both on a card.
+        # Faster on a CPU (bench/README.md); `bench.gpu.steps` compares both formats on a card.
         self.vae.to(device, memory_format=torch.channels_last).eval()
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
         self._latent_to_rgb = LatentToRgb(self.vae)
-        # The VAE draws finished images while the transformer steps on with the others.
-        self._beside = None
+        # The VAE decodes finished images while the transformer goes on with the others.
+        self._decoding_stream = None
         if self.on_cuda:
-            self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
+            self._decoding_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
 
     @torch.inference_mode()
     def begin(
@@ -202,7 +212,10 @@ class Denoiser:
         guidance_scale: float,
         seed: int,
     ) -> DenoisingState:
-        """Noise for a seed, always drawn in float32 on the CPU: the same for every precision."""
+        """Begin an image with the noise of its seed.
+
+        The noise is generated in float32 on the CPU, so it is the same for every precision.
+        """
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = 1, self.transformer.config.in_channels, height // VAE_FACTOR, width // VAE_FACTOR
         noise = torch.randn(shape, generator=generator)
@@ -215,11 +228,11 @@ class Denoiser:
 
     @torch.inference_mode()
     def denoise_step(self, batch: Sequence[DenoisingState], rows: int = 0) -> None:
-        """Take every image of the batch one step further, in one call of the transformer.
+        """Take one step with every image of the batch, in one call of the transformer.
 
-        All need the same size and text length (SD3 has no attention mask). The call is padded to
-        `rows` rows if the batch has fewer. Euler's step x += (sigma_next − sigma) · v and guidance
-        are computed in float32.
+        All images must have the same size and text length, because SD3 has no attention mask. The
+        call is padded to `rows` rows if the batch has fewer. Guidance and Euler's step
+        x += (sigma_next − sigma) · v are computed in float32.
         """
         own = [d.rows for d in batch]
         padding = max(rows - sum(own), 0)
@@ -234,15 +247,17 @@ class Denoiser:
             pooled_projections=_padded([d.embeds.pooled for d in batch], padding),
             return_dict=False,
         )[0].float()
-        stepped = []  # all or none: the step may be repeated
+        stepped = []  # applied to all images or to none: a failed step may be repeated
         for d, v in zip(batch, velocity[: sum(own)].split(own), strict=True):
-            # A copy without guidance too: a view would keep the whole batch's velocities.
+            # A copy also without guidance: a view would keep the velocities of the whole batch.
             v = v[:1] + d.guidance_scale * (v[1:] - v[:1]) if d.rows == 2 else v.clone()
             stepped.append((d, d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v, v))
         for d, next_latents, v in stepped:
             d.latents, d.velocity = next_latents, v
             d.step += 1
-        if self.on_cuda:  # else steps would pile up on the card, ahead of who joins and leaves
+        if (
+            self.on_cuda
+        ):  # otherwise steps would pile up on the card before images can join and leave
             torch.cuda.current_stream().synchronize()
 
     @property
@@ -250,48 +265,52 @@ class Denoiser:
         return torch.device(self.device).type == "cuda"
 
     def check_device(self) -> None:
-        """Raise what CUDA raises once a kernel has gone wrong: no later call can succeed."""
+        """Raise CUDA's error if a kernel has failed: no later call could succeed."""
         check_device(self.device)
 
     def free_memory(self) -> None:
-        """Give back what torch's allocator keeps of a card's memory for later."""
+        """Give back the memory of the card that torch's allocator keeps for later use."""
         if self.on_cuda:
             torch.cuda.empty_cache()
 
     @contextmanager
     def beside_steps(self) -> Iterator[None]:
-        """What runs in this block, in another thread, does not queue behind the next steps."""
-        with torch.cuda.stream(self._beside):  # does nothing without a stream
+        """Run the block's kernels beside the next steps instead of after them.
+
+        For a block in another thread than the steps'.
+        """
+        with torch.cuda.stream(self._decoding_stream):  # has no effect if the stream is None
             yield
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, height_px, width_px) from latents; 0..1, not yet clamped, float32."""
+        """Decode latents to images (n, 3, height_px, width_px) in float32; 0 to 1, not yet clamped."""
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor
-        pictures: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return pictures.float() / 2 + 0.5
+        images: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5
 
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """About the picture (3, height_px, width_px) that `decode` would draw, blurred."""
+        """Approximate the image (3, height_px, width_px) that `decode` would return; it is blurred."""
         height, width = (VAE_FACTOR * side for side in latents.shape[-2:])
         return self._latent_to_rgb(latents, width, height)
 
 
 def check_device(device: str) -> None:
+    """Raise CUDA's error if a kernel on this device has failed."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
-    """Rows on each other, and the first one again `padding` times."""
+    """Concatenate rows, and append the first row `padding` times."""
     return torch.cat([*rows, *[rows[0][:1]] * padding])
 
 
-def to_pixels(picture: torch.Tensor) -> NDArray[np.uint8]:
-    """Pixels (height_px, width_px, 3) of a decoded picture (3, height_px, width_px)."""
-    levels = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+def to_pixels(image: torch.Tensor) -> NDArray[np.uint8]:
+    """The pixels (height_px, width_px, 3) of a decoded image (3, height_px, width_px)."""
+    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     return levels.permute(1, 2, 0).cpu().numpy()
 
 
@@ -299,7 +318,9 @@ def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
     if recipe.fp8_linears:
         return fp8_checkpoint.load_transformer(folder, recipe, device)
     if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.TRANSFORMER):
-        raise CheckpointError(f"{folder} holds FP8 weights: {recipe.name} needs the original")
+        raise CheckpointError(
+            f"{folder} holds FP8 weights: {recipe.name} needs the original, a 16-bit checkpoint"
+        )
     transformer = SD3Transformer2DModel.from_pretrained(
         folder / "transformer", use_safetensors=True, torch_dtype=recipe.dtype
     )
@@ -309,7 +330,9 @@ def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
 def _load_t5(folder: Path, recipe: EncoderRecipe) -> Any:
     if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.T5):
         if not recipe.t5_stored_in_fp8:
-            raise CheckpointError(f"{folder} holds T5 in FP8: {recipe.name} needs the original")
+            raise CheckpointError(
+                f"{folder} holds T5 in FP8: {recipe.name} needs the original checkpoint"
+            )
         return fp8_checkpoint.load_t5(folder, recipe.dtype)
     t5 = T5EncoderModel.from_pretrained(
         folder / "text_encoder_3", use_safetensors=True, dtype=recipe.dtype

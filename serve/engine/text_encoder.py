@@ -1,13 +1,14 @@
-"""The TextEncoder deployment: prompts in, embeddings out, shared by the models that name it.
+"""The TextEncoder deployment: encodes prompts for all models that name it in their settings.
 
-Prompts repeat: the empty one in every request with guidance, others in retries, in calls for
-several images and among clients. What was encoded is kept up to a limit of bytes, least recently
-used first to go; the settings' `warm_prompts` are encoded at the start and stay. A prompt that is
-being encoded is waited for, not encoded twice.
+Prompts repeat: the empty prompt in every request with guidance, others in retries, in calls for
+several images and among clients. So embeddings are cached up to a number of bytes; the least
+recently used ones are dropped first. The settings' `warm_prompts` are encoded at the start and are
+never dropped. If a prompt is requested while it is being encoded, the second request waits for the
+first encoding.
 
-Prompts that wait are encoded together. A batch always has `batch_size` rows, padded with empty
-prompts: rows of one batch size come out the same bit for bit whatever is beside them, so a seed
-gives the same image again.
+Waiting prompts are encoded together. A batch is always padded to `batch_size` rows with empty
+prompts: in batches of one size, a row is the same bit for bit whatever the other rows are. So a
+seed gives the same image again.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
 log = logging.getLogger("ray.serve")
 
 Key = tuple[str, int]  # prompt, max_sequence_length
-Encode = Callable[[list[str], int], list[PromptEmbeds]]  # one row each; may block
+# Encodes prompts with a `max_sequence_length`; returns one row for each. May block.
+Encode = Callable[[list[str], int], list[PromptEmbeds]]
 
 
 class EmbeddingCache:
-    """Embeddings of single prompts; `encode` runs in a thread, for `batch_size` at most at once.
+    """A cache of the embeddings of single prompts.
 
-    Keys of `pinned` stay once they are there.
+    `encode` runs in a thread, for at most `batch_size` prompts at a time. Embeddings of the
+    `pinned` keys are never dropped.
     """
 
     def __init__(
@@ -50,38 +53,41 @@ class EmbeddingCache:
         self._pinned: dict[Key, PromptEmbeds | None] = dict.fromkeys(pinned)
         self._kept: OrderedDict[Key, PromptEmbeds] = OrderedDict()
         self._kept_bytes = 0
-        self._under_way: dict[Key, asyncio.Future[PromptEmbeds]] = {}  # also those not yet begun
+        self._pending: dict[Key, asyncio.Future[PromptEmbeds]] = {}  # waiting or being encoded
         self._waiting: Counter[Key] = Counter()
         self._encoding: asyncio.Task[None] | None = None
 
     async def get(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
-        """One row. An encoding that nobody waits for any more is not begun."""
+        """The embedding of a prompt, one row; encoded now if it is not cached.
+
+        A prompt that no caller waits for any more is not encoded.
+        """
         key = prompt, max_sequence_length
         if pinned := self._pinned.get(key):
             return pinned
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        if key not in self._under_way:
-            self._under_way[key] = asyncio.get_running_loop().create_future()
+        if key not in self._pending:
+            self._pending[key] = asyncio.get_running_loop().create_future()
             if self._encoding is None or self._encoding.done():
                 self._encoding = asyncio.create_task(self._encode_all())
         self._waiting[key] += 1
         try:
-            return await asyncio.shield(self._under_way[key])
+            return await asyncio.shield(self._pending[key])
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
 
     async def _encode_all(self) -> None:
-        """Encode what waits, batch after batch, until nothing does."""
+        """Encode pending prompts, batch after batch, until none is left."""
         while True:
-            for key in self._under_way.keys() - self._waiting.keys():
-                self._under_way.pop(key).cancel()
-            if not self._under_way:
+            for key in self._pending.keys() - self._waiting.keys():
+                self._pending.pop(key).cancel()
+            if not self._pending:
                 return
-            first, *others = self._under_way
+            first, *others = self._pending
             same = [key for key in others if key[1] == first[1]]
             await self._encode_batch([first, *same[: self._batch_size - 1]])
 
@@ -90,7 +96,7 @@ class EmbeddingCache:
         loop = asyncio.get_running_loop()
         try:
             rows = await loop.run_in_executor(self._thread, self._encode, prompts, length)
-        except Exception as error:  # whatever one prompt does, the others are still wanted
+        except Exception as error:  # one prompt may have failed: try each alone
             if len(keys) == 1:
                 self._settle(keys[0], error)
                 return
@@ -103,7 +109,7 @@ class EmbeddingCache:
                 self._settle(key, row)
 
     def _settle(self, key: Key, outcome: PromptEmbeds | Exception) -> None:
-        future = self._under_way.pop(key)
+        future = self._pending.pop(key)
         if isinstance(outcome, PromptEmbeds):
             future.set_result(outcome)
         elif key in self._waiting:
@@ -124,12 +130,12 @@ def _nbytes(key: Key, row: PromptEmbeds) -> int:
 
 
 class TextEncoder:
-    """One thread owns the encoders; the event loop only waits for it."""
+    """The deployment; one thread owns the encoders, and the event loop waits for it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self, encoder: dict[str, Any], models_folder: str | None, lengths: list[int]
     ) -> None:
-        """`lengths`: the `max_sequence_length` of every model that it serves."""
+        """`lengths`: the `max_sequence_length` of every model that uses this deployment."""
         settings = Encoder.model_validate(encoder)
         self._batch_size = settings.batch_size
         self._card = await asyncio.to_thread(take_card, settings)
@@ -141,14 +147,17 @@ class TextEncoder:
         await asyncio.gather(*(self._cache.get(*key) for key in warm))
 
     async def encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
-        """Embeddings on the CPU, by value; see `PromptEmbeds` for shapes."""
+        """Encode prompts, each one row; the embeddings are on the CPU."""
         rows = await asyncio.gather(*(self._cache.get(p, max_sequence_length) for p in prompts))
         return PromptEmbeds(
             torch.cat([row.tokens for row in rows]), torch.cat([row.pooled for row in rows])
         )
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; after a broken kernel every later prompt would fail."""
+        """Raise an error if the card is broken or a kernel has failed. Called by Ray Serve.
+
+        After such a failure every later prompt would fail.
+        """
         if self._card:
             await asyncio.to_thread(self._card.check)
         await asyncio.to_thread(self._encoder.check_device)
@@ -163,7 +172,7 @@ class TextEncoder:
         padded = prompts + [""] * (self._batch_size - len(prompts))
         embeds = self._encoder.encode_prompts(padded, max_sequence_length)
         tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
-        # Clones: a view would keep the whole batch.
+        # Clones, because views would keep the memory of the whole batch.
         return [
             PromptEmbeds(tokens[i : i + 1].clone(), pooled[i : i + 1].clone())
             for i in range(len(prompts))

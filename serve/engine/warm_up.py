@@ -1,4 +1,7 @@
-"""Before a replica takes requests: blocks compiled, attention chosen, every shape run once."""
+"""The warm-up of a replica before it takes requests.
+
+It compiles the blocks, chooses the attention kernel, and runs every shape once.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,19 @@ from .sd3 import Denoiser, DenoisingState, PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
-PATCH = 2  # latents of a token's side
-OTHER_PX = 256  # a size of images for which flexible code is made
+PATCH = 2  # latents along a side of a token
+FLEXIBLE_PX = 256  # side of the images for which the flexible code is compiled
 
 
 class Phases:
-    """Seconds of each part of a start, in order."""
+    """The seconds that each phase of a start takes, in order."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the phase `name`."""
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
@@ -48,21 +52,21 @@ class Phases:
 
 
 def compile_mode(pool: Pool, denoiser: Denoiser) -> Literal["off"] | Mode:
-    """A card compiles unless it is told not to."""
+    """How the pool's blocks are compiled; by default they are on a card, and not on a CPU."""
     if pool.compile == "auto":
         return "default" if denoiser.on_cuda else "off"
     return pool.compile
 
 
 def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
-    """Width and height in pixels; the model's own size if the settings name none."""
+    """The (width, height) in px of the warm images; the model's own size if none is set."""
     native_px = denoiser.native_size_px
     named = [size.split("x") for size in pool.warm_sizes]
     return [(int(width), int(height)) for width, height in named] or [(native_px, native_px)]
 
 
 class WarmUp:
-    """Of one replica; both methods block."""
+    """The warm-up of one replica: call `prepare` after loading, then `run`. Both block."""
 
     def __init__(self, denoiser: Denoiser, pool: Pool, compiled_folder: str | None) -> None:
         self._denoiser = denoiser
@@ -73,7 +77,7 @@ class WarmUp:
         self._compiling: AbstractContextManager[object] = nullcontext()
 
     def prepare(self) -> None:
-        """What has to be done before the first step."""
+        """Make the blocks compile; must be called before the first step."""
         if self._mode != "off":
             self._compiling = keep_compiled_code(self._compiled_folder)
             warm: set[Shape] = {
@@ -84,9 +88,10 @@ class WarmUp:
             compile_blocks(self._denoiser.transformer, warm, self._mode)
 
     def run(self, embeds: PromptEmbeds) -> str:
-        """Every warm size in every number of rows, and the flexible code; returns the attention.
+        """Run every warm size with every number of rows, and the flexible code.
 
-        `embeds`: two rows, as every request with guidance has them.
+        Returns the chosen attention kernels in words. `embeds`: two rows, as for a request with
+        guidance. A shape for which memory does not suffice is left out, with a warning.
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
@@ -98,15 +103,17 @@ class WarmUp:
         shapes = [(size, rows) for size in self._sizes for rows in self._rows]
         if self._mode != "off":
             warm = {width * height for width, height in self._sizes}
-            other = next(px for px in count(OTHER_PX, VAE_FACTOR * PATCH) if px * px not in warm)
-            shapes += [((other, other), rows) for rows in {1, self._rows[-1]}]  # one row is apart
+            other = next(px for px in count(FLEXIBLE_PX, VAE_FACTOR * PATCH) if px * px not in warm)
+            shapes += [
+                ((other, other), rows) for rows in {1, self._rows[-1]}
+            ]  # torch specialises code for one row
         for (width, height), rows in shapes:
             try:
                 self._step(embeds, width, height, rows)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                log.warning("out of memory at %d rows of %dx%d", rows, width, height)
+                log.warning("warm-up: out of memory with %d rows of %dx%d", rows, width, height)
             self._denoiser.free_memory()
         for width, height in self._sizes:
             self._denoiser.decode(self._begin(embeds, width, height).latents)

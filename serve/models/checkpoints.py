@@ -1,8 +1,9 @@
-"""Model folders on this node: fetched from the hub or made here, and checked before use.
+"""Checkpoints on this node: pulled from the hub or made here, and verified before use.
 
-A *checkpoint* is a folder in diffusers' layout, one sub-folder per component. `octet.json` in it
-lists the SHA-256 of every file; it is written when the folder is pulled or quantised, and what it
-says is verified each time a replica loads. A folder without it is taken as it is.
+A *checkpoint* is a folder in diffusers' layout, with one sub-folder per component. Its manifest,
+`octet.json`, lists the SHA-256 of every file. The manifest is written when the folder is pulled or
+quantised. Each replica that loads a component verifies its files against the manifest. A folder
+without a manifest is used as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..settings.models import Source
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
-# Repositories also hold the same weights as single files and in a second 16-bit format.
+# Repositories also hold the same weights as single files and in a second 16-bit format: not pulled.
 PULLED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 NOT_PULLED = ["*.fp16*", "text_encoders/*"]
 
@@ -30,11 +31,11 @@ Files = dict[str, str]  # path in the folder → SHA-256 in hexadecimal
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be had or used; the message says which and what to do."""
+    """A checkpoint cannot be fetched or used; the message names it and says what to do."""
 
 
 def node_folder(source: Source, models_folder: str | None) -> Path:
-    """Where a source's files are on this node, or will be once they are pulled."""
+    """The folder of a source's files on this node, whether or not they have been pulled."""
     if source.revision is None:
         return Path(source.location)
     folder = Path(models_folder or DEFAULT_MODELS_FOLDER).expanduser()
@@ -42,12 +43,13 @@ def node_folder(source: Source, models_folder: str | None) -> Path:
 
 
 def on_this_node(source: Source, models_folder: str | None) -> bool:
+    """Whether the files of a source are on this node."""
     folder = node_folder(source, models_folder)
     return (folder / (MANIFEST if source.revision else "model_index.json")).is_file()
 
 
 def open_checkpoint(source: Source, models_folder: str | None, components: Iterable[str]) -> Path:
-    """The folder of a source, pulled if it is not there, with these components verified.
+    """Return the folder of a source, after pulling it if needed and verifying `components`.
 
     Raises `CheckpointError`.
     """
@@ -57,10 +59,10 @@ def open_checkpoint(source: Source, models_folder: str | None, components: Itera
 
 
 def pull(source: Source, models_folder: str | None) -> Path:
-    """Fetch a hub id's files at its revision into the node's folder, unless they are there.
+    """Return the folder of a source, after downloading its files from the hub if needed.
 
-    Processes that want the same files wait for each other; a broken download is taken up where it
-    ended. Raises `CheckpointError`.
+    Processes that pull the same source wait for each other. An interrupted download continues where
+    it ended. Raises `CheckpointError`.
     """
     target = node_folder(source, models_folder)
     if on_this_node(source, models_folder):
@@ -80,7 +82,7 @@ def pull(source: Source, models_folder: str | None) -> Path:
 
 
 def _download(source: Source, folder: Path) -> None:
-    """Files of the hub in a folder, with the digests that the hub gives for its large ones."""
+    """Download a source into a folder, and check its large files against the hub's digests."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     location, page = source.location, f"https://huggingface.co/{source.location}"
@@ -100,32 +102,35 @@ def _download(source: Source, folder: Path) -> None:
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
-            f"{location}: no such repository, or a private one: set HF_TOKEN if it is yours"
+            f"{location}: the hub has no such repository, or it is private: set HF_TOKEN if it is "
+            "yours"
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{location} has no revision {source.revision}") from None
-    except Exception as error:  # also those of whatever HTTP library the hub client uses
+    except Exception as error:  # includes errors of the HTTP library that the hub client uses
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{location} cannot be fetched: {reason}") from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # state of the hub client
     stated = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs}
     found = digests(folder, _files(folder))
     for name in found.keys() & stated.keys():
         if found[name] != stated[name]:
             (folder / name).unlink()
-            raise CheckpointError(f"{location}: {name} is not what the hub says: pull again")
+            raise CheckpointError(
+                f"{location}: the SHA-256 of {name} is not the one that the hub states: pull again"
+            )
 
 
 def write_manifest(folder: Path, made_from: dict[str, Any]) -> None:
-    """Note the digests of a folder as it is now."""
+    """Write the manifest of a folder as it is now; `made_from`: where its files come from."""
     manifest = {"made_from": made_from, "files": digests(folder, _files(folder))}
     replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode(), mode=0o644)
 
 
 def verify(folder: Path, components: Iterable[str] | None = None) -> None:
-    """Raise `CheckpointError` if files of these components are not what the manifest says.
+    """Raise `CheckpointError` if the files of these components differ from the manifest.
 
-    All files if no components are named.
+    Without `components`, all files are verified. A folder without a manifest passes.
     """
     try:
         stated: Files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -134,34 +139,34 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a manifest") from error
     wanted = ("",) if components is None else tuple(f"{c}/" for c in components)
-    mine = {name: digest for name, digest in stated.items() if name.startswith(wanted)}
-    there = [name for name in _files(folder) if name.startswith(wanted)]
-    odd = mine.keys() ^ set(there)
-    if odd:
-        state = "missing" if min(odd) in mine else "not in the manifest"
-        raise CheckpointError(f"{folder / min(odd)}: {state}")
-    for name, digest in digests(folder, there).items():
-        if digest != mine[name]:
+    expected = {name: digest for name, digest in stated.items() if name.startswith(wanted)}
+    present = [name for name in _files(folder) if name.startswith(wanted)]
+    differing = expected.keys() ^ set(present)
+    if differing:
+        state = "missing" if min(differing) in expected else "not in the manifest"
+        raise CheckpointError(f"{folder / min(differing)}: {state}")
+    for name, digest in digests(folder, present).items():
+        if digest != expected[name]:
             raise CheckpointError(
-                f"{folder / name}: its SHA-256 is not the manifest's: delete the folder, and pull "
-                "or quantise it again"
+                f"{folder / name}: its SHA-256 is not the one in the manifest: delete the folder, "
+                "and pull or quantise it again"
             )
 
 
 def digests(folder: Path, names: Iterable[str]) -> Files:
-    """SHA-256 of files, several at a time: hashing does not hold Python's lock."""
+    """The SHA-256 of each file, in threads: hashing releases Python's global lock."""
     names = list(names)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 
 
 def size_bytes(folder: Path, component: str = "") -> int:
-    """Of a component's files, or of all."""
+    """Bytes of a component's files, or of all files of a folder."""
     return sum(path.stat().st_size for path in (folder / component).rglob("*") if path.is_file())
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths in the folder, but for the manifest itself."""
+    """The sorted paths of all files in a folder, but for the manifest itself."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in paths)
     return sorted(name for name in names if not name.startswith(MANIFEST))

@@ -1,8 +1,8 @@
-"""What a request is counted as: its work on the reference replica of its model.
+"""The reference work of requests: seconds that a model's reference replica takes for an image.
 
-That is a replica of the model's first pool, as its settings and its arithmetic describe it
-(`serve/cost.py`): the same for the same request wherever it is drawn, so it can be a price. How
-fast the replicas are in truth they learn, in this unit.
+The reference replica is a replica of the model's first pool, as the settings and the arithmetic of
+`cluster/cost.py` describe it. So the same request has the same work wherever it is generated, and
+work can be a price. The real replicas learn how fast they are, in this unit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..settings.application import ApplicationSettings
 from ..settings.models import Pool, ServedModel
 from .checkpoints import node_folder
 
-CLIP_TOKENS = 77
+CLIP_TOKENS = 77  # text tokens of CLIP, which the transformer reads before those of T5
 
 log = logging.getLogger("ray.serve")
 
 
 def units(application: ApplicationSettings) -> dict[str, CostCoefficients]:
-    """Of each model."""
+    """The cost of images on the reference replica of each model, by model id."""
     return {
         model.id: cost_of(model, model.pools[0], application.models_folder)
         for model in application.models
@@ -34,7 +34,10 @@ def units(application: ApplicationSettings) -> dict[str, CostCoefficients]:
 
 
 def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCoefficients:
-    """On a replica of a pool. A model whose structure is not known yet counts as SD3.5 Large."""
+    """The cost of a model's images on a replica of one of its pools, by arithmetic.
+
+    A model whose structure is not known yet counts as SD3.5 Large.
+    """
     try:
         known = structure_of(model, models_folder)
     except SettingsError as error:
@@ -46,7 +49,7 @@ def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCo
 
 
 def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
-    """As the transformer sees a request, before the text encoder has read its prompt."""
+    """The shape that a request has for the transformer, known before its prompt is encoded."""
     return ImageShape(
         width_px=request.width,
         height_px=request.height,
@@ -57,9 +60,10 @@ def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
 
 
 def structure_of(model: ServedModel, models_folder: str | None) -> Structure:
-    """From the model's own files if they are here, else by the hub's name of it.
+    """The structure of a model: from its files on this node, else by its name on the hub.
 
-    Raises `SettingsError` if neither says it.
+    Raises `SettingsError` if the files are not here and the name is not known, or if the files do
+    not describe an SD3.5 transformer.
     """
     file = node_folder(model.source, models_folder) / "transformer" / "config.json"
     if file.is_file():
@@ -70,7 +74,7 @@ def structure_of(model: ServedModel, models_folder: str | None) -> Structure:
     name = model.source.location.rpartition("/")[2].replace("stable-diffusion-", "sd")
     if name not in TRANSFORMERS:
         raise SettingsError(
-            f"model '{model.id}': its structure is not known before `octet pull`; "
-            f"known are {', '.join(TRANSFORMERS)}"
+            f"model '{model.id}': the structure of {model.source.location} is not known before "
+            f"`octet pull`; known by name are {', '.join(TRANSFORMERS)}"
         )
     return structure(name)

@@ -1,1 +1,1 @@
-"""Where finished images are kept for clients that asked for a URL."""
+"""The result store: finished images that are answered as URLs, and the signed links to them."""

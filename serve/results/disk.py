@@ -1,4 +1,4 @@
-"""Images in a folder; on several nodes it must be a shared one."""
+"""The result store in a folder, which all nodes with an Ingress must share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .store import NAME, folder_of
 
 
 class DiskStore:
-    """See `ResultStore`."""
+    """Keeps images as files in `folder`/images; its methods are those of `ResultStore`."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises `OSError` if the folder cannot be made or written to."""
+        """Make the folder if needed. Raises `OSError` if that fails."""
         self._images = Path(folder) / "images"
         self._images.mkdir(parents=True, exist_ok=True)
 
@@ -29,7 +29,7 @@ class DiskStore:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(file, image)
-            except FileNotFoundError:  # another Ingress has just swept the empty day away
+            except FileNotFoundError:  # another Ingress has just deleted the day's empty folder
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(file, image)
         except OSError as error:
@@ -56,7 +56,7 @@ class DiskStore:
             if now - changed > max_age_s or total > max_bytes:
                 file.unlink(missing_ok=True)
                 if file.parent != self._images:
-                    with contextlib.suppress(OSError):  # a day that still has others
+                    with contextlib.suppress(OSError):  # the day's folder holds other images
                         file.parent.rmdir()
 
     def erase(self, tenant: str) -> int:
@@ -68,7 +68,7 @@ class DiskStore:
         return images
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: a folder need not be closed."""
 
     def _files(self) -> Iterator[Path]:
         for folder, _, files in os.walk(self._images, onerror=_raise):
@@ -76,6 +76,7 @@ class DiskStore:
 
 
 def _raise(error: OSError) -> None:
+    """Re-raise an error of `os.walk`, unless another Ingress has just deleted the folder."""
     if not isinstance(error, FileNotFoundError) or error.filename is None:
         raise error
     if Path(error.filename).name == "images":

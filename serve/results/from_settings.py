@@ -1,4 +1,4 @@
-"""The store and the links that settings ask for."""
+"""Opening the result store and the link signer that the settings name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ log = logging.getLogger("ray.serve")
 
 
 def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultStore:
-    """`drain`: upload what waits here from before.
+    """Open the result store of the settings: a folder, or a bucket behind a spool.
 
-    Raises `OSError` if its folder cannot be used.
+    With `drain` the spool also uploads images that wait on this node from an earlier process.
+    Raises `OSError` if the folder cannot be used.
     """
     folder = Path(str(settings.data_folder)).expanduser()
     if settings.s3 is None:
         if any(folder.glob("spool/t*")):
-            log.error("images wait in %s for a bucket that the settings do not name", folder)
+            log.error(
+                "images in %s wait for their upload, but the settings name no s3 bucket", folder
+            )
         return DiskStore(folder)
-    from .s3 import S3Store  # boto3 takes its time
+    from .s3 import S3Store  # importing boto3 takes long
     from .spool import Spool
 
     bucket = S3Store(settings.s3)
@@ -31,7 +34,10 @@ def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultSt
 
 
 def open_links(settings: ApplicationSettings) -> Links:
-    """Raises `OSError` or `ValueError` if there is no key."""
+    """The signer of links, with the settings' key or the one in the data folder.
+
+    Raises `OSError` if the key cannot be read, and `ValueError` if it is too short.
+    """
     if settings.signing_key_file:
         return Links(read_key(Path(settings.signing_key_file).expanduser()))
     return Links(shared_key(Path(f"{settings.data_folder}/signing-key").expanduser()))

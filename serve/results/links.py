@@ -1,4 +1,4 @@
-"""Links to images: signed, so that who was told one may read it until it expires."""
+"""Signed links to images: everybody who has one may read its image until the link expires."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ KEY_BYTES = 32
 
 
 class Links:
-    """All Ingress replicas sign with the same key."""
+    """Signs links and checks them; all Ingress replicas use the same key."""
 
     def __init__(self, key: bytes) -> None:
         self.key = key
 
     def link(self, name: str, expires: int) -> str:
-        """Path and query under which an image is read until `expires`, Unix time."""
+        """The path and query that read image `name` until `expires`, in Unix time."""
         return f"/v1/files/{name}?expires={expires}&signature={self._sign(name, str(expires))}"
 
     def check(self, name: str, expires: str, signature: str, now: float) -> None:
-        """Raises `LinkInvalid` if it is not ours, or its time is over."""
+        """Raise `LinkInvalid` if a link has a wrong signature or has expired by `now`."""
         expected = self._sign(name, expires)
         if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
             raise LinkInvalid("the link's signature is wrong")
@@ -39,9 +39,10 @@ class Links:
 
 
 def shared_key(file: Path) -> bytes:
-    """The key in a file; the first process to need it makes it, readable by its user alone.
+    """Read the key in a file; if there is no file, make it, readable by its owner alone.
 
-    Raises `OSError`, and `ValueError` if it is too short.
+    Processes that start together agree on one key: the first to make the file wins. Raises
+    `OSError`, and `ValueError` if the key is too short.
     """
     if not file.exists():
         _make_key(file)
@@ -49,10 +50,10 @@ def shared_key(file: Path) -> bytes:
 
 
 def read_key(file: Path) -> bytes:
-    """Raises `OSError`, and `ValueError` if it is too short."""
+    """Read the key in a file. Raises `OSError`, and `ValueError` if the key is too short."""
     key = file.read_bytes()
     if len(key) < KEY_BYTES:
-        raise ValueError(f"{file}: a key has at least {KEY_BYTES} bytes")
+        raise ValueError(f"{file}: the key has {len(key)} bytes, and needs at least {KEY_BYTES}")
     return key
 
 

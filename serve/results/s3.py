@@ -1,4 +1,4 @@
-"""Images in an S3 bucket, or whatever speaks its protocol."""
+"""The result store in a bucket of Amazon S3, or of a service that speaks its protocol."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from ..errors import NotFound, StoreFailed
 from ..settings.application import S3Settings
 from .store import NAME, folder_of
 
-CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # the defaults wait five minutes for a dead endpoint
+CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # boto3 would try a dead endpoint for 5 min
 CONNECTIONS = 32
 SWEEP_EVERY_S = 3600.0
 DAY_S = 86400.0
 
 
 class S3Store:
-    """See `ResultStore`. The number of bytes is not bounded: that is the bucket's affair."""
+    """Keeps images as objects of a bucket; its methods are those of `ResultStore`.
+
+    `sweep` ignores `max_bytes`: the bucket may grow without a bound.
+    """
 
     def __init__(self, settings: S3Settings) -> None:
-        """Credentials are found as boto3 does: environment, files, the node's or pod's role."""
+        """boto3 finds the credentials: in the environment, files, the node's or pod's role."""
         self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
         self._swept = -SWEEP_EVERY_S
         self._client: Any = boto3.client(
@@ -42,7 +45,7 @@ class S3Store:
                 signature_version="s3v4",
             ),
         )
-        self._stored_as = {
+        self._put_options = {
             key: value
             for key, value in (
                 ("ServerSideEncryption", settings.server_side_encryption),
@@ -62,27 +65,27 @@ class S3Store:
                 ContentType=f"image/{name.rpartition('.')[2]}",
                 ChecksumSHA256=base64.b64encode(digest).decode(),
                 Metadata={"request-id": request_id, "sha256": digest.hex()},
-                **self._stored_as,
+                **self._put_options,
             )
         except (BotoCoreError, ClientError) as error:
             raise StoreFailed("the image could not be stored") from error
 
     def get(self, name: str) -> str:
-        with self._found(name) as where:
-            self._client.head_object(**where)
+        with self._location(name) as location:
+            self._client.head_object(**location)
             url: str = self._client.generate_presigned_url(
-                "get_object", Params=where, ExpiresIn=self._presigned_s
+                "get_object", Params=location, ExpiresIn=self._presigned_s
             )
         return url
 
     def read(self, name: str) -> bytes:
-        with self._found(name) as where, self._client.get_object(**where)["Body"] as body:
+        with self._location(name) as location, self._client.get_object(**location)["Body"] as body:
             image: bytes = body.read()
         return image
 
     @contextmanager
-    def _found(self, name: str) -> Iterator[dict[str, str]]:
-        """Where it is; of what goes wrong there, what `ResultStore` has."""
+    def _location(self, name: str) -> Iterator[dict[str, str]]:
+        """Bucket and key of an image; turns boto3's errors into those of `ResultStore`."""
         if not NAME.fullmatch(name):
             raise NotFound("the image is no longer kept")
         try:
@@ -95,7 +98,7 @@ class S3Store:
             raise StoreFailed("the store does not answer") from error
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
-        """Once an hour, days of which all is too old."""
+        """Delete the days whose images are all too old; does nothing more than once an hour."""
         if now - self._swept < SWEEP_EVERY_S:
             return
         last = time.strftime("%Y/%m/%d", time.gmtime(now - max_age_s - DAY_S))
@@ -121,19 +124,19 @@ class S3Store:
         ]
 
     def _delete(self, prefix: str) -> int:
-        """All that begins so."""
+        """Delete all objects whose keys begin with `prefix`; returns their number."""
         deleted = 0
         for page in self._pages(prefix):
             objects = [{"Key": found["Key"]} for found in page.get("Contents", ())]
             if objects:
                 try:
-                    said = self._client.delete_objects(
+                    response = self._client.delete_objects(
                         Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
                     )
                 except (BotoCoreError, ClientError) as error:
                     raise StoreFailed("the store does not answer") from error
-                if said.get("Errors"):
-                    raise StoreFailed(f"{len(said['Errors'])} images could not be deleted")
+                if response.get("Errors"):
+                    raise StoreFailed(f"{len(response['Errors'])} images could not be deleted")
                 deleted += len(objects)
         return deleted
 

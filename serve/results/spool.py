@@ -1,4 +1,4 @@
-"""Images on their way to a store that may be slow or away: on a disk until it has them."""
+"""The spool: images on this node's disk until a store that may be slow or unreachable has them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from .store import ResultStore, folder_of
 log = logging.getLogger("ray.serve")
 
 WORKERS = 8
-PATIENCE_S = 2.0  # how long a client waits for the store; then its image is safe here
-LOOK_S = 1.0
-BACK_OFF_S, LONGEST_S = 1.0, 60.0
-PART_S = 3600.0
-ABANDONED_S = 60.0  # what another process has not uploaded by then is uploaded by any
+PATIENCE_S = 2.0  # how long a client waits for the upload; its image is safe on disk before that
+LOOK_S = 1.0  # between two looks into the folder
+BACK_OFF_S, LONGEST_S = 1.0, 60.0  # the first pause after a failed upload, and the longest
+PART_S = 3600.0  # age at which a temporary file counts as left behind
+ABANDONED_S = 60.0  # age at which any process uploads an image, whichever process put it here
 
 
 class Spool:
-    """A `ResultStore` before another one.
+    """A `ResultStore` that writes images to disk first, then uploads them to another store.
 
-    An image is kept as soon as it is on this disk. It is uploaded at once, or later and again with
-    back-off until that succeeds; what a process leaves behind, others on its node or its successor
-    upload. To upload an image twice makes no difference.
+    An image counts as kept once it is on this node's disk. It is uploaded at once. A failed upload
+    is repeated with back-off until it succeeds. Images that a process leaves behind are uploaded by
+    other processes on its node, or by its successor. Uploading an image twice makes no difference.
     """
 
     def __init__(
         self, store: ResultStore, folder: Path, max_bytes: int, *, drain: bool = True
     ) -> None:
-        """Without `drain` only what is put here is uploaded.
+        """`max_bytes`: with this many bytes waiting, the spool is full.
 
-        Raises `OSError` if the folder cannot be made.
+        Without `drain` an image is uploaded only when it is put here: failed uploads are not
+        repeated, and what earlier processes left is not uploaded. Raises `OSError` if the folder
+        cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._store, self._folder, self.max_bytes = store, folder, max_bytes
-        self._mine: set[Path] = set()  # and of them those that are being uploaded
-        self._busy: set[Path] = set()
+        self._mine: set[Path] = set()  # files that this process has put here
+        self._busy: set[Path] = set()  # files that are being uploaded
         self._begun = time.time()
-        self._away_until, self._back_off_s = 0.0, BACK_OFF_S
-        self.entries = self.bytes = 0  # as last looked, and what came and went since
+        self._paused_until, self._back_off_s = 0.0, BACK_OFF_S
+        self.entries = self.bytes = 0  # what waits, as of the last look; bytes change in between
         self._look()
         self._uploads = ThreadPoolExecutor(WORKERS, thread_name_prefix="upload")
         self._closed = threading.Event()
@@ -56,13 +58,13 @@ class Spool:
             self._drainer.start()
 
     def check(self) -> None:
-        """Raises `RuntimeError` if nobody uploads what waits."""
+        """Raise `RuntimeError` if the thread that uploads waiting images has ended."""
         if not self._drainer.is_alive():
             raise RuntimeError("the spool is no longer drained")
 
     @property
     def full(self) -> bool:
-        """Too much waits here for images to be promised."""
+        """Whether `max_bytes` or more wait here: no further images should be accepted."""
         return self.bytes >= self.max_bytes
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
@@ -73,17 +75,17 @@ class Spool:
             replace_file(file, head, image, sync=True)
         except OSError:
             self._mine.discard(file)
-            log.warning("the spool cannot be written", exc_info=True)
+            log.warning("cannot write to the spool; uploading directly", exc_info=True)
             self._store.put(name, image, request_id)
             return
         self.bytes += len(image)
-        if time.monotonic() >= self._away_until:
+        if time.monotonic() >= self._paused_until:
             self._busy.add(file)
             upload = self._uploads.submit(self._upload, file)
             try:
                 upload.result(PATIENCE_S)
             except LateError:
-                self._away()
+                self._pause()
 
     def get(self, name: str) -> bytes | str:
         with contextlib.suppress(FileNotFoundError):
@@ -113,22 +115,22 @@ class Spool:
         return _read(self._folder / quote(name, safe=""))[1]
 
     def _upload(self, file: Path) -> bool:
-        """Whether the store has it now, or nobody wants it any more."""
+        """Upload a file and delete it; False if the upload failed and has to be repeated."""
         try:
             request_id, image = _read(file)
         except FileNotFoundError:
             self._busy.discard(file)
             return True
-        except (OSError, ValueError, KeyError):  # nothing will read it, and others wait behind it
-            log.error("%s cannot be read; it is left as bad-…", file, exc_info=True)
+        except (OSError, ValueError, KeyError):  # set aside, so that other files are not held up
+            log.error("cannot read %s; renaming it to bad-…", file, exc_info=True)
             file.rename(file.with_name(f"bad-{file.name}"))
             self._busy.discard(file)
             return True
         try:
             self._store.put(unquote(file.name), image, request_id)
         except OctetError as error:
-            self._away()
-            log.warning("%s waits in the spool: %s", file.name, error)
+            self._pause()
+            log.warning("%s stays in the spool: %s", file.name, error)
             return False
         finally:
             self._busy.discard(file)
@@ -138,25 +140,26 @@ class Spool:
         self._back_off_s = BACK_OFF_S
         return True
 
-    def _away(self) -> None:
-        """The store is left alone for a while."""
-        if (now := time.monotonic()) >= self._away_until:
-            self._away_until = now + self._back_off_s
+    def _pause(self) -> None:
+        """Begin no uploads for a while; the pauses double, up to `LONGEST_S`."""
+        if (now := time.monotonic()) >= self._paused_until:
+            self._paused_until = now + self._back_off_s
             self._back_off_s = min(2 * self._back_off_s, LONGEST_S)
 
     def _drain(self) -> None:
+        """Upload waiting images until the spool is closed; runs in its own thread."""
         while not self._closed.wait(LOOK_S):
             try:
                 for file in self._look():
-                    if time.monotonic() < self._away_until or not self._upload(file):
+                    if time.monotonic() < self._paused_until or not self._upload(file):
                         break
-            except Exception:  # whatever it is, the next round may do better
-                log.warning("the spool cannot be drained; trying again", exc_info=True)
+            except Exception:  # on any error, the next round tries again
+                log.warning("cannot drain the spool; trying again", exc_info=True)
 
     def _look(self) -> list[Path]:
-        """What is to be uploaded, oldest first."""
+        """Count the waiting images; returns those that this process is to upload, oldest first."""
         found, now = [], time.time()
-        for part in self._folder.glob("tmp*"):  # of a process that died while it wrote
+        for part in self._folder.glob("tmp*"):  # left by a process that died while it wrote
             with contextlib.suppress(FileNotFoundError):
                 if now - part.stat().st_mtime > PART_S:
                     part.unlink()
@@ -175,7 +178,11 @@ class Spool:
 
 
 def _read(file: Path) -> tuple[str, bytes]:
-    """Request id and image. Raises `OSError`, `FileNotFoundError` if it is gone."""
+    """Read a file's request id and image.
+
+    Raises `FileNotFoundError` if the file has been uploaded or erased, another `OSError` if the
+    disk fails, and `ValueError` or `KeyError` if its first line is damaged.
+    """
     head, _, image = file.read_bytes().partition(b"\n")
     request_id: str = json.loads(head)["request_id"]
     return request_id, image

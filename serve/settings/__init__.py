@@ -1,1 +1,1 @@
-"""What can be set: the application, its models, the settings file and Ray Serve's config."""
+"""Settings: of the application and its models, the settings file, and Ray Serve's config."""

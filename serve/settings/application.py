@@ -1,8 +1,11 @@
-"""What there is to set, checked once and then frozen; `settings_file` reads it.
+"""The settings of the application, checked once and then frozen; `serve.settings.file` reads them.
 
-The file has three parts, mixed for the reader's sake and told apart by type. `ApplicationSettings` is what
-`serve.app.build` takes: changing it restarts replicas. `IngressSettings` reaches running replicas as
-`user_config`: changing it restarts nothing. `HttpSettings` belongs to the process that starts them.
+The settings file holds three kinds of keys, in one list for the reader's sake. Their class tells
+them apart:
+
+- `ApplicationSettings` are the arguments of `serve.app.build`. A change restarts all replicas.
+- `IngressSettings` reach running replicas as their `user_config`. A change restarts nothing.
+- `HttpSettings` are for the process that starts the replicas.
 """
 
 from __future__ import annotations
@@ -28,73 +31,152 @@ _TUNING = PolicyTuning()
 
 
 class S3Settings(Frozen):
-    """A bucket for images; credentials are found as boto3 does.
+    """A bucket for images, in Amazon S3 or anything that speaks its protocol.
 
-    `presigned_s`: how long a link into it works, made when an image is asked for; `spool_bytes`:
-    how much may wait on each node while it is away.
+    boto3 finds the credentials: in the environment, its files, or the node's or pod's role.
     """
 
-    bucket: Annotated[str, Field(min_length=3)]
-    endpoint_url: str | None = None
-    region: str | None = None
-    server_side_encryption: Literal["AES256", "aws:kms"] | None = None
-    kms_key_id: str | None = None
-    storage_class: str | None = None
-    presigned_s: Annotated[int, Field(gt=0, le=7 * 86400)] = 900
-    spool_bytes: PositiveInt = 2**30
+    bucket: Annotated[str, Field(min_length=3)] = Field(description="Name of the bucket.")
+    endpoint_url: str | None = Field(
+        default=None, description="URL of an S3-compatible service; null: Amazon S3."
+    )
+    region: str | None = Field(
+        default=None, description="Region of the bucket; null: the region that boto3 finds."
+    )
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
+        default=None,
+        description="How the service encrypts images; null: as the bucket is configured.",
+    )
+    kms_key_id: str | None = Field(
+        default=None,
+        description="Id of the key for `server_side_encryption: aws:kms`; null: the key that AWS "
+        "manages.",
+    )
+    storage_class: str | None = Field(
+        default=None,
+        description="S3 storage class of images, such as STANDARD_IA; null: the bucket's default.",
+    )
+    presigned_s: Annotated[int, Field(gt=0, le=7 * 86400)] = Field(
+        default=900,
+        description="Seconds for which a link into the bucket works; each reader of an image's "
+        "URL is redirected to a new such link.",
+    )
+    spool_bytes: PositiveInt = Field(
+        default=2**30,
+        description="Bytes of images that may wait on each node for their upload; beyond them "
+        "`response_format: url` is refused.",
+    )
 
     @model_validator(mode="after")
     def _keys_are_for_kms(self) -> S3Settings:
         if self.kms_key_id and self.server_side_encryption != "aws:kms":
-            raise ValueError("kms_key_id: server_side_encryption is not aws:kms")
+            raise ValueError(
+                f"kms_key_id is set, but server_side_encryption is {self.server_side_encryption}: "
+                "it must be aws:kms"
+            )
         return self
 
 
 class CacheSettings(Frozen):
-    """Images of repeated requests that have a seed, so that they need not be drawn again.
+    """The result cache: images of requests with a seed, so that a repeated request costs no work.
 
-    In the memory of each Ingress, `memory_bytes` at most; or, if there is a `redis_url`, found
-    through Redis by all of them and read from where images for URLs are kept. A URL holds no
-    password, because settings are shown where Ray shows its applications.
+    Without `redis_url` each Ingress keeps images in its own memory. With it all Ingresses share
+    one index in Redis, and read the images from the store that keeps images for URLs. The URL
+    cannot hold a password, because Ray shows the settings of its applications.
     """
 
-    memory_bytes: PositiveInt = 128 * 2**20
-    redis_url: Annotated[str, Field(pattern=r"^rediss?://[^@/?#]+(/\d+)?$")] | None = None
-    redis_password_file: str | None = None
+    memory_bytes: PositiveInt = Field(
+        default=128 * 2**20,
+        description="Bytes of images that each Ingress keeps in its memory; unused with "
+        "`redis_url`.",
+    )
+    redis_url: Annotated[str, Field(pattern=r"^rediss?://[^@/?#]+(/\d+)?$")] | None = Field(
+        default=None,
+        description="Redis that all Ingresses share, as redis://HOST:PORT/DATABASE or rediss://… "
+        "with TLS; null: each Ingress has its own cache in memory.",
+    )
+    redis_password_file: str | None = Field(
+        default=None, description="File with the password of Redis; null: no password."
+    )
 
     @model_validator(mode="after")
     def _passwords_are_for_redis(self) -> CacheSettings:
         if self.redis_password_file and not self.redis_url:
-            raise ValueError("redis_password_file: there is no redis_url")
+            raise ValueError("redis_password_file is set, but redis_url is not: set both or none")
         return self
 
 
 class ApplicationSettings(Frozen):
-    """The arguments of `serve.app.build`.
+    """The arguments of `serve.app.build`; a change of any of them restarts all replicas."""
 
-    `models_folder`: where a node keeps what it pulls from the hub; `compiled_folder`: and what it
-    has compiled; `data_folder`: where usage is kept, and images for URLs unless `s3` has a bucket
-    for them; `signing_key_file`: what links are signed with, else a key in `data_folder`;
-    `tenants_folder`: who may call, and the digests of their keys. With `auth: none` everybody may,
-    as one tenant; but on no other address than this machine's own, unless it is
-    `none-on-any-address`. `autoscaling_policy`: ours, or Ray Serve's own on the same requests.
-    """
-
-    models: Annotated[tuple[ServedModel, ...], Field(min_length=1)]
-    text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
-    emulate_fp8: bool = False
-    ingress: Resources = Resources(num_cpus=0.5)
-    dispatcher_num_cpus: Share = 0.5
-    models_folder: str | None = None
-    compiled_folder: str | None = None
-    data_folder: str | None = None
-    s3: S3Settings | None = None
-    signing_key_file: str | None = None
-    cache: CacheSettings | None = CacheSettings()
-    auth: Literal["keys", "none", "none-on-any-address"] = "keys"
-    tenants_folder: str = "tenants"
-    drain_timeout_s: PositiveFloat = 300.0
-    autoscaling_policy: Literal["queued-work", "ray-default"] = "queued-work"
+    models: Annotated[tuple[ServedModel, ...], Field(min_length=1)] = Field(
+        description="Models to serve; the first is the default of requests that name none."
+    )
+    text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)] = Field(
+        description="Sets of text encoders, which models name by their `id`."
+    )
+    emulate_fp8: bool = Field(
+        default=False,
+        description="Whether an FP8 pool may run without FP8 tensor cores, with emulated "
+        "arithmetic; meant for demos on a CPU.",
+    )
+    ingress: Resources = Field(
+        default=Resources(num_cpus=0.5),
+        description="Resources and number of the Ingress replicas, which answer HTTP requests.",
+    )
+    dispatcher_num_cpus: Share = Field(
+        default=0.5, description="CPU cores that Ray reserves for the Dispatcher."
+    )
+    models_folder: str | None = Field(
+        default=None,
+        description="Folder on each node for weights that are pulled from the hub; null: "
+        "~/.cache/octet/models.",
+    )
+    compiled_folder: str | None = Field(
+        default=None,
+        description="Folder on each node for compiled code, so that later starts find it; null: "
+        "~/.cache/octet/compiled.",
+    )
+    data_folder: str | None = Field(
+        default=None,
+        description="Folder for usage records and for images that are answered as URLs (with "
+        "`s3`: those that wait for their upload); null: usage is counted in memory only, and "
+        "images are never answered as URLs.",
+    )
+    s3: S3Settings | None = Field(
+        default=None,
+        description="Bucket for images that are answered as URLs; null: they are kept in "
+        "`data_folder`.",
+    )
+    signing_key_file: str | None = Field(
+        default=None,
+        description="File with the key, at least 32 bytes, that signs links to images; null: a "
+        "key that is made in `data_folder`.",
+    )
+    cache: CacheSettings | None = Field(
+        default=CacheSettings(),
+        description="Result cache for repeated requests with a seed; null: no result cache.",
+    )
+    auth: Literal["keys", "none", "none-on-any-address"] = Field(
+        default="keys",
+        description="Who may call: `keys` are tenants with an API key, `none` is anybody on this "
+        "machine, `none-on-any-address` is anybody; without keys all callers are one tenant.",
+    )
+    tenants_folder: str = Field(
+        default="tenants",
+        description="Folder with the tenants and the digests of their keys; used with `auth: "
+        "keys`.",
+    )
+    drain_timeout_s: PositiveFloat = Field(
+        default=300.0,
+        description="Longest time, in seconds, that a stopping replica or server waits for its "
+        "open requests to finish.",
+    )
+    autoscaling_policy: Literal["queued-work", "ray-default"] = Field(
+        default="queued-work",
+        description="What decides on the number of replicas: `queued-work` is Octet's policy, "
+        "`ray-default` is Ray Serve's own on the same requests.",
+    )
 
     @model_validator(mode="after")
     def _names_fit(self) -> ApplicationSettings:
@@ -115,30 +197,37 @@ class ApplicationSettings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _somebody_answers(self) -> ApplicationSettings:
+    def _an_ingress_runs(self) -> ApplicationSettings:
         if not self.ingress.least:
-            raise ValueError("ingress: min_replicas must be at least 1: it takes the requests")
+            raise ValueError(
+                "ingress: min_replicas must be at least 1, because an Ingress receives the requests"
+            )
         return self
 
     @model_validator(mode="after")
     def _usage_is_kept(self) -> ApplicationSettings:
         if self.auth == "keys" and self.data_folder is None:
             raise ValueError(
-                "auth keys: set data_folder, where the tenants' usage is kept "
-                "(or auth: none on a laptop)"
+                "auth keys: set data_folder, where the tenants' usage is recorded "
+                "(or set auth: none on a laptop)"
             )
         return self
 
     @model_validator(mode="after")
     def _images_can_wait(self) -> ApplicationSettings:
         if self.s3 and self.data_folder is None:
-            raise ValueError("s3: set data_folder, where images wait while the bucket is away")
+            raise ValueError(
+                "s3: set data_folder, where images wait while the bucket cannot be reached"
+            )
         return self
 
     @model_validator(mode="after")
     def _repeated_images_are_kept(self) -> ApplicationSettings:
         if self.cache and self.cache.redis_url and self.data_folder is None:
-            raise ValueError("cache: redis_url: set data_folder, and s3 for images of many nodes")
+            raise ValueError(
+                "cache: redis_url needs a store for the images: set data_folder, and s3 too if "
+                "Ingresses run on several nodes"
+            )
         return self
 
     @model_validator(mode="after")
@@ -147,18 +236,28 @@ class ApplicationSettings(Frozen):
             for pool in model.pools:
                 if pool.precision == "fp8" and not pool.num_gpus and not self.emulate_fp8:
                     raise ValueError(
-                        f"model '{model.id}': its fp8 pool takes no GPU, and a CPU has no FP8: "
-                        "set num_gpus, or emulate_fp8 for a demo"
+                        f"model '{model.id}': its fp8 pool takes no GPU, and a CPU has no FP8 "
+                        "tensor cores: set num_gpus, or emulate_fp8 for a demo"
                     )
         return self
 
 
 class ResultSettings(Frozen):
-    """Images that are answered as URLs: how long a link works, how long and how many are kept."""
+    """How long images that are answered as URLs are kept, and how long their links work."""
 
-    link_expires_s: PositiveInt = 3600
-    max_age_s: PositiveInt = 24 * 3600
-    max_bytes: PositiveInt = 10 * 2**30
+    link_expires_s: PositiveInt = Field(
+        default=3600, description="Seconds for which a link to an image works."
+    )
+    max_age_s: PositiveInt = Field(
+        default=24 * 3600,
+        description="Seconds for which an image is kept; a bucket deletes whole days, so an image "
+        "may stay a day longer there.",
+    )
+    max_bytes: PositiveInt = Field(
+        default=10 * 2**30,
+        description="Bytes of images that `data_folder` keeps before the oldest are deleted; "
+        "unused with `s3`.",
+    )
 
     @model_validator(mode="after")
     def _links_last_no_longer_than_images(self) -> ResultSettings:
@@ -170,39 +269,94 @@ class ResultSettings(Frozen):
 
 
 class AutoscalingSettings(Frozen):
-    """How replicas follow the load: see `autoscaling.load.Tuning` and docs/autoscaling.md."""
+    """The tuning of Octet's autoscaling policy, which docs/autoscaling.md explains.
+
+    The defaults are those of `autoscaling.load.PolicyTuning`.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    target_wait_s: PositiveFloat = _TUNING.target_wait_s
-    utilisation: Annotated[float, Field(gt=0, le=1)] = _TUNING.utilisation
-    spare: NonNegativeFloat = _TUNING.spare
-    hold_s: PositiveFloat = _TUNING.hold_s
-    idle_s: NonNegativeFloat = _TUNING.idle_s
-    node_wait_s: NonNegativeFloat = _TUNING.node_wait_s
-    warm_reserve: NonNegativeInt = _TUNING.warm_reserve
+    target_wait_s: PositiveFloat = Field(
+        default=_TUNING.target_wait_s,
+        description="Seconds within which a queue must be drained once the replicas that were "
+        "ordered for it are ready.",
+    )
+    utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=_TUNING.utilisation,
+        description="Largest part of their time, 0 to 1, that replicas may be busy with the work "
+        "that is expected.",
+    )
+    spare: NonNegativeFloat = Field(
+        default=_TUNING.spare,
+        description="Spare capacity for chance, in standard deviations of the number of images "
+        "that are generated at a time.",
+    )
+    hold_s: PositiveFloat = Field(
+        default=_TUNING.hold_s,
+        description="Seconds over which arriving work is averaged, and for which replicas are "
+        "kept after they were last needed.",
+    )
+    idle_s: NonNegativeFloat = Field(
+        default=_TUNING.idle_s,
+        description="Further seconds without work, after `hold_s`, until a pool with "
+        "`min_replicas: 0` loses its last replica.",
+    )
+    node_wait_s: NonNegativeFloat = Field(
+        default=_TUNING.node_wait_s,
+        description="Seconds that adding a node for a replica may take; 0: no nodes are added.",
+    )
+    warm_reserve: NonNegativeInt = Field(
+        default=_TUNING.warm_reserve,
+        description="Replicas beyond those that are needed, for each model that is not idle.",
+    )
 
 
 class LiveSettings(Frozen):
-    """What may change while requests are served."""
+    """Live settings: they may change while requests are served, and restart nothing."""
 
-    max_queued: PositiveInt = 1000
-    request_timeout_s: PositiveFloat = 300.0
-    max_body_bytes: PositiveInt = 1_000_000
-    ignore_unknown_fields: bool = False
-    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")] | None = None
-    results: ResultSettings = ResultSettings()
-    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    max_queued: PositiveInt = Field(
+        default=1000,
+        description="Images of all tenants that may wait at a time; more are refused with 503 "
+        "`queue_full`.",
+    )
+    request_timeout_s: PositiveFloat = Field(
+        default=300.0,
+        description="Longest `timeout_s` that a request may ask for, in seconds, and the deadline "
+        "of requests without one.",
+    )
+    max_body_bytes: PositiveInt = Field(
+        default=1_000_000, description="Largest request body, in bytes."
+    )
+    ignore_unknown_fields: bool = Field(
+        default=False,
+        description="Whether a request may have unknown fields, which are then ignored and named "
+        "in the header `x-octet-ignored`; otherwise it is refused.",
+    )
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")] | None = Field(
+        default=None,
+        description="URL under which clients reach this server, for links to images; null: the "
+        "URL that the request was sent to.",
+    )
+    results: ResultSettings = Field(
+        default=ResultSettings(),
+        description="How long images that are answered as URLs are kept, and how long their links "
+        "work.",
+    )
+    autoscaling: AutoscalingSettings = Field(
+        default=AutoscalingSettings(), description="Tuning of Octet's autoscaling policy."
+    )
 
 
 class IngressSettings(LiveSettings):
-    """The `user_config` of the Ingress."""
+    """The `user_config` of the Ingress: all live settings."""
 
-    models: dict[Name, LiveModelSettings]
+    models: dict[Name, LiveModelSettings] = Field(
+        description="Live settings of each model, by its id."
+    )
 
 
 def is_loopback(host: str) -> bool:
-    """Of this machine alone."""
+    """Whether a host name or address is this machine's loopback, such as localhost or ::1."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -210,15 +364,27 @@ def is_loopback(host: str) -> bool:
 
 
 class HttpSettings(Frozen):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """The address at which the server listens for HTTP requests."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on: 127.0.0.1 accepts connections from this machine only, "
+        "0.0.0.0 from everywhere.",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        default=8000, description="TCP port to listen on."
+    )
 
 
 class Settings(ApplicationSettings, LiveSettings):
-    """The whole settings file."""
+    """All settings of a settings file."""
 
-    models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    http: HttpSettings = HttpSettings()
+    models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(
+        description="Models to serve; the first is the default of requests that name none."
+    )
+    http: HttpSettings = Field(
+        default=HttpSettings(), description="Address at which the server listens for requests."
+    )
 
     @model_validator(mode="after")
     def _one_call_fits_into_the_queue(self) -> Settings:
@@ -228,26 +394,28 @@ class Settings(ApplicationSettings, LiveSettings):
         return self
 
     @model_validator(mode="after")
-    def _strangers_need_keys(self) -> Settings:
+    def _without_keys_only_loopback(self) -> Settings:
         if self.auth == "none" and not is_loopback(self.http.host):
             raise ValueError(
-                f"auth none: whoever reaches {self.http.host} could draw; use keys, or "
-                "none-on-any-address behind a gateway of your own"
+                f"auth none: anybody who reaches {self.http.host} could generate images; use "
+                "auth: keys, or auth: none-on-any-address behind a gateway of your own"
             )
         return self
 
     def application_settings(self) -> ApplicationSettings:
+        """The part that is passed to `serve.app.build`."""
         return ApplicationSettings.model_validate(self._part(ApplicationSettings, ServedModel))
 
     def ingress_settings(self) -> IngressSettings:
+        """The part that running replicas get as `user_config`."""
         parts = self._part(LiveSettings, LiveModelSettings)
         models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
         return IngressSettings(models=models, **parts)
 
-    def _part(self, cls: type[Frozen], of_model: type[Frozen]) -> dict[str, Any]:
-        """The keys of one part, with that part's keys of each model."""
+    def _part(self, cls: type[Frozen], model_cls: type[Frozen]) -> dict[str, Any]:
+        """The keys of `cls` as plain data, with the keys of `model_cls` for each model."""
         part = self.model_dump(mode="json", include=set(cls.model_fields))
         models = [
-            m.model_dump(mode="json", include=set(of_model.model_fields)) for m in self.models
+            m.model_dump(mode="json", include=set(model_cls.model_fields)) for m in self.models
         ]
         return {**part, "models": models}

@@ -1,7 +1,7 @@
-"""The settings file: YAML, overridden by `OCTET_*` variables of the environment.
+"""Reading the settings file: YAML, whose values `OCTET_*` environment variables override.
 
-An override names a path with double underscores, list positions by number, and its value is read
-as YAML:
+The name of a variable is the path of a key, with double underscores between its steps. An item of a
+list is named by its position, counted from 0. The value is read as YAML:
 
     OCTET_HTTP__PORT=9000  OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS=20
 """
@@ -21,17 +21,18 @@ from ..errors import SettingsError
 from .application import Settings
 
 ENVIRONMENT_PREFIX = "OCTET_"
-NO_SETTINGS = {"OCTET_KEY"}  # what clients read
-PATHS = (
+NO_SETTINGS = {"OCTET_KEY"}  # the API key of clients
+PATHS = (  # keys whose values are paths
     *("models_folder", "compiled_folder", "data_folder", "tenants_folder"),
     *("signing_key_file", "redis_password_file"),
 )
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from a YAML file and the environment.
+    """Read settings from a YAML file and the environment.
 
-    Local folders in it are relative to the file. Raises `SettingsError` with one line per fault.
+    Relative paths are relative to the file's folder. Raises `SettingsError` with one line per
+    fault.
     """
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -40,11 +41,11 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise SettingsError(f"{file}: expected keys and values, found {type(data).__name__}")
+        raise SettingsError(f"{file}: expected keys with values, found {type(data).__name__}")
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX) and name not in NO_SETTINGS:
             _override(data, name, environ[name])
-    _resolve_folders(data, file.resolve().parent)
+    _resolve_locations(data, file.resolve().parent)
     data.setdefault("tenants_folder", "tenants")
     _resolve_paths(data, file.resolve().parent)
     if isinstance(data.get("cache"), dict):
@@ -52,10 +53,11 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{file}: {line}" for line in _lines(error))) from None
+        raise SettingsError("\n".join(f"{file}: {line}" for line in _faults(error))) from None
 
 
 def _override(data: Any, name: str, value: str) -> None:
+    """Set the value that the environment variable `name` stands for."""
     *path, last = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
     try:
         if [*path, last][0] not in Settings.model_fields:
@@ -64,36 +66,37 @@ def _override(data: Any, name: str, value: str) -> None:
             data = data[int(step)] if isinstance(data, list) else data.setdefault(step, {})
         data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
     except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
-        raise SettingsError(f"{name}: no such place in the settings") from None
+        raise SettingsError(f"{name}: no such key in the settings") from None
 
 
 def _resolve_paths(part: dict[str, Any], folder: Path) -> None:
-    """One beginning with ~ is each node's own."""
+    """Make relative paths absolute, but for those with ~, which each node resolves itself."""
     for key in PATHS:
         if isinstance(part.get(key), str) and not part[key].startswith("~"):
             part[key] = str(folder / part[key])
 
 
-def _resolve_folders(data: Any, folder: Path) -> None:
-    """Make the location of every source that is a folder beside the settings file absolute."""
+def _resolve_locations(data: Any, folder: Path) -> None:
+    """Make every `location` absolute that is a folder, seen from the settings file's `folder`."""
     if isinstance(data, list):
         for item in data:
-            _resolve_folders(item, folder)
+            _resolve_locations(item, folder)
     elif isinstance(data, dict):
         location = data.get("location")
         if isinstance(location, str) and (folder / location).is_dir():
             data["location"] = str((folder / location).resolve())
         for item in data.values():
-            _resolve_folders(item, folder)
+            _resolve_locations(item, folder)
 
 
-def _lines(error: ValidationError) -> list[str]:
+def _faults(error: ValidationError) -> list[str]:
+    """One line for each fault: the key, what is wrong with it, and the value that was found."""
     lines = []
     faults = error.errors()
     for fault in faults:
         place = fault["loc"]
         if any(f["loc"][: len(place)] == place and f["loc"] != place for f in faults):
-            continue  # it only follows from the one inside it
+            continue  # only a consequence of the fault further inside
         where = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, fault["loc"])))
         message = fault["msg"].removeprefix("Value error, ")
         shown = fault["type"] not in ("value_error", "missing")

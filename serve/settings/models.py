@@ -1,9 +1,9 @@
-"""What there is to set of models, and of the replicas that serve them."""
+"""The settings of models, of their pools, and of the text encoders that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,8 +13,10 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    SerializationInfo,
     model_validator,
 )
 
@@ -30,7 +32,7 @@ Share = Annotated[float, Field(ge=0)]
 
 
 def refuse_unknown_keys(data: Any, known: Collection[str]) -> Any:
-    """The data; raises `ValueError` for an unknown key, with the nearest known one."""
+    """Return `data`; raise `ValueError` for an unknown key in it, with the nearest known key."""
     if isinstance(data, dict):
         for key in data.keys() - set(known):
             raise ValueError(f"unknown key '{key}': {did_you_mean(str(key), known)}")
@@ -41,8 +43,20 @@ def _known_limits(data: Any) -> Any:
     return refuse_unknown_keys(data, [field.name for field in fields(ModelLimits)])
 
 
+def _stated_limits(limits: ModelLimits, info: SerializationInfo) -> dict[str, Any]:
+    """The limits as data; where only stated keys are wanted, without those left at their default."""
+    usual = asdict(ModelLimits())
+    stated = asdict(limits).items()
+    return {k: v for k, v in stated if not (info.exclude_unset and v == usual[k])}
+
+
+Limits = Annotated[
+    ModelLimits, BeforeValidator(_known_limits), PlainSerializer(_stated_limits, dict[str, Any])
+]
+
+
 class Frozen(BaseModel):
-    """Refuses unknown keys and names the nearest one that exists."""
+    """Settings that cannot change; an unknown key is refused, with the nearest known key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,13 +67,21 @@ class Frozen(BaseModel):
 
 
 class Source(Frozen):
-    """Where weights are: a folder, or a hub id with the commit that was tested.
+    """Where weights are: in a folder, or on the Hugging Face hub at a pinned commit.
 
-    A folder's path is absolute by now, and need only exist where replicas load it.
+    The path of a folder is absolute here, because `serve.settings.file` resolves it. The folder
+    must exist only on the nodes whose replicas load it.
     """
 
-    location: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    location: str = Field(
+        description="Folder with the weights, or id of a repository on the Hugging Face hub, such "
+        "as stabilityai/stable-diffusion-3.5-large."
+    )
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        default=None,
+        description="Commit of the hub repository, 40 hexadecimal digits; null: `location` is a "
+        "folder.",
+    )
 
     @model_validator(mode="after")
     def _hub_ids_are_pinned(self) -> Source:
@@ -72,16 +94,22 @@ class Source(Frozen):
 
 
 class Resources(Frozen):
-    """What one replica takes of a node, in Ray's units; 0.25 GPU = four replicas a card.
+    """How many replicas there are, and what each of them takes of its node."""
 
-    `replicas`: at most; `min_replicas`: at least, by default as many, so that their number is
-    fixed.
-    """
-
-    replicas: PositiveInt = 1
-    min_replicas: NonNegativeInt | None = None
-    num_cpus: Share = 1.0
-    num_gpus: Share = 0.0
+    replicas: PositiveInt = Field(default=1, description="Largest number of replicas.")
+    min_replicas: NonNegativeInt | None = Field(
+        default=None,
+        description="Smallest number of replicas; null: as many as `replicas`, so that their "
+        "number is fixed.",
+    )
+    num_cpus: Share = Field(
+        default=1.0, description="CPU cores that Ray reserves for one replica; may be a fraction."
+    )
+    num_gpus: Share = Field(
+        default=0.0,
+        description="Part of a GPU that Ray reserves for one replica: 0.25 puts four replicas on "
+        "one card, 0 runs on the CPU.",
+    )
 
     @model_validator(mode="after")
     def _least_is_no_more_than_most(self) -> Self:
@@ -91,6 +119,7 @@ class Resources(Frozen):
 
     @property
     def least(self) -> int:
+        """The smallest number of replicas."""
         return self.replicas if self.min_replicas is None else self.min_replicas
 
     @property
@@ -99,21 +128,28 @@ class Resources(Frozen):
 
 
 class CardResources(Resources):
-    """What takes GPUs may be bound to the nodes that have a `card`: an id of `cluster/cards.py`.
+    """The resources of replicas that may run on a GPU.
 
-    `memory_gib`: what a replica may take of its card, and needs free to start; by default the part
-    that `num_gpus` says. `octet plan` computes all three.
+    `octet plan` computes `num_gpus`, `card` and `memory_gib`.
     """
 
-    card: str | None = None
-    memory_gib: PositiveFloat | None = None
+    card: str | None = Field(
+        default=None,
+        description="GPU model that a replica needs, an id of `cluster/cards.py` such as h100; "
+        "null: any.",
+    )
+    memory_gib: PositiveFloat | None = Field(
+        default=None,
+        description="GiB of its card's memory that a replica may take and that must be free when "
+        "it starts; null: the part that `num_gpus` states.",
+    )
 
     @model_validator(mode="after")
     def _cards_are_known(self) -> Self:
         if self.card is not None and self.card not in CARDS:
             raise ValueError(f"card '{self.card}': {did_you_mean(self.card, CARDS)}")
         if not self.num_gpus and (self.card or self.memory_gib):
-            raise ValueError("card and memory_gib are for what takes GPUs: set num_gpus")
+            raise ValueError("card and memory_gib are for what takes GPUs: set num_gpus above 0")
         if self.card and self.memory_gib:
             part_gib = self.num_gpus * CARDS[self.card].memory_gib
             if self.memory_gib > part_gib + 0.01:
@@ -125,47 +161,79 @@ class CardResources(Resources):
 
 
 class Encoder(CardResources):
-    """One set of text encoders, shared by the models that name it.
+    """One set of text encoders, shared by the models that name it."""
 
-    Encodes `batch_size` prompts at once, always: it rounds by the batch's size. `warm_prompts` are
-    encoded at the start and stay; list the negative prompts that your clients use.
-    """
-
-    id: Name
-    source: Source
-    precision: Literal["fp32", "bf16", "t5-quanto"] = "t5-quanto"
-    cache_mib: PositiveInt = 512  # of embeddings; one prompt of SD3.5 takes 2.6
-    batch_size: Annotated[int, Field(ge=1, le=64)] = 4
-    warm_prompts: tuple[str, ...] = ("",)
+    id: Name = Field(description="Name of this set, which models give as their `text_encoder`.")
+    source: Source = Field(description="Where the weights of the text encoders are.")
+    precision: Literal["fp32", "bf16", "t5-quanto"] = Field(
+        default="t5-quanto",
+        description="Number format of the text encoders; `t5-quanto` is bf16 with the weights of "
+        "T5 in FP8.",
+    )
+    cache_mib: PositiveInt = Field(
+        default=512,
+        description="MiB of embeddings that each replica keeps; one prompt of SD3.5 takes 2.6 MiB.",
+    )
+    batch_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=4,
+        description="Prompts that are encoded together; fewer are padded to this number, because "
+        "results are rounded differently at another batch size.",
+    )
+    warm_prompts: tuple[str, ...] = Field(
+        default=("",),
+        description="Prompts that are encoded at the start and stay in memory; list the negative "
+        "prompts that your clients use.",
+    )
 
     @property
     def need(self) -> NodeRequirement:
-        """Of a node, for one replica; any precision will do."""
+        """The node that one replica needs; the node's precision does not matter."""
         return NodeRequirement("fp16", self.num_cpus, self.num_gpus, card=self.card)
 
 
 class Pool(CardResources):
-    """Generator replicas of one model in one precision, each drawing `slots` images at a time.
+    """Generator replicas of one model in one precision.
 
-    `source` stands in for the model's own, for weights that `octet quantize` made. A 16-bit pool
-    prefers nodes without FP8; `allow_fp8_nodes` lets it use the others too. A pool that takes no
-    GPU runs anywhere. `adaln_8_bit` stores more of the weights in 8 bit: 2.5 GiB less for Large.
-
-    `compile`: `auto` is `default` on a card and `off` on a CPU. `warm_sizes`: images that get code
-    of their own before the replica is ready, as WIDTHxHEIGHT; by default the model's own size.
+    An FP8 pool runs on nodes that have FP8. A 16-bit pool prefers the other nodes. A pool that
+    takes no GPU runs anywhere.
     """
 
-    precision: Literal["fp8", "fp16"]
-    slots: Annotated[int, Field(ge=1, le=16)] = 4
-    source: Source | None = None
-    allow_fp8_nodes: bool = True
-    adaln_8_bit: bool = False
-    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    warm_sizes: tuple[Size, ...] = ()
+    precision: Literal["fp8", "fp16"] = Field(
+        description="Precision of the transformer: `fp8`, or `fp16` for a 16-bit format that fits "
+        "the card (bfloat16 where it has that, else float16)."
+    )
+    slots: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=4, description="Images that one replica generates at a time."
+    )
+    source: Source | None = Field(
+        default=None,
+        description="Weights of this pool instead of the model's own, such as those that `octet "
+        "quantize` made; null: the model's `source`.",
+    )
+    allow_fp8_nodes: bool = Field(
+        default=True,
+        description="Whether a 16-bit pool may also use nodes that have FP8; it prefers the "
+        "others.",
+    )
+    adaln_8_bit: bool = Field(
+        default=False,
+        description="Whether an FP8 pool stores the weights of AdaLN in 8 bit too, which saves "
+        "2.5 GiB for SD3.5 Large.",
+    )
+    compile: Literal["auto", "off", "default", "max-autotune"] = Field(
+        default="auto",
+        description="How torch compiles the transformer; `auto` is `default` on a GPU and `off` on "
+        "a CPU.",
+    )
+    warm_sizes: tuple[Size, ...] = Field(
+        default=(),
+        description="Image sizes, WIDTHxHEIGHT in pixels, that get compiled code of their own "
+        "before a replica is ready; empty: the model's native size.",
+    )
 
     @property
     def need(self) -> NodeRequirement:
-        """Of a node, for one replica."""
+        """The node that one replica needs."""
         return NodeRequirement(
             self.precision, self.num_cpus, self.num_gpus, self.allow_fp8_nodes, self.card
         )
@@ -176,26 +244,34 @@ class Pool(CardResources):
             raise ValueError("adaln_8_bit is for fp8 pools")
         for size in self.warm_sizes:
             if any(int(side) % SIZE_MULTIPLE_PX for side in size.split("x")):
-                raise ValueError(f"warm_sizes '{size}': not multiples of {SIZE_MULTIPLE_PX}")
+                raise ValueError(
+                    f"warm_sizes '{size}': width and height must be multiples of {SIZE_MULTIPLE_PX}"
+                )
         if self.precision == "fp8" and not self.allow_fp8_nodes:
-            raise ValueError("allow_fp8_nodes is for fp16 pools: an fp8 pool runs nowhere else")
+            raise ValueError(
+                "allow_fp8_nodes is for fp16 pools: an fp8 pool runs only on nodes with FP8"
+            )
         return self
 
 
 class Defaults(Frozen):
-    """What a request that does not say gets."""
+    """The values of a model's requests that do not state their own."""
 
-    width: PositiveInt
-    height: PositiveInt
-    num_inference_steps: PositiveInt
-    guidance_scale: float
+    width: PositiveInt = Field(description="Width of the image in pixels.")
+    height: PositiveInt = Field(description="Height of the image in pixels.")
+    num_inference_steps: PositiveInt = Field(description="Number of denoising steps.")
+    guidance_scale: float = Field(
+        description="Strength of classifier-free guidance; 1 or less turns it off."
+    )
 
 
 class LiveModelSettings(Frozen):
-    """What requests for a model get and may ask for."""
+    """The live settings of one model: defaults and limits of its requests."""
 
-    defaults: Defaults
-    limits: Annotated[ModelLimits, BeforeValidator(_known_limits)] = ModelLimits()
+    defaults: Defaults = Field(description="Values of requests that do not state their own.")
+    limits: Limits = Field(
+        default=ModelLimits(), description="Largest and smallest values that requests may ask for."
+    )
 
     @model_validator(mode="after")
     def _defaults_are_within_the_limits(self) -> LiveModelSettings:
@@ -209,13 +285,19 @@ class LiveModelSettings(Frozen):
 
 
 class ServedModel(Frozen):
-    """A model, the encoders that read its prompts, and its pools, preferred pool first."""
+    """The settings of a model that its replicas need; a change of any of them restarts replicas."""
 
-    id: Name
-    source: Source
-    text_encoder: Name
-    max_sequence_length: PositiveInt = 256
-    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
+    id: Name = Field(description="Name by which requests ask for the model.")
+    source: Source = Field(description="Where the weights of the model are.")
+    text_encoder: Name = Field(
+        description="The `id` of the text encoders that read the model's prompts."
+    )
+    max_sequence_length: PositiveInt = Field(
+        default=256, description="Number of T5 tokens that a prompt is padded or cut to."
+    )
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(
+        description="Pools of replicas that serve the model, preferred pool first."
+    )
 
     @model_validator(mode="after")
     def _pools_differ(self) -> ServedModel:
@@ -223,14 +305,20 @@ class ServedModel(Frozen):
             others = [p for p in self.pools[:i] if p.precision == pool.precision]
             if others and not all(p.card for p in (pool, *others)):
                 raise ValueError(
-                    f"model '{self.id}': two pools have the same precision: give each its card"
+                    f"model '{self.id}': two pools have the same precision: give each of them a "
+                    "card"
                 )
             if pool in others:
-                raise ValueError(f"model '{self.id}': two pools are equal: raise replicas instead")
+                raise ValueError(
+                    f"model '{self.id}': two pools are equal: raise the replicas of one instead"
+                )
         return self
 
     def pool_name(self, pool: Pool) -> str:
-        """Pools of one precision on one card are numbered from the second on."""
+        """The name of one of the model's pools: MODEL-PRECISION, with -CARD if it has a card.
+
+        The second pool of the same precision and card ends in -2, and so on.
+        """
 
         def name(pool: Pool) -> str:
             return "-".join(filter(None, (self.id, pool.precision, pool.card)))
@@ -240,4 +328,4 @@ class ServedModel(Frozen):
 
 
 class Model(ServedModel, LiveModelSettings):
-    """One model in the settings file."""
+    """All settings of one model, as the settings file has them."""

@@ -1,1 +1,1 @@
-"""Who may call: tenants, their keys, and the files that hold both."""
+"""Tenants: their shares and limits, their API keys, and the files that hold both."""

@@ -1,8 +1,8 @@
-"""The tenants' folder: who they are, and the digests of their keys.
+"""The files in the tenants' folder: the tenants with their limits, and the digests of their keys.
 
 `tenants.yaml` is written by hand or by `octet tenant`, `keys.json` by `octet tenant` alone. A key
-itself is nowhere: it is shown once, and what is kept is its SHA-256. Keys are random, so a plain
-digest cannot be searched for as that of a password can.
+itself is kept nowhere: it is shown once, and its SHA-256 is kept. A plain digest suffices, because
+keys are random and so cannot be guessed as passwords can.
 
     tenants.yaml                            keys.json, readable by its owner alone
     acme:                                   {"acme": [{"sha256": "…", "created": "2026-11-22"}]}
@@ -36,7 +36,10 @@ _TENANTS = TypeAdapter(dict[str, Tenant])
 
 
 def read_tenants(folder: Path) -> dict[str, Tenant]:
-    """Raises `SettingsError` with one line per fault; a folder without the file has no tenants."""
+    """Read the tenants by their ids; a folder without the file has no tenants.
+
+    Raises `SettingsError` with one line per fault.
+    """
     file = folder / TENANTS
     try:
         return _parse(file.read_text(encoding="utf-8"), file)
@@ -47,14 +50,17 @@ def read_tenants(folder: Path) -> dict[str, Tenant]:
 
 
 def read_keys(folder: Path) -> KeyDigests:
-    """Raises `SettingsError`, also if others than its owner and group can read the file.
+    """Read the digests of all keys; a folder without the file has no keys.
 
-    Kubernetes gives a Secret to a pod's group.
+    Raises `SettingsError`, also if others than the file's owner and group can read it. The group
+    may, because Kubernetes gives a Secret to a pod's group.
     """
     file = folder / KEYS
     try:
         if file.stat().st_mode & 0o027:
-            raise SettingsError(f"{file}: others can read or change it: chmod 600")
+            raise SettingsError(
+                f"{file}: other users can read the file, or its group can change it: chmod 600"
+            )
         keys: KeyDigests = json.loads(file.read_text(encoding="utf-8"))
         for owned in keys.values():
             for key in owned:
@@ -70,7 +76,7 @@ def read_keys(folder: Path) -> KeyDigests:
 
 
 class FileStamp(NamedTuple):
-    """That a file has not changed, nor who may read it."""
+    """The facts by which a change of a file, or of its permissions, is noticed."""
 
     changed_ns: int
     status_changed_ns: int
@@ -79,24 +85,27 @@ class FileStamp(NamedTuple):
 
 
 def stamp(file: Path) -> FileStamp | None:
-    """None if there is no such file."""
+    """The present stamp of a file; None if there is no such file."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return FileStamp(found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+    return FileStamp(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
-# -- what `octet tenant` does ---------------------------------------------------------------------
+# -- changes that `octet tenant` makes ------------------------------------------------------------
 
 
 def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
-    """Append a tenant to the file, as it stands; returns its key. Raises `SettingsError`."""
+    """Append a tenant to `tenants.yaml`, whose text stays as it is; returns the tenant's key.
+
+    Raises `SettingsError`.
+    """
     with _changing(folder):
         file = folder / TENANTS
         before = file.read_text(encoding="utf-8") if file.exists() else ""
         if name in _parse(before, file):
-            raise SettingsError(f"tenant '{name}' is there already")
+            raise SettingsError(f"tenant '{name}' exists already")
         entry = yaml.safe_dump({name: dict(values)}, sort_keys=False, allow_unicode=True)
         after = before + ("\n" if before and not before.endswith("\n") else "") + entry
         _parse(after, file)
@@ -109,9 +118,12 @@ def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
 
 
 def rotate_key(folder: Path, name: str) -> str:
-    """A second key, beside the newest one; what was older ends. Raises `SettingsError`."""
+    """Make a tenant's new key, and return it; of the old keys only the newest stays valid.
+
+    Raises `SettingsError`.
+    """
     with _changing(folder):
-        _known(folder, name)
+        _check_tenant(folder, name)
         keys = read_keys(folder)
         key = _new_key(keys, name, keys.get(name, [])[-(VALID_KEYS - 1) :])
         _write_keys(folder, keys)
@@ -119,25 +131,29 @@ def rotate_key(folder: Path, name: str) -> str:
 
 
 def revoke_keys(folder: Path, name: str, *, but_newest: bool = False) -> int:
-    """End a tenant's keys; returns how many. Raises `SettingsError`."""
+    """Revoke a tenant's keys, or all `but_newest`; returns the number of revoked keys.
+
+    Raises `SettingsError`.
+    """
     with _changing(folder):
         keys = read_keys(folder)
         if name not in keys:
-            _known(folder, name)
+            _check_tenant(folder, name)
         kept = keys.get(name, [])[-1:] if but_newest else []
-        ended = len(keys.get(name, [])) - len(kept)
+        revoked = len(keys.get(name, [])) - len(kept)
         keys[name] = kept
         _write_keys(folder, keys)
-        return ended
+        return revoked
 
 
-def _known(folder: Path, name: str) -> None:
+def _check_tenant(folder: Path, name: str) -> None:
     tenants = read_tenants(folder)
     if name not in tenants:
         raise SettingsError(f"tenant '{name}' does not exist: {did_you_mean(name, tenants)}")
 
 
 def _new_key(keys: KeyDigests, name: str, kept: list[dict[str, str]]) -> str:
+    """Make a key, put its digest into `keys` after the `kept` ones, and return the key itself."""
     from datetime import datetime
 
     key = f"octet_{name}_{secrets.token_hex(KEY_BYTES)}"
@@ -156,12 +172,17 @@ def _parse(text: str, file: Path) -> dict[str, Tenant]:
         raise SettingsError(f"{file}: expected tenants by their id, found {type(data).__name__}")
     for name, entry in data.items():
         if not (isinstance(name, str) and ID.fullmatch(name)):
-            raise SettingsError(f"{file}: tenant '{name}': an id is 1 to 63 of a-z 0-9 -")
+            raise SettingsError(
+                f"{file}: tenant '{name}': an id is 1 to 63 characters of a-z 0-9 -, and neither "
+                "begins nor ends with -"
+            )
         for key in entry if isinstance(entry, dict) else ():
             if entry[key] is None:
-                raise SettingsError(f"{file}: {name}.{key} is empty: leave it out for no limit")
+                raise SettingsError(
+                    f"{file}: {name}.{key} is empty: leave the key out for no limit"
+                )
     given = {name: {} if entry is None else entry for name, entry in data.items()}
-    try:  # as JSON, because there a list may be a tuple, and "yes" is no number
+    try:  # as JSON, where strict validation takes a list for a tuple, but no text for a number
         return _TENANTS.validate_json(json.dumps(given), strict=True)
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
@@ -183,7 +204,7 @@ def _faults(error: ValidationError) -> Iterator[str]:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """One change at a time, whoever else runs the command."""
+    """Hold the folder's lock, so that commands change its files one after the other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
@@ -199,11 +220,11 @@ def _write_keys(folder: Path, keys: KeyDigests) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands there twice, of which YAML would take the last."""
+    """A YAML loader that refuses duplicate keys, where YAML itself would take the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands there twice")
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is defined twice")
         return super().construct_mapping(node, deep)

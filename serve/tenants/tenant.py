@@ -1,4 +1,4 @@
-"""A tenant: its share of the cluster, and its limits.
+"""A tenant's share of the cluster and its limits.
 
 Pure: standard library only.
 """
@@ -11,31 +11,32 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-MAY_BE_NOTHING = "max_requests", "monthly_work"
-BURST_S = 10.0  # of a rate: how much of it may come at once, unless the tenant says otherwise
+MAY_BE_NOTHING = "max_requests", "monthly_work"  # limits that may be 0: nothing is allowed
+BURST_S = 10.0  # what a rate allows in this time may come at once, unless the tenant has a burst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """None is "no limit". *Work* is in seconds of a reference replica: `serve/cost.py`.
+    """The share and the limits of one tenant; None means "no limit".
 
-    `requests_per_s` and `work_per_s` are kept over time; up to `request_burst` and `work_burst` may
-    come at once (by default what ten seconds bring, and at least one request).
+    Work is in seconds of a reference replica (`cluster/cost.py`). `requests_per_s` and `work_per_s`
+    are averages over time. Up to `request_burst` requests and `work_burst` work may come at once;
+    by default that is what the rate allows in ten seconds, and at least one request.
 
-    Raises `ValueError`.
+    Raises `ValueError` for a value that is out of range.
     """
 
-    weight: float = 1.0  # its share is weight ÷ the weights of all who wait
-    models: tuple[str, ...] | None = None  # that it may use
+    weight: float = 1.0  # the tenant's share is weight ÷ the weights of all waiting tenants
+    models: tuple[str, ...] | None = None  # models that the tenant may use; None: all
     requests_per_s: float | None = None
     request_burst: float | None = None
     work_per_s: float | None = None
     work_burst: float | None = None
-    max_requests: int | None = None  # open at a time
-    max_queued_work: float | None = None
-    monthly_work: float | None = None  # of a calendar month in UTC
-    timeout_s: float | None = None  # the deadline of requests that state none
-    operator: bool = False  # may read the state of the whole server
+    max_requests: int | None = None  # requests that may be open at a time
+    max_queued_work: float | None = None  # work that may wait at a time
+    monthly_work: float | None = None  # work in a calendar month, UTC
+    timeout_s: float | None = None  # deadline of requests without one; None: the settings' own
+    operator: bool = False  # whether the tenant may read the state of the whole server
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -46,11 +47,12 @@ class Tenant:
                 continue
             least = 0 if field.name in MAY_BE_NOTHING else math.ulp(0.0)
             if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{field.name} {value} must be a finite number above 0")
+                allowed = "above 0" if least else "0 or more"
+                raise ValueError(f"{field.name} {value} must be a finite number {allowed}")
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight {self.weight} must be between 0.001 and 1000")
         for burst, rate in ("request_burst", "requests_per_s"), ("work_burst", "work_per_s"):
             if getattr(self, burst) is not None and getattr(self, rate) is None:
-                raise ValueError(f"{burst} is for a tenant with {rate}")
+                raise ValueError(f"{burst} needs {rate}: set both, or leave {burst} out")
         if self.request_burst is not None and self.request_burst < 1:
             raise ValueError(f"request_burst {self.request_burst} must be at least 1")

@@ -1,4 +1,4 @@
-"""The tenants' folder, looked at again and again: what could last be understood, and what not."""
+"""The tenants' files while the server runs: their last valid contents, and present faults."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ T = TypeVar("T")
 
 
 class TenantFiles:
-    """Each file for itself, so that a mistake in one never keeps a revocation in the other back."""
+    """The last valid contents of both files; `faults`: why a file cannot be read at present.
+
+    Each file is read by itself, so that a mistake in one never delays a revocation in the other.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises `SettingsError` for what the files hold."""
+        """Read both files. Raises `SettingsError` if one of them is not valid."""
         self._folder = folder
         self._stamps: dict[str, FileStamp | None] = {
             name: self._stamp(name) for name in (TENANTS, KEYS)
         }
         self.tenants: Mapping[str, Tenant] = read_tenants(folder)
         self.keys: KeyDigests = read_keys(folder)
-        self.faults: dict[str, str] = {}  # by file, until it can be read again
+        self.faults: dict[str, str] = {}  # by file name, until the file can be read again
         if not (folder / TENANTS).exists():
-            log.error("%s: there is no %s: nobody can call", folder, TENANTS)
+            log.error("%s: there is no %s: no tenant can call", folder, TENANTS)
 
     @property
     def directory(self) -> TenantDirectory:
+        """The parts of both files that Ingresses have to know."""
         return tenant_directory(self.tenants, self.keys)
 
     def read(self) -> bool:
-        """Look at the files, and read what has changed; may block. Whether there is news."""
+        """Read the files that have changed; returns whether their contents differ. May block."""
         tenants = self._read(TENANTS, read_tenants, self.tenants)
         keys = self._read(KEYS, read_keys, self.keys)
         changed = (tenants, keys) != (self.tenants, self.keys)
@@ -45,21 +49,22 @@ class TenantFiles:
         return changed
 
     def _read(self, name: str, read: Callable[[Path], T], before: T) -> T:
+        """The contents of a file; on a fault, those from `before`."""
         found = self._stamp(name)
         if found == self._stamps[name] and name not in self.faults:
             return before
         try:
             if found is None and before:
-                raise SettingsError(f"{self._folder / name}: it was there, and is gone")
+                raise SettingsError(f"{self._folder / name}: the file has disappeared")
             after = read(self._folder)
-        except Exception as error:  # whatever is in a file, who is served goes on being served
+        except Exception as error:  # on any fault, keep the last valid contents
             if self.faults.get(name) != str(error):
-                log.error("tenants: %s stays as it was: %s", name, error)
+                log.error("tenants: keeping the last valid %s: %s", name, error)
             self.faults[name] = str(error)
             return before
         self._stamps[name] = found
         self.faults.pop(name, None)
-        log.info("tenants: %s read again", name)
+        log.info("tenants: %s was read again", name)
         return after
 
     def _stamp(self, name: str) -> FileStamp | None:

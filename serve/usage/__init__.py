@@ -1,1 +1,1 @@
-"""What was charged: one usage record for each image, and the ledger that keeps them."""
+"""Usage: one record for each charged image, and the ledger that keeps the records."""

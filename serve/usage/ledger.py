@@ -1,13 +1,16 @@
-"""What tenants are charged: one line of JSON for each image, on disk before its answer begins.
+"""The ledger of usage records: one line of JSON for each image.
 
-Files in a folder, named by when they were begun; the newest is written to. Each begins with the
-sums of its calendar month (UTC) so far, so a start reads the newest two, however long the month. A
-record that was told twice is written once. A file's last line is cut off if it is not whole: such a
-record was never confirmed, so no image was delivered for it.
+A record is on disk (fsynced) before the response with its image begins.
+
+The ledger is a folder of files, each named by the time at which it was begun. Records are appended
+to the newest file. Each file begins with the sums of its calendar month (UTC) so far, so a start
+reads only the newest two files, however long the month is. A record that is appended twice is
+written once. If the last line of a file is incomplete, it is cut off: its record was never
+confirmed, so no image was delivered for it.
 
 Several processes may write at a time, as when a Dispatcher moves to another node or a new cluster
-takes over from an old one. Each looks, under the folder's lock, at what the others have written
-before it writes: sums are of all, and a record is known whoever wrote it.
+takes over from an old one. Before a process writes, it holds the folder's lock and reads what the
+others have written. So its sums include all writers, and it knows the records of all writers.
 """
 
 from __future__ import annotations
@@ -31,26 +34,33 @@ from .record import UsageRecord
 log = logging.getLogger("ray.serve")
 
 FILE_BYTES = 64 * 2**20
-KNOWN = 100_000  # records that would be recognised if they were told again
-LOCKED_S = 10.0  # nobody writes for longer
-SUMS = "sums"
-NAMES = "????-??-??T??????.??????.jsonl"
-NAMED = "%Y-%m-%dT%H%M%S.%f"
+KNOWN = 100_000  # newest records, which are recognised if they are appended again
+LOCKED_S = 10.0  # how long to wait for the lock; no write takes longer
+SUMS = "sums"  # the key by which a line of sums differs from a record
+NAMES = "????-??-??T??????.??????.jsonl"  # the names of files, as a glob pattern
+NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
 
 
 class UsageLedger:
-    """One of the writers of a folder. Calls block: use a thread, one at a time."""
+    """One writer of a ledger folder. Methods block: call them in a thread, one at a time.
+
+    `spent` is the work of each tenant in `month`, by all writers, as far as it has been read.
+    """
 
     def __init__(self, folder: Path, now: float, file_bytes: int = FILE_BYTES) -> None:
-        """Raises `OSError`, and `ValueError` for a file with a line that is not ours."""
+        """Read the sums of the month of `now`, in Unix time; begin a file if it has none.
+
+        A new file is begun once the current one is larger than `file_bytes`. Raises `OSError`, and
+        `ValueError` for a line that is not a usage record.
+        """
         self._folder, self._file_bytes = folder, file_bytes
         self._known: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._path: Path | None = None  # of the newest file
-        self._file: Any = None
-        self._end = 0  # of what is known of it
-        self._elsewhere: set[str] = set()
+        self._path: Path | None = None  # the newest file
+        self._file: Any = None  # the newest file, open for appending
+        self._end = 0  # bytes of the newest file that this object has read or written
+        self._elsewhere: set[str] = set()  # tenants that other writers have charged
         self.month = month_of(now)
-        self.spent: Counter[str] = Counter()  # work of each tenant in `month`
+        self.spent: Counter[str] = Counter()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder):
             self._catch_up()
@@ -59,9 +69,9 @@ class UsageLedger:
         self._elsewhere.clear()
 
     def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
-        """Write what is not yet written, and wait until the disk has it; returns that.
+        """Write the records that are new, wait until they are on disk, and return them.
 
-        Raises `OSError`; what was not confirmed may be told again.
+        Raises `OSError`. A record that was not confirmed may be appended again.
         """
         with _locked(self._folder):
             try:
@@ -71,7 +81,7 @@ class UsageLedger:
             if month_of(now) > self.month:
                 self.month, self.spent = month_of(now), Counter()
                 self._rotate(now)
-            elif self._path and not self._path.exists():  # moved away
+            elif self._path and not self._path.exists():  # the file was moved away
                 self._begin_file(now)
             fresh = {
                 (usage.call, usage.image): usage
@@ -89,15 +99,16 @@ class UsageLedger:
         return list(fresh.values())
 
     def charged_elsewhere(self) -> set[str]:
-        """Tenants of records that others have written, as far as it was seen since last asked."""
+        """The tenants whose charges by other writers were read since the last such call."""
         tenants, self._elsewhere = self._elsewhere, set()
         return tenants
 
     def close(self) -> None:
+        """Close the file; nothing can be appended any more."""
         self._file.close()
 
     def _catch_up(self) -> None:
-        """Learn what was written since the last time; at first, the newest two files."""
+        """Read what was written since the last time; the first time, the newest two files."""
         files = usage_files(self._folder)
         for path in files[-2:] if self._path is None else [f for f in files if f >= self._path]:
             if path != self._path or self._was_replaced():
@@ -106,13 +117,13 @@ class UsageLedger:
                 self._learn(entry)
                 self._end = end
         if self._file and os.fstat(self._file.fileno()).st_size > self._end:
-            self._file.truncate(self._end)  # a torn line, of one that was ended in the middle of it
+            self._file.truncate(self._end)  # an incomplete line, whose writer was killed
 
     def _was_replaced(self) -> bool:
-        """Records were erased from the file, which is another one then."""
+        """Whether records were erased from the file, which puts a new file in its place."""
         assert self._path  # noqa: S101 - for the type checker
-        there, ours = self._path.stat(), os.fstat(self._file.fileno())
-        return there.st_ino != ours.st_ino or there.st_size < self._end
+        present, opened = self._path.stat(), os.fstat(self._file.fileno())
+        return present.st_ino != opened.st_ino or present.st_size < self._end
 
     def _open(self, path: Path) -> None:
         opened = path.open("ab", buffering=0)
@@ -121,6 +132,7 @@ class UsageLedger:
         self._path, self._file, self._end = path, opened, 0
 
     def _learn(self, entry: dict[str, Any]) -> None:
+        """Count a line that another process, or an earlier one, has written."""
         month = entry["month"] if SUMS in entry else entry["time"][: len(self.month)]
         if month > self.month:
             self.month, self.spent = month, Counter()
@@ -134,14 +146,14 @@ class UsageLedger:
             self._elsewhere.add(entry["tenant"])
 
     def _rotate(self, now: float) -> None:
-        """Go on in the file there is if another one cannot be begun: its lines say their month."""
+        """Begin a new file; if that fails, keep the old one, because its lines say their month."""
         try:
             self._begin_file(now)
         except OSError:
-            log.warning("usage: no new file; going on in the old one", exc_info=True)
+            log.warning("usage: cannot begin a new file; writing to the old one", exc_info=True)
 
     def _begin_file(self, now: float) -> None:
-        """Under its own name only when its first line is on disk."""
+        """Begin a new file; it gets its name once its first line, the sums, is on disk."""
         begun = datetime.fromtimestamp(now, UTC)
         if files := usage_files(self._folder):  # the clock may have been set back
             begun = max(begun, _begun(files[-1]) + timedelta(microseconds=1))
@@ -155,7 +167,7 @@ class UsageLedger:
         sync_folder(self._folder)
 
     def _write(self, file: Any, lines: bytes) -> int:
-        """All of it or nothing; returns how much."""
+        """Append all lines or none, and fsync them; returns the number of bytes."""
         end = os.fstat(file.fileno()).st_size
         try:
             if file.write(lines) < len(lines):
@@ -174,7 +186,7 @@ class UsageLedger:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else writes. Raises `OSError` if somebody does not let go."""
+    """Hold the folder's lock. Raises `OSError` if another process holds it for `LOCKED_S`."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     until = time.monotonic() + LOCKED_S
     try:
@@ -184,7 +196,9 @@ def _locked(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise OSError(f"{folder}: another process does not let go of it") from None
+                    raise OSError(
+                        f"{folder}: another process holds the lock for more than {LOCKED_S:g} s"
+                    ) from None
                 time.sleep(0.01)
         yield
     finally:
@@ -192,27 +206,30 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def month_of(now: float) -> str:
-    """YYYY-MM in UTC."""
+    """The month of a Unix time, as YYYY-MM in UTC."""
     return time.strftime("%Y-%m", time.gmtime(now))
 
 
 def month_end(now: float) -> float:
-    """When the month ends, Unix time."""
+    """The Unix time at which the month of `now` ends, in UTC."""
     utc = datetime.fromtimestamp(now, UTC)
     year, month = divmod(utc.year * 12 + utc.month, 12)
     return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
 
 
 def usage_files(folder: Path) -> list[Path]:
+    """The files of a ledger folder, oldest first."""
     return sorted(folder.glob(NAMES))
 
 
 def read_usage(
     folder: Path, since: str = "", tenant: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Records from a time on, oldest first; `since` as they have it, or the beginning of that.
+    """Yield records as plain data, oldest first: all, or those of one tenant.
 
-    Raises `OSError`, and `ValueError` for a line that is not ours.
+    Records before `since` are skipped. `since` is a time as the records state it, such as
+    2026-11-22T12:00:00.000Z, or the beginning of one, such as 2026-11. Raises `OSError`, and
+    `ValueError` for a line that is not a usage record.
     """
     files = usage_files(folder)
     for file, following in zip(files, [*files[1:], None], strict=True):
@@ -224,26 +241,26 @@ def read_usage(
 
 
 def erase_usage(folder: Path, tenant: str) -> int:
-    """Delete a tenant's records; returns how many there were.
+    """Delete a tenant's records and sums; returns the number of deleted records.
 
-    Raises `OSError`, and `ValueError` for a line that is not ours.
+    Raises `OSError`, and `ValueError` for a line that is not a usage record.
     """
     old = usage_files(folder)[:-1]
     erased = sum(_erase(file, tenant) for file in old)
-    with _locked(folder):  # what is written to, or was until now
+    with _locked(folder):  # the files that are written to, or were until now
         return erased + sum(_erase(file, tenant) for file in usage_files(folder)[len(old) :])
 
 
 def _erase(file: Path, tenant: str) -> int:
-    kept, erased, named = [], 0, False
+    kept, erased, in_sums = [], 0, False
     for entry in _entries(file):
         if SUMS in entry:
-            named = entry[SUMS].pop(tenant, None) is not None
+            in_sums = entry[SUMS].pop(tenant, None) is not None
         elif entry["tenant"] == tenant:
             erased += 1
             continue
         kept.append(_line(entry))
-    if erased or named:
+    if erased or in_sums:
         replace_file(file, *kept, sync=True, keep_owner=True)
     return erased
 
@@ -253,12 +270,12 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(file: Path, begin: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """What whole lines say, and where each ends."""
+    """Yield each complete line as data, and the position in the file at which it ends."""
     with file.open("rb") as lines:
         end = lines.seek(begin)
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                return  # it is being written
+                return  # the line is being written
             try:
                 entry = json.loads(line)
                 if SUMS not in entry:

@@ -25,7 +25,7 @@ from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, 
 from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint, verify
 from serve.settings.models import Source
 
-from ..integration.conftest import DEMO_MODEL, ROOT
+from ..builders import DEMO_MODEL, ROOT
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -322,7 +322,7 @@ def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (f"org/other@{REVISION}", "no such repository, or a private one"),
+        (f"org/other@{REVISION}", "no such repository, or it is private"),
         (f"org/model@{'f' * 40}", f"org/model has no revision {'f' * 40}"),
         ("org/model@main", "neither a folder nor HUB/ID@REVISION"),
         ("landscape", "neither a folder nor HUB/ID@REVISION"),
@@ -341,6 +341,6 @@ def test_a_file_that_is_not_what_the_hub_says_is_not_kept(hub: Hub, tmp_path: Pa
     hub.lie = "vae/diffusion_pytorch_model.safetensors"
     code, output = octet_pull(hub, tmp_path / "models")
     assert code == 1
-    assert f"{hub.lie} is not what the hub says" in output
+    assert f"{hub.lie} is not the one that the hub states" in output
     hub.lie = ""
     assert octet_pull(hub, tmp_path / "models")[0] == 0

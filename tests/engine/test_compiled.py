@@ -28,7 +28,7 @@ from serve.engine.warm_up import Phases, WarmUp
 from serve.request import ImageRequest
 from serve.settings.models import Pool
 
-from ..integration.conftest import DEMO_MODEL
+from ..builders import DEMO_MODEL
 
 TOKENS = 109  # of the demo model's prompts
 

@@ -28,7 +28,7 @@ from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder
 from serve.errors import NonFiniteImage, Unavailable
 from serve.request import ImageRequest
 
-from ..integration.conftest import DEMO_MODEL
+from ..builders import DEMO_MODEL
 
 pytestmark = pytest.mark.usefixtures("no_denormals")
 REQUEST = ImageRequest(

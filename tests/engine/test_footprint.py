@@ -11,7 +11,7 @@ from cluster.footprint import GIB
 from cluster.structure import TRANSFORMERS, Structure, config, structure
 from serve.engine.precision import RECIPES, apply_recipe
 
-from ..integration.conftest import DEMO_MODEL
+from ..builders import DEMO_MODEL
 
 MODELS = "sd3.5-large", "sd3.5-medium"
 

@@ -14,7 +14,7 @@ import torch
 from bench.gpu import engine, packing, steps
 from bench.gpu.model import BF16, FP8, FP8_EAGER, WAYS, Bench
 
-from ..integration.conftest import ROOT
+from ..builders import ROOT
 
 TINY = Bench("cpu", tiny=True)
 

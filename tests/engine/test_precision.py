@@ -29,7 +29,7 @@ from serve.engine.precision import (
 )
 from serve.engine.sd3 import PromptEncoder
 
-from ..integration.conftest import DEMO_MODEL, ROOT
+from ..builders import DEMO_MODEL, ROOT
 
 
 def sqnr_db(exact: torch.Tensor, found: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, DenoisingState, PromptEncoder
 
-from ..integration.conftest import DEMO_MODEL
+from ..builders import DEMO_MODEL
 
 TEXT_LENGTH = 32
 pytestmark = pytest.mark.usefixtures("no_denormals")

@@ -13,7 +13,7 @@ import torch
 from serve.engine.sd3 import PromptEmbeds
 from serve.engine.text_encoder import EmbeddingCache, TextEncoder, _nbytes
 
-from ..integration.conftest import DEMO_MODEL
+from ..builders import DEMO_MODEL
 
 ROW = PromptEmbeds(torch.zeros(1, 4, 8), torch.zeros(1, 8))
 ROW_BYTES = _nbytes(("a", 32), ROW)

@@ -20,8 +20,6 @@ import pytest
 from serve.launch import ENVIRONMENT, RunningApplication
 from serve.settings.application import Settings
 
-from ..integration.conftest import build_with
-
 # Ray reads these when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -72,17 +70,14 @@ def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def deploy(cluster: Any) -> Iterator[Callable[[Settings], RunningApplication]]:
-    """Deploys settings on the cluster."""
+    """Deploys settings on the cluster, with Generators that only wait (`bench.timed`)."""
+
+    def deploy(settings: Settings) -> RunningApplication:
+        application = RunningApplication(settings, import_path="bench.timed:build")
+        return running.enter_context(contextlib.closing(application))
+
     with contextlib.ExitStack() as running:
-        yield lambda settings: running.enter_context(
-            contextlib.closing(RunningApplication(settings))
-        )
-
-
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is deployed only waits in the place of drawing (`bench.timed`)."""
-    build_with(monkeypatch, "bench.timed:build")
+        yield deploy
 
 
 def landed() -> dict[str, Counter[str]]:

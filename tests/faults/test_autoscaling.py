@@ -23,7 +23,8 @@ from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
-from ..integration.conftest import ROOT, free_port
+from ..builders import ROOT
+from ..ports import free_port
 from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
 
 POOL = "landscapes-fp8"
@@ -73,9 +74,7 @@ class Load:
 
 
 @pytest.fixture
-def octet(
-    cluster: Any, timed: None, deploy: Callable[[Settings], RunningApplication]
-) -> RunningApplication:
+def octet(cluster: Any, deploy: Callable[[Settings], RunningApplication]) -> RunningApplication:
     """Without a node that could hold a replica."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

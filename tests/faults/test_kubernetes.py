@@ -29,7 +29,8 @@ from k8s.render import NodeKind, read_nodes, serve_config_v2
 from serve.settings.application import Settings
 from serve.tenants.files import add_tenant
 
-from ..integration.conftest import DEMO_MODEL, ROOT, free_port
+from ..builders import DEMO_MODEL, ROOT
+from ..ports import free_port
 from ..redis_server import RedisServer
 from ..s3 import a_bucket, s3_server
 from .conftest import STORE_BYTES, landed, wait_for

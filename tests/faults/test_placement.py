@@ -25,7 +25,8 @@ from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
-from ..integration.conftest import ROOT, free_port
+from ..builders import ROOT
+from ..ports import free_port
 from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
@@ -76,7 +77,6 @@ class Client:
         return found
 
 
-@pytest.mark.usefixtures("timed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_a_mixed_cluster_through_its_life(
     cluster: Any, folder: Path, deploy: Callable[[Settings], RunningApplication]

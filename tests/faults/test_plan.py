@@ -31,7 +31,8 @@ from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
 
-from ..integration.conftest import ROOT, free_port
+from ..builders import ROOT
+from ..ports import free_port
 from .conftest import STORE_BYTES, landed, wait_for
 
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
@@ -65,7 +66,6 @@ def demo_settings(file: Path, planned: Plan) -> None:
     file.write_text(yaml.safe_dump({**settings, "http": {"port": free_port()}}))
 
 
-@pytest.mark.usefixtures("timed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
 def test_replicas_land_where_the_plan_puts_them(
     cluster: Any, tmp_path: Path, deploy: Callable[[Settings], RunningApplication]

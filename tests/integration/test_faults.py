@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from serve.api.attempts import ATTEMPTS
-from serve.dispatch.protocol import HEARTBEAT_S, SESSION_LEASE_S
+from serve.dispatch.protocol import TIMING
 from serve.launch import RunningApplication
 
 from .conftest import replica_logs
@@ -57,9 +57,9 @@ def kill(deployment: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def drawn(request_ids: list[str]) -> Counter[str]:
+def generated(request_ids: list[str]) -> Counter[str]:
     """How often the Generators say that they drew each of these images."""
-    found = re.findall(r'drew ([^\s"]+)', replica_logs())
+    found = re.findall(r'generated ([^\s"]+)', replica_logs())
     return Counter(f for f in found if f.partition("/")[0] in request_ids)
 
 
@@ -168,7 +168,7 @@ def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
             return list(await asyncio.gather(*work))
 
     assert [answer.status_code for answer in asyncio.run(main())] == [200] * len(ids)
-    assert drawn(ids) == {f"{id}/0": 1 for id in ids}
+    assert generated(ids) == {f"{id}/0": 1 for id in ids}
 
 
 def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Client) -> None:
@@ -188,10 +188,10 @@ def test_an_ingress_that_dies_gives_its_slots_back(url: str, client: httpx.Clien
     def served() -> bool:
         return client.post(GENERATE, json={**QUICK, "precision": "fp8"}).status_code == 200
 
-    wait_for(served, SESSION_LEASE_S + 30)
+    wait_for(served, TIMING.session_lease_s + 30)
     assert client.post(GENERATE, json={**QUICK, "precision": "fp16"}).status_code == 200
     # What its slots were granted to is drawn meanwhile, on two cores that may be slow.
-    assert time.monotonic() - died < SESSION_LEASE_S + 2 * HEARTBEAT_S + 30
+    assert time.monotonic() - died < TIMING.session_lease_s + 2 * TIMING.heartbeat_s + 30
 
 
 def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: httpx.Client) -> None:
@@ -205,15 +205,15 @@ def test_what_a_dead_ingress_wanted_is_not_drawn_to_the_end(url: str, client: ht
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(ask, id) for id in ids]
         time.sleep(2)
-        before = replica_logs().count("nobody waits for entry")
+        before = replica_logs().count("nobody waits for image")
         kill("Ingress")
         assert all(answer.result() >= 500 for answer in answers)
-    pause = 2 * SESSION_LEASE_S + 15  # the session's lease, then as long for it to come back
-    wait_for(lambda: replica_logs().count("nobody waits for entry") > before, pause)
+    pause = 2 * TIMING.session_lease_s + 15  # the session's lease, then as long for it to come back
+    wait_for(lambda: replica_logs().count("nobody waits for image") > before, pause)
     began = time.perf_counter()
     assert client.post(GENERATE, json=QUICK).status_code == 200
     assert time.perf_counter() - began < 10  # 100 steps of these sizes take longer
-    assert len(drawn(ids)) < len(ids)
+    assert len(generated(ids)) < len(ids)
 
 
 def test_tuning_reaches_running_replicas(octet: RunningApplication, client: httpx.Client) -> None:

@@ -268,7 +268,7 @@ def test_who_leaves_ends_nobody_elses_image(url: str) -> None:
         uses = [other.result().headers["x-octet-cache"] for other in others]
         assert uses == ["shared", "shared"]
         assert "leaver/0: no replica" not in replica_logs()  # it is the same drawing that went on
-        assert "drew leaver/0" in replica_logs()
+        assert "generated leaver/0" in replica_logs()
         leaving = [pool.submit(ask, 0.5, seed=22) for _ in range(2)]
         for one in leaving:
             with pytest.raises(httpx.ReadTimeout):

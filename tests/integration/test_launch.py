@@ -24,7 +24,8 @@ from serve.engine.fp8_checkpoint import quantize
 from serve.settings.application import ApplicationSettings, IngressSettings, Settings
 from serve.settings.serve_config import serve_config
 
-from .conftest import DEMO_MODEL, ROOT, free_port
+from ..builders import DEMO_MODEL, ROOT
+from ..ports import free_port
 
 READY_WITHIN_S = 90
 
@@ -66,7 +67,7 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     settings = settings.replace("auth: none", "auth: keys\ndata_folder: data")
     file.write_text(settings)
     key = octet_command("tenant", "add", "acme", "--config", str(file), "--operator").strip()
-    command = [sys.executable, "-c", "from serve.cli import main; main()", "serve", str(file)]
+    command = [sys.executable, "-c", "from serve.cli.main import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     long = {"prompt": "the sea at dawn", "num_inference_steps": 40, "precision": "fp16"}
     with (

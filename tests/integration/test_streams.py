@@ -44,16 +44,11 @@ def apart(one: Image.Image, other: Image.Image) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-def state(octet: RunningApplication) -> dict[str, Any]:
-    found: dict[str, Any] = octet._dispatcher().state.remote().result(timeout_s=10)
-    return found
-
-
 def idle(octet: RunningApplication) -> bool:
     """No call is open, nothing waits, no slot is held and no image is drawn."""
-    found = state(octet)
-    busy = [p["running"] or p["running_work_s"] for p in found["pools"].values()]
-    return not (found["calls"] or found["queued"] or any(busy))
+    found = octet.status()
+    busy = [pool.running or pool.running_work_s for pool in found.pools.values()]
+    return not (found.calls or found.queued or any(busy))
 
 
 async def lines(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -171,7 +166,7 @@ def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stre
 def wait_until_idle(octet: RunningApplication, seconds: float) -> float:
     began = time.monotonic()
     while not idle(octet):
-        assert time.monotonic() - began < seconds, state(octet)
+        assert time.monotonic() - began < seconds, octet.status()
         time.sleep(0.05)
     return time.monotonic() - began
 

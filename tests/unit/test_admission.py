@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.protocol import AdmissionDecision, AdmissionRequest, Heartbeat, QueuedImage
+from serve.dispatch.protocol import AdmissionDecision, AdmissionRequest, Heartbeat
 from serve.tenants.tenant import Tenant
-from serve.usage.record import UsageRecord
+
+from ..builders import queued_image, usage_record
 
 P = ("p",)
 
@@ -48,19 +49,19 @@ class Desk:
     ) -> AdmissionDecision:
         self.count += 1
         call = f"c{self.count}"
-        entries = tuple(QueuedImage(f"{call}/{i}", call, P, work_s) for i in range(n))
-        opening = AdmissionRequest(
-            call, tenant, request_id or call, entries, timeout_s, work_s * n, **more
+        images = tuple(queued_image(f"{call}/{i}", P, work_s, call_id=call) for i in range(n))
+        request = AdmissionRequest(
+            call, tenant, request_id or call, images, timeout_s, work_s * n, **more
         )
-        verdict = self.admission.open("s", opening, now)
-        if not verdict.refusal:
-            for entry in entries:
-                self.grants.submit("s", entry, tenant, 0.0)
+        decision = self.admission.open("s", request, now)
+        if not decision.refusal:
+            for image in images:
+                self.grants.submit("s", image, tenant, 0.0)
             self.grants.grant()
-        return verdict
+        return decision
 
     def pay(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
-        usage = UsageRecord(call, 0, tenant, "id", "m", "fp8", "64x64", 10, work_s)
+        usage = usage_record(call, tenant=tenant, work_s=work_s)
         held = self.admission.hold("s", usage)
         self.admission.spend("s", usage, None, now)
         self.admission.free(tenant, held)
@@ -70,11 +71,11 @@ def test_request_rate_comes_first_and_says_when() -> None:
     desk = Desk(t=Tenant(requests_per_s=2, request_burst=1))
     assert desk.ask().refusal is None
     refused = desk.ask()
-    assert (refused.refusal, refused.own) == ("rate_limit_exceeded", True)
+    assert (refused.refusal, refused.own_limit) == ("rate_limit_exceeded", True)
     assert refused.retry_after_s == pytest.approx(0.5)
     assert desk.ask(now=0.5).refusal is None
-    (standing,) = desk.ask(now=0.6).standings
-    assert (standing.of, standing.limit, standing.remaining) == ("requests", 1, 0)
+    (status,) = desk.ask(now=0.6).rate_limits
+    assert (status.of, status.limit, status.remaining) == ("requests", 1, 0)
 
 
 def test_a_request_that_is_refused_later_has_used_its_place_in_the_rate_but_no_work() -> None:
@@ -105,10 +106,10 @@ def test_open_requests() -> None:
 
 def test_a_budget_is_promised_once() -> None:
     desk = Desk(t=Tenant(monthly_work=10), slots=300)
-    verdicts = [desk.ask(request_id=str(i)) for i in range(200)]
-    assert [v.refusal for v in verdicts].count(None) == 10
-    assert verdicts[-1].refusal == "insufficient_quota"
-    assert verdicts[-1].retry_after_s == 1000
+    decisions = [desk.ask(request_id=str(i)) for i in range(200)]
+    assert [v.refusal for v in decisions].count(None) == 10
+    assert decisions[-1].refusal == "insufficient_quota"
+    assert decisions[-1].retry_after_s == 1000
     desk.pay("c1")
     desk.admission.end("s", "c1", 0.0)  # delivered: paid
     assert desk.ask().refusal == "insufficient_quota"
@@ -134,11 +135,11 @@ def test_the_queue_as_a_whole_and_a_tenants_part_of_it() -> None:
     desk = Desk(slots=0, max_queued=10)
     flood = [desk.ask("flood") for _ in range(20)]
     assert [v.refusal for v in flood].count(None) == 8
-    assert (flood[-1].refusal, flood[-1].own) == ("queue_full", True)
+    assert (flood[-1].refusal, flood[-1].own_limit) == ("queue_full", True)
     assert desk.ask("light").refusal is None
     assert desk.ask("light").refusal is None
     full = desk.ask("third")
-    assert (full.refusal, full.own) == ("queue_full", False)
+    assert (full.refusal, full.own_limit) == ("queue_full", False)
 
 
 def test_queued_work() -> None:
@@ -146,7 +147,7 @@ def test_queued_work() -> None:
     assert desk.ask(work_s=9).refusal is None  # runs
     assert desk.ask(work_s=9).refusal is None  # one may always wait
     refused = desk.ask(work_s=1)
-    assert (refused.refusal, refused.own) == ("queue_full", True)
+    assert (refused.refusal, refused.own_limit) == ("queue_full", True)
     assert refused.retry_after_s == pytest.approx(8)
 
 
@@ -155,13 +156,13 @@ def test_a_deadline_behind_ones_own_backlog_is_429_and_behind_others_503() -> No
     for _ in range(9):
         desk.ask("t")
     own = desk.ask("t", timeout_s=5)
-    assert (own.refusal, own.own) == ("deadline_unreachable", True)
+    assert (own.refusal, own.own_limit) == ("deadline_unreachable", True)
     assert own.retry_after_s == pytest.approx(5, abs=1)
     assert desk.ask("light", timeout_s=5).refusal is None  # it waits for its own alone
     for i in range(9):
         desk.ask(f"other{i}")
     others = desk.ask("late", timeout_s=5)
-    assert (others.refusal, others.own) == ("deadline_unreachable", False)
+    assert (others.refusal, others.own_limit) == ("deadline_unreachable", False)
 
 
 def test_what_more_replicas_could_have_answered_counts_as_arriving() -> None:
@@ -184,8 +185,8 @@ def test_what_takes_longer_by_itself_need_not_be_asked_again() -> None:
 
 
 def test_without_a_replica_nothing_is_foretold() -> None:
-    verdict = Desk(slots=0).ask(timeout_s=0.1)
-    assert (verdict.refusal, verdict.eta_s) == (None, None)
+    decision = Desk(slots=0).ask(timeout_s=0.1)
+    assert (decision.refusal, decision.eta_s) == (None, None)
 
 
 def test_eta_of_one_that_runs_at_once_and_of_one_that_waits() -> None:
@@ -204,11 +205,11 @@ def test_eta_is_of_the_pool_that_will_draw_it() -> None:
     grants.report_replica(Heartbeat("fast", "r", 4, speed=4.0), 0)
 
     def ask(call: str) -> float | None:
-        entry = QueuedImage(call, call, ("slow", "fast"), 1.0)
-        verdict = admission.open("s", AdmissionRequest(call, "t", call, (entry,), 60, 1.0), 0)
-        grants.submit("s", entry, "t", 0.0)
+        image = queued_image(call, ("slow", "fast"), call_id=call)
+        decision = admission.open("s", AdmissionRequest(call, "t", call, (image,), 60, 1.0), 0)
+        grants.submit("s", image, "t", 0.0)
         grants.grant()
-        return verdict.eta_s
+        return decision.eta_s
 
     assert [ask("a"), ask("b"), ask("c")] == [2.0, 0.25, 0.5]
 
@@ -220,7 +221,7 @@ def test_ids_belong_to_a_tenant() -> None:
     assert desk.ask("b", request_id="x").refusal is None
     found = desk.admission.find("a", "x")
     assert found
-    assert found.name == "c1"
+    assert found.id == "c1"
     assert desk.admission.find("c", "x") is None
     desk.admission.end("s", "c1", 0.0)
     assert desk.ask("a", request_id="x").refusal is None
@@ -254,11 +255,11 @@ class Budget(RuleBasedStateMachine):
 
     @rule(work_s=st.integers(1, 6))
     def ask(self, work_s: int) -> None:
-        verdict = self.desk.ask(work_s=float(work_s))
+        decision = self.desk.ask(work_s=float(work_s))
         fits = self.spent + sum(self.open.values()) + work_s <= 20
-        assert (verdict.refusal is None) == fits
+        assert (decision.refusal is None) == fits
         if fits:
-            self.open[verdict.call] = float(work_s)
+            self.open[decision.call_id] = float(work_s)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), delivered=st.booleans())
@@ -277,8 +278,8 @@ class Budget(RuleBasedStateMachine):
         self.desk = Desk(slots=1000, t=Tenant(monthly_work=20))
         self.desk.admission.begin_month({"t": self.spent}, 1000.0)
         for work_s in open_.values():
-            verdict = self.desk.ask(work_s=work_s, accepted=True)
-            self.open[verdict.call] = work_s
+            decision = self.desk.ask(work_s=work_s, accepted=True)
+            self.open[decision.call_id] = work_s
 
     @invariant()
     def the_account_agrees(self) -> None:

@@ -79,8 +79,8 @@ def test_tenants_from_the_first_to_the_last_key(tmp_path: Path) -> None:
     assert all(word in output for word in ("acme", "2", "m", "requests/s 5"))
     for change, words in (
         (["rotate-key", "acme"], "octet_acme_"),
-        (["revoke", "acme", "--old"], "1 of the keys of acme ended"),
-        (["revoke", "acme"], "1 of the keys of acme ended"),
+        (["revoke", "acme", "--old"], "1 of the keys of acme revoked"),
+        (["revoke", "acme"], "1 of the keys of acme revoked"),
         (["list"], "no key"),
     ):
         code, output = command(*change)
@@ -94,9 +94,9 @@ def test_tenants_from_the_first_to_the_last_key(tmp_path: Path) -> None:
         (["tenant", "add", "a_b", "--folder", "{}"], "tenant 'a_b': an id is"),
         (["tenant", "rotate-key", "acme", "--folder", "{}"], "tenant 'acme' does not exist"),
         (["tenant", "erase", "acme"], "whose images? Name a settings file"),
-        (["usage"], "which usage? Name a settings file"),
+        (["usage"], "which usage? Name a settings file with data_folder"),
         (["usage", "--folder", "{}/none"], "no such folder"),
-        (["usage", "--folder", "{}", "--since", "yesterday"], "--since 'yesterday': YYYY-MM-DD"),
+        (["usage", "--folder", "{}", "--since", "yesterday"], "'yesterday': expected YYYY-MM-DD"),
         (["top", "nowhere"], "'nowhere' is no http address"),
         (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: "),
     ],
@@ -122,7 +122,7 @@ def test_a_tenant_is_erased(tmp_path: Path) -> None:
             [UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time()
         )
     code, output = octet("tenant", "erase", "acme", "--config", str(settings))
-    assert (code, "1 images and 1 records of acme are gone" in output) == (0, True), output
+    assert (code, "1 images and 1 records of acme are deleted" in output) == (0, True), output
     assert store.get(names[1]) == b"x"
     assert not list(read_usage(tmp_path / "data" / "usage"))
 
@@ -147,7 +147,7 @@ def test_strangers_are_let_in_on_this_machine_alone(tmp_path: Path) -> None:
     file.write_text(text.replace("127.0.0.1", "0.0.0.0"))  # noqa: S104 - that is refused
     code, output = octet("check-config", str(file))
     assert code == 1
-    assert "auth none: whoever reaches 0.0.0.0 could draw" in output
+    assert "auth none: anybody who reaches 0.0.0.0 could generate images" in output
     file.write_text(file.read_text().replace("auth: none", "auth: none-on-any-address"))
     assert octet("check-config", str(file))[0] == 0
     file.write_text(text.replace("auth: none", "auth: keys"))

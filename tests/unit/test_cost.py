@@ -8,7 +8,7 @@ import pytest
 
 from cluster.cards import CARDS
 from cluster.cost import (
-    BOUND,
+    MAX_FACTOR,
     CostCoefficients,
     ImageShape,
     LearnedCost,
@@ -96,10 +96,10 @@ def test_factors_are_bounded() -> None:
     learned = LearnedCost(TRUE)
     for _ in range(1000):
         learned.observe(MEGAPIXEL, 1e6)
-    assert all(c <= BOUND * t * 1.001 for c, t in zip(learned.coefficients, TRUE, strict=True))
+    assert all(c <= MAX_FACTOR * t * 1.001 for c, t in zip(learned.coefficients, TRUE, strict=True))
     for _ in range(1000):
         learned.observe(MEGAPIXEL, 0.0)
-    assert all(c >= t / BOUND * 0.999 for c, t in zip(learned.coefficients, TRUE, strict=True))
+    assert all(c >= t / MAX_FACTOR * 0.999 for c, t in zip(learned.coefficients, TRUE, strict=True))
 
 
 def test_speed_is_work_over_time() -> None:

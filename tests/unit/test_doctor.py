@@ -63,7 +63,7 @@ def test_a_good_card_has_no_problem() -> None:
     assert not said(findings, "note")
     assert "1 × NVIDIA H100 80GB HBM3, 78.6 of 79.1 GiB free" in said(findings, "ok")
     assert "capability 9.0 has FP8" in said(findings, "ok")
-    assert "known as 'h100'" in said(findings, "ok")
+    assert "the card is known as 'h100'" in said(findings, "ok")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_what_is_only_worth_knowing() -> None:
     tight = replace(H100, disk_free_gib=20.0)
     assert "20 GiB of disk free for weights; SD3.5 Large" in said(examine(tight), "note")
     unheard_of = replace(H100, device=Device("NVIDIA Unheard-Of", (12, 1), 48.0), driver=None)
-    assert "no facts of this card" in said(examine(unheard_of), "note")
+    assert "not in Octet's list of cards" in said(examine(unheard_of), "note")
 
 
 def test_the_laptop_runs_the_demo_and_not_the_real_models() -> None:
     assert not said(examine_settings(settings("laptop.yaml"), LAPTOP), "problem")
     problems = said(examine_settings(settings("sd35.yaml"), LAPTOP), "problem")
-    assert "pool sd3.5-large-fp8: takes 0.3 GPU, and there is none" in problems
+    assert "pool sd3.5-large-fp8: takes 0.3 GPU, and this machine has none" in problems
     assert "text encoder sd35: takes 0.1 GPU" in problems
 
 
@@ -110,14 +110,14 @@ def test_a_pool_that_cannot_run_is_no_problem_while_another_can() -> None:
 def test_memory_that_is_taken_and_promises_that_are_too_small() -> None:
     full = replace(H100, free_gib=10.0)
     problems = said(examine_settings(settings("sd35.yaml"), full), "problem")
-    assert "sd3.5-large-turbo-fp8: promised 23.7 GiB, and 10.0 are free" in problems
+    assert "sd3.5-large-turbo-fp8: promised 23.7 GiB, and only 10.0 GiB are free" in problems
     small = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.1")
     notes = said(examine_settings(small, H100), "note")
     assert "sd3.5-large-fp8: promised 7.9 GiB, and its weights alone need 10.9" in notes
     tight = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.15")
     notes = said(examine_settings(tight, H100), "note")
     assert "pool sd3.5-large-fp8: 4 images of 1048576 pixels need 15." in notes
-    assert "and 11.9 are promised" in notes
+    assert "and 11.9 GiB are promised" in notes
     poor = settings("sd35.yaml", OCTET_TEXT_ENCODERS__0__NUM_GPUS="0.01")
     problems = said(examine_settings(poor, H100), "problem")
     assert "text encoder sd35: promised 0.8 GiB, and its weights alone need 6.6" in problems
@@ -135,9 +135,9 @@ def test_what_fits_alone_and_not_together() -> None:
     problems = said(
         examine_settings(settings("sd35.yaml", **large, **without_16_bit), H100), "problem"
     )
-    assert "one replica of each model take 1.90 GPUs together, and there are 1" in problems
+    assert "one replica of each model take 1.90 GPUs together, and this machine has 1" in problems
     problems = said(examine_settings(settings("sd35.yaml"), replace(H100, cpus=2)), "problem")
-    assert "everything takes 5.0 CPUs, and there are 2" in problems
+    assert "everything takes 5.0 CPUs, and this machine has 2" in problems
 
 
 def test_what_is_planned_is_fine(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_is_planned_is_fine(tmp_path: Path) -> None:
 def test_bound_to_another_card() -> None:
     bound = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__CARD="h200")
     problems = said(examine_settings(bound, H100), "problem")
-    assert "sd3.5-large-turbo-fp8-h200: bound to h200, and this is h100" in problems
+    assert "sd3.5-large-turbo-fp8-h200: bound to h200, and the card here is h100" in problems
 
 
 def test_quanto_on_a_card_wants_nvcc() -> None:

@@ -6,19 +6,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from serve.dispatch.grants import UNSETTLED_S, Grants
 from serve.dispatch.protocol import (
+    Granted,
     Heartbeat,
     Lease,
-    Outcome,
     QueuedImage,
+    Refused,
     Release,
     RunningImage,
     StoppedImage,
 )
-from serve.usage.record import UsageRecord
+
+from ..builders import queued_image, usage_record
 
 FP8, FP16 = "m-fp8", "m-fp16"
 AUTO = (FP8, FP16)
-USAGE = UsageRecord("call", 0, "t", "id", "m", "fp8", "64x64", 10, 1.0)
+USAGE = usage_record()
 
 
 def grants(**pools: int) -> Grants:
@@ -31,22 +33,22 @@ def grants(**pools: int) -> Grants:
 
 
 def asked(
-    entry: str, pools: tuple[str, ...] = AUTO, work_s: float = 1.0, watched: bool = False
+    image: str, pools: tuple[str, ...] = AUTO, work_s: float = 1.0, watched: bool = False
 ) -> QueuedImage:
-    return QueuedImage(entry, "call", pools, work_s, watched)
+    return queued_image(image, pools, work_s, report_position=watched)
 
 
-def submit(book: Grants, *entries: QueuedImage, tenant: str = "t", session: str = "s") -> None:
-    for entry in entries:
-        assert book.submit(session, entry, tenant, 0.0) is None
+def submit(book: Grants, *images: QueuedImage, tenant: str = "t", session: str = "s") -> None:
+    for image in images:
+        assert book.submit(session, image, tenant, 0.0) is None
 
 
-def release(book: Grants, entry: str, session: str = "s") -> None:
-    book.release(session, Release(entry, 1.0), 0)
+def release(book: Grants, image: str, session: str = "s") -> None:
+    book.release(session, Release(image, 1.0), 0)
 
 
-def ids(outcomes: list[Outcome]) -> list[tuple[str, str | None]]:
-    return [(o.entry, o.pool) for o in outcomes]
+def ids(granted: list[Granted]) -> list[tuple[str, str]]:
+    return [(g.image_id, g.pool) for g in granted]
 
 
 def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
@@ -74,7 +76,7 @@ def test_order_of_arrival_holds_within_a_tenant_whatever_the_pools() -> None:
     submit(book, asked("a"), asked("b", (FP16,)), asked("c"))
     assert book.grant() == []
     book.report_replica(Heartbeat(FP16, "r", 3), 0)
-    assert [o.entry for o in book.grant()] == ["a", "b", "c"]
+    assert [g.image_id for g in book.grant()] == ["a", "b", "c"]
 
 
 def test_tenants_take_turns() -> None:
@@ -82,7 +84,7 @@ def test_tenants_take_turns() -> None:
     submit(book, *(asked(entry) for entry in "abc"), tenant="flood")
     submit(book, asked("x"), tenant="light")
     book.report_replica(Heartbeat(FP8, "r", 2), 0)
-    assert [o.entry for o in book.grant()] == ["a", "x"]
+    assert [g.image_id for g in book.grant()] == ["a", "x"]
 
 
 def test_what_an_image_took_in_truth_counts() -> None:
@@ -90,24 +92,24 @@ def test_what_an_image_took_in_truth_counts() -> None:
     book = grants(m_fp8=2)
     submit(book, *(asked(f"a{i}", (FP8,)) for i in range(3)), tenant="a")
     submit(book, *(asked(f"b{i}", (FP8,)) for i in range(4)), tenant="b")
-    assert [o.entry for o in book.grant()] == ["a0", "b0"]
+    assert [g.image_id for g in book.grant()] == ["a0", "b0"]
     book.release("s", Release("a0", 3.0), 0)
     book.release("s", Release("b0", 1.0), 0)
-    assert [o.entry for o in book.grant()] == ["b1", "b2"]
+    assert [g.image_id for g in book.grant()] == ["b1", "b2"]
 
 
 def test_an_image_that_was_stopped_is_settled_when_its_generator_has_said_so() -> None:
     book = grants(m_fp8=1)
     submit(book, *(asked(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
     submit(book, *(asked(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
-    assert [o.entry for o in book.grant()] == ["a0"]
+    assert [g.image_id for g in book.grant()] == ["a0"]
     assert book.release("s", Release("a0", None, USAGE), 0) == "awaited"
     said = StoppedImage(Lease("s", "a0", FP8), 1, 1.0)
     assert book.stopped(said, 1) == USAGE
     assert book.stopped(said, 1) is None
-    assert [o.entry for o in book.grant()] == ["b0"]
+    assert [g.image_id for g in book.grant()] == ["b0"]
     release(book, "b0")
-    assert [o.entry for o in book.grant()] == ["a1"]  # it was charged 1, b 2
+    assert [g.image_id for g in book.grant()] == ["a1"]  # it was charged 1, b 2
 
 
 def test_a_generator_may_say_so_before_its_session_does() -> None:
@@ -172,9 +174,9 @@ def test_nobody_waits_for_what_cannot_come() -> None:
     book = grants()
     submit(book, asked("a", (FP8,)), asked("b"))  # nothing is known yet
     book.set_placeable({FP16})
-    assert book.refuse() == [Outcome("s", "a", None, "no_capacity")]
+    assert book.refuse() == [Refused("s", "a")]
     refused = book.submit("s", asked("c", (FP8,)), "t", 0.0)
-    assert refused == Outcome("s", "c", None, "no_capacity")
+    assert refused == Refused("s", "c")
     assert book.queue_depth == 1
     book.report_replica(Heartbeat(FP8, "r", 1), 0)  # a replica lives, whatever the nodes say
     submit(book, asked("d", (FP8,)))
@@ -184,14 +186,14 @@ def test_positions_are_where_one_comes_first() -> None:
     book = grants()
     for entry, pools in (("a", (FP8,)), ("b", (FP16,)), ("c", AUTO), ("d", (FP8,))):
         submit(book, asked(entry, pools, watched=entry != "b"))
-    moved = {o.entry: o.position for o in book.positions()}
+    moved = {o.image_id: o.position for o in book.positions()}
     assert moved == {"a": 1, "c": 2, "d": 3}
     assert book.positions() == []  # nothing has changed
     release(book, "a")
-    assert {o.entry: o.position for o in book.positions()} == {"c": 1, "d": 2}
+    assert {o.image_id: o.position for o in book.positions()} == {"c": 1, "d": 2}
     book.report_replica(Heartbeat(FP8, "r", 1), 0)
     assert ids(book.grant()) == [("c", FP8)]
-    assert {o.entry: o.position for o in book.positions()} == {"d": 1}
+    assert {o.image_id: o.position for o in book.positions()} == {"d": 1}
 
 
 def test_positions_are_by_fairness() -> None:
@@ -235,19 +237,19 @@ class GrantsMachine(RuleBasedStateMachine):
     )
     def submit(self, session: str, pools: tuple[str, ...], tenant: str, work_s: float) -> None:
         self.count += 1
-        entry = str(self.count)
-        refused = self.book.submit(session, asked(entry, pools, work_s), tenant, 0.0)
+        image = str(self.count)
+        refused = self.book.submit(session, asked(image, pools, work_s), tenant, 0.0)
         if not self.possible(pools):
-            assert refused == Outcome(session, entry, None, "no_capacity")
+            assert refused == Refused(session, image)
         else:
             assert refused is None
-            self.waiting[entry] = session, pools, tenant
+            self.waiting[image] = session, pools, tenant
 
     @rule(pools=st.sets(st.sampled_from(AUTO)))
     def nodes_change(self, pools: set[str]) -> None:
         self.placeable = pools
         self.book.set_placeable(pools)
-        refused = {outcome.entry for outcome in self.book.refuse()}
+        refused = {event.image_id for event in self.book.refuse()}
         hopeless = {e for e, (_, pools, _) in self.waiting.items() if not self.possible(pools)}
         assert refused == hopeless
         for entry in hopeless:
@@ -299,20 +301,19 @@ class GrantsMachine(RuleBasedStateMachine):
 
     @rule()
     def grant(self) -> None:
-        for outcome in self.book.grant():
-            assert outcome.pool is not None
-            session, pools, tenant = self.waiting.pop(outcome.entry)
-            assert session == outcome.session
-            assert outcome.pool in pools
-            # Who came earlier, of the same tenant, and still waits could not have used this slot.
+        for granted in self.book.grant():
+            session, pools, tenant = self.waiting.pop(granted.image_id)
+            assert session == granted.session
+            assert granted.pool in pools
+            # An earlier image of the tenant that still waits could not have used this slot.
             earlier = [
                 pools
-                for e, (_, pools, other) in self.waiting.items()
-                if other == tenant and int(e) < int(outcome.entry)
+                for image, (_, pools, other) in self.waiting.items()
+                if other == tenant and int(image) < int(granted.image_id)
             ]
-            assert all(outcome.pool not in pools for pools in earlier)
-            self.running[outcome.entry] = session, outcome.pool
-        for _, pools, _ in self.waiting.values():  # nobody waits while an allowed pool has room
+            assert all(granted.pool not in pools for pools in earlier)
+            self.running[granted.image_id] = session, granted.pool
+        for _, pools, _ in self.waiting.values():  # nothing waits while an allowed pool has room
             assert all(self.free(pool) <= 0 for pool in pools)
 
     def free(self, pool: str) -> int:

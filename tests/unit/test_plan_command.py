@@ -175,14 +175,14 @@ def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ((), "wanted: --gpu or --ray, and --model or --config"),
-        (("--gpu", "h100"), "wanted"),
-        ((*ONE_H100, "--config", str(SD35)), "wanted"),
+        ((), "give either --gpu or --ray, and either --model or --config"),
+        (("--gpu", "h100"), "one of each pair"),
+        ((*ONE_H100, "--config", str(SD35)), "one of each pair"),
         (("--gpu", "h10", "--model", "sd3.5-large"), "did you mean 'h100'"),
-        (("--gpu", "h100:0", "--model", "sd3.5-large"), "'0' is no number of cards"),
-        (("--gpu", "h100:-1", "--model", "sd3.5-large"), "no number of cards"),
+        (("--gpu", "h100:0", "--model", "sd3.5-large"), "'0' must be a number of cards from 1 to"),
+        (("--gpu", "h100:-1", "--model", "sd3.5-large"), "'-1' must be a number of cards"),
         (("--gpu", "h100", "--model", "sd3.5-huge"), "did you mean"),
-        (("--gpu", "h100", "--model", "sd3.5-large=none"), "no share"),
+        (("--gpu", "h100", "--model", "sd3.5-large=none"), "'none' must be a share of the images"),
         ((*ONE_H100, "--model", "sd3.5-large"), "given twice"),
         ((*ONE_H100, "--size", "big"), "WIDTHxHEIGHT"),
         ((*ONE_H100, "--size", "1000x1000"), "multiples of 16"),
@@ -233,6 +233,6 @@ def test_the_cards_of_a_cluster() -> None:
         ("a100-80", 1, 2),
     }
     assert left_out == [
-        "node 4: 1 GPUs of an unknown card are not planned",
-        "node 6: h100, labelled for 16 bit, is not planned",
+        "node 4: 1 GPUs of an unknown card are left out",
+        "node 6: h100 is labelled for 16 bit and left out",
     ]

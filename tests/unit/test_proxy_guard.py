@@ -2,24 +2,22 @@
 
 import asyncio
 
-import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from serve.api import proxy_guard
 from serve.api.proxy_guard import ProxyGuard
 
 
 class Proxy:
     """Serve's, as far as the guard sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float) -> None:
         self.health, self.asked = 200, 0
         routes = [Route("/-/healthz", self._health), Route("/v1/models", self._models)]
-        self.client = TestClient(ProxyGuard(Starlette(routes=routes)))
+        self.client = TestClient(ProxyGuard(Starlette(routes=routes), look_s))
 
     def _health(self, request: Request) -> Response:
         self.asked += 1
@@ -36,9 +34,8 @@ class Proxy:
         return answer.headers.get("connection")
 
 
-def test_answers_close_connections_when_the_node_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy_guard, "LOOK_S", 0.0)
-    proxy = Proxy()
+def test_answers_close_connections_when_the_node_leaves() -> None:
+    proxy = Proxy(look_s=0.0)
     assert proxy.connection() is None
     proxy.health = 503
     assert proxy.connection() == "close"
@@ -47,9 +44,8 @@ def test_answers_close_connections_when_the_node_leaves(monkeypatch: pytest.Monk
     assert proxy.connection() is None
 
 
-def test_health_is_asked_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy_guard, "LOOK_S", 60.0)
-    proxy = Proxy()
+def test_health_is_asked_now_and_then() -> None:
+    proxy = Proxy(look_s=60.0)
     for _ in range(5):
         proxy.connection()
     assert proxy.asked == 1

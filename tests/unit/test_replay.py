@@ -6,8 +6,8 @@ import statistics
 import pytest
 
 from bench.replay import (
-    Asked,
     Costs,
+    RequestedImage,
     between_steps,
     one_at_a_time,
     percentile,
@@ -28,7 +28,7 @@ COSTS = Costs({64: STEP_S, 128: {r: 4 * s for r, s in STEP_S.items()}}, {64: 0.5
 
 
 def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
-    trace = [Asked(10, 64, 2, 6)]
+    trace = [RequestedImage(10, 64, 2, 6)]
     assert one_at_a_time(trace, COSTS) == [16.5]
     assert between_steps(trace, COSTS, 8, 16) == [16.5]
     assert static_batches(trace, COSTS, 8) == [16.55]  # company was waited for
@@ -36,7 +36,7 @@ def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
 
 
 def test_equal_images_share_their_steps() -> None:
-    trace = [Asked(0, 64, 2, 6)] * 4
+    trace = [RequestedImage(0, 64, 2, 6)] * 4
     together = 6 * STEP_S[8]
     assert static_batches(trace, COSTS, 4) == [together + 4 * 0.5] * 4
     assert between_steps(trace, COSTS, 4, 8) == [together + i * 0.5 for i in (1, 2, 3, 4)]
@@ -44,7 +44,7 @@ def test_equal_images_share_their_steps() -> None:
 
 
 def test_unequal_ones_share_them_only_between_steps() -> None:
-    trace = [Asked(0, 64, 2, 6), Asked(0, 64, 2, 2)]
+    trace = [RequestedImage(0, 64, 2, 6), RequestedImage(0, 64, 2, 2)]
     long, short = between_steps(trace, COSTS, 4, 8)
     assert short == 2 * STEP_S[4] + 0.5
     assert long == short + 4 * STEP_S[2] + 0.5
@@ -52,7 +52,7 @@ def test_unequal_ones_share_them_only_between_steps() -> None:
 
 
 def test_slots_bound_who_is_inside() -> None:
-    trace = [Asked(0, 64, 2, 4)] * 3
+    trace = [RequestedImage(0, 64, 2, 4)] * 3
     finished = between_steps(trace, COSTS, 2, 8)
     assert finished[2] == pytest.approx(finished[1] + 4.5)
 

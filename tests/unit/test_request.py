@@ -4,18 +4,11 @@ from dataclasses import replace
 import pytest
 
 from serve.errors import InvalidRequest
-from serve.request import MAX_SEED, ImageRequest, Limits
+from serve.request import MAX_SEED, ModelLimits
 
-GOOD = ImageRequest(
-    id="1",
-    model="m",
-    prompt="a city",
-    width=128,
-    height=192,
-    num_inference_steps=28,
-    guidance_scale=3.0,
-    seed=0,
-)
+from ..builders import image_request
+
+GOOD = image_request()
 
 
 @pytest.mark.parametrize(
@@ -54,13 +47,13 @@ def test_an_impossible_request_cannot_be_made(change: dict, param: str) -> None:
 )
 def test_limits_name_the_field(change: dict, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        replace(GOOD, **change).check(Limits(max_pixels=1024 * 1024))
+        replace(GOOD, **change).check(ModelLimits(max_pixels=1024 * 1024))
     assert caught.value.param == param
 
 
 def test_limits_include_their_ends() -> None:
     edge = replace(GOOD, width=64, height=2048, num_inference_steps=100, guidance_scale=30.0)
-    edge.check(Limits())
+    edge.check(ModelLimits())
 
 
 @pytest.mark.parametrize("prompt", ["夜晚的城市", "🌕 over the sea", "مدينة في الليل"])
@@ -76,3 +69,8 @@ def test_guidance_of_one_is_no_guidance() -> None:
 def test_errors_survive_a_process_boundary() -> None:
     error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301 - our own bytes
     assert (error.message, error.param, error.status) == ("no", "size", 400)
+
+
+def test_a_limit_of_nothing_cannot_be_set() -> None:
+    with pytest.raises(ValueError, match="max_steps 0 must be above 0"):
+        ModelLimits(max_steps=0)

@@ -9,24 +9,15 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.result_reuse import _version
-from serve.request import ImageRequest, ImageResult, Precision, Timings
+from serve.api.result_reuse import pixel_digest
+from serve.request import ImageRequest, Precision
 from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
 from serve.results.cache.memory import CachedImages, MemoryCache, cache_key
-from serve.settings.file import load_settings
 
-ROOT = Path(__file__).parents[2]
+from ..builders import image_request, image_result, laptop_settings
+
 SECRET = bytes(32)
-REQUEST = ImageRequest(
-    id="a/0",
-    model="m",
-    prompt="dunes",
-    width=64,
-    height=64,
-    num_inference_steps=4,
-    guidance_scale=3.0,
-    seed=7,
-)
+REQUEST = image_request()
 
 
 def key(*requests: ImageRequest, tenant: str = "t", version: str = "1") -> str:
@@ -34,21 +25,7 @@ def key(*requests: ImageRequest, tenant: str = "t", version: str = "1") -> str:
 
 
 def images(size: int, count: int = 1) -> CachedImages:
-    timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
-    return CachedImages(
-        tuple(
-            ImageResult(
-                image=bytes(size),
-                seed=0,
-                precision="fp8",
-                emulated=False,
-                text_tokens=1,
-                work_s=1.0,
-                timings=timings,
-            )
-            for _ in range(count)
-        )
-    )
+    return CachedImages((image_result(bytes(size)),) * count)
 
 
 def test_every_field_but_the_id_makes_another_key() -> None:
@@ -88,20 +65,20 @@ def test_texts_do_not_run_into_each_other(prompt: str, negative: str) -> None:
     assert of(prompt + "x", negative) != of(prompt, "x" + negative)
 
 
-def test_other_weights_are_another_version(tmp_path: Path) -> None:
-    settings = load_settings(ROOT / "examples" / "laptop.yaml", {}).application_settings()
+def test_other_weights_are_anotherpixel_digest(tmp_path: Path) -> None:
+    settings = laptop_settings().application_settings()
     (model,) = settings.models
-    before = _version(settings, model)
+    before = pixel_digest(settings, model)
     more = [pool.model_copy(update={"replicas": 9, "slots": 1}) for pool in model.pools]
-    assert _version(settings, model.model_copy(update={"pools": tuple(more)})) == before
+    assert pixel_digest(settings, model.model_copy(update={"pools": tuple(more)})) == before
     longer = model.model_copy(update={"max_sequence_length": 16})
-    assert _version(settings, longer) != before
+    assert pixel_digest(settings, longer) != before
     (tmp_path / "weights").write_bytes(b"1")
     source = model.source.model_copy(update={"location": str(tmp_path)})
     elsewhere = model.model_copy(update={"source": source})
-    first = _version(settings, elsewhere)
+    first = pixel_digest(settings, elsewhere)
     (tmp_path / "weights").write_bytes(b"22")
-    assert len({before, first, _version(settings, elsewhere)}) == 3
+    assert len({before, first, pixel_digest(settings, elsewhere)}) == 3
 
 
 def test_memory_forgets_what_is_old_and_what_was_used_longest_ago() -> None:

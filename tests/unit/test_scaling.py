@@ -4,25 +4,30 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
-from autoscaling.load import Follower, PolicyTuning, PoolBounds, ScalingLimits
+from autoscaling import ray_default
+from autoscaling.load import Follower, Load, PolicyTuning, PoolBounds, ScalingLimits
 from autoscaling.policy import PolicyState, ScalingDecision
 from autoscaling.ray_policy import replicas
-from serve.dispatch import scaling as scaling_module
+from autoscaling.report import ScalingReport
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
 from serve.dispatch.protocol import (
     AdmissionRequest,
+    Granted,
     Heartbeat,
     Lease,
-    Outcome,
-    QueuedImage,
     Release,
 )
+from serve.dispatch.ray_default_scaling import RayDefaultScaling
 from serve.dispatch.scaling import Scaling
-from serve.models.replica_bounds import AT_ONCE
+from serve.settings.serve_config import ADAPTERS
+
+from ..builders import queued_image
 
 BOTH = ("fp8", "fp16")
 POOLS = {"fp8": PoolBounds("m", 0, 4, 2), "fp16": PoolBounds("m", 0, 2, 2)}
@@ -31,20 +36,23 @@ POOLS = {"fp8": PoolBounds("m", 0, 4, 2), "fp16": PoolBounds("m", 0, 2, 2)}
 class Desk:
     """An Admission, its Grants and a Scaling, with replicas that report themselves."""
 
-    def __init__(self, limits: ScalingLimits | None = None, *, ours: bool = True) -> None:
+    def __init__(
+        self, limits: ScalingLimits | None = None, scaling: type[Scaling] = Scaling
+    ) -> None:
         self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=1000)
         limits = limits or ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=2))
-        self.scaling = Scaling(self.grants, self.admission, limits, 0.0, ours=ours)
+        self.scaling = scaling(self.grants, self.admission, limits, 0.0)
         self.grants.open("s", 0)
         self.calls = 0
 
     def ask(self, now: float, work_s: float = 1.0, pools: tuple[str, ...] = BOTH) -> None:
         self.calls += 1
-        entry = QueuedImage(f"e{self.calls}", f"c{self.calls}", pools, work_s)
-        opening = AdmissionRequest(f"c{self.calls}", "t", f"id{self.calls}", (entry,), 60.0, work_s)
-        assert not self.admission.open("s", opening, now).refusal
-        self.grants.submit("s", entry, "t", now)
+        call_id = f"c{self.calls}"
+        image = queued_image(f"e{self.calls}", pools, work_s, call_id=call_id)
+        request = AdmissionRequest(call_id, "t", f"id{self.calls}", (image,), 60.0, work_s)
+        assert not self.admission.open("s", request, now).refusal
+        self.grants.submit("s", image, "t", now)
 
     def replica(
         self,
@@ -53,11 +61,11 @@ class Desk:
         node: str = "n",
         speed: float = 1.0,
         now: float = 0.0,
-        drawing: Sequence[Outcome] = (),
+        running: Sequence[Granted] = (),
     ) -> None:
-        leases = [Lease(one.session, one.entry, pool) for one in drawing]
-        said = Heartbeat(pool, name, 2, speed=speed, node=node)
-        self.grants.report_replica(said, now, leases)
+        leases = [Lease(one.session, one.image_id, pool) for one in running]
+        heartbeat = Heartbeat(pool, name, 2, speed=speed, node=node)
+        self.grants.report_replica(heartbeat, now, leases)
 
 
 def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
@@ -66,7 +74,7 @@ def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
     for _ in range(30):
         desk.ask(1.0)
     desk.ask(1.0, pools=("fp16",))
-    load = desk.scaling._load(3.0)
+    load = desk.scaling.load(3.0)
     both, only = sorted(load.demands, key=lambda demand: -len(demand.pools))
     assert (both.pools, both.arrived_s, both.squares) == (BOTH, 30.0, 30.0)
     assert (both.queued_s, both.oldest_wait_s) == (30.0, 2.0)
@@ -76,10 +84,11 @@ def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
     assert desk.scaling.replicas["fp8"] == 4
     assert reasons["fp8"].startswith("0 → 4 replicas")
     assert desk.scaling.reasons == reasons
-    assert desk.scaling.reported() == {
-        "replicas/Generator-fp8": 4.0,
-        "replicas/Generator-fp16": float(desk.scaling.replicas["fp16"]),
+    wanted = {
+        "Generator-fp8": 4.0,
+        "Generator-fp16": float(desk.scaling.replicas["fp16"]),
     }
+    assert desk.scaling.report() == ScalingReport(wanted=wanted)
 
 
 def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
@@ -93,8 +102,8 @@ def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
 
 def test_before_the_first_decision_only_the_least_is_reported() -> None:
     desk = Desk(ScalingLimits({"fp8": PoolBounds("m", 2, 4, 2), "fp16": POOLS["fp16"]}))
-    least = {"least/Generator-fp8": 2.0, "least/Generator-fp16": 0.0}
-    assert desk.scaling.reported() == least
+    least = {"Generator-fp8": 2.0, "Generator-fp16": 0.0}
+    assert desk.scaling.report() == ScalingReport(at_least=least)
 
 
 def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
@@ -104,7 +113,7 @@ def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
     for _ in range(2):
         desk.ask(1.0)
     desk.grants.grant()
-    load = desk.scaling._load(2.0)
+    load = desk.scaling.load(2.0)
     assert load.demands[0].arrived_s == 2.0
     assert load.demands[0].queued_s == load.demands[0].oldest_wait_s == 0.0
     assert load.supplies["fp8"].ready == 1
@@ -127,16 +136,16 @@ def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
     assert len(desk.grants.grant()) == 2
 
 
-def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants() -> None:
     """Ray Serve may never have seen it, and stops nothing."""
-    desk, wanted = Desk(), iter([3, 3, 3, 1, 3, 1, 1, 1, 1])
+    wanted = iter([3, 3, 3, 1, 3, 1, 1, 1, 1])
 
-    def decided(_: Any, __: Any, state: PolicyState, ___: float) -> ScalingDecision:
-        return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
+    class Scripted(Scaling):
+        @staticmethod
+        def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
+            return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
 
-    monkeypatch.setattr(scaling_module, "decide", decided)
+    desk = Desk(scaling=Scripted)
     for name in "abc":
         desk.replica("fp8", name)
     staying = []
@@ -153,13 +162,13 @@ def test_what_leaving_replicas_draw_takes_no_slot_of_those_that_stay() -> None:
     for _ in range(9):
         desk.ask(0.0)
     granted = desk.grants.grant()
-    desk.replica("fp8", "a", node="stays", drawing=granted[:2])
-    desk.replica("fp8", "b", node="goes", drawing=granted[2:])
+    desk.replica("fp8", "a", node="stays", running=granted[:2])
+    desk.replica("fp8", "b", node="goes", running=granted[2:])
     desk.grants.draining = frozenset({"goes"})
     assert desk.grants.grant() == []
-    desk.grants.release("s", Release(granted[0].entry, 1.0), 1.0)
+    desk.grants.release("s", Release(granted[0].image_id, 1.0), 1.0)
     assert len(desk.grants.grant()) == 1
-    desk.grants.release("s", Release(granted[2].entry, 1.0), 1.0)  # on the node that goes
+    desk.grants.release("s", Release(granted[2].image_id, 1.0), 1.0)  # on the node that goes
     assert desk.grants.grant() == []
 
 
@@ -170,8 +179,8 @@ def test_of_replicas_in_excess_those_that_draw_most_count_as_leaving() -> None:
     for _ in range(4):
         desk.ask(0.0)
     granted = desk.grants.grant()
-    desk.replica("fp8", "b", drawing=granted[:2])
-    desk.replica("fp8", "c", drawing=granted[2:])
+    desk.replica("fp8", "b", running=granted[:2])
+    desk.replica("fp8", "c", running=granted[2:])
     desk.grants.keep("fp8", 1, 1.0)
     for _ in range(9):
         desk.ask(0.0)
@@ -190,7 +199,8 @@ def test_a_new_dispatcher_takes_nothing_away_before_it_has_looked_for_a_while() 
         desk.replica("fp8", name)
     for second in range(50):
         desk.scaling.decide(second)
-        assert set(desk.scaling.reported()) == {"least/Generator-fp8", "least/Generator-fp16"}
+        assert set(desk.scaling.report().at_least) == {"Generator-fp8", "Generator-fp16"}
+        assert desk.scaling.report().wanted == {}
     assert desk.grants.slots("fp8") == 6
 
 
@@ -200,7 +210,7 @@ def test_a_draining_node_is_granted_nothing_and_its_replicas_are_no_supply() -> 
     desk.replica("fp8", "b", node="goes")
     desk.grants.draining = frozenset({"goes"})
     assert desk.grants.slots("fp8") == 2
-    assert desk.scaling._load(0.0).supplies["fp8"].ready == 1
+    assert desk.scaling.load(0.0).supplies["fp8"].ready == 1
 
 
 def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> None:
@@ -237,25 +247,23 @@ def test_followers_are_reported_by_their_own_names() -> None:
     for _ in range(25):
         desk.ask(0.0)
     assert desk.scaling.decide(1.0)["Ingress"].startswith("1 → 3 replicas")
-    assert desk.scaling.reported()["replicas/Ingress"] == 3.0
+    assert desk.scaling.report().wanted["Ingress"] == 3.0
 
 
 def test_ray_serve_is_told_requests_where_it_decides_itself() -> None:
-    desk = Desk(ours=False)
+    desk = Desk(scaling=RayDefaultScaling)
     assert desk.scaling.decide(0.0) == {}
     desk.replica("fp8", "r")
     for _ in range(5):
         desk.ask(0.0)
     desk.grants.grant()
     desk.ask(0.0, pools=("fp16",))
-    assert desk.scaling.reported() == {
-        "least/Generator-fp8": 0.0,
-        "least/Generator-fp16": 0.0,
-        "requests/Generator-fp8": 5.0,
-        "requests/Generator-fp16": 1.0,
-    }
+    assert desk.scaling.report() == ScalingReport(
+        at_least={"Generator-fp8": 0.0, "Generator-fp16": 0.0},
+        requests={"Generator-fp8": 5.0, "Generator-fp16": 1.0},
+    )
     desk.scaling.placeable = frozenset({"fp16"})
-    assert desk.scaling.reported()["requests/Generator-fp16"] == 4.0  # who may wait for it does
+    assert desk.scaling.report().requests["Generator-fp16"] == 4.0  # who may wait for it does
 
 
 # -- Ray Serve's side -----------------------------------------------------------------------------
@@ -278,7 +286,9 @@ class Context:
         self.total_num_requests, self.policy_state = 0.0, {}
         self.config = AutoscalingConfig(min_replicas=0, max_replicas=9, target_ongoing_requests=2)
         self.capacity_adjusted_min_replicas, self.capacity_adjusted_max_replicas = 0, 9
-        series = {name.replace("__", "/"): pairs for name, pairs in reported.items()}
+        series = {
+            name.replace("__", "/"): pairs for name, pairs in reported.items()
+        }  # as `as_stats`
         self.raw_metrics: Any = {
             name: {"replica": [Sample(*pair) for pair in pairs]} for name, pairs in series.items()
         }
@@ -297,8 +307,8 @@ def contexts(target: int = 2, current: int = 2, **reported: list[tuple[float, fl
 
 
 def test_the_newest_number_counts_and_not_the_mean() -> None:
-    given = contexts(replicas__pool=[(1.0, 9.0), (3.0, 4.0), (2.0, 7.0)])
-    assert replicas(given) == ({Deployment("pool"): 4.0}, {})
+    found = contexts(replicas__pool=[(1.0, 9.0), (3.0, 4.0), (2.0, 7.0)])
+    assert replicas(found) == ({Deployment("pool"): 4.0}, {})
 
 
 def test_what_stays_at_zero_is_left_out_and_what_goes_to_zero_is_not() -> None:
@@ -324,31 +334,33 @@ def test_without_numbers_every_deployment_keeps_its_replicas() -> None:
 def test_whatever_happens_nothing_is_raised(caplog: pytest.LogCaptureFixture) -> None:
     broken = contexts()
     broken[Deployment("Dispatcher")].raw_metrics = None
-    assert replicas(broken) == ({}, {})
-    assert replicas({None: None}) == ({}, {})
+    for policy in (replicas, ray_default.replicas):
+        assert policy(broken) == ({}, {})
+        assert policy({None: None}) == ({}, {})
 
 
 def test_ray_serves_own_policy_decides_on_the_requests_of_the_dispatcher() -> None:
-    given = contexts(requests__pool=[(1.0, 4.0), (2.0, 16.0)])
-    assert replicas(given)[0] == {Deployment("pool"): 5.0}  # a mean of 10, 2 each
+    found = contexts(requests__pool=[(1.0, 4.0), (2.0, 16.0)])
+    assert ray_default.replicas(found)[0] == {Deployment("pool"): 5.0}  # a mean of 10, 2 each
     asleep = contexts(target=0, current=0, requests__pool=[(1.0, 3.0)])
-    assert replicas(asleep)[0] == {Deployment("pool"): 1}
+    assert ray_default.replicas(asleep)[0] == {Deployment("pool"): 1}
 
 
 def test_as_ray_serve_applies_it_ours_counts_at_once_and_its_own_after_its_delay() -> None:
     as_applied = _apply_app_level_autoscaling_config(replicas)
-    at_once = AutoscalingConfig(min_replicas=0, max_replicas=9, **AT_ONCE)
+    at_once = AutoscalingConfig(min_replicas=0, max_replicas=9, **ADAPTERS["queued-work"].delays)
     for target, wanted in ((2, 5.0), (5, 1.0), (1, 0.0)):
-        given = contexts(target=target, replicas__pool=[(1.0, wanted)])
-        given[Deployment("pool")].config = at_once
-        assert as_applied(given)[0] == {Deployment("pool"): wanted}
+        found = contexts(target=target, replicas__pool=[(1.0, wanted)])
+        found[Deployment("pool")].config = at_once
+        assert as_applied(found)[0] == {Deployment("pool"): wanted}
     # From several straight to none is not possible there: by way of one.
-    given = contexts(target=5, replicas__pool=[(1.0, 0.0)])
-    given[Deployment("pool")].config = at_once
-    assert as_applied(given)[0] == {Deployment("pool"): 1}
+    found = contexts(target=5, replicas__pool=[(1.0, 0.0)])
+    found[Deployment("pool")].config = at_once
+    assert as_applied(found)[0] == {Deployment("pool"): 1}
 
-    given = contexts(target=2, requests__pool=[(1.0, 10.0)])
-    now, states = as_applied(given)
+    as_applied = _apply_app_level_autoscaling_config(ray_default.replicas)
+    found = contexts(target=2, requests__pool=[(1.0, 10.0)])
+    now, states = as_applied(found)
     assert now == {Deployment("pool"): 2}
     remembered = states[Deployment("pool")]
     (since,) = (value for key, value in remembered.items() if "timestamp" in key)
@@ -357,3 +369,22 @@ def test_as_ray_serve_applies_it_ours_counts_at_once_and_its_own_after_its_delay
         key: since - 31 if "timestamp" in key else value for key, value in remembered.items()
     }
     assert as_applied(later)[0] == {Deployment("pool"): 5}
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.floats(0, 99)),
+    st.dictionaries(st.text(min_size=1), st.floats(0, 99)),
+    st.dictionaries(st.text(min_size=1), st.floats(0, 99)),
+)
+def test_a_report_survives_ray_serves_dictionary(
+    wanted: dict[str, float], at_least: dict[str, float], requests: dict[str, float]
+) -> None:
+    report = ScalingReport(wanted, at_least, requests)
+    assert ScalingReport.from_stats({"of/somebody": 1.0, **report.as_stats()}) == report
+
+
+def test_deployments_that_report_no_requests_follow_ray_serves_own_count() -> None:
+    found = contexts(requests__pool=[(1.0, 4.0)])
+    ingress = found[Deployment("Ingress")] = Context(1, 1)
+    ingress.total_num_requests = 8.0
+    assert ray_default.replicas(found)[0] == {Deployment("pool"): 2, Deployment("Ingress"): 4}

@@ -1,19 +1,18 @@
 """An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
-import errno
 import time
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.dispatch import dispatcher as dispatcher_module
-from serve.dispatch import scaling as scaling_module
-from serve.dispatch.client import session as session_module
-from serve.dispatch.client.open_call import HeldSlot, OpenCall, Wish
+from cluster.placement import Node
+from serve.dispatch.client.open_call import HeldSlot, OpenCall
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import (
@@ -28,14 +27,11 @@ from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, Usa
 from serve.usage.ledger import UsageLedger, read_usage
 from serve.usage.record import UsageRecord
 
-from ..in_process import Handle, Someone, a_dispatcher
+from ..builders import queued_image, usage_record
+from ..full_disk import full_disk
+from ..in_process import PROMPT, Client, Handle, a_dispatcher
 
-ONE = (Wish(("p",), 1.0),)
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "RECONNECT_S", 0.01)
+ONE = (queued_image(),)
 
 
 def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: Any) -> None:
@@ -44,10 +40,10 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
         handle = Handle(dispatcher)
         try:
             async with asyncio.timeout(5):
-                await test(dispatcher, DispatchSession(handle), handle)
+                await test(dispatcher, DispatchSession(handle, PROMPT), handle)
         finally:
-            if dispatcher._metering.ledger and not dispatcher._metering.ledger._file.closed:
-                dispatcher._metering.ledger.close()
+            if dispatcher.metering.ledger:
+                dispatcher.metering.ledger.close()
 
     asyncio.run(main())
 
@@ -60,12 +56,11 @@ async def settle() -> None:
 async def opened(
     session: DispatchSession,
     id: str = "",
-    wishes: tuple[Wish, ...] = ONE,
-    client: Someone | None = None,
+    images: tuple[QueuedImage, ...] = ONE,
+    client: Client | None = None,
     tenant: str = "t",
 ) -> AsyncIterator[OpenCall]:
-    id = id or str(next(session._numbers))
-    call = session.open(tenant, id, wishes, 60, client or Someone())
+    call = session.open(tenant, id or uuid.uuid4().hex, images, 60, client or Client())
     try:
         await call.admitted()
         yield call
@@ -87,7 +82,7 @@ async def hold(session: DispatchSession, until: asyncio.Event | None = None, id:
 
 
 def usage(call: OpenCall, image: int = 0) -> UsageRecord:
-    return UsageRecord(call.opening.call, image, "t", "id", "m", "fp8", "64x64", 10, 1.0)
+    return usage_record(call.request.call_id, image)
 
 
 def test_a_slot_is_held_until_its_block_ends() -> None:
@@ -113,15 +108,15 @@ def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 2))
         tasks = [asyncio.create_task(hold(session, asyncio.Event())) for _ in range(8)]
         await settle()
-        assert dispatcher._grants.queue_depth == 6
+        assert dispatcher.grants.queue_depth == 6
         for task in tasks:
             task.cancel()
         await settle()
-        assert dispatcher._grants.queue_depth == 0
-        assert dispatcher._grants.free_slots("p") == 2
-        assert dispatcher._admission.open_calls == 0
-        assert dispatcher._admission.account("t").reserved == 0
-        assert not session._entries
+        assert dispatcher.grants.queue_depth == 0
+        assert dispatcher.grants.free_slots("p") == 2
+        assert dispatcher.admission.open_calls == 0
+        assert dispatcher.admission.account("t").reserved == 0
+        assert session.pending_images == 0
 
     run(test)
 
@@ -133,7 +128,7 @@ def test_cancelled_before_it_was_told_is_never_told() -> None:
         await asyncio.sleep(0)  # submitted, not yet told
         task.cancel()
         await settle()
-        assert dispatcher._grants.queue_depth == 0
+        assert dispatcher.grants.queue_depth == 0
 
     run(test)
 
@@ -153,16 +148,16 @@ def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
 def test_a_call_is_admitted_as_a_whole() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         with pytest.raises(QueueFull):
-            async with opened(session, wishes=ONE * 3):
+            async with opened(session, images=ONE * 3):
                 pass
-        async with opened(session, wishes=ONE * 2) as call:
+        async with opened(session, images=ONE * 2) as call:
             await settle()
-            assert dispatcher._grants.queue_depth == 2
+            assert dispatcher.grants.queue_depth == 2
             await dispatcher.report_replica(Heartbeat("p", "r", 2))
             async with call.slot(0) as one, call.slot(1) as other:
                 assert one.lease != other.lease
         await settle()
-        assert dispatcher._grants.free_slots("p") == 2
+        assert dispatcher.grants.free_slots("p") == 2
 
     run(test, max_queued=2)
 
@@ -179,15 +174,15 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         handle.break_off(fresh)
         await fresh.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        assert fresh._grants.queue_depth == 1  # b was resubmitted
-        assert fresh._grants.free_slots("p") == 0  # a still runs
-        assert fresh._admission.open_calls == 2
-        assert fresh._admission.account("t").reserved == 2.0
+        assert fresh.grants.queue_depth == 1  # b was resubmitted
+        assert fresh.grants.free_slots("p") == 0  # a still runs
+        assert fresh.admission.open_calls == 2
+        assert fresh.admission.account("t").reserved == 2.0
         done.set()
         assert await asyncio.gather(running, waiting) == ["p", "p"]
         await settle()
-        assert fresh._grants.free_slots("p") == 1
-        assert fresh._admission.account("t").reserved == 0.0
+        assert fresh.grants.free_slots("p") == 1
+        assert fresh.admission.account("t").reserved == 0.0
 
     run(test)
 
@@ -198,51 +193,43 @@ def test_a_session_that_expired_is_opened_again() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         waiting = asyncio.create_task(hold(session))
         await settle()
-        (name,) = dispatcher._streams
-        dispatcher._end(name)
+        dispatcher.end_session(session.name)
         await settle()
-        assert dispatcher._grants.queue_depth == 1
+        assert dispatcher.grants.queue_depth == 1
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         assert await waiting == "p"
 
     run(test)
 
 
-def test_a_dispatcher_that_stood_still_hears_the_others_before_it_lets_any_expire(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
-
+def test_a_dispatcher_that_stood_still_hears_the_others_before_it_lets_any_expire() -> None:
     async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
-        dispatcher._grants.session_lease_s = 0.2
         await settle()
-        dispatcher._grants.open("silent", time.monotonic())
+        dispatcher.grants.open("silent", time.monotonic())
         time.sleep(0.4)  # noqa: ASYNC251 (it is to stand still)
         await asyncio.sleep(0.02)
-        assert dispatcher._grants.heard_from("silent", 0.0)
+        assert dispatcher.grants.heard_from("silent", 0.0)
         await asyncio.sleep(0.1)
-        assert not dispatcher._grants.heard_from("silent", 0.0)
+        assert not dispatcher.grants.heard_from("silent", 0.0)
 
-    run(test)
+    run(test, timing=replace(PROMPT, heartbeat_s=0.05, session_lease_s=0.2))
 
 
 def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(dispatcher_module, "REPLICA_LEASE_S", 0.0)
     calls: list[float] = []
 
-    def fails(_: Any, __: Any, ___: Any, now: float) -> None:
+    def fails(now: float) -> Mapping[str, str]:
         calls.append(now)
         raise ZeroDivisionError
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        dispatcher._grants.replica_lease_s = 60
+        dispatcher.grants.replica_lease_s = 60
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await asyncio.sleep(0.1)
         before = await dispatcher.record_autoscaling_stats()
-        monkeypatch.setattr(scaling_module, "decide", fails)
+        dispatcher.scaling.decide = fails  # type: ignore[method-assign]  # the fault
         await asyncio.sleep(0.2)
         assert len(calls) > 1
         assert "autoscaling: no decision" in caplog.text
@@ -251,15 +238,15 @@ def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
         async with slot(session):
             pass
 
-    run(test)
+    run(test, timing=replace(PROMPT, heartbeat_s=0.05, replica_lease_s=0.0))
 
 
 def test_a_restarted_dispatcher_first_listens() -> None:
     """Nothing is granted until every session could say what it runs."""
 
     async def main() -> None:
-        dispatcher = a_dispatcher("p", recovery_s=0.2)
-        session = DispatchSession(Handle(dispatcher))
+        dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.2))
+        session = DispatchSession(Handle(dispatcher), PROMPT)
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout(5), slot(session):
@@ -271,7 +258,8 @@ def test_a_restarted_dispatcher_first_listens() -> None:
 def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
     async def test(_: Dispatcher, session: DispatchSession, __: Handle) -> None:
         session.check()
-        session._tasks[0].cancel()
+        (listening,) = (t for t in asyncio.all_tasks() if "_listen" in repr(t.get_coro()))
+        listening.cancel()
         await settle()
         with pytest.raises(RuntimeError):
             session.check()
@@ -281,7 +269,7 @@ def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
 
 def test_an_id_is_in_use_until_its_call_is_closed_whichever_ingress_has_it() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
-        other = DispatchSession(handle)
+        other = DispatchSession(handle, PROMPT)
         await dispatcher.report_replica(Heartbeat("p", "r", 3))
         async with slot(session, "id"):
             for one in (session, other):
@@ -300,32 +288,32 @@ def test_an_id_is_in_use_until_its_call_is_closed_whichever_ingress_has_it() -> 
 def test_what_no_node_can_hold_is_refused_and_not_queued() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()  # the nodes have been read
-        elsewhere = (Wish(("elsewhere",), 1.0),)
+        elsewhere = (queued_image(pools=("elsewhere",)),)
         with pytest.raises(NoCapacity):
-            async with slot(session, wishes=elsewhere):
+            async with slot(session, images=elsewhere):
                 pass
         await dispatcher.report_replica(Heartbeat("elsewhere", "r", 1))
-        async with slot(session, wishes=elsewhere):
+        async with slot(session, images=elsewhere):
             pass
 
     run(test)
 
 
-def test_waiting_ends_when_the_last_node_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "NODES_S", 0.02)
+def test_waiting_ends_when_the_last_node_goes() -> None:
+    nodes = [Node("n", num_cpus=1)]
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         waiting = asyncio.create_task(hold(session))
         await settle()
-        assert dispatcher._grants.queue_depth == 1
-        dispatcher._read_nodes = list
+        assert dispatcher.grants.queue_depth == 1
+        nodes.clear()
         with pytest.raises(NoCapacity):
             await waiting
         state = await dispatcher.state()
-        found = state["pools"]["p"]
-        assert (found["replicas"], found["placeable"]) == (0, False)
+        found = state.pools["p"]
+        assert (found.replicas, found.placeable) == (0, False)
 
-    run(test)
+    run(test, nodes=nodes, timing=replace(PROMPT, nodes_s=0.02))
 
 
 def test_resubmitted_calls_were_accepted_before() -> None:
@@ -337,7 +325,7 @@ def test_resubmitted_calls_were_accepted_before() -> None:
         fresh = a_dispatcher("p", max_queued=1)
         handle.break_off(fresh)
         await settle()
-        assert fresh._grants.queue_depth == 3
+        assert fresh.grants.queue_depth == 3
         with pytest.raises(QueueFull):
             await hold(session)
         await fresh.report_replica(Heartbeat("p", "r", 3))
@@ -369,10 +357,11 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        late = AdmissionRequest("late", "t", "id", (QueuedImage("late", "late", ("p",)),), 60)
-        await dispatcher.tell(session.name, SessionUpdate(openings=(late,)))
+        image = queued_image("late", call_id="late")
+        late = AdmissionRequest("late", "t", "id", (image,), 60)
+        await dispatcher.tell(session.name, SessionUpdate(admissions=(late,)))
         await settle()
-        assert dispatcher._grants.free_slots("p") == 1
+        assert dispatcher.grants.free_slots("p") == 1
 
     run(test)
 
@@ -392,7 +381,7 @@ def test_a_generator_hears_which_leases_nobody_holds() -> None:
 
 def test_a_dispatcher_that_has_heard_of_nothing_yet_is_not_drained() -> None:
     async def main() -> None:
-        dispatcher = a_dispatcher("p", recovery_s=0.1)
+        dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.1))
         assert await dispatcher.drain() == 1
         await asyncio.sleep(0.15)
         assert await dispatcher.drain() == 0
@@ -404,7 +393,7 @@ def test_heartbeats_say_what_a_pool_has_to_do() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "a", 4, running_work_s=1.5, speed=1.25))
         await dispatcher.report_replica(Heartbeat("p", "b", 2, running_work_s=0.5, speed=0.5))
-        assert (await dispatcher.state())["pools"]["p"] == {
+        assert (await dispatcher.state()).pools["p"]._asdict() == {
             "replicas": 2,
             "slots": 6,
             "running": 0,
@@ -420,38 +409,40 @@ def test_heartbeats_say_what_a_pool_has_to_do() -> None:
 
 
 def test_who_watches_hears_its_position() -> None:
+    timing = replace(PROMPT, heartbeat_s=0.2)
+
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         heard: dict[str, list[int]] = {"b": [], "c": []}
 
         async def watch(name: str) -> None:
-            queued = heard[name].append if name in heard else None
-            wishes = (Wish(("p",), 1.0, watched=queued is not None),)
-            async with opened(session, wishes=wishes) as call, call.slot(0, queued=queued):
+            listen = heard[name].append if name in heard else None
+            images = (queued_image(report_position=listen is not None),)
+            async with opened(session, images=images) as call, call.slot(0, on_position=listen):
                 pass
 
         tasks = [asyncio.create_task(watch("a"))]
         for name in "bc":
             await settle()
             tasks.append(asyncio.create_task(watch(name)))
-            await asyncio.sleep(2 * dispatcher_module.POSITIONS_S)
+            await asyncio.sleep(2 * timing.positions_s)
         assert heard == {"b": [2], "c": [3]}
         tasks[0].cancel()
-        await asyncio.sleep(dispatcher_module.HEARTBEAT_S)
+        await asyncio.sleep(2 * timing.heartbeat_s)
         assert heard == {"b": [2, 1], "c": [3, 2]}
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await asyncio.gather(*tasks[1:])
-        assert dispatcher._grants._watched == {}
+        assert dispatcher.grants.positions() == []
 
-    run(test)
+    run(test, timing=timing)
 
 
 def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        other = DispatchSession(handle)
-        runs, waits = Someone(), Someone()
+        other = DispatchSession(handle, PROMPT)
+        runs, waits = Client(), Client()
 
-        async def stay(at: DispatchSession, id: str, client: Someone) -> None:
+        async def stay(at: DispatchSession, id: str, client: Client) -> None:
             async with slot(at, id, client=client):
                 await asyncio.sleep(60)
 
@@ -480,11 +471,11 @@ def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
 
 def test_what_is_recorded_is_on_disk(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        async with opened(session, wishes=ONE * 2) as call:
-            assert dispatcher._admission.account("t").reserved == 2.0
+        async with opened(session, images=ONE * 2) as call:
+            assert dispatcher.admission.account("t").reserved == 2.0
             await call.record([usage(call, 0), usage(call, 1)])
             assert [r["image"] for r in read_usage(tmp_path)] == [0, 1]
-            account = dispatcher._admission.account("t")
+            account = dispatcher.admission.account("t")
             assert (account.spent, account.reserved) == (2.0, 0.0)
 
     run(test, usage_folder=str(tmp_path))
@@ -495,21 +486,21 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session) as call:
-            dispatcher._metering._deliver = lambda told: None  # silent
+            handle.mute()
             recording = asyncio.create_task(call.record([usage(call)]))
             await settle()
             assert len(list(read_usage(tmp_path))) == 1
             assert not recording.done()
-            assert dispatcher._metering.ledger
-            dispatcher._metering.ledger.close()  # as its end does
+            assert dispatcher.metering.ledger
+            dispatcher.metering.ledger.close()  # as its end does
             fresh = a_dispatcher("p", usage_folder=str(tmp_path))
-            assert fresh._admission.account("t").spent == 1.0
+            assert fresh.admission.account("t").spent == 1.0
             handle.break_off(fresh)
             await recording
             assert len(list(read_usage(tmp_path))) == 1
-            assert fresh._admission.account("t").spent == 1.0
-            assert fresh._metering.ledger
-            fresh._metering.ledger.close()
+            assert fresh.admission.account("t").spent == 1.0
+            assert fresh.metering.ledger
+            fresh.metering.ledger.close()
 
     run(test, usage_folder=str(tmp_path))
 
@@ -517,27 +508,21 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
 def test_what_another_dispatcher_charges_counts_here(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         with closing(UsageLedger(tmp_path, time.time())) as other:
-            other.append(
-                [UsageRecord("c", 0, "t", "id", "m", "fp8", "64x64", 10, 5.0)], time.time()
-            )
+            other.append([usage_record("c", work_s=5.0)], time.time())
         async with opened(session, tenant="u") as call:
             await call.record([usage(call)._replace(tenant="u")])
-        assert dispatcher._admission.account("t").spent == 5.0
+        assert dispatcher.admission.account("t").spent == 5.0
 
     run(test, usage_folder=str(tmp_path))
 
 
 def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        assert dispatcher._metering.ledger
-        dispatcher._metering.ledger._write = full  # type: ignore[method-assign]
         async with opened(session) as call:
-            with pytest.raises(UsageUnrecorded):
+            with full_disk(), pytest.raises(UsageUnrecorded):
                 await call.record([usage(call)])
-        assert dispatcher._admission.account("t").spent == 0
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "no space")
+        assert dispatcher.admission.account("t").spent == 0
+        assert list(read_usage(tmp_path)) == []
 
     run(test, usage_folder=str(tmp_path))
 
@@ -546,12 +531,12 @@ def test_what_is_written_before_the_turn_of_the_month_is_not_of_the_next(tmp_pat
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session) as call:
             await call.record([usage(call)])
-        assert dispatcher._admission.account("t").spent == 1.0
-        dispatcher._metering.turn_month("9999-12")
-        assert dispatcher._admission.account("t").spent == 0.0
+        assert dispatcher.admission.account("t").spent == 1.0
+        dispatcher.metering.turn_month("9999-12")
+        assert dispatcher.admission.account("t").spent == 0.0
         async with opened(session) as call:
             await call.record([usage(call)])
-        assert dispatcher._admission.account("t").spent == 0.0
+        assert dispatcher.admission.account("t").spent == 0.0
 
     run(test, usage_folder=str(tmp_path))
 
@@ -570,7 +555,7 @@ def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -
         assert (record["outcome"], record["steps"]) == ("cancelled", 3)
         assert record["work_s"] == pytest.approx(0.3)
         await settle()
-        account = dispatcher._admission.account("t")
+        account = dispatcher.admission.account("t")
         assert account.spent == pytest.approx(0.3)
         assert account.reserved == pytest.approx(0)
 
@@ -583,11 +568,11 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         async with opened(session) as call, call.slot(0) as held:
             held.cancelled = usage(call)
         await settle()
-        said = [StoppedImage(Lease(session.name, held.lease.entry, "p"), 0, 0.0)]
+        said = [StoppedImage(Lease(session.name, held.lease.image_id, "p"), 0, 0.0)]
         await dispatcher.report_replica(Heartbeat("p", "r", 1), [], said)
         await settle()
         assert list(read_usage(tmp_path)) == []
-        assert dispatcher._admission.account("t").reserved == 0
+        assert dispatcher.admission.account("t").reserved == 0
 
     run(test, usage_folder=str(tmp_path))
 
@@ -597,28 +582,27 @@ def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> N
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 2))
-        client = Someone()
-        async with opened(session, wishes=ONE * 2, client=client) as call:
+        client = Client()
+        async with opened(session, images=ONE * 2, client=client) as call:
             async with call.slot(0) as done:
                 done.took_s = 1.0
-            call.drawn.append(usage(call, 0))
+            call.generated.append(usage(call, 0))
             async with call.slot(1) as stopped:
                 client.cancel()
                 call.close()  # by whoever hears of it first
                 stopped.cancelled = usage(call, 1)
         await settle()
-        assert dispatcher._admission.open_calls == 0
+        assert dispatcher.admission.open_calls == 0
         said = StoppedImage(stopped.lease, 3, 0.3)
         await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [said])
         await settle()
         records = {r["image"]: r for r in read_usage(tmp_path)}
         assert {r["outcome"] for r in records.values()} == {"cancelled"}
         assert (records[0]["steps"], records[1]["steps"]) == (10, 3)
-        account = dispatcher._admission.account("t")
+        account = dispatcher.admission.account("t")
         assert account.spent == pytest.approx(1.3)
         assert account.reserved == pytest.approx(0)
-        assert dispatcher._grants.free_slots("p") == 2
-        assert not dispatcher._metering._cancelled
+        assert dispatcher.grants.free_slots("p") == 2
 
     run(test, usage_folder=str(tmp_path))
 
@@ -629,7 +613,7 @@ def test_a_slot_that_never_began_holds_no_budget() -> None:
         async with opened(session) as call, call.slot(0) as held:
             held.took_s, held.cancelled = 0.0, usage(call)
         await settle()
-        assert dispatcher._admission.account("t").reserved == 0
+        assert dispatcher.admission.account("t").reserved == 0
 
     run(test)
 
@@ -637,12 +621,12 @@ def test_a_slot_that_never_began_holds_no_budget() -> None:
 def test_a_client_that_goes_while_it_is_admitted_leaves_nothing() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        call = session.open("t", "id", ONE, 60, Someone())
-        await asyncio.wait([call.verdict])
-        call.close()  # its verdict is there, and nobody has heard it
+        call = session.open("t", "id", ONE, 60, Client())
+        await asyncio.wait([call.decision])
+        call.close()  # its decision is there, and nobody has heard it
         await settle()
-        assert dispatcher._grants.free_slots("p") == 1
-        assert dispatcher._admission.open_calls == 0
+        assert dispatcher.grants.free_slots("p") == 1
+        assert dispatcher.admission.open_calls == 0
 
     run(test)
 
@@ -651,39 +635,41 @@ def test_a_verdict_that_nobody_waits_for_ends_its_call() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()
         await dispatcher.tell(
-            session.name, SessionUpdate(openings=(AdmissionRequest("late", "t", "id", (), 60),))
+            session.name, SessionUpdate(admissions=(AdmissionRequest("late", "t", "id", (), 60),))
         )
         await settle()
-        assert dispatcher._admission.open_calls == 0
+        assert dispatcher.admission.open_calls == 0
 
     run(test)
 
 
 def test_a_restarted_dispatcher_admits_nobody_before_it_knows_what_is_promised() -> None:
     async def main() -> None:
-        dispatcher = a_dispatcher("p", recovery_s=0.2)
-        session = DispatchSession(Handle(dispatcher))
-        call = session.open("t", "id", ONE, 60, Someone())
+        dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.2))
+        session = DispatchSession(Handle(dispatcher), PROMPT)
+        call = session.open("t", "id", ONE, 60, Client())
         await asyncio.sleep(0.1)
-        assert not call.verdict.done()
-        gone = session.open("t", "gone", ONE, 60, Someone())
+        assert not call.decision.done()
+        gone = session.open("t", "gone", ONE, 60, Client())
         await settle()
         gone.close()
         async with asyncio.timeout(5):
             await call.admitted()
         await settle()
-        assert dispatcher._admission.open_calls == 1
+        assert dispatcher.admission.open_calls == 1
 
     asyncio.run(main())
 
 
 def test_a_refused_call_is_told_once() -> None:
-    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+    async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session):
             with pytest.raises(QueueFull):
                 async with opened(session):
                     pass
-            assert (session._releases, session._ended) == ([], [])
-            assert len(session._entries) == 1
+            assert session.pending_images == 1
+            await settle()
+            updates = [args[1] for method, args in handle.calls if method == "tell"]
+            assert [u for u in updates if u.releases or u.ended_calls] == []
 
     run(test, max_queued=1)

@@ -63,7 +63,7 @@ def write(folder: Path, change: object) -> Path:
         ),
         (
             lambda d: d["models"][0]["pools"][0].update(warm_sizes=["1000x1000"]),
-            ["warm_sizes '1000x1000': not multiples of 16"],
+            ["warm_sizes '1000x1000': width and height must be multiples of 16"],
         ),
         (
             lambda d: d["models"][0]["pools"][0].update(num_gpus=0.5, card="h10"),
@@ -108,7 +108,7 @@ def test_one_fault_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(write(tmp_path, too_many), {})
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(SettingsError, match=r"^OCTET_FOO: no such place"):
+    with pytest.raises(SettingsError, match=r"^OCTET_FOO: no such key"):
         load_settings(LAPTOP, {"OCTET_FOO": "1"})
 
 

@@ -45,9 +45,9 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--workload", "weekly"), "--workload 'weekly': one of poisson"),
+        (("--workload", "weekly"), "--workload 'weekly': expected one of poisson"),
         (("--policy", "magic"), "--policy 'magic'"),
-        (("--policy", "static"), "how many replicas? static:8"),
+        (("--policy", "static"), "how many replicas? For example static:8"),
         (("--policy", "keda:1,2,3,4"), "keda takes target, stabilisation_s, cooldown_s"),
         (("--policy", "queued-work:3,60,1,1"), "queued-work takes spare, hold_s"),
         (("--policy", "keda:nan"), "keda takes"),
@@ -93,13 +93,13 @@ def test_limits_follow_from_settings() -> None:
 
 
 def test_replicas_that_share_a_card_share_its_time() -> None:
-    scene = scenario_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
-    site = scene.sites["sd3.5-medium-fp8"]
-    assert site.machine.per_node == 6
-    assert site.costs.token == pytest.approx(6 * scene.unit.token)
-    assert site.pool.speed == pytest.approx(1 / 6)
-    assert site.pool.start_s == 90
-    outcome = scene.run(workload_of("poisson", 0.005, 3), "static", replicas=2)
+    scenario = scenario_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
+    pool = scenario.pools["sd3.5-medium-fp8"]
+    assert pool.node_type.per_node == 6
+    assert pool.costs.token == pytest.approx(6 * scenario.unit.token)
+    assert pool.pool.speed == pytest.approx(1 / 6)
+    assert pool.pool.start_s == 90
+    outcome = scenario.run(workload_of("poisson", 0.005, 3), "static", replicas=2)
     assert outcome.attainment > 0.9
 
 

@@ -28,12 +28,13 @@ from autoscaling.simulation.workloads import (
     trace,
 )
 from cluster.cost import CostCoefficients
+from serve.dispatch.fair_queue import FairQueue
 
 COSTS = CostCoefficients(constant=0.0, step=0.0, token=1e-3 / 8, token2=0.0, pixel=0.0)
 SHAPE = RequestShape(256, 256, 10, 1.0)  # 589 tokens, 10 steps
 IMAGE_S = 589 * 10 * 1e-3 / 8
 POOL = PoolBounds("m", 0, 50, 2)
-MACHINE = NodeType("h100", 3.6, node_s=20, start_s=10)
+NODES = NodeType("h100", 3.6, node_s=20, start_s=10)
 
 
 def given(*at: float, tenant: str = "t") -> Workload:
@@ -44,13 +45,12 @@ def given(*at: float, tenant: str = "t") -> Workload:
 def run(
     workload: Workload,
     policy: Policy,
-    machine: NodeType = MACHINE,
+    node_type: NodeType = NODES,
     costs: CostCoefficients = COSTS,
     warm_up_s: float = 0.0,
 ) -> SimulationResult:
-    return Simulation({"p": SimulatedPool(POOL, machine, costs)}, policy, 1).run(
-        workload, warm_up_s
-    )
+    pools = {"p": SimulatedPool(POOL, node_type, costs)}
+    return Simulation(pools, policy, FairQueue(), 1).run(workload, warm_up_s)
 
 
 def static(replicas: int) -> Static:
@@ -66,7 +66,7 @@ def test_images_of_a_replica_take_turns_step_by_step() -> None:
     assert replica.ends_at == 10 * 3.0  # a step costs 1, and 2 for its row
     replica.advance(15.0)  # after 5 steps
     replica.join("b", size=1, row_s=2.0, steps=2)
-    assert replica.next.what == "b"
+    assert replica.next.request == "b"
     assert replica.ends_at == 15.0 + 2 * 5.0  # two rows of one size share the step
     replica.advance(25.0)
     replica.leave(replica.next)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from serve.dispatch import dispatcher_metrics as metrics_module
-from serve.dispatch.dispatcher_metrics import EVER, MOST, OTHER, TenantMetrics
+from serve.dispatch.dispatcher_metrics import EVER_NAMED, MOST_NAMED, OTHER, TenantMetrics
 from serve.dispatch.overview import TenantRow
-from serve.usage.record import UsageRecord
+
+from ..builders import usage_record
 
 
 class Kept:
@@ -29,9 +29,8 @@ class Kept:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+def found() -> dict[str, dict[str, float]]:
     Kept.found = {}
-    monkeypatch.setattr(metrics_module, "metric", Kept)
     return Kept.found
 
 
@@ -44,28 +43,28 @@ def row(tenant: str, queued: int) -> TenantRow:
 def test_those_with_most_are_named_and_the_others_are_together(
     found: dict[str, dict[str, float]],
 ) -> None:
-    metrics = TenantMetrics()
+    metrics = TenantMetrics(Kept)
     metrics.report([row(f"t{i}", i) for i in range(50)])
     queued = found["octet_tenant_queued"]
-    assert len(queued) == MOST + 1
+    assert len(queued) == MOST_NAMED + 1
     assert queued["t49"] == 49
     assert queued[OTHER] == sum(range(30))
 
 
 def test_many_who_come_and_go_leave_few_labels(found: dict[str, dict[str, float]]) -> None:
-    metrics = TenantMetrics()
+    metrics = TenantMetrics(Kept)
     for i in range(500):
-        metrics.charged(UsageRecord(f"c{i}", 0, f"t{i}", "id", "m", "fp8", "64x64", 1, 1.0))
+        metrics.charged(usage_record(f"c{i}", tenant=f"t{i}"))
         metrics.refused(f"t{i}", "queue_full")
         metrics.report([row(f"t{i}", 1)])
     for values in found.values():
-        assert len(values) <= EVER + 1
+        assert len(values) <= EVER_NAMED + 1
     assert sum(found["octet_tenant_images"].values()) == 500
     assert sum(found["octet_tenant_work"].values()) == 500
 
 
 def test_a_tenant_that_waits_no_more_is_set_to_nothing(found: dict[str, dict[str, float]]) -> None:
-    metrics = TenantMetrics()
+    metrics = TenantMetrics(Kept)
     metrics.report([row("a", 5)])
-    metrics.report([row(f"t{i}", 9) for i in range(MOST)])
+    metrics.report([row(f"t{i}", 9) for i in range(MOST_NAMED)])
     assert found["octet_tenant_queued"]["a"] == 0

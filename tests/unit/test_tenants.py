@@ -80,7 +80,7 @@ def test_adding_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
     text = (tmp_path / TENANTS).read_text()
     assert text.startswith("# by hand\nacme:\n  weight: 2 # twice\nother:\n")
     assert read_tenants(tmp_path)["other"].models == ("m",)
-    with pytest.raises(SettingsError, match="'acme' is there already"):
+    with pytest.raises(SettingsError, match="'acme' exists already"):
         add_tenant(tmp_path, "acme", {})
 
 
@@ -98,8 +98,8 @@ def test_adding_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
         ("acme: [", "not YAML"),
         ("acme: 7", "acme: "),
         ("acme: false", "acme: "),
-        ("acme: {}\nacme: {}", "'acme' stands there twice"),
-        ("acme: {weight: 1, weight: 2}", "'weight' stands there twice"),
+        ("acme: {}\nacme: {}", "'acme' is defined twice"),
+        ("acme: {weight: 1, weight: 2}", "'weight' is defined twice"),
         ("acme: {models: }", "acme.models is empty"),
         ("acme: {monthly_work: off}", "acme.monthly_work: .*number"),
         ("acme: {max_requests: no}", "acme.max_requests: .*integer"),

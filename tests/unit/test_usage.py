@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,20 +24,22 @@ from serve.usage.ledger import (
 )
 from serve.usage.record import UsageRecord
 
+from ..builders import usage_record
+from ..full_disk import full_disk
+
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
 
 
 def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> UsageRecord:
-    return UsageRecord(f"c{call}", image, tenant, f"id{call}", "m", "fp8", "64x64", 10, work_s)
+    return usage_record(f"c{call}", image, tenant=tenant, request_id=f"id{call}", work_s=work_s)
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[UsageLedger]:
     ledger = UsageLedger(tmp_path, NOW, file_bytes=2000)
     yield ledger
-    if not ledger._file.closed:
-        ledger.close()
+    ledger.close()
 
 
 def spent(folder: Path, now: float = NOW) -> dict[str, float]:
@@ -157,24 +160,10 @@ def test_a_tenants_records_are_erased_also_from_the_file_that_is_written(
 
 
 def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: Path) -> None:
-    class Full:
-        """Takes ten bytes, then no more."""
-
-        def __init__(self, file: object) -> None:
-            self.file = file
-
-        def write(self, lines: bytes) -> int:
-            return self.file.write(lines[:10])  # type: ignore[attr-defined, no-any-return]
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.file, name)
-
     ledger.append([usage(1)], NOW)
-    file, ledger._file = ledger._file, Full(ledger._file)
-    assert isinstance(ledger._file, Full)
-    with pytest.raises(OSError, match="No space"):
-        ledger.append([usage(2)], NOW)
-    ledger._file = file
+    (file,) = usage_files(tmp_path)
+    with full_disk(file.stat().st_size + 10), pytest.raises(OSError, match="No space"):
+        ledger.append([usage(2)], NOW)  # ten bytes of it are written
     assert ledger.append([usage(2)], NOW) == [usage(2)]
     assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2"]
 
@@ -188,17 +177,13 @@ def test_a_foreign_file_is_refused_with_its_line(tmp_path: Path) -> None:
             list(read_usage(tmp_path))
 
 
-def test_a_file_that_cannot_be_begun_holds_nothing_up(
-    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError("no space")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_begin_file", full)
-        for i in range(30):
-            assert ledger.append([usage(i)], NOW)
-        assert ledger.append([usage(99)], DECEMBER)
+def test_a_file_that_cannot_be_begun_holds_nothing_up(ledger: UsageLedger, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "part"
+    in_the_way.mkdir()
+    for i in range(30):
+        assert ledger.append([usage(i)], NOW)
+    assert ledger.append([usage(99)], DECEMBER)
+    in_the_way.rmdir()
     assert len(usage_files(tmp_path)) == 1
     assert spent(tmp_path, NOW) == {"acme": 1.5}  # whose clock is behind
     assert spent(tmp_path, DECEMBER) == dict(ledger.spent) == {"acme": 1.5}
@@ -287,8 +272,10 @@ def test_a_lock_that_is_not_let_go_is_an_error_and_no_more(
     ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(usage_module, "LOCKED_S", 0.05)
-    with usage_module._locked(tmp_path), pytest.raises(OSError, match="does not let go"):
-        ledger.append([usage(1)], NOW)
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="holds the lock"):
+            ledger.append([usage(1)], NOW)
     assert ledger.append([usage(1)], NOW) == [usage(1)]
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events of one image: previews and progress, as OpenAI's Images API streams them."""
+"""Server-sent events of one image: OpenAI's previews and finished image, and Octet's progress."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Frames = AsyncGenerator[bytes, None]
 
 
 class EventStream(StreamingResponse):
-    """A stream of events; calls `sent` when all has been sent, or the client is gone.
+    """A response that streams events, first `first` and then `frames`.
 
-    `first` is awaited before the response begins, so a request that is refused at once gets its own
-    status. What goes wrong later becomes an event.
+    `sent` is called when everything has been sent or the client has disconnected. The caller awaits
+    `first` before the response begins, so a request that is refused at once is answered with its
+    error's own status. An error after that becomes an event.
     """
 
     media_type = "text/event-stream"
@@ -33,7 +34,7 @@ class EventStream(StreamingResponse):
         self, first: bytes, frames: Frames, headers: dict[str, str], sent: Callable[[], None]
     ) -> None:
         own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(_all(first, frames), headers={**own, **headers})
+        super().__init__(_with_errors(first, frames), headers={**own, **headers})
         self._frames, self._sent = frames, sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,7 +47,8 @@ class EventStream(StreamingResponse):
                 self._sent()
 
 
-async def _all(first: bytes, frames: Frames) -> Frames:
+async def _with_errors(first: bytes, frames: Frames) -> Frames:
+    """Yield all frames; an error of theirs becomes a last frame."""
     try:
         yield first
         async for frame in frames:
@@ -63,20 +65,20 @@ async def events(
     generate: Callable[[OnProgress], Coroutine[Any, Any, ImageResult]],
     keep_alive_s: float = 10.0,
 ) -> Frames:
-    """The events of one image as frames, until it is completed.
+    """Generate an image, and yield its events as frames, up to the finished image.
 
-    A comment is sent after `keep_alive_s` without an event, so that proxies keep the connection.
-    Raises what `generate` raises; closing the frames ends `generate`.
+    After `keep_alive_s` without an event a comment is sent, so that proxies keep the connection
+    open. Raises what `generate` raises. Closing the frames cancels `generate`.
     """
-    heard: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()
-    generation = asyncio.create_task(generate(heard.put_nowait))
-    generation.add_done_callback(lambda _: heard.put_nowait(None))
+    pending: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()  # None: the end
+    generation = asyncio.create_task(generate(pending.put_nowait))
+    generation.add_done_callback(lambda _: pending.put_nowait(None))
     previews = 0
     try:
         while True:
             try:
                 async with asyncio.timeout(keep_alive_s):
-                    event = await heard.get()
+                    event = await pending.get()
             except TimeoutError:
                 yield b": still here\n\n"
                 continue

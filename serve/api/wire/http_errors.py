@@ -1,4 +1,4 @@
-"""Every error as OpenAI's error body, with `x-should-retry` for its client."""
+"""Responses for errors: OpenAI's error body, with the header `x-should-retry` for its clients."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from .response import error_body
 
 log = logging.getLogger("ray.serve")
 
-UNEXPECTED = "something went wrong; the server's log says what"
+UNEXPECTED = "an unexpected error in the server; its log holds the details"
 STARLETTE_ERRORS: dict[int, type[OctetError]] = {404: NotFound, 405: MethodNotAllowed}
 
 
-# Starlette's handlers are typed for any exception; each is registered for its own.
-
-
 def error_answer(error: OctetError) -> Response:
+    """The response for an error of Octet."""
     headers = {"x-should-retry": str(error.retryable).lower(), **error.headers}
     return JSONResponse(error_body(error), error.status, headers)
+
+
+# Handlers for Starlette, which types them for any exception; hence `Any` for `error`. `HANDLERS`
+# registers each handler for its own exception.
 
 
 async def octet_error(_: Request, error: Any) -> Response:
@@ -32,7 +34,7 @@ async def octet_error(_: Request, error: Any) -> Response:
 
 
 async def http_error(http: Request, error: Any) -> Response:
-    """Starlette's own: no such path, or not for this method."""
+    """Answer an error of Starlette itself, such as an unknown path or a wrong method."""
     kind = STARLETTE_ERRORS.get(error.status_code, InvalidRequest)
     path = http.url.path[:SHOWN_CHARS]
     answer = error_answer(kind(f"{http.method} {path}: {error.detail}"))
@@ -41,12 +43,13 @@ async def http_error(http: Request, error: Any) -> Response:
 
 
 async def unexpected_error(_: Request, error: Exception) -> Response:
+    """Log any other error, and answer without its details."""
     log.error("unexpected error", exc_info=error)
     return error_answer(OctetError(UNEXPECTED))
 
 
 async def client_disconnect(_: Request, error: Any) -> Response:
-    """Nobody hears the answer, and it is nobody's fault."""
+    """Answer a client that has disconnected; nobody reads the answer, and nothing is logged."""
     return Response(status_code=400)
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the routes, made from the classes that read and write the wire."""
+"""The OpenAPI document of all routes, made from the classes of the wire formats."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _paths() -> dict[str, Any]:
         "/v1/images/generations": {
             "post": {
                 "operationId": "createImage",
-                "summary": "Draw images",
+                "summary": "Generate images",
                 "parameters": [_request_id(), _cache_control()],
                 "requestBody": {"required": True, **_json("ImageGeneration")},
                 "responses": {
@@ -97,10 +97,10 @@ def _paths() -> dict[str, Any]:
         "/v1/requests/{id}": {
             "delete": {
                 "operationId": "cancelRequest",
-                "summary": "End a call by its x-request-id",
+                "summary": "Cancel a request by its x-request-id",
                 "parameters": [_parameter("id", "path")],
                 "responses": {
-                    "200": _answer("It ends now", "CancelledRequest"),
+                    "200": _answer("The request is being cancelled", "CancelledRequest"),
                     **_errors(InvalidRequest, NotFound, Unavailable),
                 },
             }
@@ -108,14 +108,14 @@ def _paths() -> dict[str, Any]:
         "/v1/models": {
             "get": {
                 "operationId": "listModels",
-                "summary": "The models that are served",
+                "summary": "List the models that are served",
                 "responses": {"200": _answer("The models", "ModelList")},
             }
         },
         "/v1/models/{model}": {
             "get": {
                 "operationId": "retrieveModel",
-                "summary": "One of them",
+                "summary": "Read one model",
                 "parameters": [_parameter("model", "path")],
                 "responses": {
                     "200": _answer("The model", "ModelItem"),
@@ -126,7 +126,7 @@ def _paths() -> dict[str, Any]:
         "/v1/files/{name}": {
             "get": {
                 "operationId": "readImage",
-                "summary": "An image that was answered as a URL",
+                "summary": "Read an image that was answered as a URL",
                 "parameters": [
                     _parameter("name", "path"),
                     _parameter("expires", "query"),
@@ -134,10 +134,10 @@ def _paths() -> dict[str, Any]:
                 ],
                 "responses": {
                     "200": {
-                        "description": "The file",
+                        "description": "The image file",
                         "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
                     },
-                    "307": {"description": "Where it is kept, for a while"},
+                    "307": {"description": "A link to the image in its bucket, valid for a while"},
                     **_errors(LinkInvalid, NotFound, StoreFailed),
                 },
             }
@@ -145,7 +145,7 @@ def _paths() -> dict[str, Any]:
         "/v1/state": {
             "get": {
                 "operationId": "readState",
-                "summary": "Pools, queue and tenants, for operators",
+                "summary": "Read the state of pools, queue and tenants (operators only)",
                 "responses": {
                     "200": {
                         "description": "The state",
@@ -157,7 +157,13 @@ def _paths() -> dict[str, Any]:
         },
         "/health": {"get": _status("health", {200: "This process answers"})},
         "/ready": {
-            "get": _status("ready", {200: "Every model has a replica", 503: "Not yet, or draining"})
+            "get": _status(
+                "ready",
+                {
+                    200: "Every model has a replica",
+                    503: "A model has no replica yet, or the server is shutting down",
+                },
+            )
         },
     }
 
@@ -173,7 +179,10 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
 
 
 def _images() -> dict[str, Any]:
-    """JSON, or with `stream` events: the schema is one event's, its data's is within."""
+    """The images as JSON, or as events for a request with `stream`.
+
+    The schema of the events is that of one event, which holds the schema of the event's data.
+    """
     headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
     answer = _answer("The images, or events", "ImagesResponse", *headers)
     answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
@@ -195,6 +204,7 @@ def _event(event: type[BaseModel]) -> dict[str, Any]:
 
 
 def _errors(*errors: type[OctetError]) -> dict[str, Any]:
+    """The responses for these errors, one for each status."""
     codes: dict[str, list[str]] = {}
     for error in errors:
         codes.setdefault(str(error.status), []).append(error.code)
@@ -218,12 +228,13 @@ def _cache_control() -> dict[str, Any]:
         "name": "cache-control",
         "in": "header",
         "required": False,
-        "description": "no-cache: drawn anew, and not remembered.",
+        "description": "no-cache: generate the images anew, and keep them out of the cache.",
         "schema": {"type": "string"},
     }
 
 
 def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:
+    """A path that answers with its status alone; `meanings`: what each HTTP status means."""
     schema = {"type": "object", "required": ["status"], "properties": {"status": {}}}
     content = {"application/json": {"schema": schema}}
     responses = {str(s): {"description": m, "content": content} for s, m in meanings.items()}

@@ -1,6 +1,6 @@
-"""The request body of `POST /v1/images/generations`, and what it means.
+"""The request body of `POST /v1/images/generations`, and its translation into image requests.
 
-The format is that of OpenAI's Images API, with Octet's own fields at top level.
+The format is that of OpenAI's Images API, with Octet's own fields at the top level.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ...errors import InvalidRequest, ModelNotFound, did_you_mean
 from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
 from ...settings.application import IngressSettings
 
-RANDOM_SEEDS = 2**32  # a seed that the server chooses is short enough to read out
+RANDOM_SEEDS = 2**32  # bound of seeds that the server chooses: short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
-MANY = 10**6  # more than any limit: keeps absurd numbers out of error messages
-SHOWN_CHARS = 80  # of a client's text, in an error message
+MANY = 10**6  # above every limit of a model; keeps absurd numbers out of error messages
+SHOWN_CHARS = 80  # how much of a client's text an error message repeats
 MOST_PREVIEWS = 3
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
@@ -51,7 +51,7 @@ class ImageGeneration(BaseModel):
     precision: Precision | None = None
     deterministic: bool | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    progress: Annotated[bool, Field(description="With stream: progress events too.")] | None = None
+    progress: Annotated[bool, Field(description="With stream: also progress events.")] | None = None
 
     # OpenAI's fields that change nothing here.
     user: Ignored = None
@@ -74,9 +74,10 @@ class ImageGeneration(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A parsed request body: its images, and how and until when to answer.
+    """A parsed request body: its images, and the form and deadline of the answer.
 
-    `seeded`: the client chose the seed. `ignored`: unknown fields, if the settings let them pass.
+    `seeded`: the client chose the seed. `as_url`: answer with URLs instead of image data.
+    `timeout_s`: seconds until the deadline. `ignored`: unknown fields, if the settings allow them.
     """
 
     images: list[ImageRequest]
@@ -94,10 +95,11 @@ def parse(
     request_id: str = "request",
     default_timeout_s: float | None = None,
 ) -> GenerationRequest:
-    """Parse a request body; image i has seed + i and the id `request_id/i`.
+    """Parse a request body; image i gets seed + i and the id `request_id/i`.
 
-    The settings' first model is the default. `default_timeout_s` holds for a body without
-    `timeout_s`, up to the settings' longest. Raises `InvalidRequest` with the field's name.
+    A body without a model gets the first model of the settings. A body without `timeout_s` gets
+    `default_timeout_s`, but at most `request_timeout_s` of the settings. Raises `InvalidRequest`
+    with the field's name.
     """
     unknown = _unknown_fields(body)
     if unknown and not live.ignore_unknown_fields:
@@ -166,7 +168,7 @@ def _check_streaming(asked: ImageGeneration, n: int) -> None:
         raise InvalidRequest(f"n {n} must be 1 with stream: true", param="n")
     elif asked.response_format == "url":
         raise InvalidRequest(
-            "response_format 'url': a stream carries the image itself", param="response_format"
+            "response_format 'url' must be b64_json with stream: true", param="response_format"
         )
 
 
@@ -174,23 +176,26 @@ def check_request_id(given: str) -> None:
     """Raise `InvalidRequest` if a client's `x-request-id` cannot be used."""
     if not REQUEST_ID.fullmatch(given):
         raise InvalidRequest(
-            f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 of A-Z a-z 0-9 . _ : -",
+            f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 characters of "
+            "A-Z a-z 0-9 . _ : -",
             param="x-request-id",
         )
 
 
 def ignored_header(fields: Sequence[str]) -> dict[str, str]:
-    """The header `x-octet-ignored`: field names, percent-encoded, cut to what gateways accept."""
+    """The header `x-octet-ignored`: percent-encoded field names, cut to a length for gateways."""
     names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
     return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
 def model_not_found(name: str, live: IngressSettings) -> ModelNotFound:
+    """The error for an unknown model, with the nearest known one."""
     nearest = did_you_mean(name, live.models)
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
+    """Width and height in pixels; None for the model's default size."""
     if text is None or text == "auto":
         return None
     if not re.fullmatch(SIZE, text):
@@ -203,9 +208,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _unknown_fields(body: bytes) -> tuple[str, ...]:
-    """The unknown fields of a body, found first: a misspelt name explains a missing one.
+    """The unknown fields of a body, looked for first: a misspelt name explains a missing field.
 
-    Not left to pydantic, which takes half a second to report a megabyte of them.
+    pydantic is not used for this, because it takes half a second to report a megabyte of them.
     """
     try:
         data = from_json(body)

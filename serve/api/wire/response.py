@@ -1,4 +1,7 @@
-"""What OpenAI's Images API answers, in one body or as events, with fields of our own beside it."""
+"""Responses in the formats of OpenAI's Images API, as one body or as events.
+
+They also hold Octet's own fields.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,33 @@ from ...errors import OctetError
 from ...request import ImageRequest, ImageResult, OutputFormat, PartialImage, Progress
 
 
-class Made(BaseModel):
-    """How an image was made; ours."""
+class GenerationDetails(BaseModel):
+    """How an image was generated: Octet's own fields."""
 
     seed: int
-    precision: Annotated[str, Field(description="What ran: fp8, bf16, fp16 or fp32.")]
+    precision: Annotated[
+        str, Field(description="Precision that was used: fp8, bf16, fp16 or fp32.")
+    ]
     emulated: Annotated[bool, Field(description="FP8 arithmetic without FP8 hardware.")]
     timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
 
 
-class ImageItem(Made):
-    """One image of the answer."""
+class ImageItem(GenerationDetails):
+    """One image of the response."""
 
     b64_json: str | None = None
     url: str | None = None
 
 
 class InputTokens(BaseModel):
+    """The tokens of `Usage.input_tokens` by kind."""
+
     text_tokens: int
     image_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Tokens that the transformer reads for an image (text, padding and all) and draws."""
+    """Tokens of one image: text that the transformer reads, with padding, and image tokens."""
 
     input_tokens: int
     input_tokens_details: InputTokens
@@ -47,7 +54,7 @@ class Usage(BaseModel):
 
 
 class StreamedImage(BaseModel):
-    """What OpenAI's events say of a picture."""
+    """The fields that OpenAI's events with an image have in common."""
 
     b64_json: str
     created_at: int
@@ -58,17 +65,24 @@ class StreamedImage(BaseModel):
 
 
 class PartialImageEvent(StreamedImage):
+    """A preview of an image; `partial_image_index` counts from 0."""
+
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
 
 
-class CompletedEvent(StreamedImage, Made):
+class CompletedEvent(StreamedImage, GenerationDetails):
+    """A finished image; the last event of its stream."""
+
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage
 
 
 class ProgressEvent(BaseModel):
-    """Waiting at a place in the queue (1: next), or `step` of `steps` done; ours."""
+    """An image's place in the queue (1: next), or `step` of `steps` done; Octet's own event.
+
+    `eta_s`: seconds until the image is finished, if that is known.
+    """
 
     type: Literal["image_generation.progress"] = "image_generation.progress"
     step: int
@@ -78,6 +92,8 @@ class ProgressEvent(BaseModel):
 
 
 class ImagesResponse(BaseModel):
+    """The response to `POST /v1/images/generations` without `stream`."""
+
     created: int
     model: str
     size: str
@@ -86,6 +102,8 @@ class ImagesResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """An error; `param` names the field of the request that was wrong, if there is one."""
+
     message: str
     type: str
     param: str | None
@@ -93,10 +111,14 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """The response for an error."""
+
     error: ErrorDetail
 
 
 class ErrorEvent(ErrorResponse):
+    """An error that ends a stream."""
+
     type: Literal["error"] = "error"
 
 
@@ -104,7 +126,7 @@ Event = PartialImageEvent | ProgressEvent | CompletedEvent | ErrorEvent
 
 
 class CancelledRequest(BaseModel):
-    """The answer to DELETE /v1/requests/ID."""
+    """The response to `DELETE /v1/requests/ID`."""
 
     id: str
     object: Literal["request"] = "request"
@@ -112,6 +134,8 @@ class CancelledRequest(BaseModel):
 
 
 class ModelItem(BaseModel):
+    """A model that is served."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -119,6 +143,8 @@ class ModelItem(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The response to `GET /v1/models`."""
+
     object: Literal["list"] = "list"
     data: list[ModelItem]
 
@@ -126,16 +152,16 @@ class ModelList(BaseModel):
 def response(
     requests: Sequence[ImageRequest], results: Sequence[ImageResult], links: Sequence[str] = ()
 ) -> bytes:
-    """`ImagesResponse` as JSON, with `links` in place of the images if there are any.
+    """Make an `ImagesResponse` as JSON; with `links`, URLs stand in place of the image data.
 
-    Takes milliseconds per megabyte, so call it in a thread.
+    Takes milliseconds for each megabyte, so call it in a thread.
     """
     first = requests[0]
     data = [
         ImageItem(
             b64_json=None if links else _base64(result.image),
             url=links[i] if links else None,
-            **_made(result),
+            **_generation_details(result),
         )
         for i, result in enumerate(results)
     ]
@@ -150,19 +176,21 @@ def response(
 
 
 def partial_image_event(request: ImageRequest, preview: PartialImage) -> PartialImageEvent:
-    shown = _streamed(request, preview.image)
-    return PartialImageEvent(partial_image_index=preview.index, **shown)
+    fields = _image_fields(request, preview.image)
+    return PartialImageEvent(partial_image_index=preview.index, **fields)
 
 
 def completed_event(request: ImageRequest, result: ImageResult) -> CompletedEvent:
-    text, image = result.text_tokens, request.width * request.height // TOKEN_PX**2
+    text_tokens = result.text_tokens
+    image_tokens = request.width * request.height // TOKEN_PX**2
     usage = Usage(
-        input_tokens=text,
-        input_tokens_details=InputTokens(text_tokens=text),
-        output_tokens=image,
-        total_tokens=text + image,
+        input_tokens=text_tokens,
+        input_tokens_details=InputTokens(text_tokens=text_tokens),
+        output_tokens=image_tokens,
+        total_tokens=text_tokens + image_tokens,
     )
-    return CompletedEvent(usage=usage, **_streamed(request, result.image), **_made(result))
+    fields = _image_fields(request, result.image)
+    return CompletedEvent(usage=usage, **fields, **_generation_details(result))
 
 
 def progress_event(progress: Progress) -> ProgressEvent:
@@ -175,11 +203,13 @@ def error_event(error: OctetError) -> ErrorEvent:
 
 
 def error_body(error: OctetError) -> dict[str, Any]:
+    """An error as an `ErrorResponse`, as plain data."""
     detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
     return ErrorResponse(error=detail).model_dump()
 
 
-def _made(result: ImageResult) -> dict[str, Any]:
+def _generation_details(result: ImageResult) -> dict[str, Any]:
+    """The fields of `GenerationDetails`."""
     return {
         "seed": result.seed,
         "precision": result.precision,
@@ -188,7 +218,8 @@ def _made(result: ImageResult) -> dict[str, Any]:
     }
 
 
-def _streamed(request: ImageRequest, image: bytes) -> dict[str, Any]:
+def _image_fields(request: ImageRequest, image: bytes) -> dict[str, Any]:
+    """The fields of `StreamedImage`."""
     return {
         "b64_json": _base64(image),
         "created_at": int(time.time()),

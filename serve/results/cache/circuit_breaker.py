@@ -1,25 +1,37 @@
-"""A circuit breaker: a service that fails is left alone for a while. Time is an argument.
+"""A circuit breaker: no calls to a service for a while after it has failed several times.
+
+Time is an argument, in seconds on any steady clock.
 
 Pure: standard library only.
 """
 
 from __future__ import annotations
 
-FAILURES = 3  # in a row
-REST_S = 5.0
+FAILURES = 3  # in a row, after which the breaker opens
+REST_S = 5.0  # for which an open breaker allows no call
 
 
 class CircuitBreaker:
+    """Opens after `FAILURES` failed calls in a row; a success closes it.
+
+    Report the end of each allowed call by `failed` or `succeeded`.
+    """
+
     def __init__(self) -> None:
         self._failures = 0
         self._rests_until = 0.0
 
     @property
     def open(self) -> bool:
+        """Whether the service counts as failing."""
         return self._failures >= FAILURES
 
     def allows(self, now: float) -> bool:
-        """Whether to try; after a rest one may, and the others wait for what comes of it."""
+        """Whether to call the service.
+
+        While the breaker is open, one call is allowed after each rest of `REST_S`. All others are
+        refused until that call succeeds.
+        """
         if not self.open:
             return True
         if now < self._rests_until:
@@ -28,8 +40,10 @@ class CircuitBreaker:
         return True
 
     def failed(self, now: float) -> None:
+        """Count a failed call."""
         self._failures += 1
         self._rests_until = now + REST_S
 
     def succeeded(self) -> None:
+        """Count a successful call, which closes the breaker."""
         self._failures = 0

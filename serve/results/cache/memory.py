@@ -1,4 +1,4 @@
-"""Repeated requests: under which key their images are remembered, and a memory for them.
+"""The result cache: its keys, its interface, and the cache in memory.
 
 Pure: imports the standard library and pure files only.
 """
@@ -17,29 +17,34 @@ from ...request import ImageRequest, ImageResult
 
 
 class CachedImages(NamedTuple):
-    """The images of one call; `names`: where the result store has them, if it has to."""
+    """The images of one call; `names`: their names in the result store, if they are kept there."""
 
     results: tuple[ImageResult, ...]
     names: tuple[str, ...] = ()
 
 
 class ResultCache(Protocol):
-    """`now` is seconds on any clock. Nothing here raises: what is not known is drawn."""
+    """Keeps the images of calls by their keys; `now` is in seconds on any steady clock.
+
+    No method raises an error: images that cannot be found are generated. `needs_names`: whether the
+    images have to be in the result store before they are put into the cache.
+    """
 
     needs_names: bool
 
     async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
-        """None: never seen, forgotten, or nobody can say in time."""
+        """The images of a key; None if they are not cached, or cannot be read in time."""
 
     async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
-        """Remember it, for so long at most."""
+        """Keep the images of a key for `max_age_s` at most."""
 
 
 def cache_key(secret: bytes, tenant: str, version: str, requests: Sequence[ImageRequest]) -> str:
-    """64 hexadecimal digits that tell nothing of a call to whoever does not know `secret`.
+    """The cache key of a call: 64 hexadecimal digits, an HMAC-SHA256 with `secret`.
 
-    All that makes a difference to the images is in it: the tenant, every field of the requests but
-    their ids, and `version`: which weights and which code draw them.
+    The key depends on everything that makes a difference to the images: the tenant, every field of
+    the requests but their ids, and `version`, a digest of the weights and the code that generate
+    the images. Without `secret` a key reveals nothing about its call.
     """
     own = hmac.digest(secret, f"octet result cache\0{tenant}".encode(), "sha256")
     fields = [{k: v for k, v in asdict(request).items() if k != "id"} for request in requests]
@@ -47,37 +52,37 @@ def cache_key(secret: bytes, tenant: str, version: str, requests: Sequence[Image
 
 
 class MemoryCache:
-    """A `ResultCache` of one process: what was used longest ago is forgotten first."""
+    """A `ResultCache` in the memory of one process; drops the least recently used images first."""
 
     needs_names = False
 
     def __init__(self, max_bytes: int) -> None:
-        """`max_bytes`: of all images together."""
+        """`max_bytes`: the largest size of all images together."""
         self._max_bytes, self._bytes = max_bytes, 0
-        self._found: OrderedDict[str, tuple[CachedImages, float]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[CachedImages, float]] = OrderedDict()  # and expiry
 
     async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
-        found, expires = self._found.get(key, (None, 0.0))
+        found, expires = self._kept.get(key, (None, 0.0))
         if found and expires <= now:
-            self._forget(key)
+            self._drop(key)
             return None
         if found:
-            self._found.move_to_end(key)
+            self._kept.move_to_end(key)
         return found
 
     async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
-        self._forget(key)
-        if _size(found) > self._max_bytes:
+        self._drop(key)
+        if _size_bytes(found) > self._max_bytes:
             return
-        self._found[key] = found, now + max_age_s
-        self._bytes += _size(found)
+        self._kept[key] = found, now + max_age_s
+        self._bytes += _size_bytes(found)
         while self._bytes > self._max_bytes:
-            self._forget(next(iter(self._found)))
+            self._drop(next(iter(self._kept)))
 
-    def _forget(self, key: str) -> None:
-        if known := self._found.pop(key, None):
-            self._bytes -= _size(known[0])
+    def _drop(self, key: str) -> None:
+        if kept := self._kept.pop(key, None):
+            self._bytes -= _size_bytes(kept[0])
 
 
-def _size(found: CachedImages) -> int:
+def _size_bytes(found: CachedImages) -> int:
     return sum(len(result.image) for result in found.results)

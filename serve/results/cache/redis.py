@@ -1,4 +1,7 @@
-"""Repeated requests in Redis, for all Ingress replicas; their images stay in the result store."""
+"""The result cache in Redis, which all Ingress replicas share.
+
+Redis holds the names, digests and timings of images; the result store keeps the images themselves.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from .memory import CachedImages
 
 log = logging.getLogger("ray.serve")
 
-ANSWER_S = 0.1  # the defaults wait, and try again, for almost a minute
-READ_S = 2.0  # an image from the store; to draw it may be faster than a store that is slow
+ANSWER_S = 0.1  # time for an answer; by default Redis' client retries for almost a minute
+READ_S = 2.0  # time to read a call's images; generating them may be faster than waiting longer
 CONNECTIONS = 64
 PREFIX = "octet:image:"
 
@@ -34,7 +37,7 @@ T = TypeVar("T")
 
 
 class RedisCache:
-    """A `ResultCache`. `failed` is told of every time that Redis did not answer in time."""
+    """A `ResultCache` in Redis. While Redis does not answer, nothing is found and nothing kept."""
 
     needs_names = True
 
@@ -44,10 +47,14 @@ class RedisCache:
         read: Callable[[str], Awaitable[bytes]],
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`read`: an image by its name, or an `OctetError`. Raises `OSError` for the password."""
+        """`read` returns an image by its name, or raises an `OctetError`.
+
+        `failed` is called each time that Redis does not answer in time. Raises `OSError` if the
+        password file cannot be read.
+        """
         file = settings.redis_password_file
         self._read, self._failed, self._breaker = read, failed, CircuitBreaker()
-        pool = BlockingConnectionPool.from_url(  # in a crowd one waits for another's connection
+        pool = BlockingConnectionPool.from_url(  # with all connections in use, the next call waits
             str(settings.redis_url),
             password=Path(file).expanduser().read_text().strip() if file else None,
             socket_timeout=ANSWER_S,
@@ -69,9 +76,9 @@ class RedisCache:
             async with asyncio.timeout(READ_S), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._image(dict(image))) for image in images]
         except (LookupError, TypeError, ValueError):
-            log.warning("the result cache holds what is not ours", exc_info=True)
+            log.warning("the result cache holds a value that Octet did not write", exc_info=True)
             return None
-        except (TimeoutError, ExceptionGroup):  # it is swept, erased, on another node, or away
+        except (TimeoutError, ExceptionGroup):  # an image was deleted or is out of reach or late
             return None
         names = tuple(str(image["name"]) for image in images)
         return CachedImages(tuple(task.result() for task in tasks), names)
@@ -81,17 +88,19 @@ class RedisCache:
         await self._ask(lambda: self._redis.set(PREFIX + key, value, ex=max_age_s), now)
 
     async def close(self) -> None:
+        """Close the connections to Redis."""
         await self._redis.aclose()
 
     async def _image(self, image: dict[str, Any]) -> ImageResult:
+        """Read one image from the store, and check it against its digest."""
         name, digest, timings = (image.pop(key) for key in ("name", "sha256", "timings"))
         data = await self._read(name)
         if await asyncio.to_thread(_digest, data) != digest:
-            raise NotFound(f"{name} is not the image that was remembered")
+            raise NotFound(f"{name} is not the image that was put into the result cache")
         return ImageResult(image=data, timings=Timings(**timings), **image)
 
     async def _ask(self, command: Callable[[], Awaitable[T]], now: float) -> T | None:
-        """What Redis answers; None if it does not."""
+        """The answer of Redis to a command; None if Redis does not answer in time."""
         if not self._breaker.allows(now):
             return None
         was_open = self._breaker.open
@@ -102,7 +111,7 @@ class RedisCache:
             self._breaker.failed(now)
             self._failed()
             if self._breaker.open and not was_open:
-                log.warning("Redis does not answer: going on without the result cache: %s", error)
+                log.warning("Redis does not answer: working without the result cache: %s", error)
             return None
         self._breaker.succeeded()
         if was_open:
@@ -111,6 +120,7 @@ class RedisCache:
 
 
 def _value(found: CachedImages) -> str:
+    """The value of a key in Redis: JSON with everything but the bytes of the images."""
     images = [
         {
             **{k: v for k, v in asdict(result).items() if k != "image"},

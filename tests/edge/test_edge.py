@@ -1,4 +1,4 @@
-"""The HTTP edge with real HTTP and the real Dispatcher; the Generators draw plain colours.
+"""The HTTP edge with real HTTP and the real Dispatcher; the Generators paint plain colours.
 
 They make thousands of requests affordable: whatever a client sends, the answer is what the
 OpenAPI document says, and never a 500.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,28 +31,24 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
-from serve.api import image_urls
-from serve.api import ingress as ingress_module
 from serve.api.ingress import Ingress
-from serve.api.wire import event_stream
+from serve.api.timing import IngressTiming
 from serve.api.wire.request import ImageGeneration
 from serve.settings.application import ResultSettings, Settings
 
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
-from .edge import WORK, Edge, Painter, started
+from .edge import WORK, Edge, started
 
 GENERATE = "/v1/images/generations"
+HASTY = IngressTiming(body_s=0.5, keep_alive_s=0.1, sweep_s=0.2)
 
 
 @pytest.fixture(scope="module")
 def edge(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(image_urls, "SWEEP_S", 0.2)
     folder = str(tmp_path_factory.mktemp("data"))
-    with started(laptop.model_copy(update={"data_folder": folder})) as edge:
+    with started(laptop.model_copy(update={"data_folder": folder}), HASTY) as edge:
         yield edge
-    patch.undo()
 
 
 @pytest.fixture
@@ -117,11 +112,12 @@ def code(answer: httpx.Response) -> str:
     return str(answer.json()["error"]["code"])
 
 
-def test_2000_bodies_get_an_image_or_an_explanation(edge: Edge) -> None:
+def test_any_body_gets_an_image_or_an_explanation(edge: Edge) -> None:
+    """The parser alone is tried with many more in tests/unit/test_wire_request.py."""
     seen: dict[int, int] = {}
     with httpx.Client(base_url=edge.url, timeout=10) as client:
 
-        @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
         @given(BODIES)
         def throw(body: bytes) -> None:
             answer = client.post(GENERATE, content=body)
@@ -134,9 +130,9 @@ def test_2000_bodies_get_an_image_or_an_explanation(edge: Edge) -> None:
                 assert answer.json()["error"]["message"]
 
         throw()
-    assert sum(seen.values()) >= 2000
-    assert seen[200] > 50, seen  # the well-formed ones are served
-    assert seen[400] > 500, seen
+    assert sum(seen.values()) >= 200
+    assert seen[200] > 5, seen  # the well-formed ones are served
+    assert seen[400] > 50, seen
 
 
 # -- the OpenAPI document -------------------------------------------------------------------------
@@ -197,41 +193,14 @@ def test_a_body_may_have_a_megabyte(client: httpx.Client) -> None:
     assert post(1_000_001) == 413
 
 
-def test_a_body_that_does_not_arrive_is_408(
-    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingress_module, "BODY_S", 0.2)
-
+def test_a_body_that_does_not_arrive_is_408(client: httpx.Client) -> None:
     def slowly() -> Iterator[bytes]:
         yield b'{"prompt": '
-        time.sleep(0.5)
+        time.sleep(2 * HASTY.body_s)
         yield b'"x"}'
 
     answer = client.post(GENERATE, content=slowly())
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_timeout")
-
-
-def test_a_megabyte_of_fields_does_not_stop_the_others(client: httpx.Client, edge: Edge) -> None:
-    body = json.dumps({f"field{i}": 1 for i in range(55_000)})
-    assert len(body) > 900_000
-    answers: list[int] = []
-    threads = [
-        threading.Thread(
-            target=lambda: answers.append(
-                httpx.post(edge.url + GENERATE, content=body, timeout=30).status_code
-            )
-        )
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    slowest = 0.0
-    while any(thread.is_alive() for thread in threads):
-        began = time.perf_counter()
-        assert client.get("/health").status_code == 200
-        slowest = max(slowest, time.perf_counter() - began)
-    assert answers == [400] * 3
-    assert slowest < 0.5
 
 
 def test_a_request_id_is_in_use_until_its_answer(client: httpx.Client, edge: Edge) -> None:
@@ -256,15 +225,17 @@ def test_unsafe_request_ids_are_refused(client: httpx.Client, given: str) -> Non
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-id")
 
 
-def test_a_deadline_that_passes_is_504_and_frees_the_slots(client: httpx.Client) -> None:
-    began = time.perf_counter()
+def test_a_deadline_that_passes_is_504_and_frees_the_slots(
+    edge: Edge, client: httpx.Client
+) -> None:
+    before = edge.painter.cancelled
     for _ in range(8):  # both pools have 4 slots
         answer = client.post(GENERATE, json={"prompt": "slow", "timeout_s": 0.05})
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "deadline_exceeded"
         assert "0.05 s" in answer.json()["error"]["message"]
     assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
-    assert time.perf_counter() - began < 8 * Painter.takes_s
+    assert edge.painter.cancelled == before + 8  # none of them ran to its end
 
 
 def test_a_deadline_that_passes_later_is_an_event(edge: Edge) -> None:
@@ -288,10 +259,7 @@ def test_what_nobody_expected_is_the_last_event_of_a_stream(client: httpx.Client
     assert (error["code"], "ZeroDivision" in answer.text) == ("internal_error", False)
 
 
-def test_a_quiet_stream_says_that_it_is_there(
-    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(event_stream, "ALIVE_S", 0.1)
+def test_a_quiet_stream_says_that_it_is_there(client: httpx.Client) -> None:
     text = client.post(GENERATE, json={"prompt": "slow", "stream": True}).text
     assert text.startswith(": still here\n\n")
     assert "event: image_generation.completed\n" in text
@@ -360,7 +328,7 @@ def test_a_draining_ingress_finishes_what_it_has(edge: Edge, client: httpx.Clien
         assert (ready.status_code, ready.json()["status"]) == (503, "draining")
         assert client.get("/health").status_code == 200
     finally:
-        edge.dispatcher._admission.draining = False
+        edge.dispatcher.admission.draining = False
 
 
 # -- results as URLs ------------------------------------------------------------------------------
@@ -442,10 +410,10 @@ def test_images_in_a_bucket_are_read_through_links_to_this_server(
             proxy.fault = "refuse"
             kept = client.post(GENERATE, json=body).json()["data"][0]["url"]
             assert client.get(kept).headers["content-type"] == "image/png"
-            drawn = edge.painter.drawn
+            generated = edge.painter.generated
             answer = client.post(GENERATE, json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
-            assert edge.painter.drawn == drawn
+            assert edge.painter.generated == generated
             assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
 
             # And comes back.
@@ -464,7 +432,7 @@ def test_an_image_that_cannot_be_kept_is_503(edge: Edge, client: httpx.Client) -
     try:
         answer = client.post(GENERATE, json={"prompt": "x", "response_format": "url"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
-        time.sleep(3 * image_urls.SWEEP_S)  # the sweep fails too, and goes on
+        time.sleep(3 * HASTY.sweep_s)  # the sweep fails too, and goes on
         asyncio.run(edge.ingress.check_health())
     finally:
         images.with_name("away").rename(images)

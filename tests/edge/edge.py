@@ -1,4 +1,4 @@
-"""An Ingress and a Dispatcher behind real HTTP, with Generators that draw plain colours."""
+"""An Ingress and a Dispatcher behind real HTTP, with Generators that paint plain colours."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from PIL import Image
 
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
+from serve.api.timing import INGRESS_TIMING, IngressTiming
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
 from serve.request import (
     Acknowledgement,
     ImageRequest,
-    ImageResult,
     Progress,
     StreamOptions,
-    Timings,
 )
 from serve.results.cache.redis import RedisCache
 from serve.settings.application import Settings
 
+from ..builders import image_result
 from ..in_process import Handle, a_dispatcher
-from .conftest import free_port
+from ..ports import free_port
 
-WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # of an image, and of a step
+WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and of a step
 
 
 class Painter:
     """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow".
 
-    Who stops it has had half of its steps.
+    An image that is stopped has had half of its steps.
     """
 
     takes_s = 0.5
 
     def __init__(self) -> None:
         self.stopped: list[StoppedImage] = []
-        self.drawn = 0
+        self.generated = self.cancelled = 0
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, watch: StreamOptions, alone: bool
+        self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Any]:
         yield Acknowledgement.RECEIVED
         yield Acknowledgement.STARTED
-        if watch.progress:
+        if options.progress:
             yield Progress(0, request.num_inference_steps)
         if request.prompt == "broken":
             raise ZeroDivisionError
@@ -59,27 +59,20 @@ class Painter:
             try:
                 await asyncio.sleep(self.takes_s)
             except asyncio.CancelledError:
+                self.cancelled += 1
                 self.stopped.append(StoppedImage(lease, request.num_inference_steps // 2, 0.0))
                 raise
-        self.drawn += 1
+        self.generated += 1
         file = io.BytesIO()
         Image.new("RGB", (8, 8), f"#{request.seed % 2**24:06x}").save(file, request.output_format)
-        yield ImageResult(
-            image=file.getvalue(),
-            seed=request.seed,
-            precision="fp8",
-            emulated=True,
-            text_tokens=77,
-            work_s=1.0,
-            timings=Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0),
-        )
+        yield image_result(file.getvalue(), seed=request.seed, emulated=True, text_tokens=77)
 
 
 class Edge:
     """An Ingress behind uvicorn, in a thread of its own."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.port = settings, free_port()
+    def __init__(self, settings: Settings, timing: IngressTiming) -> None:
+        self.settings, self.port, self._timing = settings, free_port(), timing
         self.url = f"http://127.0.0.1:{self.port}"
         self.painter = Painter()
         self.server: uvicorn.Server
@@ -107,6 +100,7 @@ class Edge:
             WORK,
             Handle(dispatcher),
             {pool: Handle(self.painter) for pool in pools},
+            self._timing,
         )
         self.ingress = ingress
         self.tune(self.settings)
@@ -120,11 +114,10 @@ class Edge:
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
         await self.server.serve()
         heartbeat.cancel()
-        cache = ingress._generations._repeats._cache
-        if isinstance(cache, RedisCache):
-            await cache.close()
-        if dispatcher._metering.ledger:
-            dispatcher._metering.ledger.close()
+        if isinstance(ingress.reuse.cache, RedisCache):
+            await ingress.reuse.cache.close()
+        if dispatcher.metering.ledger:
+            dispatcher.metering.ledger.close()
 
     async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
         while True:
@@ -138,8 +131,9 @@ class Edge:
 
 
 @contextmanager
-def started(settings: Settings) -> Iterator[Edge]:
-    edge = Edge(settings)
+def started(settings: Settings, timing: IngressTiming = INGRESS_TIMING) -> Iterator[Edge]:
+    """An edge that answers until the block ends."""
+    edge = Edge(settings, timing)
     edge.thread.start()
     deadline = time.monotonic() + 10
     while not (getattr(edge, "server", None) and edge.server.started):

@@ -67,7 +67,7 @@ def test_the_second_time_it_is_there(edge: Edge, client: httpx.Client) -> None:
     first, second = ask(client), ask(client)
     assert (use(first), use(second)) == ("miss", "hit")
     assert {**first.json(), "created": 0} == {**second.json(), "created": 0}
-    assert edge.painter.drawn == 1
+    assert edge.painter.generated == 1
     assert use(ask(client, seed=8)) == "miss"
     assert use(ask(client, n=2)) == "miss"  # another call
     assert use(again := ask(client, n=2)) == "hit"
@@ -80,7 +80,7 @@ def test_without_a_seed_or_when_asked_not_to_it_is_drawn(edge: Edge, client: htt
     assert use(ask(client, seed=None)) == "off"
     assert use(ask(client, headers={"cache-control": "max-age=0, No-Cache"})) == "off"
     assert use(ask(client, headers={"cache-control": "no-store"})) == "off"
-    assert edge.painter.drawn == 4
+    assert edge.painter.generated == 4
     assert use(ask(client, headers={"cache-control": "max-age=0"})) == "hit"
 
 
@@ -94,7 +94,7 @@ def test_as_a_url_and_as_a_stream(edge: Edge, client: httpx.Client) -> None:
     (event,) = [json.loads(line[6:]) for line in stream.text.splitlines() if line[:5] == "data:"]
     assert event["type"] == "image_generation.completed"
     assert base64.b64decode(event["b64_json"]) == drawn
-    assert edge.painter.drawn == 1
+    assert edge.painter.generated == 1
     assert use(ask(client, seed=9, stream=True)) == "miss"
     until(lambda: use(ask(client, seed=9)) == "hit")
 
@@ -104,7 +104,7 @@ def test_what_fails_is_not_remembered(edge: Edge, client: httpx.Client) -> None:
         with httpx.Client(base_url=edge.url) as own:
             assert ask(own, prompt="broken").status_code == 500
     assert ask(client, precision="fp32").status_code == 400
-    assert not edge.ingress._generations._repeats.flights
+    assert not edge.ingress.reuse.in_flight
 
 
 def slow(client: httpx.Client, **body: Any) -> Any:
@@ -118,9 +118,9 @@ def test_equal_requests_at_the_same_time_are_one(edge: Edge, client: httpx.Clien
     assert uses["miss"] == 1
     assert uses["shared"] + uses["hit"] == 7
     assert uses["shared"] > 3
-    assert edge.painter.drawn == 1
+    assert edge.painter.generated == 1
     assert len({image(answer) for answer in answers}) == 1
-    until(lambda: not edge.ingress._generations._repeats.flights)
+    until(lambda: not edge.ingress.reuse.in_flight)
 
 
 def test_cancelling_one_of_them_ends_that_one(edge: Edge, client: httpx.Client) -> None:
@@ -136,7 +136,7 @@ def test_cancelling_one_of_them_ends_that_one(edge: Edge, client: httpx.Client) 
             assert client.delete(f"/v1/requests/{name}").status_code == 200
         codes = [answer.result().status_code for answer in (first, *others)]
     assert codes == [499, 200, 499]
-    assert edge.painter.drawn == 1
+    assert edge.painter.generated == 1
 
 
 def until(truth: Callable[[], bool], seconds: float = 5) -> None:
@@ -173,7 +173,7 @@ def test_another_ingress_has_it_too(shared: Settings) -> None:
         assert (
             path.rpartition("/")[2] == url.partition("?")[0].rpartition("/")[2]
         )  # not stored again
-        assert other.painter.drawn == 0
+        assert other.painter.generated == 0
 
 
 def test_redis_knows_neither_prompts_nor_images(shared: Settings, told: Redis) -> None:
@@ -196,8 +196,8 @@ def test_an_image_that_is_gone_or_another_is_a_miss(
     with started(shared) as edge, httpx.Client(base_url=edge.url) as client:
 
         def remembered() -> tuple[bytes, Any, Path]:
-            flights = edge.ingress._generations._repeats.flights  # which remember when they end
-            until(lambda: use(ask(client)) == "hit" and not flights and bool(told.keys()))
+            in_flight = edge.ingress.reuse.in_flight  # they are written when they end
+            until(lambda: use(ask(client)) == "hit" and not in_flight and bool(told.keys()))
             (key,) = told.keys()
             (entry,) = json.loads(told.get(key))
             return key, entry, Path(str(shared.data_folder)) / "images" / entry["name"]
@@ -219,7 +219,7 @@ def test_an_image_that_is_gone_or_another_is_a_miss(
             told.set(key, broken)
             assert use(ask(client)) == "miss"
             remembered()
-    assert "what is not ours" in caplog.text
+    assert "a value that Octet did not write" in caplog.text
 
 
 def load(edge: Edge, seconds: float) -> tuple[Counter[Any], list[float]]:

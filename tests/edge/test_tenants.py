@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from serve.settings.application import Settings
 from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
 from serve.usage.ledger import read_usage
 
+from ..full_disk import full_disk
 from .edge import WORK, Edge, started
 
 GENERATE = "/v1/images/generations"
@@ -154,7 +154,7 @@ def test_a_broken_file_changes_nothing(guarded: Guarded, caplog: pytest.LogCaptu
     file = guarded.tenants / TENANTS
     before = file.read_text()
     file.write_text(before + "acme: [")
-    soon(lambda: "tenants.yaml stays as it was" in caplog.text)
+    soon(lambda: "keeping the last valid tenants.yaml" in caplog.text)
     assert guarded.ask("acme").status_code == 200
     file.write_text(before)
 
@@ -389,7 +389,7 @@ def test_what_is_cancelled_costs_the_steps_that_were_done(guarded: Guarded, stre
     (record,) = guarded.usage("acme")[before:]
     assert (record["outcome"], record["steps"]) == ("cancelled", 14)
     assert record["work_s"] == pytest.approx(PRICE / 2)
-    account = guarded.edge.dispatcher._admission.account("acme")
+    account = guarded.edge.dispatcher.admission.account("acme")
     soon(lambda: abs(account.reserved) < 1e-9)
 
 
@@ -411,14 +411,8 @@ def test_what_failed_or_was_refused_costs_nothing(
     assert guarded.usage("acme") == before
 
 
-def test_an_image_that_cannot_be_charged_is_not_delivered(
-    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(guarded.edge.dispatcher._metering.ledger, "_write", full)
+def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: Guarded) -> None:
+    with full_disk():
         answer = guarded.ask("acme")
     assert code(answer) == (503, "usage_unrecorded")
     assert guarded.ask("acme").status_code == 200

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.dispatch.forecast import MEMORY_S, ArrivalRate, ForecastAccuracy, TenantDemand, wait_s
+from serve.dispatch.forecast import (
+    RATE_MEMORY_S,
+    ArrivalRate,
+    ForecastAccuracy,
+    TenantDemand,
+    wait_s,
+)
 from serve.dispatch.tenant_account import Gcra, TenantAccount
 from serve.tenants.tenant import Tenant
 
@@ -58,13 +64,13 @@ def test_standings_and_what_is_left_of_a_budget() -> None:
     account.spent, account.reserved = 30.0, 20.0
     assert account.requests
     account.requests.take(1, 0.0)
-    found = {s.of: (s.limit, s.remaining, s.reset_s) for s in account.standings(0.0, 999.0)}
+    found = {s.of: (s.limit, s.remaining, s.reset_s) for s in account.rate_limits(0.0, 999.0)}
     assert found == {
         "requests": (4, 3, 0.5),
         "work": (10, 10, 0),
         "budget": (100, 50, 999),
     }
-    assert TenantAccount(Tenant()).standings(0.0, 0.0) == ()
+    assert TenantAccount(Tenant()).rate_limits(0.0, 0.0) == ()
 
 
 def test_changed_limits_do_not_forget_what_was_used() -> None:
@@ -88,9 +94,9 @@ def test_changed_limits_do_not_forget_what_was_used() -> None:
         ({"monthly_work": math.inf}, "monthly_work inf"),
         ({"weight": math.inf}, "weight inf"),
         ({"requests_per_s": -1.0}, "requests_per_s -1"),
-        ({"request_burst": 5.0}, "request_burst is for a tenant with requests_per_s"),
+        ({"request_burst": 5.0}, "request_burst needs requests_per_s"),
         ({"requests_per_s": 1, "request_burst": 0.5}, "request_burst 0.5 must be at least 1"),
-        ({"work_burst": 5.0}, "work_burst is for a tenant with work_per_s"),
+        ({"work_burst": 5.0}, "work_burst needs work_per_s"),
         ({"monthly_work": -1}, "monthly_work -1"),
     ],
 )
@@ -154,7 +160,7 @@ def test_rates_fade() -> None:
     for i in range(1000):
         rate.add(0.5, i * 0.1)
     assert rate.per_s(100.0) == pytest.approx(5, rel=0.02)
-    assert rate.per_s(100.0 + MEMORY_S) == pytest.approx(5 / math.e, rel=0.02)
+    assert rate.per_s(100.0 + RATE_MEMORY_S) == pytest.approx(5 / math.e, rel=0.02)
 
 
 def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded() -> None:

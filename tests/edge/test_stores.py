@@ -13,9 +13,8 @@ import httpx
 import pytest
 
 from serve.errors import NotFound, StoreFailed
-from serve.results import s3
 from serve.results.disk import DiskStore
-from serve.results.s3 import S3Store
+from serve.results.s3 import ATTEMPTS, CONNECT_S, READ_S, S3Store
 from serve.results.spool import Spool
 from serve.results.store import NAME, ResultStore, new_name
 from serve.settings.application import S3Settings
@@ -179,7 +178,7 @@ def test_days_go_when_all_of_them_is_too_old_and_a_failed_round_is_tried_again(
     proxied: tuple[FaultProxy, S3Settings],
 ) -> None:
     proxy, bucket = proxied
-    store, noon = S3Store(bucket), 1_800_014_400.0  # 2027-01-15
+    store, noon = S3Store(bucket, read_s=0.5), 1_800_014_400.0  # 2027-01-15
     days = [new_name("t", "png", noon - days * DAY_S) for days in range(4)]
     for name in days:
         store.put(name, b"x", "r")
@@ -196,17 +195,15 @@ def test_a_dead_endpoint_is_given_up_in_seconds(server: str) -> None:
     began = time.monotonic()
     with pytest.raises(StoreFailed):
         S3Store(bucket).put(new_name("t", "png", NOW), b"x", "r")
-    assert time.monotonic() - began < 10
+    # boto3 by itself would go on for minutes.
+    assert time.monotonic() - began < 3 * ATTEMPTS * (CONNECT_S + READ_S)
 
 
 # -- the spool ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def proxied(
-    server: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[FaultProxy, S3Settings]]:
-    monkeypatch.setattr(s3, "READ_S", 0.5)
+def proxied(server: str) -> Iterator[tuple[FaultProxy, S3Settings]]:
     proxy = FaultProxy(server)
     bucket = a_bucket(server)
     yield proxy, bucket.model_copy(update={"endpoint_url": proxy.url})
@@ -225,13 +222,11 @@ def test_while_the_bucket_is_away_images_wait_and_are_read_from_here(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path, fault: str
 ) -> None:
     proxy, bucket = proxied
-    spool = Spool(S3Store(bucket), tmp_path, 10**6)
+    spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     proxy.fault = fault  # type: ignore[assignment]
     names = [new_name("t", "png", NOW) for _ in range(3)]
-    began = time.monotonic()
-    for name in names:
+    for name in names:  # none of them raises: clients are served
         spool.put(name, name.encode(), "r")
-    assert time.monotonic() - began < 10  # clients are served
     assert [spool.get(name) for name in names] == [name.encode() for name in names]
     assert not keys(direct(proxy, bucket))
     proxy.fault = "none"
@@ -245,7 +240,7 @@ def test_an_answer_that_was_lost_leaves_one_object(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
-    spool = Spool(S3Store(bucket), tmp_path, 10**6)
+    spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     proxy.fault = "lose_answers"
     name = new_name("t", "png", NOW)
     spool.put(name, b"picture", "r")
@@ -267,10 +262,10 @@ def test_what_a_process_leaves_behind_its_successor_uploads(
     name = new_name("t", "png", NOW)
     first.put(name, b"picture", "r")
     first.close()
-    watching = Spool(S3Store(bucket), tmp_path, 10**6, drain=False)
+    watching = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6, drain=False)
     time.sleep(1.5)
     assert watching.get(name) == b"picture"
-    second = Spool(S3Store(bucket), tmp_path, 10**6)
+    second = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     wait_for(lambda: not list(tmp_path.iterdir()))
     assert keys(bucket) == [name]
     watching.close()
@@ -282,7 +277,7 @@ def test_two_processes_on_one_spool_lose_nothing(
 ) -> None:
     proxy, bucket = proxied
     proxy.fault = "refuse"
-    spools = [Spool(S3Store(bucket), tmp_path, 10**6) for _ in range(2)]
+    spools = [Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6) for _ in range(2)]
     names = [new_name("t", "png", NOW) for _ in range(6)]
     for i, name in enumerate(names):
         spools[i % 2].put(name, b"x", "r")
@@ -302,7 +297,7 @@ def test_a_file_that_cannot_be_read_holds_up_nobody(
         bad = tmp_path / quote(new_name("t", "png", NOW), safe="")
         bad.write_bytes(content)
         os.utime(bad, (NOW - 100, NOW - 100))
-    spool = Spool(S3Store(bucket), tmp_path, 10**6)
+    spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     name = new_name("t", "png", NOW)
     spool.put(name, b"x", "r")
     wait_for(lambda: all(file.name.startswith("bad-") for file in tmp_path.iterdir()))
@@ -318,7 +313,7 @@ def test_a_spool_beyond_its_bound_is_full_until_it_drains(
 ) -> None:
     proxy, bucket = proxied
     proxy.fault = "refuse"
-    spool = Spool(S3Store(bucket), tmp_path, 1000)
+    spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 1000)
     spool.put(new_name("t", "png", NOW), b"x" * 600, "r")
     assert not spool.full
     spool.put(new_name("t", "png", NOW), b"x" * 600, "r")
@@ -332,7 +327,7 @@ def test_without_a_disk_an_image_goes_straight_to_the_bucket(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     proxy, bucket = proxied
-    spool = Spool(S3Store(bucket), tmp_path / "spool", 10**6)
+    spool = Spool(S3Store(bucket, read_s=0.5), tmp_path / "spool", 10**6)
     (tmp_path / "spool").rmdir()
     name = new_name("t", "png", NOW)
     spool.put(name, b"x", "r")

@@ -16,7 +16,7 @@ from serve.cli.main import app
 from serve.errors import SettingsError
 from serve.settings.application import Settings
 
-from .conftest import free_port
+from ..ports import free_port
 from .edge import Edge, started
 
 
@@ -50,7 +50,7 @@ def test_arrivals_of_two_tenants_and_two_shapes(edge: Edge) -> None:
     assert sum(everything["cache"].values()) == everything["requests"]
     assert everything["cache"]["hit"] + everything["cache"].get("shared", 0) > 5
     assert 0 < everything["p50_s"] <= everything["p90_s"] <= everything["p99_s"] < 2
-    drawn = edge.painter.drawn
+    drawn = edge.painter.generated
     assert drawn == everything["cache"]["off"] + everything["cache"]["miss"]
 
 
@@ -90,7 +90,7 @@ def test_a_server_that_is_not_there_is_exit_code_1() -> None:
         (["http://x", "--mix", "=."], "SIZE:STEPS=WEIGHT"),
         (["http://x", "--mix", "=0"], "all weights are 0"),
         (["http://x", "--tenant", "a"], "NAME=KEY"),
-        (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request came"),
+        (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request was sent"),
     ],
 )
 def test_wrong_words_are_explained(words: list[str], said: str) -> None:

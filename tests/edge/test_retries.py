@@ -10,11 +10,10 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from cluster.cost import CostCoefficients
-from serve.api import attempts as drawing_module
-from serve.api.attempts import ATTEMPTS, SPARED, Attempts
+from serve.api.attempts import ATTEMPTS, FREE_RETRIES, Attempts
 from serve.api.ingress_metrics import IngressMetrics
 from serve.dispatch.client.session import DispatchSession
-from serve.dispatch.protocol import Heartbeat, Lease
+from serve.dispatch.protocol import Heartbeat, Lease, Timing
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from serve.request import (
     Acknowledgement,
@@ -22,26 +21,17 @@ from serve.request import (
     ImageResult,
     Precision,
     StreamOptions,
-    Timings,
 )
 from serve.settings.application import Settings
 
-from ..in_process import Handle, Someone, a_dispatcher
+from ..builders import image_request, image_result
+from ..in_process import PROMPT, Client, Handle, a_dispatcher
 
-REQUEST = ImageRequest(
-    id="1",
-    model="landscapes",
-    prompt="x",
-    width=64,
-    height=64,
-    num_inference_steps=1,
-    guidance_scale=1.0,
-    seed=0,
-)
+REQUEST = image_request(model="landscapes", num_inference_steps=1, guidance_scale=1.0)
 
 
 class Generator:
-    """Fails as told, then draws; remembers how often it was asked."""
+    """Fails as told, then generates; remembers how often it was asked."""
 
     def __init__(
         self,
@@ -56,7 +46,7 @@ class Generator:
         self.alone: list[bool] = []
 
     async def generate(
-        self, request: ImageRequest, _: Lease, watch: StreamOptions, alone: bool
+        self, request: ImageRequest, _: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
         self.calls += 1
         self.alone.append(alone)
@@ -69,16 +59,7 @@ class Generator:
         if self.failures:
             raise self.failures.pop(0)
         await asyncio.sleep(self.takes_s)
-        timings = Timings(text_s=0, denoise_s=0, decode_s=0, encode_s=0)
-        yield ImageResult(
-            image=b"",
-            seed=request.seed,
-            precision=self.precision,
-            emulated=False,
-            text_tokens=77,
-            work_s=1.0,
-            timings=timings,
-        )
+        yield image_result(seed=request.seed, precision=self.precision)
 
 
 def as_task_error(cause: Exception) -> Exception:
@@ -86,7 +67,7 @@ def as_task_error(cause: Exception) -> Exception:
     return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
 
 
-def draw(
+def generate(
     settings: Settings,
     fp8: Generator,
     fp16: Generator,
@@ -94,27 +75,26 @@ def draw(
     abandon_after_s: float = 5,
     alive: tuple[str, ...] = ("landscapes-fp8", "landscapes-fp16"),
     placeable: bool = True,
+    timing: Timing = PROMPT,
 ) -> ImageResult:
     async def main() -> ImageResult:
         generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
-        dispatcher = a_dispatcher(*generators)
-        if not placeable:
-            dispatcher._grants.set_placeable(())
-            dispatcher._read_nodes = list
+        dispatcher = a_dispatcher(*generators, nodes=None if placeable else [])
+        await asyncio.sleep(0.01)  # the nodes have been read
         for pool in alive:
             await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
         work = {model.id: CostCoefficients(1, 0, 0, 0, 0) for model in settings.models}
-        drawing = Attempts(settings.models, work, handles, IngressMetrics())
+        attempts = Attempts(settings.models, work, handles, IngressMetrics(), timing)
         request = replace(REQUEST, precision=precision)
-        wishes = [drawing.wish(request, StreamOptions())]
-        session = DispatchSession(Handle(dispatcher))
+        images = [attempts.queued_image(request, StreamOptions())]
+        session = DispatchSession(Handle(dispatcher), timing)
         async with asyncio.timeout(5):
-            call = session.open("anonymous", "id", wishes, 60, Someone())
+            call = session.open("anonymous", "id", images, 60, Client())
             try:
                 await call.admitted()
                 async with asyncio.timeout(abandon_after_s) as limit:
-                    result, usage = await drawing.draw(request, call)
+                    result, usage = await attempts.generate(request, call)
                     assert usage.precision == ("fp8" if result.precision == "fp8" else "fp16")
                     assert usage.work_s == 1
                     return result
@@ -127,7 +107,7 @@ def draw(
             finally:
                 call.close()
                 await asyncio.sleep(0.05)
-                free = [dispatcher._grants.free_slots(pool) for pool in alive]
+                free = [dispatcher.grants.free_slots(pool) for pool in alive]
                 assert set(free) == {1}  # whatever happened, every slot came back
 
     return asyncio.run(main())
@@ -135,59 +115,59 @@ def draw(
 
 def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:
     fp8 = Generator("fp8", ActorDiedError(), OutOfMemoryError(""))
-    result = draw(laptop, fp8, Generator("bf16"), Precision.FP8)
+    result = generate(laptop, fp8, Generator("bf16"), Precision.FP8)
     assert (result.precision, fp8.calls) == ("fp8", 3)
 
 
 def test_another_pool_is_tried_before_the_one_that_was_lost(laptop: Settings) -> None:
     fp8, fp16 = Generator("fp8", ActorDiedError()), Generator("bf16")
-    assert draw(laptop, fp8, fp16).precision == "bf16"
+    assert generate(laptop, fp8, fp16).precision == "bf16"
     assert (fp8.calls, fp16.calls) == (1, 1)
 
 
 def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
     fp8 = Generator("fp8", *(ActorDiedError() for _ in range(9)))
     with pytest.raises(ReplicaFailed):
-        draw(laptop, fp8, Generator("bf16"), Precision.FP8)
+        generate(laptop, fp8, Generator("bf16"), Precision.FP8)
     assert fp8.alone == [False, False, True]  # the last one harms nobody else
 
 
 def test_who_had_not_begun_is_not_to_blame(laptop: Settings) -> None:
-    fp8 = Generator("fp8", bystander=SPARED)
-    assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
-    assert fp8.alone == [False] * (SPARED + 1)
+    fp8 = Generator("fp8", bystander=FREE_RETRIES)
+    assert generate(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
+    assert fp8.alone == [False] * (FREE_RETRIES + 1)
 
 
 def test_a_request_that_kills_too_fast_to_say_so_does_not_loop_either(laptop: Settings) -> None:
     fp8 = Generator("fp8", bystander=99)
     with pytest.raises(ReplicaFailed):
-        draw(laptop, fp8, Generator("bf16"), Precision.FP8)
-    assert fp8.alone == [False] * (SPARED + 2) + [True]
+        generate(laptop, fp8, Generator("bf16"), Precision.FP8)
+    assert fp8.alone == [False] * (FREE_RETRIES + 2) + [True]
 
 
-def test_a_non_finite_image_is_drawn_again_in_16_bit(laptop: Settings) -> None:
+def test_a_non_finite_image_is_generated_again_in_16_bit(laptop: Settings) -> None:
     fp8 = Generator("fp8", as_task_error(NonFiniteImage("nan")))
-    result = draw(laptop, fp8, Generator("bf16"))
+    result = generate(laptop, fp8, Generator("bf16"))
     assert (result.precision, fp8.calls) == ("bf16", 1)
 
 
 def test_non_finite_in_16_bit_too_is_an_error(laptop: Settings) -> None:
     fp16 = Generator("bf16", *(as_task_error(NonFiniteImage("nan")) for _ in range(9)))
     with pytest.raises(NonFiniteImage):
-        draw(laptop, Generator("fp8", as_task_error(NonFiniteImage("nan"))), fp16)
+        generate(laptop, Generator("fp8", as_task_error(NonFiniteImage("nan"))), fp16)
     assert fp16.calls == 1
 
 
 def test_non_finite_without_a_16_bit_replica_is_not_worth_asking_again(laptop: Settings) -> None:
     fp8 = Generator("fp8", as_task_error(NonFiniteImage("nan")))
     with pytest.raises(NonFiniteImage):
-        draw(laptop, fp8, Generator("bf16"), alive=("landscapes-fp8",), placeable=False)
+        generate(laptop, fp8, Generator("bf16"), alive=("landscapes-fp8",), placeable=False)
 
 
-def test_the_same_pool_would_draw_the_same_numbers_again(laptop: Settings) -> None:
+def test_the_same_pool_would_generate_the_same_numbers_again(laptop: Settings) -> None:
     fp16 = Generator("bf16", *(as_task_error(NonFiniteImage("nan")) for _ in range(9)))
     with pytest.raises(NonFiniteImage):
-        draw(laptop, Generator("fp8"), fp16, alive=("landscapes-fp16",))
+        generate(laptop, Generator("fp8"), fp16, alive=("landscapes-fp16",))
     assert fp16.calls == 1
 
 
@@ -195,7 +175,7 @@ def test_the_same_pool_would_draw_the_same_numbers_again(laptop: Settings) -> No
 def test_typed_errors_pass_through(laptop: Settings, cause: OctetError) -> None:
     fp8 = Generator("fp8", as_task_error(cause))
     with pytest.raises(type(cause)) as caught:
-        draw(laptop, fp8, Generator("bf16"))
+        generate(laptop, fp8, Generator("bf16"))
     assert type(caught.value) is type(cause)
     assert fp8.calls == 1
 
@@ -204,13 +184,13 @@ def test_typed_errors_pass_through(laptop: Settings, cause: OctetError) -> None:
 def test_nothing_else_is_retried(laptop: Settings, cause: type[Exception]) -> None:
     fp8 = Generator("fp8", as_task_error(cause()))
     with pytest.raises(cause):
-        draw(laptop, fp8, Generator("bf16"))
+        generate(laptop, fp8, Generator("bf16"))
     assert fp8.calls == 1
 
 
 def test_an_abandoned_image_is_stopped_before_its_slot_is_free(laptop: Settings) -> None:
     with pytest.raises(TimeoutError):
-        draw(laptop, Generator("fp8", takes_s=60), Generator("bf16"), abandon_after_s=0.2)
+        generate(laptop, Generator("fp8", takes_s=60), Generator("bf16"), abandon_after_s=0.2)
 
 
 def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings) -> None:
@@ -219,15 +199,18 @@ def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings
         update={"models": (model.model_copy(update={"pools": model.pools[:1]}),)}
     )
     with pytest.raises(NonFiniteImage):
-        draw(fp8_only, Generator("fp8", as_task_error(NonFiniteImage("nan"))), Generator("bf16"))
+        generate(
+            fp8_only, Generator("fp8", as_task_error(NonFiniteImage("nan"))), Generator("bf16")
+        )
     with pytest.raises(InvalidRequest, match="served in fp8"):
-        draw(fp8_only, Generator("fp8"), Generator("bf16"), Precision.FP16)
+        generate(fp8_only, Generator("fp8"), Generator("bf16"), Precision.FP16)
 
 
 def test_a_grant_that_no_replica_takes_up_is_given_back_and_asked_for_again(
-    laptop: Settings, monkeypatch: pytest.MonkeyPatch
+    laptop: Settings,
 ) -> None:
-    monkeypatch.setattr(drawing_module, "TAKE_S", 0.1)
     fp8 = Generator("fp8", late=ATTEMPTS + 1)
-    assert draw(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
+    quick = replace(PROMPT, receive_s=0.1)
+    found = generate(laptop, fp8, Generator("bf16"), Precision.FP8, timing=quick)
+    assert found.precision == "fp8"
     assert fp8.calls == ATTEMPTS + 2  # it is not the request's fault

@@ -23,7 +23,7 @@ from cluster.serving_options import CardGroup
 from k8s.render import LEAVE_S, NodeKind, read_nodes, rendered, serve_config_v2
 from serve import app
 from serve.cli.main import app as cli
-from serve.cli.plan_inputs import encoder_gib, only_encoder, wants_of
+from serve.cli.plan_inputs import encoder_gib, only_encoder, planned_models_of
 from serve.launch import ENVIRONMENT
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
@@ -194,7 +194,7 @@ def test_pools_and_nodes_are_those_of_the_plan(overlay: str) -> None:
             p.num_gpus,
             pytest.approx(p.memory_gib, abs=0.001),
         )
-        for p in planned_pools(plan(groups, wants_of(settings), encoder_gib=gib))
+        for p in planned_pools(plan(groups, planned_models_of(settings), encoder_gib=gib))
     }
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     args = config["applications"][0]["args"]
@@ -390,13 +390,13 @@ def test_weights_of_the_hub_want_a_volume(tmp_path: Path) -> None:
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
     nowhere = settings.replace("models_folder: /var/lib/octet/models\n", "")
-    assert "models_folder: wanted" in render(tmp_path, nowhere, nodes)
+    assert "models_folder: must be set" in render(tmp_path, nowhere, nodes)
 
 
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
-        ("- {name: a, cpus: 2, memory_gib: 4, max_nodes: 1}", "wanted: nodes without a card"),
+        ("- {name: a, cpus: 2, memory_gib: 4, max_nodes: 1}", "need nodes without a card"),
         ("- {name: a, cpus: 2}", "Field required"),
         ("- {name: a, card: h1000, gpus: 1, cpus: 2, memory_gib: 4, max_nodes: 1}", "h100"),
         ("- {name: a, gpus: 1, cpus: 2, memory_gib: 4, max_nodes: 1}", "belong together"),
@@ -414,14 +414,14 @@ def test_too_few_cards_and_no_waiting_are_said(tmp_path: Path) -> None:
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
     said = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
-    assert "l4: 2 cards at most, replicas may take 7.698" in said
+    assert "l4: the nodes have at most 2 cards, and replicas may take 7.698" in said
     assert "h100:" not in said
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
     said = render(tmp_path, settings, few)
-    assert "nodes without a card: 4 CPUs at most, replicas may take 7" in said
-    assert "h100: 8 CPUs at most, replicas may take 13" in said
+    assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 7" in said
+    assert "h100: the nodes have at most 8 CPUs, and replicas may take 13" in said
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
-    assert "node_wait_s 0: nodes come only when" in render(tmp_path, impatient, nodes)
+    assert "node_wait_s 0: nodes are added only when" in render(tmp_path, impatient, nodes)
 
 
 def test_kinds_of_nodes_become_worker_groups() -> None:

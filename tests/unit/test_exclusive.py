@@ -5,10 +5,10 @@ from serve.engine.exclusive import SharedExclusiveLock
 
 def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
     async def main() -> None:
-        room, order, leave = SharedExclusiveLock(), [], asyncio.Event()
+        lock, order, leave = SharedExclusiveLock(), [], asyncio.Event()
 
         async def enter(name: str, alone: bool) -> None:
-            async with room.entered(alone=alone):
+            async with lock.held(exclusively=alone):
                 order.append(f"{name} in")
                 if name == "a":
                     await leave.wait()
@@ -21,7 +21,7 @@ def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
             tasks += [asyncio.create_task(enter(n, alone=n.isupper())) for n in ("X", "b", "Y")]
             given_up = asyncio.create_task(enter("Z", alone=True))
             await asyncio.sleep(0.01)
-            assert (order, room.reserved) == (["a in"], 3)
+            assert (order, lock.exclusive) == (["a in"], 3)
             given_up.cancel()
             leave.set()
             await asyncio.gather(*tasks)
@@ -30,6 +30,8 @@ def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
             [f"{name} in", f"{name} out"] for name in "XYb"
         ]
         assert order[-1] == "b out"
-        assert (room.reserved, room._inside) == (0, 0)
+        assert lock.exclusive == 0
+        async with asyncio.timeout(5), lock.held(exclusively=True):
+            pass
 
     asyncio.run(main())

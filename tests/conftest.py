@@ -1,0 +1,25 @@
+"""What tests of several folders need."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+
+from serve.settings.application import Settings
+
+from .builders import laptop_settings
+from .ports import free_port
+
+# `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@pytest.fixture(scope="session")
+def laptop() -> Settings:
+    """The demo's settings with one replica of each pool, whatever the load."""
+    return laptop_settings(
+        {"OCTET_HTTP__PORT": str(free_port()), "OCTET_MODELS__0__POOLS__0__REPLICAS": "1"}
+    )

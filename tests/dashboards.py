@@ -1,0 +1,25 @@
+"""The queries of the dashboards, and the metrics that they ask for."""
+
+from __future__ import annotations
+
+import re
+
+from k8s import dashboards
+from serve.metric_catalogue import ALL, exported
+
+WINDOW = "30s"
+
+
+def queries() -> list[str]:
+    return [
+        query.replace("$__rate_interval", WINDOW)
+        for _, panels in dashboards.DASHBOARDS.values()
+        for panel in panels
+        for query, _ in panel.queries
+    ]
+
+
+def metrics_in(query: str) -> set[str]:
+    names = {exported(name): name for name in ALL}
+    found = set(re.findall(r"ray_octet_\w+", query))
+    return {names[re.sub("_(bucket|sum|count)$", "", name)] for name in found}

@@ -1,0 +1,232 @@
+"""Dashboards and alerts: every query on a real Prometheus, which reads what Ray exports."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from k8s import dashboards, rules
+from serve.metric_catalogue import ALL, exported, table
+
+from ..builders import ROOT
+from ..dashboards import metrics_in, queries
+from ..prometheus import TOOL, Prometheus, wanted
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def test_what_is_made_from_code_is_what_the_code_makes() -> None:
+    made = {**dashboards.files(), **rules.files()}
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: make it again"
+    assert set(dashboards.OUT.glob("*.json")) == dashboards.files().keys()
+    assert table() in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_every_metric_is_in_the_table_and_on_a_dashboard() -> None:
+    """Nobody makes one beside `serve.metric_catalogue`, and what nobody looks at need not be counted."""
+    for folder in ("serve", "cluster", "autoscaling", "k8s"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            made = re.findall(r"metrics\.(?:Counter|Gauge|Histogram)\b", text)
+            assert not made or file == ROOT / "serve" / "metric_catalogue.py", file
+            for name in re.findall(r'metric\("(\w+)"\)', text):
+                assert name in ALL
+    shown = set().union(*map(metrics_in, queries()))
+    assert shown == set(ALL)
+    for name, metric in ALL.items():
+        assert metric.text.isascii(), name
+
+
+def test_every_alert_has_its_place_in_the_runbook() -> None:
+    headings = {
+        line.removeprefix("### ").strip()
+        for line in (ROOT / rules.RUNBOOK).read_text(encoding="utf-8").splitlines()
+        if line.startswith("### Octet")
+    }
+    assert headings == set(rules.ALERTS)
+
+
+# -- with real data -------------------------------------------------------------------------------
+
+
+class Everything(BaseHTTPRequestHandler):
+    """Every metric there is, with rising counters, as Ray would export it."""
+
+    def do_GET(self) -> None:
+        lines = []
+        for name, metric in ALL.items():
+            tags = ",".join(f'{tag}="x"' for tag in (*metric.tags, "replica", "NodeAddress"))
+            value = time.monotonic()
+            if metric.kind != "histogram":
+                lines.append(f"{exported(name)}{{{tags}}} {value}")
+                continue
+            bounds = [*metric.buckets, "+Inf"]
+            lines += [f'ray_{name}_bucket{{{tags},le="{le}"}} {value}' for le in bounds]
+            lines += [f"ray_{name}_{part}{{{tags}}} {value}" for part in ("sum", "count")]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write("\n".join([*lines, ""]).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def everything() -> Iterator[Prometheus]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Everything)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    prometheus = Prometheus(f"127.0.0.1:{server.server_port}", rules.RULES)
+    yield prometheus
+    prometheus.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_query_finds_what_it_asks_for(everything: Prometheus) -> None:
+    left = set(queries())
+    deadline = time.monotonic() + 15
+    while left and time.monotonic() < deadline:
+        left = {query for query in left if not everything.ask(query)}
+        time.sleep(0.5)
+    assert not left
+    found = everything.rules()
+    assert len(found) == len(rules.ALERTS) + len(rules.WINDOWS)
+    assert {rule["health"] for rule in found} == {"ok"}
+
+
+# -- alerts ---------------------------------------------------------------------------------------
+
+OK, BAD = 'status="200",outcome="ok"', 'status="503",outcome="unavailable"'
+REQUESTS = "ray_octet_requests_total"
+# Series and their values, minute by minute, with which each alert fires, and without.
+CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
+    "OctetErrorBudgetFast": (
+        {f"{REQUESTS}{{{OK}}}": "0+90x90", f"{REQUESTS}{{{BAD}}}": "0+10x90"},
+        {f"{REQUESTS}{{{OK}}}": "0+98x90", f"{REQUESTS}{{{BAD}}}": "0+2x90"},
+        90,
+    ),
+    "OctetErrorBudgetSlow": (
+        {f"{REQUESTS}{{{OK}}}": "0+95x400", f"{REQUESTS}{{{BAD}}}": "0+5x400"},
+        {f"{REQUESTS}{{{OK}}}": "0+98x400", f"{REQUESTS}{{{BAD}}}": "0+2x400"},
+        400,
+    ),
+    "OctetNoDispatcher": ({"up": "1x9"}, {'ray_octet_pool_replicas{pool="p"}': "0x9"}, 9),
+    "OctetUsageUnrecorded": (
+        {f'{REQUESTS}{{outcome="usage_unrecorded"}}': "_ _ 1 1 1"},  # as Ray exports it
+        {f'{REQUESTS}{{outcome="ok"}}': "_ _ 1 1 1"},
+        4,
+    ),
+    "OctetOldestWait": (
+        {'ray_octet_queue_oldest_seconds{pool="p"}': "61x9"},
+        {'ray_octet_queue_oldest_seconds{pool="p"}': "61 61 59 61 61 61"},
+        4,
+    ),
+    "OctetReplicasNotReady": (
+        {'ray_octet_pool_replicas{pool="p",state="starting"}': "1x20"},
+        {'ray_octet_pool_replicas{pool="p",state="wanted"}': "1x20"},
+        20,
+    ),
+    "OctetManyStarts": (
+        {'ray_octet_pool_decisions_total{pool="p",direction="up"}': "0+1x60"},
+        {'ray_octet_pool_decisions_total{pool="p",direction="down"}': "0+1x60"},
+        60,
+    ),
+    "OctetSlowStart": (
+        {
+            'ray_octet_engine_start_seconds{pool="p",replica="r",phase="load"}': "400x5",
+            'ray_octet_engine_start_seconds{pool="p",replica="r",phase="warm-up"}': "400x5",
+        },
+        {
+            'ray_octet_engine_start_seconds{pool="p",replica="r",phase="load"}': "400x5",
+            'ray_octet_engine_start_seconds{pool="p",replica="q",phase="load"}': "400x5",
+        },
+        5,
+    ),
+    "OctetGpuFault": (
+        {'ray_octet_card_xids_total{uuid="u",xid="79"}': "_x26 1x5"},
+        {
+            'ray_octet_card_xids_total{uuid="u",xid="79"}': "1x30",
+            'ray_octet_card_ecc_errors{uuid="u"}': "2x30",
+        },
+        30,
+    ),
+    "OctetOutOfMemory": (
+        {'ray_octet_engine_out_of_memory_total{pool="p"}': "1x28 2 2 2"},
+        {'ray_octet_engine_out_of_memory_total{pool="p"}': "1x30"},
+        30,
+    ),
+    "OctetNonFiniteImages": (
+        {
+            'ray_octet_engine_images_total{pool="p",outcome="drawn"}': "0+90x30",
+            'ray_octet_engine_images_total{pool="p",outcome="non_finite"}': "0+2x30",
+        },
+        {
+            'ray_octet_engine_images_total{pool="p",outcome="drawn"}': "0+900x30",
+            'ray_octet_engine_images_total{pool="p",outcome="non_finite"}': "0+2x30",
+        },
+        30,
+    ),
+    "OctetSpoolFilling": (
+        {
+            'ray_octet_spool_bytes{NodeAddress="n"}': "6x9",
+            'ray_octet_spool_limit_bytes{NodeAddress="n"}': "10x9",
+        },
+        {
+            'ray_octet_spool_bytes{NodeAddress="n"}': "4x9",
+            'ray_octet_spool_limit_bytes{NodeAddress="n"}': "10x9",
+        },
+        9,
+    ),
+    "OctetRedisDown": (
+        {"ray_octet_cache_failures_total": "0+5x9"},
+        {"ray_octet_cache_failures_total": "0+1x9"},
+        9,
+    ),
+}
+
+
+def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+    wanted()
+    assert CASES.keys() == rules.ALERTS.keys()
+
+    def firing(series: dict[str, str], minutes: int) -> dict[str, Any]:
+        """Counted as a query, so that texts need not be told again."""
+        counted = f'ALERTS{{alertstate="firing",alertname="{alert}"}}'
+        return {
+            "interval": "1m",
+            "input_series": [{"series": s, "values": v} for s, v in series.items()],
+            "promql_expr_test": [
+                {
+                    "expr": f"count({counted})",
+                    "eval_time": f"{minutes}m",
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+            ],
+        }
+
+    memory = {'ray_octet_card_ecc_errors{uuid="u"}': "1x25 2x5"}
+    more = [("OctetGpuFault", memory, True, 30)]
+    cases = [(a, with_it, True, m) for a, (with_it, _, m) in CASES.items()]
+    cases += [(a, without, False, m) for a, (_, without, m) in CASES.items()]
+    for alert, series, fires, minutes in cases + more:
+        test = firing(series, minutes)
+        if not fires:
+            test["promql_expr_test"][0]["exp_samples"] = []
+        file = tmp_path / "test.yaml"
+        file.write_text(
+            yaml.safe_dump({"rule_files": [str(rules.RULES)], "tests": [test]}, sort_keys=False)
+        )
+        done = subprocess.run(  # noqa: S603 - found on the path
+            [str(TOOL), "test", "rules", str(file)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (alert, fires, done.stdout, done.stderr)
