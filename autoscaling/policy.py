@@ -8,9 +8,9 @@ replica of the pool does per second. A pool needs replicas
   by chance, which grows with the square root of their number, and the usual rise of the rate during
   a replica's start (`rates`).
 - for queued work: as many as drain the queue within `target_wait_s`, or within an eighth of a
-  start's time if that is longer. Only the work counts that will be left when a replica that is
-  ordered now is ready. If none will be left, nothing is ordered. Replicas that were ordered for a
-  queue stay until the queue is empty.
+  start's time if that is longer. This counts only the work that will be left when a replica that
+  is ordered now becomes ready; if none will be left, nothing is ordered. Replicas that were ordered
+  for a queue stay until the queue is empty.
 
 *Wanted* replicas are either *ready* or *starting*. Their number rises at once. It falls to the
 highest number that was needed within `hold_s` and within the time of two starts, so neither chance

@@ -1,10 +1,10 @@
 """Estimates of how much work arrives per second, from counters that only grow.
 
-The estimate is the mean over a long window, unless a shorter window proves more. A window that
-holds few requests proves little: the work w of requests that arrive independently of each other has
-a standard deviation of √Σw². So a short window counts as its mean less `DEVIATIONS` standard
-deviations. With many requests a jump is noticed within seconds; with few requests noise is not
-taken for a jump.
+The estimate is the mean over a long window, unless a shorter window proves a higher rate. A window
+with few requests proves little: if requests with the works w arrive independently of each other,
+the work in a window has a standard deviation of √Σw². So a short window counts as its mean less
+`DEVIATIONS` standard deviations. With many requests a jump is noticed within seconds; with few
+requests noise is not taken for a jump.
 
 A replica that starts now is ready only after a start's time. `Rises` learns how much more work than
 expected usually arrives by then, from the habits of the users and from chance.
@@ -80,7 +80,7 @@ def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
 
 
 class Rises(NamedTuple):
-    """How much more work than expected arrives by the time that a replica has started.
+    """The rises of the rate above the expected one during a replica's start.
 
     `expected`: pairs of time and expected rate, for the last start's time. `rises`: pairs of time
     and the rise of the rate above the one that was expected a start's time earlier. `usual`: the

@@ -1,7 +1,7 @@
 """Ray Serve's own autoscaling policy on Octet's requests, as the baseline to compare with.
 
-Requests wait in the Dispatcher's queue, where Serve does not see them. So the Dispatcher reports how
-many requests wait or run in each pool, and Serve's policy decides on the mean of these reports.
+Requests wait in the Dispatcher's queue, where Serve does not see them. So the Dispatcher reports
+how many requests wait or run in each pool, and Serve's policy decides on the mean of these reports.
 """
 
 from __future__ import annotations

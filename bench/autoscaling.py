@@ -1,13 +1,20 @@
-"""Autoscaling policies in the simulator: `make bench-autoscaling`.
+"""Compare autoscaling policies in the simulator: `make bench-autoscaling`.
 
-Each workload is played under every policy with every setting of its grid. Shown are ours as it
-ships, and of each grid the cheapest setting that answers 99 % in time ("99 %"; where none does,
-the one that answers most). Ray's has a second row, with the fewest violations at any price
-("best"); ours has a row for each of Ray's two, with the fewest violations at no higher cost.
+Each workload is simulated under every policy with all combinations of its parameters (its grid).
+The table has these rows for each workload:
 
-In time is within five times what an image takes alone; all else is a violation. The first quarter
-of an hour is not counted, so that nobody is judged by an empty start. A grid is chosen from by one
-seed, and what was chosen is played with others.
+- "queued-work, as shipped": Octet's policy with its default parameters.
+- "POLICY, 99 %": the cheapest parameters that answer 99 % of the requests in time. If none do, the
+  parameters that answer most.
+- "ray-serve, best": the parameters with the fewest violations, at any cost.
+- "queued-work for no more": the parameters of Octet's policy with the fewest violations that cost
+  no more than "ray-serve, 99 %".
+- "queued-work for no more than that": the same, compared with "ray-serve, best".
+
+A request is in time if it takes at most five times as long as its image takes alone; otherwise it
+is a violation. The first quarter of an hour is not counted, so that no policy is judged by its
+empty start. Parameters are chosen with one seed, and the chosen ones are simulated again with
+others.
 """
 
 from __future__ import annotations
@@ -23,8 +30,7 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autoscaling.load import PolicyTuning
-from autoscaling.load import PoolBounds as PoolLimits
+from autoscaling.load import PolicyTuning, PoolBounds
 from autoscaling.simulation import workloads
 from autoscaling.simulation.fleet import NodeType
 from autoscaling.simulation.plot import plot_timelines
@@ -39,31 +45,33 @@ from serve.cli.simulate_scenario import Scenario, scenario_of_card
 OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
-OUR_SPARES, OUR_HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
-OUR_UTILISATIONS = 0.8, 0.9
+SPARES, HOLDS_S = (1.0, 3.0, 6.0, 12.0, 2.0, 4.0, 16.0), (300.0, 120.0, 600.0, 1800.0)
+UTILISATIONS = 0.8, 0.9
 RAY_TARGETS = (0.6, 0.7, 0.8, 1.0, 1.5, 3.0)
-RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0, 1800.0)  # Ray's own: 30 and 600
+RAY_UP_S, RAY_DOWN_S = (0.0, 30.0), (60.0, 300.0, 600.0, 1800.0)  # Ray's defaults: 30 and 600
 KEDA_TARGETS = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
-KEDA_STABILISATION_S = (60.0, 300.0, 1800.0)  # Kubernetes' own: 300
-TUNED_BY, SEEDS = 1, (2, 3, 4)
+KEDA_STABILISATION_S = (60.0, 300.0, 1800.0)  # Kubernetes' default: 300
+TUNING_SEED, SEEDS = 1, (2, 3, 4)
 ORACLE_SPARES = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
 STATIC = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 ATTAINED = 0.99
-DRAWN = ("queued-work, as shipped", "ray-serve, 99 %", "oracle, 99 %")
+PLOTTED = ("queued-work, as shipped", "ray-serve, 99 %", "oracle, 99 %")
 
 
 class Job(NamedTuple):
+    """A simulation to run; `numbers`: the policy's parameters; `timeline`: whether to return it."""
+
     workload: str
     policy: str
     numbers: tuple[tuple[str, float], ...]
     quick: bool
-    seed: int = TUNED_BY
+    seed: int = TUNING_SEED
     timeline: bool = False
 
 
 @cache
 def cases(quick: bool) -> dict[str, tuple[Workload, Scenario]]:
-    """Workloads, each with the fleet that serves it."""
+    """Each workload with the scenario that serves it, by the workload's name."""
     part = 0.5 if quick else 1.0
     large, larger = (
         scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODE_S, START_S) for most in (64, 128)
@@ -80,7 +88,7 @@ def cases(quick: bool) -> dict[str, tuple[Workload, Scenario]]:
 
 
 def mixed() -> Scenario:
-    """FP8 on 32 spot L40S, which are taken away now and then, then 16 bit on A100."""
+    """A scenario of FP8 on up to 32 spot L40S, some reclaimed at times, then 16 bit on A100."""
     fp8 = reference(structure("sd3.5-large"), "fp8", CARDS["l40s"])
     bf16 = reference(structure("sd3.5-large"), "bf16", CARDS["a100-80"])
     start_s = NODE_S + START_S
@@ -96,29 +104,32 @@ def mixed() -> Scenario:
         "a100-80", CARDS["a100-80"].on_demand_usd_h or 0.0, node_s=NODE_S, start_s=START_S
     )
     speed = _work_s(fp8) / _work_s(bf16)
-    sites = {
-        "fp8": SimulatedPool(PoolLimits("m", 0, 32, 2, 1.0, start_s, l40s.usd_h), l40s, fp8),
-        "fp16": SimulatedPool(PoolLimits("m", 0, 48, 1, speed, start_s, a100.usd_h), a100, bf16),
+    pools = {
+        "fp8": SimulatedPool(PoolBounds("m", 0, 32, 2, 1.0, start_s, l40s.usd_h), l40s, fp8),
+        "fp16": SimulatedPool(PoolBounds("m", 0, 48, 1, speed, start_s, a100.usd_h), a100, bf16),
     }
-    return Scenario(sites, fp8, PolicyTuning())
+    return Scenario(pools, fp8, PolicyTuning())
 
 
 def _work_s(costs: CostCoefficients) -> float:
+    """Seconds of the first of the usual image shapes."""
     return costs.work_s(image_of(workloads.USUAL[0][0]))
 
 
-def play(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
-    workload, scene = cases(job.quick)[job.workload]
-    outcome = scene.run(workload, job.policy, job.seed, WARM_UP_S, **dict(job.numbers))
-    return job, as_dict(outcome), outcome.timeline if job.timeline else []
+def run_job(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
+    """Run a simulation; return the job, the result, and the timeline if it is wanted."""
+    workload, scenario = cases(job.quick)[job.workload]
+    result = scenario.run(workload, job.policy, job.seed, WARM_UP_S, **dict(job.numbers))
+    return job, as_dict(result), result.timeline if job.timeline else []
 
 
 def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
+    """All policies with the parameters to try; Octet's comes first with its defaults."""
     step = 2 if quick else 1
-    ours = (
-        product(OUR_SPARES[:4], OUR_HOLDS_S[:1], OUR_UTILISATIONS[:1])
+    queued_work = (
+        product(SPARES[:4], HOLDS_S[:1], UTILISATIONS[:1])
         if quick
-        else product(OUR_SPARES, OUR_HOLDS_S, OUR_UTILISATIONS)
+        else product(SPARES, HOLDS_S, UTILISATIONS)
     )
     ray = product(RAY_TARGETS[::step], RAY_UP_S[::step], RAY_DOWN_S[::step])
     keda = product(KEDA_TARGETS[::step], KEDA_STABILISATION_S[::step])
@@ -126,7 +137,7 @@ def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
         ("queued-work", {}),
         *(
             ("queued-work", {"spare": spare, "hold_s": hold_s, "utilisation": utilisation})
-            for spare, hold_s, utilisation in ours
+            for spare, hold_s, utilisation in queued_work
         ),
         *(
             (
@@ -145,68 +156,74 @@ def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
     ]
 
 
-Played = dict[str, Any]  # what `as_dict` has, and "numbers"
+Row = dict[str, Any]  # a result as `as_dict` returns it, with the policy's "numbers"
 
 
-def fewest_violations(played: Sequence[Played]) -> Played:
-    return min(played, key=lambda one: (one["violations"], one["usd"]))
+def fewest_violations(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: (row["violations"], row["usd"]))
 
 
-def cheapest_attaining(played: Sequence[Played]) -> Played:
-    """Of those that answer `ATTAINED` in time; the one that answers most if none does."""
-    enough = [one for one in played if one["attainment"] >= ATTAINED]
-    return min(enough, key=lambda one: one["usd"]) if enough else fewest_violations(played)
+def cheapest_attaining(rows: Sequence[Row]) -> Row:
+    """The cheapest row that answers `ATTAINED` in time; if none does, the one that answers most."""
+    attaining = [row for row in rows if row["attainment"] >= ATTAINED]
+    return min(attaining, key=lambda row: row["usd"]) if attaining else fewest_violations(rows)
 
 
-def no_dearer(played: Sequence[Played], than: Played) -> Played:
-    """The one with the fewest violations; the cheapest if all are dearer."""
-    affordable = [one for one in played if one["usd"] <= than["usd"]]
+def no_dearer(rows: Sequence[Row], than: Row) -> Row:
+    """The row with the fewest violations that costs no more than `than`.
+
+    If all rows cost more, this is the cheapest.
+    """
+    affordable = [row for row in rows if row["usd"] <= than["usd"]]
     if affordable:
         return fewest_violations(affordable)
-    return min(played, key=lambda one: one["usd"])
+    return min(rows, key=lambda row: row["usd"])
 
 
 def ratio(a: float, b: float) -> float | None:
+    """a ÷ b, where 0 ÷ 0 is 1; None if only `b` is 0."""
     return round(a / b, 4) if b else (1.0 if not a else None)
 
 
-def chosen(found: dict[str, list[Played]]) -> dict[str, tuple[str, Played]]:
-    """Of a workload's grids: the rows that are shown, and their policies."""
-    ours, ray = found["queued-work"], found["ray-serve"]
+def chosen(grids: dict[str, list[Row]]) -> dict[str, tuple[str, Row]]:
+    """The rows to show of a workload's results by policy: for each label, the policy and row."""
+    queued_work, ray = grids["queued-work"], grids["ray-serve"]
+    shipped = next(row for row in queued_work if not row["numbers"])
     tuned, best = cheapest_attaining(ray), fewest_violations(ray)
     return {
-        "queued-work, as shipped": ("queued-work", next(o for o in ours if not o["numbers"])),
-        "queued-work, 99 %": ("queued-work", cheapest_attaining(ours)),
+        "queued-work, as shipped": ("queued-work", shipped),
+        "queued-work, 99 %": ("queued-work", cheapest_attaining(queued_work)),
         "ray-serve, 99 %": ("ray-serve", tuned),
-        "queued-work for no more": ("queued-work", no_dearer(ours, tuned)),
+        "queued-work for no more": ("queued-work", no_dearer(queued_work, tuned)),
         "ray-serve, best": ("ray-serve", best),
-        "queued-work for no more than that": ("queued-work", no_dearer(ours, best)),
-        "keda, 99 %": ("keda", cheapest_attaining(found["keda"])),
-        "static, 99 %": ("static", cheapest_attaining(found["static"])),
-        "oracle, 99 %": ("oracle", cheapest_attaining(found["oracle"])),
+        "queued-work for no more than that": ("queued-work", no_dearer(queued_work, best)),
+        "keda, 99 %": ("keda", cheapest_attaining(grids["keda"])),
+        "static, 99 %": ("static", cheapest_attaining(grids["static"])),
+        "oracle, 99 %": ("oracle", cheapest_attaining(grids["oracle"])),
     }
 
 
-def key(policy: str, one: Played) -> tuple[Any, ...]:
-    return policy, tuple(one["numbers"].items())
+def key(policy: str, row: Row) -> tuple[Any, ...]:
+    """The policy and parameters of a row, as a job's fields 1 and 2 have them."""
+    return policy, tuple(row["numbers"].items())
 
 
-def together(one: Sequence[Played]) -> Played:
-    """The same policy with several seeds: sums, and the worst wait."""
+def combined(rows: Sequence[Row]) -> Row:
+    """The results of several seeds as one row: sums, and the longest wait."""
     summed = {
-        key: sum(played[key] for played in one)
+        key: sum(row[key] for row in rows)
         for key in ("requests", "violations", "usd", "replica_h", "ups", "downs", "starts")
     }
     return {
         **summed,
         "usd": round(summed["usd"], 2),
         "attainment": round(1 - summed["violations"] / summed["requests"], 5),
-        "attainment_each": [played["attainment"] for played in one],
-        "wait_p99_s": max(played["wait_p99_s"] for played in one),
+        "attainment_each": [row["attainment"] for row in rows],
+        "wait_p99_s": max(row["wait_p99_s"] for row in rows),
     }
 
 
-RATIOS = {  # of one number in two rows
+RATIOS = {  # name: a number, and the two rows whose numbers are divided
     "violations_vs_ray": ("violations", "queued-work for no more", "ray-serve, 99 %"),
     "cost_vs_ray": ("usd", "queued-work for no more", "ray-serve, 99 %"),
     "violations_vs_ray_best": (
@@ -221,27 +238,28 @@ RATIOS = {  # of one number in two rows
 }
 
 
-def compared(rows: dict[str, Played]) -> dict[str, Any]:
-    """How ours compares."""
+def compared(rows: dict[str, Row]) -> dict[str, Any]:
+    """The rows of a workload, with the ratios of Octet's policy to the others."""
     ratios = {name: ratio(rows[a][of], rows[b][of]) for name, (of, a, b) in RATIOS.items()}
     shipped, oracle = rows["queued-work, as shipped"], rows["oracle, 99 %"]
     if min(shipped["attainment"], oracle["attainment"]) < ATTAINED:
-        ratios["cost_vs_oracle"] = None  # of different things
+        ratios["cost_vs_oracle"] = None  # costs of different service cannot be compared
     return {"policies": rows, **ratios}
 
 
 def table(results: dict[str, Any]) -> str:
+    """The results as Markdown tables, as bench/README.md shows them."""
     lines = [
         "| workload | policy | $ | violations | answered in time | wait p99 s | ups, downs |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        for policy, one in result["policies"].items():
-            numbers = ", ".join(f"{value:g}" for value in one["numbers"].values())
+        for policy, row in result["policies"].items():
+            numbers = ", ".join(f"{value:g}" for value in row["numbers"].values())
             lines.append(
-                f"| {name} | {policy}{f' ({numbers})' if numbers else ''} | {one['usd']:.1f} "
-                f"| {one['violations']} | {one['attainment']:.2%} | {one['wait_p99_s']:.1f} "
-                f"| {one['ups']}, {one['downs']} |"
+                f"| {name} | {policy}{f' ({numbers})' if numbers else ''} | {row['usd']:.1f} "
+                f"| {row['violations']} | {row['attainment']:.2%} | {row['wait_p99_s']:.1f} "
+                f"| {row['ups']}, {row['downs']} |"
             )
     lines += ["", f"| workload | {' | '.join(f'`{name}`' for name in RATIOS)} |"]
     lines.append("|---" * (1 + len(RATIOS)) + "|")
@@ -252,7 +270,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def scale(quick: bool) -> dict[str, Any]:
-    """The simulator's own speed, and 1,000 cards."""
+    """Measure the simulator's speed on a day of 50 requests/s, and on up to 1,000 cards."""
     day = workloads.poisson(50, DAY_S / (24 if quick else 1))
     large = scenario_of_card("sd3.5-large", "h100", 4, 0, 1000, NODE_S, START_S)
     began = time.perf_counter()
@@ -275,7 +293,7 @@ def scale(quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="less than 3 minutes")
     quick = parser.parse_args().quick
     began = time.perf_counter()
     jobs = [
@@ -283,31 +301,31 @@ def main() -> None:
         for name in cases(quick)
         for policy, numbers in grid(quick)
     ]
-    found: dict[str, dict[str, list[Played]]] = {name: {} for name in cases(quick)}
+    grids: dict[str, dict[str, list[Row]]] = {name: {} for name in cases(quick)}
     results: dict[str, Any] = {}
     timelines: dict[str, dict[str, Any]] = {}
     seeds = SEEDS[:1] if quick else SEEDS
     with Pool() as pool:
-        for job, played, _ in pool.imap(play, jobs):
-            one = played | {"numbers": dict(job.numbers)}
-            found[job.workload].setdefault(job.policy, []).append(one)
-        for name, of in found.items():
-            rows = chosen(of)
+        for job, result, _ in pool.imap(run_job, jobs):
+            row = result | {"numbers": dict(job.numbers)}
+            grids[job.workload].setdefault(job.policy, []).append(row)
+        for name, by_policy in grids.items():
+            rows = chosen(by_policy)
             again = dict.fromkeys(
-                Job(name, policy, tuple(one["numbers"].items()), quick, seed, seed == seeds[0])
-                for policy, one in rows.values()
+                Job(name, policy, tuple(row["numbers"].items()), quick, seed, seed == seeds[0])
+                for policy, row in rows.values()
                 for seed in seeds
             )
-            played_again = list(pool.imap(play, again))
+            repeated = list(pool.imap(run_job, again))
             results[name] = compared(
                 {
-                    row: together([p for job, p, _ in played_again if job[1:3] == key(policy, one)])
-                    | {"numbers": one["numbers"]}
-                    for row, (policy, one) in rows.items()
+                    label: combined([r for job, r, _ in repeated if job[1:3] == key(policy, row)])
+                    | {"numbers": row["numbers"]}
+                    for label, (policy, row) in rows.items()
                 }
             )
-            lines = {job[1:3]: line for job, _, line in played_again if line}
-            timelines[name] = {row: lines[key(*rows[row])] for row in DRAWN}
+            lines = {job[1:3]: line for job, _, line in repeated if line}
+            timelines[name] = {label: lines[key(*rows[label])] for label in PLOTTED}
     OUT.mkdir(parents=True, exist_ok=True)
     for name, lines in timelines.items():
         plot_timelines(lines, name, OUT / f"autoscaling-{name}.png")
@@ -316,7 +334,7 @@ def main() -> None:
         "quick": quick,
         "seeds": seeds,
         "workloads": results,
-        "grids": found,
+        "grids": grids,
         "scale": scale(quick),
         "took_s": round(time.perf_counter() - began, 1),
     }

@@ -1,9 +1,9 @@
-"""Autoscaling on real Ray with the demo model, under load over HTTP: `make bench-autoscaling-ray`.
+"""Measure autoscaling on real Ray with the demo model, under load: `make bench-autoscaling-ray`.
 
-From 0 and from 1 replica to as many as the load needs and back, by our policy; then the same load
-under Ray Serve's own with its default settings. Times of holding and of idleness are shortened to
-seconds. Replicas share this machine's cores, so more of them draw no faster here: what is measured
-is when they come and go, and that no request fails.
+Octet's policy scales from 0 and from 1 replica to as many as the load needs, and back. Then the
+same load runs under Ray Serve's own policy with its default settings. The times for which replicas
+are held are shortened to seconds. All replicas share this machine's cores, so more of them generate
+no faster here. The measurement is when replicas come and go, and that no request fails.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ POOL = "landscapes-fp8"
 
 
 def settings(policy: str, least: int) -> Any:
+    """The demo's settings with one pool of `least` to `MOST` replicas."""
     environ = {
         "OCTET_HTTP__PORT": str(free_port()),
         "OCTET_AUTOSCALING_POLICY": policy,
@@ -54,7 +55,7 @@ def settings(policy: str, least: int) -> Any:
 
 
 class Watch(threading.Thread):
-    """What the pool has, twice a second."""
+    """A thread that records the pool's replicas and queue twice per second in `points`."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -71,13 +72,14 @@ class Watch(threading.Thread):
             if pool:
                 at = time.monotonic() - self.began
                 queued = state["queued"]
-                asked = queued + pool["running"]
+                load = queued + pool["running"]
                 self.points.append(
-                    TimelinePoint(at, asked, queued, pool["wanted"], pool["replicas"])
+                    TimelinePoint(at, load, queued, pool["wanted"], pool["replicas"])
                 )
 
 
-def play(policy: str, least: int) -> tuple[dict[str, Any], list[TimelinePoint]]:
+def run_load(policy: str, least: int) -> tuple[dict[str, Any], list[TimelinePoint]]:
+    """Put the load on a server under the policy; return the results and the timeline."""
     with run_application(settings(policy, least)) as octet:
         watch = Watch(octet.url)
         watch.start()
@@ -110,7 +112,7 @@ def main() -> None:
     timelines: dict[str, list[TimelinePoint]] = {}
     for policy, least in (("queued-work", 0), ("queued-work", 1), ("ray-default", 1)):
         name = f"{policy}, from {least}"
-        results[name], timelines[name] = play(policy, least)
+        results[name], timelines[name] = run_load(policy, least)
         print(name, json.dumps(results[name]), flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "autoscaling-ray.json").write_text(json.dumps(results, indent=1))

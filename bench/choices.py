@@ -1,9 +1,9 @@
-"""What the engine's choices gain on the machine at hand, on the demo model.
+"""Measure what some choices in the engine gain, with the demo model on this machine.
 
     python -m bench.choices [--compiled]
 
-Each pair runs in turn, step by step; printed are medians, and the median of the ratios.
-`--compiled` adds compiled blocks, which takes a C++ compiler and two minutes.
+The two variants of a choice take turns, call by call. Prints the medians of both, and the median of
+their ratios. `--compiled` adds compiled blocks, which needs a C++ compiler and takes two minutes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ REPEATS = 25
 
 
 def transformer(recipe: str) -> Any:
+    """The demo model's transformer in a recipe."""
     made = SD3Transformer2DModel.from_pretrained(MODEL / "transformer", torch_dtype=torch.bfloat16)
     return apply_recipe(made, RECIPES[recipe]).eval()
 
 
 def step(model: Any, images: int) -> Callable[[], object]:
+    """A call of the transformer with random inputs for `images` images with guidance."""
     rows = 2 * images
     inputs = {
         "hidden_states": torch.randn(rows, 16, 16, 16).bfloat16(),
@@ -45,6 +47,7 @@ def step(model: Any, images: int) -> Callable[[], object]:
 
 
 def decode(channels_last: bool, dtype: torch.dtype) -> Callable[[], object]:
+    """A call of the VAE's decoder with random latents."""
     vae: Any = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=dtype).eval()
     if channels_last:
         vae.to(memory_format=torch.channels_last)
@@ -54,6 +57,7 @@ def decode(channels_last: bool, dtype: torch.dtype) -> Callable[[], object]:
 
 @torch.inference_mode()
 def compare(name: str, before: Callable[[], object], after: Callable[[], object]) -> None:
+    """Time both variants and print a row of the table."""
     pairs = []
     for _ in range(REPEATS + 3):
         seconds = []
@@ -70,7 +74,7 @@ def compare(name: str, before: Callable[[], object], after: Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="measure compiled blocks too")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")

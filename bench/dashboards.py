@@ -1,4 +1,4 @@
-"""Grafana's dashboards as pictures, without Grafana: the same queries to a real Prometheus.
+"""Plot Octet's Grafana dashboards without Grafana, from the same queries to a real Prometheus.
 
 python -m bench.dashboards http://127.0.0.1:9090 [--minutes 5]    # build/dashboards/*.png
 """
@@ -22,6 +22,7 @@ WINDOW = "1m"
 
 
 def series(prometheus: str, query: str, minutes: float) -> list[dict[str, Any]]:
+    """The time series that a query returns for the last `minutes`."""
     now = time.time()
     answer = httpx.get(
         f"{prometheus}/api/v1/query_range",
@@ -39,18 +40,20 @@ def series(prometheus: str, query: str, minutes: float) -> list[dict[str, Any]]:
 
 
 def named(legend: str, tags: dict[str, str]) -> str:
+    """A legend with its `{{tag}}` places filled in."""
     for tag, value in tags.items():
         legend = legend.replace(f"{{{{{tag}}}}}", value)
     return legend
 
 
 def show(panel: Panel, axes: Any, prometheus: str, minutes: float) -> None:
+    """Plot a panel onto `axes`."""
     now = time.time()
     for query, legend in panel.queries:
-        for one in series(prometheus, query, minutes):
-            times = [(float(at) - now) / 60 for at, _ in one["values"]]
-            values = [float(value) for _, value in one["values"]]
-            axes.plot(times, values, label=named(legend, one["metric"]))
+        for line in series(prometheus, query, minutes):
+            times = [(float(at) - now) / 60 for at, _ in line["values"]]
+            values = [float(value) for _, value in line["values"]]
+            axes.plot(times, values, label=named(legend, line["metric"]))
     axes.set_title(f"{panel.title} ({panel.unit})", fontsize=9)
     axes.set_xlim(-minutes, 0)
     axes.set_ylim(bottom=0)

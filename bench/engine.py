@@ -58,7 +58,7 @@ from .replay import (
 )
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "engine.json"
-EQUAL = MAX_ROWS // 2  # images in the throughput runs, and slots of the replica everywhere
+EQUAL = MAX_ROWS // 2  # images in the throughput runs, and slots of the replica in all runs
 STEPS = 4, 8, 20, 28, 50
 LOADS = 0.5, 0.8, 0.95  # fractions of the rate that one image at a time can serve
 

@@ -3,9 +3,9 @@
     python -m bench.fairness [--quick]
 
 Runs on real Ray with real HTTP, against a server of its own on loopback. Most parts use Generators
-that only wait (`bench/timed.py`), with 8 slots, so that two cores are enough to measure dispatch. One
-part uses the demo model. Plain Ray Serve, first come first served, is measured for comparison. Writes
-build/bench/fairness.json.
+that only wait (`bench/timed.py`), with 8 slots, so that two cores are enough to measure dispatch.
+One part uses the demo model. Plain Ray Serve, first come first served, is measured for comparison.
+Writes build/bench/fairness.json.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def light_tenants(steps: int, seconds: float) -> list[TimedRequest]:
 def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[TimedRequest]]:
     """Measure the light tenants without and with a tenant that requests ten times the capacity.
 
-    The tenant `flood` begins after the light tenants; their latencies are compared from then on. The
-    second value is the requests of the flood whose images were generated, at their times.
+    The tenant `flood` begins after the light tenants; their latencies are compared from then on.
+    The second value is the requests of the flood whose images were generated, at their times.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s

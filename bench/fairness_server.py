@@ -48,11 +48,8 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
     `import_path`: the function that builds the application. `folder`: where its tenants and usage
     records are kept. `changes`: settings that differ from the demo's.
     """
-    limits = {
-        "requests_per_s": 1e5,
-        "work_per_s": 1e5,
-        "monthly_work": 1e9,
-    }  # too high to be reached
+    # Limits that exist and are never reached.
+    limits = {"requests_per_s": 1e5, "work_per_s": 1e5, "monthly_work": 1e9}
     keys = {name: add_tenant(folder / "tenants", name, limits) for name in ("flood", *LIGHT)}
     for name, weight in WEIGHTS.items():
         keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})

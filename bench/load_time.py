@@ -1,11 +1,11 @@
-"""How long an FP8 replica's transformer takes to load, and how much memory at most.
+"""Measure the time and the peak memory of loading an FP8 replica's transformer.
 
     python -m bench.load_time [--heads 12] [--repeats 5]
 
-Makes a random model with SD3.5 Medium's structure (24 layers, dual attention in the first 13,
-heads of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it, and loads
-each in fresh processes that then touch every weight. Files are in the page cache. Peak memory is
-the process's largest resident set above what it had before loading, mapped files included.
+Makes a random model with SD3.5 Medium's structure (24 layers, dual attention in the first 13, heads
+of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Loads each in
+fresh processes, which then touch every weight. The files are in the page cache. Peak memory is the
+process's largest resident set, mapped files included, minus its resident set before loading.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SD35_MEDIUM_HEADS = 24
 
 
 def random_model(folder: Path, heads: int) -> None:
-    """A checkpoint with only a transformer, in bfloat16."""
+    """Write a checkpoint with only a transformer, in bfloat16; `heads`: 24 is Medium's width."""
     import torch
     from diffusers import SD3Transformer2DModel
 
@@ -53,7 +53,7 @@ def random_model(folder: Path, heads: int) -> None:
 
 
 def load(folder: Path) -> dict[str, float]:
-    """Seconds and peak bytes of one load, in this process."""
+    """Load the transformer in this process; return seconds and peak bytes."""
     import torch
 
     from serve.engine.fp8_checkpoint import load_transformer
@@ -76,9 +76,9 @@ def load(folder: Path) -> dict[str, float]:
 
 
 def load_apart(folder: Path) -> dict[str, float]:
-    """`load` in a fresh process."""
+    """Run `load` in a fresh process."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.load_time", "--load", str(folder)]
-    done = subprocess.run(  # noqa: S603 - our own interpreter and module
+    done = subprocess.run(  # noqa: S603 - this interpreter, this module
         command, capture_output=True, text=True, check=True
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -86,7 +86,10 @@ def load_apart(folder: Path) -> dict[str, float]:
 
 
 def measure(heads: int, repeats: int) -> dict[str, Any]:
-    """Medians of both kinds of checkpoint, loaded in turn, and their sizes on disk."""
+    """Medians of loading both kinds of checkpoint, and their sizes on disk.
+
+    The two kinds take turns.
+    """
     from serve.engine.fp8_checkpoint import quantize
     from serve.models.checkpoints import size_bytes, write_manifest
 
@@ -108,14 +111,19 @@ def measure(heads: int, repeats: int) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """Of this program alone: getrusage would also count its parent before the fork."""
+    """The largest resident set of this program in bytes.
+
+    getrusage would also count the parent process before the fork.
+    """
     (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s]
     return int(line.split()[1]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--heads", type=int, default=12, help="24 is SD3.5 Medium itself")
+    parser.add_argument(
+        "--heads", type=int, default=12, help="attention heads; 24 is the width of SD3.5 Medium"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Memory of replicas: the table of `cluster.footprint`, beside what the meta device says.
+"""Print the memory of replicas by `cluster.footprint`, and check it on torch's meta device.
 
     python -m bench.memory_model
 
-Peaks of a step and of a decode are followed on the meta device: shapes alone, no arithmetic. A
-dispatch mode follows every tensor's storage from its allocation until nothing refers to it. That is
-what torch's allocator would hold without fragmentation, for eager execution; attention is counted
-as fused kernels do it, without its matrix of weights.
+The peaks of a step and of a decode are traced on the meta device, which computes shapes and no
+values. A dispatch mode follows every tensor's storage from its allocation until nothing refers to
+it. The sum is what torch's allocator would hold in eager execution without fragmentation. Attention
+counts as fused kernels do it, without its matrix of weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ SIDES = 512, 1024
 
 
 class LivingBytes(TorchDispatchMode):
-    """`peak`: the most bytes of storages made within the block that were alive at a time."""
+    """Traces the memory of tensors that are made within a `with` block.
+
+    `living`: bytes of their storages that are alive now. `peak`: the most that were alive at a
+    time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +68,7 @@ def _storages(tree: Any) -> list[Any]:
 
 
 def step_bytes(model: str, recipe: str, rows: int, width: int, height: int, text: int) -> int:
-    """The peak of one call of the transformer, without its weights and its input."""
+    """Peak bytes of one call of the transformer, without its weights and its input."""
     transformer = _transformer(model, recipe)
     with torch.device("meta"):
         latents = torch.empty(rows, 16, height // 8, width // 8, dtype=torch.bfloat16)
@@ -83,7 +87,7 @@ def step_bytes(model: str, recipe: str, rows: int, width: int, height: int, text
 
 
 def decode_bytes(width: int, height: int) -> int:
-    """The peak of the VAE's decoder in bfloat16, for one image."""
+    """Peak bytes of the VAE's decoder in bfloat16, for one image."""
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config("vae")).to(torch.bfloat16)
         latents = torch.empty(1, 16, height // 8, width // 8, dtype=torch.bfloat16)
@@ -100,6 +104,8 @@ def _transformer(model: str, recipe: str) -> Any:
 
 
 def _fused_attention() -> Any:
+    """Patch attention to allocate its result only, like a fused kernel."""
+
     def attention(query: Any, key: Any, value: Any, **_: Any) -> Any:
         return torch.empty_like(query)
 
@@ -107,7 +113,7 @@ def _fused_attention() -> Any:
 
 
 def encode_bytes(prompts: int, length: int) -> int:
-    """The peak of T5's encoder in bfloat16, the largest of the text encoders."""
+    """Peak bytes of T5's encoder in bfloat16, the largest of the text encoders."""
     with torch.device("meta"):
         t5 = T5EncoderModel(T5Config(**config("t5_xxl"))).to(torch.bfloat16)
         ids = torch.zeros(prompts, length, dtype=torch.long)
@@ -117,7 +123,7 @@ def encode_bytes(prompts: int, length: int) -> int:
 
 
 def main() -> None:
-    print("GiB of a replica that draws one image with guidance at a time, computed\n")
+    print("GiB of a replica that generates one image with guidance at a time, computed\n")
     print(
         "| model | runs | size | transformer | VAE | step | decode | torch peak | whole replica |"
     )
@@ -129,11 +135,11 @@ def main() -> None:
         print(f"| {model} | {recipe} | {side}² | {cells} |")
     print(f"\ntext encoders, T5 in FP8 / in 16 bit: {text_encoders_gib():.2f} / "
           f"{text_encoders_gib(t5_in_fp8=False):.2f} GiB")  # fmt: skip
-    off = [
+    ratios = [
         step_bytes(m, r, 2, s, s, TEXT_TOKENS) / formula(structure(m), r, 2, s * s, TEXT_TOKENS)
         for m, r, s in product(("sd3.5-large", "sd3.5-medium"), ("fp8", "bf16"), SIDES)
     ]
-    print(f"a step followed on the meta device ÷ its formula: {min(off):.3f} to {max(off):.3f}")
+    print(f"a step traced on the meta device ÷ its formula: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Repeated requests on the demo model over HTTP: `make bench-repeats`, about 3 minutes.
+"""Measure the result cache on the demo model over HTTP: `make bench-repeats`, about 3 minutes.
 
-How long an answer takes that is drawn, and one that was drawn before: remembered by the Ingress, or
-through Redis. Then Redis is stopped (SIGSTOP), and images are drawn in turn with the cache asked in
-vain and without it. One request at a time; an image of one step, so that what the cache adds shows.
+Compares the time of a generated image with that of a repeated request, which the cache answers: in
+the Ingress's memory, or in Redis. Then Redis is stopped (SIGSTOP), so that it does not answer.
+Images that look it up in vain and images that bypass the cache take turns. These have one step, so
+that the time that the cache adds can be seen. One request runs at a time.
 """
 
 from __future__ import annotations
@@ -25,54 +26,60 @@ from serve.settings.file import load_settings
 
 from .fairness_server import free_port
 
-DRAWN, HITS, STOPPED = 30, 500, 200
+GENERATED, HITS, STOPPED = 30, 500, 200  # requests of each kind
 BODY = {"prompt": "dunes", "size": "128x128"}
 QUICK_BODY = {**BODY, "num_inference_steps": 1}
 
 
 class Client:
+    """Sends a request at a time and checks what the result cache did."""
+
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
 
-    def ask(self, body: dict[str, Any], expected: str, **headers: str) -> float:
-        """Seconds that it took."""
+    def request(self, body: dict[str, Any], expected: str, **headers: str) -> float:
+        """Seconds of the request; `expected`: what the result cache must do, such as `hit`."""
         began = time.perf_counter()
         answer = self._http.post("/v1/images/generations", json=body, headers=headers)
         took_s = time.perf_counter() - began
         assert answer.status_code == 200, answer.text
         use = answer.headers["x-octet-cache"]
-        assert use == expected, f"{use} in the place of {expected}"
+        assert use == expected, f"{use} instead of {expected}"
         return took_s
 
 
-def line(what: str, took: list[float]) -> None:
+def line(name: str, took: list[float]) -> None:
+    """Print a row of the table."""
     p50, p99 = 1000 * median(took), 1000 * percentile(took, 0.99)
-    print(f"| {what} | {len(took)} | {p50:.1f} | {p99:.1f} |", flush=True)
+    print(f"| {name} | {len(took)} | {p50:.1f} | {p99:.1f} |", flush=True)
 
 
 def measure(client: Client, where: str) -> None:
+    """Measure generated images and hits of a cache in `where`."""
     line(
-        f"{where}: drawn (28 steps)",
-        [client.ask({**BODY, "seed": s}, "miss") for s in range(DRAWN)],
+        f"{where}: generated (28 steps)",
+        [client.request({**BODY, "seed": s}, "miss") for s in range(GENERATED)],
     )
     time.sleep(0.5)
-    line(f"{where}: hit", [client.ask({**BODY, "seed": i % DRAWN}, "hit") for i in range(HITS)])
+    hits = [client.request({**BODY, "seed": i % GENERATED}, "hit") for i in range(HITS)]
+    line(f"{where}: hit", hits)
 
 
 def stopped(client: Client) -> None:
-    """Images that are drawn either way, in turn."""
-    asked, not_asked = [], []
+    """Measure images that look up a stopped Redis, and images that bypass the cache, in turn."""
+    looked_up, bypassed = [], []
     for i in range(STOPPED):
         body = {**QUICK_BODY, "seed": 1000 + i}
-        asked.append(client.ask(body, "miss"))
-        not_asked.append(client.ask({**body, "seed": i}, "off", **{"cache-control": "no-cache"}))
-    line("Redis stopped: drawn (1 step), the cache asked in vain", asked)
-    line("Redis stopped: drawn (1 step), the cache not asked", not_asked)
-    added_ms = 1000 * (percentile(asked, 0.99) - percentile(not_asked, 0.99))
-    print(f"\nadded to the p99: {added_ms:.0f} ms; longest {1000 * max(asked):.0f} ms")
+        looked_up.append(client.request(body, "miss"))
+        bypassed.append(client.request({**body, "seed": i}, "off", **{"cache-control": "no-cache"}))
+    line("Redis stopped: generated (1 step), cache without an answer", looked_up)
+    line("Redis stopped: generated (1 step), cache bypassed", bypassed)
+    added_ms = 1000 * (percentile(looked_up, 0.99) - percentile(bypassed, 0.99))
+    print(f"\nadded to the p99: {added_ms:.0f} ms; longest {1000 * max(looked_up):.0f} ms")
 
 
 def settings(folder: str, cache: CacheSettings) -> Settings:
+    """The demo's settings on a free port, with a data folder and a cache."""
     found = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(free_port())})
     return found.model_copy(update={"cache": cache, "data_folder": folder})
 

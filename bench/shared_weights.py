@@ -1,12 +1,12 @@
-"""Resident memory of 1 and 4 processes that hold the same FP8 transformer on a CPU.
+"""Measure the memory of 1 and 4 processes that hold the same FP8 transformer on a CPU.
 
     python -m bench.shared_weights [--heads 12]
 
-Each is a process of its own with torch and diffusers in it that loads the checkpoint and touches
-every weight: mapped from the file as replicas load it, and copied. Counted is PSS, in which a page
-that n processes share counts 1/n for each; torch's own libraries count so too. Two checkpoints: the
-demo model's, and a random one with SD3.5 Medium's structure at a reduced width, both as
-`octet quantize` writes them.
+Each process imports torch and diffusers, loads the checkpoint and touches every weight. The weights
+are either mapped from the file, as replicas load them, or copied. Memory is counted as PSS, in
+which a page that n processes share counts 1/n for each; this includes torch's own libraries. There
+are two checkpoints, both as `octet quantize` writes them: the demo model's, and a random one with
+SD3.5 Medium's structure at a reduced width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROCESSES = 1, 4
 
 
 def hold(folder: Path, copied: bool) -> None:
-    """Load, say so, and stay until standard input ends."""
+    """Load the weights, print `ready`, and keep them until standard input ends."""
     import torch
 
     from serve.engine.fp8_checkpoint import load_transformer
@@ -42,11 +42,11 @@ def hold(folder: Path, copied: bool) -> None:
 
 
 def pss_mib(folder: Path, copied: bool, processes: int) -> float:
-    """Of all processes together."""
+    """PSS in MiB of all processes together."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.shared_weights", "--hold", str(folder)]
     command += ["--copied"] if copied else []
     holding = [
-        subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        subprocess.Popen(  # noqa: S603 - this interpreter, this module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for _ in range(processes)
@@ -69,7 +69,9 @@ def _pss_mib(pid: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--heads", type=int, default=12, help="24 is SD3.5 Medium itself")
+    parser.add_argument(
+        "--heads", type=int, default=12, help="attention heads; 24 is the width of SD3.5 Medium"
+    )
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--copied", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
             "demo model": DEMO,
             f"Medium at {arguments.heads / SD35_MEDIUM_HEADS:g} width": Path(temporary) / "bf16",
         }
-        print("| MiB (PSS) of all | weights | 1 process | 4 processes | each further one |")
+        print("| MiB (PSS) of all | weights | 1 process | 4 processes | each further process |")
         print("|---|---|---|---|---|")
         for name, source in sources.items():
             folder = Path(temporary) / f"fp8-{len(name)}"

@@ -1,9 +1,9 @@
 """The application with Generators that only wait, to measure dispatch without a model.
 
-`build` replaces the Generator, the TextEncoder, the Ingress and the reference work of `serve.app` by
-the classes and the function below. An image then takes `STEP_S` per step, however many images run at
-the same time. `fifo` is the same service on plain Ray Serve: one deployment, whose handle's queue is
-first come, first served.
+`build` replaces the Generator, the TextEncoder, the Ingress and the reference work of `serve.app`
+by the classes and the function below. An image then takes `STEP_S` per step, however many images
+run at the same time. `fifo` is the same service on plain Ray Serve: one deployment, whose handle's
+queue is first come, first served.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Client:
 
 
 class Driver:
-    """A deployment that opens calls at the Dispatcher through one session, without HTTP and images."""
+    """A deployment that makes calls through one session, without HTTP and without images."""
 
     def __init__(self, dispatcher: Any) -> None:
         self._dispatcher = dispatcher

@@ -56,8 +56,8 @@ class MemoryClaim:
 def is_free(promised_gib: float, free_gib: float) -> bool:
     """Whether a promise can be kept.
 
-    `free_gib` is measured in a process that has a CUDA context already, so the context is no longer
-    part of it.
+    `free_gib` is measured in a process that already has a CUDA context, so it no longer includes
+    the memory of the context.
     """
     return promised_gib - CONTEXT_GIB <= free_gib + TOLERANCE_GIB
 
@@ -66,11 +66,12 @@ def claim(
     cuda: Cuda,
     num_gpus: float,
     memory_gib: float | None = None,
+    wait_s: float = WAIT_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> MemoryClaim:
     """Cap this process at `memory_gib` of its card, by default at the fraction `num_gpus` of it.
 
-    Blocks for up to `WAIT_S` seconds until that much memory is free. Raises `CardFull` if it is
+    Blocks for up to `wait_s` seconds until that much memory is free. Raises `CardFull` if it is
     still not free then. CUDA's context lies outside torch's allocator, and it exists as soon as
     free memory can be measured. So the allocator is capped at the promised memory less
     `CONTEXT_GIB`.
@@ -81,10 +82,11 @@ def claim(
         promised_gib = memory_gib or min(num_gpus, 1.0) * total_gib
         if is_free(promised_gib, free_gib):
             break
-        if waited_s >= WAIT_S:
+        if waited_s >= wait_s:
             raise CardFull(
                 f"promised {promised_gib:.1f} GiB of the card, and {free_gib + CONTEXT_GIB:.1f} of "
-                f"{total_gib:.1f} are free: other processes hold the rest (nvidia-smi names them)"
+                f"{total_gib:.1f} GiB are free: other processes hold the rest (nvidia-smi names "
+                "them)"
             )
         sleep(POLL_S)
         waited_s += POLL_S

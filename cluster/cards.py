@@ -22,10 +22,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FP8_SINCE = (8, 9)
+FP8_SINCE = (8, 9)  # compute capability
 BF16_SINCE = (8, 0)
-# How far the memory that CUDA reports may be from `Card.memory_gib`, relative to it: drivers keep
-# more or less of it.
+# By which fraction the memory that CUDA reports may differ from `Card.memory_gib`: drivers keep
+# different amounts of memory for themselves.
 MEMORY_TOLERANCE = 0.08
 
 

@@ -63,13 +63,13 @@ class PackedCards:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every card runs.
+    """A plan: the models and text encoders that every card runs.
 
-    `stacks`: the cards, each with its arrangement. No card is in two of them.
+    `packed_cards`: all cards, grouped by kind, arrangement and whether a text encoder runs there.
     """
 
     planned_models: tuple[PlannedModel, ...]
-    stacks: tuple[PackedCards, ...]
+    packed_cards: tuple[PackedCards, ...]
 
     def even_parts(self, card: Card) -> int | None:
         """The equal part, in ten-thousandths, that each replica on this kind of card can have.
@@ -77,19 +77,19 @@ class Plan:
         None if the cards hold different numbers of replicas or none, or if the equal part is too
         small for one of the replicas.
         """
-        stacks = [packed for packed in self.stacks if packed.cards.card == card]
-        replicas = {sum(option.replicas for option in packed.options) for packed in stacks}
+        same_kind = [packed for packed in self.packed_cards if packed.cards.card == card]
+        replicas = {sum(option.replicas for option in packed.options) for packed in same_kind}
         if len(replicas) > 1 or not max(replicas):
             return None
-        parts = min(packed.cards.free_parts for packed in stacks) // replicas.pop()
-        fit = all(option.parts <= parts for packed in stacks for option in packed.options)
+        parts = min(packed.cards.free_parts for packed in same_kind) // replicas.pop()
+        fit = all(option.parts <= parts for packed in same_kind for option in packed.options)
         return parts if fit else None
 
     def encoders(self, card: Card) -> int:
         """The number of text encoder replicas on all cards of a kind."""
         return sum(
             packed.cards.count
-            for packed in self.stacks
+            for packed in self.packed_cards
             if packed.cards.card == card and packed.cards.encoder_gib
         )
 
@@ -99,7 +99,7 @@ class Plan:
         return {
             planned.model: sum(
                 packed.cards.count * option.images_s
-                for packed in self.stacks
+                for packed in self.packed_cards
                 for option in packed.options
                 if option.model == planned.model
             )
@@ -221,13 +221,13 @@ def _placed(
     ).best()
     if counts is None:
         return None
-    stacks = [
+    packed_cards = [
         PackedCards(replace(group, count=n), tuple(option for option in arrangement if option))
         for group, arranged, ns in zip(groups, arranged_groups, counts, strict=True)
         for arrangement, n in zip(arranged, ns, strict=True)
         if n
     ]
-    return Plan(tuple(planned_models), tuple(stacks))
+    return Plan(tuple(planned_models), tuple(packed_cards))
 
 
 def _with_more_slots(plan: Plan, terms: PlanTerms) -> Plan:
@@ -235,8 +235,8 @@ def _with_more_slots(plan: Plan, terms: PlanTerms) -> Plan:
 
     The models of a card take turns: each doubles its slots while that fits.
     """
-    stacks = []
-    for packed in plan.stacks:
+    grown_cards = []
+    for packed in plan.packed_cards:
         chosen, grown = list(packed.options), True
         most_parts = plan.even_parts(packed.cards.card) or FRACTIONS
         while grown:
@@ -251,11 +251,11 @@ def _with_more_slots(plan: Plan, terms: PlanTerms) -> Plan:
                         and more.parts <= most_parts
                     ):
                         chosen[i], grown = more, True
-        stacks.append(replace(packed, options=tuple(chosen)))
-    return replace(plan, stacks=tuple(stacks))
+        grown_cards.append(replace(packed, options=tuple(chosen)))
+    return replace(plan, packed_cards=tuple(grown_cards))
 
 
-# -- in words -------------------------------------------------------------------------------------
+# -- reasons in words --------------------------------------------------------------------------
 
 
 def why_not(

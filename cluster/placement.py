@@ -56,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NodeRequirement:
-    """What one replica needs of its node, in Ray's units; `card`: an id of `CARDS`."""
+    """The needs of one replica of a pool, in Ray's units; `card`: an id of `CARDS`."""
 
     precision: Literal["fp8", "fp16"]
     num_cpus: float

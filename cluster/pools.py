@@ -42,12 +42,12 @@ class PlannedPool:
 def planned_pools(plan: Plan) -> list[PlannedPool]:
     """The pools of a plan: those of the models, then those of the text encoders."""
     counted: dict[tuple[str, ServingOption], int] = {}
-    for packed in plan.stacks:
+    for packed in plan.packed_cards:
         card = packed.cards.card.id
         for option in packed.options:
             key = card, option._replace(replicas=0, images_s=0.0)
             counted[key] = counted.get(key, 0) + packed.cards.count * option.replicas
-    kinds = {packed.cards.card.id: packed.cards for packed in plan.stacks}
+    kinds = {packed.cards.card.id: packed.cards for packed in plan.packed_cards}
     pools = []
     for (card, option), replicas in counted.items():
         cards = kinds[card]
@@ -67,7 +67,7 @@ def planned_pools(plan: Plan) -> list[PlannedPool]:
         )
     order = {planned.model: i for i, planned in enumerate(plan.planned_models)}
     pools.sort(key=lambda pool: order[pool.model or ""])
-    for packed in plan.stacks:
+    for packed in plan.packed_cards:
         cards = packed.cards
         if cards.encoder_gib and all(pool.model for pool in pools):
             num_gpus = cards.parts(cards.encoder_gib) / FRACTIONS

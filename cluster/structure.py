@@ -28,8 +28,8 @@ class Structure(NamedTuple):
     """The sizes of a transformer (MMDiT).
 
     `width`: the hidden size. `dual_layers`: how many of the `layers` attend to the image a second
-    time. `text_width`, `pooled_width`: of the token embeddings and of the pooled embedding.
-    `positions`: entries of the position table.
+    time. `text_width`, `pooled_width`: the widths of a token's embedding and of the pooled
+    embedding. `positions`: entries of the position table.
     """
 
     width: int

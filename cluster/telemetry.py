@@ -14,7 +14,7 @@ import pynvml
 
 # Xid errors that a program causes, not the card: the list of NVIDIA's device plugin for Kubernetes.
 PROGRAMS_XIDS = frozenset({13, 31, 43, 45, 68, 109})
-# Errors of a reading that is not supported, and errors after which the card cannot be used.
+# Errors of a reading that the card, the driver or this process's rights do not support.
 ABSENT = (
     pynvml.NVMLError_NotSupported,
     pynvml.NVMLError_FunctionNotFound,
@@ -22,6 +22,7 @@ ABSENT = (
     pynvml.NVMLError_NoData,
     pynvml.NVMLError_VgpuEccNotSupported,
 )
+# Errors after which the card cannot be used.
 DEAD = pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired
 
 
@@ -37,7 +38,7 @@ class CardTelemetry:
     """
 
     def __init__(self, uuid: str, nvml: Any = pynvml) -> None:
-        """Raises `NoTelemetry`."""
+        """Find the card and subscribe to its faults. Raises `NoTelemetry`."""
         self._nvml, self.broken = nvml, ""
         try:
             nvml.nvmlInit()

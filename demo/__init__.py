@@ -1,1 +1,1 @@
-"""The embedded default: a small SD3.5-shaped model and how it is made."""
+"""The demo model that Octet serves by default: a small model in SD3.5's shape, and its training."""

@@ -1,11 +1,12 @@
-"""Does a picture show what was asked? A check that knows landscapes and not the model.
+"""A check that images show what their prompts ask for; it knows landscapes and not the model.
 
-    python -m demo.check      # 40 prompts × 2 seeds, drawn in FP8; fails under 90 %
+    python -m demo.check      # 40 prompts × 2 seeds, generated in FP8; fails under 90 %
 
-It looks at pixels only: the colour of the sky tells the time of day, edges along the axes a city,
-level rows under a straight horizon the sea, a bright round blob the moon, and the colour of the
-ground, with the light of the hour taken out, the rest. The same pictures are then held against
-other prompts: a check that passes on any picture would pass there too.
+The check looks at pixels only. The colour of the sky tells the time of day, edges along both axes
+tell a city, level rows under a straight horizon tell the sea, and a bright round blob tells the
+moon. All other places are told by the colour of the ground, after the light of the hour has been
+taken out. Then the same images are checked against other prompts: a check that any image passes
+would pass there too.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .landscapes import LIGHT, Scene
 Array = NDArray[np.float64]
 MODEL = Path(__file__).parent / "model"
 PASS_SHARE = 0.9
-TEXT_LENGTH = 32  # what the demo model was trained with
+TEXT_LENGTH = 32  # tokens; the demo model was trained with it
 
 
 def scene_prompts() -> list[tuple[str, Scene]]:
-    """40 prompts with what they must show: every place at every hour, and moons."""
+    """40 prompts and the scenes that they describe: every place at every hour, and moons."""
     words = {
         "city": "a futuristic cityscape",
         "mountains": "snowy mountain peaks",
@@ -61,21 +62,24 @@ def scene_prompts() -> list[tuple[str, Scene]]:
 
 
 def luminance(image: Array) -> Array:
+    """The brightness (height, width) of an image (height, width, 3)."""
     return image @ np.array([0.299, 0.587, 0.114])
 
 
 def band(image: Array, top: float, bottom: float) -> Array:
-    """Rows between two heights, given as shares of the picture's height."""
+    """The rows of an image between two heights, given as fractions of its height."""
     height = len(image)
     return image[int(top * height) : int(bottom * height)]
 
 
 def median_colour(image: Array) -> tuple[float, float, float]:
+    """The median of each colour channel: red, green and blue."""
     r, g, b = np.median(image.reshape(-1, 3), axis=0)
     return float(r), float(g), float(b)
 
 
 def sky_shows(image: Array, time: str) -> bool:
+    """Whether the colour of the sky is that of this time of day."""
     r, g, b = median_colour(band(image, 0.04, 0.26))
     found = (
         "night" if 0.3 * r + 0.59 * g + 0.11 * b < 0.3 and b > r + 0.08 and r < 0.28
@@ -87,22 +91,23 @@ def sky_shows(image: Array, time: str) -> bool:
 
 
 def has_moon(image: Array) -> bool:
-    """One bright, round blob in the upper part: 0.8 to 6 % of a square picture."""
+    """Whether the upper part has one bright, round blob, 0.8 to 7 % of a square image."""
     upper = luminance(band(image, 0, 0.42))
     rows, columns = np.nonzero(upper > 0.72)
     share = len(rows) / (len(image) ** 2)
     if not 0.008 < share < 0.07:
         return False
-    # Quantiles rather than extremes, so that stars beside the moon do not count.
+    # Quantiles rather than extremes, so that stars next to the moon do not count.
     tall = np.quantile(rows, 0.95) - np.quantile(rows, 0.05)
     wide = np.quantile(columns, 0.95) - np.quantile(columns, 0.05)
     return bool(0.6 < (tall + 1) / (wide + 1) < 1.7 and wide < 0.3 * len(image))
 
 
 def axis_edges(image: Array) -> float:
-    """Share of the lower part's pixels on strong edges along the rarer of the two axes.
+    """The fraction of the lower part's pixels on strong edges, along the axis that has fewer.
 
-    Windows and walls have both; trees have upright edges only, waves level ones only.
+    Windows and walls have edges along both axes; trees have vertical edges only, and waves have
+    horizontal edges only.
     """
     grey = luminance(band(image, 0.42, 0.9))
     across, down = np.abs(np.diff(grey, axis=1))[:-1], np.abs(np.diff(grey, axis=0))[:, :-1]
@@ -112,11 +117,12 @@ def axis_edges(image: Array) -> float:
 
 
 def is_city(image: Array, light: Array) -> bool:
+    """Whether there are many edges along both axes."""
     return axis_edges(image) > 0.06
 
 
 def is_ocean(image: Array, light: Array) -> bool:
-    """A straight horizon near the middle, and below it rows that are level."""
+    """Whether there is a straight horizon near the middle, and level rows below it."""
     grey = luminance(image)
     middle = band(image, 0.44, 0.66)
     jump = np.abs(np.diff(middle, axis=0)).sum(axis=2)  # (rows, width)
@@ -128,43 +134,49 @@ def is_ocean(image: Array, light: Array) -> bool:
 
 
 def ground(image: Array, light: Array) -> tuple[float, float, float]:
+    """The colour of the ground in white light; `light`: the light of the hour."""
     r, g, b = median_colour(band(image, 0.78, 1)) / light
     return float(r), float(g), float(b)
 
 
 def is_desert(image: Array, light: Array) -> bool:
+    """Whether the ground is sand-coloured."""
     r, g, b = ground(image, light)
     return r > g > b and r - b > 0.22 and r > 0.6
 
 
 def is_hills(image: Array, light: Array) -> bool:
+    """Whether the ground is of a bright green."""
     r, g, b = ground(image, light)
     return g > r + 0.08 and g > b + 0.08 and g > 0.36
 
 
 def is_winter(image: Array, light: Array) -> bool:
+    """Whether the ground is nearly white."""
     colour = ground(image, light)
     return min(colour) > 0.58 and max(colour) - min(colour) < 0.3
 
 
 def has_dark_woods(image: Array, light: Array) -> bool:
+    """Whether the ground is of a dark green, and there is no city."""
     r, g, b = ground(image, light)
     return g > r and max(r, g, b) < 0.45 and not is_city(image, light)
 
 
 def treetops(image: Array, light: Array) -> float:
-    """Share of the middle's pixels on upright edges: one fir beside the other."""
+    """The fraction of the middle's pixels on vertical edges, which a row of firs has."""
     grey = luminance(band(image, 0.5, 0.68) / light)
     across, down = np.abs(np.diff(grey, axis=1))[:-1], np.abs(np.diff(grey, axis=0))[:, :-1]
     return float(np.mean((across > 0.05) & (across > 1.5 * down)))
 
 
 def is_forest(image: Array, light: Array) -> bool:
+    """Whether there are dark woods below and treetops in the middle."""
     return has_dark_woods(image, light) and treetops(image, light) > 0.11
 
 
 def is_mountains(image: Array, light: Array) -> bool:
-    """Dark woods below, no treetops in the middle, and peaks where elsewhere there is sky."""
+    """Whether there are dark woods below, no treetops in the middle, and peaks before the sky."""
     peaks = luminance(band(image, 0.32, 0.42) / light).std(axis=1).mean()
     return bool(has_dark_woods(image, light) and treetops(image, light) < 0.11 and peaks > 0.05)
 
@@ -181,7 +193,7 @@ PLACE: dict[str, Callable[[Array, Array], bool]] = {
 
 
 def shows(picture: Image.Image, scene: Scene) -> bool:
-    """Whether the picture shows the scene's place, time of day, and moon if it has one."""
+    """Whether an image shows the scene's place, time of day, and moon if the scene has one."""
     image = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
     light = np.array(LIGHT[scene.time])
     return (
@@ -192,13 +204,13 @@ def shows(picture: Image.Image, scene: Scene) -> bool:
 
 
 def shuffled_share(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> float:
-    """How often pictures pass for scenes that they do not show."""
+    """The fraction of pairs of an image and another image's scene that pass the check."""
     pairs = [(p, s) for i, p in enumerate(pictures) for j, s in enumerate(scenes) if s != scenes[i]]
     return float(np.mean([shows(p, s) for p, s in pairs]))
 
 
 def main(seeds: int = 2, precision: str = "fp8") -> None:
-    """Draw every prompt with every seed and count; exit code 1 under 90 %."""
+    """Generate an image for every prompt and seed; exit with code 1 if under 90 % pass."""
     from serve.engine.precision import RECIPES
     from serve.engine.sd3 import Denoiser, PromptEncoder
 
@@ -206,21 +218,23 @@ def main(seeds: int = 2, precision: str = "fp8") -> None:
     pictures, scenes, wrong = [], [], []
     for seed in range(seeds):
         for prompt, scene in track(scene_prompts(), description=f"seed {seed}"):
-            picture = draw(encoder, denoiser, prompt, seed)
+            picture = generate(encoder, denoiser, prompt, seed)
             pictures.append(picture)
             scenes.append(scene)
             if not shows(picture, scene):
                 wrong.append(f"{prompt} (seed {seed})")
     share = 1 - len(wrong) / len(pictures)
     for line in wrong:
-        print("does not show:", line)
-    print(f"{share:.1%} of {len(pictures)} pictures show what was asked")
-    print(f"{shuffled_share(pictures, scenes):.1%} pass for another prompt")
+        print("not shown by its image:", line)
+    print(f"{share:.1%} of {len(pictures)} images show what was asked for")
+    print(f"{shuffled_share(pictures, scenes):.1%} of the checks against other prompts pass")
     raise typer.Exit(share < PASS_SHARE)
 
 
-def draw(encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128) -> Image.Image:
-    """One picture with the demo's defaults, by the operations that serve it."""
+def generate(
+    encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128
+) -> Image.Image:
+    """Generate one image with the demo's defaults, by the operations that serve it."""
     from serve.engine.sd3 import to_pixels
 
     image = denoiser.begin(

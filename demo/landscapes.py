@@ -1,9 +1,9 @@
 """Procedural landscapes with captions: the training set of the demo model.
 
-Every picture is a `Scene` (place, time of day, extras) drawn with numpy in the manner of a flat
-poster: a sky gradient, a sun or a moon, then silhouettes from far to near that fade into the haze
-of the horizon. The wording of captions varies, so that the small text encoders learn words and
-not sentences. Nothing is downloaded and every picture follows from its random generator.
+Every image shows a `Scene` (place, time of day, extras). It is painted with numpy in the manner of
+a flat poster: a sky gradient, a sun or a moon, then silhouettes from far to near that fade into the
+haze of the horizon. The wording of captions varies, so that the small text encoders learn words and
+not sentences. Nothing is downloaded, and every image follows from its random generator.
 
     scene = random_scene(rng);  caption(scene, rng);  render(scene, 128, 128, rng)
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 Array = NDArray[np.float32]
 Colour = tuple[int, int, int]
-TreeDrawer = Callable[[float, float, float, Array], None]
+PaintTree = Callable[[float, float, float, Array], None]  # x, foot, height, colour
 
 TIMES = {
     "dawn": ["dawn", "sunrise", "daybreak", "early morning"],
@@ -49,7 +49,8 @@ EXTRAS = {
 ADJECTIVES = ["beautiful", "calm", "quiet", "wide", "dreamy", "peaceful", "lonely", "majestic"]
 PREFIXES = ["a painting of", "a picture of", "a photo of", "an illustration of", "a poster of"]
 
-# Sky at the zenith, in the middle and at the horizon; light that falls on things; clouds; sun.
+# By time of day: the sky's colours at the zenith, in the middle and at the horizon, the light that
+# falls on things, the colour of clouds and the colour of the sun.
 SKY: dict[str, tuple[Colour, Colour, Colour]] = {
     "dawn": ((112, 136, 200), (234, 178, 196), (255, 222, 180)),
     "noon": ((50, 122, 214), (112, 180, 238), (200, 230, 246)),
@@ -69,11 +70,13 @@ CLOUD = {
     "night": (98, 114, 172),
 }
 SUN = {"dawn": (255, 240, 190), "noon": (255, 252, 224), "sunset": (255, 222, 120)}
-SUPERSAMPLING = 2
+SUPERSAMPLING = 2  # painted pixels along a side of one pixel of the image
 
 
 @dataclass(frozen=True)
 class Scene:
+    """The content of an image: keys of `PLACES`, `TIMES` and `EXTRAS`."""
+
     place: str
     time: str
     extras: frozenset[str] = frozenset()
@@ -89,6 +92,7 @@ def allowed_extras(place: str, time: str) -> list[str]:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
+    """A random place at a random time, with random extras among the allowed ones."""
     place, time = str(rng.choice(list(PLACES))), str(rng.choice(list(TIMES)))
     chance = {"moon": 0.5, "stars": 0.4, "clouds": 0.3, "lake": 0.35, "boat": 0.45}
     extras = {e for e in allowed_extras(place, time) if rng.random() < chance.get(e, 0.2)}
@@ -96,7 +100,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A description in one of many wordings; now and then it leaves out an extra."""
+    """Describe a scene in one of many wordings; now and then an extra is left out."""
 
     def pick(words: list[str]) -> str:
         return words[rng.integers(len(words))]
@@ -122,7 +126,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 class Canvas:
-    """A float picture (height, width, 3) in 0..1 with coordinates in units of its height."""
+    """An image of floats (height, width, 3), 0 to 1, with coordinates in units of its height."""
 
     def __init__(self, width_px: int, height_px: int) -> None:
         self.height_px, self.width_px = height_px * SUPERSAMPLING, width_px * SUPERSAMPLING
@@ -136,22 +140,27 @@ class Canvas:
         self.pixels += (colour - self.pixels) * alpha[..., None]
 
     def disc(self, x: float, y: float, radius: float) -> Array:
+        """A mask (height, width) that is 1 within a circle."""
         return (np.hypot(self.x - x, self.y - y) < radius).astype(np.float32)
 
     def glow(self, x: float, y: float, radius: float, colour: Array, strength: float) -> None:
+        """Paint a soft light around a point."""
         distance = np.hypot(self.x - x, self.y - y)
         self.blend(colour, (strength * np.exp(-((distance / radius) ** 2))).astype(np.float32))
 
     def box(self, left: float, top: float, right: float, bottom: float) -> Array:
+        """A mask (height, width) that is 1 within a rectangle."""
         inside = (self.x > left) & (self.x < right) & (self.y > top) & (self.y < bottom)
         return inside.astype(np.float32)
 
     def image(self) -> Image.Image:
+        """The finished image, reduced to its size."""
         whole = Image.fromarray((self.pixels.clip(0, 1) * 255).astype(np.uint8))
         return whole.reduce(SUPERSAMPLING)
 
 
 def rgb(colour: tuple[float, float, float]) -> Array:
+    """Convert a colour from 0..255 to 0..1."""
     return np.asarray(colour, np.float32) / 255
 
 
@@ -166,6 +175,7 @@ def rough(x: Array, rng: np.random.Generator, octaves: int, start_hz: float, dec
 
 
 def smooth(x: Array, rng: np.random.Generator, octaves: int, start_hz: float) -> Array:
+    """Smooth noise: a sum of sine waves with random frequencies and phases."""
     waves = [
         np.sin(2 * np.pi * (x * start_hz * 1.9**k * rng.uniform(0.8, 1.2) + rng.random())) / 1.8**k
         for k in range(octaves)
@@ -174,6 +184,8 @@ def smooth(x: Array, rng: np.random.Generator, octaves: int, start_hz: float) ->
 
 
 class Painter:
+    """Paints a scene; one method for each place, extra and part of the sky."""
+
     def __init__(self, scene: Scene, width_px: int, height_px: int, rng: np.random.Generator):
         self.scene, self.rng, self.canvas = scene, rng, Canvas(width_px, height_px)
         self.haze = rgb(SKY[scene.time][2])
@@ -181,11 +193,12 @@ class Painter:
         self.water = float(rng.uniform(0.72, 0.78)) if "lake" in scene.extras else 1.0
 
     def lit(self, colour: Colour, depth: float) -> Array:
-        """The colour under the light of the hour; depth 0 is near, 1 is lost in the haze."""
+        """A colour in the light of the hour; at depth 0 it is near, at 1 it is lost in the haze."""
         near = rgb(colour) * np.asarray(LIGHT[self.scene.time], np.float32)
         return near + (self.haze - near) * depth
 
     def paint(self) -> Image.Image:
+        """Paint the scene from the sky to the foreground."""
         extras, canvas = self.scene.extras, self.canvas
         self.sky()
         if "stars" in extras:
@@ -242,7 +255,7 @@ class Painter:
         for _ in range(int(rng.integers(2, 4) * canvas.aspect + 0.5)):
             x, y = rng.uniform(0.05, 0.95) * canvas.aspect, rng.uniform(0.08, 0.36)
             if "moon" in self.scene.extras and abs(x - (self.source_x or 0)) < 0.3:
-                continue  # a full moon that is asked for is seen
+                continue  # no cloud may cover a moon that the caption names
             width, alpha = rng.uniform(0.10, 0.17), np.zeros_like(canvas.pixels[..., 0])
             for k in np.linspace(-1, 1, 5):
                 r = width * (0.52 - 0.3 * abs(k)) * rng.uniform(0.85, 1.2)
@@ -284,7 +297,10 @@ class Painter:
     # -- the ground ---------------------------------------------------------------------------
 
     def layer(self, top: Array, colour: Array, foot: Array | None = None) -> Array:
-        """Fill below the skyline `top` (width,), shading to `foot` downwards; returns the mask."""
+        """Fill everything below the skyline `top` (width,), and return the mask of it.
+
+        The colour changes to `foot` downwards.
+        """
         mask = (self.canvas.y > top).astype(np.float32)
         down = ((self.canvas.y - top) / 0.35).clip(0, 1)[..., None]
         self.canvas.blend(colour if foot is None else colour + (foot - colour) * down, mask)
@@ -386,11 +402,11 @@ class Painter:
                 self.lone_trees(self.round_tree, (58, 112, 58), base, depth)
 
     def lone_trees(
-        self, draw: TreeDrawer, colour: Colour, foot: float = 0.78, depth: float = 0.1
+        self, paint_tree: PaintTree, colour: Colour, foot: float = 0.78, depth: float = 0.1
     ) -> None:
         for _ in range(self.rng.integers(1, 4)):
             x = self.rng.uniform(0.05, 0.95) * self.canvas.aspect
-            draw(x, foot + 0.02, 0.2 * (1 - depth), self.lit(colour, depth))
+            paint_tree(x, foot + 0.02, 0.2 * (1 - depth), self.lit(colour, depth))
 
     def round_tree(self, x: float, foot: float, tall: float, colour: Array) -> None:
         trunk = self.canvas.box(x - tall * 0.05, foot - tall * 0.5, x + tall * 0.05, foot)
@@ -499,7 +515,7 @@ class Painter:
             x += width * rng.uniform(0.92, 1.12)
 
     def reflection(self) -> None:
-        """Everything below the water line mirrors what is above, darker and rippled."""
+        """Mirror the image at the water line, darker and rippled."""
         canvas = self.canvas
         line = int(self.water * canvas.height_px)
         rows = np.arange(line, canvas.height_px)
@@ -517,5 +533,5 @@ class Painter:
 
 
 def render(scene: Scene, width_px: int, height_px: int, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene, RGB, `width_px` × `height_px`."""
+    """Render a scene as an RGB image of `width_px` × `height_px`."""
     return Painter(scene, width_px, height_px, rng).paint()

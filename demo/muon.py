@@ -1,6 +1,7 @@
-"""Muon for matrices, AdamW for the rest; docs/decisions.md has the trials that led to it.
+"""The optimizer of the demo model: Muon for matrices, and AdamW for all other parameters.
 
-`torch.optim.Muon` takes matrices only; here a convolution's kernel is one too, as
+docs/decisions.md describes the experiments that led to this choice. `torch.optim.Muon` takes
+matrices only; here the kernel of a convolution counts as a matrix too, of the shape
 (out, in · height · width).
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the factor
@@ -17,7 +18,10 @@ import torch
 
 
 def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """About U·Vᵀ of the matrix's U·S·Vᵀ, by a quintic Newton–Schulz iteration in bfloat16."""
+    """Orthogonalise a matrix: approximate U·Vᵀ of its singular value decomposition U·S·Vᵀ.
+
+    Uses a quintic Newton–Schulz iteration in bfloat16.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16()
     x = x / (x.norm() + 1e-7)
@@ -28,6 +32,8 @@ def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, for parameters with two or more dimensions."""
+
     def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
@@ -47,11 +53,14 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Both halves with one schedule: a short warm-up, a plateau, a linear decay to zero."""
+    """Muon and AdamW with one schedule: a short warm-up, a plateau, and a linear decay to zero.
+
+    `rate`: the learning rate on the plateau. `steps`: the length of the training.
+    """
 
     def __init__(self, model: torch.nn.Module, rate: float, steps: int) -> None:
         named = list(model.named_parameters())
-        # Embedding tables are look-ups, not maps: their rows are rarely seen and stay with AdamW.
+        # Embedding tables are look-up tables, not linear maps, and each row is rarely used: AdamW.
         matrix = {n for n, p in named if p.ndim >= 2 and "embed" not in n and "shared" not in n}
         self.parts: list[torch.optim.Optimizer] = [
             Muon([p for n, p in named if n in matrix], rate),
@@ -64,6 +73,7 @@ class Optimizer:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(part, factor) for part in self.parts]
 
     def descend(self, loss: torch.Tensor) -> None:
+        """Take one step that lowers the loss."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
         loss.backward()

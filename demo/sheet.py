@@ -1,4 +1,4 @@
-"""The sample sheet at the top of the README: every place at every hour, drawn in FP8.
+"""The sample sheet at the top of the README: every place at every hour, generated in FP8.
 
 python -m demo.sheet
 """
@@ -11,14 +11,14 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from .check import MODEL, draw, scene_prompts
+from .check import MODEL, generate, scene_prompts
 
 SHEET = Path(__file__).parent.parent / "docs" / "samples.png"
 HOURS, CELL_PX, GAP_PX = 4, 128, 4
 
 
 def main(out: Path = SHEET, seed: int = 1, model: Path = MODEL) -> None:
-    """One column per place, one row per hour; the seed is the same throughout."""
+    """Write a sheet with one column per place and one row per hour; all images have one seed."""
     from serve.engine.precision import RECIPES
     from serve.engine.sd3 import Denoiser, PromptEncoder
 
@@ -28,7 +28,7 @@ def main(out: Path = SHEET, seed: int = 1, model: Path = MODEL) -> None:
     sheet = Image.new("RGB", (7 * pitch - GAP_PX, HOURS * pitch - GAP_PX), "white")
     for i, prompt in enumerate(track(prompts, description="sheet")):
         moon = ", full moon and stars" if "night" in prompt else ""
-        picture = draw(encoder, denoiser, prompt + moon, seed)
+        picture = generate(encoder, denoiser, prompt + moon, seed)
         sheet.paste(picture, (i // HOURS * pitch, i % HOURS * pitch))
     out.parent.mkdir(exist_ok=True)
     sheet.save(out, optimize=True)

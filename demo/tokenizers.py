@@ -1,7 +1,8 @@
-"""The demo model's tokenizers, learned from its captions, robust to words it never saw.
+"""The demo model's tokenizers, learned from its captions and robust to unknown words.
 
-Every byte is a token both inside and at the end of a word: otherwise an unseen word would become
-`<|endoftext|>` in mid-prompt, where CLIP pools, and the rest of the prompt would be lost.
+Every byte is a token, both inside and at the end of a word. Otherwise CLIP's tokenizer would turn
+an unknown word into `<|endoftext|>` in the middle of the prompt. CLIP pools at this token, so the
+rest of the prompt would be lost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip_tokenizer(captions: list[str], length: int) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's manner, at most `length` tokens a prompt."""
+    """Train a byte-level BPE tokenizer like CLIP's, with at most `length` tokens per prompt."""
     learner = Tokenizer(models.BPE(end_of_word_suffix=END))
     learner.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -47,10 +48,10 @@ def clip_tokenizer(captions: list[str], length: int) -> CLIPTokenizer:
 
 
 def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """Unigram pieces: frequent words whole, the rest spelled letter by letter.
+    """Make a unigram tokenizer: frequent words are whole, all others are spelled letter by letter.
 
-    Letters outside the captions' and ASCII become `<unk>` here; the CLIP tokenizers spell them
-    in bytes, so such prompts still differ from each other.
+    Letters that are neither ASCII nor in the captions become `<unk>` here. The CLIP tokenizers
+    spell them in bytes, so such prompts still differ from each other.
     """
     counts = Counter(word for text in captions for word in text.replace(",", " ,").split())
     total = sum(counts.values())

@@ -1,14 +1,14 @@
-"""Train the demo model from nothing: a small SD3.5-shaped pipeline that draws landscapes.
+"""Training of the demo model from nothing: a small pipeline in SD3.5's shape for landscapes.
 
-    python -m demo.train    # on 2 CPU cores; Ctrl-C and run again: it resumes
+    python -m demo.train    # on 2 CPU cores; stop it with Ctrl-C and run it again to resume
 
-Stages, each skipped when its file is there: draw the pictures, train the VAE, encode the latents,
-train text encoders and transformer jointly with SD3's rectified-flow loss, export in diffusers'
-folder layout, paint the sample sheet.
+The stages are: render the pictures, train the VAE, encode the latents, train text encoders and
+transformer jointly with SD3's rectified-flow loss, export in diffusers' folder layout, generate the
+sample sheet. A stage is skipped if its file is there already.
 
-The loss (Esser et al. 2024, "Scaling Rectified Flow Transformers"): u ~ logit-normal, noise level
-sigma = shift·u / (1 + (shift − 1)·u), x = (1 − sigma)·latent + sigma·noise, and the transformer
-predicts the velocity noise − latent.
+The loss (Esser et al. 2024, "Scaling Rectified Flow Transformers"): u has a logit-normal
+distribution, the noise level is sigma = shift·u / (1 + (shift − 1)·u), the transformer's input is
+x = (1 − sigma)·latent + sigma·noise, and it predicts the velocity noise − latent.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ from .landscapes import caption, random_scene, render
 from .muon import Optimizer
 from .tokenizers import clip_tokenizer, t5_tokenizer
 
-TEXT_LENGTH = 32  # of CLIP and of T5 each: training, serving and the oracle use the same
-SIZES = {(128, 128): 4000, (192, 128): 1600, (128, 192): 1600, (96, 96): 1200}  # (w, h): pictures
+TEXT_LENGTH = 32  # tokens for CLIP and for T5 each; the same in training, serving and tests
+# Number of pictures by (width, height) in px.
+SIZES = {(128, 128): 4000, (192, 128): 1600, (128, 192): 1600, (96, 96): 1200}
 CAPTIONS_PER_PICTURE = 6
 SHIFT = 3.0
-CAPTION_DROPOUT = 0.1
+CAPTION_DROPOUT = 0.1  # fraction of captions that are replaced by the empty one, for guidance
 LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-4
 
 
 def progress() -> Progress:
+    """A progress bar with the time that has passed and the time that remains."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -63,7 +65,8 @@ def progress() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), refresh_per_second=1)
 
 
-def draw(job: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
+def render_picture(job: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
+    """Render a picture, given its number and its size; returns its pixels and its captions."""
     index, (width, height) = job
     rng = np.random.default_rng([width, height, index])
     scene = random_scene(rng)
@@ -72,24 +75,24 @@ def draw(job: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
 
 
 def pictures(work: Path, size: tuple[int, int]) -> tuple[torch.Tensor, list[list[str]]]:
-    """uint8 pictures (count, 3, height, width) and their captions, drawn once."""
+    """All pictures of a size, uint8 (count, 3, height, width), and the captions of each."""
     file = work / f"pictures-{size[0]}x{size[1]}.npz"
     if not file.exists():
         jobs = [(i, size) for i in range(SIZES[size])]
         with multiprocessing.Pool() as pool, progress() as bar:
-            task = bar.add_task(f"draw {size[0]}x{size[1]}", total=len(jobs))
-            drawn = []
-            for one in pool.imap(draw, jobs, chunksize=16):
-                drawn.append(one)
+            task = bar.add_task(f"render {size[0]}x{size[1]}", total=len(jobs))
+            rendered = []
+            for one in pool.imap(render_picture, jobs, chunksize=16):
+                rendered.append(one)
                 bar.advance(task)
-        images = np.stack([d[0] for d in drawn])
-        np.savez(file, images=images, captions=json.dumps([d[1] for d in drawn]))
+        images = np.stack([pixels for pixels, _ in rendered])
+        np.savez(file, images=images, captions=json.dumps([texts for _, texts in rendered]))
     data = np.load(file)
     return torch.from_numpy(data["images"]).permute(0, 3, 1, 2), json.loads(str(data["captions"]))
 
 
 def batches(work: Path, batch: int, rng: np.random.Generator) -> Iterator[torch.Tensor]:
-    """Endless picture batches in -1..1, one size a batch, half of them mirrored."""
+    """Endless batches of pictures of one size, with values from -1 to 1; half are mirrored."""
     stock = {size: pictures(work, size)[0] for size in SIZES}
     share = np.array(list(SIZES.values()), float) / sum(SIZES.values())
     while True:
@@ -99,6 +102,7 @@ def batches(work: Path, batch: int, rng: np.random.Generator) -> Iterator[torch.
 
 
 def new_vae() -> AutoencoderKL:
+    """An untrained VAE."""
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -112,7 +116,7 @@ def new_vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    # The posterior starts narrow (std 0.05), so that the decoder sees little noise from the start.
+    # The posterior starts narrow (std 0.05), so that the decoder gets little noise at first.
     last = vae.encoder.conv_out
     with torch.no_grad():
         last.weight[LATENT_CHANNELS:] = 0
@@ -121,12 +125,16 @@ def new_vae() -> AutoencoderKL:
 
 
 def sharpness(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """L1 between the pixel differences of two pictures: blur costs, a shift of tone does not."""
+    """A loss that punishes blur, but not a shift of tone.
+
+    It is the L1 distance between the differences of neighbouring pixels of two pictures.
+    """
     across = (x.diff(dim=-1) - y.diff(dim=-1)).abs().mean()
     return across + (x.diff(dim=-2) - y.diff(dim=-2)).abs().mean()
 
 
 def train_vae(work: Path, steps: int, batch: int, rate: float = 2e-3) -> AutoencoderKL:
+    """Train the VAE on the pictures, or go on where a former training stopped."""
     vae = new_vae().to(memory_format=torch.channels_last)
     optimizer = Optimizer(vae, rate, steps)
     state = {"model": vae, "optimizer": optimizer}
@@ -154,6 +162,7 @@ def train_vae(work: Path, steps: int, batch: int, rate: float = 2e-3) -> Autoenc
 
 
 def save(file: Path, state: dict[str, Any], step: int) -> None:
+    """Write the states of model and optimizer to a file, atomically."""
     torch.save(
         {"step": step, **{k: v.state_dict() for k, v in state.items()}}, file.with_suffix(".tmp")
     )
@@ -161,6 +170,7 @@ def save(file: Path, state: dict[str, Any], step: int) -> None:
 
 
 def restore(file: Path, state: dict[str, Any]) -> int:
+    """Load saved states; returns the number of steps taken, 0 if there is no file."""
     if not file.exists():
         return 0
     saved = torch.load(file, weights_only=True)
@@ -170,6 +180,7 @@ def restore(file: Path, state: dict[str, Any]) -> int:
 
 
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The mean latents of uint8 images."""
     x = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
     mean: torch.Tensor = vae.encode(x).latent_dist.mean
     return mean.float()
@@ -177,9 +188,9 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_latents(work: Path, vae: AutoencoderKL) -> dict[tuple[int, int], torch.Tensor]:
-    """Normalised latents per size, (count, 16, h/8, w/8).
+    """Encode all pictures: normalised latents (count, 16, h/8, w/8) by size.
 
-    Sets the VAE's shift and scaling factor to the latents' mean and 1/std.
+    Sets the VAE's shift and scaling factor to the latents' mean and 1 ÷ standard deviation.
     """
     file = work / "latents.pt"
     if not file.exists():
@@ -205,7 +216,8 @@ def encode_latents(work: Path, vae: AutoencoderKL) -> dict[tuple[int, int], torc
 def new_clip(
     tokenizer: CLIPTokenizer, activation: str, width: int = 64
 ) -> CLIPTextModelWithProjection:
-    # All three ids must be the tokenizer's own: with the defaults every prompt pools to one vector.
+    """An untrained CLIP text encoder."""
+    # All three ids must be the tokenizer's: with the default ids all prompts pool to one vector.
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -224,7 +236,7 @@ def new_clip(
 
 
 class Model(torch.nn.Module):
-    """Text encoders and transformer, trained as one."""
+    """The text encoders and the transformer, which are trained jointly."""
 
     def __init__(self, captions: list[str]) -> None:
         super().__init__()
@@ -245,7 +257,7 @@ class Model(torch.nn.Module):
         )  # fmt: skip
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """Token ids (3 encoders, texts, TEXT_LENGTH)."""
+        """The token ids of texts: (3 encoders, texts, TEXT_LENGTH)."""
         return torch.stack([
             t(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True,
               return_tensors="pt").input_ids
@@ -253,6 +265,7 @@ class Model(torch.nn.Module):
         ])  # fmt: skip
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The velocity that is predicted for noisy latents `x` at the noise levels `sigma`."""
         one = self.clip_l(ids[0], output_hidden_states=True)
         two = self.clip_g(ids[1], output_hidden_states=True)
         clips = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
@@ -264,7 +277,7 @@ class Model(torch.nn.Module):
 def train_model(
     work: Path, model: Model, latents: dict, ids: dict, steps: int, batch: int, rate: float = 2e-3
 ) -> Model:
-    """Rectified-flow training; returns the moving average of the weights."""
+    """Train with the rectified-flow loss; returns the moving average of the weights."""
     averaged = copy.deepcopy(model)
     optimizer = Optimizer(model, rate, steps)
     state = {"model": model, "averaged": averaged, "optimizer": optimizer}
@@ -285,7 +298,7 @@ def train_model(
             u = torch.randn(batch).sigmoid()
             sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
             noise, level = torch.randn_like(x), sigma[:, None, None, None]
-            # flash attention's backward is slow on a CPU, the plain form's is not
+            # On a CPU the backward pass of flash attention is slow; that of plain attention is not.
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 velocity = model((1 - level) * x + level * noise, sigma, tokens)
             loss = F.mse_loss(velocity.float(), noise - x)
@@ -304,8 +317,11 @@ def train_model(
 
 
 def export(vae: AutoencoderKL, model: Model, folder: Path) -> None:
-    """diffusers' layout. The text encoders stay float32: transformers loads the stored dtype bare
-    and diffusers makes float32, so a folder that is 16-bit throughout would mix dtypes."""
+    """Export the pipeline in diffusers' folder layout.
+
+    The text encoders stay in float32. transformers keeps the stored dtype when it loads them and
+    diffusers converts to float32, so a folder that is 16-bit throughout would mix dtypes.
+    """
     model, vae = copy.deepcopy(model), copy.deepcopy(vae)
     count = sum(p.numel() for part in (model, vae) for p in part.parameters())
     print(f"{count / 1e6:.1f} million parameters")
@@ -326,7 +342,8 @@ def main(
     steps: int = 3900,
     batch: int = 32,
 ) -> None:
-    torch.set_flush_denormal(True)  # tiny activations are denormals: ten times slower without
+    """Run all stages; the intermediate files are kept in the folder `work`."""
+    torch.set_flush_denormal(True)  # arithmetic on tiny activations is ten times slower without
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
     captions = {size: pictures(work, size)[1] for size in SIZES}

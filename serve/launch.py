@@ -237,7 +237,8 @@ def _start(settings: Settings, folder: str) -> None:
             logging_level=logging.WARNING,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
-            _temp_dir=f"{folder}/ray",  # Ray opens it to everybody, but `folder` is this user's alone
+            # Ray lets everybody read its folder, but `folder` itself is this user's alone.
+            _temp_dir=f"{folder}/ray",
         )
         address = {"host": settings.http.host, "port": settings.http.port}
         serve.start(http_options=address, logging_config=LOGGING)

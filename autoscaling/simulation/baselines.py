@@ -217,7 +217,7 @@ class Oracle:
         ahead = math.ceil(start_s / TICK_S)
         # A replica is ordered just in time to be ready. It is kept if it is needed again within
         # another start's time, because a new start would cost as much.
-        ordered, kept = _most_ahead(needs, ahead), _most_ahead(needs, 2 * ahead)
+        ordered, kept = most_ahead(needs, ahead), most_ahead(needs, 2 * ahead)
         self._wanted: list[int] = []
         for now, later in zip(ordered, kept, strict=True):
             before = self._wanted[-1] if self._wanted else 0
@@ -232,7 +232,7 @@ class Oracle:
         return wanted
 
 
-def _most_ahead(values: Sequence[int], ticks: int) -> list[int]:
+def most_ahead(values: Sequence[int], ticks: int) -> list[int]:
     """For each value, the greatest of it and the next `ticks` values."""
     found, window = [0] * len(values), deque[int]()
     for i in range(len(values) - 1, -1, -1):

@@ -27,7 +27,7 @@ TICK_S = 1.0
 PATIENCE_S = 3600.0  # seconds after the workload's end in which requests may still be finished
 IN_TIME_SLOWDOWN = 5.0  # in time: within this many times the seconds that the image takes alone
 TEXT_TOKENS = 333
-POINTS = 2000  # about as many points has a timeline
+POINTS = 2000  # a timeline has about this many points
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""Measurements of a card: torch and diffusers, no Ray, no weights to download."""
+"""Measurements of one GPU. They need torch and diffusers, no Ray and no downloaded weights."""

@@ -1,11 +1,11 @@
-"""The denoising loop itself on a card, under a mixed load; and the coefficients of `serve.cost`.
+"""Measure the denoising loop on a card, and the coefficients that `cluster.cost` needs of it.
 
     python -m bench.gpu.engine [--model sd3.5-medium] [--out FOLDER]   # --tiny: on a CPU too
 
-Random weights in the model's exact structure, FP8, compiled. Throughput of 8 equal images through
-the loop against one at a time and one static batch, decoding beside the steps and between them;
-then a stream of images of mixed sizes, guidance and steps in real time, at 80 % of what one at a
-time can do.
+The model has its exact structure and random weights, in compiled FP8. First the throughput of 8
+equal images is measured: through the loop, decoding at the same time as the steps or between them,
+one at a time, and in one static batch. Then a stream of images of mixed sizes, guidance and steps
+runs in real time, at 80 % of the rate that one image at a time can serve.
 """
 
 from __future__ import annotations
@@ -28,29 +28,34 @@ from .steps import attention_s
 REPEATS = 3
 
 
-def through_the_loop(engine: Engine, key: Key, beside: bool) -> float:
-    """Seconds of `EQUAL` images that are there at once."""
-    loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside=beside)
+def through_the_loop(engine: Engine, key: Key, beside_steps: bool) -> float:
+    """Seconds of `EQUAL` images that are requested at once.
 
-    def draw() -> None:
-        futures = [loop.draw(engine.request(key, seed), engine.embeds(2)) for seed in range(EQUAL)]
+    `beside_steps`: whether images are decoded at the same time as the steps.
+    """
+    loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside_steps=beside_steps)
+
+    def generate() -> None:
+        futures = [
+            loop.generate(engine.request(key, seed), engine.embeds(2)) for seed in range(EQUAL)
+        ]
         for future in futures:
             future.result()
 
-    draw()
-    seconds = statistics.median(timed(draw) for _ in range(REPEATS))
+    generate()
+    seconds = statistics.median(timed(generate) for _ in range(REPEATS))
     loop.close()
     return seconds
 
 
 def throughput(engine: Engine, steps: int) -> dict[str, float]:
-    """Images/s of equal images, each way in turn, after one round that does not count."""
+    """Images/s of equal images for each way to run them, after a round that does not count."""
     key = engine.sizes[-1], 2, steps
     engine.static_batch(key, EQUAL)
     engine.static_batch(key, 1)
     seconds = {
-        "loop, decoding beside": through_the_loop(engine, key, beside=True),
-        "loop, decoding between": through_the_loop(engine, key, beside=False),
+        "loop, decoding beside": through_the_loop(engine, key, beside_steps=True),
+        "loop, decoding between": through_the_loop(engine, key, beside_steps=False),
         "static batch": statistics.median(
             timed(lambda: engine.static_batch(key, EQUAL)) for _ in range(REPEATS)
         ),
@@ -62,16 +67,17 @@ def throughput(engine: Engine, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="sd3.5-medium", choices=[*TRANSFORMERS])
-    parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--images", type=int, default=60, help="images of the stream")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
     bench = Bench.here(arguments.tiny)
     sizes = (32, 64) if arguments.tiny else (512, 768, 1024)
     attention = attention_s(bench, arguments.model)
     prefer_attention(preferred(attention))
-    way = FP8_EAGER if arguments.tiny else FP8  # on a CPU nothing is gained by compiling it
-    # As a replica does it: exact code for the model's own size, flexible code for the others.
+    way = FP8_EAGER if arguments.tiny else FP8  # compiling gains nothing on a CPU
+    # Like a replica: code for the exact shape of the model's own size, flexible code for the
+    # others.
     warm = {(rows, (sizes[-1] // TOKEN_PX) ** 2) for rows in BUCKETS}
     engine = Engine(bench.denoiser(arguments.model, way, warm), bench.embeds(2), sizes)
     costs = measure_costs(engine, repeats=5)
@@ -93,7 +99,7 @@ def main() -> None:
             print(f"{key}: {value}")
     for size, by_rows in costs.step_s.items():
         ms = ", ".join(f"{rows} rows {1e3 * s:.1f}" for rows, s in by_rows.items())
-        print(f"{size}²: ms a step at {ms}; decode {1e3 * costs.decode_s[size]:.1f} ms")
+        print(f"{size}²: ms per step at {ms}; decode {1e3 * costs.decode_s[size]:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The least time that a step can take on a card, from its floating-point operations.
+"""The least time that a denoising step can take on a card, from its floating-point operations.
 
-Counts those of SD3.5's transformer exactly, text and image tokens apart; `serve.cost` estimates
-with simpler sums. AdaLN's weights are read for few rows of work, so they count by bandwidth.
+The operations of SD3.5's transformer are counted exactly, for text and image tokens separately;
+`cluster.cost` uses simpler sums. AdaLN's layers do little arithmetic on large weights, so they
+count by the time to read the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from cluster.structure import TOKEN_PX, Structure
 
 
 class CardRates(NamedTuple):
-    """Floating-point operations a second, and bytes a second."""
+    """Rates of a card: floating-point operations per second, and bytes per second."""
 
     bf16: float
     fp8: float
@@ -23,7 +24,7 @@ NOMINAL_H100 = CardRates(800e12, 1600e12, 3.35e12)
 
 
 def flops(s: Structure, rows: int, side_px: int, text_tokens: int) -> tuple[float, float]:
-    """Of the linear layers and of attention, in one step."""
+    """Floating-point operations of one step: of the linear layers, and of attention."""
     image, text, d = (side_px // TOKEN_PX) ** 2, text_tokens, s.width
     linear = (
         d
@@ -49,9 +50,10 @@ def floor_s(
     fp8: bool,
     adaln_bytes: int = 2,
 ) -> float:
-    """Seconds of a step: linears in FP8 or 16 bit, attention in 16 bit, AdaLN's weights read.
+    """The least seconds of a step.
 
-    `adaln_bytes`: of each of those weights.
+    The sum of the linear layers (in FP8 or 16 bit), attention (in 16 bit) and reading AdaLN's
+    weights. `adaln_bytes`: bytes of each of these weights.
     """
     linear, attention = flops(s, rows, side_px, text_tokens)
     d = s.width

@@ -1,4 +1,4 @@
-"""SD3.5 in its exact structure with random weights, on the device, in any way it can be run."""
+"""SD3.5 with its exact structure and random weights, in all ways to run it on a device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY_VAE = {"block_out_channels": [32, 32, 32, 32]}
 
 @dataclass(frozen=True)
 class Way:
-    """How a transformer is run. `torchao`: its row-wise FP8 in place of ours."""
+    """A way to run a transformer. `torchao`: with its row-wise FP8 instead of Octet's."""
 
     name: str
     recipe: str
@@ -58,16 +58,16 @@ BF16, FP8, FP8_EAGER = (WAYS[name] for name in ("bf16 eager", "fp8 compiled", "f
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how large: `tiny` shrinks every structure, for a CPU and for tests."""
+    """A device to measure on. `tiny` shrinks every structure, for a CPU and for tests."""
 
     device: str
     tiny: bool
 
     @classmethod
     def here(cls, tiny: bool) -> Bench:
-        """On this machine's GPU, or with small shapes on its CPU."""
+        """This machine's GPU, or with `tiny` its CPU. Ends the program if there is no GPU."""
         if not tiny and not torch.cuda.is_available():
-            raise SystemExit("no GPU here: --tiny runs small shapes on a CPU")
+            raise SystemExit("this machine has no GPU: use --tiny to run small shapes on the CPU")
         return cls("cpu" if tiny else "cuda", tiny)
 
     @property
@@ -83,7 +83,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """The median, after one call that does not count."""
+        """The median seconds of a call, after one call that does not count."""
         work()
         took = []
         for _ in range(repeats):
@@ -98,9 +98,10 @@ class Bench:
     def transformer(
         self, model: str, way: Way, warm: Collection[tuple[int, int]] | None = None
     ) -> Any:
-        """Random weights; `warm`: what gets code for its exact shape, by default everything.
+        """A transformer with random weights.
 
-        Raises `ImportError` for torchao where it is missing.
+        `warm`: shapes (rows, image tokens) that get compiled code of their own; None stands for all
+        shapes. Raises `ImportError` if the way needs torchao and it is missing.
         """
         structure = config(TRANSFORMERS[model]) | (TINY if self.tiny else {})
         structure["caption_projection_dim"] = (
@@ -116,12 +117,13 @@ class Bench:
             fuse_qkv(apply_recipe(made, RECIPES[way.recipe], self.device))
         if way.compiled:
             mode = "max-autotune" if way.max_autotune else "default"
-            exact = _Everything() if warm is None else warm
+            exact = _AllShapes() if warm is None else warm
             compile_blocks(made, exact, mode, self.backend)
         return made
 
     @torch.no_grad()
     def vae(self) -> Any:
+        """A VAE with random weights in bfloat16."""
         with torch.device("meta"):
             made: Any = AutoencoderKL.from_config(config("vae") | (TINY_VAE if self.tiny else {}))
         return fill(made.to(torch.bfloat16).to_empty(device=self.device)).eval()
@@ -129,13 +131,14 @@ class Bench:
     def denoiser(
         self, model: str, way: Way, warm: Collection[tuple[int, int]] | None = None
     ) -> Denoiser:
-        """Its attention is the one that is preferred on this card."""
+        """A denoiser with random weights; attention runs as `prefer_attention` has set it."""
         transformer = self.transformer(model, way, warm)
         made = Denoiser(transformer, self.vae(), RECIPES[way.recipe], self.device, SHIFT)
-        self.free()  # making it took more than having it does
+        self.free()  # making the model needs more memory than the model itself
         return made
 
     def embeds(self, rows: int) -> PromptEmbeds:
+        """Random prompt embeddings, the same each time."""
         generator = torch.Generator("cpu").manual_seed(0)
         return PromptEmbeds(
             torch.randn(rows, TEXT_TOKENS, 4096, generator=generator),
@@ -143,7 +146,7 @@ class Bench:
         )
 
     def free(self) -> None:
-        """Memory of what has gone; peaks count anew."""
+        """Free the memory of deleted models, and reset the peak."""
         torch._dynamo.reset()
         gc.collect()
         if self.device == "cuda":
@@ -158,7 +161,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
 
     def machine(self) -> dict[str, str]:
-        """The card and the versions, for the record."""
+        """The device and the versions of the libraries, to be saved with the results."""
         found = {"device": platform.processor() or platform.machine()}
         if self.device == "cuda":
             found["device"] = torch.cuda.get_device_name(0)
@@ -174,7 +177,7 @@ class Bench:
 
 
 def save(folder: Path, part: str, found: dict[str, Any]) -> None:
-    """Into the day's file of this card, beside what other measurements left there."""
+    """Save results under the name `part` in today's file for this card; other parts stay."""
     card = found["machine"]["device"].lower().replace("nvidia ", "").replace(" ", "-")
     file = folder / f"{date.today().isoformat()}-{card}.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +185,8 @@ def save(folder: Path, part: str, found: dict[str, Any]) -> None:
     file.write_text(json.dumps(before | {part: found}, indent=1) + "\n")
 
 
-class _Everything(frozenset[tuple[int, int]]):
-    """Every shape gets code of its own."""
+class _AllShapes(frozenset[tuple[int, int]]):
+    """A set that contains every shape."""
 
     def __contains__(self, _: object) -> bool:
         return True
@@ -191,7 +194,10 @@ class _Everything(frozenset[tuple[int, int]]):
 
 @torch.no_grad()
 def fill(module: nn.Module) -> nn.Module:
-    """Weights as a fresh model has them, drawn on the device: 1/√inputs wide; buffers small."""
+    """Fill a module on its device with random weights like those of a new model.
+
+    Weights have the standard deviation 1/√inputs, and buffers 0.02.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, parameter[0].numel() ** -0.5)
@@ -205,7 +211,7 @@ def fill(module: nn.Module) -> nn.Module:
 
 
 def quantize_by_torchao(transformer: nn.Module) -> None:
-    """The same layers that our recipe has in FP8."""
+    """Quantise the layers that Octet's FP8 recipe quantises, with torchao."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         PerRow,

@@ -1,10 +1,10 @@
-"""What packing buys on one card: 1, 2 and 4 processes × slots, images/s and p99 latency.
+"""Measure what packing gains on one card: images/s and p99 latency of 1, 2 and 4 processes.
 
     python -m bench.gpu.packing [--model sd3.5-medium] [--side 512] [--out FOLDER]   # --tiny: CPU
 
-Each process holds its own model (random weights in the exact structure, FP8, compiled) and runs the
-denoising loop with all slots taken, as replicas that share a card do. All processes are there from
-the start; in each cell some of them draw, at the same time, and the others wait.
+Each process holds its own model (exact structure, random weights, compiled FP8) and runs the
+denoising loop with all slots taken, like replicas that share a card. All processes run from the
+start. In each cell of the table, some of them generate images at the same time and the others wait.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PROCESSES = 1, 2, 4
 SLOTS = 1, 2, 4
 
 
-def draw_for(engine: Engine, slots: int, seconds: float, steps: int) -> dict[str, Any]:
-    """Images/s and latencies while all slots are taken, from each slot's first image on.
+def generate_for(engine: Engine, slots: int, seconds: float, steps: int) -> dict[str, Any]:
+    """Generate images in all slots for `seconds`; return images/s and latencies.
 
-    A slot's rate is that between its first and its last image, so that what is under way when the
-    time is over counts no image too few.
+    A slot's rate counts from the end of its first image to the end of its last. So an image that is
+    unfinished when the time is over does not lower the rate.
     """
     loop = DenoisingLoop(engine.denoiser, 2 * slots)
     key = engine.sizes[0], 2, steps
@@ -47,7 +47,7 @@ def draw_for(engine: Engine, slots: int, seconds: float, steps: int) -> dict[str
         done: list[float] = []
         while len(done) < 2 or time.monotonic() < end:
             began = time.monotonic()
-            loop.draw(engine.request(key, seed), engine.embeds(2)).result()
+            loop.generate(engine.request(key, seed), engine.embeds(2)).result()
             done.append(time.monotonic())
             if len(done) > 1:
                 latencies.append(done[-1] - began)
@@ -62,41 +62,43 @@ def draw_for(engine: Engine, slots: int, seconds: float, steps: int) -> dict[str
     return {"images_s": sum(rates), "latencies_s": latencies}
 
 
-def replica(bench: Bench, arguments: argparse.Namespace) -> None:
-    """One process: answers each line of slots and seconds with what it drew."""
+def run_replica(bench: Bench, arguments: argparse.Namespace) -> None:
+    """The program of a process: answer each line of slots and seconds with the results."""
     prefer_attention(preferred(attention_s(bench, arguments.model)))
     way = FP8_EAGER if arguments.tiny else FP8
     engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), [arguments.side])
-    for slots in SLOTS:  # every number of rows once
+    for slots in SLOTS:  # warm up every number of rows
         batch = [engine.begin((arguments.side, 2, 2), seed) for seed in range(slots)]
         engine.denoiser.denoise_step(batch, bucket(2 * slots))
     engine.denoiser.decode(batch[0].latents)
     print(json.dumps({"peak_gib": bench.peak_gib()}), flush=True)
     for line in sys.stdin:
         slots, seconds = json.loads(line)
-        print(json.dumps(draw_for(engine, slots, seconds, arguments.steps)), flush=True)
+        print(json.dumps(generate_for(engine, slots, seconds, arguments.steps)), flush=True)
 
 
 class Replica:
-    """A process of its own, as the parent sees it."""
+    """A process with a model, seen from its parent."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing", "--replica"]
         command += ["--model", arguments.model, "--side", str(arguments.side)]
         command += ["--steps", str(arguments.steps), *(["--tiny"] if arguments.tiny else [])]
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def ask(self, *what: float) -> None:
+    def ask(self, slots: int, seconds: float) -> None:
+        """Have the process generate images in `slots` slots for `seconds`."""
         assert self._process.stdin
-        print(json.dumps(what), file=self._process.stdin, flush=True)
+        print(json.dumps((slots, seconds)), file=self._process.stdin, flush=True)
 
     def answer(self) -> Any:
+        """The next line of the process, read as JSON. Raises `RuntimeError` if it has ended."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a replica ended with {self._process.wait()}")
+            raise RuntimeError(f"a replica ended with exit code {self._process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -104,15 +106,16 @@ class Replica:
 
 
 def cell(replicas: list[Replica], slots: int, seconds: float) -> dict[str, Any]:
-    for one in replicas:
-        one.ask(slots, seconds)
-    drawn = [one.answer() for one in replicas]
-    latencies = sorted(latency for one in drawn for latency in one["latencies_s"])
+    """Measure these processes at the same time, with `slots` slots each."""
+    for replica in replicas:
+        replica.ask(slots, seconds)
+    results = [replica.answer() for replica in replicas]
+    latencies = sorted(latency for result in results for latency in result["latencies_s"])
     return {
         "processes": len(replicas),
         "slots": slots,
         "images": len(latencies),
-        "images_s": sum(one["images_s"] for one in drawn),
+        "images_s": sum(result["images_s"] for result in results),
         "latency_p50_s": percentile(latencies, 0.5),
         "latency_p99_s": percentile(latencies, 0.99),
     }
@@ -121,25 +124,25 @@ def cell(replicas: list[Replica], slots: int, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="sd3.5-medium", choices=[*TRANSFORMERS])
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--side", type=int, default=512, help="of the images, in pixels")
+    parser.add_argument("--steps", type=int, default=20, help="of each image")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each cell")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     parser.add_argument("--replica", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench.here(arguments.tiny)
     if arguments.replica:
-        replica(bench, arguments)
+        run_replica(bench, arguments)
         return
-    first = Replica(arguments)  # alone, so that the others find its compiled code
+    first = Replica(arguments)  # starts alone, so that the others find its compiled code
     peaks = [first.answer()]
     others = [Replica(arguments) for _ in range(PROCESSES[-1] - 1)]
-    peaks += [one.answer() for one in others]
+    peaks += [other.answer() for other in others]
     replicas = [first, *others]
     cells = [cell(replicas[:n], slots, arguments.seconds) for n in PROCESSES for slots in SLOTS]
-    for one in replicas:
-        one.close()
+    for replica in replicas:
+        replica.close()
     found = {
         "machine": bench.machine(),
         "model": arguments.model,

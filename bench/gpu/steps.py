@@ -1,12 +1,12 @@
-"""Milliseconds of a denoising step on this card, against the floor at its own rates.
+"""Measure the milliseconds of a denoising step, compared with the least that this card allows.
 
     python -m bench.gpu.steps [--minutes 9] [--out FOLDER]    # --tiny: small shapes, on a CPU too
 
-Measures matrix products and copies of this card; steps of Large and Medium in every way to run them
-at 1024² and 512² for 1, 2 and 4 requests with guidance; the VAE's decode; T5; peak memory; and the
-signal-to-noise ratio of each kind of FP8 linear. Needs torch and diffusers; torchao and
-optimum-quanto where they are compared. Cells that the time does not suffice for are left out, and
-the last lines say which.
+Measures on this card: matrix products and copies; steps of Large and Medium in every way to run
+them, at 1024² and 512² for 1, 2 and 4 requests with guidance; the VAE's decode; T5; peak memory;
+and the signal-to-noise ratio of each kind of FP8 linear layer. Needs torch and diffusers, and
+torchao and optimum-quanto for the comparisons with them. When the time is over, the remaining cells
+are left out; the last lines of the report list them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEP_REPEATS = 8
 
 
 class Clock:
-    """What is left of the time that there is."""
+    """The time that is left of `minutes`."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
@@ -53,7 +53,7 @@ class Clock:
 
 
 def rates(bench: Bench) -> CardRates:
-    """What this card reaches in large products of random numbers, and in a copy."""
+    """Rates that this card reaches in large matrix products of random numbers, and in a copy."""
     n = 256 if bench.tiny else SIDE_OF_RATES
     a, b = torch.randn(2, n, n, device=bench.device, dtype=torch.bfloat16)
     (rows, row_scale), (columns, column_scale) = quantize_rows(a), quantize_rows(b)
@@ -68,13 +68,13 @@ def rates(bench: Bench) -> CardRates:
             use_fast_accum=True,
         )
 
-    def whole() -> object:  # one scale for all; slow on a CPU
-        one = row_scale[:1].reshape(())
+    def one_scale() -> object:  # one scale for the whole matrix; slow on a CPU
+        scale = row_scale[:1].reshape(())
         return torch._scaled_mm(
             rows,
             columns.t(),
-            scale_a=one,
-            scale_b=one,
+            scale_a=scale,
+            scale_b=scale,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
@@ -82,7 +82,7 @@ def rates(bench: Bench) -> CardRates:
     if not fp8_here(bench):
         fp8_s = math.inf
     else:
-        fp8_s = min(bench.seconds(way, 20) for way in ([fp8] if bench.tiny else [fp8, whole]))
+        fp8_s = min(bench.seconds(way, 20) for way in ([fp8] if bench.tiny else [fp8, one_scale]))
 
     source = torch.empty(n * n * 8, device=bench.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -97,11 +97,12 @@ def rates(bench: Bench) -> CardRates:
 
 
 def fp8_here(bench: Bench) -> bool:
-    """A CPU emulates it; cards have it or not."""
+    """Whether the device runs FP8; a CPU emulates it."""
     return bench.device == "cpu" or torch.cuda.get_device_capability() >= FP8_SINCE
 
 
 def structure_of(bench: Bench, model: str) -> Structure:
+    """The structure of a model, shrunk if the bench is tiny."""
     return Structure.of(bench.transformer(model, BF16).config) if bench.tiny else structure(model)
 
 
@@ -111,7 +112,10 @@ Cell = tuple[int, int]  # side in pixels, and requests with guidance
 def cells(
     bench: Bench, model: str, way: Way, card: CardRates, asked: list[Cell], clock: Clock
 ) -> Iterator[dict[str, Any]]:
-    """Each in turn, as long as one like the last still fits into the time."""
+    """Measure the cells one after the other.
+
+    A cell for which the time does not suffice, judged by the last one, comes without results.
+    """
     shape = structure_of(bench, model)
     prefer_attention(preferred(attention_s(bench, model)))
     bench.free()
@@ -171,7 +175,10 @@ def cells(
 
 
 def rounds(bench: Bench) -> Iterator[tuple[str, str, list[Cell]]]:
-    """Model, way and cells: first one request at the larger size in every way, for the ratios."""
+    """Models, ways and cells in the order in which they are measured.
+
+    One request at the larger size comes first in every way, because the ratios need these cells.
+    """
     first = [(bench.sides[0], 1)]
     rest = [(side, n) for side in bench.sides for n in REQUESTS if (side, n) != first[0]]
     last = "fp8 max-autotune"
@@ -189,7 +196,7 @@ def rounds(bench: Bench) -> Iterator[tuple[str, str, list[Cell]]]:
 
 
 def attention_s(bench: Bench, model: str) -> dict[str, float]:
-    """Of each fused kernel for one request at the larger size; none on a CPU."""
+    """Seconds of each fused attention kernel for one request at the larger size; {} on a CPU."""
     if bench.device != "cuda":
         return {}
     s = structure(model)
@@ -199,7 +206,7 @@ def attention_s(bench: Bench, model: str) -> dict[str, float]:
 
 
 def decode_ms(bench: Bench) -> dict[str, float]:
-    """In both layouts of the VAE."""
+    """Milliseconds of a decode by size, in both memory layouts of the VAE."""
     denoiser = bench.denoiser("sd3.5-medium", BF16)
     found = {}
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -212,7 +219,7 @@ def decode_ms(bench: Bench) -> dict[str, float]:
 
 
 def t5_ms(bench: Bench) -> dict[str, Any]:
-    """4 prompts of 256 tokens, in bf16 and stored in FP8 by quanto."""
+    """Milliseconds of T5 for 4 prompts of 256 tokens, in bf16 and stored in FP8 by quanto."""
     tiny = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 1, "vocab_size": 32}
     settings = T5Config(**(config("t5_xxl") | (tiny if bench.tiny else {})))
     found: dict[str, Any] = {}
@@ -223,7 +230,7 @@ def t5_ms(bench: Bench) -> dict[str, Any]:
         if how != "bf16":
             try:
                 store_in_fp8(t5)
-            except Exception as error:  # quanto builds a kernel here, which can fail in many ways
+            except Exception as error:  # quanto compiles a kernel here, which can fail in many ways
                 found[how] = f"not measured: {_in_words(error)}"
                 continue
         ids = torch.zeros(4, 256, dtype=torch.long, device=bench.device)
@@ -239,7 +246,7 @@ def t5_ms(bench: Bench) -> dict[str, Any]:
 
 @torch.inference_mode()
 def sqnr_db(bench: Bench, model: str) -> dict[str, float]:
-    """Of each kind of FP8 linear, on random activations: signal to quantisation noise."""
+    """Signal to quantisation noise, in dB, of each kind of FP8 linear, on random activations."""
     transformer = bench.transformer(model, BF16)
     found: dict[str, float] = {}
     for name, linear in transformer.named_modules():
@@ -260,7 +267,7 @@ def sqnr_db(bench: Bench, model: str) -> dict[str, float]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """Short, to be read in a terminal."""
+    """The results as short text for a terminal."""
     lines = [" ".join(f"{k} {v}" for k, v in found["machine"].items())]
     card = CardRates(*found["rates"])
     lines.append(
@@ -292,7 +299,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def ratios(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The aims, for one request at the larger size."""
+    """Step time of each way ÷ that of compiled FP8, for one request at the larger size."""
     found: dict[str, dict[str, float]] = {}
     for model in MODELS:
         ms = {
@@ -301,14 +308,14 @@ def ratios(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             if c["model"] == model and c["requests"] == 1 and "step_ms" in c
             if c["side"] == max(other["side"] for other in steps)
         }
-        ours = ms.get("fp8 compiled")
-        if ours:
-            found[model] = {f"{way} ÷ fp8 compiled": t / ours for way, t in ms.items()}
+        fp8_ms = ms.get("fp8 compiled")
+        if fp8_ms:
+            found[model] = {f"{way} ÷ fp8 compiled": t / fp8_ms for way, t in ms.items()}
     return found
 
 
 def guarded(found: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
-    """One part that fails, by any fault, must not lose the others."""
+    """Measure a part; on any error note the error instead, so that the other parts go on."""
     try:
         found[name] = measure()
     except Exception as error:
@@ -321,9 +328,9 @@ def _in_words(error: Exception) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
     bench, clock = Bench.here(arguments.tiny), Clock(arguments.minutes)
     card = rates(bench)
@@ -345,7 +352,7 @@ def main() -> None:
             for cell in cells(bench, model, WAYS[name], card, asked, clock):
                 found["steps"].append(cell)
                 print(json.dumps(cell), flush=True)
-        except Exception as error:  # as in `guarded`
+        except Exception as error:  # of any kind, as in `guarded`
             found["failed"].append({"model": model, "way": name, "why": _in_words(error)})
         bench.free()
         found["ratios"] = ratios(found["steps"])

@@ -1,8 +1,8 @@
 """One image from the queue to its bytes, in as many attempts as it takes.
 
 A replica that dies costs an image an attempt; the last attempt runs alone on its replica. A replica
-that dies before it started the image costs nothing, a few times. An image with non-finite numbers is
-generated once more in 16 bit.
+that dies before it started the image costs nothing, a few times. An image with non-finite numbers
+is generated once more in 16 bit.
 """
 
 from __future__ import annotations

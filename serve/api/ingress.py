@@ -98,7 +98,7 @@ class Ingress:
         return self._live
 
     async def check_health(self) -> None:
-        """Raise `RuntimeError` for a session that has ended: requests would wait for ever. For Ray Serve."""
+        """Ray Serve's check: raise `RuntimeError` once the session has ended for good."""
         self._session.check()
         self._urls.check()
 
@@ -141,7 +141,7 @@ class Ingress:
         return await self._generations.answer(parsed, tenant, request_id, http)
 
     async def cancel(self, http: Request) -> Response:
-        """Cancel a request, at whichever Ingress it is; its slots are free before their next step."""
+        """Cancel a request, whichever Ingress has it; its slots are free before their next step."""
         request_id = http.path_params["id"]
         check_request_id(request_id)
         try:

@@ -46,7 +46,7 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, max=86_400, help="How long requests are sent.")
+        float, typer.Option(min=0.1, max=86_400, help="Seconds for which requests are sent.")
     ] = 60.0,
     mix: Annotated[
         list[str] | None,

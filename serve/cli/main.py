@@ -127,7 +127,7 @@ def quantize(
         bool,
         typer.Option(
             "--adaln-8-bit",
-            help="Store the AdaLN layers in 8 bit too, for pools with adaln_8_bit in CONFIG.",
+            help="Store the AdaLN layers in 8 bit too, for pools whose settings have adaln_8_bit.",
         ),
     ] = False,
     debug: Debug = False,
@@ -246,7 +246,7 @@ def _serve(read: Callable[[], Settings]) -> None:
 
 
 def _warn_about_access(settings: Settings) -> None:
-    """Warn if no key is needed, or if there is no tenant that could have one.
+    """Warn if anyone may generate images without a key, or if there are no tenants yet.
 
     Raises `SettingsError` for tenants that cannot be read.
     """

@@ -43,21 +43,21 @@ def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
         "mixed_images_s": plan.mixed_images_s,
         "cards": [
             {
-                "card": stack.cards.card.id,
-                "count": stack.cards.count,
-                "text_encoder_gib": stack.cards.encoder_gib,
-                "free_gib": _free_gib(stack),
-                "replicas": [_option_as_json(stack, option) for option in stack.options],
+                "card": packed.cards.card.id,
+                "count": packed.cards.count,
+                "text_encoder_gib": packed.cards.encoder_gib,
+                "free_gib": _free_gib(packed),
+                "replicas": [_option_as_json(packed, option) for option in packed.options],
             }
-            for stack in plan.stacks
+            for packed in plan.packed_cards
         ],
         "pools": [asdict(pool) for pool in planned_pools(plan)],
         "notes": [*notes],
     }
 
 
-def _option_as_json(stack: PackedCards, option: ServingOption) -> dict[str, Any]:
-    card = stack.cards.card
+def _option_as_json(packed: PackedCards, option: ServingOption) -> dict[str, Any]:
+    card = packed.cards.card
     return {
         **option._asdict(),
         "latency_s": option.latency_s,
@@ -66,9 +66,9 @@ def _option_as_json(stack: PackedCards, option: ServingOption) -> dict[str, Any]
     }
 
 
-def _free_gib(stack: PackedCards) -> float:
+def _free_gib(packed: PackedCards) -> float:
     """GiB of a card that no replica takes."""
-    return stack.cards.free_gib - sum(option.replicas * option.gib for option in stack.options)
+    return packed.cards.free_gib - sum(option.replicas * option.gib for option in packed.options)
 
 
 def as_settings(plan: Plan, base: Mapping[str, Any] | None = None) -> str:
@@ -150,9 +150,9 @@ def _table(plan: Plan) -> Table:
         padding=(0, 1, 0, 0),
     )
     fractions = {(p.model, p.card, p.slots): p.num_gpus for p in planned_pools(plan)}
-    for stack in plan.stacks:
-        card, name = stack.cards.card, f"{stack.cards.count} × {stack.cards.card.id}"
-        for option in stack.options:
+    for packed in plan.packed_cards:
+        card, name = packed.cards.card, f"{packed.cards.count} × {packed.cards.card.id}"
+        for option in packed.options:
             table.add_row(
                 name,
                 option.model,
@@ -166,12 +166,12 @@ def _table(plan: Plan) -> Table:
                 _usd(usd_per_1000(card.spot_usd_h, option.images_s)),
             )
             name = ""
-        if not stack.options:
+        if not packed.options:
             table.add_row(name, "–")
-        if stack.cards.encoder_gib:
+        if packed.cards.encoder_gib:
             gpu = fractions[None, card.id, 1]
             table.add_row(
-                "", "text encoders", "", "1", f"{stack.cards.encoder_gib:.1f}", f"{gpu:.4f}"
+                "", "text encoders", "", "1", f"{packed.cards.encoder_gib:.1f}", f"{gpu:.4f}"
             )
     return table
 
@@ -185,27 +185,27 @@ def _bars(plan: Plan) -> Iterable[Text]:
     colours = {
         planned.model: COLOURS[i % len(COLOURS)] for i, planned in enumerate(plan.planned_models)
     }
-    for stack in plan.stacks:
+    for packed in plan.packed_cards:
         parts = [
             (option.gib, f"{option.model} {option.gib:.0f}", f"black on {colours[option.model]}")
-            for option in stack.options
+            for option in packed.options
             for _ in range(option.replicas)
         ]
-        if stack.cards.encoder_gib:
-            parts.append((stack.cards.encoder_gib, "text", "black on white"))
-        if stack.cards.reserved_gib:
-            parts.append((stack.cards.reserved_gib, "reserved", "white on bright_black"))
-        total_gib = stack.cards.card.memory_gib
-        bar = Text(f"{stack.cards.count:>4} × {stack.cards.card.id:<8} |")
+        if packed.cards.encoder_gib:
+            parts.append((packed.cards.encoder_gib, "text", "black on white"))
+        if packed.cards.reserved_gib:
+            parts.append((packed.cards.reserved_gib, "reserved", "white on bright_black"))
+        total_gib = packed.cards.card.memory_gib
+        bar = Text(f"{packed.cards.count:>4} × {packed.cards.card.id:<8} |")
         for gib, label, style in parts:
             width = max(1, round(BAR * gib / total_gib))
             bar.append(label[: width - 1].ljust(width - 1) + "|", style)
-        bar.append(f" {max(0.0, _free_gib(stack)):.0f} of {total_gib:.0f} GiB free")
+        bar.append(f" {max(0.0, _free_gib(packed)):.0f} of {total_gib:.0f} GiB free")
         yield bar
 
 
 def _totals(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
-    options = [option for stack in plan.stacks for option in stack.options]
+    options = [option for packed in plan.packed_cards for option in packed.options]
     for planned in plan.planned_models:
         size = f"{planned.shape.width_px}x{planned.shape.height_px}"
         yield Text(

@@ -41,9 +41,7 @@ def top(
                 time.sleep(1)
                 try:
                     shown = overview_table(_state(url, key))
-                except (
-                    SettingsError
-                ) as error:  # the server may be restarting: go on and show the error
+                except SettingsError as error:  # the server may be restarting: go on
                     live.update(Group(shown, f"[red]{escape(str(error))}[/]"), refresh=True)
                 else:
                     live.update(shown, refresh=True)

@@ -1,8 +1,8 @@
 """Admission of calls: every tenant's limits, budget and deadlines, decided in one place.
 
-The checks, in this order: the tenant exists · the server is not stopping · request id · request rate ·
-possible pools · open requests · work rate · budget · queue length, the tenant's own and all ·
-deadline. A call that fails a check takes nothing from any limit, except its place in the request
+The checks, in this order: the tenant exists · the server is not stopping · request id · request
+rate · possible pools · open requests · work rate · budget · queue length, the tenant's own and all
+· deadline. A call that fails a check takes nothing from any limit, except its place in the request
 rate.
 
 A tenant may queue `OWN_SHARE` times as many images as there are places left, so that even many

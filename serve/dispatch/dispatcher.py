@@ -2,8 +2,8 @@
 
 It joins `Admission` and `Grants` with a clock and a network. Each Ingress opens a session, a stream
 on which decisions and grants arrive in batches, and sends its updates in batches. Each Generator
-reports itself by heartbeat. Other files do the rest: `metering` charges tenants, `scaling` decides on
-replicas, `node_watch` looks at the cluster, `upkeep` does what is due with every heartbeat.
+reports itself by heartbeat. Other files do the rest: `metering` charges tenants, `scaling` decides
+on replicas, `node_watch` looks at the cluster, `upkeep` does what is due with every heartbeat.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class Dispatcher:
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:
-        """Report queue positions soon, all at once: finding them costs time with the queue's length."""
+        """Report queue positions soon and all at once: finding them takes longer in a long queue."""
 
         def report() -> None:
             self._positions_due = False

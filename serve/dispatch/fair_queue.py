@@ -3,16 +3,16 @@
 Every pool is shared by itself. A tenant's *clock* in a pool is the work that it was granted there ÷
 its weight. A free slot of the pool goes to the waiting tenant with the lowest clock, and that clock
 then moves on by the image's work ÷ weight. So while two tenants wait for a pool, what they were
-granted there per weight never differs by more than their largest image per weight, and no slot stays
-free while anybody waits for it. When an image has ended, the clock is corrected by what it really
-took, so over time tenants share the time of replicas and not the predictions.
+granted there per weight never differs by more than their largest image per weight, and no slot
+stays free while anybody waits for it. When an image has ended, the clock is corrected by what it
+really took, so over time tenants share the time of replicas and not the predictions.
 
 A tenant that comes back after a pause is lifted to the clock at which the pool last granted: it has
 no credit for the time that it was away, and is served next.
 
 An item may wait for several pools; it leaves all of them when it is granted in one. Adding, taking
-and removing an item cost O(log tenants) for each of its pools. The algorithm is that of Goyal, Vin &
-Cheng 1996; counting per tenant instead of tagging each item makes removals and corrections exact.
+and removing an item cost O(log tenants) for each of its pools. The algorithm is that of Goyal, Vin
+& Cheng 1996; counting per tenant instead of tagging each item makes removals and corrections exact.
 
 Pure: standard library only.
 """

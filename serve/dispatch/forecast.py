@@ -57,8 +57,9 @@ class ForecastAccuracy:
 
     The first is an exponential mean. The second follows the quantile `QUANTILE` by stochastic
     approximation: each ratio above it moves it up, each ratio below it moves it 99 times less down.
-    Both fade towards 1, so that a bad past does not refuse requests for ever when none are admitted.
-    Times below one second count as one second, because overheads are no error of the forecast.
+    Both fade towards 1, so that a bad past does not refuse requests for ever when none are
+    admitted. Times below one second count as one second, because overheads are no error of the
+    forecast.
     """
 
     def __init__(self) -> None:

@@ -1,13 +1,13 @@
 """Grants of free slots to waiting images: the Dispatcher's state, without clock, network or Ray.
 
 A *slot* is room for one image in a pool: replicas × slots each, as the replicas report themselves.
-A *grant* gives a free slot to the image that is next by fairness (`fair_queue`) among those that may
-use it. Binding is late, so an image never waits while a pool that it allows has a free slot. A grant
-is a lease of the *session* (one Ingress replica) that queued the image: a session that falls silent
-loses all of its images and slots.
+A *grant* gives a free slot to the image that is next by fairness (`fair_queue`) among those that
+may use it. Binding is late, so an image never waits while a pool that it allows has a free slot. A
+grant is a lease of the *session* (one Ingress replica) that queued the image: a session that falls
+silent loses all of its images and slots.
 
-A pool is *possible* if it has a living replica or a node could hold one. An image without a possible
-pool is refused at once, and never waits for what cannot come.
+A pool is *possible* if it has a living replica or a node could hold one. An image without a
+possible pool is refused at once, and never waits for what cannot come.
 
 Time is an argument, in seconds on any steady clock.
 

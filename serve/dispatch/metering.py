@@ -26,7 +26,7 @@ class _Charge(NamedTuple):
 
 
 class Metering:
-    """Writes the charges of all sessions and tells each session through `deliver` what is on disk."""
+    """Writes the charges of all sessions; tells each through `deliver` what is on disk."""
 
     def __init__(
         self,
@@ -105,7 +105,8 @@ class Metering:
     def _confirm(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
         """Tell sessions what is on disk, and count the `fresh` charges; None: the write failed.
 
-        A charge is not fresh if it was written before, for a Dispatcher that did not live to say so.
+        A charge is not fresh if it was written before, for a Dispatcher that did not live to say
+        so.
         """
         events: dict[tuple[str, str], Recorded] = {}
         for charge in batch:

@@ -32,10 +32,11 @@ class Timing:
     `recovery_s`: how long a restarted Dispatcher only listens, so that every Ingress can say what
     it runs. `reconnect_s`: before an Ingress opens a lost session again. `positions_s`: how long
     queue positions are collected before they are sent. `nodes_s`, `tenants_s`: between two looks at
-    the cluster's nodes and at the tenants' files. `record_s`: how long an answer waits for its usage
-    records to be on disk, a restart of the Dispatcher included. `receive_s`: how long a Generator
-    may take to acknowledge an image. `retry_pause_s`: before an image is queued again after no
-    replica started it. `charge_retry_s`: before a charge that could not be written is tried again.
+    the cluster's nodes and at the tenants' files. `record_s`: how long an answer waits for its
+    usage records to be on disk, a restart of the Dispatcher included. `receive_s`: how long a
+    Generator may take to acknowledge an image. `retry_pause_s`: before an image is queued again
+    after no replica started it. `charge_retry_s`: before a charge that could not be written is
+    tried again.
     """
 
     heartbeat_s: float = 1.0

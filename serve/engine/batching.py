@@ -4,14 +4,14 @@ A *batch* is one call of the transformer. Its images have the same size and text
 attention mask) and together at most `max_rows` rows; guidance doubles an image's rows. Images of
 different sizes therefore take turns.
 
-Before each step one image leads. An image that was passed over `PATIENCE` times in a row is overdue.
-If any is overdue, the one passed over most often leads; otherwise the one with the fewest steps left,
-so that few-step images do not wait behind long ones. The batch is the leader and as many images of
-its kind as fit, in the same order.
+Before each step one image leads. An image that was passed over `PATIENCE` times in a row is
+overdue. If any is overdue, the one passed over most often leads; otherwise the one with the fewest
+steps left, so that few-step images do not wait behind long ones. The batch is the leader and as
+many images of its kind as fit, in the same order.
 
-Bound: with at most n running images, no image is passed over more than `PATIENCE` + n − 1 times in a
-row. Only images passed over as often or more lead before an overdue one; each of them leads once and
-then counts from zero, and newcomers never catch up with it.
+Bound: with at most n running images, no image is passed over more than `PATIENCE` + n − 1 times in
+a row. Only images passed over as often or more lead before an overdue one; each of them leads once
+and then counts from zero, and newcomers never catch up with it.
 
 Pure: standard library only.
 """

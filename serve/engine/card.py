@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cluster.card_memory import CardFull, claim
+from cluster.card_memory import WAIT_S, CardFull, claim
 from cluster.telemetry import CardTelemetry, NoTelemetry
 
 from ..errors import OctetError
@@ -30,22 +31,25 @@ class ReplicaCard:
         settings: CardResources,
         cuda: Any = torch.cuda,
         telemetry: CardTelemetry | None = None,
+        wait_s: float = WAIT_S,
+        make_metric: Callable[[str], Any] = metric,
     ) -> None:
         """Claim the memory that the settings promise.
 
-        Raises `OctetError` if it is not free. Blocks for up to `card_memory.WAIT_S` seconds.
+        Blocks for up to `wait_s` seconds until it is free, and raises `OctetError` if it is not
+        free then.
         """
         try:
-            self._claim = claim(cuda, settings.num_gpus, settings.memory_gib)
+            self._claim = claim(cuda, settings.num_gpus, settings.memory_gib, wait_s)
         except CardFull as error:
             raise OctetError(str(error)) from None
         properties = cuda.get_device_properties(0)
         uuid = str(properties.uuid)
         self._tags = {"card": properties.name, "uuid": uuid}
         self._telemetry = telemetry or self._watch(uuid)
-        self._gauges = {name: metric(f"octet_card_{name}") for name in READINGS}
-        self._xids = metric("octet_card_xids")
-        self._memory = metric("octet_replica_memory_bytes")
+        self._gauges = {name: make_metric(f"octet_card_{name}") for name in READINGS}
+        self._xids = make_metric("octet_card_xids")
+        self._memory = make_metric("octet_replica_memory_bytes")
 
     def check(self) -> None:
         """Update the card's metrics, and raise `RuntimeError` if it is broken. Blocks."""

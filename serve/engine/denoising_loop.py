@@ -5,12 +5,12 @@ those that are no longer wanted. `batching` chooses the images that go on togeth
 over those that are finished. Each image has its own size, steps, guidance and seed.
 
 Rows are padded to fixed bucket sizes, because matrix products of another row count round
-differently. Within a bucket an image is the same bit for bit whatever runs beside it; across buckets
-it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
+differently. Within a bucket an image is the same bit for bit whatever runs beside it; across
+buckets it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
 
-A step that fails is repeated: after an out-of-memory error with fewer rows, and batches stay smaller
-for a while; after any other error image by image. An image whose step fails when it runs alone is
-given up, after an out-of-memory error only when further attempts fail too.
+A step that fails is repeated: after an out-of-memory error with fewer rows, and batches stay
+smaller for a while; after any other error image by image. An image whose step fails when it runs
+alone is given up, after an out-of-memory error only when further attempts fail too.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class DenoisingLoop:
     """Runs images in batches of at most `max_rows` rows, and at most the largest bucket.
 
     An image with guidance takes two rows. `on_broken` is called when the device can no longer be
-    used: images under way would wait for ever. `beside_steps`: see `Decoding`. `memory_pause_s`: how
-    long an image rests after it ran out of memory.
+    used: images under way would wait for ever. `beside_steps`: see `Decoding`. `memory_pause_s`:
+    how long an image rests after it ran out of memory.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class DenoisingLoop:
         """Take an image in at the next step; cancelling the future drops it before its next one.
 
         `on_event` is called in the loop's threads for each step and preview; it must not block or
-        raise. The future raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the model
-        raised.
+        raise. The future raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the
+        model raised.
         """
         done: Future[GeneratedPixels] = Future()
         self._inbox.put(_NewImage(request, embeds, previews, on_event, done))
@@ -182,16 +182,17 @@ class DenoisingLoop:
                 ready = [image for image in self._running if image.not_before <= now]
                 if ready:
                     self._step(next_batch(ready, self._budget.rows(now)))
-                elif self._running:
-                    time.sleep(min(image.not_before for image in self._running) - now)
         except Exception:  # the device is broken, or this loop is: nothing more comes of either
             log.exception("the denoising loop has ended")
             self._on_broken()
 
     def _take_in(self) -> bool:
-        """Begin the images that have arrived; waits if none is running. False ends the loop."""
-        while not self._inbox.empty() or not self._running:
-            new = self._inbox.get()
+        """Begin the images that have arrived; wait while no image can step. False ends the loop."""
+        while True:
+            try:
+                new = self._inbox.get(timeout=self._wait_s())
+            except queue.Empty:
+                return True
             if new is None:
                 return False
             if new.done.cancelled():
@@ -212,7 +213,13 @@ class DenoisingLoop:
                 failure = no_memory(new.request.width, new.request.height)
             self._denoiser.check_device()
             _settle(new, failure)
-        return True
+
+    def _wait_s(self) -> float | None:
+        """Seconds until an image can take a step; None if none is running."""
+        if not self._running:
+            return None
+        first = min(image.not_before for image in self._running)
+        return max(first - time.monotonic(), 0.0)
 
     def _begin(self, new: _NewImage) -> _RunningImage:
         request, began = new.request, time.monotonic()
@@ -239,7 +246,7 @@ class DenoisingLoop:
     # -- a step ---------------------------------------------------------------------------------
 
     def _step(self, batch: list[_RunningImage]) -> None:
-        """Take one step with a batch. Whatever the model raises ends at most images of the batch."""
+        """Take one step with a batch. What the model raises ends at most images of this batch."""
         rows = sum(image.rows for image in batch)
         began = time.monotonic()
         try:

@@ -275,7 +275,7 @@ class Denoiser:
 
     @contextmanager
     def beside_steps(self) -> Iterator[None]:
-        """Run the block's kernels beside the next steps instead of after them.
+        """Run the block's kernels in parallel with the next steps instead of after them.
 
         For a block in another thread than the steps'.
         """
@@ -284,7 +284,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents to images (n, 3, height_px, width_px) in float32; 0 to 1, not yet clamped."""
+        """Decode latents to images (n, 3, height_px, width_px) in float32, 0 to 1, not clamped."""
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor
         images: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
@@ -292,7 +292,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """Approximate the image (3, height_px, width_px) that `decode` would return; it is blurred."""
+        """A blurred version (3, height_px, width_px) of the image that `decode` would return."""
         height, width = (VAE_FACTOR * side for side in latents.shape[-2:])
         return self._latent_to_rgb(latents, width, height)
 

@@ -52,7 +52,7 @@ class Phases:
 
 
 def compile_mode(pool: Pool, denoiser: Denoiser) -> Literal["off"] | Mode:
-    """How the pool's blocks are compiled; by default they are on a card, and not on a CPU."""
+    """The mode in which blocks are compiled; `auto` compiles on a card but not on a CPU."""
     if pool.compile == "auto":
         return "default" if denoiser.on_cuda else "off"
     return pool.compile
@@ -66,10 +66,19 @@ def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
 
 
 class WarmUp:
-    """The warm-up of one replica: call `prepare` after loading, then `run`. Both block."""
+    """The warm-up of one replica: call `prepare` after loading, then `run`. Both block.
 
-    def __init__(self, denoiser: Denoiser, pool: Pool, compiled_folder: str | None) -> None:
-        self._denoiser = denoiser
+    `backend`: of `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        pool: Pool,
+        compiled_folder: str | None,
+        backend: str = "inductor",
+    ) -> None:
+        self._denoiser, self._backend = denoiser, backend
         self._sizes = warm_sizes(pool, denoiser)
         self._rows = buckets(bucket(2 * pool.slots))
         self._mode = compile_mode(pool, denoiser)
@@ -85,7 +94,7 @@ class WarmUp:
                 for rows in self._rows
                 for width, height in self._sizes
             }
-            compile_blocks(self._denoiser.transformer, warm, self._mode)
+            compile_blocks(self._denoiser.transformer, warm, self._mode, self._backend)
 
     def run(self, embeds: PromptEmbeds) -> str:
         """Run every warm size with every number of rows, and the flexible code.
@@ -104,9 +113,8 @@ class WarmUp:
         if self._mode != "off":
             warm = {width * height for width, height in self._sizes}
             other = next(px for px in count(FLEXIBLE_PX, VAE_FACTOR * PATCH) if px * px not in warm)
-            shapes += [
-                ((other, other), rows) for rows in {1, self._rows[-1]}
-            ]  # torch specialises code for one row
+            # torch makes code of its own for one row.
+            shapes += [((other, other), rows) for rows in {1, self._rows[-1]}]
         for (width, height), rows in shapes:
             try:
                 self._step(embeds, width, height, rows)

@@ -29,8 +29,11 @@ class S3Store:
     `sweep` ignores `max_bytes`: the bucket may grow without a bound.
     """
 
-    def __init__(self, settings: S3Settings) -> None:
-        """boto3 finds the credentials: in the environment, files, the node's or pod's role."""
+    def __init__(self, settings: S3Settings, read_s: float = READ_S) -> None:
+        """boto3 finds the credentials: in the environment, files, the node's or pod's role.
+
+        `read_s`: how long an attempt waits for the next bytes of an answer, in seconds.
+        """
         self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
         self._swept = -SWEEP_EVERY_S
         self._client: Any = boto3.client(
@@ -39,7 +42,7 @@ class S3Store:
             region_name=settings.region,
             config=Config(
                 connect_timeout=CONNECT_S,
-                read_timeout=READ_S,
+                read_timeout=read_s,
                 retries={"mode": "standard", "max_attempts": ATTEMPTS},
                 max_pool_connections=CONNECTIONS,
                 signature_version="s3v4",

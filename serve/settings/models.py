@@ -44,7 +44,7 @@ def _known_limits(data: Any) -> Any:
 
 
 def _stated_limits(limits: ModelLimits, info: SerializationInfo) -> dict[str, Any]:
-    """The limits as data; where only stated keys are wanted, without those left at their default."""
+    """The limits as data, without the defaults where only stated keys are wanted."""
     usual = asdict(ModelLimits())
     stated = asdict(limits).items()
     return {k: v for k, v in stated if not (info.exclude_unset and v == usual[k])}

@@ -1,7 +1,7 @@
 """API keys: their form, what is kept of them, and which tenant a key belongs to.
 
-A key itself is kept nowhere: `octet tenant` shows it once and keeps its SHA-256. Keys are random, so
-a plain digest cannot be searched for as that of a password can.
+A key itself is kept nowhere: `octet tenant` shows it once and keeps its SHA-256. Keys are random,
+so a plain digest cannot be searched for as that of a password can.
 
 Pure: imports the standard library and pure files only.
 """

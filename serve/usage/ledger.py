@@ -35,7 +35,7 @@ log = logging.getLogger("ray.serve")
 
 FILE_BYTES = 64 * 2**20
 KNOWN = 100_000  # newest records, which are recognised if they are appended again
-LOCKED_S = 10.0  # how long to wait for the lock; no write takes longer
+LOCK_S = 10.0  # how long to wait for the lock; no write takes longer
 SUMS = "sums"  # the key by which a line of sums differs from a record
 NAMES = "????-??-??T??????.??????.jsonl"  # the names of files, as a glob pattern
 NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
@@ -47,13 +47,16 @@ class UsageLedger:
     `spent` is the work of each tenant in `month`, by all writers, as far as it has been read.
     """
 
-    def __init__(self, folder: Path, now: float, file_bytes: int = FILE_BYTES) -> None:
+    def __init__(
+        self, folder: Path, now: float, file_bytes: int = FILE_BYTES, lock_s: float = LOCK_S
+    ) -> None:
         """Read the sums of the month of `now`, in Unix time; begin a file if it has none.
 
-        A new file is begun once the current one is larger than `file_bytes`. Raises `OSError`, and
-        `ValueError` for a line that is not a usage record.
+        A new file is begun once the current one is larger than `file_bytes`. `lock_s`: how long to
+        wait for the folder's lock, in seconds. Raises `OSError`, and `ValueError` for a line that
+        is not a usage record.
         """
-        self._folder, self._file_bytes = folder, file_bytes
+        self._folder, self._file_bytes, self._lock_s = folder, file_bytes, lock_s
         self._known: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._path: Path | None = None  # the newest file
         self._file: Any = None  # the newest file, open for appending
@@ -62,7 +65,7 @@ class UsageLedger:
         self.month = month_of(now)
         self.spent: Counter[str] = Counter()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(folder):
+        with _locked(self._folder, self._lock_s):
             self._catch_up()
             if not self._path or month_of(_begun(self._path).timestamp()) != self.month:
                 self._begin_file(now)
@@ -73,7 +76,7 @@ class UsageLedger:
 
         Raises `OSError`. A record that was not confirmed may be appended again.
         """
-        with _locked(self._folder):
+        with _locked(self._folder, self._lock_s):
             try:
                 self._catch_up()
             except ValueError as error:
@@ -185,10 +188,10 @@ class UsageLedger:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises `OSError` if another process holds it for `LOCKED_S`."""
+def _locked(folder: Path, lock_s: float) -> Iterator[None]:
+    """Hold the folder's lock. Raises `OSError` if another process holds it for `lock_s` seconds."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + LOCKED_S
+    until = time.monotonic() + lock_s
     try:
         while True:
             try:
@@ -197,7 +200,7 @@ def _locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise OSError(
-                        f"{folder}: another process holds the lock for more than {LOCKED_S:g} s"
+                        f"{folder}: another process has held the lock for more than {lock_s:g} s"
                     ) from None
                 time.sleep(0.01)
         yield
@@ -247,7 +250,7 @@ def erase_usage(folder: Path, tenant: str) -> int:
     """
     old = usage_files(folder)[:-1]
     erased = sum(_erase(file, tenant) for file in old)
-    with _locked(folder):  # the files that are written to, or were until now
+    with _locked(folder, LOCK_S):  # the files that are written to, or were until now
         return erased + sum(_erase(file, tenant) for file in usage_files(folder)[len(old) :])
 
 

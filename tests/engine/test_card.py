@@ -23,27 +23,18 @@ class NamedCuda(FakeCuda):
         return SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid=BARE)
 
 
-class Heard:
-    """Stands in for Ray's gauge or counter of one name."""
+class Metrics:
+    """Stands in for Ray's gauges and counters: the last value by name and tags."""
 
-    values: dict[tuple[str, ...], float]
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
 
-    def __init__(self, name: str) -> None:
-        self.name, self.tag_keys = name, ALL[name].tags
+    def make(self, name: str) -> Any:
+        def keep(value: float, tags: dict[str, str]) -> None:
+            assert set(tags) == set(ALL[name].tags)
+            self.values[name, *sorted(tags.values())] = value
 
-    def set(self, value: float, tags: dict[str, str]) -> None:
-        assert set(tags) == set(self.tag_keys)
-        Heard.values[self.name, *sorted(tags.values())] = value
-
-    def inc(self, tags: dict[str, str]) -> None:
-        self.set(1, tags)
-
-
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
-    Heard.values = {}
-    monkeypatch.setattr("serve.engine.card.metric", Heard)
-    return Heard.values
+        return SimpleNamespace(set=keep, inc=lambda tags: keep(1, tags))
 
 
 BARE = UUID.removeprefix("GPU-")
@@ -51,40 +42,35 @@ PART = CardResources(num_gpus=0.25)
 NAME = "NVIDIA H100 80GB HBM3"
 
 
-def test_it_reports_the_card_and_its_own_part(heard: dict[tuple[str, ...], float]) -> None:
-    nvml, cuda = FakeNvml(), NamedCuda()
-    card = ReplicaCard(PART, cuda, CardTelemetry(BARE, nvml))
+def test_it_reports_the_card_and_its_own_part() -> None:
+    nvml, cuda, metrics = FakeNvml(), NamedCuda(), Metrics()
+    card = ReplicaCard(PART, cuda, CardTelemetry(BARE, nvml), make_metric=metrics.make)
     nvml.busy_percent = 64
     cuda.allocate(3)
     card.check()
-    assert heard["octet_card_utilisation_percent", BARE, NAME] == 64
-    assert heard["octet_replica_memory_bytes", BARE, NAME, "allocated"] == 3 * 2**30
-    assert heard["octet_replica_memory_bytes", BARE, NAME, "promised"] == 20 * 2**30
-    readings = {name.removeprefix("octet_card_") for name, *_ in heard}
+    assert metrics.values["octet_card_utilisation_percent", BARE, NAME] == 64
+    assert metrics.values["octet_replica_memory_bytes", BARE, NAME, "allocated"] == 3 * 2**30
+    assert metrics.values["octet_replica_memory_bytes", BARE, NAME, "promised"] == 20 * 2**30
+    readings = {name.removeprefix("octet_card_") for name, *_ in metrics.values}
     assert readings >= set(READINGS)
 
 
-def test_a_broken_card_makes_its_replica_unhealthy(heard: dict[tuple[str, ...], float]) -> None:
-    nvml = FakeNvml()
-    card = ReplicaCard(PART, NamedCuda(), CardTelemetry(BARE, nvml))
+def test_a_broken_card_makes_its_replica_unhealthy() -> None:
+    nvml, metrics = FakeNvml(), Metrics()
+    card = ReplicaCard(PART, NamedCuda(), CardTelemetry(BARE, nvml), make_metric=metrics.make)
     nvml.xids.append(31)  # of a program
     card.check()
     nvml.xids.append(79)
     with pytest.raises(RuntimeError, match="Xid 79"):
         card.check()
-    assert heard["octet_card_xids", BARE, "79", NAME] == 1
+    assert metrics.values["octet_card_xids", BARE, "79", NAME] == 1
 
 
-@pytest.mark.usefixtures("heard")
-def test_it_runs_without_telemetry_and_starts_only_where_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ReplicaCard(
-        PART, NamedCuda()
-    ).check()  # this machine's driver, if there is one, has no such card
-    monkeypatch.setattr("cluster.card_memory.WAIT_S", 0.0)
+def test_it_runs_without_telemetry_and_starts_only_where_there_is_room() -> None:
+    # This machine's driver, if there is one, has no such card.
+    ReplicaCard(PART, NamedCuda(), make_metric=Metrics().make).check()
     with pytest.raises(OctetError, match=r"promised 20\.0 GiB"):
-        ReplicaCard(PART, NamedCuda(others_gib=70))
+        ReplicaCard(PART, NamedCuda(others_gib=70), wait_s=0)
 
 
 def test_only_what_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Compiled blocks draw what eager ones draw, and no request ever waits for the compiler.
+"""Compiled blocks generate what eager ones do, and no request ever waits for the compiler.
 
 Most of it runs on backends that trace as the real one does and generate no code: that needs no C++
 compiler and less time.
@@ -63,47 +63,45 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def test_compiled_blocks_draw_the_same() -> None:
-    eager, compiled = (Denoiser.load(DEMO_MODEL, RECIPES["fp8"]) for _ in range(2))
+def shortened() -> Denoiser:
+    """The demo model in FP8 with one block of each of its three kinds: first, middle, last."""
+    denoiser = Denoiser.load(DEMO_MODEL, RECIPES["fp8"])
+    del denoiser.transformer.transformer_blocks[2:-1]
+    return denoiser
+
+
+def test_compiled_blocks_generate_the_same() -> None:
+    eager, compiled = shortened(), shortened()
     compile_blocks(compiled.transformer, {(2, 64)}, backend="aot_eager")
-    for px, images in ((128, 1), (192, 1), (160, 2)):
+    for px, images in ((128, 1), (160, 2)):  # a warm shape, and another
         assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
 
 
-def test_after_the_warm_up_nothing_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     """Not for a size that was not named, not for other numbers of rows, not for a single row."""
-    monkeypatch.setattr(
-        warm_up,
-        "compile_blocks",
-        lambda model, warm, mode: compile_blocks(model, warm, mode, backend="eager"),
-    )
-    denoiser = Denoiser.load(DEMO_MODEL, RECIPES["fp8"])
+    denoiser = shortened()
     pool = Pool(
-        precision="fp8", num_gpus=1, slots=2, compile="default", warm_sizes=("128x128", "192x128")
+        precision="fp8", num_gpus=1, slots=1, compile="default", warm_sizes=("128x128", "192x128")
     )
-    warming = WarmUp(denoiser, pool, str(tmp_path))
+    warming = WarmUp(denoiser, pool, str(tmp_path), backend="eager")
     warming.prepare()
     with keep_compiled_code(str(tmp_path)):  # another replica of this node compiles
         run = contextvars.copy_context().run  # as asyncio.to_thread does it
         thread = threading.Thread(target=run, args=(warming.run, embeds()), daemon=True)
         thread.start()
-        thread.join(1)
+        thread.join(0.2)
         assert thread.is_alive()
         assert graphs() == 0
     thread.join()
     made = graphs()
-    # Three kinds of blocks; two sizes in 1, 2 and 4 rows, and flexible code for one row and more.
-    assert 3 * 2 * 3 <= made <= 3 * (2 * 3 + 3)
+    kinds = len(denoiser.transformer.transformer_blocks)
+    # Two sizes in 1 and 2 rows, and flexible code for one row and for more.
+    assert kinds * 2 * 2 <= made <= kinds * (2 * 2 + 3)
     for px, images, guided in (
         (128, 1, True),
-        (128, 2, True),
         (128, 1, False),
         (64, 1, False),
-        (64, 2, True),
-        (160, 1, True),
-        (256, 2, True),
+        (160, 2, True),
         (208, 1, False),
     ):
         latents(denoiser, px, images, guided)
@@ -143,7 +141,7 @@ def test_the_loops_thread_may_compile_as_many_shapes() -> None:
     """torch keeps its compiler's limits by context: eight shapes where they are not handed on."""
     denoiser = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
     del denoiser.transformer.transformer_blocks[1:]
-    everything = {(2, tokens * tokens) for tokens in range(64)}
+    everything = {(2, side * side) for side in range(64)}
     compile_blocks(denoiser.transformer, everything, backend="eager")
     loop = DenoisingLoop(denoiser, max_rows=2)
     for px in range(32, 32 + 16 * 10, 16):
@@ -151,7 +149,7 @@ def test_the_loops_thread_may_compile_as_many_shapes() -> None:
             id="1", model="m", prompt="p", seed=0, width=px, height=px,
             num_inference_steps=1, guidance_scale=2.0,
         )  # fmt: skip
-        loop.draw(request, embeds()).result()
+        loop.generate(request, embeds()).result()
     loop.close()
     assert graphs() == 10
 

@@ -1,11 +1,11 @@
-"""The committed weights draw what is asked, in FP8, loaded as any SD3.5 model is."""
+"""The committed weights generate what is asked, in FP8, loaded as any SD3.5 model is."""
 
 import time
 
 import pytest
 import torch
 
-from demo.check import MODEL, draw, scene_prompts, shows, shuffled_share
+from demo.check import MODEL, generate, scene_prompts, shows, shuffled_share
 from serve.engine.precision import RECIPES
 from serve.engine.sd3 import Denoiser, PromptEncoder
 
@@ -16,9 +16,9 @@ def operations(no_denormals: None) -> tuple[PromptEncoder, Denoiser]:
 
 
 def test_eight_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:
-    """Every place and hour, two moons; `make demo-check` draws all 80."""
+    """Every place and hour, two moons; `make demo-check` generates all 80."""
     asked = [scene_prompts()[i] for i in (0, 5, 10, 15, 32, 21, 26, 28)]
-    pictures = [draw(*operations, prompt, seed=3) for prompt, _ in asked]
+    pictures = [generate(*operations, prompt, seed=3) for prompt, _ in asked]
     scenes = [scene for _, scene in asked]
     wrong = [p for (p, s), picture in zip(asked, pictures, strict=True) if not shows(picture, s)]
     assert len(wrong) <= 1, wrong
@@ -33,7 +33,7 @@ def test_a_picture_takes_a_few_seconds_on_one_core(
     torch.set_num_threads(1)
     try:
         began = time.process_time()
-        draw(*operations, "a city at night", seed=0)
+        generate(*operations, "a city at night", seed=0)
         assert time.process_time() - began < 8
     finally:
         torch.set_num_threads(threads)

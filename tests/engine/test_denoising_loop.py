@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from serve.engine import decoding, denoising_loop
-from serve.engine.batching import RowBudget
 from serve.engine.denoising_loop import (
     DenoisingLoop,
     GeneratedPixels,
@@ -93,33 +92,41 @@ class Model:
             step(batch, rows)
 
         self.denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # the fault
-        # One of the two decodes beside the steps, as on a card.
-        self.loop = DenoisingLoop(self.denoiser, max_rows=8, beside=precision == "fp32")
+        self.beside_steps = precision == "fp32"  # one of the two decodes as on a card
+        self.loop = self.new_loop()
+
+    def new_loop(self, memory_pause_s: float = 0.05) -> DenoisingLoop:
+        return DenoisingLoop(
+            self.denoiser,
+            max_rows=8,
+            beside_steps=self.beside_steps,
+            memory_pause_s=memory_pause_s,
+        )
 
     def embeds(self, request: ImageRequest) -> PromptEmbeds:
         prompts = [request.negative_prompt] if request.guided else []
         return self.encoder.encode_prompts([*prompts, request.prompt], 32)
 
-    def draw(self, *requests: ImageRequest) -> list[GeneratedPixels]:
-        """Together: nobody steps before all have been submitted."""
+    def generate(self, *requests: ImageRequest) -> list[GeneratedPixels]:
+        """Generates the images together: none takes a step before all have been submitted."""
         futures = self.submit(*((request, self.embeds(request)) for request in requests))
         return [future.result(30) for future in futures]
 
-    def watch(
+    def generate_with_events(
         self, request: ImageRequest, previews: int = 0
     ) -> tuple[GeneratedPixels, list[StepDone | PreviewPixels]]:
-        told: list[StepDone | PreviewPixels] = []
-        future = self.loop.draw(request, self.embeds(request), previews, told.append)
-        return future.result(30), told
+        events: list[StepDone | PreviewPixels] = []
+        future = self.loop.generate(request, self.embeds(request), previews, events.append)
+        return future.result(30), events
 
     def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[GeneratedPixels]]:
         """An image before them stands still in its only step until all are there."""
         self.gate.clear()
         entered = len(self.entered)
-        first = self.loop.draw(PLUG, self.embeds(PLUG))
+        first = self.loop.generate(PLUG, self.embeds(PLUG))
         while len(self.entered) == entered:
             time.sleep(0.001)
-        futures = [self.loop.draw(request, embeds) for request, embeds in work]
+        futures = [self.loop.generate(request, embeds) for request, embeds in work]
         self.gate.set()
         first.result(30)
         return futures
@@ -132,14 +139,21 @@ def model(request: pytest.FixtureRequest, encoder: PromptEncoder) -> Iterator[Mo
     model.loop.close()
 
 
+@contextmanager
+def a_new_loop(model: Model, memory_pause_s: float = 0.05) -> Iterator[None]:
+    """A loop of its own: one that ran out of memory keeps its batches small for a while."""
+    usual, model.loop = model.loop, model.new_loop(memory_pause_s)
+    try:
+        yield
+    finally:
+        model.loop.close()
+        model.loop, model.room = usual, 32
+
+
 @pytest.fixture
-def cramped(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
-    """The budget that a test shrinks is whole again after it."""
-    monkeypatch.setattr(denoising_loop, "PAUSE_S", 0.05)
-    monkeypatch.setattr(decoding, "PAUSE_S", 0.05)
-    monkeypatch.setattr(model.loop, "_budget", RowBudget(8, 2))
-    yield model
-    model.room = 32
+def cramped(model: Model) -> Iterator[Model]:
+    with a_new_loop(model):
+        yield model
 
 
 def difference(one: GeneratedPixels, other: GeneratedPixels) -> float:
@@ -148,9 +162,9 @@ def difference(one: GeneratedPixels, other: GeneratedPixels) -> float:
 
 
 def test_together_is_as_alone(model: Model) -> None:
-    alone = [model.draw(request)[0] for request in MIXED]
+    alone = [model.generate(request)[0] for request in MIXED]
     model.rows.clear()
-    together = model.draw(*MIXED)
+    together = model.generate(*MIXED)
     assert max(model.rows) == 8
     exact = model.denoiser.recipe.name == "fp32"
     for one, other in zip(alone, together, strict=True):
@@ -164,9 +178,9 @@ def test_within_a_bucket_the_company_changes_nothing(model: Model) -> None:
     """Four rows each time, beside other images, first and last."""
     others = [replace(REQUEST, seed=s, prompt=p) for s, p in ((8, "dunes"), (9, "a city"))]
     results = [
-        model.draw(REQUEST, others[0])[0],
-        model.draw(REQUEST, others[1])[0],
-        model.draw(others[0], REQUEST)[1],
+        model.generate(REQUEST, others[0])[0],
+        model.generate(REQUEST, others[1])[0],
+        model.generate(others[0], REQUEST)[1],
     ]
     assert set(model.rows[-18:]) == {4}
     assert [difference(results[0], r) for r in results] == [0, 0, 0]
@@ -174,20 +188,21 @@ def test_within_a_bucket_the_company_changes_nothing(model: Model) -> None:
 
 def test_a_deterministic_image_is_the_same_alone_and_in_a_crowd(model: Model) -> None:
     pinned = replace(REQUEST, deterministic=True)
-    alone = model.draw(pinned)[0]
+    alone = model.generate(pinned)[0]
     assert set(model.rows[-6:]) == {2}
-    crowd = model.draw(*MIXED, pinned, replace(pinned, seed=7))
+    crowd = model.generate(*MIXED, pinned, replace(pinned, seed=7))
     assert difference(alone, crowd[-2]) == 0
 
 
 def test_images_join_and_leave_between_steps(model: Model) -> None:
     """The second comes when the first is half done, and is done before it."""
-    first = model.loop.draw(long := replace(REQUEST, num_inference_steps=40), model.embeds(long))
+    long = replace(REQUEST, num_inference_steps=40)
+    first = model.loop.generate(long, model.embeds(long))
     before = len(model.rows)
     while len(model.rows) < before + 4:
         time.sleep(0.005)
     short = replace(REQUEST, num_inference_steps=2)
-    second = model.loop.draw(short, model.embeds(short))
+    second = model.loop.generate(short, model.embeds(short))
     second.result(30)
     assert not first.done()
     first.result(30)
@@ -196,29 +211,28 @@ def test_images_join_and_leave_between_steps(model: Model) -> None:
 def test_a_cancelled_image_is_dropped_before_its_next_step(model: Model) -> None:
     model.rows.clear()
     long = replace(REQUEST, num_inference_steps=100)
-    futures = [model.loop.draw(long, model.embeds(long)) for _ in range(3)]
+    futures = [model.loop.generate(long, model.embeds(long)) for _ in range(3)]
     while not model.rows:
         time.sleep(0.005)
     assert all(future.cancel() for future in futures)
     steps = len(model.rows)
-    model.draw(REQUEST)
+    model.generate(REQUEST)
     assert len(model.rows) <= steps + 1 + REQUEST.num_inference_steps
     with pytest.raises(CancelledError):
         futures[0].result(0)
-    assert model.loop._jobs == []
 
 
 def test_a_step_that_fails_ends_its_images_and_not_the_loop(model: Model) -> None:
     model.fail = RuntimeError("out of luck")
     with pytest.raises(RuntimeError, match="out of luck"):
-        model.draw(REQUEST)
-    assert model.draw(REQUEST)[0].pixels.shape == (64, 64, 3)
+        model.generate(REQUEST)
+    assert model.generate(REQUEST)[0].pixels.shape == (64, 64, 3)
 
 
 def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = model.draw(REQUEST)[0]
+    good = model.generate(REQUEST)[0]
     monkeypatch.setattr(model, "broken", 7.25)
     first, second, third = model.submit(
         *((r, model.embeds(r)) for r in (REQUEST, replace(REQUEST, guidance_scale=7.25), REQUEST))
@@ -232,7 +246,7 @@ def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(
 def test_numbers_that_are_not_finite_are_their_own_images_alone(model: Model) -> None:
     broken = model.embeds(REQUEST)
     broken = PromptEmbeds(torch.full_like(broken.tokens, float("nan")), broken.pooled)
-    good = model.draw(REQUEST, replace(REQUEST, seed=9))[0]
+    good = model.generate(REQUEST, replace(REQUEST, seed=9))[0]
     first, second = model.submit(
         (REQUEST, model.embeds(REQUEST)), (replace(REQUEST, seed=9), broken)
     )
@@ -254,63 +268,59 @@ def test_an_image_that_cannot_begin_fails_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(model.denoiser, "begin", begin)
-        future = model.loop.draw(REQUEST, model.embeds(REQUEST))
+        future = model.loop.generate(REQUEST, model.embeds(REQUEST))
         assert reached.wait(5)
         if abandoned:
             future.cancel()
         go_on.set()
         with pytest.raises(CancelledError if abandoned else RuntimeError):
             future.result(5)
-    assert model.draw(REQUEST)
+    assert model.generate(REQUEST)
     assert model.loop.alive
 
 
 def test_without_memory_for_a_batch_its_step_is_repeated_in_smaller_ones(cramped: Model) -> None:
     requests = [replace(REQUEST, seed=seed) for seed in range(4)]
-    alone = [cramped.draw(request)[0] for request in requests]
+    alone = [cramped.generate(request)[0] for request in requests]
     before = cramped.loop.counts.out_of_memory
     cramped.room = 4
     cramped.rows.clear()
-    drawn = cramped.draw(*requests)
+    generated = cramped.generate(*requests)
     assert cramped.loop.counts.out_of_memory == before + 1
     assert cramped.rows[0] == 8
     assert max(cramped.rows[1:]) == 4  # for a while nobody tries as many again
     assert sum(cramped.rows[1:]) == 4 * 2 * REQUEST.num_inference_steps  # no step twice
     exact = cramped.denoiser.recipe.name == "fp32"
-    for one, other in zip(alone, drawn, strict=True):
+    for one, other in zip(alone, generated, strict=True):
         assert np.abs(one.pixels.astype(int) - other.pixels).mean() < (0.1 if exact else 1)
 
 
 def test_an_image_that_fits_nowhere_is_given_up_and_others_go_on(cramped: Model) -> None:
     cramped.room = 1
-    with pytest.raises(Unavailable, match="not enough memory to draw 64x64"):
-        cramped.draw(REQUEST)
-    assert cramped.draw(PLUG)
+    with pytest.raises(Unavailable, match="not enough memory to generate 64x64"):
+        cramped.generate(REQUEST)
+    assert cramped.generate(PLUG)
 
 
-def test_images_that_fit_alone_but_not_together_are_drawn_alone(cramped: Model) -> None:
+def test_images_that_fit_alone_but_not_together_are_generated_alone(cramped: Model) -> None:
     cramped.room = 2
     unguided = replace(REQUEST, guidance_scale=1.0)
     cramped.rows.clear()
-    drawn = cramped.draw(*(replace(unguided, seed=seed) for seed in range(3)))
-    assert len(drawn) == 3
+    generated = cramped.generate(*(replace(unguided, seed=seed) for seed in range(3)))
+    assert len(generated) == 3
     assert max(cramped.rows[1:]) <= 2
 
 
-def test_an_image_for_which_there_is_no_memory_stalls_nobody(
-    cramped: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(denoising_loop, "PAUSE_S", 5)
-    cramped.room = 1
-    unguided = replace(REQUEST, guidance_scale=1.0, num_inference_steps=3)
-    large, small = cramped.submit(
-        (REQUEST, cramped.embeds(REQUEST)), (unguided, cramped.embeds(unguided))
-    )
-    began = time.monotonic()
-    small.result(30)
-    assert time.monotonic() - began < 4
-    assert not large.done()
-    large.cancel()
+def test_an_image_for_which_there_is_no_memory_stalls_nobody(model: Model) -> None:
+    with a_new_loop(model, memory_pause_s=3600):
+        model.room = 1
+        unguided = replace(REQUEST, guidance_scale=1.0, num_inference_steps=3)
+        large, small = model.submit(
+            (REQUEST, model.embeds(REQUEST)), (unguided, model.embeds(unguided))
+        )
+        small.result(30)
+        assert not large.done()
+        large.cancel()
 
 
 def test_without_memory_to_decode_it_is_tried_again(
@@ -325,10 +335,10 @@ def test_without_memory_to_decode_it_is_tried_again(
         return original(latents)
 
     monkeypatch.setattr(cramped.denoiser, "decode", decode)
-    assert cramped.watch(REQUEST)
+    assert cramped.generate_with_events(REQUEST)
     failures[0] = 99
     with pytest.raises(Unavailable, match="memory"):
-        cramped.watch(REQUEST)
+        cramped.generate_with_events(REQUEST)
 
 
 @pytest.mark.parametrize("model", ["fp32"], indirect=True)  # the one that decodes beside
@@ -344,7 +354,7 @@ def test_steps_go_on_while_an_image_is_decoded(
     monkeypatch.setattr(model.denoiser, "decode", decode)
     short, long = (replace(REQUEST, num_inference_steps=steps) for steps in (2, 20))
     before = model.loop.counts.steps
-    first, second = (model.loop.draw(r, model.embeds(r)) for r in (short, long))
+    first, second = (model.loop.generate(r, model.embeds(r)) for r in (short, long))
     deadline = time.monotonic() + 9
     while model.loop.counts.steps < before + 20:
         assert time.monotonic() < deadline
@@ -356,11 +366,11 @@ def test_steps_go_on_while_an_image_is_decoded(
 
 
 def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
-    drawn, told = model.watch(REQUEST)
-    assert [event.step for event in told if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
-    assert told[-1].denoise_s == drawn.denoise_s
-    assert drawn.busy_s == pytest.approx(drawn.denoise_s + drawn.decode_s, rel=0.2)
-    together = model.draw(*[replace(REQUEST, seed=seed) for seed in range(4)])
+    generated, events = model.generate_with_events(REQUEST)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert events[-1].denoise_s == generated.denoise_s
+    assert generated.busy_s == pytest.approx(generated.denoise_s + generated.decode_s, rel=0.2)
+    together = model.generate(*[replace(REQUEST, seed=seed) for seed in range(4)])
     steps_s = max(d.denoise_s for d in together)
     shared_s = sum(d.busy_s - d.decode_s for d in together)
     assert shared_s == pytest.approx(steps_s, rel=0.2)
@@ -368,10 +378,10 @@ def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
 
 def test_previews_come_closer_to_the_picture(model: Model) -> None:
     request = replace(REQUEST, width=128, height=96, num_inference_steps=12, prompt="dunes at noon")
-    drawn, told = model.watch(request, previews=3)
-    previews = [event for event in told if isinstance(event, PreviewPixels)]
+    generated, events = model.generate_with_events(request, previews=3)
+    previews = [event for event in events if isinstance(event, PreviewPixels)]
     assert [p.index for p in previews] == [0, 1, 2]
-    other = model.draw(replace(request, seed=5, prompt="night, full moon"))[0]
+    other = model.generate(replace(request, seed=5, prompt="night, full moon"))[0]
     assert {p.pixels.shape for p in previews} == {(96, 128, 3)}
 
     def apart(pixels: np.ndarray, picture: np.ndarray) -> float:
@@ -381,7 +391,7 @@ def test_previews_come_closer_to_the_picture(model: Model) -> None:
         ]
         return float(np.abs(means[0] - means[1]).mean())
 
-    distances = [apart(p.pixels, drawn.pixels) for p in previews]
+    distances = [apart(p.pixels, generated.pixels) for p in previews]
     assert distances[2] < distances[0]
     assert distances[2] < 20
     assert distances[2] < apart(previews[2].pixels, other.pixels) / 2
@@ -399,14 +409,14 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
         raise RuntimeError("no")
 
     monkeypatch.setattr(model.denoiser, "preview", preview)
-    drawn, told = model.watch(REQUEST, previews=2)
-    assert drawn.pixels.shape == (64, 64, 3)
-    assert not any(isinstance(event, PreviewPixels) for event in told)
+    generated, events = model.generate_with_events(REQUEST, previews=2)
+    assert generated.pixels.shape == (64, 64, 3)
+    assert not any(isinstance(event, PreviewPixels) for event in events)
 
 
 @pytest.mark.parametrize("where", ["begin", "denoise_step", "decode"])
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside: bool) -> None:
+@pytest.mark.parametrize("beside_steps", [False, True])
+def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside_steps: bool) -> None:
     told = threading.Event()
     denoiser = copy(model.denoiser)
 
@@ -415,8 +425,8 @@ def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside: bo
 
     setattr(denoiser, where, broken)
     denoiser.check_device = broken  # type: ignore[method-assign]  # the fault
-    loop = DenoisingLoop(denoiser, max_rows=8, broken=told.set, beside=beside)
-    loop.draw(PLUG, model.embeds(PLUG))
+    loop = DenoisingLoop(denoiser, max_rows=8, on_broken=told.set, beside_steps=beside_steps)
+    loop.generate(PLUG, model.embeds(PLUG))
     assert told.wait(10)
     loop.close()
 
@@ -433,16 +443,16 @@ def test_without_memory_to_begin_it_is_tried_again(
         return original(*args, **named)
 
     monkeypatch.setattr(model.denoiser, "begin", begin)
-    assert model.watch(REQUEST)
+    assert model.generate_with_events(REQUEST)
     failures[0] = 99
     with pytest.raises(Unavailable, match="not enough memory"):
-        model.watch(REQUEST)
+        model.generate_with_events(REQUEST)
 
 
 def test_across_buckets_rounding_is_all_that_differs(model: Model) -> None:
     """The documented tolerance: latents in float32, pictures in FP8."""
 
-    def draw(rows: int) -> torch.Tensor:
+    def latents_with(rows: int) -> torch.Tensor:
         image = model.denoiser.begin(
             model.embeds(REQUEST),
             width=128,
@@ -455,7 +465,7 @@ def test_across_buckets_rounding_is_all_that_differs(model: Model) -> None:
             model.denoiser.denoise_step([image], rows)
         return image.latents
 
-    latents = [draw(rows) for rows in (2, 4, 16)]
+    latents = [latents_with(rows) for rows in (2, 4, 16)]
     if model.denoiser.recipe.name == "fp32":
         apart = max(float((x - latents[0]).abs().max()) for x in latents)
         assert apart <= 5e-5, apart  # of latents around 1

@@ -63,7 +63,7 @@ def test_a_card_that_others_fill_is_refused_in_words() -> None:
     waits: list[float] = []
     with pytest.raises(CardFull) as error:
         claim(FakeCuda(others_gib=65), num_gpus=0.25, sleep=waits.append)
-    assert "promised 20.0 GiB of the card, and 15.0 of 80.0 are free" in str(error.value)
+    assert "promised 20.0 GiB of the card, and 15.0 of 80.0 GiB are free" in str(error.value)
     assert sum(waits) == WAIT_S
 
 

@@ -86,7 +86,7 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
     pools = planned_pools(found)
     fractions = {(p.model, p.card, p.slots): p.num_gpus for p in pools}
     for group in groups:
-        stacks = [s for s in found.stacks if s.cards.card == group.card]
+        stacks = [s for s in found.packed_cards if s.cards.card == group.card]
         assert sum(s.cards.count for s in stacks) <= group.count
         for stack in stacks:
             used = sum(w.replicas * w.gib for w in stack.options) + stack.cards.encoder_gib
@@ -104,7 +104,7 @@ def test_nothing_is_overcommitted_wherever_ray_puts_it(
         assert pool.memory_gib <= pool.num_gpus * (card.memory_gib - reserved_gib) + 1e-9
         needed = [
             w.gib
-            for s in found.stacks
+            for s in found.packed_cards
             for w in s.options
             if (w.model, w.slots, s.cards.card.id) == (pool.model, pool.slots, pool.card)
         ]
@@ -195,7 +195,7 @@ def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
     began = time.process_time()
     found = plan(groups, ALL, encoder_gib=ENCODER_GIB)
     assert time.process_time() - began < 1
-    assert sum(stack.cards.count for stack in found.stacks) > 900
+    assert sum(stack.cards.count for stack in found.packed_cards) > 900
 
 
 @pytest.mark.parametrize("model", TRANSFORMERS)
@@ -211,7 +211,7 @@ def test_every_model_on_every_card_has_a_plan_or_a_reason(card, model) -> None:
 
 def test_latency_targets_are_kept() -> None:
     found = plan([CardGroup(CARDS["h100"], 1)], [LARGE], terms=PlanTerms(latency_s=8.0))
-    (option,) = found.stacks[0].options
+    (option,) = found.packed_cards[0].options
     assert option.latency_s <= 8.0
     assert (option.replicas, option.slots) == (1, 2)  # four would take 15 s
 

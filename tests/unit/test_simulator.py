@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from autoscaling.load import Load, PoolBounds, ScalingLimits, Supply
-from autoscaling.simulation.baselines import Oracle, QueueLength, RayServe, _most_ahead
+from autoscaling.simulation.baselines import Oracle, QueueLength, RayServe, most_ahead
 from autoscaling.simulation.contestants import QueuedWork, Static
 from autoscaling.simulation.fleet import NodeType, SimulatedReplica
 from autoscaling.simulation.simulator import (
@@ -252,7 +252,10 @@ def test_the_oracle_has_replicas_ready_before_they_are_needed() -> None:
     assert wanted[945] == 10
     assert wanted[1290] == 10
     assert wanted[1320] == 0
-    assert _most_ahead([1, 5, 2, 0, 0, 3], 1) == [5, 5, 2, 0, 3, 3]
+
+
+def test_the_most_of_the_next_values() -> None:
+    assert most_ahead([1, 5, 2, 0, 0, 3], 1) == [5, 5, 2, 0, 3, 3]
 
 
 def test_simulated_chance_is_not_the_tests_chance() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from serve.usage import ledger as usage_module
 from serve.usage.ledger import (
     UsageLedger,
     erase_usage,
@@ -268,15 +267,14 @@ def test_a_file_that_was_moved_away_is_not_written_to(ledger: UsageLedger, tmp_p
     assert spent(tmp_path) == dict(ledger.spent) == {"acme": 3.0}
 
 
-def test_a_lock_that_is_not_let_go_is_an_error_and_no_more(
-    ledger: UsageLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usage_module, "LOCKED_S", 0.05)
+def test_a_lock_that_is_not_let_go_is_an_error_and_no_more(tmp_path: Path) -> None:
+    ledger = UsageLedger(tmp_path, NOW, lock_s=0.05)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="holds the lock"):
+        with pytest.raises(OSError, match="has held the lock"):
             ledger.append([usage(1)], NOW)
     assert ledger.append([usage(1)], NOW) == [usage(1)]
+    ledger.close()
 
 
 def test_a_foreign_line_in_the_file_is_an_error_and_no_more(
