@@ -327,8 +327,8 @@ def main() -> None:
             lines = {job[1:3]: line for job, _, line in repeated if line}
             timelines[name] = {label: lines[key(*rows[label])] for label in PLOTTED}
     OUT.mkdir(parents=True, exist_ok=True)
-    for name, lines in timelines.items():
-        plot_timelines(lines, name, OUT / f"autoscaling-{name}.png")
+    for name, timeline in timelines.items():
+        plot_timelines(timeline, name, OUT / f"autoscaling-{name}.png")
     report = {
         "machine": platform.machine(),
         "quick": quick,

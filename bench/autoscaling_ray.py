@@ -59,7 +59,8 @@ class Watch(threading.Thread):
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
-        self._url, self.began, self.points = url, time.monotonic(), []
+        self._url, self.began = url, time.monotonic()
+        self.points: list[TimelinePoint] = []
         self.done = threading.Event()
 
     def run(self) -> None:

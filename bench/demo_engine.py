@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,10 +40,13 @@ class Engine:
         self.text_tokens = both.tokens.shape[1]
         self.denoiser, self.sizes = denoiser, sizes
         self.steps: list[tuple[int, int, float]] = []
-        self.denoiser.denoise_step = self._recorded(self.denoiser.denoise_step)
         self.model_s = 0.0
-        for part, method in ((self.denoiser.transformer, "forward"), (self.denoiser.vae, "decode")):
-            setattr(part, method, self._timed(getattr(part, method)))
+        for part, method, watched in (
+            (denoiser, "denoise_step", self._recorded),
+            (denoiser.transformer, "forward", self._timed),
+            (denoiser.vae, "decode", self._timed),
+        ):
+            setattr(part, method, watched(getattr(part, method)))
 
     @classmethod
     def demo(cls, recipe: str) -> Engine:
@@ -105,6 +109,10 @@ class Engine:
         for image in decoded:
             to_pixels(image)
 
+    def decode(self, latents: torch.Tensor) -> object:
+        """The pixels of one image."""
+        return to_pixels(self.denoiser.decode(latents)[0])
+
     def shape(self, key: Key) -> ImageShape:
         size_px, rows, steps = key
         return ImageShape(
@@ -121,6 +129,12 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def one_after_another(work: Callable[[], object], times: int) -> None:
+    """Do the same work several times."""
+    for _ in range(times):
+        work()
 
 
 def apart(work: Callable[[], T]) -> T:
@@ -144,14 +158,9 @@ def measure_costs(engine: Engine, repeats: int) -> Costs:
             own = min(rows, 2)
             batch = [engine.begin((size, own, 100), seed) for seed in range(rows // own)]
             engine.denoiser.denoise_step(batch)  # the first step of its kind takes longer
-            found += [
-                timed(lambda b=batch: engine.denoiser.denoise_step(b)) for _ in range(repeats)
-            ]
-        latents = batch[0].latents
-        decodes[size] = [
-            timed(lambda x=latents: to_pixels(engine.denoiser.decode(x)[0]))
-            for _ in range(max(3, repeats // 2))
-        ]
+            found += [timed(partial(engine.denoiser.denoise_step, batch)) for _ in range(repeats)]
+        decode = partial(engine.decode, batch[0].latents)
+        decodes[size] = [timed(decode) for _ in range(max(3, repeats // 2))]
     return Costs(
         {s: {r: statistics.median(t) for r, t in rows.items()} for s, rows in steps.items()},
         {s: statistics.median(t) for s, t in decodes.items()},
@@ -215,7 +224,8 @@ def fitted(engine: Engine, costs: Costs) -> CostCoefficients:
 
     They minimise the squared relative errors.
     """
-    rows_of, wanted = [], []
+    rows_of: list[list[float]] = []
+    wanted: list[float] = []
     for size in engine.sizes:
         for rows in (1, 2):
             n = engine.shape((size, rows, 1)).tokens

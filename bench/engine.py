@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .demo_engine import (
     fitted,
     in_stream,
     measure_costs,
+    one_after_another,
     timed,
 )
 from .engine_report import KEYS, plot, table
@@ -89,7 +91,7 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
 
     pipeline = bare_pipeline(engine)
     others: dict[str, Callable[[], object]] = {
-        "one at a time": lambda: [engine.static_batch(key, 1) for _ in range(EQUAL)],
+        "one at a time": lambda: one_after_another(partial(engine.static_batch, key, 1), EQUAL),
         "static batch": lambda: engine.static_batch(key, EQUAL),
         "pipeline, one at a time": lambda: [pipeline(key, 1) for _ in range(EQUAL)],
         "pipeline, one batch": lambda: pipeline(key, EQUAL),
@@ -105,7 +107,7 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
         loop_s.append(through_the_loop())
         beside_steps_s.append(through_the_loop(beside_steps=True))
         for way, run in others.items():
-            seconds[way].append(apart(lambda r=run: timed(r)))
+            seconds[way].append(apart(partial(timed, run)))
     per_s = {
         way: EQUAL / statistics.median(s)
         for way, s in {
@@ -142,7 +144,8 @@ def model_gain(engine: Engine) -> float:
         )
         for _ in range(7)
     ]
-    alone_s, together_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    alone_s = statistics.median(alone for alone, _ in pairs)
+    together_s = statistics.median(together for _, together in pairs)
     return EQUAL * alone_s / together_s
 
 
@@ -184,7 +187,7 @@ def replay(costs: Costs, images: int) -> dict[str, Any]:
     for load in LOADS:
         rng = random.Random(int(100 * load))
         trace = poisson(
-            rng, images, load / own_time_s(costs), lambda r=rng: mix(r, list(costs.step_s))
+            rng, images, load / own_time_s(costs), partial(mix, rng, list(costs.step_s))
         )
         finished = {
             "between steps": between_steps(trace, costs, EQUAL, MAX_ROWS),
@@ -235,7 +238,7 @@ def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[st
         time.sleep(max(0.0, image.arrives_s - (time.perf_counter() - began)))
         slots.acquire()
         future = loop.generate(engine.request(image.key, i), engine.embeds(image.rows))
-        future.add_done_callback(lambda f, i=i: done(i, f))
+        future.add_done_callback(partial(done, i))
     while not all(finished):
         time.sleep(0.01)
     loop.close()
@@ -263,7 +266,7 @@ def foretold(engine: Engine, costs: Costs, images: int) -> dict[str, float]:
     errors = []
     for _ in range(images):
         key = mix(rng, engine.sizes)
-        took_s = timed(lambda k=key: engine.static_batch(k, 1))
+        took_s = timed(partial(engine.static_batch, key, 1))
         errors.append(abs(coefficients.work_s(engine.shape(key)) - took_s) / took_s)
     errors.sort()
     return {"error_p50": percentile(errors, 0.5), "error_p90": percentile(errors, 0.9)}

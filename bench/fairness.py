@@ -143,7 +143,7 @@ def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[TimedRequest]
     return _tails(calm, flooded, 2 * steps * STEP_S)
 
 
-def dispatcher(bench: Bench, seconds: float) -> dict[str, Any]:
+def dispatcher(bench: Bench, seconds: float) -> dict[int, dict[str, float]]:
     """Measure grants per second without HTTP and image generation, with limits and metering.
 
     There are as many slots as calls, so no call waits for another.

@@ -30,7 +30,7 @@ from serve.engine.precision import RECIPES, apply_recipe
 SIDES = 512, 1024
 
 
-class LivingBytes(TorchDispatchMode):
+class LivingBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """Traces the memory of tensors that are made within a `with` block.
 
     `living`: bytes of their storages that are alive now. `peak`: the most that were alive at a
@@ -38,7 +38,7 @@ class LivingBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.living = self.peak = 0
         self._known: set[int] = set()
 
@@ -75,7 +75,7 @@ def step_bytes(model: str, recipe: str, rows: int, width: int, height: int, text
         tokens = torch.empty(rows, text, 4096, dtype=torch.bfloat16)
         pooled = torch.empty(rows, 2048, dtype=torch.bfloat16)
         times = torch.empty(rows)
-    with torch.inference_mode(), _fused_attention(), LivingBytes() as living:
+    with torch.inference_mode(), _fused_attention(), (living := LivingBytes()):
         transformer(
             hidden_states=latents,
             timestep=times,
@@ -91,7 +91,7 @@ def decode_bytes(width: int, height: int) -> int:
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config("vae")).to(torch.bfloat16)
         latents = torch.empty(1, 16, height // 8, width // 8, dtype=torch.bfloat16)
-    with torch.inference_mode(), _fused_attention(), LivingBytes() as living:
+    with torch.inference_mode(), _fused_attention(), (living := LivingBytes()):
         vae.decode(latents, return_dict=False)
     return living.peak
 
@@ -117,7 +117,7 @@ def encode_bytes(prompts: int, length: int) -> int:
     with torch.device("meta"):
         t5 = T5EncoderModel(T5Config(**config("t5_xxl"))).to(torch.bfloat16)
         ids = torch.zeros(prompts, length, dtype=torch.long)
-    with torch.inference_mode(), LivingBytes() as living:
+    with torch.inference_mode(), (living := LivingBytes()):
         t5(ids)
     return living.peak
 

@@ -154,7 +154,9 @@ def between_steps(
     return finished
 
 
-def slowdowns(trace: Sequence[RequestedImage], finished: Finished, costs: Costs) -> list[float]:
+def slowdowns(
+    trace: Sequence[RequestedImage], finished: Sequence[float], costs: Costs
+) -> list[float]:
     """Latency ÷ time alone of each image, sorted."""
     return sorted(
         (done - image.arrives_s) / costs.alone(image)

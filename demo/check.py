@@ -63,7 +63,8 @@ def scene_prompts() -> list[tuple[str, Scene]]:
 
 def luminance(image: Array) -> Array:
     """The brightness (height, width) of an image (height, width, 3)."""
-    return image @ np.array([0.299, 0.587, 0.114])
+    found: Array = image @ np.array([0.299, 0.587, 0.114])
+    return found
 
 
 def band(image: Array, top: float, bottom: float) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Colour = tuple[int, int, int]
 PaintTree = Callable[[float, float, float, Array], None]  # x, foot, height, colour
 
@@ -180,7 +180,8 @@ def smooth(x: Array, rng: np.random.Generator, octaves: int, start_hz: float) ->
         np.sin(2 * np.pi * (x * start_hz * 1.9**k * rng.uniform(0.8, 1.2) + rng.random())) / 1.8**k
         for k in range(octaves)
     ]
-    return np.sum(waves, axis=0).astype(np.float32)
+    total: Array = np.sum(waves, axis=0).astype(np.float32)
+    return total
 
 
 class Painter:

@@ -23,7 +23,7 @@ def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     Uses a quintic Newton–Schulz iteration in bfloat16.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x: torch.Tensor = (matrix.T if tall else matrix).bfloat16()
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -76,7 +76,7 @@ class Optimizer:
         """Take one step that lowers the loss."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         for part, schedule in zip(self.parts, self.schedules, strict=True):
             part.step()
             schedule.step()

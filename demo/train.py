@@ -197,7 +197,9 @@ def encode_latents(work: Path, vae: AutoencoderKL) -> dict[tuple[int, int], torc
         latents = {}
         with progress() as bar, torch.autocast("cpu", torch.bfloat16):
             for size in SIZES:
-                batches = bar.track(pictures(work, size)[0].split(16), description=f"encode {size}")
+                batches = bar.track(
+                    torch.split(pictures(work, size)[0], 16), description=f"encode {size}"
+                )
                 latents[size] = torch.cat([encode(vae, images) for images in batches])
         everything = torch.cat([x.flatten() for x in latents.values()])
         torch.save(
@@ -271,11 +273,19 @@ class Model(torch.nn.Module):
         clips = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
         embeds = torch.cat([clips, self.t5(ids[2]).last_hidden_state], 1)
         pooled = torch.cat([one.text_embeds, two.text_embeds], -1)
-        return self.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        velocity: torch.Tensor
+        (velocity,) = self.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)
+        return velocity
 
 
 def train_model(
-    work: Path, model: Model, latents: dict, ids: dict, steps: int, batch: int, rate: float = 2e-3
+    work: Path,
+    model: Model,
+    latents: dict[tuple[int, int], torch.Tensor],
+    ids: dict[tuple[int, int], torch.Tensor],
+    steps: int,
+    batch: int,
+    rate: float = 2e-3,
 ) -> Model:
     """Train with the rectified-flow loss; returns the moving average of the weights."""
     averaged = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Requests, results, records and settings as most tests need them; a test states what matters."""
+"""Builders of requests, results, records and settings; a test sets only the fields it needs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def image_request(**changes: Any) -> ImageRequest:
 
 
 def image_result(image: bytes = b"", **changes: Any) -> ImageResult:
-    """A finished image that took no time."""
+    """The result of an image that took no time."""
     result = ImageResult(
         image=image,
         seed=7,
@@ -61,10 +61,10 @@ def queued_image(
     call_id: str = "call",
     report_position: bool = False,
 ) -> QueuedImage:
-    """An image of one second's work."""
+    """A queued image of one second of work."""
     return QueuedImage(pools, work_s, report_position, id, call_id)
 
 
 def laptop_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of the demo, with `OCTET_…` overrides."""
+    """The settings of the demo with overrides from `OCTET_…` variables."""
     return load_settings(LAPTOP, environ or {})

@@ -1,4 +1,4 @@
-"""What tests of several folders need."""
+"""Fixtures of tests in several folders, and Ray's authentication for all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 @pytest.fixture(scope="session")
 def laptop() -> Settings:
-    """The demo's settings with one replica of each pool, whatever the load."""
+    """The demo's settings with a fixed number of one replica per pool."""
     return laptop_settings(
         {"OCTET_HTTP__PORT": str(free_port()), "OCTET_MODELS__0__POOLS__0__REPLICAS": "1"}
     )

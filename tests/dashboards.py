@@ -1,4 +1,4 @@
-"""The queries of the dashboards, and the metrics that they ask for."""
+"""The queries of the dashboards, and the metrics that they use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ WINDOW = "30s"
 
 
 def queries() -> list[str]:
+    """All queries of the dashboards, with a fixed interval for rates."""
     return [
         query.replace("$__rate_interval", WINDOW)
         for _, panels in dashboards.DASHBOARDS.values()
@@ -20,6 +21,7 @@ def queries() -> list[str]:
 
 
 def metrics_in(query: str) -> set[str]:
+    """Names of the catalogue's metrics that a query uses."""
     names = {exported(name): name for name in ALL}
     found = set(re.findall(r"ray_octet_\w+", query))
     return {names[re.sub("_(bucket|sum|count)$", "", name)] for name in found}

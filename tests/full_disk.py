@@ -1,4 +1,4 @@
-"""A disk that is full, as far as files of this process are concerned."""
+"""A full disk, simulated for the files of this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGEST = 1
 
 @contextmanager
 def full_disk(bytes_left: int = LARGEST) -> Iterator[None]:
-    """No file of this process can grow beyond so many bytes until the block ends."""
+    """Let no file of this process grow beyond `bytes_left` bytes until the block ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
     try:

@@ -13,7 +13,7 @@ from serve.dispatch.protocol import Timing
 
 
 class Handle:
-    """What a Serve handle does with a call: an awaitable, or a stream that can be cancelled."""
+    """A stand-in for a Serve handle: calls return awaitables, or streams that can be cancelled."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -42,22 +42,24 @@ class Handle:
 
         return Method()
 
-    def mute(self) -> None:
-        """Lose what the replica says from now on, as when it dies before its words arrive."""
+    def drop_messages(self) -> None:
+        """Lose all further messages of the replica, like when it dies before they arrive."""
         for stream in self.streams:
-            stream.muted = True
+            stream.dropping = True
 
     def break_off(self, fresh: Any) -> None:
-        """Let the replica die and another one take its place."""
+        """Let the replica die and `fresh` take its place."""
         self.target = fresh
         for stream in self.streams:
             stream.cancel()
 
 
 class Stream:
+    """Messages of a replica, until it dies or the caller cancels them."""
+
     def __init__(self, items: AsyncIterator[Any]) -> None:
         self.items = items
-        self.muted = False
+        self.dropping = False
         self.broken = asyncio.Event()
 
     def cancel(self) -> None:
@@ -77,7 +79,7 @@ class Stream:
                 item.cancel()
         if not item.done():
             raise ConnectionError("the replica died")
-        return await anext(self) if self.muted else item.result()
+        return await anext(self) if self.dropping else item.result()
 
 
 class Client:
@@ -94,7 +96,7 @@ class Client:
         return self.cancelled
 
 
-# Without the time in which a restarted Dispatcher only listens, and with quick reconnects.
+# Timing of a Dispatcher without a recovery time after its start, and with quick reconnects.
 PROMPT = Timing(recovery_s=0.0, reconnect_s=0.01)
 
 
@@ -107,9 +109,9 @@ def a_dispatcher(
     nodes: list[Node] | None = None,
     timing: Timing = PROMPT,
 ) -> Dispatcher:
-    """A Dispatcher of pools that fit on the one node there is, but for "elsewhere".
+    """A Dispatcher of pools that fit on its only node; a pool named "elsewhere" does not.
 
-    `nodes` may be changed while it runs.
+    The caller may change `nodes` while the Dispatcher runs.
     """
     needs = {p: NodeRequirement("fp16", 1, float(p == "elsewhere")) for p in pools}
     alive = [Node("n", num_cpus=1)] if nodes is None else nodes

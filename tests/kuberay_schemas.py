@@ -1,6 +1,6 @@
-"""KubeRay's CRDs as JSON Schemas without prose: made once, read by the tests of manifests.
+"""JSON Schemas of KubeRay's CRDs without their prose, for the tests of manifests.
 
-With the CRDs of a KubeRay release (its Helm chart's folder `crds`), this writes the file anew:
+Write the file again from the CRDs of a KubeRay release (its Helm chart's folder `crds`) with:
 
     python -m tests.kuberay_schemas helm-chart/kuberay-operator/crds
 """
@@ -23,9 +23,10 @@ WORTH_SHARING = 200  # characters; shorter parts are repeated where they stand
 
 
 def structure(schema: dict[str, Any]) -> dict[str, Any]:
-    """One CRD schema as the API server takes it: a field that is not named is a fault.
+    """The schema of one CRD like the API server applies it: unknown fields are refused.
 
-    Quantities may be numbers as well as strings. CEL rules are left out: JSON Schema has none.
+    Quantities may be numbers as well as strings. CEL rules are left out, because JSON Schema has
+    none.
     """
     kept = {key: value for key, value in schema.items() if key not in PROSE}
     if kept.pop("x-kubernetes-int-or-string", False):
@@ -38,7 +39,7 @@ def structure(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared(schemas: dict[str, Any]) -> dict[str, Any]:
-    """One schema in which equal parts of all `schemas` are written once and referred to."""
+    """One schema for all `schemas`, with references to equal parts that are written only once."""
     seen: Counter[str] = Counter()
     for schema in schemas.values():
         _count(schema, seen)
@@ -61,7 +62,7 @@ def shared(schemas: dict[str, Any]) -> dict[str, Any]:
 def _of_parts(
     schema: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`schema` with each schema directly in it changed."""
+    """A copy of `schema` with every direct part changed by `change`."""
     changed = dict(schema)
     if "properties" in schema:
         changed["properties"] = {name: change(p) for name, p in schema["properties"].items()}
@@ -90,7 +91,7 @@ def _of_crd(file: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Writes the schemas of `folder`'s CRDs beside this file."""
+    """Write the schemas of the CRDs in `folder` next to this file."""
     schemas = {kind: _of_crd(folder / f"ray.io_{kind.lower()}s.yaml") for kind in KINDS}
     lines = (f"{json.dumps(n)}:{_text(d)}" for n, d in shared(schemas)["definitions"].items())
     FILE.write_text('{"definitions":{\n' + ",\n".join(lines) + "\n}}\n")

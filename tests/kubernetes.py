@@ -1,4 +1,4 @@
-"""Manifests as an API server would see them, without one: kustomize, core schemas, CRDs."""
+"""Checks of manifests without an API server: kustomize, core schemas and CRDs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-untyped]  # it has no types
 import pytest
 import yaml
-from jsonschema import Draft7Validator
+from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # it has no types
 
 from . import kuberay_schemas
 
@@ -23,7 +23,7 @@ KUBECTL = shutil.which("kubectl")
 
 
 def kustomize(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl apply -k` would send.
+    """The manifests that `kubectl apply -k` would send.
 
     Skips the test where there is no kubectl, unless the environment requires it.
     """
@@ -38,7 +38,7 @@ def kustomize(folder: Path) -> list[dict[str, Any]]:
 
 
 def faults(manifest: dict[str, Any]) -> list[str]:
-    """What the API server would refuse in `manifest`; a field that is not known is refused too."""
+    """Faults for which the API server would refuse `manifest`; unknown fields are faults."""
     if manifest["apiVersion"].startswith("ray.io/"):
         errors = _kuberay(manifest["kind"]).iter_errors(manifest)
         return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]

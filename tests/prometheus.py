@@ -1,4 +1,4 @@
-"""A Prometheus of the tests' own."""
+"""A Prometheus server for tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import yaml
 PROGRAM, TOOL = shutil.which("prometheus"), shutil.which("promtool")
 
 
-def wanted() -> None:
-    """Skips the test where there is none, unless the environment requires it."""
+def require_prometheus() -> None:
+    """Skip the test if Prometheus is not installed; fail if the environment requires it."""
     if PROGRAM is None or TOOL is None:
         if os.environ.get("REQUIRE_SERVERS"):
             pytest.fail("prometheus is not installed")
@@ -27,10 +27,10 @@ def wanted() -> None:
 
 
 class Prometheus:
-    """Reads `target`, an address with port, every second."""
+    """A server that scrapes `target` (HOST:PORT) every second and evaluates `rules`."""
 
     def __init__(self, target: str, rules: Path) -> None:
-        wanted()
+        require_prometheus()
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._address = f"127.0.0.1:{free.getsockname()[1]}"
         self._folder = tempfile.TemporaryDirectory()
@@ -68,13 +68,13 @@ class Prometheus:
         self._folder.cleanup()
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        """The samples at this moment; fails if the query does."""
+        """The current samples of a query; fails if the query does."""
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", (query, answer)
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """As they were last evaluated."""
+        """All rules with the result of their last evaluation."""
         answer = httpx.get(f"{self.url}/api/v1/rules", timeout=10).json()
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]

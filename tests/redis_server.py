@@ -1,4 +1,4 @@
-"""A Redis of the tests' own, which can be stopped, killed and started again."""
+"""A Redis server for tests, which can be paused, killed and started again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ PROGRAM = shutil.which("redis-server")
 
 
 class RedisServer:
+    """A Redis server on a free port.
+
+    Skips the test if Redis is not installed; fails if the environment requires it.
+    """
+
     def __init__(self) -> None:
-        """Skips the test where there is none, unless the environment requires it."""
         if PROGRAM is None:
             if os.environ.get("REQUIRE_SERVERS"):
                 pytest.fail("redis-server is not installed")
@@ -49,7 +53,7 @@ class RedisServer:
             time.sleep(0.02)
 
     def pause(self) -> None:
-        """It takes connections and answers nobody."""
+        """Let the server accept connections without answering."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:

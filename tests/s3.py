@@ -1,4 +1,4 @@
-"""An S3 server for tests, and a proxy before it that is slow, refuses, or loses answers."""
+"""An S3 server for tests, and a proxy that is slow, refuses connections, or loses answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import boto3
 
 from serve.settings.application import S3Settings
 
-# Elsewhere the same tests run against any bucket that may be emptied.
+# With these variables, the tests run on any bucket that may be emptied.
 ENDPOINT, BUCKET = os.environ.get("TEST_S3_ENDPOINT"), os.environ.get("TEST_S3_BUCKET")
 
 Fault = Literal["none", "refuse", "slow", "lose_answers", "error"]
@@ -25,13 +25,13 @@ Fault = Literal["none", "refuse", "slow", "lose_answers", "error"]
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """The address of a server of our own, or of the one that the environment names."""
+    """The address of a local server, or of the server that the environment names."""
     if ENDPOINT:
         yield ENDPOINT
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = subprocess.Popen(  # noqa: S603 - our own
+    server = subprocess.Popen(  # noqa: S603 - this interpreter
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -60,11 +60,11 @@ def a_bucket(endpoint: str, **more: object) -> S3Settings:
                 client.delete_object(Bucket=name, Key=found["Key"])
     else:
         client.create_bucket(Bucket=name)
-    return S3Settings(bucket=name, endpoint_url=endpoint, region="us-east-1", **more)  # type: ignore[arg-type]
+    return S3Settings(bucket=name, endpoint_url=endpoint, region="us-east-1", **more)  # type: ignore[arg-type]  # any fields
 
 
 class FaultProxy:
-    """Passes connections on to an HTTP server, but for what `fault` says at the time."""
+    """Passes connections on to an HTTP server, with the current `fault`."""
 
     def __init__(self, upstream: str) -> None:
         parts = urlsplit(upstream)
@@ -114,7 +114,8 @@ class FaultProxy:
                         client.sendall(go_on + end)
                         data = rest
                     if data:
-                        client.shutdown(socket.SHUT_RDWR)  # done, but nobody hears of it
+                        # The request is done, but its answer is lost.
+                        client.shutdown(socket.SHUT_RDWR)
                         return
                 client.sendall(data)
             client.shutdown(socket.SHUT_WR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -116,6 +117,7 @@ class Bench:
         else:
             fuse_qkv(apply_recipe(made, RECIPES[way.recipe], self.device))
         if way.compiled:
+            mode: Literal["default", "max-autotune"]
             mode = "max-autotune" if way.max_autotune else "default"
             exact = _AllShapes() if warm is None else warm
             compile_blocks(made, exact, mode, self.backend)
@@ -212,15 +214,10 @@ def fill(module: nn.Module) -> nn.Module:
 
 def quantize_by_torchao(transformer: nn.Module) -> None:
     """Quantise the layers that Octet's FP8 recipe quantises, with torchao."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quantize_,
-    )
-
-    quantize_(
+    torchao = importlib.import_module("torchao.quantization")
+    torchao.quantize_(
         transformer,
-        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow()),
         filter_fn=lambda module, name: (
             isinstance(module, nn.Linear) and fp8_layer(name, RECIPES["fp8"]) is not None
         ),

@@ -67,7 +67,7 @@ def run_replica(bench: Bench, arguments: argparse.Namespace) -> None:
     prefer_attention(preferred(attention_s(bench, arguments.model)))
     way = FP8_EAGER if arguments.tiny else FP8
     engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), [arguments.side])
-    for slots in SLOTS:  # warm up every number of rows
+    for slots in arguments.slots:  # warm up every number of rows
         batch = [engine.begin((arguments.side, 2, 2), seed) for seed in range(slots)]
         engine.denoiser.denoise_step(batch, bucket(2 * slots))
     engine.denoiser.decode(batch[0].latents)
@@ -84,6 +84,7 @@ class Replica:
         command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing", "--replica"]
         command += ["--model", arguments.model, "--side", str(arguments.side)]
         command += ["--steps", str(arguments.steps), *(["--tiny"] if arguments.tiny else [])]
+        command += ["--slots", *map(str, arguments.slots)]
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -126,6 +127,8 @@ def main() -> None:
     parser.add_argument("--model", default="sd3.5-medium", choices=[*TRANSFORMERS])
     parser.add_argument("--side", type=int, default=512, help="of the images, in pixels")
     parser.add_argument("--steps", type=int, default=20, help="of each image")
+    parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
+    parser.add_argument("--slots", type=int, nargs="+", default=SLOTS, help="of each process")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each cell")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
@@ -137,10 +140,14 @@ def main() -> None:
         return
     first = Replica(arguments)  # starts alone, so that the others find its compiled code
     peaks = [first.answer()]
-    others = [Replica(arguments) for _ in range(PROCESSES[-1] - 1)]
+    others = [Replica(arguments) for _ in range(max(arguments.processes) - 1)]
     peaks += [other.answer() for other in others]
     replicas = [first, *others]
-    cells = [cell(replicas[:n], slots, arguments.seconds) for n in PROCESSES for slots in SLOTS]
+    cells = [
+        cell(replicas[:n], slots, arguments.seconds)
+        for n in arguments.processes
+        for slots in arguments.slots
+    ]
     for replica in replicas:
         replica.close()
     found = {

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,24 +174,24 @@ def cells(
     del denoiser
 
 
-def rounds(bench: Bench) -> Iterator[tuple[str, str, list[Cell]]]:
-    """Models, ways and cells in the order in which they are measured.
+def rounds(bench: Bench, names: Collection[str]) -> Iterator[tuple[str, str, list[Cell]]]:
+    """Models, ways of `names` and cells in the order in which they are measured.
 
     One request at the larger size comes first in every way, because the ratios need these cells.
     """
     first = [(bench.sides[0], 1)]
     rest = [(side, n) for side in bench.sides for n in REQUESTS if (side, n) != first[0]]
     last = "fp8 max-autotune"
-    ways = [name for name in WAYS if name != last]
+    ways = [name for name in names if name != last]
     for name in sorted(ways, key=lambda name: WAYS[name].compiled):
         for model in MODELS:
             yield model, name, first
     for name in ("fp8 compiled", "bf16 compiled"):
         for model in MODELS:
-            if name in WAYS:
+            if name in names:
                 yield model, name, rest
     for model in MODELS:
-        if last in WAYS:
+        if last in names:
             yield model, last, first
 
 
@@ -235,7 +235,7 @@ def t5_ms(bench: Bench) -> dict[str, Any]:
                 continue
         ids = torch.zeros(4, 256, dtype=torch.long, device=bench.device)
         with torch.inference_mode():
-            found[how] = 1e3 * bench.seconds(lambda m=t5, i=ids: m(i), 5)
+            found[how] = 1e3 * bench.seconds(partial(t5, ids), 5)
         del t5
         bench.free()
     return found
@@ -329,6 +329,12 @@ def _in_words(error: Exception) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
+    parser.add_argument(
+        "--way",
+        action="append",
+        choices=WAYS,
+        help="measure only this way; can be given repeatedly",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
@@ -345,7 +351,7 @@ def main() -> None:
         "ratios": {},
     }
     guarded(found, "decode_ms", lambda: decode_ms(bench))
-    for model, name, asked in rounds(bench):
+    for model, name, asked in rounds(bench, arguments.way or WAYS):
         if WAYS[name].recipe.startswith("fp8") and not fp8_here(bench):
             continue
         try:

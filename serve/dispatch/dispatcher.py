@@ -294,7 +294,7 @@ class Dispatcher:
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:
-        """Report queue positions soon and all at once: finding them takes longer in a long queue."""
+        """Report queue positions soon and all at once: finding them takes long in a long queue."""
 
         def report() -> None:
             self._positions_due = False

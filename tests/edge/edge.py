@@ -1,4 +1,4 @@
-"""An Ingress and a Dispatcher behind real HTTP, with Generators that paint plain colours."""
+"""An Ingress and a Dispatcher behind real HTTP, with Generators that return plain colours."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and
 
 
 class Painter:
-    """A Generator that paints one colour at once, or after `takes_s` if the prompt says "slow".
+    """A Generator that returns a plain colour at once, or after `takes_s` for the prompt "slow".
 
-    An image that is stopped has had half of its steps.
+    The prompt "broken" fails. A stopped image has had half of its steps.
     """
 
     takes_s = 0.5
@@ -95,7 +95,7 @@ class Edge:
         for pool in pools:
             await dispatcher.report_replica(Heartbeat(pool, "r", 4))
         ingress = Ingress.__new__(Ingress)
-        await ingress.__init__(  # type: ignore[misc]  # as Ray Serve does
+        await ingress.__init__(  # type: ignore[misc]  # like Ray Serve
             application.model_dump(mode="json"),
             WORK,
             Handle(dispatcher),
@@ -132,7 +132,7 @@ class Edge:
 
 @contextmanager
 def started(settings: Settings, timing: IngressTiming = INGRESS_TIMING) -> Iterator[Edge]:
-    """An edge that answers until the block ends."""
+    """Start an edge; it answers until the block ends."""
     edge = Edge(settings, timing)
     edge.thread.start()
     deadline = time.monotonic() + 10

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
 
-from serve.cli.bench import _bodies, _shape, report
+from serve.cli.bench import report
 from serve.cli.load_client import LoadAnswer, TimedRequest
 from serve.cli.main import app
-from serve.errors import SettingsError
 from serve.settings.application import Settings
 
 from ..ports import free_port
@@ -31,7 +32,7 @@ def run(*words: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def found(*words: str) -> dict[str, Any]:
+def report_of(*words: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, ["bench", *words, "--json"])
     assert done.exit_code == 0, done.output
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -40,7 +41,7 @@ def found(*words: str) -> dict[str, Any]:
 
 def test_arrivals_of_two_tenants_and_two_shapes(edge: Edge) -> None:
     words = "--rate 40 --seconds 2 --tenant a=x --tenant b=y --mix 64x64:2=3 --mix :4 --repeated .5"
-    rows = found(edge.url, *words.split())
+    rows = report_of(edge.url, *words.split())
     assert rows.keys() == {"all", "tenant a", "tenant b", "shape 64x64:2", "shape :4"}
     everything = rows["all"]
     assert 50 < everything["requests"] < 110
@@ -50,16 +51,16 @@ def test_arrivals_of_two_tenants_and_two_shapes(edge: Edge) -> None:
     assert sum(everything["cache"].values()) == everything["requests"]
     assert everything["cache"]["hit"] + everything["cache"].get("shared", 0) > 5
     assert 0 < everything["p50_s"] <= everything["p90_s"] <= everything["p99_s"] < 2
-    drawn = edge.painter.generated
-    assert drawn == everything["cache"]["off"] + everything["cache"]["miss"]
+    generated = edge.painter.generated
+    assert generated == everything["cache"]["off"] + everything["cache"]["miss"]
 
 
-def test_clients_a_table_and_a_picture(edge: Edge, tmp_path: Path) -> None:
+def test_closed_loop_clients_give_a_table_and_a_plot(edge: Edge, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
     words = ["--clients", "3", "--seconds", "0.5", "--slo-s", "0.001", "--plot", str(picture)]
     code, output = run(edge.url, *words)
     try:
-        import matplotlib  # noqa: F401 - where it is not, that is said
+        import matplotlib  # noqa: F401 - may be missing
     except ImportError:
         assert (code, "needs matplotlib" in output) == (1, True)
     else:
@@ -68,8 +69,8 @@ def test_clients_a_table_and_a_picture(edge: Edge, tmp_path: Path) -> None:
     assert "│ all │" in output
 
 
-def test_refusals_are_told_by_their_code(edge: Edge) -> None:
-    rows = found(edge.url, "--rate", "20", "--seconds", "1", "--mix", "77x77")
+def test_refusals_are_counted_by_their_code(edge: Edge) -> None:
+    rows = report_of(edge.url, "--rate", "20", "--seconds", "1", "--mix", "77x77")
     assert rows["all"]["ok"] == 0
     assert rows["all"]["codes"] == {"invalid_value": rows["all"]["requests"]}
     assert rows["all"]["p50_s"] is None
@@ -83,20 +84,21 @@ def test_a_server_that_is_not_there_is_exit_code_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["localhost:8000"], "no address"),
         (["http://x", "--mix", "big"], "SIZE:STEPS=WEIGHT"),
+        (["http://x", "--mix", "64x"], "SIZE:STEPS=WEIGHT"),
         (["http://x", "--mix", "=."], "SIZE:STEPS=WEIGHT"),
         (["http://x", "--mix", "=0"], "all weights are 0"),
         (["http://x", "--tenant", "a"], "NAME=KEY"),
         (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request was sent"),
     ],
 )
-def test_wrong_words_are_explained(words: list[str], said: str) -> None:
+def test_wrong_options_are_explained(words: list[str], message: str) -> None:
     code, output = run(*words)
     assert code == 1
-    assert said in " ".join(output.split())
+    assert message in " ".join(output.split())
     assert "Traceback" not in output
 
 
@@ -118,14 +120,37 @@ def test_a_report_counts_what_was_in_time() -> None:
     }
 
 
-def test_the_same_seed_asks_for_the_same() -> None:
-    shapes = [_shape("64x64:2=3"), _shape("")]
-    one, same, other = (_bodies(shapes, "m", 0.5, seed) for seed in (1, 1, 2))
-    bodies = [one() for _ in range(40)]
-    assert bodies == [same() for _ in range(40)] != [other() for _ in range(40)]
-    assert {"prompt", "model"} <= bodies[0].keys()
-    repeated = [body["seed"] for body in bodies if "seed" in body]
-    assert 10 < len(repeated) < 30
+class Recorder(BaseHTTPRequestHandler):
+    """Answers every request with an empty object and keeps the bodies in `bodies`."""
+
+    bodies: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
+
+
+def test_the_same_seed_sends_the_same_requests() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = "--rate 100 --seconds .4 --mix 64x64:2=3 --mix :4 --model m --repeated .5 --seed"
+
+    def bodies(seed: str) -> list[dict[str, Any]]:
+        Recorder.bodies.clear()
+        run(f"http://127.0.0.1:{server.server_port}", *words.split(), seed)
+        return sorted(Recorder.bodies, key=lambda body: json.dumps(body, sort_keys=True))
+
+    sent = bodies("1")
+    assert bodies("1") == sent != bodies("2")
+    server.shutdown()
+    server.server_close()
+    assert all({"prompt", "model"} <= body.keys() for body in sent)
+    repeated = [body["seed"] for body in sent if "seed" in body]
+    assert 0.25 * len(sent) < len(repeated) < 0.75 * len(sent)
     assert max(repeated) < 20
-    with pytest.raises(SettingsError):
-        _shape("64x")

@@ -1,4 +1,4 @@
-"""The manifests: valid, made by the code, in agreement with settings, plan and placement."""
+"""Kubernetes manifests: valid, rendered by the code, and consistent with settings and plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..unit.test_placement import matches
 
 OVERLAYS = "dev-cpu", "single-gpu", "mixed-gpu"
 MADE_BY_HAND = {"octet-secrets", "octet-tenants", "octet-hub", "octet-bucket"}
-NOT_CORE = {"PodMonitor", "PrometheusRule"}  # those have no schema here
+NOT_CORE = {"PodMonitor", "PrometheusRule"}  # kinds without a schema here
 
 over_all = pytest.mark.parametrize("overlay", OVERLAYS)
 
@@ -67,10 +67,10 @@ def worker_groups(overlay: str) -> list[dict[str, Any]]:
 
 
 def pods(overlay: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """Labels, as KubeRay completes them, and spec of every pod that there will be."""
+    """The labels, completed like by KubeRay, and the spec of every pod."""
     cluster = ray_service(overlay)["rayClusterConfig"]
-    ours = [("head", cluster["headGroupSpec"])] + [("worker", g) for g in worker_groups(overlay)]
-    for node_type, group in ours:
+    groups = [("head", cluster["headGroupSpec"])] + [("worker", g) for g in worker_groups(overlay)]
+    for node_type, group in groups:
         labels = {"ray.io/node-type": node_type, "ray.io/is-ray-node": "yes"}
         yield {**labels, **group["template"]["metadata"]["labels"]}, group["template"]["spec"]
     for kind in ("StatefulSet", "Deployment"):
@@ -83,7 +83,7 @@ def pods(overlay: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
 
 
 @over_all
-def test_what_is_rendered_is_what_the_code_renders(overlay: str) -> None:
+def test_committed_manifests_are_what_the_code_renders(overlay: str) -> None:
     files = rendered(settings_of(overlay), read_nodes(folder(overlay) / "nodes.yaml"))
     for name, text in files.items():
         there = (folder(overlay) / "rendered" / name).read_text(encoding="utf-8")
@@ -134,7 +134,7 @@ def imported(path: str) -> Any:
 
 @over_all
 @pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
-def test_serve_takes_the_config_and_finds_what_it_names(overlay: str) -> None:
+def test_ray_serve_accepts_the_config_and_every_name_in_it_exists(overlay: str) -> None:
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(config).applications
     assert imported(application.import_path) is app.build
@@ -148,15 +148,16 @@ def test_serve_takes_the_config_and_finds_what_it_names(overlay: str) -> None:
 
 
 def deployments(application: Any) -> list[Any]:
-    """Of an application as `build` returns it, also those that others are bound to."""
+    """All deployments of an application that `build` returned, also nested ones."""
     from ray.serve._private.build_app import build_app
 
-    return build_app(application, name="octet", default_runtime_env=None).deployments
+    built = build_app(application, name="octet", default_runtime_env=None)
+    return list(built.deployments)
 
 
 @over_all
-def test_it_counts_as_running_when_replicas_are_there(overlay: str) -> None:
-    """KubeRay moves traffic to a cluster whose application runs."""
+def test_an_application_counts_as_running_when_every_model_has_a_replica(overlay: str) -> None:
+    """KubeRay moves traffic to a cluster as soon as its application runs."""
     settings = settings_of(overlay)
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     least = {
@@ -246,7 +247,7 @@ def test_labels_of_nodes_and_selectors_of_pools_agree(overlay: str) -> None:
 
 
 @over_all
-def test_pods_may_do_little(overlay: str) -> None:
+def test_pods_have_few_rights(overlay: str) -> None:
     for labels, pod in pods(overlay):
         assert labels["app.kubernetes.io/part-of"] == "octet"
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -284,7 +285,7 @@ def test_ray_pods_are_as_octet_serve_sets_ray_up(overlay: str) -> None:
 
 
 @over_all
-def test_what_pods_refer_to_is_there(overlay: str) -> None:
+def test_everything_that_pods_refer_to_exists(overlay: str) -> None:
     there = {(one["kind"], one["metadata"]["name"]) for one in built(overlay)}
     there |= {("Secret", name) for name in MADE_BY_HAND}
     services = {one["metadata"]["name"] for one in of_kind(overlay, "Service")}
@@ -351,11 +352,11 @@ def test_the_image_has_what_pods_mount_into() -> None:
     assert not any(image.endswith(":latest") for image in images)
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- faults that are refused ----------------------------------------------------------------------
 
 
 def render(tmp_path: Path, settings: str | None = None, nodes: str | None = None) -> str:
-    """What the command says of the CPU overlay with something else in it."""
+    """Render the CPU overlay with other settings or nodes; return the command's output."""
     (tmp_path / "settings.yaml").write_text(
         settings or (folder("dev-cpu") / "settings.yaml").read_text()
     )
@@ -386,7 +387,7 @@ def test_settings_that_cannot_work_are_refused(
     assert not (tmp_path / "rendered").exists()
 
 
-def test_weights_of_the_hub_want_a_volume(tmp_path: Path) -> None:
+def test_weights_of_the_hub_need_a_volume(tmp_path: Path) -> None:
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
     nowhere = settings.replace("models_folder: /var/lib/octet/models\n", "")
@@ -406,20 +407,20 @@ def test_weights_of_the_hub_want_a_volume(tmp_path: Path) -> None:
         ("{", "not YAML"),
     ],
 )
-def test_nodes_that_cannot_be_are_refused(tmp_path: Path, nodes: str, words: str) -> None:
+def test_invalid_nodes_are_refused(tmp_path: Path, nodes: str, words: str) -> None:
     assert words in render(tmp_path, nodes=nodes)
 
 
-def test_too_few_cards_and_no_waiting_are_said(tmp_path: Path) -> None:
+def test_too_few_cards_and_a_node_wait_of_zero_are_reported(tmp_path: Path) -> None:
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
-    said = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
-    assert "l4: the nodes have at most 2 cards, and replicas may take 7.698" in said
-    assert "h100:" not in said
+    output = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
+    assert "l4: the nodes have at most 2 cards, and replicas may take 7.698" in output
+    assert "h100:" not in output
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
-    said = render(tmp_path, settings, few)
-    assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 7" in said
-    assert "h100: the nodes have at most 8 CPUs, and replicas may take 13" in said
+    output = render(tmp_path, settings, few)
+    assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 7" in output
+    assert "h100: the nodes have at most 8 CPUs, and replicas may take 13" in output
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
     assert "node_wait_s 0: nodes are added only when" in render(tmp_path, impatient, nodes)
 

@@ -1,4 +1,4 @@
-"""Dashboards and alerts: every query on a real Prometheus, which reads what Ray exports."""
+"""Dashboards and alerts: every query runs on a real Prometheus with the metrics of Octet."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from serve.metric_catalogue import ALL, exported, table
 
 from ..builders import ROOT
 from ..dashboards import metrics_in, queries
-from ..prometheus import TOOL, Prometheus, wanted
+from ..prometheus import TOOL, Prometheus, require_prometheus
 
-# -- what is written ------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
-def test_what_is_made_from_code_is_what_the_code_makes() -> None:
+def test_committed_dashboards_rules_and_tables_are_what_the_code_makes() -> None:
     made = {**dashboards.files(), **rules.files()}
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: make it again"
@@ -33,7 +33,7 @@ def test_what_is_made_from_code_is_what_the_code_makes() -> None:
 
 
 def test_every_metric_is_in_the_table_and_on_a_dashboard() -> None:
-    """No metric is made outside `serve.metric_catalogue`, and each is shown somewhere."""
+    """Metrics are created only in `serve.metric_catalogue`, and a dashboard shows each."""
     for folder in ("serve", "cluster", "autoscaling", "k8s"):
         for file in (ROOT / folder).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_every_metric_is_in_the_table_and_on_a_dashboard() -> None:
         assert metric.text.isascii(), name
 
 
-def test_every_alert_has_its_place_in_the_runbook() -> None:
+def test_every_alert_has_a_section_in_the_runbook() -> None:
     headings = {
         line.removeprefix("### ").strip()
         for line in (ROOT / rules.RUNBOOK).read_text(encoding="utf-8").splitlines()
@@ -59,8 +59,8 @@ def test_every_alert_has_its_place_in_the_runbook() -> None:
 # -- with real data -------------------------------------------------------------------------------
 
 
-class Everything(BaseHTTPRequestHandler):
-    """Every metric there is, with rising counters, as Ray would export it."""
+class AllMetrics(BaseHTTPRequestHandler):
+    """Serves every metric of the catalogue in Ray's format, with rising values."""
 
     def do_GET(self) -> None:
         lines = []
@@ -78,12 +78,12 @@ class Everything(BaseHTTPRequestHandler):
         self.wfile.write("\n".join([*lines, ""]).encode())
 
     def log_message(self, *_: Any) -> None:
-        """Silent."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def everything() -> Iterator[Prometheus]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Everything)
+def prometheus() -> Iterator[Prometheus]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AllMetrics)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     prometheus = Prometheus(f"127.0.0.1:{server.server_port}", rules.RULES)
     yield prometheus
@@ -92,14 +92,14 @@ def everything() -> Iterator[Prometheus]:
     server.server_close()
 
 
-def test_every_query_finds_what_it_asks_for(everything: Prometheus) -> None:
+def test_every_query_finds_series(prometheus: Prometheus) -> None:
     left = set(queries())
     deadline = time.monotonic() + 15
     while left and time.monotonic() < deadline:
-        left = {query for query in left if not everything.ask(query)}
+        left = {query for query in left if not prometheus.ask(query)}
         time.sleep(0.5)
     assert not left
-    found = everything.rules()
+    found = prometheus.rules()
     assert len(found) == len(rules.ALERTS) + len(rules.WINDOWS)
     assert {rule["health"] for rule in found} == {"ok"}
 
@@ -108,7 +108,7 @@ def test_every_query_finds_what_it_asks_for(everything: Prometheus) -> None:
 
 OK, BAD = 'status="200",outcome="ok"', 'status="503",outcome="unavailable"'
 REQUESTS = "ray_octet_requests_total"
-# Series and their values, minute by minute, with which each alert fires, and without.
+# For each alert: series and values per minute with which it fires and does not, and the minute.
 CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
     "OctetErrorBudgetFast": (
         {f"{REQUESTS}{{{OK}}}": "0+90x90", f"{REQUESTS}{{{BAD}}}": "0+10x90"},
@@ -122,7 +122,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
     ),
     "OctetNoDispatcher": ({"up": "1x9"}, {'ray_octet_pool_replicas{pool="p"}': "0x9"}, 9),
     "OctetUsageUnrecorded": (
-        {f'{REQUESTS}{{outcome="usage_unrecorded"}}': "_ _ 1 1 1"},  # as Ray exports it
+        # Ray exports a counter only after its first event.
+        {f'{REQUESTS}{{outcome="usage_unrecorded"}}': "_ _ 1 1 1"},
         {f'{REQUESTS}{{outcome="ok"}}': "_ _ 1 1 1"},
         4,
     ),
@@ -133,7 +134,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
     ),
     "OctetReplicasNotReady": (
         {'ray_octet_pool_replicas{pool="p",state="starting"}': "1x20"},
-        {'ray_octet_pool_replicas{pool="p",state="wanted"}': "1x20"},
+        {'ray_octet_pool_replicas{pool="p",state="require_prometheus"}': "1x20"},
         20,
     ),
     "OctetManyStarts": (
@@ -196,11 +197,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
 
 
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
-    wanted()
+    require_prometheus()
     assert CASES.keys() == rules.ALERTS.keys()
 
     def firing(series: dict[str, str], minutes: int) -> dict[str, Any]:
-        """Counted as a query, so that texts need not be told again."""
+        """A test of promtool that counts firing alerts, so that it need not repeat their texts."""
         counted = f'ALERTS{{alertstate="firing",alertname="{alert}"}}'
         return {
             "interval": "1m",

@@ -1,4 +1,4 @@
-"""Repeated requests over HTTP: from the memory of an Ingress, or through a real Redis."""
+"""Repeated requests over HTTP, cached in the memory of an Ingress or in a real Redis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -49,86 +49,90 @@ def client(edge: Edge) -> Iterator[httpx.Client]:
         yield client
 
 
-def ask(client: httpx.Client, *, headers: dict[str, str] | None = None, **body: Any) -> Any:
+def post(client: httpx.Client, *, headers: dict[str, str] | None = None, **body: Any) -> Any:
     body = {"prompt": "dunes", "seed": 7, **body}
     return client.post(GENERATE, json=body, headers=headers or {})
 
 
-def use(answer: httpx.Response) -> str:
+def cache_use(answer: httpx.Response) -> str:
     assert answer.status_code == 200, answer.text
-    return answer.headers["x-octet-cache"]
+    return str(answer.headers["x-octet-cache"])
 
 
 def image(answer: httpx.Response, i: int = 0) -> bytes:
     return base64.b64decode(answer.json()["data"][i]["b64_json"])
 
 
-def test_the_second_time_it_is_there(edge: Edge, client: httpx.Client) -> None:
-    first, second = ask(client), ask(client)
-    assert (use(first), use(second)) == ("miss", "hit")
+def test_a_repeated_request_is_a_hit(edge: Edge, client: httpx.Client) -> None:
+    first, second = post(client), post(client)
+    assert (cache_use(first), cache_use(second)) == ("miss", "hit")
     assert {**first.json(), "created": 0} == {**second.json(), "created": 0}
     assert edge.painter.generated == 1
-    assert use(ask(client, seed=8)) == "miss"
-    assert use(ask(client, n=2)) == "miss"  # another call
-    assert use(again := ask(client, n=2)) == "hit"
+    assert cache_use(post(client, seed=8)) == "miss"
+    assert cache_use(post(client, n=2)) == "miss"  # another call
+    assert cache_use(again := post(client, n=2)) == "hit"
     assert [item["seed"] for item in again.json()["data"]] == [7, 8]
     assert image(again, 0) == image(first)
 
 
-def test_without_a_seed_or_when_asked_not_to_it_is_drawn(edge: Edge, client: httpx.Client) -> None:
-    ask(client)
-    assert use(ask(client, seed=None)) == "off"
-    assert use(ask(client, headers={"cache-control": "max-age=0, No-Cache"})) == "off"
-    assert use(ask(client, headers={"cache-control": "no-store"})) == "off"
+def test_without_a_seed_or_with_no_cache_an_image_is_generated(
+    edge: Edge, client: httpx.Client
+) -> None:
+    post(client)
+    assert cache_use(post(client, seed=None)) == "off"
+    assert cache_use(post(client, headers={"cache-control": "max-age=0, No-Cache"})) == "off"
+    assert cache_use(post(client, headers={"cache-control": "no-store"})) == "off"
     assert edge.painter.generated == 4
-    assert use(ask(client, headers={"cache-control": "max-age=0"})) == "hit"
+    assert cache_use(post(client, headers={"cache-control": "max-age=0"})) == "hit"
 
 
-def test_as_a_url_and_as_a_stream(edge: Edge, client: httpx.Client) -> None:
-    drawn = image(ask(client))
-    url = ask(client, response_format="url")
-    assert use(url) == "hit"
-    assert httpx.get(url.json()["data"][0]["url"]).content == drawn
-    stream = ask(client, stream=True, partial_images=2)
-    assert use(stream) == "hit"
+def test_a_hit_is_answered_as_a_url_and_as_a_stream(edge: Edge, client: httpx.Client) -> None:
+    generated = image(post(client))
+    url = post(client, response_format="url")
+    assert cache_use(url) == "hit"
+    assert httpx.get(url.json()["data"][0]["url"]).content == generated
+    stream = post(client, stream=True, partial_images=2)
+    assert cache_use(stream) == "hit"
     (event,) = [json.loads(line[6:]) for line in stream.text.splitlines() if line[:5] == "data:"]
     assert event["type"] == "image_generation.completed"
-    assert base64.b64decode(event["b64_json"]) == drawn
+    assert base64.b64decode(event["b64_json"]) == generated
     assert edge.painter.generated == 1
-    assert use(ask(client, seed=9, stream=True)) == "miss"
-    until(lambda: use(ask(client, seed=9)) == "hit")
+    assert cache_use(post(client, seed=9, stream=True)) == "miss"
+    wait_until(lambda: cache_use(post(client, seed=9)) == "hit")
 
 
-def test_what_fails_is_not_remembered(edge: Edge, client: httpx.Client) -> None:
+def test_failed_requests_are_not_cached(edge: Edge, client: httpx.Client) -> None:
     for _ in range(2):
         with httpx.Client(base_url=edge.url) as own:
-            assert ask(own, prompt="broken").status_code == 500
-    assert ask(client, precision="fp32").status_code == 400
+            assert post(own, prompt="broken").status_code == 500
+    assert post(client, precision="fp32").status_code == 400
     assert not edge.ingress.reuse.in_flight
 
 
-def slow(client: httpx.Client, **body: Any) -> Any:
-    return ask(client, prompt="slow", **body)
+def post_slow(client: httpx.Client, **body: Any) -> Any:
+    return post(client, prompt="slow", **body)
 
 
 def test_equal_requests_at_the_same_time_are_one(edge: Edge, client: httpx.Client) -> None:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: slow(client), range(8)))
-    uses = Counter(map(use, answers))
+        answers = list(pool.map(lambda _: post_slow(client), range(8)))
+    uses = Counter(map(cache_use, answers))
     assert uses["miss"] == 1
     assert uses["shared"] + uses["hit"] == 7
     assert uses["shared"] > 3
     assert edge.painter.generated == 1
     assert len({image(answer) for answer in answers}) == 1
-    until(lambda: not edge.ingress.reuse.in_flight)
+    wait_until(lambda: not edge.ingress.reuse.in_flight)
 
 
-def test_cancelling_one_of_them_ends_that_one(edge: Edge, client: httpx.Client) -> None:
+def test_cancelling_one_of_several_equal_requests_ends_only_that_one(
+    edge: Edge, client: httpx.Client
+) -> None:
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(slow, client, headers={"x-request-id": "first"})
+        first = pool.submit(post_slow, client, headers={"x-request-id": "first"})
         time.sleep(0.1)
         others = [
-            pool.submit(slow, client, headers={"x-request-id": name})
+            pool.submit(post_slow, client, headers={"x-request-id": name})
             for name in ("second", "third")
         ]
         time.sleep(0.1)
@@ -139,7 +143,7 @@ def test_cancelling_one_of_them_ends_that_one(edge: Edge, client: httpx.Client) 
     assert edge.painter.generated == 1
 
 
-def until(truth: Callable[[], bool], seconds: float = 5) -> None:
+def wait_until(truth: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < deadline
@@ -156,19 +160,25 @@ def shared(laptop: Settings, redis: RedisServer, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def told(redis: RedisServer) -> Iterator[Redis]:
-    with Redis.from_url(redis.url) as told:
-        told.flushall()
-        yield told
+def redis_client(redis: RedisServer) -> Iterator[Redis]:
+    with Redis.from_url(redis.url) as client:
+        client.flushall()
+        yield client
 
 
-def test_another_ingress_has_it_too(shared: Settings) -> None:
+def only_entry(redis_client: Redis) -> tuple[bytes, bytes]:
+    """The only key in Redis, and its value."""
+    (key,) = cast(list[bytes], redis_client.keys())
+    return key, cast(bytes, redis_client.get(key))
+
+
+def test_another_ingress_finds_the_cached_images(shared: Settings) -> None:
     with started(shared) as one, httpx.Client(base_url=one.url) as client:
-        url = ask(client, response_format="url").json()["data"][0]["url"]
-        until(lambda: use(ask(client)) == "hit")
+        url = post(client, response_format="url").json()["data"][0]["url"]
+        wait_until(lambda: cache_use(post(client)) == "hit")
     with started(shared) as other, httpx.Client(base_url=other.url) as client:
-        again = ask(client, response_format="url")
-        assert use(again) == "hit"
+        again = post(client, response_format="url")
+        assert cache_use(again) == "hit"
         path = again.json()["data"][0]["url"].partition("?")[0]
         assert (
             path.rpartition("/")[2] == url.partition("?")[0].rpartition("/")[2]
@@ -176,39 +186,39 @@ def test_another_ingress_has_it_too(shared: Settings) -> None:
         assert other.painter.generated == 0
 
 
-def test_redis_knows_neither_prompts_nor_images(shared: Settings, told: Redis) -> None:
+def test_redis_knows_neither_prompts_nor_images(shared: Settings, redis_client: Redis) -> None:
     with started(shared) as edge, httpx.Client(base_url=edge.url) as client:
-        ask(client, prompt="canary")
-        until(lambda: bool(told.keys()))
-        (key,) = told.keys()
-        value = told.get(key)
+        post(client, prompt="canary")
+        wait_until(lambda: bool(redis_client.keys()))
+        key, value = only_entry(redis_client)
     assert key.startswith(PREFIX.encode())
     assert b"canary" not in key + value
     assert len(value) < 500
     keep = shared.results
     most = keep.max_age_s - keep.link_expires_s
-    assert most - 60 < told.ttl(key) <= most
+    assert most - 60 < redis_client.ttl(key) <= most
 
 
-def test_an_image_that_is_gone_or_another_is_a_miss(
-    shared: Settings, told: Redis, caplog: pytest.LogCaptureFixture
+def test_a_deleted_or_changed_image_is_a_miss(
+    shared: Settings, redis_client: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     with started(shared) as edge, httpx.Client(base_url=edge.url) as client:
 
-        def remembered() -> tuple[bytes, Any, Path]:
-            in_flight = edge.ingress.reuse.in_flight  # they are written when they end
-            until(lambda: use(ask(client)) == "hit" and not in_flight and bool(told.keys()))
-            (key,) = told.keys()
-            (entry,) = json.loads(told.get(key))
+        def cached() -> tuple[bytes, Any, Path]:
+            """Wait until the image is cached; return its key, its entry and its file."""
+            wait_until(lambda: cache_use(post(client)) == "hit")
+            wait_until(lambda: not edge.ingress.reuse.in_flight and bool(redis_client.keys()))
+            key, value = only_entry(redis_client)
+            (entry,) = json.loads(value)
             return key, entry, Path(str(shared.data_folder)) / "images" / entry["name"]
 
-        _, _, file = remembered()
+        _, _, file = cached()
         file.unlink()
-        assert use(ask(client)) == "miss"
-        _, _, file = remembered()
+        assert cache_use(post(client)) == "miss"
+        _, _, file = cached()
         file.write_bytes(b"another")
-        assert use(ask(client)) == "miss"
-        key, entry, _ = remembered()
+        assert cache_use(post(client)) == "miss"
+        key, entry, _ = cached()
         for broken in (
             json.dumps([{**entry, "name": entry["name"].replace("anonymous", "other")}]),
             json.dumps([{**entry, "timings": {}}]),
@@ -216,14 +226,14 @@ def test_an_image_that_is_gone_or_another_is_a_miss(
             "not JSON",
             b"\xff",
         ):
-            told.set(key, broken)
-            assert use(ask(client)) == "miss"
-            remembered()
+            redis_client.set(key, broken)
+            assert cache_use(post(client)) == "miss"
+            cached()
     assert "a value that Octet did not write" in caplog.text
 
 
 def load(edge: Edge, seconds: float) -> tuple[Counter[Any], list[float]]:
-    """What eight clients with repeated requests are answered, and how long that takes."""
+    """The answers to eight clients with repeated requests, and the seconds of each."""
     answers: Counter[Any] = Counter()
     took: list[float] = []
 
@@ -231,7 +241,7 @@ def load(edge: Edge, seconds: float) -> tuple[Counter[Any], list[float]]:
         with httpx.Client(base_url=edge.url, timeout=10) as client:
             while time.monotonic() < until_s:
                 began = time.monotonic()
-                answer = ask(client, seed=number)
+                answer = post(client, seed=number)
                 took.append(time.monotonic() - began)
                 answers[answer.status_code, answer.headers.get("x-octet-cache")] += 1
 
@@ -257,7 +267,7 @@ def test_redis_may_hang_and_die_under_load(shared: Settings, redis: RedisServer)
         assert answers[200, "hit"] > 10
         assert answers[200, "miss"] > 10
 
-        # It hangs for good: waiting for it ends soon, and who has waited spares the others.
+        # Redis hangs for good: a request waits a short time, and after some no other one does.
         redis.pause()
         try:
             answers, took = load(edge, 2)
@@ -267,7 +277,7 @@ def test_redis_may_hang_and_die_under_load(shared: Settings, redis: RedisServer)
         late = [s for s in took if s > ANSWER_S]
         assert len(late) <= 3 * FAILURES * 8
         assert len(late) < len(took) / 4
-        until(lambda: load(edge, 0.2)[0][200, "hit"] > 0, 15)
+        wait_until(lambda: load(edge, 0.2)[0][200, "hit"] > 0, 15)
 
 
 def test_passwords_come_from_a_file(redis: RedisServer, shared: Settings, tmp_path: Path) -> None:
@@ -279,8 +289,8 @@ def test_passwords_come_from_a_file(redis: RedisServer, shared: Settings, tmp_pa
             cache = CacheSettings(redis_url=redis.url, redis_password_file=file)
             settings = shared.model_copy(update={"cache": cache})
             with started(settings) as edge, httpx.Client(base_url=edge.url) as client:
-                ask(client)
-                until(lambda: use(ask(client)) == "hit")
+                post(client)
+                wait_until(lambda: cache_use(post(client)) == "hit")
         finally:
             admin.auth("secret")
             admin.config_set("requirepass", "")

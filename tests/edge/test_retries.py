@@ -1,4 +1,4 @@
-"""What the Ingress does when a Generator fails, with the real Dispatcher and failing Generators."""
+"""Attempts of the Ingress with failing Generators and the real Dispatcher."""
 
 from __future__ import annotations
 
@@ -31,18 +31,26 @@ REQUEST = image_request(model="landscapes", num_inference_steps=1, guidance_scal
 
 
 class Generator:
-    """Fails as told, then generates; remembers how often it was asked."""
+    """Raises `failures` one after another, then generates images; counts its calls.
+
+    The first `never_received` calls get no answer, and after those the first `dies_before_start`
+    calls lose their replica before the image begins.
+    """
 
     def __init__(
         self,
         precision: str,
         *failures: Exception,
         takes_s: float = 0,
-        late: int = 0,
-        bystander: int = 0,
+        never_received: int = 0,
+        dies_before_start: int = 0,
     ) -> None:
         self.precision, self.failures, self.calls = precision, list(failures), 0
-        self.takes_s, self.late, self.bystander = takes_s, late, bystander
+        self.takes_s, self.never_received, self.dies_before_start = (
+            takes_s,
+            never_received,
+            dies_before_start,
+        )
         self.alone: list[bool] = []
 
     async def generate(
@@ -50,11 +58,11 @@ class Generator:
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
         self.calls += 1
         self.alone.append(alone)
-        if self.calls <= self.late:
-            await asyncio.sleep(60)  # the grant was for a replica that is no more
+        if self.calls <= self.never_received:
+            await asyncio.sleep(60)  # the grant was for a replica that has gone
         yield Acknowledgement.RECEIVED
-        if self.calls <= self.bystander:
-            raise ActorDiedError  # before it began with this one
+        if self.calls <= self.dies_before_start:
+            raise ActorDiedError  # before the image began
         yield Acknowledgement.STARTED
         if self.failures:
             raise self.failures.pop(0)
@@ -64,7 +72,8 @@ class Generator:
 
 def as_task_error(cause: Exception) -> Exception:
     """An exception of a replica as Ray hands it to the caller."""
-    return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+    error: Exception = RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+    return error
 
 
 def generate(
@@ -102,13 +111,13 @@ def generate(
                 if not limit.expired():
                     raise
                 (stream,) = handles["landscapes-fp8"].streams
-                assert stream.broken.is_set()  # the replica was told to stop
+                assert stream.broken.is_set()  # the replica was asked to stop
                 raise
             finally:
                 call.close()
                 await asyncio.sleep(0.05)
                 free = [dispatcher.grants.free_slots(pool) for pool in alive]
-                assert set(free) == {1}  # whatever happened, every slot came back
+                assert set(free) == {1}  # every slot came back
 
     return asyncio.run(main())
 
@@ -129,17 +138,17 @@ def test_a_request_that_kills_replicas_does_not_loop(laptop: Settings) -> None:
     fp8 = Generator("fp8", *(ActorDiedError() for _ in range(9)))
     with pytest.raises(ReplicaFailed):
         generate(laptop, fp8, Generator("bf16"), Precision.FP8)
-    assert fp8.alone == [False, False, True]  # the last one harms nobody else
+    assert fp8.alone == [False, False, True]  # the last attempt runs alone and harms no other image
 
 
-def test_who_had_not_begun_is_not_to_blame(laptop: Settings) -> None:
-    fp8 = Generator("fp8", bystander=FREE_RETRIES)
+def test_a_request_that_had_not_begun_is_not_blamed_for_a_lost_replica(laptop: Settings) -> None:
+    fp8 = Generator("fp8", dies_before_start=FREE_RETRIES)
     assert generate(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
     assert fp8.alone == [False] * (FREE_RETRIES + 1)
 
 
 def test_a_request_that_kills_too_fast_to_say_so_does_not_loop_either(laptop: Settings) -> None:
-    fp8 = Generator("fp8", bystander=99)
+    fp8 = Generator("fp8", dies_before_start=99)
     with pytest.raises(ReplicaFailed):
         generate(laptop, fp8, Generator("bf16"), Precision.FP8)
     assert fp8.alone == [False] * (FREE_RETRIES + 2) + [True]
@@ -164,7 +173,7 @@ def test_non_finite_without_a_16_bit_replica_is_not_worth_asking_again(laptop: S
         generate(laptop, fp8, Generator("bf16"), alive=("landscapes-fp8",), placeable=False)
 
 
-def test_the_same_pool_would_generate_the_same_numbers_again(laptop: Settings) -> None:
+def test_a_non_finite_image_is_not_repeated_in_the_same_pool(laptop: Settings) -> None:
     fp16 = Generator("bf16", *(as_task_error(NonFiniteImage("nan")) for _ in range(9)))
     with pytest.raises(NonFiniteImage):
         generate(laptop, Generator("fp8"), fp16, alive=("landscapes-fp16",))
@@ -193,7 +202,7 @@ def test_an_abandoned_image_is_stopped_before_its_slot_is_free(laptop: Settings)
         generate(laptop, Generator("fp8", takes_s=60), Generator("bf16"), abandon_after_s=0.2)
 
 
-def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings) -> None:
+def test_without_a_16_bit_pool_a_non_finite_image_is_an_error(laptop: Settings) -> None:
     model = laptop.models[0]
     fp8_only = laptop.model_copy(
         update={"models": (model.model_copy(update={"pools": model.pools[:1]}),)}
@@ -209,8 +218,8 @@ def test_without_a_16_bit_pool_a_non_finite_image_is_what_it_is(laptop: Settings
 def test_a_grant_that_no_replica_takes_up_is_given_back_and_asked_for_again(
     laptop: Settings,
 ) -> None:
-    fp8 = Generator("fp8", late=ATTEMPTS + 1)
+    fp8 = Generator("fp8", never_received=ATTEMPTS + 1)
     quick = replace(PROMPT, receive_s=0.1)
     found = generate(laptop, fp8, Generator("bf16"), Precision.FP8, timing=quick)
     assert found.precision == "fp8"
-    assert fp8.calls == ATTEMPTS + 2  # it is not the request's fault
+    assert fp8.calls == ATTEMPTS + 2  # such calls do not count as attempts

@@ -1,4 +1,4 @@
-"""Where images are kept: a folder and a bucket keep the same promises, over HTTP."""
+"""Stores of images: a folder, a bucket and a bucket behind a spool give the same guarantees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve.results.spool import Spool
 from serve.results.store import NAME, ResultStore, new_name
 from serve.settings.application import S3Settings
 
-from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
+from ..s3 import ENDPOINT, Fault, FaultProxy, a_bucket, s3_server
 
 NOW = time.time()
 DAY_S = 86400.0
@@ -60,8 +60,8 @@ def read(store: ResultStore, name: str) -> bytes:
     return found if isinstance(found, bytes) else httpx.get(found).raise_for_status().content
 
 
-def direct(proxy: FaultProxy, bucket: S3Settings) -> S3Settings:
-    """The same bucket, past the proxy."""
+def past_the_proxy(proxy: FaultProxy, bucket: S3Settings) -> S3Settings:
+    """The settings of the same bucket without the proxy."""
     return bucket.model_copy(update={"endpoint_url": proxy.upstream})
 
 
@@ -70,14 +70,14 @@ def keys(bucket: S3Settings) -> list[str]:
     return [o["Key"] for o in client.list_objects_v2(Bucket=bucket.bucket).get("Contents", ())]
 
 
-def test_names_say_whose_and_when_and_cannot_be_guessed() -> None:
+def test_names_hold_tenant_and_date_and_cannot_be_guessed() -> None:
     names = {new_name("a-b", "webp", 1_800_000_000) for _ in range(50)}
     assert len(names) == 50
     assert all(NAME.fullmatch(name) for name in names)
     assert next(iter(names)).startswith("t/a-b/2027/01/15/")
 
 
-def test_what_is_kept_is_read_and_keeping_it_again_makes_no_difference(store: ResultStore) -> None:
+def test_a_stored_image_is_read_and_storing_it_again_changes_nothing(store: ResultStore) -> None:
     one, other = new_name("t", "png", NOW), new_name("t", "png", NOW)
     for _ in range(2):
         store.put(one, b"picture", "r1")
@@ -109,7 +109,7 @@ def test_only_a_tenant_can_be_erased(store: ResultStore, tenant: str) -> None:
     assert read(store, name) == b"x"
 
 
-def test_old_images_go(store: ResultStore, tmp_path: Path) -> None:
+def test_old_images_are_deleted(store: ResultStore, tmp_path: Path) -> None:
     old, new = new_name("t", "png", NOW - 9 * DAY_S), new_name("t", "png", NOW)
     for name, age_s in ((old, 9 * DAY_S), (new, 0.0)):
         store.put(name, b"x", "r")
@@ -155,16 +155,16 @@ def test_when_all_images_of_an_older_layout_have_gone_their_folder_stays(tmp_pat
 # -- a bucket -------------------------------------------------------------------------------------
 
 
-def test_an_object_says_what_it_is(server: str) -> None:
+def test_an_object_has_its_type_metadata_and_storage_options(server: str) -> None:
     bucket = a_bucket(server, server_side_encryption="AES256", storage_class="STANDARD_IA")
     name = new_name("t", "webp", NOW)
     S3Store(bucket).put(name, b"picture", "request-7")
     client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
-    said = client.head_object(Bucket=bucket.bucket, Key=name)
-    assert said["ContentType"] == "image/webp"
-    assert said["Metadata"]["request-id"] == "request-7"
-    assert len(said["Metadata"]["sha256"]) == 64
-    assert (said["ServerSideEncryption"], said["StorageClass"]) == ("AES256", "STANDARD_IA")
+    head = client.head_object(Bucket=bucket.bucket, Key=name)
+    assert head["ContentType"] == "image/webp"
+    assert head["Metadata"]["request-id"] == "request-7"
+    assert len(head["Metadata"]["sha256"]) == 64
+    assert (head["ServerSideEncryption"], head["StorageClass"]) == ("AES256", "STANDARD_IA")
 
 
 def test_a_link_into_the_bucket_is_short_lived(server: str) -> None:
@@ -174,7 +174,7 @@ def test_a_link_into_the_bucket_is_short_lived(server: str) -> None:
     assert httpx.URL(store.get(name)).params["X-Amz-Expires"] == "77"
 
 
-def test_days_go_when_all_of_them_is_too_old_and_a_failed_round_is_tried_again(
+def test_a_day_is_deleted_when_all_of_it_is_too_old_and_a_failed_sweep_is_repeated(
     proxied: tuple[FaultProxy, S3Settings],
 ) -> None:
     proxy, bucket = proxied
@@ -195,7 +195,7 @@ def test_a_dead_endpoint_is_given_up_in_seconds(server: str) -> None:
     began = time.monotonic()
     with pytest.raises(StoreFailed):
         S3Store(bucket).put(new_name("t", "png", NOW), b"x", "r")
-    # boto3 by itself would go on for minutes.
+    # With its defaults boto3 would try for minutes.
     assert time.monotonic() - began < 3 * ATTEMPTS * (CONNECT_S + READ_S)
 
 
@@ -210,7 +210,7 @@ def proxied(server: str) -> Iterator[tuple[FaultProxy, S3Settings]]:
     proxy.close()
 
 
-def wait_for(truth: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(truth: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < deadline
@@ -218,19 +218,19 @@ def wait_for(truth: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuse", "error", "slow"])
-def test_while_the_bucket_is_away_images_wait_and_are_read_from_here(
-    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path, fault: str
+def test_while_the_bucket_is_away_images_wait_in_the_spool_and_are_read_from_it(
+    proxied: tuple[FaultProxy, S3Settings], tmp_path: Path, fault: Fault
 ) -> None:
     proxy, bucket = proxied
     spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
-    proxy.fault = fault  # type: ignore[assignment]
+    proxy.fault = fault
     names = [new_name("t", "png", NOW) for _ in range(3)]
     for name in names:  # none of them raises: clients are served
         spool.put(name, name.encode(), "r")
     assert [spool.get(name) for name in names] == [name.encode() for name in names]
-    assert not keys(direct(proxy, bucket))
+    assert not keys(past_the_proxy(proxy, bucket))
     proxy.fault = "none"
-    wait_for(lambda: not list(tmp_path.iterdir()), 40)
+    wait_until(lambda: not list(tmp_path.iterdir()), 40)
     assert sorted(keys(bucket)) == sorted(names)
     assert [read(spool, name) for name in names] == [name.encode() for name in names]
     spool.close()
@@ -245,15 +245,16 @@ def test_an_answer_that_was_lost_leaves_one_object(
     name = new_name("t", "png", NOW)
     spool.put(name, b"picture", "r")
     assert spool.get(name) == b"picture"
-    assert keys(direct(proxy, bucket)) == [name]  # it had it, and we do not know
+    # The object is stored, but the answer was lost.
+    assert keys(past_the_proxy(proxy, bucket)) == [name]
     proxy.fault = "none"
-    wait_for(lambda: not list(tmp_path.iterdir()), 40)
+    wait_until(lambda: not list(tmp_path.iterdir()), 40)
     assert keys(bucket) == [name]
     assert read(spool, name) == b"picture"
     spool.close()
 
 
-def test_what_a_process_leaves_behind_its_successor_uploads(
+def test_images_left_by_a_process_are_uploaded_by_its_successor(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     _, bucket = proxied
@@ -266,7 +267,7 @@ def test_what_a_process_leaves_behind_its_successor_uploads(
     time.sleep(1.5)
     assert watching.get(name) == b"picture"
     second = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
-    wait_for(lambda: not list(tmp_path.iterdir()))
+    wait_until(lambda: not list(tmp_path.iterdir()))
     assert keys(bucket) == [name]
     watching.close()
     second.close()
@@ -283,13 +284,13 @@ def test_two_processes_on_one_spool_lose_nothing(
         spools[i % 2].put(name, b"x", "r")
     assert [spools[0].get(name) for name in names] == [b"x"] * 6
     proxy.fault = "none"
-    wait_for(lambda: not list(tmp_path.iterdir()), 40)
+    wait_until(lambda: not list(tmp_path.iterdir()), 40)
     assert sorted(keys(bucket)) == sorted(names)
     for spool in spools:
         spool.close()
 
 
-def test_a_file_that_cannot_be_read_holds_up_nobody(
+def test_an_unreadable_file_blocks_no_other(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path
 ) -> None:
     _, bucket = proxied
@@ -300,11 +301,11 @@ def test_a_file_that_cannot_be_read_holds_up_nobody(
     spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     name = new_name("t", "png", NOW)
     spool.put(name, b"x", "r")
-    wait_for(lambda: all(file.name.startswith("bad-") for file in tmp_path.iterdir()))
+    wait_until(lambda: all(file.name.startswith("bad-") for file in tmp_path.iterdir()))
     assert keys(bucket) == [name]
     assert len(list(tmp_path.iterdir())) == 2
     spool.check()
-    wait_for(lambda: spool.bytes == 0)
+    wait_until(lambda: spool.bytes == 0)
     spool.close()
 
 
@@ -319,7 +320,7 @@ def test_a_spool_beyond_its_bound_is_full_until_it_drains(
     spool.put(new_name("t", "png", NOW), b"x" * 600, "r")
     assert spool.full
     proxy.fault = "none"
-    wait_for(lambda: not spool.full)
+    wait_until(lambda: not spool.full)
     spool.close()
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -56,9 +57,13 @@ def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) 
 
 
 @pytest.mark.parametrize("sixteen_bit", ["bf16", "fp16"])
-def test_its_t5_is_like_the_one_quantised_at_load(fp8_folder: Path, sixteen_bit: str) -> None:
-    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)  # type: ignore[arg-type]  # a Literal
+def test_its_t5_is_like_the_one_quantised_at_load(
+    fp8_folder: Path, sixteen_bit: Literal["bf16", "fp16"]
+) -> None:
+    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)
     there, made = (PromptEncoder(folder, recipe) for folder in (DEMO_MODEL, fp8_folder))
+    assert there.t5
+    assert made.t5
     kinds = [{(p.dtype, p.device.type) for p in e.t5.parameters()} for e in (there, made)]
     assert kinds == [{(recipe.dtype, "cpu")}] * 2
     assert len(list(there.t5.parameters())) == len(list(made.t5.parameters()))
@@ -273,7 +278,7 @@ def octet_pull(hub: Hub, models: Path, model: str = f"org/model@{REVISION}") -> 
     source = f"{{ location: org/model, revision: {REVISION} }}"
     text = text.replace("{ location: ../demo/model }", source)
     file.write_text(f"models_folder: {models}\n{text}")
-    program = "from serve.cli import main; main()"
+    program = "from serve.cli.main import main; main()"
     done = subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-W", "ignore", "-c", program, "pull", model, "--config", str(file)],
         env={

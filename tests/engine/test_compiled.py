@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def shortened() -> Denoiser:
 
 def test_compiled_blocks_generate_the_same() -> None:
     eager, compiled = shortened(), shortened()
-    compile_blocks(compiled.transformer, {(2, 64)}, backend="aot_eager")
+    compile_blocks(compiled.transformer, {(2, 64)}, backend="eager")
     for px, images in ((128, 1), (160, 2)):  # a warm shape, and another
         assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
 
@@ -80,6 +81,7 @@ def test_compiled_blocks_generate_the_same() -> None:
 def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     """Not for a size that was not named, not for other numbers of rows, not for a single row."""
     denoiser = shortened()
+    del denoiser.transformer.transformer_blocks[1:]
     pool = Pool(
         precision="fp8", num_gpus=1, slots=1, compile="default", warm_sizes=("128x128", "192x128")
     )
@@ -94,9 +96,8 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
         assert graphs() == 0
     thread.join()
     made = graphs()
-    kinds = len(denoiser.transformer.transformer_blocks)
     # Two sizes in 1 and 2 rows, and flexible code for one row and for more.
-    assert kinds * 2 * 2 <= made <= kinds * (2 * 2 + 3)
+    assert 2 * 2 <= made <= 2 * 2 + 3
     for px, images, guided in (
         (128, 1, True),
         (128, 1, False),
@@ -110,9 +111,16 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
 
 def test_pools_say_whether_they_compile() -> None:
     on_cpu = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
-    for setting, mode in (("auto", "off"), ("off", "off"), ("max-autotune", "max-autotune")):
-        pool = Pool(precision="fp16", compile=setting)
-        assert warm_up.compile_mode(pool, on_cpu) == mode
+    modes = {
+        mode: warm_up.compile_mode(Pool(precision="fp16", compile=mode), on_cpu)
+        for mode in get_args(Pool.model_fields["compile"].annotation)
+    }
+    assert modes == {
+        "auto": "off",
+        "off": "off",
+        "default": "default",
+        "max-autotune": "max-autotune",
+    }
     assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
 
 

@@ -365,10 +365,11 @@ def test_steps_go_on_while_an_image_is_decoded(
     second.result(30)
 
 
-def test_every_step_is_told_and_the_time_is_shared(model: Model) -> None:
+def test_every_step_is_reported_and_its_time_is_shared(model: Model) -> None:
     generated, events = model.generate_with_events(REQUEST)
-    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
-    assert events[-1].denoise_s == generated.denoise_s
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1].denoise_s == generated.denoise_s
     assert generated.busy_s == pytest.approx(generated.denoise_s + generated.decode_s, rel=0.2)
     together = model.generate(*[replace(REQUEST, seed=seed) for seed in range(4)])
     steps_s = max(d.denoise_s for d in together)

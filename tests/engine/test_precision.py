@@ -174,9 +174,9 @@ def test_joined_projections_are_exact_and_there_once(transformer: SD3Transformer
             "pooled_projections": torch.randn(2, 128).to(dtype),
         }
         with torch.inference_mode():
-            out = [m.eval()(**inputs, return_dict=False)[0] for m in (plain, fused)]
-        assert out[0].std() > 0.01
-        assert torch.allclose(*out, atol=1e-5 if recipe == "fp32" else 0.0)
+            first, second = (m.eval()(**inputs, return_dict=False)[0] for m in (plain, fused))
+        assert first.std() > 0.01
+        assert torch.allclose(first, second, atol=1e-5 if recipe == "fp32" else 0.0)
 
 
 def test_fp8_round_trips_through_safetensors(
@@ -231,9 +231,10 @@ def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
 def test_text_encoders_run_with_t5_in_fp8_and_without_bfloat16_in_float32() -> None:
     exact = PromptEncoder(DEMO_MODEL).encode_prompts(["a city at night"], 32)
     recipe = ENCODER_RECIPES["t5-quanto"]
-    for sixteen_bit, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float32)):
-        found = PromptEncoder(DEMO_MODEL, recipe.on(sixteen_bit)).encode_prompts(
-            ["a city at night"], 32
-        )
+    for on_card, dtype in (
+        (recipe.on("bf16"), torch.bfloat16),
+        (recipe.on("fp16"), torch.float32),
+    ):
+        found = PromptEncoder(DEMO_MODEL, on_card).encode_prompts(["a city at night"], 32)
         assert found.tokens.dtype is dtype
         assert sqnr_db(exact.tokens, found.tokens) > 20

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +21,79 @@ import pytest
 from serve.launch import ENVIRONMENT, RunningApplication
 from serve.settings.application import Settings
 
+from ..ports import free_port
+
 # Ray reads these when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.update(ENVIRONMENT)
 
 STORE_BYTES = 80 * 2**20
+DASHBOARD_PORT = free_port()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """Short, because Ray puts sockets into it."""
+    """Ray's folder; its path is short because Ray puts sockets into it."""
     path = Path(tempfile.mkdtemp(prefix="octet-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Only a head without GPU so far; its driver is this process.
-
-    A module with a DASHBOARD_PORT gets Ray's dashboard there.
-    """
-    dashboard_port = getattr(request.module, "DASHBOARD_PORT", None)
+@pytest.fixture(scope="session")
+def head(folder: Path) -> Iterator[Any]:
+    """A cluster of one node without a GPU, with Ray's dashboard; its driver is this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
         from ray._private import utils
         from ray.cluster_utils import Cluster
 
-        # It would tell every other Ray user of this machine to join our cluster.
+        # It would tell every other Ray user of this machine to join this cluster.
         utils.write_ray_address = lambda *_: None
-        head = {
+        arguments = {
             "num_cpus": 4,
             "num_gpus": 0,
-            "include_dashboard": dashboard_port is not None,
-            "dashboard_port": dashboard_port,
+            "include_dashboard": True,
+            "dashboard_port": DASHBOARD_PORT,
             "temp_dir": str(folder),
             "object_store_memory": STORE_BYTES,
         }
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = Cluster(initialize_head=True, head_node_args=arguments)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     yield cluster
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any, folder: Path) -> Any:
+    """The cluster with its head only: nodes, Serve and logs of an earlier test go first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        end_serve()
+        for node in list(head.worker_nodes):
+            head.remove_node(node)
+    for file in dispatcher_logs(folder):
+        file.unlink(missing_ok=True)
+    return head
+
+
+def end_serve() -> None:
+    """Shut Ray Serve down without waiting for its replicas, of which some may have no node."""
+    import ray
+    from ray import serve
+
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(serve.shutdown)
+        while not ending.done():
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if actor["name"].startswith("SERVE_REPLICA"):
+                    with contextlib.suppress(ValueError):  # it has just ended
+                        ray.kill(ray.get_actor(**actor))
+            time.sleep(0.2)
 
 
 @pytest.fixture
@@ -99,10 +127,14 @@ def landed() -> dict[str, Counter[str]]:
     return found
 
 
+def dispatcher_logs(folder: Path) -> list[Path]:
+    """The log files of every Dispatcher replica of this test."""
+    return list(folder.glob("session_*/logs/serve/*Dispatcher*"))
+
+
 def dispatchers_log(folder: Path) -> str:
-    """Its messages, of all its lives."""
-    files = folder.glob("session_*/logs/serve/*Dispatcher*")
-    lines = [line for file in files for line in file.read_text().splitlines()]
+    """The messages of every Dispatcher replica of this test."""
+    lines = [line for file in dispatcher_logs(folder) for line in file.read_text().splitlines()]
     return "\n".join(json.loads(line)["message"] for line in lines)
 
 
@@ -110,4 +142,4 @@ def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.3)
+        time.sleep(0.1)

@@ -38,8 +38,8 @@ SETTINGS = {
     "OCTET_AUTOSCALING__UTILISATION": "1",
     "OCTET_AUTOSCALING__SPARE": "0",
     "OCTET_AUTOSCALING__TARGET_WAIT_S": "2",
-    "OCTET_AUTOSCALING__HOLD_S": "6",
-    "OCTET_AUTOSCALING__IDLE_S": "3",
+    "OCTET_AUTOSCALING__HOLD_S": "3",
+    "OCTET_AUTOSCALING__IDLE_S": "1",
 }
 
 
@@ -100,7 +100,7 @@ def laptop(**changes: str) -> Settings:
 
 def gcs() -> Any:
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it has no types
 
     return GcsClient(address=ray.get_runtime_context().gcs_address)
 
@@ -214,8 +214,7 @@ def test_from_zero_and_back_through_all_that_happens(
     time.sleep(1)
     assert before.keys() <= generators().keys()
     octet.apply(laptop(OCTET_MODELS__0__MAX_SEQUENCE_LENGTH="31"))
-    wait_for(lambda: generators() and not generators().keys() & before.keys())
-    time.sleep(2)
+    wait_for(lambda: bool(generators()) and not generators().keys() & before.keys())
     steady.end()
     answers = busy.answers + steady.answers
     assert answers.keys() == {200}, answers

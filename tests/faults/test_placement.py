@@ -87,7 +87,8 @@ def test_a_mixed_cluster_through_its_life(
         proxy_location="HeadOnly",
         http_options={"host": settings.http.host, "port": settings.http.port},
     )
-    octet, news = deploy(settings), []
+    octet = deploy(settings)
+    news: list[str] = []
 
     # No node can hold any pool: start-up ends all the same, and requests are not swallowed.
     octet.wait(news.append)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from serve.launch import RunningApplication, run_application
 from serve.settings.application import Settings
+
+# Read by Ray when it starts: without it, metrics are exported every ten seconds.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+
+
+def wait_for(truth: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for an event; the test fails if it does not happen within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.1)
+
+
+def running(octet: RunningApplication) -> int:
+    """The number of images that hold a slot."""
+    return sum(pool.running for pool in octet.status().pools.values())
 
 
 def replica_logs() -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 from serve.launch import RunningApplication
 from serve.usage.ledger import read_usage
 
-from .conftest import replica_logs
+from .conftest import replica_logs, running, wait_for
 
 GENERATE = "/v1/images/generations"
 LONG: dict[str, Any] = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
@@ -45,7 +45,7 @@ def apart(one: Image.Image, other: Image.Image) -> float:
 
 
 def idle(octet: RunningApplication) -> bool:
-    """No call is open, nothing waits, no slot is held and no image is drawn."""
+    """No call is open, nothing waits, no slot is held and no image is generated."""
     found = octet.status()
     busy = [pool.running or pool.running_work_s for pool in found.pools.values()]
     return not (found.calls or found.queued or any(busy))
@@ -66,11 +66,11 @@ def test_the_openai_client_iterates_a_stream(url: str) -> None:
             prompt="the sea at dawn, red sun",
             stream=True,
             partial_images=3,
-            size="128x96",  # type: ignore[arg-type]  # the client's types know OpenAI's sizes alone
+            size="128x96",
             output_format="jpeg",
             extra_body={"seed": 3, "num_inference_steps": 12, "precision": "fp16"},
         )
-        events = list(stream)
+        events: list[Any] = list(stream)
     kinds = [ImageGenPartialImageEvent] * 3 + [ImageGenCompletedEvent]
     assert [type(event) for event in events] == kinds
     for kind, event in zip(kinds, events, strict=True):
@@ -93,8 +93,8 @@ def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> 
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             body = {"prompt": "dunes", "seed": 5, "num_inference_steps": 8, "precision": "fp8"}
             events = [event async for event in lines(client, {**body, "progress": True})]
-            drawn = await client.post(GENERATE, json=body, headers={"cache-control": "no-cache"})
-            plain = drawn.json()["data"][0]
+            again = await client.post(GENERATE, json=body, headers={"cache-control": "no-cache"})
+            plain = again.json()["data"][0]
             progress, completed = events[:-1], events[-1]
             assert completed["type"] == "image_generation.completed"
             for key in ("b64_json", "seed", "precision", "emulated"):
@@ -109,20 +109,20 @@ def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> 
     asyncio.run(main())
 
 
-def test_who_waits_sees_its_place_in_the_queue(url: str, octet: RunningApplication) -> None:
+def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningApplication) -> None:
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            fill = {"prompt": "dunes", "num_inference_steps": 30}
-            running = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
-            await asyncio.sleep(0.5)
+            fill = {"prompt": "dunes", "num_inference_steps": 60, "size": "64x64"}
+            work = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
+            await asyncio.to_thread(wait_for, lambda: octet.status().queued == 1)  # of 8 slots
             quick = {"prompt": "dunes", "num_inference_steps": 1, "progress": True}
             events = [event async for event in lines(client, quick)]
             places = [e["queue_position"] for e in events if e["type"].endswith("progress")]
             waited = [place for place in places if place is not None]
-            assert waited[0] == 2  # 8 slots, 9 images before it
+            assert waited[0] == 2
             assert waited == sorted(waited, reverse=True)
             assert events[-1]["type"] == "image_generation.completed"
-            assert [(await task).status_code for task in running] == [200] * 9
+            assert [(await task).status_code for task in work] == [200] * 9
 
     asyncio.run(main())
 
@@ -138,79 +138,72 @@ def test_what_goes_wrong_before_the_first_event_has_its_status(url: str) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stream: bool) -> None:
-    def ask() -> httpx.Response:
-        headers = {"x-request-id": "mine"}
+    name = f"mine-{stream}"
+
+    def post() -> httpx.Response:
         body = {**LONG, "n": 1 if stream else 3, "stream": stream, "progress": stream}
+        headers = {"x-request-id": name}
         return httpx.post(url + GENERATE, json=body, headers=headers, timeout=60)
 
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask)
-        time.sleep(0.7)
-        began = time.monotonic()
-        deleted = httpx.delete(f"{url}/v1/requests/mine")
+        answer = pool.submit(post)
+        wait_for(lambda: running(octet) > 0)
+        deleted = httpx.delete(f"{url}/v1/requests/{name}")
         assert (deleted.status_code, deleted.json()["cancelled"]) == (200, True)
-        error = answer.result(5)
-        assert time.monotonic() - began < 2
+        error = answer.result()
     if stream:
         assert error.text.rpartition("event: ")[2].startswith("error")
         assert '"code":"request_cancelled"' in error.text
     else:
         assert (error.status_code, error.json()["error"]["code"]) == (499, "request_cancelled")
         assert error.headers["x-should-retry"] == "false"
-    wait_until_idle(octet, 3)
-    again = httpx.delete(f"{url}/v1/requests/mine")
+    wait_for(lambda: idle(octet))
+    assert f"generated {name}" not in replica_logs()
+    again = httpx.delete(f"{url}/v1/requests/{name}")
     assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
     assert httpx.delete(f"{url}/v1/requests/a%20b").status_code == 400
 
 
-def wait_until_idle(octet: RunningApplication, seconds: float) -> float:
-    began = time.monotonic()
-    while not idle(octet):
-        assert time.monotonic() - began < seconds, octet.status()
-        time.sleep(0.05)
-    return time.monotonic() - began
-
-
-def logged(request_id: str) -> str:
-    """What the replicas say of a request, to see why a test failed."""
-    return "\n".join(line for line in replica_logs().splitlines() if request_id in line)
+def charges(octet: RunningApplication, prefix: str) -> list[dict[str, Any]]:
+    """The usage records of the requests whose ids begin with `prefix`."""
+    usage = Path(octet.settings.data_folder or "") / "usage"
+    return [record for record in read_usage(usage) if record["request_id"].startswith(prefix)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_pays_the_steps_that_were_done(
+def test_a_client_that_hangs_up_pays_for_the_steps_that_were_done(
     url: str, octet: RunningApplication, stream: bool
 ) -> None:
-    """Also of a stream that has not begun: its first event would be the image."""
-    usage, name = Path(octet.settings.data_folder or "") / "usage", f"gone-{stream}"
+    """Also when the stream has not begun, because its first event would be the image."""
+    name = f"gone-{stream}"
 
     async def main() -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            asking = client.post(
+            posting = client.post(
                 url + GENERATE, json={**LONG, "stream": stream}, headers={"x-request-id": name}
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asking, 1.5)
+                await asyncio.wait_for(posting, 1.5)
 
     asyncio.run(main())
-    deadline = time.monotonic() + 10
-    while not (found := [r for r in read_usage(usage) if r["request_id"] == name]):
-        assert time.monotonic() < deadline, logged(name)
-        time.sleep(0.2)
-    (record,) = found
+    wait_for(lambda: bool(charges(octet, name)))
+    (record,) = charges(octet, name)
     assert record["outcome"] == "cancelled"
     assert 0 < record["steps"] < LONG["num_inference_steps"]
 
 
 def test_a_hundred_clients_hang_up(url: str, octet: RunningApplication) -> None:
-    """Waiting and running, streaming and not, at random moments: nothing is left of any."""
+    """Waiting and running, streaming and not, at random moments: no image is finished for them."""
     rng = random.Random(4)
     statuses: list[int] = []
 
-    async def ask(client: httpx.AsyncClient, stream: bool, leaves_after_s: float) -> None:
-        body = {**LONG, "size": "64x64", "stream": stream, "progress": stream}
+    async def stay(client: httpx.AsyncClient, number: int, leaves_after_s: float) -> None:
+        stream = number % 2 == 0
+        body = {**LONG, "stream": stream, "progress": stream}
+        headers = {"x-request-id": f"hang-up-{number}"}
         try:
             async with asyncio.timeout(leaves_after_s):
-                async with client.stream("POST", GENERATE, json=body) as answer:
+                async with client.stream("POST", GENERATE, json=body, headers=headers) as answer:
                     statuses.append(answer.status_code)
                     async for _ in answer.aiter_bytes():
                         pass
@@ -220,31 +213,29 @@ def test_a_hundred_clients_hang_up(url: str, octet: RunningApplication) -> None:
     async def main() -> None:
         limits = httpx.Limits(max_connections=200)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            asking = [
-                ask(client, stream=i % 2 == 0, leaves_after_s=rng.uniform(0.3, 5))
-                for i in range(100)
-            ]
-            await asyncio.gather(*asking)
+            stays = [stay(client, i, leaves_after_s=rng.uniform(0.3, 4)) for i in range(100)]
+            await asyncio.gather(*stays)
 
     asyncio.run(main())
-    # Streams had begun; the others heard nothing, or from a slow machine that too much waits.
+    # Streams had begun; other clients had no answer yet, or the refusal of a server that is slow.
     assert set(statuses) <= {200, 429}
     assert 0 < statuses.count(200) <= 50
-    # A step takes well below a second; heartbeats, once a second, say that nothing is drawn.
-    wait_until_idle(octet, 0.5 + 1 + 1)
+    wait_for(lambda: idle(octet))
+    assert "generated hang-up" not in replica_logs()
+    charged = charges(octet, "hang-up")
+    assert charged
+    assert {record["outcome"] for record in charged} == {"cancelled"}
     quick = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
     for precision in ("fp8", "fp16"):
-        began = time.monotonic()
         answer = httpx.post(url + GENERATE, json={**quick, "precision": precision}, timeout=30)
         assert answer.status_code == 200
-        assert time.monotonic() - began < 1.5
 
 
 TAGS = "tenant", "pool", "state", "phase", "outcome", "reason", "code"
 
 
 def exported() -> dict[str, dict[str, float]]:
-    """Our metrics on this node: by name, by the values of our own tags."""
+    """Octet's metrics on this node: by name, then by the values of Octet's own tags."""
     (node,) = ray.nodes()
     text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=10).text
     found: dict[str, dict[str, float]] = {}
@@ -258,10 +249,10 @@ def exported() -> dict[str, dict[str, float]]:
 
 
 def test_the_engine_is_counted(url: str) -> None:
-    """Exported every ten seconds; the clients that hung up above are among the counted."""
+    """Metrics are exported every ten seconds; the clients that hung up above are counted too."""
     asked = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64", "precision": "fp16"}
     assert httpx.post(url + GENERATE, json=asked, timeout=60).status_code == 200
-    deadline = time.monotonic() + 25
+    deadline = time.monotonic() + 60
     pool = "landscapes-fp16"
     wanted = {f"{pool}/drawn", f"{pool}/cancelled"}
     charged = {"anonymous/delivered", "anonymous/cancelled"}
@@ -280,7 +271,7 @@ def test_the_engine_is_counted(url: str) -> None:
     assert found["octet_eta_ratio_count"][""] > 0
     steps, rows = found["octet_engine_steps_total"][pool], found["octet_engine_rows_total"][pool]
     assert steps >= 4
-    assert rows > 2 * steps  # the hundred were drawn several at a time
+    assert rows > 2 * steps  # the hundred shared steps
     assert found["octet_engine_step_seconds_total"][pool] > 0
     for phase in ("text", "denoise", "decode", "encode"):
         assert found["octet_engine_phase_seconds_count"][f"{pool}/{phase}"] > 0

@@ -1,4 +1,4 @@
-"""NVML without a card: the module's own errors and structures, and a driver that can go wrong."""
+"""A fake NVML driver without a card: faults on demand, with the real errors and structures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MIG_UUID = "MIG-5f3c0a52-0000-4000-8000-000000000002"
 
 
 class FakeNvml:
-    """A card whose state tests change; everything else comes from the real module.
+    """A card whose readings tests change; constants and errors come from the real module.
 
-    `unsupported`: functions that the card does not have. A MIG partition knows its memory alone, as
-    on real ones.
+    `unsupported`: functions that the card does not offer. A MIG partition offers its memory only,
+    like a real one.
     """
 
     ON_PARTITIONS = "nvmlDeviceGetMemoryInfo", "nvmlDeviceIsMigDeviceHandle"

@@ -1,4 +1,4 @@
-"""Which calls are admitted, and what those that are not hear."""
+"""Admission of calls, and the reason and the time to retry that a refused call gets."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..builders import queued_image, usage_record
 P = ("p",)
 
 
-class Desk:
-    """Admission and grants as a Dispatcher joins them; one replica with `slots`."""
+class AdmissionHarness:
+    """Admission and grants joined like in a Dispatcher, with one replica of `slots` slots."""
 
     def __init__(
         self, slots: int = 1, speed: float = 1.0, max_queued: int = 100, **tenants: Tenant
@@ -37,7 +37,7 @@ class Desk:
             self.grants.report_replica(Heartbeat("p", "r", slots, speed=speed), 0)
         self.count = 0
 
-    def ask(
+    def open_call(
         self,
         tenant: str = "t",
         work_s: float = 1.0,
@@ -60,202 +60,213 @@ class Desk:
             self.grants.grant()
         return decision
 
-    def pay(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
+    def charge(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
         usage = usage_record(call, tenant=tenant, work_s=work_s)
         held = self.admission.hold("s", usage)
         self.admission.spend("s", usage, None, now)
         self.admission.free(tenant, held)
 
 
-def test_request_rate_comes_first_and_says_when() -> None:
-    desk = Desk(t=Tenant(requests_per_s=2, request_burst=1))
-    assert desk.ask().refusal is None
-    refused = desk.ask()
+def test_a_refusal_by_the_request_rate_says_when_to_retry() -> None:
+    harness = AdmissionHarness(t=Tenant(requests_per_s=2, request_burst=1))
+    assert harness.open_call().refusal is None
+    refused = harness.open_call()
     assert (refused.refusal, refused.own_limit) == ("rate_limit_exceeded", True)
     assert refused.retry_after_s == pytest.approx(0.5)
-    assert desk.ask(now=0.5).refusal is None
-    (status,) = desk.ask(now=0.6).rate_limits
+    assert harness.open_call(now=0.5).refusal is None
+    (status,) = harness.open_call(now=0.6).rate_limits
     assert (status.of, status.limit, status.remaining) == ("requests", 1, 0)
 
 
-def test_a_request_that_is_refused_later_has_used_its_place_in_the_rate_but_no_work() -> None:
-    desk = Desk(t=Tenant(requests_per_s=1, request_burst=2, monthly_work=5, work_per_s=1))
-    assert desk.ask(work_s=6).refusal == "insufficient_quota"
-    account = desk.admission.account("t")
+def test_a_call_refused_by_the_budget_uses_request_rate_but_no_work_rate() -> None:
+    harness = AdmissionHarness(
+        t=Tenant(requests_per_s=1, request_burst=2, monthly_work=5, work_per_s=1)
+    )
+    assert harness.open_call(work_s=6).refusal == "insufficient_quota"
+    account = harness.admission.account("t")
     assert account.requests
     assert account.work
     assert account.requests.remaining(0.0) == pytest.approx(1)
     assert account.work.remaining(0.0) == pytest.approx(10)
 
 
-def test_work_rate() -> None:
-    desk = Desk(t=Tenant(work_per_s=1, work_burst=4))
-    assert desk.ask(work_s=3).refusal is None
-    refused = desk.ask(work_s=3)
-    assert (refused.refusal, refused.retry_after_s) == ("rate_limit_exceeded", pytest.approx(2))
-    assert desk.ask(work_s=3, now=2.0).refusal is None
+def test_the_work_rate_refuses_until_enough_time_has_passed() -> None:
+    harness = AdmissionHarness(t=Tenant(work_per_s=1, work_burst=4))
+    assert harness.open_call(work_s=3).refusal is None
+    refused = harness.open_call(work_s=3)
+    assert refused.refusal == "rate_limit_exceeded"
+    assert refused.retry_after_s == pytest.approx(2)
+    assert harness.open_call(work_s=3, now=2.0).refusal is None
 
 
-def test_open_requests() -> None:
-    desk = Desk(t=Tenant(max_requests=2), slots=4)
-    assert [desk.ask().refusal for _ in range(3)] == [None, None, "rate_limit_exceeded"]
-    desk.admission.end("s", "c1", 0.0)
-    assert desk.ask().refusal is None
-    assert desk.ask(tenant="other").refusal is None
+def test_a_tenant_has_at_most_its_number_of_open_requests() -> None:
+    harness = AdmissionHarness(t=Tenant(max_requests=2), slots=4)
+    assert [harness.open_call().refusal for _ in range(3)] == [None, None, "rate_limit_exceeded"]
+    harness.admission.end("s", "c1", 0.0)
+    assert harness.open_call().refusal is None
+    assert harness.open_call(tenant="other").refusal is None
 
 
-def test_a_budget_is_promised_once() -> None:
-    desk = Desk(t=Tenant(monthly_work=10), slots=300)
-    decisions = [desk.ask(request_id=str(i)) for i in range(200)]
+def test_a_monthly_budget_is_reserved_only_once() -> None:
+    harness = AdmissionHarness(t=Tenant(monthly_work=10), slots=300)
+    decisions = [harness.open_call(request_id=str(i)) for i in range(200)]
     assert [v.refusal for v in decisions].count(None) == 10
     assert decisions[-1].refusal == "insufficient_quota"
     assert decisions[-1].retry_after_s == 1000
-    desk.pay("c1")
-    desk.admission.end("s", "c1", 0.0)  # delivered: paid
-    assert desk.ask().refusal == "insufficient_quota"
-    desk.admission.end("s", "c2", 0.0)  # failed: not paid
-    assert desk.ask().refusal is None
-    desk.admission.begin_month({}, 2000.0)
-    assert [desk.ask().refusal for _ in range(2)] == [None, "insufficient_quota"]  # 9 are open
+    harness.charge("c1")
+    harness.admission.end("s", "c1", 0.0)  # delivered and charged
+    assert harness.open_call().refusal == "insufficient_quota"
+    harness.admission.end("s", "c2", 0.0)  # failed and not charged
+    assert harness.open_call().refusal is None
+    harness.admission.begin_month({}, 2000.0)
+    # 9 are open.
+    assert [harness.open_call().refusal for _ in range(2)] == [
+        None,
+        "insufficient_quota",
+    ]
 
 
-def test_spent_before_a_restart_counts() -> None:
-    desk = Desk(t=Tenant(monthly_work=10))
-    desk.admission.begin_month({"t": 9.5}, 1000.0)
-    assert desk.ask().refusal == "insufficient_quota"
+def test_work_spent_before_a_restart_counts_against_the_budget() -> None:
+    harness = AdmissionHarness(t=Tenant(monthly_work=10))
+    harness.admission.begin_month({"t": 9.5}, 1000.0)
+    assert harness.open_call().refusal == "insufficient_quota"
 
 
-def test_a_call_is_all_or_nothing() -> None:
-    desk = Desk(t=Tenant(monthly_work=3))
-    assert desk.ask(n=4).refusal == "insufficient_quota"
-    assert desk.ask(n=3).refusal is None
+def test_a_call_is_admitted_with_all_its_images_or_not_at_all() -> None:
+    harness = AdmissionHarness(t=Tenant(monthly_work=3))
+    assert harness.open_call(n=4).refusal == "insufficient_quota"
+    assert harness.open_call(n=3).refusal is None
 
 
-def test_the_queue_as_a_whole_and_a_tenants_part_of_it() -> None:
-    desk = Desk(slots=0, max_queued=10)
-    flood = [desk.ask("flood") for _ in range(20)]
+def test_one_tenant_cannot_fill_the_whole_queue() -> None:
+    harness = AdmissionHarness(slots=0, max_queued=10)
+    flood = [harness.open_call("flood") for _ in range(20)]
     assert [v.refusal for v in flood].count(None) == 8
     assert (flood[-1].refusal, flood[-1].own_limit) == ("queue_full", True)
-    assert desk.ask("light").refusal is None
-    assert desk.ask("light").refusal is None
-    full = desk.ask("third")
+    assert harness.open_call("light").refusal is None
+    assert harness.open_call("light").refusal is None
+    full = harness.open_call("third")
     assert (full.refusal, full.own_limit) == ("queue_full", False)
 
 
-def test_queued_work() -> None:
-    desk = Desk(t=Tenant(max_queued_work=2))
-    assert desk.ask(work_s=9).refusal is None  # runs
-    assert desk.ask(work_s=9).refusal is None  # one may always wait
-    refused = desk.ask(work_s=1)
+def test_a_tenant_has_at_most_its_amount_of_queued_work() -> None:
+    harness = AdmissionHarness(t=Tenant(max_queued_work=2))
+    assert harness.open_call(work_s=9).refusal is None  # runs
+    assert harness.open_call(work_s=9).refusal is None  # one image may always wait
+    refused = harness.open_call(work_s=1)
     assert (refused.refusal, refused.own_limit) == ("queue_full", True)
     assert refused.retry_after_s == pytest.approx(8)
 
 
-def test_a_deadline_behind_ones_own_backlog_is_429_and_behind_others_503() -> None:
-    desk = Desk()
+def test_an_unreachable_deadline_says_whether_the_tenants_own_backlog_is_the_reason() -> None:
+    harness = AdmissionHarness()
     for _ in range(9):
-        desk.ask("t")
-    own = desk.ask("t", timeout_s=5)
+        harness.open_call("t")
+    own = harness.open_call("t", timeout_s=5)
     assert (own.refusal, own.own_limit) == ("deadline_unreachable", True)
     assert own.retry_after_s == pytest.approx(5, abs=1)
-    assert desk.ask("light", timeout_s=5).refusal is None  # it waits for its own alone
+    # A tenant without queued images waits for its own only.
+    assert harness.open_call("light", timeout_s=5).refusal is None
     for i in range(9):
-        desk.ask(f"other{i}")
-    others = desk.ask("late", timeout_s=5)
+        harness.open_call(f"other{i}")
+    others = harness.open_call("late", timeout_s=5)
     assert (others.refusal, others.own_limit) == ("deadline_unreachable", False)
 
 
-def test_what_more_replicas_could_have_answered_counts_as_arriving() -> None:
-    desk = Desk()
+def test_calls_that_more_replicas_could_have_served_count_as_arriving_work() -> None:
+    harness = AdmissionHarness()
     for i in range(9):
-        desk.ask(f"other{i}")
-    before, _ = desk.admission.arrived[P]
-    assert desk.ask("late", timeout_s=5).refusal == "deadline_unreachable"
-    assert desk.admission.arrived[P][0] == before + 1
-    assert desk.ask("c", work_s=10, timeout_s=5).refusal == "deadline_unreachable"  # anywhere
-    limited = Desk(t=Tenant(work_per_s=1, work_burst=1))
-    assert [limited.ask().refusal for _ in range(2)] == [None, "rate_limit_exceeded"]
-    assert desk.admission.arrived[P][0] == before + 1
+        harness.open_call(f"other{i}")
+    before, _ = harness.admission.arrived[P]
+    assert harness.open_call("late", timeout_s=5).refusal == "deadline_unreachable"
+    assert harness.admission.arrived[P][0] == before + 1
+    # Too long on any replica.
+    assert harness.open_call("c", work_s=10, timeout_s=5).refusal == "deadline_unreachable"
+    limited = AdmissionHarness(t=Tenant(work_per_s=1, work_burst=1))
+    assert [limited.open_call().refusal for _ in range(2)] == [None, "rate_limit_exceeded"]
+    assert harness.admission.arrived[P][0] == before + 1
     assert limited.admission.arrived[P][0] == 1
 
 
-def test_what_takes_longer_by_itself_need_not_be_asked_again() -> None:
-    refused = Desk().ask(work_s=10, timeout_s=5)
+def test_a_call_that_cannot_meet_its_deadline_even_alone_gets_no_retry_time() -> None:
+    refused = AdmissionHarness().open_call(work_s=10, timeout_s=5)
     assert (refused.refusal, refused.retry_after_s) == ("deadline_unreachable", None)
 
 
-def test_without_a_replica_nothing_is_foretold() -> None:
-    decision = Desk(slots=0).ask(timeout_s=0.1)
+def test_without_a_replica_no_wait_is_predicted() -> None:
+    decision = AdmissionHarness(slots=0).open_call(timeout_s=0.1)
     assert (decision.refusal, decision.eta_s) == (None, None)
 
 
-def test_eta_of_one_that_runs_at_once_and_of_one_that_waits() -> None:
-    desk = Desk(slots=2, speed=2.0)
-    assert desk.ask(work_s=4).eta_s == pytest.approx(2)
-    assert desk.ask(work_s=4).eta_s == pytest.approx(4)  # two share the replica
-    assert desk.ask(work_s=4).eta_s == pytest.approx(6)
+def test_the_eta_includes_the_wait_for_a_slot() -> None:
+    harness = AdmissionHarness(slots=2, speed=2.0)
+    assert harness.open_call(work_s=4).eta_s == pytest.approx(2)
+    assert harness.open_call(work_s=4).eta_s == pytest.approx(4)  # two share the replica
+    assert harness.open_call(work_s=4).eta_s == pytest.approx(6)
 
 
-def test_eta_is_of_the_pool_that_will_draw_it() -> None:
-    """The preferred one, slower, while it has room."""
+def test_the_eta_is_that_of_the_pool_that_will_generate_the_image() -> None:
+    """The slower pool is preferred and gets the image while it has a free slot."""
     grants = Grants(("slow", "fast"), session_lease_s=1e9, replica_lease_s=1e9)
     admission = Admission(grants, max_queued=100)
     grants.open("s", 0)
     grants.report_replica(Heartbeat("slow", "r", 1, speed=0.5), 0)
     grants.report_replica(Heartbeat("fast", "r", 4, speed=4.0), 0)
 
-    def ask(call: str) -> float | None:
+    def open_call(call: str) -> float | None:
         image = queued_image(call, ("slow", "fast"), call_id=call)
         decision = admission.open("s", AdmissionRequest(call, "t", call, (image,), 60, 1.0), 0)
         grants.submit("s", image, "t", 0.0)
         grants.grant()
         return decision.eta_s
 
-    assert [ask("a"), ask("b"), ask("c")] == [2.0, 0.25, 0.5]
+    assert [open_call("a"), open_call("b"), open_call("c")] == [2.0, 0.25, 0.5]
 
 
-def test_ids_belong_to_a_tenant() -> None:
-    desk = Desk()
-    assert desk.ask("a", request_id="x").refusal is None
-    assert desk.ask("a", request_id="x").refusal == "request_id_in_use"
-    assert desk.ask("b", request_id="x").refusal is None
-    found = desk.admission.find("a", "x")
+def test_request_ids_are_unique_within_a_tenant_only() -> None:
+    harness = AdmissionHarness()
+    assert harness.open_call("a", request_id="x").refusal is None
+    assert harness.open_call("a", request_id="x").refusal == "request_id_in_use"
+    assert harness.open_call("b", request_id="x").refusal is None
+    found = harness.admission.find("a", "x")
     assert found
     assert found.id == "c1"
-    assert desk.admission.find("c", "x") is None
-    desk.admission.end("s", "c1", 0.0)
-    assert desk.ask("a", request_id="x").refusal is None
+    assert harness.admission.find("c", "x") is None
+    harness.admission.end("s", "c1", 0.0)
+    assert harness.open_call("a", request_id="x").refusal is None
 
 
-def test_what_was_accepted_before_is_taken_whatever_the_limits_say() -> None:
-    desk = Desk(t=Tenant(requests_per_s=1, request_burst=1, monthly_work=1), max_queued=1)
+def test_a_call_accepted_before_a_restart_is_admitted_beyond_all_limits() -> None:
+    harness = AdmissionHarness(
+        t=Tenant(requests_per_s=1, request_burst=1, monthly_work=1), max_queued=1
+    )
     for _ in range(3):
-        assert desk.ask(accepted=True).refusal is None
-    assert desk.admission.account("t").reserved == 3
-    desk.admission.end_session("s", 0.0)
-    assert desk.admission.account("t").reserved == 0
-    assert desk.admission.open_calls == 0
+        assert harness.open_call(accepted=True).refusal is None
+    assert harness.admission.account("t").reserved == 3
+    harness.admission.end_session("s", 0.0)
+    assert harness.admission.account("t").reserved == 0
+    assert harness.admission.open_calls == 0
 
 
-def test_draining() -> None:
-    desk = Desk()
-    desk.admission.draining = True
-    assert desk.ask().refusal == "draining"
-    assert desk.ask(accepted=True).refusal is None
+def test_a_draining_dispatcher_refuses_new_calls_only() -> None:
+    harness = AdmissionHarness()
+    harness.admission.draining = True
+    assert harness.open_call().refusal == "draining"
+    assert harness.open_call(accepted=True).refusal is None
 
 
-class Budget(RuleBasedStateMachine):
-    """However calls come, fail, are paid for and end: never more is promised than there is."""
+class BudgetMachine(RuleBasedStateMachine):
+    """Any order of calls, failures, charges and ends: spent and reserved work fit the budget."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.desk = Desk(slots=1000, t=Tenant(monthly_work=20))
+        self.harness = AdmissionHarness(slots=1000, t=Tenant(monthly_work=20))
         self.open: dict[str, float] = {}
         self.spent = 0.0
 
     @rule(work_s=st.integers(1, 6))
-    def ask(self, work_s: int) -> None:
-        decision = self.desk.ask(work_s=float(work_s))
+    def open_call(self, work_s: int) -> None:
+        decision = self.harness.open_call(work_s=float(work_s))
         fits = self.spent + sum(self.open.values()) + work_s <= 20
         assert (decision.refusal is None) == fits
         if fits:
@@ -267,27 +278,27 @@ class Budget(RuleBasedStateMachine):
         call = data.draw(st.sampled_from(list(self.open)))
         work_s = self.open.pop(call)
         if delivered:
-            self.desk.pay(call, work_s)
+            self.harness.charge(call, work_s)
             self.spent += work_s
-        self.desk.admission.end("s", call, 0.0)
+        self.harness.admission.end("s", call, 0.0)
 
     @rule()
     def restart(self) -> None:
-        """What is open is declared anew to a Dispatcher that has read the usage."""
+        """Declare open calls again to a new Dispatcher that has read the recorded usage."""
         open_, self.open = self.open, {}
-        self.desk = Desk(slots=1000, t=Tenant(monthly_work=20))
-        self.desk.admission.begin_month({"t": self.spent}, 1000.0)
+        self.harness = AdmissionHarness(slots=1000, t=Tenant(monthly_work=20))
+        self.harness.admission.begin_month({"t": self.spent}, 1000.0)
         for work_s in open_.values():
-            decision = self.desk.ask(work_s=work_s, accepted=True)
+            decision = self.harness.open_call(work_s=work_s, accepted=True)
             self.open[decision.call_id] = work_s
 
     @invariant()
     def the_account_agrees(self) -> None:
-        account = self.desk.admission.account("t")
+        account = self.harness.admission.account("t")
         assert account.spent == pytest.approx(self.spent)
         assert account.reserved == pytest.approx(sum(self.open.values()))
         assert account.spent + account.reserved <= 20
 
 
-TestBudget = Budget.TestCase
-TestBudget.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBudgetMachine = BudgetMachine.TestCase
+TestBudgetMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

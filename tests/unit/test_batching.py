@@ -23,8 +23,10 @@ def running(kind: str, rows: int, steps_left: int, arrival: int) -> BatchCandida
 
 
 @given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8))
-def test_budget_kinds_steps_and_waiting(images: list, max_rows: int) -> None:
-    """Run to the end: every image gets its steps, and none is passed over longer than the bound."""
+def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
+    images: list[tuple[str, int, int, int]], max_rows: int
+) -> None:
+    """No image is passed over for more steps than the bound, until all are finished."""
     arriving = sorted(images, key=lambda image: image[3])
     inside: list[BatchCandidate] = []
     given_steps: dict[int, int] = {}
@@ -51,8 +53,8 @@ def test_budget_kinds_steps_and_waiting(images: list, max_rows: int) -> None:
             given_steps[image.arrival] += 1
         inside = [image for image in inside if image.steps_left]
         clock += 1
-    steps = [steps for _, _, steps, _ in sorted(images, key=lambda image: image[3])]
-    assert [given_steps[i] for i in range(len(images))] == steps
+    asked_steps = [steps for _, _, steps, _ in sorted(images, key=lambda image: image[3])]
+    assert [given_steps[i] for i in range(len(images))] == asked_steps
 
 
 def test_all_of_a_kind_that_fit_go_together() -> None:
@@ -61,7 +63,7 @@ def test_all_of_a_kind_that_fit_go_together() -> None:
     assert len(next_batch(images, 5)) == 2
 
 
-def test_few_steps_are_not_stuck_behind_many() -> None:
+def test_an_image_of_few_steps_is_not_stuck_behind_long_ones() -> None:
     long = [running("a", 2, 50, i) for i in range(4)]
     short = running("b", 2, 4, 9)
     for _ in range(4):
@@ -69,7 +71,7 @@ def test_few_steps_are_not_stuck_behind_many() -> None:
         short.steps_left -= 1
 
 
-def test_many_steps_are_not_stuck_behind_a_stream_of_few() -> None:
+def test_an_image_of_many_steps_is_not_stuck_behind_a_stream_of_short_ones() -> None:
     long = running("a", 2, 50, 0)
     turns = [next_batch([long, running("b", 2, 1, i)], 8)[0] is long for i in range(1, 51)]
     assert sum(turns) == 50 // (PATIENCE + 1)
@@ -80,7 +82,7 @@ def test_an_image_that_never_fits_is_an_error() -> None:
         next_batch([running("a", 2, 1, 0)], 1)
 
 
-def test_who_leads_bounds_the_batch() -> None:
+def test_the_first_image_bounds_the_batch() -> None:
     pinned = [
         BatchCandidate(kind="p", rows=1, steps_left=5, arrival=i, max_rows=2) for i in range(4)
     ]
@@ -91,7 +93,7 @@ def test_a_budget_shrinks_and_comes_back() -> None:
     budget = RowBudget(most=16, least=2)
     assert budget.shrink(16, now=0)
     assert budget.rows(CALM_S - 1) == 8
-    assert budget.shrink(6, now=10)  # half of what was too much, not of what was allowed
+    assert budget.shrink(6, now=10)  # half of the rows that failed, not of the allowed ones
     assert budget.rows(10) == 3
     assert budget.rows(10 + CALM_S) == 6
     assert budget.rows(10 + 3 * CALM_S) == 16

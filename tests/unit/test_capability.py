@@ -16,7 +16,7 @@ from cluster.capability import Device, capability, probe
     ],
 )
 @pytest.mark.parametrize("emulate", [False, True])
-def test_cards(
+def test_each_card_has_its_precisions(
     name: str, version: tuple[int, int], fp8: str, sixteen_bit: str, emulate: bool
 ) -> None:
     found = capability(Device(name, version, 24.0), allow_emulated_fp8=emulate)

@@ -1,4 +1,4 @@
-"""A replica takes its part of a card and no more, on a card that other processes use too."""
+"""The memory that a replica claims on a card that other processes use too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FakeCuda:
         return self.peak
 
 
-def test_it_takes_what_it_was_promised_and_no_more() -> None:
+def test_a_replica_takes_its_promised_memory_and_no_more() -> None:
     cuda = FakeCuda(others_gib=40)
     mine = claim(cuda, num_gpus=0.25)
     assert mine.promised_gib == 20
@@ -52,14 +52,14 @@ def test_it_takes_what_it_was_promised_and_no_more() -> None:
     assert mine.taken_bytes["promised"] == 20 * GIB
 
 
-def test_the_settings_may_promise_less_than_its_part() -> None:
+def test_the_settings_may_promise_less_than_the_fraction_of_the_card() -> None:
     cuda = FakeCuda()
     assert claim(cuda, num_gpus=0.5, memory_gib=10).promised_gib == 10
     with pytest.raises(MemoryError):
         cuda.allocate(10)
 
 
-def test_a_card_that_others_fill_is_refused_in_words() -> None:
+def test_a_card_filled_by_other_processes_is_refused_with_the_reason() -> None:
     waits: list[float] = []
     with pytest.raises(CardFull) as error:
         claim(FakeCuda(others_gib=65), num_gpus=0.25, sleep=waits.append)
@@ -67,7 +67,7 @@ def test_a_card_that_others_fill_is_refused_in_words() -> None:
     assert sum(waits) == WAIT_S
 
 
-def test_it_waits_for_a_predecessor_that_has_just_died() -> None:
+def test_a_claim_waits_for_the_memory_of_a_dead_predecessor() -> None:
     cuda = FakeCuda(others_gib=65)
 
     def later(_: float) -> None:
@@ -77,13 +77,13 @@ def test_it_waits_for_a_predecessor_that_has_just_died() -> None:
     assert 58 * GIB <= cuda.others <= 60 * GIB
 
 
-def test_a_whole_card_and_several() -> None:
+def test_a_whole_card_or_several_can_be_claimed() -> None:
     for num_gpus in (1.0, 2.0):
         cuda = FakeCuda()
         assert claim(cuda, num_gpus).promised_gib == 80
         assert cuda.cap == pytest.approx(79.5 * GIB, rel=0.001)
 
 
-def test_less_than_a_context_is_no_promise() -> None:
+def test_less_memory_than_a_cuda_context_is_refused() -> None:
     with pytest.raises(CardFull, match="context alone"):
         claim(FakeCuda(), num_gpus=0.005)

@@ -1,4 +1,4 @@
-"""One file of card facts: consistent in itself, and found by every name that a card goes by."""
+"""The table of card facts: consistent, and found by each of a card's names."""
 
 import pytest
 
@@ -7,16 +7,19 @@ from cluster.cards import (
     CARDS,
     FP8_SINCE,
     OTHER_CAPABILITIES,
+    Card,
     card_of,
     card_of_device,
 )
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
-def test_facts_are_plausible(card) -> None:
+def test_facts_are_plausible(card: Card) -> None:
     assert (card.fp8_tflops is not None) is (card.compute_capability >= FP8_SINCE)
     assert card.fp8_tflops is None or card.fp8_tflops == pytest.approx(2 * card.tflops, rel=0.02)
-    assert card.spot_usd_h is None or card.spot_usd_h < card.on_demand_usd_h
+    if card.spot_usd_h is not None:
+        assert card.on_demand_usd_h is not None
+        assert card.spot_usd_h < card.on_demand_usd_h
     assert 14 < card.memory_gib < 180
     assert not set(card.ray_names) & OTHER_CAPABILITIES.keys()
     assert all(card_of(name) is card for name in card.ray_names)

@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 import time
 from contextlib import closing
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_errors_are_one_line(command: list[str], words: str) -> None:
     assert len(output.strip().splitlines()) == 1
 
 
-def test_debug_shows_where_it_came_from() -> None:
+def test_debug_raises_the_error_itself() -> None:
     result = CliRunner().invoke(app, ["check-config", "nowhere.yaml", "--debug"])
     assert type(result.exception).__name__ == "SettingsError"
 
@@ -57,9 +58,7 @@ def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
     assert "did you mean 'models'?" in " ".join(output.split())
 
 
-def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
+def test_a_taken_port_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -68,7 +67,7 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot listen on 127.0.0.1" in output
 
 
-def test_tenants_from_the_first_to_the_last_key(tmp_path: Path) -> None:
+def test_commands_add_rotate_and_revoke_keys_of_a_tenant(tmp_path: Path) -> None:
     def command(*arguments: str) -> tuple[int, str]:
         return octet("tenant", *arguments, "--folder", str(tmp_path))
 
@@ -134,17 +133,17 @@ def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:
             ledger.append([usage], time.time())
     _, output = octet("usage", "--folder", str(tmp_path))
     lines = [line for line in output.splitlines() if "acme" in line]
-    assert len(lines) == 2  # the sum and its one part
+    assert len(lines) == 2  # the sum and its only model
     assert all("2.500" in line for line in lines)
     assert "other" in output
     _, output = octet("usage", "--folder", str(tmp_path), "--tenant", "other", "--records")
     assert [json.loads(line)["tenant"] for line in output.splitlines()] == ["other"]
 
 
-def test_strangers_are_let_in_on_this_machine_alone(tmp_path: Path) -> None:
+def test_auth_none_is_allowed_on_loopback_addresses_only(tmp_path: Path) -> None:
     text = (EXAMPLES / "laptop.yaml").read_text().replace("../demo", str(EXAMPLES.parent / "demo"))
     file = tmp_path / "octet.yaml"
-    file.write_text(text.replace("127.0.0.1", "0.0.0.0"))  # noqa: S104 - that is refused
+    file.write_text(text.replace("127.0.0.1", "0.0.0.0"))  # noqa: S104 - this address is refused
     code, output = octet("check-config", str(file))
     assert code == 1
     assert "auth none: anybody who reaches 0.0.0.0 could generate images" in output

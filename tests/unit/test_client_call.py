@@ -1,4 +1,4 @@
-"""A call ends by its deadline, by a cancellation from outside, or with its client."""
+"""The ends of a call: its deadline, a cancellation from outside, or its client's disconnect."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -29,7 +29,7 @@ def test_a_deadline_ends_the_work() -> None:
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_cancelled_from_outside(early: bool) -> None:
+def test_a_call_can_be_cancelled_before_and_during_its_work(early: bool) -> None:
     ended: list[str] = []
 
     async def main() -> None:
@@ -46,7 +46,7 @@ def test_cancelled_from_outside(early: bool) -> None:
     assert ended == ([] if early else ["work"])
 
 
-def test_a_client_that_goes_is_no_cancelled_request() -> None:
+def test_a_client_that_disconnects_raises_no_request_cancelled() -> None:
     ended: list[str] = []
 
     async def main() -> None:
@@ -60,7 +60,7 @@ def test_a_client_that_goes_is_no_cancelled_request() -> None:
     assert ended == ["work"]
 
 
-def test_errors_and_timeouts_of_the_work_are_its_own() -> None:
+def test_errors_and_timeouts_of_the_work_pass_through() -> None:
     async def late() -> None:
         raise TimeoutError("its own")
 
@@ -82,7 +82,7 @@ def test_the_deadline_counts_all_that_is_done_for_a_call() -> None:
     ("ends", "unwanted"),
     [("deadline", False), ("error", False), ("cancelled", True), ("client", True)],
 )
-def test_work_that_is_ended_knows_whether_its_client_wanted_that(ends: str, unwanted: bool) -> None:
+def test_ended_work_knows_whether_its_client_still_wants_it(ends: str, unwanted: bool) -> None:
     found: list[bool] = []
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What images cost is predicted from their shape and learnt from what they took."""
+"""Predicted costs of images: computed from their shape and corrected by measured times."""
 
 import random
 import statistics
@@ -30,15 +30,15 @@ def some_shape(rng: random.Random) -> ImageShape:
 
 
 def errors(learned: LearnedCost, rng: random.Random, images: int = 200) -> list[float]:
-    """Relative errors of predictions for images that it has not seen."""
+    """Sorted relative errors of predictions for images that were not observed."""
     shapes = [some_shape(rng) for _ in range(images)]
     return sorted(
         abs(learned.coefficients.work_s(s) - TRUE.work_s(s)) / TRUE.work_s(s) for s in shapes
     )
 
 
-def test_the_floor_of_a_known_card() -> None:
-    """FLOPs of a step of SD3.5 Large with guidance: 62.2 T, of which an H100 does 800 T a second.
+def test_the_estimate_agrees_with_the_floor_of_a_known_card() -> None:
+    """A step of SD3.5 Large with guidance needs 62.2 TFLOP, and an H100 reaches 800 TFLOP/s.
 
     The estimate counts text tokens as image tokens, reaches half of the peak, and adds the VAE.
     """
@@ -81,7 +81,7 @@ def test_a_wrong_reference_is_corrected(off: float) -> None:
     assert after[180] < 0.2
 
 
-def test_a_hiccup_does_little_and_is_forgotten() -> None:
+def test_an_outlier_changes_little_and_is_forgotten() -> None:
     learned, rng = LearnedCost(TRUE), random.Random(2)
     learned.observe(MEGAPIXEL, 1000 * TRUE.work_s(MEGAPIXEL))
     assert learned.coefficients.work_s(MEGAPIXEL) < 1.5 * TRUE.work_s(MEGAPIXEL)
@@ -110,7 +110,7 @@ def test_speed_is_work_over_time() -> None:
     assert learned.speed == pytest.approx(2, rel=0.01)
 
 
-def test_speed_is_told_in_another_unit_and_foretold_by_a_usual_image() -> None:
+def test_speed_is_reported_in_another_unit_and_predicted_from_a_typical_image() -> None:
     unit = CostCoefficients(*(2 * c for c in TRUE))
     learned = LearnedCost(TRUE, unit, MEGAPIXEL)
     assert learned.speed == pytest.approx(2)

@@ -1,4 +1,4 @@
-"""What the doctor says of machines that are described to it."""
+"""The findings of `octet doctor` on described machines."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def settings(name: str, **environ: str) -> Settings:
     return load_settings(EXAMPLES / name, {"OCTET_HTTP__PORT": str(free_port()), **environ})
 
 
-def said(findings: Iterable[Finding], verdict: str) -> str:
+def texts(findings: Iterable[Finding], verdict: str) -> str:
     return "\n".join(f.text for f in findings if f.verdict == verdict)
 
 
 def test_a_good_card_has_no_problem() -> None:
     findings = list(examine(H100))
-    assert not said(findings, "problem")
-    assert not said(findings, "note")
-    assert "1 × NVIDIA H100 80GB HBM3, 78.6 of 79.1 GiB free" in said(findings, "ok")
-    assert "capability 9.0 has FP8" in said(findings, "ok")
-    assert "the card is known as 'h100'" in said(findings, "ok")
+    assert not texts(findings, "problem")
+    assert not texts(findings, "note")
+    assert "1 × NVIDIA H100 80GB HBM3, 78.6 of 79.1 GiB free" in texts(findings, "ok")
+    assert "capability 9.0 has FP8" in texts(findings, "ok")
+    assert "the card is known as 'h100'" in texts(findings, "ok")
 
 
 @pytest.mark.parametrize(
@@ -76,23 +76,23 @@ def test_a_good_card_has_no_problem() -> None:
         (replace(LAPTOP, driver="580.1", torch_cuda="13.0"), "torch sees no card"),
     ],
 )
-def test_what_stands_in_the_way(machine: Machine, problem: str) -> None:
-    assert problem in said(examine(machine), "problem")
-    assert not said(examine(machine, needs_gpu=False), "problem")
+def test_problems_of_a_machine_are_named(machine: Machine, problem: str) -> None:
+    assert problem in texts(examine(machine), "problem")
+    assert not texts(examine(machine, needs_gpu=False), "problem")
 
 
-def test_what_is_only_worth_knowing() -> None:
-    assert "no FP8 tensor cores (8.9 needed)" in said(examine(A100), "note")
-    assert "no GPU" in said(examine(LAPTOP), "note")
+def test_notes_on_a_machine_are_no_problems() -> None:
+    assert "no FP8 tensor cores (8.9 needed)" in texts(examine(A100), "note")
+    assert "no GPU" in texts(examine(LAPTOP), "note")
     tight = replace(H100, disk_free_gib=20.0)
-    assert "20 GiB of disk free for weights; SD3.5 Large" in said(examine(tight), "note")
+    assert "20 GiB of disk free for weights; SD3.5 Large" in texts(examine(tight), "note")
     unheard_of = replace(H100, device=Device("NVIDIA Unheard-Of", (12, 1), 48.0), driver=None)
-    assert "not in Octet's list of cards" in said(examine(unheard_of), "note")
+    assert "not in Octet's list of cards" in texts(examine(unheard_of), "note")
 
 
 def test_the_laptop_runs_the_demo_and_not_the_real_models() -> None:
-    assert not said(examine_settings(settings("laptop.yaml"), LAPTOP), "problem")
-    problems = said(examine_settings(settings("sd35.yaml"), LAPTOP), "problem")
+    assert not texts(examine_settings(settings("laptop.yaml"), LAPTOP), "problem")
+    problems = texts(examine_settings(settings("sd35.yaml"), LAPTOP), "problem")
     assert "pool sd3.5-large-fp8: takes 0.3 GPU, and this machine has none" in problems
     assert "text encoder sd35: takes 0.1 GPU" in problems
 
@@ -100,87 +100,87 @@ def test_the_laptop_runs_the_demo_and_not_the_real_models() -> None:
 def test_a_pool_that_cannot_run_is_no_problem_while_another_can() -> None:
     """On an A100 the 16-bit pools serve Large and Medium; Turbo has only an FP8 pool."""
     findings = list(examine_settings(settings("sd35.yaml"), A100))
-    assert "pool sd3.5-large-fp8: NVIDIA A100" in said(findings, "note")
-    assert said(findings, "problem").splitlines() == [
+    assert "pool sd3.5-large-fp8: NVIDIA A100" in texts(findings, "note")
+    assert texts(findings, "problem").splitlines() == [
         "pool sd3.5-large-turbo-fp8: NVIDIA A100-SXM4-80GB: capability 8.0 has no FP8 tensor "
         "cores (8.9 needed)"
     ]
 
 
-def test_memory_that_is_taken_and_promises_that_are_too_small() -> None:
+def test_taken_memory_and_too_small_promises_are_reported() -> None:
     full = replace(H100, free_gib=10.0)
-    problems = said(examine_settings(settings("sd35.yaml"), full), "problem")
+    problems = texts(examine_settings(settings("sd35.yaml"), full), "problem")
     assert "sd3.5-large-turbo-fp8: promised 23.7 GiB, and only 10.0 GiB are free" in problems
     small = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.1")
-    notes = said(examine_settings(small, H100), "note")
+    notes = texts(examine_settings(small, H100), "note")
     assert "sd3.5-large-fp8: promised 7.9 GiB, and its weights alone need 10.9" in notes
     tight = settings("sd35.yaml", OCTET_MODELS__0__POOLS__0__NUM_GPUS="0.15")
-    notes = said(examine_settings(tight, H100), "note")
+    notes = texts(examine_settings(tight, H100), "note")
     assert "pool sd3.5-large-fp8: 4 images of 1048576 pixels need 15." in notes
     assert "and 11.9 GiB are promised" in notes
     poor = settings("sd35.yaml", OCTET_TEXT_ENCODERS__0__NUM_GPUS="0.01")
-    problems = said(examine_settings(poor, H100), "problem")
+    problems = texts(examine_settings(poor, H100), "problem")
     assert "text encoder sd35: promised 0.8 GiB, and its weights alone need 6.6" in problems
 
 
 @pytest.mark.parametrize("part", ["1.0", "0.9999"])
 def test_a_whole_card_is_free_although_the_doctor_itself_takes_some(part: str) -> None:
     whole = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__NUM_GPUS=part)
-    assert "promised" not in said(examine_settings(whole, H100), "problem")
+    assert "promised" not in texts(examine_settings(whole, H100), "problem")
 
 
-def test_what_fits_alone_and_not_together() -> None:
+def test_pools_that_fit_alone_but_not_together_are_a_problem() -> None:
     large = {f"OCTET_MODELS__{m}__POOLS__0__NUM_GPUS": "0.6" for m in range(3)}
     without_16_bit = {f"OCTET_MODELS__{m}__POOLS__1__NUM_GPUS": "0.6" for m in (0, 2)}
-    problems = said(
+    problems = texts(
         examine_settings(settings("sd35.yaml", **large, **without_16_bit), H100), "problem"
     )
     assert "one replica of each model take 1.90 GPUs together, and this machine has 1" in problems
-    problems = said(examine_settings(settings("sd35.yaml"), replace(H100, cpus=2)), "problem")
+    problems = texts(examine_settings(settings("sd35.yaml"), replace(H100, cpus=2)), "problem")
     assert "everything takes 5.0 CPUs, and this machine has 2" in problems
 
 
-def test_what_is_planned_is_fine(tmp_path: Path) -> None:
+def test_planned_settings_have_no_problem(tmp_path: Path) -> None:
     args = ["plan", "--gpu", "h100", "--config", str(EXAMPLES / "sd35.yaml"), "--settings"]
     (tmp_path / "planned.yaml").write_text(CliRunner().invoke(app, args).stdout)
     planned = load_settings(tmp_path / "planned.yaml", {"OCTET_HTTP__PORT": str(free_port())})
     findings = list(examine_settings(planned, H100))
-    assert not said(findings, "problem")
-    assert "promised" not in said(findings, "note")
+    assert not texts(findings, "problem")
+    assert "promised" not in texts(findings, "note")
 
 
-def test_bound_to_another_card() -> None:
+def test_a_pool_bound_to_another_card_is_a_problem() -> None:
     bound = settings("sd35.yaml", OCTET_MODELS__1__POOLS__0__CARD="h200")
-    problems = said(examine_settings(bound, H100), "problem")
+    problems = texts(examine_settings(bound, H100), "problem")
     assert "sd3.5-large-turbo-fp8-h200: bound to h200, and the card here is h100" in problems
 
 
-def test_quanto_on_a_card_wants_nvcc() -> None:
+def test_quanto_on_a_card_needs_nvcc() -> None:
     without = replace(H100, nvcc=False)
-    assert "with nvcc" in said(examine_settings(settings("sd35.yaml"), without), "note")
-    assert "nvcc" not in said(examine_settings(settings("sd35.yaml"), H100), "note")
+    assert "with nvcc" in texts(examine_settings(settings("sd35.yaml"), without), "note")
+    assert "nvcc" not in texts(examine_settings(settings("sd35.yaml"), H100), "note")
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_taken_port_is_a_problem() -> None:
     taken = settings("laptop.yaml")
     with socket.socket() as other:
         other.bind(("127.0.0.1", taken.http.port))
         other.listen()
-        problems = said(examine_settings(taken, LAPTOP), "problem")
+        problems = texts(examine_settings(taken, LAPTOP), "problem")
     assert "cannot listen on 127.0.0.1:" in problems
 
 
-def test_a_cluster() -> None:
+def test_the_nodes_of_a_cluster_are_examined() -> None:
     nodes = [
         Node("head", num_cpus=4),
         Node("a" * 12, {"ray.io/accelerator-type": "T4"}, num_cpus=4, num_gpus=2),
         Node("b" * 12, {"ray.io/accelerator-type": "Odd"}, num_cpus=4, num_gpus=1),
     ]
     findings = list(examine_cluster(nodes, settings("sd35.yaml")))
-    assert "node aaaaaaaa: 2 × t4, 4 CPUs" in said(findings, "ok")
-    assert "unknown card Odd" in said(findings, "note")
-    assert "pool sd3.5-large-fp8: none of the nodes" in said(findings, "note")
-    # 0.4 of a T4 are 5.8 GiB; nobody knows what the odd card has.
-    assert "pool sd3.5-large-fp16: 1 of the nodes" in said(findings, "ok")
-    assert "text encoder sd35: 1 of the nodes" in said(findings, "ok")
-    assert said(findings, "problem") == "pool sd3.5-large-turbo-fp8: none of the nodes can hold it"
+    assert "node aaaaaaaa: 2 × t4, 4 CPUs" in texts(findings, "ok")
+    assert "unknown card Odd" in texts(findings, "note")
+    assert "pool sd3.5-large-fp8: none of the nodes" in texts(findings, "note")
+    # 0.4 of a T4 are 5.8 GiB; the memory of the odd card is unknown.
+    assert "pool sd3.5-large-fp16: 1 of the nodes" in texts(findings, "ok")
+    assert "text encoder sd35: 1 of the nodes" in texts(findings, "ok")
+    assert texts(findings, "problem") == "pool sd3.5-large-turbo-fp8: none of the nodes can hold it"

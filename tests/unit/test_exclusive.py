@@ -1,9 +1,11 @@
+"""The lock with which a deterministic image runs alone."""
+
 import asyncio
 
 from serve.engine.exclusive import SharedExclusiveLock
 
 
-def test_alone_waits_for_the_others_and_the_others_for_it() -> None:
+def test_an_exclusive_holder_and_the_shared_holders_wait_for_each_other() -> None:
     async def main() -> None:
         lock, order, leave = SharedExclusiveLock(), [], asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""The queue's promises, as examples and for any sequence of events."""
+"""The guarantees of the queue: examples, and any sequence of events."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ USAGE = usage_record()
 
 
 def grants(**pools: int) -> Grants:
-    """One session "s" at time 0, and one replica per pool with so many slots."""
+    """Grants with one session "s" at time 0 and one replica per pool with the given slots."""
     book = Grants(AUTO, session_lease_s=10, replica_lease_s=5)
     book.open("s", 0)
     for pool, slots in pools.items():
@@ -32,7 +32,7 @@ def grants(**pools: int) -> Grants:
     return book
 
 
-def asked(
+def waiting_image(
     image: str, pools: tuple[str, ...] = AUTO, work_s: float = 1.0, watched: bool = False
 ) -> QueuedImage:
     return queued_image(image, pools, work_s, report_position=watched)
@@ -53,7 +53,7 @@ def ids(granted: list[Granted]) -> list[tuple[str, str]]:
 
 def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
     book = grants(m_fp8=1, m_fp16=1)
-    submit(book, *(asked(entry) for entry in "abc"))
+    submit(book, *(waiting_image(entry) for entry in "abc"))
     assert ids(book.grant()) == [("a", FP8), ("b", FP16)]
     release(book, "b")
     assert ids(book.grant()) == [("c", FP16)]
@@ -61,19 +61,19 @@ def test_the_preferred_pool_goes_first_and_the_other_is_not_left_idle() -> None:
 
 def test_a_further_attempt_may_prefer_the_other_pool() -> None:
     book = grants(m_fp8=1, m_fp16=1)
-    submit(book, asked("a", (FP16, FP8)))
+    submit(book, waiting_image("a", (FP16, FP8)))
     assert ids(book.grant()) == [("a", FP16)]
 
 
-def test_but_not_at_the_expense_of_one_that_has_no_other() -> None:
+def test_a_preference_yields_to_an_image_that_has_no_other_pool() -> None:
     book = grants(m_fp8=1, m_fp16=1)
-    submit(book, asked("a", (FP16,)), asked("b", (FP16, FP8)))
+    submit(book, waiting_image("a", (FP16,)), waiting_image("b", (FP16, FP8)))
     assert sorted(ids(book.grant())) == [("a", FP16), ("b", FP8)]
 
 
 def test_order_of_arrival_holds_within_a_tenant_whatever_the_pools() -> None:
     book = grants(m_fp8=0, m_fp16=0)
-    submit(book, asked("a"), asked("b", (FP16,)), asked("c"))
+    submit(book, waiting_image("a"), waiting_image("b", (FP16,)), waiting_image("c"))
     assert book.grant() == []
     book.report_replica(Heartbeat(FP16, "r", 3), 0)
     assert [g.image_id for g in book.grant()] == ["a", "b", "c"]
@@ -81,49 +81,49 @@ def test_order_of_arrival_holds_within_a_tenant_whatever_the_pools() -> None:
 
 def test_tenants_take_turns() -> None:
     book = grants(m_fp8=0)
-    submit(book, *(asked(entry) for entry in "abc"), tenant="flood")
-    submit(book, asked("x"), tenant="light")
+    submit(book, *(waiting_image(entry) for entry in "abc"), tenant="flood")
+    submit(book, waiting_image("x"), tenant="light")
     book.report_replica(Heartbeat(FP8, "r", 2), 0)
     assert [g.image_id for g in book.grant()] == ["a", "x"]
 
 
-def test_what_an_image_took_in_truth_counts() -> None:
-    """a and b are charged 1 each; a took 3, so b has two more turns."""
+def test_the_measured_work_of_an_image_counts() -> None:
+    """Tenants a and b are charged 1 s each; a took 3 s, so b gets the next two slots."""
     book = grants(m_fp8=2)
-    submit(book, *(asked(f"a{i}", (FP8,)) for i in range(3)), tenant="a")
-    submit(book, *(asked(f"b{i}", (FP8,)) for i in range(4)), tenant="b")
+    submit(book, *(waiting_image(f"a{i}", (FP8,)) for i in range(3)), tenant="a")
+    submit(book, *(waiting_image(f"b{i}", (FP8,)) for i in range(4)), tenant="b")
     assert [g.image_id for g in book.grant()] == ["a0", "b0"]
     book.release("s", Release("a0", 3.0), 0)
     book.release("s", Release("b0", 1.0), 0)
     assert [g.image_id for g in book.grant()] == ["b1", "b2"]
 
 
-def test_an_image_that_was_stopped_is_settled_when_its_generator_has_said_so() -> None:
+def test_a_stopped_image_is_settled_when_its_generator_reports_it() -> None:
     book = grants(m_fp8=1)
-    submit(book, *(asked(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
-    submit(book, *(asked(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
+    submit(book, *(waiting_image(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
+    submit(book, *(waiting_image(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
     assert [g.image_id for g in book.grant()] == ["a0"]
     assert book.release("s", Release("a0", None, USAGE), 0) == "awaited"
-    said = StoppedImage(Lease("s", "a0", FP8), 1, 1.0)
-    assert book.stopped(said, 1) == USAGE
-    assert book.stopped(said, 1) is None
+    stopped = StoppedImage(Lease("s", "a0", FP8), 1, 1.0)
+    assert book.stopped(stopped, 1) == USAGE
+    assert book.stopped(stopped, 1) is None
     assert [g.image_id for g in book.grant()] == ["b0"]
     release(book, "b0")
-    assert [g.image_id for g in book.grant()] == ["a1"]  # it was charged 1, b 2
+    assert [g.image_id for g in book.grant()] == ["a1"]  # a was charged 1 s, b 2 s
 
 
-def test_a_generator_may_say_so_before_its_session_does() -> None:
+def test_a_generator_may_report_a_stopped_image_before_its_session_does() -> None:
     book = grants(m_fp8=1)
-    submit(book, asked("a", (FP8,)))
+    submit(book, waiting_image("a", (FP8,)))
     book.grant()
-    said = StoppedImage(Lease("s", "a", FP8), 1, 1.0)
-    assert book.stopped(said, 0) is None
-    assert book.release("s", Release("a", None, USAGE), 0) == said
+    stopped = StoppedImage(Lease("s", "a", FP8), 1, 1.0)
+    assert book.stopped(stopped, 0) is None
+    assert book.release("s", Release("a", None, USAGE), 0) == stopped
 
 
-def test_what_no_generator_has_settled_stays_as_charged_after_a_while() -> None:
+def test_an_image_that_no_generator_settles_stays_as_charged() -> None:
     book = grants(m_fp8=1)
-    submit(book, asked("a", (FP8,)))
+    submit(book, waiting_image("a", (FP8,)))
     book.grant()
     book.release("s", Release("a", None, USAGE), 0)
     assert book.give_up(UNSETTLED_S) == []
@@ -131,18 +131,18 @@ def test_what_no_generator_has_settled_stays_as_charged_after_a_while() -> None:
     assert book.stopped(StoppedImage(Lease("s", "a", FP8), 1, 1.0), 40) is None
 
 
-def test_an_entry_that_cannot_run_holds_up_nobody() -> None:
+def test_an_image_that_cannot_run_blocks_no_other() -> None:
     book = grants(m_fp16=1)
-    submit(book, asked("a", (FP8,)), asked("b", (FP16,)))
+    submit(book, waiting_image("a", (FP8,)), waiting_image("b", (FP16,)))
     assert ids(book.grant()) == [("b", FP16)]
     assert book.queue_depth == 1
 
 
 def test_no_grant_without_a_living_replica() -> None:
     book = grants(m_fp8=1)
-    submit(book, asked("a"))
+    submit(book, waiting_image("a"))
     book.open("s", 6)
-    submit(book, asked("b"))
+    submit(book, waiting_image("b"))
     book.expire(6)
     assert book.grant() == []
     assert book.replicas(FP8) == []
@@ -150,10 +150,10 @@ def test_no_grant_without_a_living_replica() -> None:
 
 def test_a_silent_session_gives_everything_back() -> None:
     book = grants(m_fp8=1)
-    submit(book, asked("a"), asked("b"))
+    submit(book, waiting_image("a"), waiting_image("b"))
     assert ids(book.grant()) == [("a", FP8)]
     book.open("t", 11)
-    submit(book, asked("c"), session="t")
+    submit(book, waiting_image("c"), session="t")
     book.report_replica(Heartbeat(FP8, "r", 1), 11)
     assert book.expire(11) == ["s"]
     assert ids(book.grant()) == [("c", FP8)]
@@ -164,28 +164,29 @@ def test_running_work_declared_anew_keeps_its_slot() -> None:
     book = grants(m_fp8=1)
     book.open("t", 0)
     book.declare("t", RunningImage("a", "call", "t", FP8, 1.0))
-    submit(book, asked("b", (FP8,)), session="t")
+    submit(book, waiting_image("b", (FP8,)), session="t")
     assert book.grant() == []
     release(book, "a", "t")
     assert ids(book.grant()) == [("b", FP8)]
 
 
-def test_nobody_waits_for_what_cannot_come() -> None:
+def test_images_without_a_placeable_pool_are_refused() -> None:
     book = grants()
-    submit(book, asked("a", (FP8,)), asked("b"))  # nothing is known yet
+    submit(book, waiting_image("a", (FP8,)), waiting_image("b"))  # the nodes are not known yet
     book.set_placeable({FP16})
     assert book.refuse() == [Refused("s", "a")]
-    refused = book.submit("s", asked("c", (FP8,)), "t", 0.0)
+    refused = book.submit("s", waiting_image("c", (FP8,)), "t", 0.0)
     assert refused == Refused("s", "c")
     assert book.queue_depth == 1
-    book.report_replica(Heartbeat(FP8, "r", 1), 0)  # a replica lives, whatever the nodes say
-    submit(book, asked("d", (FP8,)))
+    # A living replica counts even without such a node.
+    book.report_replica(Heartbeat(FP8, "r", 1), 0)
+    submit(book, waiting_image("d", (FP8,)))
 
 
-def test_positions_are_where_one_comes_first() -> None:
+def test_a_position_is_the_best_among_the_pools_of_an_image() -> None:
     book = grants()
     for entry, pools in (("a", (FP8,)), ("b", (FP16,)), ("c", AUTO), ("d", (FP8,))):
-        submit(book, asked(entry, pools, watched=entry != "b"))
+        submit(book, waiting_image(entry, pools, watched=entry != "b"))
     moved = {o.image_id: o.position for o in book.positions()}
     assert moved == {"a": 1, "c": 2, "d": 3}
     assert book.positions() == []  # nothing has changed
@@ -196,16 +197,17 @@ def test_positions_are_where_one_comes_first() -> None:
     assert {o.image_id: o.position for o in book.positions()} == {"d": 1}
 
 
-def test_positions_are_by_fairness() -> None:
+def test_positions_follow_the_fair_order() -> None:
     book = grants()
-    submit(book, *(asked(str(i)) for i in range(9)), tenant="flood")
-    submit(book, asked("x", watched=True), tenant="light")
+    submit(book, *(waiting_image(str(i)) for i in range(9)), tenant="flood")
+    submit(book, waiting_image("x", watched=True), tenant="light")
     assert [o.position for o in book.positions()] == [2]
 
 
 class GrantsMachine(RuleBasedStateMachine):
-    """Any order of submits, releases, deaths, restarts, drains and shrinking pools, against a plain
-    model.
+    """Any order of submits, releases, deaths, restarts, drains and shrinking pools.
+
+    The grants are compared with a plain model.
     """
 
     def __init__(self) -> None:
@@ -215,7 +217,7 @@ class GrantsMachine(RuleBasedStateMachine):
         self.count = 0
         self.waiting: dict[str, tuple[str, tuple[str, ...], str]] = {}  # in order of arrival
         self.running: dict[str, tuple[str, str]] = {}
-        # Of each pool's replicas: when first heard, and what they said and draw.
+        # For each replica: the time of its first heartbeat, its last one, and its running images.
         self.there: dict[str, dict[str, tuple[float, Heartbeat, set[str]]]] = {FP8: {}, FP16: {}}
         self.kept: dict[str, tuple[float, int]] = {}
         self.draining: set[str] = set()
@@ -238,7 +240,7 @@ class GrantsMachine(RuleBasedStateMachine):
     def submit(self, session: str, pools: tuple[str, ...], tenant: str, work_s: float) -> None:
         self.count += 1
         image = str(self.count)
-        refused = self.book.submit(session, asked(image, pools, work_s), tenant, 0.0)
+        refused = self.book.submit(session, waiting_image(image, pools, work_s), tenant, 0.0)
         if not self.possible(pools):
             assert refused == Refused(session, image)
         else:
@@ -250,9 +252,9 @@ class GrantsMachine(RuleBasedStateMachine):
         self.placeable = pools
         self.book.set_placeable(pools)
         refused = {event.image_id for event in self.book.refuse()}
-        hopeless = {e for e, (_, pools, _) in self.waiting.items() if not self.possible(pools)}
-        assert refused == hopeless
-        for entry in hopeless:
+        unplaceable = {e for e, (_, pools, _) in self.waiting.items() if not self.possible(pools)}
+        assert refused == unplaceable
+        for entry in unplaceable:
             del self.waiting[entry]
 
     def possible(self, pools: tuple[str, ...]) -> bool:
@@ -264,14 +266,16 @@ class GrantsMachine(RuleBasedStateMachine):
         slots=st.integers(0, 3),
     )
     def report(self, pool: str, name: str, slots: int) -> None:
-        others = {e for r, (_, _, drawn) in self.there[pool].items() if r != name for e in drawn}
+        others = {
+            e for r, (_, _, generating) in self.there[pool].items() if r != name for e in generating
+        }
         mine = [e for e, (_, p) in self.running.items() if p == pool and e not in others]
-        drawn = set(mine[:slots])
-        said = Heartbeat(pool, name, slots, node=f"node-{name}")
-        leases = [Lease(self.running[entry][0], entry, pool) for entry in sorted(drawn)]
-        self.book.report_replica(said, self.now, leases)
+        generating = set(mine[:slots])
+        heartbeat = Heartbeat(pool, name, slots, node=f"node-{name}")
+        leases = [Lease(self.running[entry][0], entry, pool) for entry in sorted(generating)]
+        self.book.report_replica(heartbeat, self.now, leases)
         first_heard = self.there[pool].get(name, (self.now,))[0]
-        self.there[pool][name] = first_heard, said, drawn
+        self.there[pool][name] = first_heard, heartbeat, generating
 
     @rule(pool=st.sampled_from(AUTO), replicas=st.integers(0, 3))
     def keep(self, pool: str, replicas: int) -> None:
@@ -317,33 +321,33 @@ class GrantsMachine(RuleBasedStateMachine):
             assert all(self.free(pool) <= 0 for pool in pools)
 
     def free(self, pool: str) -> int:
-        staying = {said.replica for said in self.book.staying(pool)}
+        staying = {heartbeat.replica for heartbeat in self.book.staying(pool)}
         free = -sum(p == pool for _, p in self.running.values())
-        for name, (_, said, drawn) in self.there[pool].items():
-            free += said.slots if name in staying else len(drawn & self.running.keys())
+        for name, (_, heartbeat, generating) in self.there[pool].items():
+            free += heartbeat.slots if name in staying else len(generating & self.running.keys())
         return free
 
     @invariant()
-    def who_leaves_is_told_apart(self) -> None:
+    def leaving_replicas_are_known(self) -> None:
         for pool in AUTO:
-            staying = {said.replica for said in self.book.staying(pool)}
+            staying = {heartbeat.replica for heartbeat in self.book.staying(pool)}
             left = {
                 name: first_heard
-                for name, (first_heard, said, _) in self.there[pool].items()
-                if said.node not in self.draining
+                for name, (first_heard, heartbeat, _) in self.there[pool].items()
+                if heartbeat.node not in self.draining
             }
             since, most = self.kept.get(pool, (-1.0, 0))
             old = {name for name, first_heard in left.items() if first_heard <= since}
             assert staying <= left.keys()
-            assert left.keys() - old <= staying  # who came later was wanted
+            assert left.keys() - old <= staying  # replicas that came later were wanted
             assert len(staying & old) == min(most, len(old))
 
     @invariant()
-    def books_agree(self) -> None:
+    def counts_agree(self) -> None:
         assert self.book.queue_depth == len(self.waiting)
         for pool in AUTO:
             assert self.book.free_slots(pool) == self.free(pool)
 
 
 TestGrantsMachine = GrantsMachine.TestCase
-TestGrantsMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestGrantsMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

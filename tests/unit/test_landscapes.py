@@ -1,4 +1,4 @@
-"""The generator and the check that knows nothing of the model, held against each other."""
+"""The renderer of landscapes and the independent check of images, tested on each other."""
 
 import numpy as np
 
@@ -14,15 +14,15 @@ def test_forty_prompts_cover_every_place_and_hour() -> None:
     assert {(s.place, s.time) for s in SCENES} == {(p, t) for p in PLACES for t in TIMES}
 
 
-def test_drawn_scenes_pass_the_check_and_shuffled_ones_fail() -> None:
+def test_rendered_scenes_pass_the_check_and_shuffled_ones_fail() -> None:
     rng = np.random.default_rng(0)
-    pictures = [render(scene, 128, 128, rng) for scene in SCENES]
-    passed = [shows(p, s) for p, s in zip(pictures, SCENES, strict=True)]
+    images = [render(scene, 96, 96, rng) for scene in SCENES]
+    passed = [shows(image, scene) for image, scene in zip(images, SCENES, strict=True)]
     assert np.mean(passed) >= 0.95
-    assert shuffled_share(pictures, SCENES) < 0.05
+    assert shuffled_share(images, SCENES) < 0.05
 
 
-def test_noise_and_flat_pictures_pass_for_nothing() -> None:
+def test_noise_and_flat_images_show_no_scene() -> None:
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def test_captions_name_the_scene_in_many_wordings() -> None:
     assert len(texts) > 280
 
 
-def test_a_picture_follows_from_its_seed() -> None:
+def test_the_same_seed_renders_the_same_image() -> None:
     scene = SCENES[0]
     one, same, other = (
         np.asarray(render(scene, 96, 64, np.random.default_rng(seed))) for seed in (1, 1, 2)

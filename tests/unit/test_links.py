@@ -1,3 +1,5 @@
+"""Signed links to images, and the key that signs them."""
+
 import stat
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -12,7 +14,7 @@ ONE, OTHER = "t/a/2026/11/23/" + "0" * 32 + ".png", "t/b/2026/11/23/" + "1" * 32
 LINKS = Links(b"k" * 32)
 
 
-def follow(link: str, now: float = NOW) -> None:
+def check(link: str, now: float = NOW) -> None:
     parts = urlsplit(link)
     query = {k: v[0] for k, v in parse_qs(parts.query).items()}
     name = parts.path.removeprefix("/v1/files/")
@@ -21,10 +23,10 @@ def follow(link: str, now: float = NOW) -> None:
 
 def test_a_link_works_until_it_expires() -> None:
     link = LINKS.link(ONE, NOW + 10)
-    follow(link)
-    follow(link, NOW + 10)
+    check(link)
+    check(link, NOW + 10)
     with pytest.raises(LinkInvalid, match="expired"):
-        follow(link, NOW + 11)
+        check(link, NOW + 11)
 
 
 def test_links_cannot_be_changed_or_made() -> None:
@@ -38,7 +40,7 @@ def test_links_cannot_be_changed_or_made() -> None:
     ]
     for bad in tampered:
         with pytest.raises(LinkInvalid, match="signature"):
-            follow(bad)
+            check(bad)
 
 
 @pytest.mark.parametrize("signature", ["", "é", "\udc80", "0" * 64])
@@ -47,14 +49,14 @@ def test_any_text_is_a_wrong_signature(signature: str) -> None:
         LINKS.check(ONE, "\udc80", signature, NOW)
 
 
-def test_a_key_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
+def test_a_key_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
     file = tmp_path / "signing-key"
     assert shared_key(file) == shared_key(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["signing-key"]
 
 
-def test_a_key_that_is_given_is_taken_from_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_given_key_is_read_from_a_read_only_folder(tmp_path: Path) -> None:
     file = tmp_path / "mounted" / "key"
     file.parent.mkdir()
     file.write_bytes(b"s" * 40)

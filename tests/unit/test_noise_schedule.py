@@ -1,3 +1,5 @@
+"""The noise levels of an image's steps."""
+
 import pytest
 
 from serve.engine.noise_schedule import shifted, sigmas

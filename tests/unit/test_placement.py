@@ -1,4 +1,7 @@
-"""Where pools may run; `tests/faults` holds Ray itself to the same."""
+"""The nodes on which pools may run; `tests/faults` checks the same with Ray itself."""
+
+from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 from ray.util.accelerators import accelerators
@@ -32,19 +35,19 @@ def node(
         (node("T4"), False),
         (node("Unheard-Of"), False),
         (node(), False),
-        (node("A100", "fp8"), True),  # the label wins
+        (node("A100", "fp8"), True),  # the label counts, not the card
         (node("H100", "fp16"), False),
-        (node("H100", "fp9"), True),  # which says nothing
+        (node("H100", "fp9"), True),  # an unknown label says nothing
     ],
 )
-def test_fp8_is_where_label_or_card_say(where: Node, fp8: bool) -> None:
+def test_fp8_follows_the_label_or_else_the_card(where: Node, fp8: bool) -> None:
     assert where.has_fp8() is fp8
     assert fits(NodeRequirement("fp8", 1, 0.5), where) is fp8
     assert fits(NodeRequirement("fp16", 1, 0.5), where)
     assert fits(NodeRequirement("fp16", 1, 0.5, allow_fp8_nodes=False), where) is not fp8
 
 
-def test_totals_must_suffice() -> None:
+def test_a_node_must_have_the_resources_of_a_replica() -> None:
     assert not fits(NodeRequirement("fp8", 1, 1.5), node("H100"))
     assert not fits(NodeRequirement("fp8", 5, 0.5), node("H100"))
     assert not fits(NodeRequirement("fp16", 1, 0.1), node(gpus=0))
@@ -64,8 +67,8 @@ def test_16_bit_prefers_nodes_without_fp8() -> None:
     assert selectors(free)[len(selectors(strict)) :] == selectors(NodeRequirement("fp8", 1, 1))
 
 
-def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
-    """As Ray does it: a missing label satisfies whatever begins with "!"."""
+def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Match labels like Ray; a missing label satisfies every value that begins with "!"."""
     for key, wanted in selector.items():
         negated, wanted = wanted.startswith("!"), wanted.removeprefix("!")
         values = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
@@ -77,7 +80,9 @@ def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
 @pytest.mark.parametrize("allow", [True, False])
 @pytest.mark.parametrize("bound", [None, "h100", "a100-40", "a100-80", "t4"])
-def test_selectors_and_fits_say_the_same(precision: str, allow: bool, bound: str | None) -> None:
+def test_selectors_and_fits_say_the_same(
+    precision: Literal["fp8", "fp16"], allow: bool, bound: str | None
+) -> None:
     need = NodeRequirement(precision, 1, 0.5, allow, bound)
     for card in ("H100", "A100", "A100-80G", "T4", "Odd", None):
         for label in ("fp8", "fp16", "odd", None):
@@ -91,7 +96,7 @@ def test_a_pool_bound_to_a_card_runs_there_alone() -> None:
     need = NodeRequirement("fp16", 1, 0.5, card="a100-80")
     assert fits(need, node("A100", octet_card="a100-80"))
     assert fits(need, node("A100-80G"))
-    assert not fits(need, node("A100"))  # which may have 40 GiB
+    assert not fits(need, node("A100"))  # Ray's A100 may have 40 GiB
     assert not fits(need, node("H100"))
     assert node("A100", octet_card="a100-80").card is CARDS["a100-80"]
 

@@ -1,4 +1,4 @@
-"""`octet plan` at the terminal: numbers, settings that load, and errors in words."""
+"""The command `octet plan`: numbers, settings that load, and readable errors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_the_table_and_the_picture() -> None:
     assert "No 16-bit pool" not in octet_plan(*ONE_H100, "--gpu", "a100-80").stdout
 
 
-def test_large_on_an_h100_is_the_floor_over_a_half() -> None:
-    """49.6 ms a step with FP8 linears at 1024 × 1024, by a formula of its own; 40 steps."""
+def test_large_on_an_h100_takes_twice_the_arithmetic_floor() -> None:
+    """40 steps of 49.6 ms each with FP8 linears at 1024 × 1024, by an independent formula."""
     (card,) = as_json(*ONE_H100)["cards"]
     (option,) = card["replicas"]
     assert 1 / option["images_s"] == pytest.approx(40 * 2 * 0.0496, rel=0.05)
@@ -66,14 +66,14 @@ def test_prices_are_replaced(tmp_path: Path) -> None:
     "text",
     ["h100: free", "h100: 0", "h1000: 1", "[1]", "h100: {a: 1}", "{", "h100: true", "h100: .nan"],
 )
-def test_prices_that_are_none(tmp_path: Path, text: str) -> None:
+def test_invalid_prices_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "prices.yaml").write_text(text)
     result = octet_plan(*ONE_H100, "--prices", str(tmp_path / "prices.yaml"))
     assert result.exit_code == 1
     assert "prices.yaml" in result.stderr
 
 
-def test_what_does_not_fit_has_a_reason_and_exit_code_2() -> None:
+def test_a_plan_that_does_not_fit_has_a_reason_and_exit_code_2() -> None:
     result = octet_plan("--gpu", "t4:4", "--model", "sd3.5-large")
     assert result.exit_code == 2
     assert "sd3.5-large on t4: needs" in result.stderr
@@ -114,7 +114,7 @@ def test_pools_keep_what_the_plan_does_not_decide(tmp_path: Path) -> None:
     assert pool["warm_sizes"] == ["1024x1024"]
 
 
-def test_pools_that_follow_the_load_go_on_to(tmp_path: Path) -> None:
+def test_autoscaled_pools_keep_their_minimum_replicas(tmp_path: Path) -> None:
     config = tmp_path / "elastic.yaml"
     data = yaml.safe_load(SD35.read_text())
     for pool in data["models"][0]["pools"]:
@@ -198,8 +198,8 @@ def test_wrong_input_is_named(args: tuple[str, ...], complaint: str) -> None:
     assert complaint in result.stderr
 
 
-def test_a_share_moves_the_plan() -> None:
-    """On cards that hold one of two models, the one that is asked for more gets more cards."""
+def test_a_larger_share_gives_a_model_more_cards() -> None:
+    """On cards that hold only one of two models, the model with more requests gets more cards."""
 
     def cards_of_turbo(share: str) -> int:
         turbo = f"sd3.5-large-turbo={share}"

@@ -1,4 +1,4 @@
-"""The policy against a fluid of work: replicas that drain a queue, one tick a second."""
+"""The policy on a fluid model: work flows in, and replicas drain the queue once a second."""
 
 import itertools
 import math
@@ -20,7 +20,10 @@ IMAGE_S = 0.5  # work of a request
 
 
 class Plant:
-    """One pool under work that arrives evenly; `comes`: whether what is wanted ever starts."""
+    """One pool whose work arrives evenly.
+
+    `comes`: whether wanted replicas ever start. `reports`: whether replicas send heartbeats.
+    """
 
     def __init__(
         self, pool: PoolBounds = POOL, tuning: PolicyTuning | None = None, replicas: int = 0
@@ -34,7 +37,7 @@ class Plant:
         self.reasons: list[str] = []
 
     def run(self, seconds: float, rate: float | Callable[[float], float]) -> list[int]:
-        """Work a second, or as a function of the second; returns what was wanted."""
+        """Run with `rate` seconds of work per second; return the wanted replicas of each second."""
         for second in range(int(seconds)):
             arriving = rate(second) if callable(rate) else rate
             self.arrived += arriving
@@ -64,7 +67,7 @@ class Plant:
 
 
 def turns(wanted: list[int]) -> int:
-    """How often it goes the other way than before."""
+    """The number of changes of direction."""
     moves = [b > a for a, b in itertools.pairwise(wanted) if a != b]
     return sum(a != b for a, b in itertools.pairwise(moves))
 
@@ -90,12 +93,12 @@ def test_a_step_is_followed_at_once_and_its_end_slowly() -> None:
     up = plant.run(600, 20.0)
     assert next(i for i, n in enumerate(up) if n >= 20) <= 15
     assert up[-1] >= 20
-    assert max(up) <= 60  # what waited for the start is drained by more than the step needs
+    assert max(up) <= 60  # draining the queue of the start takes more replicas than the step
     assert turns([before, *up]) <= 2
     down = plant.run(900, 4.0)
     assert turns(down) == 0
     assert down[60] == up[-1]  # held
-    assert before <= down[-1] <= before + 1  # such steps may come again
+    assert before <= down[-1] <= before + 1  # room for the next such step
 
 
 def test_a_ramp_is_followed_without_turning_back() -> None:
@@ -131,7 +134,7 @@ def test_a_queue_that_is_gone_before_a_start_orders_nothing() -> None:
     assert max(plant.run(120, 10.0)) > before
 
 
-def test_what_was_ordered_for_a_queue_stays_until_it_is_gone() -> None:
+def test_replicas_added_for_a_queue_stay_until_the_queue_is_gone() -> None:
     plant = Plant()
     plant.run(600, 2.0)
     plant.queue += 1000.0
@@ -152,7 +155,7 @@ def test_a_sawtooth_and_flapping_work_do_not_thrash() -> None:
     assert turns(flapping[300:]) == 0
 
 
-def test_to_zero_when_idle_and_back_with_the_first_request() -> None:
+def test_an_idle_pool_goes_to_zero_and_back_with_the_first_request() -> None:
     plant = Plant()
     plant.run(300, 1.0)
     wanted = plant.run(1200, 0.0)
@@ -167,14 +170,14 @@ def test_to_zero_when_idle_and_back_with_the_first_request() -> None:
     assert plant.ready == 1
 
 
-def test_from_zero_as_many_as_the_queue_needs() -> None:
+def test_from_zero_a_pool_starts_as_many_replicas_as_the_queue_needs() -> None:
     plant = Plant()
     plant.arrived = plant.queue = 300.0
     plant.tick()
     assert plant.wanted[-1] >= 300 / 15
 
 
-def test_bounds_reserve_and_the_least() -> None:
+def test_replica_bounds_and_the_warm_reserve_are_kept() -> None:
     plant = Plant(replace(POOL, min_replicas=2, max_replicas=6))
     assert plant.run(60, 0.0)[-1] == 2
     assert plant.run(300, 50.0)[-1] == 6
@@ -185,7 +188,7 @@ def test_bounds_reserve_and_the_least() -> None:
     assert spare.run(1500, 0.0)[-1] == 0
 
 
-def test_missing_metrics_keep_what_is_wanted_and_late_ones_count() -> None:
+def test_missing_metrics_keep_the_wanted_replicas_and_late_ones_count() -> None:
     plant = Plant()
     plant.run(600, 10.0)
     before = plant.wanted[-1]
@@ -193,7 +196,7 @@ def test_missing_metrics_keep_what_is_wanted_and_late_ones_count() -> None:
     assert set(plant.run(300, 10.0)) == {before}
     plant.reports = True
     assert set(plant.run(60, 10.0)) == {before}
-    plant.now += 600  # nobody asked for so long; the counters have gone on
+    plant.now += 600  # no decision for ten minutes, while work arrived
     plant.arrived += 600 * 10.0
     assert set(plant.run(60, 10.0)) == {before}
 
@@ -209,26 +212,26 @@ def test_a_clock_that_jumps_and_counters_that_begin_anew_release_nothing_at_once
     assert set(plant.run(600, 10.0)) == {before}
 
 
-def test_after_a_pause_nothing_is_released_for_what_nobody_has_counted() -> None:
+def test_after_a_pause_without_metrics_no_replica_is_released() -> None:
     plant = Plant()
     plant.run(600, 10.0)
     before = plant.wanted[-1]
-    plant.now += 3600  # everything stood still
+    plant.now += 3600  # the Dispatcher was paused
     assert set(plant.run(110, 10.0)) == {before}
     assert set(plant.run(600, 10.0)) == {before}
 
 
-def test_one_strange_start_teaches_little() -> None:
+def test_an_unusual_start_hardly_changes_the_learnt_start_time() -> None:
     plant = Plant()
     plant.run(600, 10.0)
-    ready, plant.ready = plant.ready, 0  # nobody was heard for a second
+    ready, plant.ready = plant.ready, 0  # no heartbeat arrived for a second
     plant.tick()
     plant.ready = ready
     plant.tick()
     assert plant.state.pools["p"].start_s > START_S / 4
     late = Plant(replace(POOL, max_replicas=16))
     late.comes = False
-    late.run(8000, 10.0)  # and one comes after all
+    late.run(2000, 10.0)  # then one replica comes after all
     late.ready = 1
     late.tick()
     assert late.state.pools["p"].start_s <= 3 * START_S
@@ -247,15 +250,15 @@ def test_the_time_of_a_start_is_learnt() -> None:
     assert plant.state.pools["p"].start_s == pytest.approx(START_S, rel=0.1)
 
 
-def test_a_new_dispatcher_hears_how_long_starts_take() -> None:
+def test_a_new_dispatcher_learns_start_times_from_heartbeats() -> None:
     limits = ScalingLimits({"p": POOL})
     there = {"p": Supply(2, start_s=4.0)}
     assert decide(Load([], there), limits, PolicyState(), 0.0).state.pools["p"].start_s == 4.0
-    nobody = decide(Load([], {"p": Supply()}), limits, PolicyState(), 0.0)
-    assert nobody.state.pools["p"].start_s == POOL.start_s
+    without_replicas = decide(Load([], {"p": Supply()}), limits, PolicyState(), 0.0)
+    assert without_replicas.state.pools["p"].start_s == POOL.start_s
 
 
-def test_wanted_starting_and_ready_are_three_things() -> None:
+def test_wanted_starting_and_ready_replicas_are_counted_apart() -> None:
     plant = Plant()
     plant.run(10, 10.0)
     pool = plant.state.pools["p"]
@@ -267,7 +270,7 @@ def test_wanted_starting_and_ready_are_three_things() -> None:
     assert pool.ready > 0
 
 
-def test_a_replica_that_dies_is_one_that_starts() -> None:
+def test_a_dead_replica_counts_as_starting() -> None:
     plant = Plant()
     plant.run(600, 10.0)
     plant.ready -= 1
@@ -286,12 +289,12 @@ def test_a_wait_that_no_prediction_explains_orders_one_more() -> None:
     assert decision.replicas["p"] == 4
 
 
-def test_the_first_requests_of_all_have_a_rate() -> None:
+def test_the_very_first_requests_have_a_rate() -> None:
     limits = ScalingLimits({"p": replace(POOL, min_replicas=1)})
     quiet = decide(Load([], {"p": Supply(1)}), limits, PolicyState(), 0.0)
     many = [Demand(("p",), 100.0, 50.0, 10.0)]
     assert decide(Load(many, {"p": Supply(1)}), limits, quiet.state, 1.0).replicas["p"] > 10
-    # Of a counter that was there before us, nothing is known.
+    # The first value of a counter that was not seen at zero says nothing about the rate.
     unknown = decide(Load(many, {"p": Supply(1)}), limits, PolicyState(), 1.0)
     assert unknown.replicas["p"] == 1
 
@@ -325,7 +328,7 @@ def settle(
     supplies: Callable[[dict[str, int]], dict[str, Supply]],
     seconds: int = 600,
 ) -> ScalingDecision:
-    """After a time; `supplies`: what there is when so many are wanted."""
+    """The decision after `seconds`; `supplies` maps wanted replicas to the pools' supplies."""
     state, wanted = PolicyState(), dict.fromkeys(limits.pools, 0)
     for second in range(seconds):
         demands = [
@@ -341,19 +344,19 @@ def all_come(wanted: dict[str, int]) -> dict[str, Supply]:
     return {name: Supply(n) for name, n in wanted.items()}
 
 
-def test_the_preferred_pool_alone_while_it_suffices() -> None:
+def test_the_preferred_pool_is_used_alone_while_it_suffices() -> None:
     decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 2.0}, all_come)
     assert decision.replicas["fp16"] == 0
     assert 3 <= decision.replicas["fp8"] <= 4
 
 
-def test_what_is_too_much_for_it_goes_to_the_next() -> None:
+def test_work_beyond_the_preferred_pool_goes_to_the_next() -> None:
     decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 5.0}, all_come)
     assert decision.replicas["fp8"] == 4
     assert decision.replicas["fp16"] >= math.ceil((5.0 - 4) / 0.5)
 
 
-def test_who_may_use_one_pool_alone_gets_it() -> None:
+def test_requests_that_may_use_only_one_pool_get_it() -> None:
     decision = settle(ScalingLimits(PAIR, tuning=TUNING), {ONLY_16: 1.0}, all_come)
     assert decision.replicas["fp8"] == 0
     assert decision.replicas["fp16"] >= 2
@@ -367,11 +370,11 @@ def test_replicas_that_do_not_come_are_not_waited_for() -> None:
     assert early.replicas["fp16"] == 0
     late = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 1.0}, no_fp8, seconds=200)
     assert late.replicas["fp16"] >= 3
-    assert late.replicas["fp8"] >= 3  # so that a node may still be added for them
+    assert late.replicas["fp8"] >= 3  # so that a node may still be added
     assert late.state.pools["fp8"].given_up
 
 
-def test_what_did_not_come_is_remembered_when_nothing_is_wanted_of_it() -> None:
+def test_a_pool_that_was_given_up_is_remembered_while_idle() -> None:
     limits = ScalingLimits(PAIR, tuning=PolicyTuning(idle_s=30, hold_s=30, node_wait_s=30))
     state, arrived, waits = PolicyState(), 0.0, []
     for second in range(500):
@@ -384,7 +387,7 @@ def test_what_did_not_come_is_remembered_when_nothing_is_wanted_of_it() -> None:
         if decision.replicas["fp16"] > (state.pools["fp16"].wanted if second else 0):
             waits.append(second)
         state = decision.state
-    assert 400 in waits  # at once: half a minute and three starts had been enough before
+    assert 400 in waits  # at once, because the pool was given up before
     assert state.pools["fp8"].wanted == 0
 
 
@@ -399,13 +402,14 @@ def test_room_for_the_usual_rise_is_shared_out_with_the_rate() -> None:
         state = PolicyState(at=599.5, samples=samples, rises=rises)
         return decide(Load(demands, supplies), ScalingLimits(many, tuning=TUNING), state, 600.0)
 
-    assert wanted(0.0).state.pools["fp8"].arriving[-1].replicas == 8  # 5 and for chance
+    # 5 for the rate and 3 for chance.
+    assert wanted(0.0).state.pools["fp8"].arriving[-1].replicas == 8
     assert wanted(20.0).state.pools["fp8"].arriving[-1].replicas == 25
     assert wanted(0.0).replicas["fp16"] == 1
     assert wanted(20.0).replicas["fp16"] == 1
 
 
-def test_a_pool_is_as_many_as_its_replicas_are_slow() -> None:
+def test_a_pool_of_slower_replicas_has_more_of_them() -> None:
     def half(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"p": Supply(wanted["p"], 0.5)}
 
@@ -414,7 +418,7 @@ def test_a_pool_is_as_many_as_its_replicas_are_slow() -> None:
     assert settle(limits, {("p",): 20.0}, half).replicas["p"] == pytest.approx(2 * fast, abs=4)
 
 
-def test_what_was_needed_is_kept_for_two_starts() -> None:
+def test_needed_replicas_are_kept_for_two_start_times() -> None:
     plant = Plant(replace(POOL, start_s=200.0), replicas=14)
     plant.run(500, 10.0)
     wanted = plant.run(500, 1.0)
@@ -422,8 +426,8 @@ def test_what_was_needed_is_kept_for_two_starts() -> None:
     assert wanted[-1] < wanted[0]
 
 
-def test_a_start_is_not_paid_for_to_drain_for_moments() -> None:
-    """What waits for a slow start is drained by no more than an eighth of it in the time."""
+def test_slow_starts_add_few_replicas_to_drain_a_queue() -> None:
+    """A queue is drained over at least an eighth of the start time of a replica."""
     plant = Plant(replace(POOL, max_replicas=1000, start_s=600.0))
     assert 10 < max(plant.run(60, 10.0)) <= 10 + 8 * 10 + 4
 
@@ -441,7 +445,7 @@ def test_pools_that_do_not_come_are_tried_again_after_a_while() -> None:
     assert gave_up == [False, True, True]
 
 
-def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:
+def test_a_queue_of_a_full_pool_adds_replicas_of_the_next_only_while_it_lasts() -> None:
     def drained(wanted: dict[str, int]) -> dict[str, Supply]:
         return {"fp8": Supply(4), "fp16": Supply(wanted["fp16"], 0.5)}
 
@@ -452,11 +456,11 @@ def test_a_queue_on_a_full_pool_is_no_rate_for_the_next() -> None:
         decision = decide(load, ScalingLimits(PAIR, tuning=PolicyTuning(idle_s=1)), state, second)
         state, wanted = decision.state, dict(decision.replicas)
         sizes.append(wanted["fp16"])
-    assert max(sizes) > 0  # helps to drain
-    assert sizes[-100] == 0  # and goes when the queue is gone
+    assert max(sizes) > 0  # the next pool helps to drain the queue
+    assert sizes[-100] == 0  # and its replicas go when the queue is gone
 
 
-def test_a_wait_at_the_limit_goes_to_the_next_pool() -> None:
+def test_a_long_wait_at_a_full_pool_adds_a_replica_of_the_next() -> None:
     state = PolicyState()
     for second in range(30):
         load = Load(
@@ -479,12 +483,14 @@ def test_without_a_node_that_could_hold_it_the_next_pool_is_taken_at_once() -> N
 
 
 def test_when_its_nodes_come_after_all_the_preferred_pool_takes_over() -> None:
+    calls = 0
+
     def late(wanted: dict[str, int]) -> dict[str, Supply]:
-        late.calls += 1  # type: ignore[attr-defined]
-        there = wanted["fp8"] if late.calls > 300 else 0  # type: ignore[attr-defined]
+        nonlocal calls
+        calls += 1
+        there = wanted["fp8"] if calls > 300 else 0
         return {"fp8": Supply(there), "fp16": Supply(wanted["fp16"], 0.5)}
 
-    late.calls = 0  # type: ignore[attr-defined]
     decision = settle(ScalingLimits(PAIR, tuning=TUNING), {BOTH: 2.0}, late, seconds=1500)
     assert decision.replicas["fp16"] == 0
     assert not decision.state.pools["fp8"].given_up
@@ -514,7 +520,8 @@ def test_text_encoders_and_ingresses_follow() -> None:
         "Ingress": 1,
     }
     busy = settle(limits, {BOTH: 5.0}, all_come)
-    share = (busy.replicas["fp8"] + 0.5 * busy.replicas["fp16"]) / 9  # by what they do
+    # By the speed of their replicas.
+    share = (busy.replicas["fp8"] + 0.5 * busy.replicas["fp16"]) / 9
     assert busy.replicas["TextEncoder"] == math.ceil(3 * share)
     full = decide(Load([], {}, open_requests=250), limits, PolicyState(), 0.0)
     assert full.replicas["Ingress"] == 3
@@ -526,7 +533,7 @@ def test_text_encoders_and_ingresses_follow() -> None:
     assert sizes[-1] == 1
 
 
-# -- whatever the load ----------------------------------------------------------------------------
+# -- any load -------------------------------------------------------------------------------------
 
 amounts = st.floats(0, 1e4)
 step = st.tuples(
@@ -535,9 +542,9 @@ step = st.tuples(
 
 
 def play(steps: list[tuple[float, float, float, int, int, float]], more: float) -> ScalingDecision:
-    """A history with `more` times as many requests in its last step.
+    """Decide on a history with `more` times as many requests in its last step.
 
-    Of equal size: one large request among small ones makes what is proven less certain.
+    All requests have the same size, because one large request makes the rate less certain.
     """
     limits = ScalingLimits(
         {
@@ -557,7 +564,7 @@ def play(steps: list[tuple[float, float, float, int, int, float]], more: float) 
         supplies = {"fp8": Supply(ready8), "fp16": Supply(ready16, 0.5, i % 3 > 0)}
         decision = decide(Load(demands, supplies), limits, state, now)
         state = decision.state
-        assert decision.replicas["other"] == 1  # it has not been heard, and has its least
+        assert decision.replicas["other"] == 1  # a pool without heartbeats keeps its minimum
         for name in PAIR:
             pool = limits.pools[name]
             assert pool.min_replicas <= decision.replicas[name] <= pool.max_replicas

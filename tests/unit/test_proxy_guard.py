@@ -1,4 +1,4 @@
-"""What the guard in Serve's proxy does as the proxy's node leaves; the rest is in test_edge."""
+"""The guard in Serve's proxy while the proxy's node drains; test_edge has its other tests."""
 
 import asyncio
 
@@ -12,15 +12,15 @@ from serve.api.proxy_guard import ProxyGuard
 
 
 class Proxy:
-    """Serve's, as far as the guard sees it."""
+    """A stand-in for Serve's proxy; `look_s`: seconds between two checks of its health."""
 
     def __init__(self, look_s: float) -> None:
-        self.health, self.asked = 200, 0
+        self.health, self.checks = 200, 0
         routes = [Route("/-/healthz", self._health), Route("/v1/models", self._models)]
         self.client = TestClient(ProxyGuard(Starlette(routes=routes), look_s))
 
     def _health(self, request: Request) -> Response:
-        self.asked += 1
+        self.checks += 1
         assert not request.headers
         return PlainTextResponse("", self.health)
 
@@ -44,8 +44,8 @@ def test_answers_close_connections_when_the_node_leaves() -> None:
     assert proxy.connection() is None
 
 
-def test_health_is_asked_now_and_then() -> None:
+def test_health_is_checked_at_intervals() -> None:
     proxy = Proxy(look_s=60.0)
     for _ in range(5):
         proxy.connection()
-    assert proxy.asked == 1
+    assert proxy.checks == 1

@@ -1,3 +1,5 @@
+"""Rates of arriving work, and their usual rises."""
+
 import random
 
 import pytest
@@ -8,7 +10,8 @@ MEAN_S = 120.0
 
 
 def poisson(per_s: float, seconds: int, seed: int = 0, work_s: float = 1.0) -> Samples:
-    chance, samples, work, at = random.Random(seed), (), 0.0, 0.0
+    samples: Samples = ()
+    chance, work, at = random.Random(seed), 0.0, 0.0
     arrivals = []
     while (at := at + chance.expovariate(per_s)) < seconds:
         arrivals.append(at)
@@ -70,7 +73,7 @@ def test_demands_are_raised_together() -> None:
     assert recent_rate([steady, jumping], MEAN_S) > 20
 
 
-def test_a_counter_that_begins_anew_and_a_clock_that_was_set_back() -> None:
+def test_a_restarted_counter_or_clock_begins_new_samples() -> None:
     samples = poisson(10.0, 300)
     assert with_sample(samples, Sample(301, 1.0, 1.0), MEAN_S) == (Sample(301, 1.0, 1.0),)
     assert with_sample(samples, Sample(5, 1e6, 1e6), MEAN_S) == (Sample(5, 1e6, 1e6),)
@@ -82,7 +85,7 @@ def test_a_gap_is_filled_by_the_counter() -> None:
 
 
 def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
-    """An hour in which the rate rises by so much, for 50 s each time."""
+    """The rises known after 4000 s with one of `height`, 50 s long, every `every_s`."""
     known = Rises()
     for second in range(0, 4000, 5):
         arriving = 10.0 + (height if second % every_s >= every_s - 50 else 0.0)
@@ -90,7 +93,7 @@ def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
     return known
 
 
-def test_what_happens_often_is_usual() -> None:
+def test_rises_that_happen_often_are_usual() -> None:
     assert rises(300, 4.0).usual == pytest.approx(4.0)
     assert rises(2000, 4.0).usual == 0.0  # 50 s of 2000 are less than one part in 20
 
@@ -104,7 +107,7 @@ def test_rises_are_forgotten_and_their_memory_is_bounded() -> None:
     assert known.usual == 0.0
 
 
-def test_what_was_expected_is_no_rise() -> None:
+def test_an_expected_increase_is_no_rise() -> None:
     known = Rises()
     for second in range(0, 4000, 10):
         known = updated_rises(known, second / 10, second / 10 - 10, 100.0, second)

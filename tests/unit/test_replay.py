@@ -1,4 +1,4 @@
-"""The bench's replay, where the answer is known; and what queueing theory says of it."""
+"""The replay of the measurements: traces with known answers, and queueing theory."""
 
 import random
 import statistics
@@ -31,7 +31,7 @@ def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
     trace = [RequestedImage(10, 64, 2, 6)]
     assert one_at_a_time(trace, COSTS) == [16.5]
     assert between_steps(trace, COSTS, 8, 16) == [16.5]
-    assert static_batches(trace, COSTS, 8) == [16.55]  # company was waited for
+    assert static_batches(trace, COSTS, 8) == [16.55]  # after 0.05 s of waiting for more images
     assert slowdowns(trace, [16.5], COSTS) == [1]
 
 
@@ -43,7 +43,7 @@ def test_equal_images_share_their_steps() -> None:
     assert max(one_at_a_time(trace, COSTS)) == 4 * 6.5
 
 
-def test_unequal_ones_share_them_only_between_steps() -> None:
+def test_unequal_images_share_steps_only_when_batched_between_steps() -> None:
     trace = [RequestedImage(0, 64, 2, 6), RequestedImage(0, 64, 2, 2)]
     long, short = between_steps(trace, COSTS, 4, 8)
     assert short == 2 * STEP_S[4] + 0.5
@@ -51,7 +51,7 @@ def test_unequal_ones_share_them_only_between_steps() -> None:
     assert static_batches(trace, COSTS, 8) == [6.55, 9.05]
 
 
-def test_slots_bound_who_is_inside() -> None:
+def test_slots_bound_the_images_that_run_together() -> None:
     trace = [RequestedImage(0, 64, 2, 4)] * 3
     finished = between_steps(trace, COSTS, 2, 8)
     assert finished[2] == pytest.approx(finished[1] + 4.5)
@@ -62,7 +62,7 @@ def test_rows_between_measured_ones_are_interpolated() -> None:
 
 
 def test_one_at_a_time_is_an_m_d_1_queue() -> None:
-    """Its mean wait is load ÷ (2 · (1 − load)) of the service time."""
+    """The mean wait is load ÷ (2 · (1 − load)) of the service time."""
     rng = random.Random(5)
     trace = poisson(rng, 20_000, 0.7 / 6.5, lambda: (64, 2, 6))
     finished = one_at_a_time(trace, COSTS)
@@ -70,7 +70,7 @@ def test_one_at_a_time_is_an_m_d_1_queue() -> None:
     assert statistics.mean(waits) == pytest.approx(6.5 * 0.7 / (2 * 0.3), rel=0.05)
 
 
-def test_nobody_finishes_before_its_own_time() -> None:
+def test_no_image_finishes_before_its_time_alone() -> None:
     rng = random.Random(6)
     mix = [(size, rows, steps) for size in (64, 128) for rows in (1, 2) for steps in (2, 9)]
     trace = poisson(rng, 500, 0.1, lambda: rng.choice(mix))

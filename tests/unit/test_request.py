@@ -1,5 +1,8 @@
+"""Image requests: their fields, and the limits of a model."""
+
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -26,7 +29,7 @@ GOOD = image_request()
         ({"seed": MAX_SEED + 1}, "seed"),
     ],
 )
-def test_an_impossible_request_cannot_be_made(change: dict, param: str) -> None:
+def test_an_impossible_request_cannot_be_made(change: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         replace(GOOD, **change)
     assert caught.value.param == param
@@ -45,7 +48,7 @@ def test_an_impossible_request_cannot_be_made(change: dict, param: str) -> None:
         ({"prompt": "x" * 32_001}, "prompt"),
     ],
 )
-def test_limits_name_the_field(change: dict, param: str) -> None:
+def test_limits_name_the_field(change: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         replace(GOOD, **change).check(ModelLimits(max_pixels=1024 * 1024))
     assert caught.value.param == param
@@ -67,7 +70,7 @@ def test_guidance_of_one_is_no_guidance() -> None:
 
 
 def test_errors_survive_a_process_boundary() -> None:
-    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301 - our own bytes
+    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="size")))  # noqa: S301 - bytes made here
     assert (error.message, error.param, error.status) == ("no", "size", 400)
 
 

@@ -1,10 +1,11 @@
-"""Which requests are the same, what is remembered of them, and a service that rests."""
+"""The keys of equal requests, the cache in memory, and the circuit breaker."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ def images(size: int, count: int = 1) -> CachedImages:
 
 
 def test_every_field_but_the_id_makes_another_key() -> None:
-    others = {
+    others: dict[str, Any] = {
         "model": "n",
         "prompt": "dunes ",
         "width": 80,
@@ -53,19 +54,20 @@ def test_every_field_but_the_id_makes_another_key() -> None:
 
 @given(st.text(max_size=9), st.text(max_size=9))
 def test_texts_do_not_run_into_each_other(prompt: str, negative: str) -> None:
-    def of(prompt: str, negative: str) -> str:
-        asked = ImageRequest.__new__(ImageRequest)  # whatever texts would be valid
+    def key_of(prompt: str, negative: str) -> str:
+        request = ImageRequest.__new__(ImageRequest)  # without the check of its texts
         for name in ImageRequest.__dataclass_fields__:
-            object.__setattr__(asked, name, getattr(REQUEST, name))
-        object.__setattr__(asked, "prompt", prompt)
-        object.__setattr__(asked, "negative_prompt", negative)
-        return key(asked)
+            object.__setattr__(request, name, getattr(REQUEST, name))
+        object.__setattr__(request, "prompt", prompt)
+        object.__setattr__(request, "negative_prompt", negative)
+        return key(request)
 
-    assert (of(prompt, negative) == of(negative, prompt)) == (prompt == negative)
-    assert of(prompt + "x", negative) != of(prompt, "x" + negative)
+    same = key_of(prompt, negative) == key_of(negative, prompt)
+    assert same == (prompt == negative)
+    assert key_of(prompt + "x", negative) != key_of(prompt, "x" + negative)
 
 
-def test_other_weights_are_anotherpixel_digest(tmp_path: Path) -> None:
+def test_other_weights_give_another_pixel_digest(tmp_path: Path) -> None:
     settings = laptop_settings().application_settings()
     (model,) = settings.models
     before = pixel_digest(settings, model)
@@ -81,18 +83,18 @@ def test_other_weights_are_anotherpixel_digest(tmp_path: Path) -> None:
     assert len({before, first, pixel_digest(settings, elsewhere)}) == 3
 
 
-def test_memory_forgets_what_is_old_and_what_was_used_longest_ago() -> None:
+def test_memory_drops_expired_and_least_recently_used_images() -> None:
     async def main() -> None:
         cache = MemoryCache(100)
         await cache.put("a", images(40), 0, 60)
         await cache.put("b", images(20, 2), 0, 60)
         assert await cache.get("a", "t", 59) == images(40)
-        await cache.put("c", images(40), 0, 60)  # for which b goes
+        await cache.put("c", images(40), 0, 60)  # b is dropped for it
         assert [bool(await cache.get(k, "t", 59)) for k in "abc"] == [True, False, True]
         await cache.put("a", images(60), 0, 60)  # again, and larger
         assert [bool(await cache.get(k, "t", 59)) for k in "ac"] == [True, True]
         assert await cache.get("a", "t", 60) is None
-        await cache.put("d", images(60), 0, 60)  # there is room, since a is gone
+        await cache.put("d", images(60), 0, 60)  # there is room, because a has expired
         assert [bool(await cache.get(k, "t", 59)) for k in "cd"] == [True, True]
         await cache.put("e", images(101), 0, 60)
         assert await cache.get("e", "t", 1) is None
@@ -100,7 +102,7 @@ def test_memory_forgets_what_is_old_and_what_was_used_longest_ago() -> None:
     asyncio.run(main())
 
 
-def test_a_breaker_opens_rests_and_tries_with_one() -> None:
+def test_a_breaker_opens_rests_and_tries_one_request() -> None:
     breaker = CircuitBreaker()
     for _ in range(FAILURES):
         assert breaker.allows(0)
@@ -108,7 +110,7 @@ def test_a_breaker_opens_rests_and_tries_with_one() -> None:
     assert breaker.open
     assert not breaker.allows(REST_S - 0.01)
     assert breaker.allows(REST_S)
-    assert not breaker.allows(REST_S)  # one is enough to see
+    assert not breaker.allows(REST_S)  # only one request tries
     breaker.failed(REST_S)
     assert not breaker.allows(2 * REST_S - 0.01)
     assert breaker.allows(2 * REST_S)

@@ -1,4 +1,4 @@
-"""What the Dispatcher tells the policy, and what it does with the answer."""
+"""The load that the Dispatcher gives the policy, and how it applies the decision."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,8 +33,8 @@ BOTH = ("fp8", "fp16")
 POOLS = {"fp8": PoolBounds("m", 0, 4, 2), "fp16": PoolBounds("m", 0, 2, 2)}
 
 
-class Desk:
-    """An Admission, its Grants and a Scaling, with replicas that report themselves."""
+class ScalingHarness:
+    """An Admission, its Grants and a Scaling, with replicas that send heartbeats."""
 
     def __init__(
         self, limits: ScalingLimits | None = None, scaling: type[Scaling] = Scaling
@@ -46,7 +46,7 @@ class Desk:
         self.grants.open("s", 0)
         self.calls = 0
 
-    def ask(self, now: float, work_s: float = 1.0, pools: tuple[str, ...] = BOTH) -> None:
+    def open_call(self, now: float, work_s: float = 1.0, pools: tuple[str, ...] = BOTH) -> None:
         self.calls += 1
         call_id = f"c{self.calls}"
         image = queued_image(f"e{self.calls}", pools, work_s, call_id=call_id)
@@ -69,51 +69,53 @@ class Desk:
 
 
 def test_work_that_arrives_and_waits_makes_replicas_wanted() -> None:
-    desk = Desk()
-    assert desk.scaling.decide(0.0) == {}
+    harness = ScalingHarness()
+    assert harness.scaling.decide(0.0) == {}
     for _ in range(30):
-        desk.ask(1.0)
-    desk.ask(1.0, pools=("fp16",))
-    load = desk.scaling.load(3.0)
+        harness.open_call(1.0)
+    harness.open_call(1.0, pools=("fp16",))
+    load = harness.scaling.load(3.0)
     both, only = sorted(load.demands, key=lambda demand: -len(demand.pools))
     assert (both.pools, both.arrived_s, both.squares) == (BOTH, 30.0, 30.0)
     assert (both.queued_s, both.oldest_wait_s) == (30.0, 2.0)
     assert (only.pools, only.queued_s) == (("fp16",), 1.0)
     assert load.open_requests == 31
-    reasons = desk.scaling.decide(3.0)
-    assert desk.scaling.replicas["fp8"] == 4
+    reasons = harness.scaling.decide(3.0)
+    assert harness.scaling.replicas["fp8"] == 4
     assert reasons["fp8"].startswith("0 → 4 replicas")
-    assert desk.scaling.reasons == reasons
+    assert harness.scaling.reasons == reasons
     wanted = {
         "Generator-fp8": 4.0,
-        "Generator-fp16": float(desk.scaling.replicas["fp16"]),
+        "Generator-fp16": float(harness.scaling.replicas["fp16"]),
     }
-    assert desk.scaling.report() == ScalingReport(wanted=wanted)
+    assert harness.scaling.report() == ScalingReport(wanted=wanted)
 
 
-def test_what_arrives_before_the_first_decision_has_a_rate() -> None:
-    desk = Desk()
+def test_work_that_arrives_before_the_first_decision_has_a_rate() -> None:
+    harness = ScalingHarness()
     for _ in range(30):
-        desk.ask(3.0)
-    desk.scaling.decide(7.0)
-    reason = desk.scaling.reasons["fp8"]
+        harness.open_call(3.0)
+    harness.scaling.decide(7.0)
+    reason = harness.scaling.reasons["fp8"]
     assert reason.startswith("0 → 4 replicas (for what arrives): 4.29 s of work arrive a second")
 
 
-def test_before_the_first_decision_only_the_least_is_reported() -> None:
-    desk = Desk(ScalingLimits({"fp8": PoolBounds("m", 2, 4, 2), "fp16": POOLS["fp16"]}))
+def test_before_the_first_decision_only_minimum_replicas_are_reported() -> None:
+    harness = ScalingHarness(
+        ScalingLimits({"fp8": PoolBounds("m", 2, 4, 2), "fp16": POOLS["fp16"]})
+    )
     least = {"Generator-fp8": 2.0, "Generator-fp16": 0.0}
-    assert desk.scaling.report() == ScalingReport(at_least=least)
+    assert harness.scaling.report() == ScalingReport(at_least=least)
 
 
-def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
-    desk = Desk()
-    desk.replica("fp8", "r", speed=0.5)
-    desk.scaling.decide(0.0)
+def test_granted_work_no_longer_waits_but_has_arrived() -> None:
+    harness = ScalingHarness()
+    harness.replica("fp8", "r", speed=0.5)
+    harness.scaling.decide(0.0)
     for _ in range(2):
-        desk.ask(1.0)
-    desk.grants.grant()
-    load = desk.scaling.load(2.0)
+        harness.open_call(1.0)
+    harness.grants.grant()
+    load = harness.scaling.load(2.0)
     assert load.demands[0].arrived_s == 2.0
     assert load.demands[0].queued_s == load.demands[0].oldest_wait_s == 0.0
     assert load.supplies["fp8"].ready == 1
@@ -121,23 +123,23 @@ def test_what_has_been_granted_no_longer_waits_but_has_arrived() -> None:
 
 
 def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
-    desk = Desk()
+    harness = ScalingHarness()
     for name in "abc":
-        desk.replica("fp8", name)
-    assert desk.grants.slots("fp8") == 6
-    desk.grants.keep("fp8", 1, 1.0)
-    assert desk.grants.slots("fp8") == 2
+        harness.replica("fp8", name)
+    assert harness.grants.slots("fp8") == 6
+    harness.grants.keep("fp8", 1, 1.0)
+    assert harness.grants.slots("fp8") == 2
     for _ in range(9):
-        desk.ask(0.0)
-    assert len(desk.grants.grant()) == 2
-    desk.grants.keep("fp8", 3, 2.0)  # Serve stops the others all the same
-    assert desk.grants.grant() == []
-    desk.replica("fp8", "d", now=3.0)
-    assert len(desk.grants.grant()) == 2
+        harness.open_call(0.0)
+    assert len(harness.grants.grant()) == 2
+    harness.grants.keep("fp8", 3, 2.0)  # Serve stops the others nevertheless
+    assert harness.grants.grant() == []
+    harness.replica("fp8", "d", now=3.0)
+    assert len(harness.grants.grant()) == 2
 
 
-def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants() -> None:
-    """Ray Serve may never have seen it, and stops nothing."""
+def test_a_momentary_decision_takes_no_grants_from_replicas() -> None:
+    """Ray Serve may never have read the momentary decision, and then stops nothing."""
     wanted = iter([3, 3, 3, 1, 3, 1, 1, 1, 1])
 
     class Scripted(Scaling):
@@ -145,82 +147,82 @@ def test_what_is_wanted_for_a_moment_only_takes_no_replica_its_grants() -> None:
         def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
             return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
 
-    desk = Desk(scaling=Scripted)
+    harness = ScalingHarness(scaling=Scripted)
     for name in "abc":
-        desk.replica("fp8", name)
+        harness.replica("fp8", name)
     staying = []
     for second in range(9):
-        desk.scaling.decide(float(second))
-        staying.append(len(desk.grants.staying("fp8")))
+        harness.scaling.decide(float(second))
+        staying.append(len(harness.grants.staying("fp8")))
     assert staying == [3, 3, 3, 3, 3, 3, 3, 3, 1]
 
 
-def test_what_leaving_replicas_draw_takes_no_slot_of_those_that_stay() -> None:
-    desk = Desk()
-    desk.replica("fp8", "a", node="stays")
-    desk.replica("fp8", "b", node="goes")
+def test_images_on_leaving_replicas_take_no_slots_of_the_others() -> None:
+    harness = ScalingHarness()
+    harness.replica("fp8", "a", node="stays")
+    harness.replica("fp8", "b", node="goes")
     for _ in range(9):
-        desk.ask(0.0)
-    granted = desk.grants.grant()
-    desk.replica("fp8", "a", node="stays", running=granted[:2])
-    desk.replica("fp8", "b", node="goes", running=granted[2:])
-    desk.grants.draining = frozenset({"goes"})
-    assert desk.grants.grant() == []
-    desk.grants.release("s", Release(granted[0].image_id, 1.0), 1.0)
-    assert len(desk.grants.grant()) == 1
-    desk.grants.release("s", Release(granted[2].image_id, 1.0), 1.0)  # on the node that goes
-    assert desk.grants.grant() == []
+        harness.open_call(0.0)
+    granted = harness.grants.grant()
+    harness.replica("fp8", "a", node="stays", running=granted[:2])
+    harness.replica("fp8", "b", node="goes", running=granted[2:])
+    harness.grants.draining = frozenset({"goes"})
+    assert harness.grants.grant() == []
+    harness.grants.release("s", Release(granted[0].image_id, 1.0), 1.0)
+    assert len(harness.grants.grant()) == 1
+    harness.grants.release("s", Release(granted[2].image_id, 1.0), 1.0)  # on the draining node
+    assert harness.grants.grant() == []
 
 
-def test_of_replicas_in_excess_those_that_draw_most_count_as_leaving() -> None:
-    desk = Desk()
+def test_the_busiest_replicas_in_excess_count_as_leaving() -> None:
+    harness = ScalingHarness()
     for name in "abc":
-        desk.replica("fp8", name)
+        harness.replica("fp8", name)
     for _ in range(4):
-        desk.ask(0.0)
-    granted = desk.grants.grant()
-    desk.replica("fp8", "b", running=granted[:2])
-    desk.replica("fp8", "c", running=granted[2:])
-    desk.grants.keep("fp8", 1, 1.0)
+        harness.open_call(0.0)
+    granted = harness.grants.grant()
+    harness.replica("fp8", "b", running=granted[:2])
+    harness.replica("fp8", "c", running=granted[2:])
+    harness.grants.keep("fp8", 1, 1.0)
     for _ in range(9):
-        desk.ask(0.0)
-    assert len(desk.grants.grant()) == 2  # a's
+        harness.open_call(0.0)
+    assert len(harness.grants.grant()) == 2  # both on replica a
 
 
-def test_a_replica_of_a_pool_that_is_no_more_is_not_heard() -> None:
-    desk = Desk()
-    desk.replica("renamed", "old")
-    assert desk.grants.replicas("renamed") == []
+def test_heartbeats_of_pools_that_no_longer_exist_are_ignored() -> None:
+    harness = ScalingHarness()
+    harness.replica("renamed", "old")
+    assert harness.grants.replicas("renamed") == []
 
 
-def test_a_new_dispatcher_takes_nothing_away_before_it_has_looked_for_a_while() -> None:
-    desk = Desk(ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=60)))
+def test_a_new_dispatcher_removes_no_replica_within_the_hold_time() -> None:
+    harness = ScalingHarness(ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=60)))
     for name in "abc":
-        desk.replica("fp8", name)
+        harness.replica("fp8", name)
     for second in range(50):
-        desk.scaling.decide(second)
-        assert set(desk.scaling.report().at_least) == {"Generator-fp8", "Generator-fp16"}
-        assert desk.scaling.report().wanted == {}
-    assert desk.grants.slots("fp8") == 6
+        harness.scaling.decide(second)
+        assert set(harness.scaling.report().at_least) == {"Generator-fp8", "Generator-fp16"}
+        assert harness.scaling.report().wanted == {}
+    assert harness.grants.slots("fp8") == 6
 
 
 def test_a_draining_node_is_granted_nothing_and_its_replicas_are_no_supply() -> None:
-    desk = Desk()
-    desk.replica("fp8", "a", node="stays")
-    desk.replica("fp8", "b", node="goes")
-    desk.grants.draining = frozenset({"goes"})
-    assert desk.grants.slots("fp8") == 2
-    assert desk.scaling.load(0.0).supplies["fp8"].ready == 1
+    harness = ScalingHarness()
+    harness.replica("fp8", "a", node="stays")
+    harness.replica("fp8", "b", node="goes")
+    harness.grants.draining = frozenset({"goes"})
+    assert harness.grants.slots("fp8") == 2
+    assert harness.scaling.load(0.0).supplies["fp8"].ready == 1
 
 
-def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> None:
-    fixed = Desk()
+def test_pools_wait_for_nodes_that_may_be_added_until_they_are_given_up() -> None:
+    fixed = ScalingHarness()
     fixed.scaling.placeable = frozenset({"fp16"})
     assert not fixed.scaling.may_come("fp8")
-    elastic = Desk(ScalingLimits(POOLS, tuning=PolicyTuning(node_wait_s=60)))
+    elastic = ScalingHarness(ScalingLimits(POOLS, tuning=PolicyTuning(node_wait_s=60)))
     elastic.scaling.placeable = frozenset({"fp16"})
     elastic.scaling.decide(0.0)
-    elastic.ask(1.0, pools=("fp8",))
+    elastic.open_call(1.0, pools=("fp8",))
     for second in range(1, 60):
         elastic.scaling.decide(second)
         assert elastic.scaling.may_come("fp8")
@@ -231,39 +233,42 @@ def test_pools_whose_nodes_may_be_added_may_come_until_they_are_given_up() -> No
 
 
 def test_tuning_changes_what_is_decided_from_then_on() -> None:
-    desk = Desk()
-    desk.scaling.decide(0.0)
-    desk.ask(0.5, work_s=0.01)
-    desk.scaling.decide(1.0)
-    assert desk.scaling.replicas["fp8"] == 1
-    desk.scaling.tune(PolicyTuning(warm_reserve=2))
-    desk.scaling.decide(2.0)
-    assert desk.scaling.replicas["fp8"] == 3
+    harness = ScalingHarness()
+    harness.scaling.decide(0.0)
+    harness.open_call(0.5, work_s=0.01)
+    harness.scaling.decide(1.0)
+    assert harness.scaling.replicas["fp8"] == 1
+    harness.scaling.tune(PolicyTuning(warm_reserve=2))
+    harness.scaling.decide(2.0)
+    assert harness.scaling.replicas["fp8"] == 3
 
 
 def test_followers_are_reported_by_their_own_names() -> None:
-    desk = Desk(ScalingLimits(POOLS, {"Ingress": Follower(1, 3, each=10)}, PolicyTuning(hold_s=1)))
-    desk.scaling.decide(0.0)
+    harness = ScalingHarness(
+        ScalingLimits(POOLS, {"Ingress": Follower(1, 3, each=10)}, PolicyTuning(hold_s=1))
+    )
+    harness.scaling.decide(0.0)
     for _ in range(25):
-        desk.ask(0.0)
-    assert desk.scaling.decide(1.0)["Ingress"].startswith("1 → 3 replicas")
-    assert desk.scaling.report().wanted["Ingress"] == 3.0
+        harness.open_call(0.0)
+    assert harness.scaling.decide(1.0)["Ingress"].startswith("1 → 3 replicas")
+    assert harness.scaling.report().wanted["Ingress"] == 3.0
 
 
-def test_ray_serve_is_told_requests_where_it_decides_itself() -> None:
-    desk = Desk(scaling=RayDefaultScaling)
-    assert desk.scaling.decide(0.0) == {}
-    desk.replica("fp8", "r")
+def test_ray_serves_own_policy_gets_the_number_of_requests() -> None:
+    harness = ScalingHarness(scaling=RayDefaultScaling)
+    assert harness.scaling.decide(0.0) == {}
+    harness.replica("fp8", "r")
     for _ in range(5):
-        desk.ask(0.0)
-    desk.grants.grant()
-    desk.ask(0.0, pools=("fp16",))
-    assert desk.scaling.report() == ScalingReport(
+        harness.open_call(0.0)
+    harness.grants.grant()
+    harness.open_call(0.0, pools=("fp16",))
+    assert harness.scaling.report() == ScalingReport(
         at_least={"Generator-fp8": 0.0, "Generator-fp16": 0.0},
         requests={"Generator-fp8": 5.0, "Generator-fp16": 1.0},
     )
-    desk.scaling.placeable = frozenset({"fp16"})
-    assert desk.scaling.report().requests["Generator-fp16"] == 4.0  # who may wait for it does
+    harness.scaling.placeable = frozenset({"fp16"})
+    # Queued requests count for the placeable pool.
+    assert harness.scaling.report().requests["Generator-fp16"] == 4.0
 
 
 # -- Ray Serve's side -----------------------------------------------------------------------------
@@ -279,16 +284,16 @@ class Sample(NamedTuple):
 
 
 class Context:
-    """What our policy reads of Ray Serve's."""
+    """The parts of Ray Serve's context that Octet's policy reads."""
 
     def __init__(self, current: int = 0, target: int = 0, **reported: list[tuple[float, float]]):
         self.current_num_replicas, self.target_num_replicas = current, target
-        self.total_num_requests, self.policy_state = 0.0, {}
+        self.total_num_requests = 0.0
+        self.policy_state: dict[str, Any] = {}
         self.config = AutoscalingConfig(min_replicas=0, max_replicas=9, target_ongoing_requests=2)
         self.capacity_adjusted_min_replicas, self.capacity_adjusted_max_replicas = 0, 9
-        series = {
-            name.replace("__", "/"): pairs for name, pairs in reported.items()
-        }  # as `as_stats`
+        # The names of `as_stats`.
+        series = {name.replace("__", "/"): pairs for name, pairs in reported.items()}
         self.raw_metrics: Any = {
             name: {"replica": [Sample(*pair) for pair in pairs]} for name, pairs in series.items()
         }
@@ -311,13 +316,13 @@ def test_the_newest_number_counts_and_not_the_mean() -> None:
     assert replicas(found) == ({Deployment("pool"): 4.0}, {})
 
 
-def test_what_stays_at_zero_is_left_out_and_what_goes_to_zero_is_not() -> None:
+def test_deployments_that_stay_at_zero_are_left_out_and_those_that_go_to_zero_are_not() -> None:
     assert replicas(contexts(target=0, current=0, replicas__pool=[(1.0, 0.0)]))[0] == {}
     going = contexts(target=1, replicas__pool=[(1.0, 0.0)])
     assert replicas(going)[0] == {Deployment("pool"): 0.0}
 
 
-def test_what_is_there_at_least_takes_nothing_away() -> None:
+def test_minimum_replicas_never_reduce_a_deployment() -> None:
     assert replicas(contexts(target=0, least__pool=[(1.0, 2.0)]))[0] == {Deployment("pool"): 2.0}
     assert replicas(contexts(target=5, least__pool=[(1.0, 2.0)]))[0] == {Deployment("pool"): 5}
     assert replicas(contexts(target=0, current=0, least__pool=[(1.0, 0.0)]))[0] == {}
@@ -331,7 +336,7 @@ def test_without_numbers_every_deployment_keeps_its_replicas() -> None:
     assert replicas({}) == ({}, {})
 
 
-def test_whatever_happens_nothing_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_policies_never_raise(caplog: pytest.LogCaptureFixture) -> None:
     broken = contexts()
     broken[Deployment("Dispatcher")].raw_metrics = None
     for policy in (replicas, ray_default.replicas):
@@ -341,19 +346,20 @@ def test_whatever_happens_nothing_is_raised(caplog: pytest.LogCaptureFixture) ->
 
 def test_ray_serves_own_policy_decides_on_the_requests_of_the_dispatcher() -> None:
     found = contexts(requests__pool=[(1.0, 4.0), (2.0, 16.0)])
-    assert ray_default.replicas(found)[0] == {Deployment("pool"): 5.0}  # a mean of 10, 2 each
+    # A mean of 10 requests, 2 per replica.
+    assert ray_default.replicas(found)[0] == {Deployment("pool"): 5.0}
     asleep = contexts(target=0, current=0, requests__pool=[(1.0, 3.0)])
     assert ray_default.replicas(asleep)[0] == {Deployment("pool"): 1}
 
 
-def test_as_ray_serve_applies_it_ours_counts_at_once_and_its_own_after_its_delay() -> None:
+def test_ray_serve_applies_octets_policy_at_once_and_its_own_after_a_delay() -> None:
     as_applied = _apply_app_level_autoscaling_config(replicas)
     at_once = AutoscalingConfig(min_replicas=0, max_replicas=9, **ADAPTERS["queued-work"].delays)
     for target, wanted in ((2, 5.0), (5, 1.0), (1, 0.0)):
         found = contexts(target=target, replicas__pool=[(1.0, wanted)])
         found[Deployment("pool")].config = at_once
         assert as_applied(found)[0] == {Deployment("pool"): wanted}
-    # From several straight to none is not possible there: by way of one.
+    # Ray Serve never goes from several replicas to none at once, but to one first.
     found = contexts(target=5, replicas__pool=[(1.0, 0.0)])
     found[Deployment("pool")].config = at_once
     assert as_applied(found)[0] == {Deployment("pool"): 1}
@@ -380,7 +386,7 @@ def test_a_report_survives_ray_serves_dictionary(
     wanted: dict[str, float], at_least: dict[str, float], requests: dict[str, float]
 ) -> None:
     report = ScalingReport(wanted, at_least, requests)
-    assert ScalingReport.from_stats({"of/somebody": 1.0, **report.as_stats()}) == report
+    assert ScalingReport.from_stats({"other/name": 1.0, **report.as_stats()}) == report
 
 
 def test_deployments_that_report_no_requests_follow_ray_serves_own_count() -> None:

@@ -1,4 +1,4 @@
-"""An Ingress's session against the real Dispatcher, joined in one process instead of by Ray."""
+"""An Ingress's session with the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
 import time
@@ -88,7 +88,7 @@ def usage(call: OpenCall, image: int = 0) -> UsageRecord:
 def test_a_slot_is_held_until_its_block_ends() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
-        order = []
+        order: list[str] = []
 
         async def use(name: str) -> None:
             async with slot(session) as held:
@@ -121,11 +121,11 @@ def test_cancelled_waiters_and_holders_leave_no_trace() -> None:
     run(test)
 
 
-def test_cancelled_before_it_was_told_is_never_told() -> None:
+def test_an_image_cancelled_before_it_is_sent_is_never_queued() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()
         task = asyncio.create_task(hold(session))
-        await asyncio.sleep(0)  # submitted, not yet told
+        await asyncio.sleep(0)  # submitted, not yet sent
         task.cancel()
         await settle()
         assert dispatcher.grants.queue_depth == 0
@@ -133,7 +133,7 @@ def test_cancelled_before_it_was_told_is_never_told() -> None:
     run(test)
 
 
-def test_a_full_queue_is_an_error_for_the_one_who_came_too_late() -> None:
+def test_a_call_that_finds_the_queue_full_is_refused() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         first = asyncio.create_task(hold(session))
         await settle()
@@ -162,7 +162,7 @@ def test_a_call_is_admitted_as_a_whole() -> None:
     run(test, max_queued=2)
 
 
-def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
+def test_a_restarted_dispatcher_learns_waiting_and_running_images() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         done = asyncio.Event()
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
@@ -174,12 +174,12 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
         handle.break_off(fresh)
         await fresh.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        assert fresh.grants.queue_depth == 1  # b was resubmitted
-        assert fresh.grants.free_slots("p") == 0  # a still runs
+        assert fresh.grants.queue_depth == 1  # the waiting image was submitted again
+        assert fresh.grants.free_slots("p") == 0  # the running image keeps its slot
         assert fresh.admission.open_calls == 2
         assert fresh.admission.account("t").reserved == 2.0
         done.set()
-        assert await asyncio.gather(running, waiting) == ["p", "p"]
+        assert [await running, await waiting] == ["p", "p"]
         await settle()
         assert fresh.grants.free_slots("p") == 1
         assert fresh.admission.account("t").reserved == 0.0
@@ -188,7 +188,7 @@ def test_a_restarted_dispatcher_learns_what_waits_and_what_runs() -> None:
 
 
 def test_a_session_that_expired_is_opened_again() -> None:
-    """A paused Ingress comes back: what it still waits for is granted after all."""
+    """A paused Ingress comes back, and the images that it waits for are granted after all."""
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         waiting = asyncio.create_task(hold(session))
@@ -202,11 +202,11 @@ def test_a_session_that_expired_is_opened_again() -> None:
     run(test)
 
 
-def test_a_dispatcher_that_stood_still_hears_the_others_before_it_lets_any_expire() -> None:
+def test_a_paused_dispatcher_reads_waiting_messages_before_sessions_expire() -> None:
     async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
         await settle()
         dispatcher.grants.open("silent", time.monotonic())
-        time.sleep(0.4)  # noqa: ASYNC251 (it is to stand still)
+        time.sleep(0.4)  # noqa: ASYNC251 (the pause)
         await asyncio.sleep(0.02)
         assert dispatcher.grants.heard_from("silent", 0.0)
         await asyncio.sleep(0.1)
@@ -241,8 +241,8 @@ def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
     run(test, timing=replace(PROMPT, heartbeat_s=0.05, replica_lease_s=0.0))
 
 
-def test_a_restarted_dispatcher_first_listens() -> None:
-    """Nothing is granted until every session could say what it runs."""
+def test_a_restarted_dispatcher_grants_nothing_at_first() -> None:
+    """Nothing is granted until every session had time to declare its running images."""
 
     async def main() -> None:
         dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.2))
@@ -256,10 +256,12 @@ def test_a_restarted_dispatcher_first_listens() -> None:
 
 
 def test_a_session_whose_tasks_have_ended_is_unhealthy() -> None:
-    async def test(_: Dispatcher, session: DispatchSession, __: Handle) -> None:
+    async def test(_: Dispatcher, __: DispatchSession, handle: Handle) -> None:
+        before = asyncio.all_tasks()
+        session = DispatchSession(handle, PROMPT)
         session.check()
-        (listening,) = (t for t in asyncio.all_tasks() if "_listen" in repr(t.get_coro()))
-        listening.cancel()
+        for task in asyncio.all_tasks() - before:
+            task.cancel()
         await settle()
         with pytest.raises(RuntimeError):
             session.check()
@@ -276,7 +278,7 @@ def test_an_id_is_in_use_until_its_call_is_closed_whichever_ingress_has_it() -> 
                 with pytest.raises(RequestIdInUse):
                     async with slot(one, "id"):
                         pass
-            async with slot(other, "id", tenant="somebody else"):
+            async with slot(other, "id", tenant="other"):
                 pass
         await settle()
         async with slot(other, "id"):
@@ -285,7 +287,7 @@ def test_an_id_is_in_use_until_its_call_is_closed_whichever_ingress_has_it() -> 
     run(test)
 
 
-def test_what_no_node_can_hold_is_refused_and_not_queued() -> None:
+def test_an_image_that_no_node_can_run_is_refused_and_not_queued() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()  # the nodes have been read
         elsewhere = (queued_image(pools=("elsewhere",)),)
@@ -316,8 +318,8 @@ def test_waiting_ends_when_the_last_node_goes() -> None:
     run(test, nodes=nodes, timing=replace(PROMPT, nodes_s=0.02))
 
 
-def test_resubmitted_calls_were_accepted_before() -> None:
-    """A Dispatcher that comes back with a full queue refuses newcomers, not those who waited."""
+def test_resubmitted_calls_are_admitted_beyond_the_queue_limit() -> None:
+    """A restarted Dispatcher with a full queue refuses new calls, but not those that waited."""
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         waiting = [asyncio.create_task(hold(session)) for _ in range(3)]
@@ -346,14 +348,14 @@ def test_a_drained_dispatcher_refuses_calls_but_not_further_attempts() -> None:
             async with asyncio.timeout(1), call.slot(0, ("p",)) as again:
                 assert again.lease.pool == "p"
             await settle()
-            assert await dispatcher.drain() == 1  # drawn, not yet sent
+            assert await dispatcher.drain() == 1  # generated, not yet sent
         await settle()
         assert await dispatcher.drain() == 0
 
     run(test)
 
 
-def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
+def test_a_grant_without_a_waiting_call_is_given_back() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
@@ -366,20 +368,20 @@ def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     run(test)
 
 
-def test_a_generator_hears_which_leases_nobody_holds() -> None:
+def test_a_generator_learns_which_leases_no_session_holds() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        said = Heartbeat("p", "r", 1)
-        await dispatcher.report_replica(said)
+        beat = Heartbeat("p", "r", 1)
+        await dispatcher.report_replica(beat)
         async with slot(session) as held:
             ghost = held.lease._replace(session="gone")
-            assert await dispatcher.report_replica(said, [held.lease, ghost]) == ((ghost,), False)
+            assert await dispatcher.report_replica(beat, [held.lease, ghost]) == ((ghost,), False)
         await settle()
-        assert await dispatcher.report_replica(said, [held.lease]) == ((held.lease,), False)
+        assert await dispatcher.report_replica(beat, [held.lease]) == ((held.lease,), False)
 
     run(test)
 
 
-def test_a_dispatcher_that_has_heard_of_nothing_yet_is_not_drained() -> None:
+def test_a_dispatcher_in_recovery_does_not_count_as_drained() -> None:
     async def main() -> None:
         dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.1))
         assert await dispatcher.drain() == 1
@@ -389,7 +391,7 @@ def test_a_dispatcher_that_has_heard_of_nothing_yet_is_not_drained() -> None:
     asyncio.run(main())
 
 
-def test_heartbeats_say_what_a_pool_has_to_do() -> None:
+def test_heartbeats_report_the_load_of_a_pool() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "a", 4, running_work_s=1.5, speed=1.25))
         await dispatcher.report_replica(Heartbeat("p", "b", 2, running_work_s=0.5, speed=0.5))
@@ -408,27 +410,27 @@ def test_heartbeats_say_what_a_pool_has_to_do() -> None:
     run(test)
 
 
-def test_who_watches_hears_its_position() -> None:
+def test_a_watching_client_gets_its_positions() -> None:
     timing = replace(PROMPT, heartbeat_s=0.2)
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        heard: dict[str, list[int]] = {"b": [], "c": []}
+        positions: dict[str, list[int]] = {"b": [], "c": []}
 
-        async def watch(name: str) -> None:
-            listen = heard[name].append if name in heard else None
-            images = (queued_image(report_position=listen is not None),)
-            async with opened(session, images=images) as call, call.slot(0, on_position=listen):
+        async def wait_for_slot(name: str) -> None:
+            record = positions[name].append if name in positions else None
+            images = (queued_image(report_position=record is not None),)
+            async with opened(session, images=images) as call, call.slot(0, on_position=record):
                 pass
 
-        tasks = [asyncio.create_task(watch("a"))]
+        tasks = [asyncio.create_task(wait_for_slot("a"))]
         for name in "bc":
             await settle()
-            tasks.append(asyncio.create_task(watch(name)))
+            tasks.append(asyncio.create_task(wait_for_slot(name)))
             await asyncio.sleep(2 * timing.positions_s)
-        assert heard == {"b": [2], "c": [3]}
+        assert positions == {"b": [2], "c": [3]}
         tasks[0].cancel()
         await asyncio.sleep(2 * timing.heartbeat_s)
-        assert heard == {"b": [2, 1], "c": [3, 2]}
+        assert positions == {"b": [2, 1], "c": [3, 2]}
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await asyncio.gather(*tasks[1:])
         assert dispatcher.grants.positions() == []
@@ -451,7 +453,7 @@ def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
         tasks.append(asyncio.create_task(stay(other, "waits", waits)))
         await settle()
         assert not await dispatcher.cancel("t", "unknown")
-        assert not await dispatcher.cancel("somebody else", "runs")
+        assert not await dispatcher.cancel("other", "runs")
         await settle()
         assert not runs.cancelled
         for id, client in (("waits", waits), ("runs", runs)):
@@ -469,7 +471,7 @@ def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
 # -- usage ----------------------------------------------------------------------------------------
 
 
-def test_what_is_recorded_is_on_disk(tmp_path: Path) -> None:
+def test_recorded_usage_is_on_disk(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session, images=ONE * 2) as call:
             assert dispatcher.admission.account("t").reserved == 2.0
@@ -481,18 +483,18 @@ def test_what_is_recorded_is_on_disk(tmp_path: Path) -> None:
     run(test, usage_folder=str(tmp_path))
 
 
-def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path: Path) -> None:
-    """The Dispatcher dies between the disk and its word."""
+def test_an_unconfirmed_record_is_sent_again_and_written_once(tmp_path: Path) -> None:
+    """The Dispatcher dies between the write and its confirmation."""
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session) as call:
-            handle.mute()
+            handle.drop_messages()
             recording = asyncio.create_task(call.record([usage(call)]))
             await settle()
             assert len(list(read_usage(tmp_path))) == 1
             assert not recording.done()
             assert dispatcher.metering.ledger
-            dispatcher.metering.ledger.close()  # as its end does
+            dispatcher.metering.ledger.close()  # like at the end of its process
             fresh = a_dispatcher("p", usage_folder=str(tmp_path))
             assert fresh.admission.account("t").spent == 1.0
             handle.break_off(fresh)
@@ -505,7 +507,7 @@ def test_a_record_that_was_not_confirmed_is_told_again_and_written_once(tmp_path
     run(test, usage_folder=str(tmp_path))
 
 
-def test_what_another_dispatcher_charges_counts_here(tmp_path: Path) -> None:
+def test_usage_charged_by_another_dispatcher_counts(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         with closing(UsageLedger(tmp_path, time.time())) as other:
             other.append([usage_record("c", work_s=5.0)], time.time())
@@ -516,7 +518,7 @@ def test_what_another_dispatcher_charges_counts_here(tmp_path: Path) -> None:
     run(test, usage_folder=str(tmp_path))
 
 
-def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
+def test_usage_that_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session) as call:
             with full_disk(), pytest.raises(UsageUnrecorded):
@@ -527,7 +529,9 @@ def test_what_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     run(test, usage_folder=str(tmp_path))
 
 
-def test_what_is_written_before_the_turn_of_the_month_is_not_of_the_next(tmp_path: Path) -> None:
+def test_usage_written_before_the_turn_of_the_month_does_not_count_in_the_next(
+    tmp_path: Path,
+) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session) as call:
             await call.record([usage(call)])
@@ -548,8 +552,8 @@ def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -
             async with call.slot(0) as held:
                 held.cancelled = usage(call)
             await settle()
-            said = StoppedImage(held.lease, 3, 0.3)
-            await dispatcher.report_replica(Heartbeat("p", "r", 1), [], [said])
+            stopped = StoppedImage(held.lease, 3, 0.3)
+            await dispatcher.report_replica(Heartbeat("p", "r", 1), [], [stopped])
             await settle()
         (record,) = read_usage(tmp_path)
         assert (record["outcome"], record["steps"]) == ("cancelled", 3)
@@ -568,8 +572,8 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         async with opened(session) as call, call.slot(0) as held:
             held.cancelled = usage(call)
         await settle()
-        said = [StoppedImage(Lease(session.name, held.lease.image_id, "p"), 0, 0.0)]
-        await dispatcher.report_replica(Heartbeat("p", "r", 1), [], said)
+        stopped = [StoppedImage(Lease(session.name, held.lease.image_id, "p"), 0, 0.0)]
+        await dispatcher.report_replica(Heartbeat("p", "r", 1), [], stopped)
         await settle()
         assert list(read_usage(tmp_path)) == []
         assert dispatcher.admission.account("t").reserved == 0
@@ -577,7 +581,7 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
     run(test, usage_folder=str(tmp_path))
 
 
-def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> None:
+def test_images_generated_for_a_client_that_left_are_charged(tmp_path: Path) -> None:
     """One image of two is done, the other at its third step, when the client leaves."""
 
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
@@ -589,12 +593,12 @@ def test_what_is_drawn_for_a_client_that_is_gone_is_charged(tmp_path: Path) -> N
             call.generated.append(usage(call, 0))
             async with call.slot(1) as stopped:
                 client.cancel()
-                call.close()  # by whoever hears of it first
+                call.close()  # the call ends before its image does
                 stopped.cancelled = usage(call, 1)
         await settle()
         assert dispatcher.admission.open_calls == 0
-        said = StoppedImage(stopped.lease, 3, 0.3)
-        await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [said])
+        report = StoppedImage(stopped.lease, 3, 0.3)
+        await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [report])
         await settle()
         records = {r["image"]: r for r in read_usage(tmp_path)}
         assert {r["outcome"] for r in records.values()} == {"cancelled"}
@@ -618,12 +622,12 @@ def test_a_slot_that_never_began_holds_no_budget() -> None:
     run(test)
 
 
-def test_a_client_that_goes_while_it_is_admitted_leaves_nothing() -> None:
+def test_a_client_that_leaves_during_admission_leaves_nothing() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         call = session.open("t", "id", ONE, 60, Client())
         await asyncio.wait([call.decision])
-        call.close()  # its decision is there, and nobody has heard it
+        call.close()  # the decision has arrived and was not read
         await settle()
         assert dispatcher.grants.free_slots("p") == 1
         assert dispatcher.admission.open_calls == 0
@@ -631,7 +635,7 @@ def test_a_client_that_goes_while_it_is_admitted_leaves_nothing() -> None:
     run(test)
 
 
-def test_a_verdict_that_nobody_waits_for_ends_its_call() -> None:
+def test_a_decision_without_a_waiting_call_ends_the_call() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         await settle()
         await dispatcher.tell(
@@ -643,7 +647,7 @@ def test_a_verdict_that_nobody_waits_for_ends_its_call() -> None:
     run(test)
 
 
-def test_a_restarted_dispatcher_admits_nobody_before_it_knows_what_is_promised() -> None:
+def test_a_restarted_dispatcher_admits_no_call_before_it_knows_the_reservations() -> None:
     async def main() -> None:
         dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.2))
         session = DispatchSession(Handle(dispatcher), PROMPT)
@@ -661,7 +665,7 @@ def test_a_restarted_dispatcher_admits_nobody_before_it_knows_what_is_promised()
     asyncio.run(main())
 
 
-def test_a_refused_call_is_told_once() -> None:
+def test_a_refused_call_sends_no_release() -> None:
     async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session):
             with pytest.raises(QueueFull):

@@ -1,4 +1,8 @@
+"""Settings files: valid examples, named faults, overrides, and the live settings."""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,12 +28,14 @@ def test_sd35_serves_the_three_models_with_one_set_of_text_encoders() -> None:
     assert all(m.source.revision for m in settings.models)
 
 
-def write(folder: Path, change: object) -> Path:
+Change = Callable[[dict[str, Any]], object]
+
+
+def write(folder: Path, change: Change) -> Path:
     """The laptop settings with a change, in a folder of its own."""
     data = yaml.safe_load(LAPTOP.read_text())
     for part in (data["models"][0], data["text_encoders"][0]):
         part["source"]["location"] = str(EXAMPLES.parent / "demo" / "model")
-    assert callable(change)
     change(data)
     file = folder / "octet.yaml"
     file.write_text(yaml.safe_dump(data))
@@ -94,7 +100,7 @@ def write(folder: Path, change: object) -> Path:
         ),
     ],
 )
-def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> None:
+def test_faults_are_named(tmp_path: Path, change: Change, words: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(write(tmp_path, change), {})
     for word in words:
@@ -102,7 +108,7 @@ def test_faults_are_named(tmp_path: Path, change: object, words: list[str]) -> N
 
 
 def test_one_fault_is_one_line(tmp_path: Path) -> None:
-    def too_many(data: dict) -> None:
+    def too_many(data: dict[str, Any]) -> None:
         data["models"][0]["defaults"]["num_inference_steps"] = 1000
 
     with pytest.raises(SettingsError) as caught:
@@ -142,15 +148,15 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str | bytes) -> None:
 def test_local_folders_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
 
-    def here(data: dict) -> None:
+    def here(data: dict[str, Any]) -> None:
         data["models"][0]["source"]["location"] = "weights"
 
     settings = load_settings(write(tmp_path, here), {})
     assert settings.models[0].source.location == str((tmp_path / "weights").resolve())
 
 
-def test_other_folders_too_but_for_those_of_each_nodes_home(tmp_path: Path) -> None:
-    def here(data: dict) -> None:
+def test_data_folders_are_relative_to_the_file_and_home_folders_stay(tmp_path: Path) -> None:
+    def here(data: dict[str, Any]) -> None:
         data.update(data_folder="images", models_folder="~/models")
 
     settings = load_settings(write(tmp_path, here), {})
@@ -161,10 +167,10 @@ def test_other_folders_too_but_for_those_of_each_nodes_home(tmp_path: Path) -> N
 def test_settings_are_frozen() -> None:
     settings = load_settings(LAPTOP, {})
     with pytest.raises(ValueError, match="frozen"):
-        settings.http.port = 1  # type: ignore[misc]  # that is the point
+        settings.http.port = 1
 
 
-TUNED = {
+LIVE = {
     "OCTET_HTTP__PORT": "1234",
     "OCTET_MAX_QUEUED": "7",
     "OCTET_REQUEST_TIMEOUT_S": "9",
@@ -176,16 +182,16 @@ TUNED = {
 }
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_tuning_is_no_argument_of_the_application(name: str) -> None:
-    """Arguments restart every replica when they change."""
-    plain, tuned = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: TUNED[name]})
+@pytest.mark.parametrize("name", LIVE)
+def test_live_settings_are_no_arguments_of_the_application(name: str) -> None:
+    """A changed argument of the application restarts every replica."""
+    plain, tuned = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: LIVE[name]})
     assert tuned != plain
     assert tuned.application_settings() == plain.application_settings()
     assert (tuned.ingress_settings() == plain.ingress_settings()) == (name == "OCTET_HTTP__PORT")
 
 
-def test_the_rest_is_no_tuning() -> None:
+def test_other_settings_are_not_live() -> None:
     plain, other = load_settings(LAPTOP, {}), load_settings(LAPTOP, {"OCTET_EMULATE_FP8": "true"})
     assert other.ingress_settings() == plain.ingress_settings()
     bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "3"})
@@ -193,7 +199,7 @@ def test_the_rest_is_no_tuning() -> None:
     assert bigger.application_settings() != plain.application_settings()
 
 
-def test_parts_are_plain_data_that_comes_back() -> None:
+def test_application_and_ingress_settings_survive_json() -> None:
     settings = load_settings(EXAMPLES / "sd35.yaml", {})
     application, tuning = settings.application_settings(), settings.ingress_settings()
     assert ApplicationSettings.model_validate(application.model_dump(mode="json")) == application

@@ -1,4 +1,4 @@
-"""`octet simulate`, and the settings that autoscaling has."""
+"""The command `octet simulate`, and the settings of autoscaling."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def simulate(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["simulate", "--hours", "0.2", *arguments])
 
 
-def test_policies_side_by_side() -> None:
+def test_policies_are_compared() -> None:
     result = simulate("--policy", "queued-work", "--policy", "static:12", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
@@ -43,7 +43,7 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--workload", "weekly"), "--workload 'weekly': expected one of poisson"),
         (("--policy", "magic"), "--policy 'magic'"),
@@ -57,13 +57,13 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
         (("--config", str(LAPTOP), "--model", "other"), "--model 'other'"),
     ],
 )
-def test_mistakes_are_named(arguments: tuple[str, ...], said: str) -> None:
+def test_mistakes_are_named(arguments: tuple[str, ...], message: str) -> None:
     result = simulate(*arguments)
     assert result.exit_code == 1
-    assert said in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
-def test_numbers_of_a_policy_have_their_places() -> None:
+def test_numbers_of_a_policy_are_read_in_order() -> None:
     assert policy_of("ray-serve:1.5,0") == (
         "ray-serve",
         {"target_ongoing_requests": 1.5, "upscale_delay_s": 0.0},
@@ -85,7 +85,7 @@ def test_limits_follow_from_settings() -> None:
     fp8, fp16 = limits.pools["sd3.5-large-fp8-h100"], limits.pools["sd3.5-large-fp16-a100-80"]
     assert (fp8.min_replicas, fp8.max_replicas, fp16.min_replicas) == (1, 2, 1)
     assert fp8.speed == pytest.approx(1 / 3)  # three share a card
-    assert fp8.speed > fp16.speed > 0.1  # of the same work
+    assert fp8.speed > fp16.speed > 0.1  # in the same unit of work
     assert fp8.usd_h > 0
     assert limits.followers["Ingress"].max_replicas == 3
     assert set(limits.followers["TextEncoder-sd35"].pools) == set(limits.pools)
@@ -104,7 +104,7 @@ def test_replicas_that_share_a_card_share_its_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         (
             "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS",
@@ -117,6 +117,6 @@ def test_replicas_that_share_a_card_share_its_time() -> None:
         ("OCTET_AUTOSCALING_POLICY", "magic", "queued-work"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(name: str, value: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said.replace("(", r"\(")):
+def test_invalid_autoscaling_settings_are_refused(name: str, value: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
         load_settings(LAPTOP, {name: value})

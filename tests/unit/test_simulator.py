@@ -1,3 +1,5 @@
+"""The simulator: its replicas, nodes and workloads, and the policies to compare with."""
+
 import random
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def test_images_of_a_replica_take_turns_step_by_step() -> None:
     replica.leave(replica.next)
     assert replica.ends_at == 25.0 + 3 * 3.0
     replica.join("c", size=9, row_s=2.0, steps=1)
-    assert replica.ends_at == 25.0 + 6.0  # of another size: a step of its own
+    assert replica.ends_at == 25.0 + 6.0  # an image of another size takes a step of its own
 
 
 def test_a_request_waits_for_node_and_start_and_then_takes_its_time() -> None:
@@ -105,7 +107,7 @@ def test_empty_nodes_are_given_back_and_the_emptiest_is_emptied_first() -> None:
     assert outcome.usd == pytest.approx(1000 + 100 + 30, abs=5)
 
 
-def test_what_a_dead_replica_drew_is_drawn_again() -> None:
+def test_images_of_a_dead_replica_are_generated_again() -> None:
     machine = NodeType("h100", 1.0, node_s=0, start_s=1, replica_fails_s=40)
     workload = poisson(2.0, 600, ((SHAPE, 1.0),))
     outcome = run(workload, static(4), machine)
@@ -113,7 +115,7 @@ def test_what_a_dead_replica_drew_is_drawn_again() -> None:
     assert len(outcome.waits) == outcome.requests
 
 
-def test_a_node_that_is_taken_away_is_emptied_before_where_there_is_time() -> None:
+def test_a_node_that_is_taken_away_with_notice_is_drained_first() -> None:
     workload = poisson(2.0, 600, ((SHAPE, 1.0),))
     notice = NodeType("h100", 1.0, node_s=0, start_s=1, node_taken_s=100, notice_s=60)
     assert run(workload, static(4), notice).retried == 0
@@ -128,7 +130,7 @@ def test_tenants_share_through_the_fair_queue() -> None:
     light = [Arrival(40.1 + i, f"light{i}", SHAPE) for i in range(20)]
     arrivals = sorted([*flood, *light])
     outcome = run(Workload("two", 60.0, lambda _: arrivals), static(1))
-    # Each of the light ones is next; first come, first served would leave them all too late.
+    # Each light request is next in the fair queue; in order of arrival all would be too late.
     assert outcome.waits[-1] > 100 * IMAGE_S
     assert outcome.in_time >= 20
 
@@ -142,12 +144,13 @@ def test_the_same_seed_gives_the_same_result_and_a_warm_up_is_not_counted() -> N
     assert warm.usd < one.usd
 
 
-def test_a_policy_that_follows_the_load_beats_a_fleet_of_its_average() -> None:
-    workload = diurnal(60, HOUR_S, trough=0.02, mix=((SHAPE, 1.0),))
-    ours = run(workload, QueuedWork(ScalingLimits({"p": POOL})), warm_up_s=300)
-    assert ours.attainment > 0.97
-    same_cost = static(round(ours.replica_h * HOUR_S / (HOUR_S - 300)))
-    assert run(workload, same_cost, warm_up_s=300).violations > 2 * ours.violations
+def test_a_policy_that_follows_the_load_beats_a_fixed_fleet_of_the_same_cost() -> None:
+    span_s, warm_up_s = HOUR_S / 2, 300
+    workload = diurnal(60, span_s, trough=0.02, mix=((SHAPE, 1.0),))
+    following = run(workload, QueuedWork(ScalingLimits({"p": POOL})), warm_up_s=warm_up_s)
+    assert following.attainment > 0.97
+    same_cost = static(round(following.replica_h * HOUR_S / (span_s - warm_up_s)))
+    assert run(workload, same_cost, warm_up_s=warm_up_s).violations > 2 * following.violations
 
 
 # -- workloads ------------------------------------------------------------------------------------
@@ -156,16 +159,16 @@ def test_a_policy_that_follows_the_load_beats_a_fleet_of_its_average() -> None:
 @pytest.mark.parametrize(
     ("workload", "per_s"),
     [
-        (poisson(5, 4000), 5),
-        (diurnal(5, 4000), 3),
-        (spikes(0.5, 8 * HOUR_S), 0.84),
-        (on_off(2, 10 * HOUR_S), 2),
-        (heavy_tailed(6, 4000), 6),
-        (sparse(2, 20 * HOUR_S), 0.67),
+        (poisson(5, 2000), 5),
+        (diurnal(5, 2000), 3),
+        (spikes(0.5, 4 * HOUR_S), 0.84),
+        (on_off(2, 5 * HOUR_S), 2),
+        (heavy_tailed(6, 2000), 6),
+        (sparse(2, 10 * HOUR_S), 0.67),
     ],
     ids=lambda value: value.name if isinstance(value, Workload) else "",
 )
-def test_workloads_are_in_order_repeatable_and_as_dense_as_they_say(
+def test_workloads_are_in_order_and_repeatable_and_have_their_stated_rate(
     workload: Workload, per_s: float
 ) -> None:
     arrivals = list(workload.arrivals(3))
@@ -209,22 +212,22 @@ def test_a_trace_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
         trace(file)
 
 
-# -- those that are compared ----------------------------------------------------------------------
+# -- baseline policies ----------------------------------------------------------------------------
 
 
-def seen(ready: int, running: int, waiting: int = 0) -> PolicyView:
+def view(ready: int, running: int, waiting: int = 0) -> PolicyView:
     return PolicyView(Load([], {"p": Supply(ready)}), {"p": running}, waiting)
 
 
-def test_ray_serves_policy_waits_out_its_delays_on_our_clock() -> None:
+def test_ray_serves_policy_waits_out_its_delays_on_the_simulated_clock() -> None:
     ray = RayServe({"p": POOL}, 2.0, upscale_delay_s=30, downscale_delay_s=600)
-    assert ray(seen(0, 0), 0)["p"] == 0
-    assert ray(seen(0, 0, 4), 1)["p"] == 1  # from zero at once
-    wanted = [ray(seen(1, 2, 18), now)["p"] for now in range(2, 100)]
+    assert ray(view(0, 0), 0)["p"] == 0
+    assert ray(view(0, 0, 4), 1)["p"] == 1  # from zero without a delay
+    wanted = [ray(view(1, 2, 18), now)["p"] for now in range(2, 100)]
     first = next(i for i, n in enumerate(wanted) if n > 1)
     assert 28 <= first <= 40
     assert wanted[-1] == 10
-    wanted = [ray(seen(10, 4), now)["p"] for now in range(100, 900)]
+    wanted = [ray(view(10, 4), now)["p"] for now in range(100, 900)]
     falls = next(i for i, n in enumerate(wanted) if n < 10)
     assert 600 <= falls <= 640
     assert wanted[-1] == 2
@@ -232,33 +235,33 @@ def test_ray_serves_policy_waits_out_its_delays_on_our_clock() -> None:
 
 def test_the_queue_length_rule_doubles_at_most_and_remembers_five_minutes() -> None:
     keda = QueueLength({"p": POOL}, target=2)
-    assert keda(seen(0, 0, 1), 1)["p"] == 0  # it looks every 30 s
-    assert keda(seen(0, 0, 100), 30)["p"] == 5
-    assert keda(seen(5, 10, 90), 45)["p"] == 10
-    assert keda(seen(10, 20, 80), 60)["p"] == 20
+    assert keda(view(0, 0, 1), 1)["p"] == 0  # it decides every 30 s
+    assert keda(view(0, 0, 100), 30)["p"] == 5
+    assert keda(view(5, 10, 90), 45)["p"] == 10
+    assert keda(view(10, 20, 80), 60)["p"] == 20
     for now in range(61, 360):
-        assert keda(seen(20, 4), now)["p"] == 20
-    assert keda(seen(20, 4), 375)["p"] == 2
+        assert keda(view(20, 4), now)["p"] == 20
+    assert keda(view(20, 4), 375)["p"] == 2
     for now in range(376, 2000):
-        wanted = keda(seen(2, 0), now)["p"]
+        wanted = keda(view(2, 0), now)["p"]
     assert wanted == 0
 
 
 def test_the_oracle_has_replicas_ready_before_they_are_needed() -> None:
     arrivals = [(1000.0 + i / 10, 1.0) for i in range(3000)]
     oracle = Oracle({"p": POOL}, arrivals, 2000, start_s=60, spare=0.0, window_s=10)
-    wanted = [oracle(seen(0, 0), float(now))["p"] for now in range(2000)]
-    assert wanted[925] == 0  # a start, and half a window, before: no sooner
+    wanted = [oracle(view(0, 0), float(now))["p"] for now in range(2000)]
+    assert wanted[925] == 0  # not earlier than a start and half a window before
     assert wanted[945] == 10
     assert wanted[1290] == 10
     assert wanted[1320] == 0
 
 
-def test_the_most_of_the_next_values() -> None:
+def test_most_ahead_is_the_maximum_of_the_next_values() -> None:
     assert most_ahead([1, 5, 2, 0, 0, 3], 1) == [5, 5, 2, 0, 3, 3]
 
 
-def test_simulated_chance_is_not_the_tests_chance() -> None:
+def test_the_global_random_state_does_not_change_a_simulation() -> None:
     random.seed(1)
     first = run(poisson(2.0, 100), static(2))
     random.seed(2)

@@ -1,4 +1,4 @@
-"""Telemetry against a driver with faults, and this machine's real one."""
+"""Telemetry of a card, with a fake driver that has faults and with this machine's driver."""
 
 import pynvml
 import pytest
@@ -7,10 +7,10 @@ from cluster.telemetry import CardTelemetry, NoTelemetry, driver_version
 
 from .nvml import MIG_UUID, UUID, FakeNvml
 
-BARE = UUID.removeprefix("GPU-")  # as CUDA has it
+BARE = UUID.removeprefix("GPU-")  # the UUID in CUDA's form
 
 
-def test_a_card_says_what_it_does() -> None:
+def test_a_sample_has_the_readings_of_a_card() -> None:
     nvml = FakeNvml()
     card = CardTelemetry(BARE, nvml)
     nvml.busy_percent, nvml.used, nvml.milliwatts = 87, 3 * 2**30, 412_500
@@ -26,7 +26,7 @@ def test_a_card_says_what_it_does() -> None:
     assert card.sample()["utilisation_percent"] == 3
 
 
-def test_what_a_card_does_not_have_is_left_out() -> None:
+def test_readings_that_a_card_does_not_offer_are_left_out() -> None:
     """A consumer card: no ECC, no power reading, no events."""
     nvml = FakeNvml(
         unsupported=(
@@ -52,19 +52,19 @@ def test_a_partition_reports_its_memory_and_its_cards_rest() -> None:
 
 
 @pytest.mark.parametrize(("xid", "broken"), [(79, True), (48, True), (31, False), (13, False)])
-def test_faults_of_the_card_and_of_programs(xid: int, broken: bool) -> None:
+def test_faults_of_a_card_break_it_and_faults_of_programs_do_not(xid: int, broken: bool) -> None:
     nvml = FakeNvml()
     card = CardTelemetry(BARE, nvml)
     nvml.xids.append(xid)
     assert card.sample()["xid"] == xid
     assert bool(card.broken) is broken
     assert "xid" not in card.sample()
-    assert bool(card.broken) is broken  # it stays so
+    assert bool(card.broken) is broken  # the card stays broken
 
 
 def test_memory_errors_count_from_the_start() -> None:
     nvml = FakeNvml()
-    nvml.uncorrected = 2  # of before: the card has been reset or its rows remapped since
+    nvml.uncorrected = 2  # from before the card was reset or its rows were remapped
     card = CardTelemetry(BARE, nvml)
     card.sample()
     assert not card.broken
@@ -93,19 +93,17 @@ def test_a_lost_card_is_broken() -> None:
     assert "lost" in card.broken.lower()
 
 
-def test_a_hiccup_of_the_driver_is_not() -> None:
-    nvml = FakeNvml()
-    card = CardTelemetry(BARE, nvml)
+def test_a_failed_reading_does_not_make_a_card_broken() -> None:
+    class FailingPower(FakeNvml):
+        def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802 - NVML's name
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
 
-    def hiccup(_: str) -> int:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
-
-    nvml.nvmlDeviceGetPowerUsage = hiccup  # type: ignore[method-assign]
+    card = CardTelemetry(BARE, FailingPower())
     assert "power_watts" not in card.sample()
     assert not card.broken
 
 
-def test_without_a_driver_or_a_card_it_says_so() -> None:
+def test_a_missing_driver_or_card_is_an_error_with_the_reason() -> None:
     with pytest.raises(NoTelemetry, match="Not Found"):
         CardTelemetry(BARE, FakeNvml(installed=False))
     with pytest.raises(NoTelemetry, match="Not Found"):
@@ -113,7 +111,7 @@ def test_without_a_driver_or_a_card_it_says_so() -> None:
     assert driver_version(FakeNvml()) == "580.159.04"
 
 
-def test_this_machines_own_driver() -> None:
+def test_the_driver_of_this_machine() -> None:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

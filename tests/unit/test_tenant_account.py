@@ -1,4 +1,4 @@
-"""Rates, budgets and forecasts, as examples and for any sequence of events."""
+"""Rate limits, budgets and forecasts: examples, and any sequence of events."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_a_burst_then_the_rate() -> None:
     assert gcra.reset_s(0.5) == pytest.approx(1)
 
 
-def test_what_is_larger_than_a_burst_passes_when_nothing_else_did() -> None:
+def test_an_amount_above_the_burst_passes_when_the_whole_burst_is_left() -> None:
     gcra = Gcra(rate=1.0, burst=2.0)
     assert gcra.wait_s(10, 0.0) == 0
     gcra.take(10, 0.0)
@@ -57,7 +57,7 @@ def test_never_more_than_rate_and_burst_and_the_wait_is_true(
         assert taken <= burst + rate * now + 1e-6
 
 
-def test_standings_and_what_is_left_of_a_budget() -> None:
+def test_rate_limits_include_the_rest_of_the_budget() -> None:
     account = TenantAccount(
         Tenant(requests_per_s=2, request_burst=4, work_per_s=1, monthly_work=100)
     )
@@ -102,7 +102,7 @@ def test_changed_limits_do_not_forget_what_was_used() -> None:
 )
 def test_tenants_are_valid_by_construction(values: dict[str, float], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
-        Tenant(**values)  # type: ignore[arg-type]  # the point of it
+        Tenant(**values)  # type: ignore[arg-type]  # wrong values are the test
 
 
 def test_a_tenant_may_be_given_nothing() -> None:
@@ -112,26 +112,26 @@ def test_a_tenant_may_be_given_nothing() -> None:
 # -- forecasts ------------------------------------------------------------------------------------
 
 
-def test_alone_one_waits_for_ones_own() -> None:
+def test_a_tenant_alone_waits_for_its_own_work() -> None:
     assert wait_s(10, 1, [], speed=2) == 5
     assert wait_s(10, 1, [], speed=0) == math.inf
 
 
-def test_others_take_their_share_but_no_more_than_they_have() -> None:
+def test_other_tenants_take_their_share_but_no_more_than_their_work() -> None:
     assert wait_s(10, 1, [TenantDemand(1, 4, 0)], speed=1) == pytest.approx(14, rel=0.01)
     assert wait_s(10, 1, [TenantDemand(1, 1000, 0)], speed=1) == 20
     assert wait_s(10, 2, [TenantDemand(1, 1000, 0)], speed=1) == 15
 
 
 @pytest.mark.parametrize(("tenants", "load"), [(20, 0.9), (100, 0.8), (1000, 0.9), (1000, 0.99)])
-def test_many_who_ask_for_almost_all_there_is(tenants: int, load: float) -> None:
-    """3 are waited for; of what comes meanwhile the others take their part of the speed."""
+def test_many_tenants_may_ask_for_almost_all_capacity(tenants: int, load: float) -> None:
+    """A tenant waits for 3 s of work, and arriving work of the others takes part of the speed."""
     others = [TenantDemand(1, 0.0, load / tenants)] * tenants
     assert wait_s(3, 1, others, speed=1) == pytest.approx(3 / (1 - load), rel=0.05)
 
 
-def test_who_keeps_asking_keeps_its_share() -> None:
-    """Half of the speed is asked for by another one all the time."""
+def test_a_tenant_that_keeps_asking_keeps_its_share() -> None:
+    """Another tenant asks for half of the speed all the time."""
     assert wait_s(10, 1, [TenantDemand(1, 0, 0.5)], speed=1) == pytest.approx(20, rel=0.02)
     assert wait_s(10, 1, [TenantDemand(1, 0, 9)], speed=1) == pytest.approx(20)
     assert wait_s(10, 1, [TenantDemand(1, 0, 0.1)], speed=1) == pytest.approx(11.1, rel=0.02)
@@ -143,7 +143,7 @@ DEMANDS = st.lists(
 
 
 @given(own_s=st.floats(0.1, 100), weight=st.floats(0.1, 10), others=DEMANDS)
-def test_a_forecast_lies_between_ones_own_and_ones_share(
+def test_a_forecast_lies_between_the_time_alone_and_the_time_at_the_tenants_share(
     own_s: float, weight: float, others: list[TenantDemand]
 ) -> None:
     t = wait_s(own_s, weight, others, speed=1)
@@ -151,7 +151,7 @@ def test_a_forecast_lies_between_ones_own_and_ones_share(
     assert own_s <= t * 1.01
     assert t <= own_s / share * (1 + 1e-9)
     more = wait_s(own_s, weight, [*others, TenantDemand(1, 5, 1)], speed=1)
-    assert more >= t * 0.98  # both are found to a hundredth
+    assert more >= t * 0.98  # both are accurate to one hundredth
 
 
 def test_rates_fade() -> None:
@@ -163,7 +163,7 @@ def test_rates_fade() -> None:
     assert rate.per_s(100.0 + RATE_MEMORY_S) == pytest.approx(5 / math.e, rel=0.02)
 
 
-def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded() -> None:
+def test_forecasts_learn_their_typical_error_and_the_one_that_is_seldom_exceeded() -> None:
     accuracy = ForecastAccuracy()
     assert (accuracy.expected(2), accuracy.at_most(2)) == (2, 2)
     for i in range(3000):
@@ -173,11 +173,11 @@ def test_predictions_learn_their_usual_error_and_the_one_that_is_seldom_exceeded
     for _ in range(50):
         accuracy.learn(0.0, 1e9)
     assert 2 < accuracy.expected(1.0) <= accuracy.at_most(1.0) <= 4
-    accuracy.fade(1500.0)  # nobody is admitted, so nothing is learnt: it is forgotten
+    accuracy.fade(1500.0)  # without admitted calls nothing is learnt, and errors are forgotten
     assert accuracy.at_most(1.0) < 1.05
 
 
-def test_overheads_of_small_images_say_nothing_of_large_ones() -> None:
+def test_overheads_of_small_images_do_not_change_forecasts_of_large_ones() -> None:
     accuracy = ForecastAccuracy()
     for _ in range(100):
         accuracy.learn(0.05, 0.9)

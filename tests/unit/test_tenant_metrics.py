@@ -1,8 +1,6 @@
-"""However many tenants come and go, their labels stay few."""
+"""The number of tenant labels of metrics stays bounded."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 
@@ -12,13 +10,13 @@ from serve.dispatch.overview import TenantRow
 from ..builders import usage_record
 
 
-class Kept:
-    """A metric of Ray's that remembers what it was told."""
+class RecordedMetric:
+    """A stand-in for a metric of Ray that keeps its values in `found`."""
 
-    found: dict[str, dict[str, float]] = {}  # noqa: RUF012 - the tests' own
+    found: dict[str, dict[str, float]] = {}  # noqa: RUF012 - replaced by each test
 
     def __init__(self, name: str) -> None:
-        self.values = Kept.found.setdefault(name, {})
+        self.values = RecordedMetric.found.setdefault(name, {})
 
     def set(self, value: float, tags: dict[str, str]) -> None:
         self.values[tags["tenant"]] = value
@@ -30,20 +28,27 @@ class Kept:
 
 @pytest.fixture
 def found() -> dict[str, dict[str, float]]:
-    Kept.found = {}
-    return Kept.found
+    RecordedMetric.found = {}
+    return RecordedMetric.found
 
 
 def row(tenant: str, queued: int) -> TenantRow:
-    zeros: dict[str, Any] = {"weight": 1.0, "calls": 0, "running": 0, "spent": 0.0}
-    more = {"queued": queued, "queued_work": float(queued), "monthly_work": None}
-    return {"tenant": tenant, **zeros, **more}  # type: ignore[typeddict-item]  # all are there
+    return {
+        "tenant": tenant,
+        "weight": 1.0,
+        "calls": 0,
+        "running": 0,
+        "queued": queued,
+        "queued_work": float(queued),
+        "spent": 0.0,
+        "monthly_work": None,
+    }
 
 
-def test_those_with_most_are_named_and_the_others_are_together(
+def test_tenants_with_the_longest_queues_are_named_and_the_others_are_summed(
     found: dict[str, dict[str, float]],
 ) -> None:
-    metrics = TenantMetrics(Kept)
+    metrics = TenantMetrics(RecordedMetric)
     metrics.report([row(f"t{i}", i) for i in range(50)])
     queued = found["octet_tenant_queued"]
     assert len(queued) == MOST_NAMED + 1
@@ -51,8 +56,8 @@ def test_those_with_most_are_named_and_the_others_are_together(
     assert queued[OTHER] == sum(range(30))
 
 
-def test_many_who_come_and_go_leave_few_labels(found: dict[str, dict[str, float]]) -> None:
-    metrics = TenantMetrics(Kept)
+def test_many_tenants_that_come_and_go_leave_few_labels(found: dict[str, dict[str, float]]) -> None:
+    metrics = TenantMetrics(RecordedMetric)
     for i in range(500):
         metrics.charged(usage_record(f"c{i}", tenant=f"t{i}"))
         metrics.refused(f"t{i}", "queue_full")
@@ -63,8 +68,8 @@ def test_many_who_come_and_go_leave_few_labels(found: dict[str, dict[str, float]
     assert sum(found["octet_tenant_work"].values()) == 500
 
 
-def test_a_tenant_that_waits_no_more_is_set_to_nothing(found: dict[str, dict[str, float]]) -> None:
-    metrics = TenantMetrics(Kept)
+def test_a_tenant_without_queued_images_is_set_to_zero(found: dict[str, dict[str, float]]) -> None:
+    metrics = TenantMetrics(RecordedMetric)
     metrics.report([row("a", 5)])
     metrics.report([row(f"t{i}", 9) for i in range(MOST_NAMED)])
     assert found["octet_tenant_queued"]["a"] == 0

@@ -1,4 +1,4 @@
-"""The ledger: every line whole, every record once, every sum right after any end."""
+"""The ledger: whole lines, each record once, and right sums after any end of the process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ledger(tmp_path: Path) -> Iterator[UsageLedger]:
 
 
 def spent(folder: Path, now: float = NOW) -> dict[str, float]:
-    """As a process finds it that comes after a sudden end."""
+    """The sums that a new process reads after a sudden end of the last one."""
     copy = folder.parent / f"{folder.name}-copy"
     shutil.copytree(folder, copy)
     try:
@@ -52,7 +52,7 @@ def spent(folder: Path, now: float = NOW) -> dict[str, float]:
         shutil.rmtree(copy)
 
 
-def test_a_record_says_who_had_what(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_a_record_names_tenant_image_and_work(ledger: UsageLedger, tmp_path: Path) -> None:
     ledger.append([usage(1)], NOW)
     (record,) = read_usage(tmp_path)
     assert record == {
@@ -70,7 +70,7 @@ def test_a_record_says_who_had_what(ledger: UsageLedger, tmp_path: Path) -> None
     }
 
 
-def test_what_is_told_twice_is_written_once(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_a_record_sent_twice_is_written_once(ledger: UsageLedger, tmp_path: Path) -> None:
     assert ledger.append([usage(1), usage(1), usage(1, image=1)], NOW) == [
         usage(1),
         usage(1, image=1),
@@ -111,7 +111,7 @@ def test_every_cut_of_the_file_is_a_ledger(tmp_path: Path) -> None:
         for i in range(3):
             ledger.append([usage(i)], NOW)
     with closing(UsageLedger(tmp_path, NOW, file_bytes=1)) as ledger:
-        ledger.append([usage(3)], NOW)  # and a new file
+        ledger.append([usage(3)], NOW)  # in a new file
     with closing(UsageLedger(tmp_path, NOW)) as ledger:
         ledger.append([usage(4)], NOW)
     _, file = usage_files(tmp_path)
@@ -162,13 +162,13 @@ def test_a_full_disk_leaves_no_half_of_a_record(ledger: UsageLedger, tmp_path: P
     ledger.append([usage(1)], NOW)
     (file,) = usage_files(tmp_path)
     with full_disk(file.stat().st_size + 10), pytest.raises(OSError, match="No space"):
-        ledger.append([usage(2)], NOW)  # ten bytes of it are written
+        ledger.append([usage(2)], NOW)  # ten bytes of the record are written
     assert ledger.append([usage(2)], NOW) == [usage(2)]
     assert [r["call"] for r in read_usage(tmp_path)] == ["c1", "c2"]
 
 
 def test_a_foreign_file_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "backup.jsonl").write_text("not one of ours")
+    (tmp_path / "backup.jsonl").write_text("not a usage file")
     file = tmp_path / "2026-11-22T120000.000000.jsonl"
     for line in ("x", "5", "null", "{}", '{"time": 1}'):
         file.write_text('{"sums":{},"month":"2026-11"}\n' + line + "\n")
@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_begun_holds_nothing_up(ledger: UsageLedger, tmp_p
     assert ledger.append([usage(99)], DECEMBER)
     in_the_way.rmdir()
     assert len(usage_files(tmp_path)) == 1
-    assert spent(tmp_path, NOW) == {"acme": 1.5}  # whose clock is behind
+    assert spent(tmp_path, NOW) == {"acme": 1.5}  # with a clock that is behind
     assert spent(tmp_path, DECEMBER) == dict(ledger.spent) == {"acme": 1.5}
     ledger.append([usage(100)], DECEMBER)
     assert len(usage_files(tmp_path)) == 2
@@ -198,10 +198,10 @@ def test_a_clock_that_is_set_back_loses_nothing(ledger: UsageLedger, tmp_path: P
     assert spent(tmp_path) == {"acme": 60.0}
 
 
-def test_several_that_write_at_a_time_know_of_each_other(
+def test_two_ledgers_on_one_folder_read_each_others_records(
     ledger: UsageLedger, tmp_path: Path
 ) -> None:
-    """As when a Dispatcher moves, or one cluster takes over from another."""
+    """Two ledgers write at the same time when a Dispatcher moves or a cluster takes over."""
     ledger.append([usage(1), usage(2, "umbrella")], NOW)
     with closing(UsageLedger(tmp_path, NOW)) as second:
         assert second.spent == {"acme": 1.5, "umbrella": 1.5}
@@ -213,7 +213,7 @@ def test_several_that_write_at_a_time_know_of_each_other(
         assert second.charged_elsewhere() == set()
         assert ledger.append([usage(4)], NOW + 3) == []
         assert ledger.spent == second.spent
-        for i in range(5, 50):  # into other files, by both
+        for i in range(5, 50):  # both write, into several files
             (ledger if i % 3 else second).append([usage(i)], NOW + i)
         assert second.append([usage(i) for i in range(60)], NOW + 60) == [
             usage(0),
@@ -241,14 +241,16 @@ def test_another_writer_turns_the_month(ledger: UsageLedger, tmp_path: Path) -> 
     with closing(UsageLedger(tmp_path, NOW)) as second:
         second.append([usage(1)], NOW)
         second.append([usage(2)], DECEMBER)
-        ledger.append([usage(3)], DECEMBER - 1)  # its clock is behind
+        ledger.append([usage(3)], DECEMBER - 1)  # with a clock that is behind
         assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 3.0})
         assert len(usage_files(tmp_path)) == 2
         second.append([], DECEMBER)
-        assert dict(second.spent) == {"acme": 1.5}  # as its line says
+        assert dict(second.spent) == {"acme": 1.5}  # the record that its writer put into December
 
 
-def test_what_another_left_half_written_is_cut_off(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_a_half_written_line_of_another_writer_is_cut_off(
+    ledger: UsageLedger, tmp_path: Path
+) -> None:
     ledger.append([usage(1)], NOW)
     (file,) = usage_files(tmp_path)
     with file.open("ab") as other:
@@ -267,7 +269,7 @@ def test_a_file_that_was_moved_away_is_not_written_to(ledger: UsageLedger, tmp_p
     assert spent(tmp_path) == dict(ledger.spent) == {"acme": 3.0}
 
 
-def test_a_lock_that_is_not_let_go_is_an_error_and_no_more(tmp_path: Path) -> None:
+def test_a_lock_that_is_never_released_is_an_error_and_no_more(tmp_path: Path) -> None:
     ledger = UsageLedger(tmp_path, NOW, lock_s=0.05)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -289,5 +291,5 @@ def test_a_foreign_line_in_the_file_is_an_error_and_no_more(
     assert ledger.append([usage(1)], NOW) == [usage(1)]
 
 
-def test_others_cannot_read_it(ledger: UsageLedger, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_usage_files(ledger: UsageLedger, tmp_path: Path) -> None:
     assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}

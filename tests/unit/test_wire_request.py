@@ -1,18 +1,21 @@
+"""Request bodies: parsed fields, refused ones, and the files of their answers."""
+
 import inspect
 import json
+import statistics
 import struct
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from serve.api.wire.request import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
@@ -22,7 +25,7 @@ from serve.request import OutputFormat, Precision, StreamOptions
 from ..builders import laptop_settings
 
 SETTINGS = laptop_settings()
-TUNING = SETTINGS.ingress_settings()
+LIVE = SETTINGS.ingress_settings()
 
 
 def body(**fields: object) -> bytes:
@@ -30,7 +33,7 @@ def body(**fields: object) -> bytes:
 
 
 def test_defaults_come_from_the_model() -> None:
-    (request,) = parse(body(), TUNING).images
+    (request,) = parse(body(), LIVE).images
     assert request.model == "landscapes"
     assert request.size == "128x128"
     assert request.num_inference_steps == 28
@@ -40,17 +43,17 @@ def test_defaults_come_from_the_model() -> None:
 
 
 def test_image_i_has_seed_plus_i() -> None:
-    requests = parse(body(n=3, seed=10), TUNING, "call").images
+    requests = parse(body(n=3, seed=10), LIVE, "call").images
     assert [r.seed for r in requests] == [10, 11, 12]
     assert [r.id for r in requests] == ["call/0", "call/1", "call/2"]
 
 
-def test_seeds_are_drawn_when_none_is_given() -> None:
-    assert len({parse(body(), TUNING).images[0].seed for _ in range(8)}) == 8
+def test_a_random_seed_is_chosen_when_none_is_given() -> None:
+    assert len({parse(body(), LIVE).images[0].seed for _ in range(8)}) == 8
 
 
-def test_null_is_not_given() -> None:
-    (request,) = parse(body(size=None, n=None, seed=None, user=None), TUNING).images
+def test_null_means_not_given() -> None:
+    (request,) = parse(body(size=None, n=None, seed=None, user=None), LIVE).images
     assert request.size == "128x128"
 
 
@@ -95,21 +98,21 @@ def test_null_is_not_given() -> None:
         ({"sampler": "ddim"}, "sampler"),
     ],
 )
-def test_wrong_fields_are_named(fields: dict, param: str) -> None:
+def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse(body(**fields), TUNING)
+        parse(body(**fields), LIVE)
     assert caught.value.param == param
     assert caught.value.status == 400
 
 
 def test_every_parameter_of_the_openai_client_is_known() -> None:
     known = set(inspect.signature(openai.resources.Images.generate).parameters)
-    ours = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # the client's own
-    assert known - ours <= ImageGeneration.model_fields.keys()
+    of_client = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    assert known - of_client <= ImageGeneration.model_fields.keys()
 
 
-def test_what_cannot_change_the_picture_is_accepted() -> None:
-    plain = parse(body(seed=1), TUNING)
+def test_fields_that_cannot_change_the_image_are_accepted() -> None:
+    plain = parse(body(seed=1), LIVE)
     fields = {
         "user": "u",
         "safety_identifier": "s",
@@ -123,13 +126,13 @@ def test_what_cannot_change_the_picture_is_accepted() -> None:
         "size": "auto",
         "output_compression": 100,
     }
-    (request,) = parse(body(seed=1, **fields), TUNING).images
+    (request,) = parse(body(seed=1, **fields), LIVE).images
     assert replace(request, output_compression=None) == plain.images[0]
 
 
 @pytest.mark.parametrize("prompt", ["雪山上的月亮", "🌇🌊", "منظر جبلي", "x" * 32_000])
 def test_any_language_is_a_prompt(prompt: str) -> None:
-    assert parse(body(prompt=prompt), TUNING).images[0].prompt == prompt
+    assert parse(body(prompt=prompt), LIVE).images[0].prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -137,32 +140,36 @@ def test_any_language_is_a_prompt(prompt: str) -> None:
     [("promt", "prompt"), ("steps", "num_inference_steps"), ("guidance", "guidance_scale")],
 )
 def test_an_unknown_field_names_the_nearest(field: str, nearest: str) -> None:
-    raw = json.dumps({field: 1}).encode()  # the missing prompt is not what matters
+    # The unknown field is reported first, not the missing prompt.
+    raw = json.dumps({field: 1}).encode()
     with pytest.raises(InvalidRequest, match=f"did you mean '{nearest}'") as caught:
-        parse(raw, TUNING)
+        parse(raw, LIVE)
     assert caught.value.param == field
 
 
-def test_settings_let_unknown_fields_pass_and_say_which() -> None:
-    lenient = TUNING.model_copy(update={"ignore_unknown_fields": True})
-    asked = parse(body(sampler="ddim", n=1, **{"ä\n": 1}), lenient)
-    assert asked.ignored == ("sampler", "ä\n")
-    assert ignored_header(asked.ignored) == {"x-octet-ignored": "sampler, %C3%A4%0A"}
+def test_settings_may_allow_unknown_fields_and_their_names_are_returned() -> None:
+    lenient = LIVE.model_copy(update={"ignore_unknown_fields": True})
+    request = parse(body(sampler="ddim", n=1, **{"ä\n": 1}), lenient)
+    assert request.ignored == ("sampler", "ä\n")
+    assert ignored_header(request.ignored) == {"x-octet-ignored": "sampler, %C3%A4%0A"}
     assert ignored_header(()) == {}
     with pytest.raises(InvalidRequest, match="partial_images"):
         parse(body(partial_images=1), lenient)
 
 
-def test_a_stream_says_what_it_shows() -> None:
-    asked = parse(body(stream=True, partial_images=3, progress=True), TUNING)
-    assert (asked.stream, asked.options) == (True, StreamOptions(progress=True, partial_images=3))
-    asked = parse(body(progress=False), TUNING)
-    assert (asked.stream, asked.options) == (False, StreamOptions())
+def test_stream_options_are_parsed() -> None:
+    request = parse(body(stream=True, partial_images=3, progress=True), LIVE)
+    assert (request.stream, request.options) == (
+        True,
+        StreamOptions(progress=True, partial_images=3),
+    )
+    request = parse(body(progress=False), LIVE)
+    assert (request.stream, request.options) == (False, StreamOptions())
 
 
 def test_a_deadline_is_the_settings_or_shorter() -> None:
-    assert parse(body(), TUNING).timeout_s == TUNING.request_timeout_s
-    assert parse(body(timeout_s=2.5), TUNING).timeout_s == 2.5
+    assert parse(body(), LIVE).timeout_s == LIVE.request_timeout_s
+    assert parse(body(timeout_s=2.5), LIVE).timeout_s == 2.5
 
 
 @pytest.mark.parametrize("given", ["a", "A-z_0.9:x", "x" * 64])
@@ -179,15 +186,15 @@ def test_other_request_ids_do_not(given: str) -> None:
 
 def test_an_unknown_model_is_404() -> None:
     with pytest.raises(ModelNotFound, match="landscapes"):
-        parse(body(model="sdxl"), TUNING)
+        parse(body(model="sdxl"), LIVE)
 
 
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"prompt": "\\ud800"}', b"[" * 100_000]
 )
-def test_what_is_no_json_object_is_400(raw: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_400(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
-        parse(raw, TUNING)
+        parse(raw, LIVE)
 
 
 JSON = st.recursive(
@@ -200,13 +207,13 @@ FIELDS = ["prompt", "model", "n", "size", "seed", "guidance_scale", "precision",
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
-def test_any_json_is_a_request_or_a_400(fields: dict) -> None:
+def test_any_json_is_a_request_or_a_400(fields: dict[str, Any]) -> None:
     with suppress(InvalidRequest):
-        assert parse(json.dumps(fields).encode(), TUNING).images
+        assert parse(json.dumps(fields).encode(), LIVE).images
 
 
 def text_chunks(png: bytes) -> dict[str, str]:
-    """The texts of a PNG file, read without the library that wrote them."""
+    """The text chunks of a PNG file, read without the library that wrote them."""
     texts, at = {}, 8
     while at < len(png):
         (length,), kind = struct.unpack(">I", png[at : at + 4]), png[at + 4 : at + 8]
@@ -222,13 +229,13 @@ def text_chunks(png: bytes) -> dict[str, str]:
     return texts
 
 
-def test_a_png_tells_how_to_make_it_again() -> None:
+def test_a_png_holds_the_parameters_to_generate_it_again() -> None:
     (request,) = parse(
-        body(prompt="夜 🌕", negative_prompt="fog", seed=5, size="96x96"), TUNING
+        body(prompt="夜 🌕", negative_prompt="fog", seed=5, size="96x96"), LIVE
     ).images
     pixels = np.zeros((96, 96, 3), np.uint8)
     texts = text_chunks(encode_image(pixels, request, "bf16"))
-    (again,) = parse(texts["parameters"].encode(), TUNING).images
+    (again,) = parse(texts["parameters"].encode(), LIVE).images
     assert again.precision is Precision.FP16
     for field in ("model", "prompt", "negative_prompt", "size", "seed", "guidance_scale"):
         assert getattr(again, field) == getattr(request, field)
@@ -238,7 +245,7 @@ def test_a_png_tells_how_to_make_it_again() -> None:
     ("output_format", "magic"), [("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF"), ("png", b"\x89PNG")]
 )
 def test_files_are_of_the_format_asked_for(output_format: str, magic: bytes) -> None:
-    (request,) = parse(body(output_format=output_format), TUNING).images
+    (request,) = parse(body(output_format=output_format), LIVE).images
     assert encode_image(np.zeros((8, 8, 3), np.uint8), request, "fp8").startswith(magic)
 
 
@@ -246,7 +253,7 @@ def test_files_are_of_the_format_asked_for(output_format: str, magic: bytes) -> 
 def test_compression_makes_files_smaller(output_format: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     sizes = [
-        len(encode_image(pixels, parse(body(**fields), TUNING).images[0], "fp8"))
+        len(encode_image(pixels, parse(body(**fields), LIVE).images[0], "fp8"))
         for fields in (
             {"output_format": output_format, "output_compression": 10},
             {"output_format": output_format},
@@ -257,20 +264,26 @@ def test_compression_makes_files_smaller(output_format: str) -> None:
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def test_a_megabyte_of_unknown_fields_is_refused_faster_than_pydantic_would() -> None:
-    """The event loop waits for it: pydantic takes half a second to report them all."""
+def test_a_megabyte_of_unknown_fields_costs_little_more_than_reading_it() -> None:
+    """The event loop waits while a body is parsed.
+
+    Parsing takes about 3 times as long as `json.loads`. Reporting every field by pydantic takes 7
+    times as long, and a suggestion for each of them 270 times. CPU times of the thread are compared
+    in turns, so other processes do not matter.
+    """
     text = json.dumps({"prompt": "x", **{f"field{i}": 1 for i in range(55_000)}}).encode()
     assert len(text) > 900_000
 
-    def seconds(refuse: Callable[[], object], error: type[Exception]) -> float:
-        began = time.perf_counter()
-        with pytest.raises(error):
-            refuse()
-        return time.perf_counter() - began
+    def refuse() -> None:
+        with pytest.raises(InvalidRequest, match="unknown field 'field0'"):
+            parse(text, LIVE)
 
-    ours = min(seconds(lambda: parse(text, TUNING), InvalidRequest) for _ in range(3))
-    theirs = min(
-        seconds(lambda: ImageGeneration.model_validate_json(text), ValidationError)
-        for _ in range(3)
-    )
-    assert ours < theirs / 2
+    def cpu_s(work: Callable[[], object]) -> float:
+        began = time.thread_time()
+        work()
+        return time.thread_time() - began
+
+    pairs = [(cpu_s(lambda: json.loads(text)), cpu_s(refuse)) for _ in range(7)]
+    reading_s = statistics.median(reading for reading, _ in pairs)
+    refusing_s = statistics.median(refusing for _, refusing in pairs)
+    assert refusing_s < 5 * reading_s

@@ -33,12 +33,11 @@ from ..builders import DEMO_MODEL, ROOT
 from ..ports import free_port
 from ..redis_server import RedisServer
 from ..s3 import a_bucket, s3_server
-from .conftest import STORE_BYTES, landed, wait_for
+from .conftest import DASHBOARD_PORT, STORE_BYTES, landed, wait_for
 
 # Replicas find them as they do in a pod: in the environment, which Ray's nodes inherit from here.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
-DASHBOARD_PORT = free_port()
 PORT = free_port()
 URL = f"http://127.0.0.1:{PORT}"
 OVERLAY = ROOT / "k8s" / "overlays" / "mixed-gpu"
