@@ -5,8 +5,8 @@ SERVERS := redis-server prometheus
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
 
-.PHONY: install servers demo demo-check test check bench-engine bench-fairness bench-autoscaling \
-	bench-autoscaling-ray bench-repeats bench-gpu format clean
+.PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness \
+	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean
 
 install: $(INSTALLED)
 
@@ -41,13 +41,11 @@ servers:
 	@command -v kubectl >/dev/null || echo "tests of Kubernetes manifests are skipped: there is no kubectl"
 
 test: install .venv/reference servers
-	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest tests/integration
-	@# What is killed there is mostly waited for: the engine's tests run beside it, on one core.
-	@mkdir -p build; $(BIN)/python -m pytest tests/faults >build/faults.log 2>&1 & faults=$$!; \
-	trap "kill $$faults" INT TERM; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine; engine=$$?; \
-	wait $$faults; faults=$$?; cat build/faults.log; exit $$((engine || faults))
+	@bash tests/run.sh $(BIN)/python
+
+# Soaks and repetitions, which `make test` leaves out.
+test-long: install .venv/reference
+	$(BIN)/python -m pytest -m long tests
 
 check: install
 	$(BIN)/ruff format --check .
@@ -66,11 +64,11 @@ bench-fairness: .venv/bench
 bench-autoscaling: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling $(if $(QUICK),--quick)
 
-# The demo model on real Ray, from nothing and back; about 7 minutes.
+# The demo model on real Ray, from nothing and back; about 9 minutes.
 bench-autoscaling-ray: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling_ray
 
-# Repeated requests, from memory and through Redis; about 3 minutes.
+# Repeated requests, from memory and through Redis; about 4 minutes.
 bench-repeats: .venv/bench servers
 	$(BIN)/python -W ignore -m bench.repeats
 
@@ -86,5 +84,5 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

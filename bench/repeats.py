@@ -1,4 +1,4 @@
-"""Measure the result cache on the demo model over HTTP: `make bench-repeats`, about 3 minutes.
+"""Measure the result cache on the demo model over HTTP: `make bench-repeats`, about 4 minutes.
 
 Compares the time of a generated image with that of a repeated request, which the cache answers: in
 the Ingress's memory, or in Redis. Then Redis is stopped (SIGSTOP), so that it does not answer.

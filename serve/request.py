@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from .errors import InvalidRequest
 
@@ -38,19 +38,18 @@ class OutputFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What requests for a model may ask for at most.
+    """The largest and smallest values that requests for a model may ask for.
 
-    Sizes are the sides of an image in pixels; `max_pixels` is its area. `max_images` is the largest
-    `n` of one call. Raises `ValueError` for a limit that is not above 0.
+    Raises `ValueError` for a limit that is not above 0.
     """
 
-    min_size_px: int = 64
-    max_size_px: int = 2048
-    max_pixels: int = 2048 * 2048
-    max_steps: int = 100
-    max_guidance_scale: float = 30.0
-    max_images: int = 4
-    max_prompt_chars: int = 32_000
+    min_size_px: Annotated[int, "Smallest side of an image."] = 64
+    max_size_px: Annotated[int, "Largest side of an image."] = 2048
+    max_pixels: Annotated[int, "Largest area of an image."] = 2048 * 2048
+    max_steps: Annotated[int, "Largest number of denoising steps."] = 100
+    max_guidance_scale: Annotated[float, "Largest strength of guidance."] = 30.0
+    max_images: Annotated[int, "Largest number of images of one request, its `n`."] = 4
+    max_prompt_chars: Annotated[int, "Largest length of a prompt."] = 32_000
 
     def __post_init__(self) -> None:
         for field in fields(self):

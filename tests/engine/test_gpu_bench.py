@@ -96,7 +96,19 @@ def test_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_packing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ["--side", "64", "--steps", "1", "--seconds", "2", "--processes", "1", "2", "--slots", "2"]
+    arguments = [
+        "--side",
+        "64",
+        "--steps",
+        "1",
+        "--seconds",
+        "2",
+        "--processes",
+        "1",
+        "2",
+        "--slots",
+        "2",
+    ]
     found = run(packing.main, monkeypatch, tmp_path, *arguments)
     assert [(c["processes"], c["slots"]) for c in found["cells"]] == [(1, 2), (2, 2)]
     assert all(c["images_s"] > 0 and c["latency_p99_s"] > 0 for c in found["cells"])

@@ -205,17 +205,17 @@ def test_an_image_as_a_url(client: httpx.Client) -> None:
 
 
 def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningApplication) -> None:
-    """Ten answers come, one after the other, while every request is still open."""
-    body = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+    """Ten answers come, one after the other, while 200 requests stay open."""
+    body = {"prompt": "dunes", "num_inference_steps": 50, "guidance_scale": 1, "size": "64x64"}
 
     async def main() -> None:
         limits = httpx.Limits(max_connections=300)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-            work = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(200)]
-            await asyncio.to_thread(wait_for, lambda: octet.status().calls == 200)
+            work = [asyncio.create_task(client.post(GENERATE, json=body)) for _ in range(230)]
+            await asyncio.to_thread(wait_for, lambda: octet.status().calls > 210)
             for _ in range(10):
                 assert (await client.get("/health")).status_code == 200
-            assert not any(task.done() for task in work)
+            assert sum(not task.done() for task in work) >= 200
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)

@@ -129,8 +129,8 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
 def running_images(address: str, key: str) -> int:
     """The number of images that hold a slot, as an operator sees it."""
     headers = {"authorization": f"Bearer {key}"}
-    models = httpx.get(f"{address}/ready", headers=headers, timeout=10).json()["models"]
-    return sum(pool["running"] for pools in models.values() for pool in pools.values())
+    state = httpx.get(f"{address}/v1/state", headers=headers, timeout=10).json()
+    return sum(pool["running"] for pool in state["pools"].values())
 
 
 def generate(address: str, body: dict[str, Any], key: str, id: str | None = None) -> httpx.Response:

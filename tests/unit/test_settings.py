@@ -1,6 +1,6 @@
 """Settings files: valid examples, named faults, overrides, and the live settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,13 @@ import pytest
 import yaml
 
 from serve.errors import SettingsError
+from serve.settings import reference
 from serve.settings.application import ApplicationSettings, IngressSettings, Settings
 from serve.settings.file import load_settings
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from ..builders import ROOT
+
+EXAMPLES = ROOT / "examples"
 LAPTOP = EXAMPLES / "laptop.yaml"
 
 
@@ -205,3 +208,34 @@ def test_application_and_ingress_settings_survive_json() -> None:
     assert ApplicationSettings.model_validate(application.model_dump(mode="json")) == application
     assert IngressSettings.model_validate(tuning.model_dump(mode="json")) == tuning
     assert list(tuning.models) == [m.id for m in settings.models]
+
+
+def test_the_reference_in_the_docs_is_the_one_of_the_classes() -> None:
+    """`python -m serve.settings.reference` prints it."""
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert text.endswith(reference.reference())
+
+
+def test_the_reference_has_every_key_of_the_classes() -> None:
+    groups = reference.groups()
+    found = {f"{group}.{s.key}".lstrip(".") for group in groups for s in groups[group]}
+    for example in ("laptop", "sd35"):
+        data = yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text())
+        assert set(keys_in(data)) <= found
+    restarts = {s.key: s.restarts for s in groups[""]}
+    assert restarts["max_queued"] == "nothing"
+    assert restarts["s3"] == "every replica"
+    assert restarts["http"] == "`octet serve`"
+
+
+def keys_in(data: Any, prefix: str = "") -> Iterator[str]:
+    """The paths of all keys, `[]` for each entry of a list."""
+    if isinstance(data, list):
+        for entry in data:
+            if isinstance(entry, dict):
+                yield from keys_in(entry, f"{prefix}[]")
+    if isinstance(data, dict):
+        for name, value in data.items():
+            key = f"{prefix}.{name}".lstrip(".")
+            yield key
+            yield from keys_in(value, key)

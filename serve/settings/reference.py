@@ -1,0 +1,168 @@
+"""The reference of all settings as Markdown tables, made from the settings classes.
+
+`python -m serve.settings.reference` prints what docs/settings.md holds below its introduction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_type_hints
+
+from ..request import ModelLimits
+from .application import ApplicationSettings, LiveSettings, Settings
+from .models import LiveModelSettings
+
+REPLICAS, NOTHING, SERVER = "every replica", "nothing", "`octet serve`"
+UNITS = {
+    "_s": "s",
+    "_px": "px",
+    "_pixels": "px²",
+    "width": "px",
+    "height": "px",
+    "_gib": "GiB",
+    "_mib": "MiB",
+    "_bytes": "bytes",
+    "_chars": "characters",
+    "_cpus": "cores",
+    "_gpus": "GPUs",
+    "_steps": "steps",
+    "_length": "tokens",
+}
+
+
+class Setting(NamedTuple):
+    """One setting; `restarts` is what a change of it restarts."""
+
+    key: str
+    type: str
+    default: str
+    unit: str
+    meaning: str
+    restarts: str
+
+
+def groups() -> dict[str, list[Setting]]:
+    """The settings by the key that holds them, such as `models[].pools[]`; "" is the top level."""
+    schema = Settings.model_json_schema()
+    found: dict[str, list[Setting]] = {}
+    for group, restarts, part in _groups(schema, schema["$defs"]):
+        required = part.get("required", ())
+        found[group] = [
+            Setting(
+                name,
+                _type(value),
+                "required" if name in required else _default(value),
+                next((unit for end, unit in UNITS.items() if name.endswith(end)), ""),
+                _meaning(value, schema["$defs"]).replace("|", "\\|"),
+                restarts or _restarts(group, name),
+            )
+            for name, value in part["properties"].items()
+        ]
+    return found
+
+
+def reference() -> str:
+    """A Markdown table for each group of settings."""
+    lines: list[str] = []
+    for group, settings in groups().items():
+        lines += [f"## `{group}`" if group else "## The top level", ""]
+        lines += ["| key | type | default | unit | meaning | a change restarts |", "|---" * 6 + "|"]
+        for setting in settings:
+            cells = setting._replace(key=f"`{setting.key}`")
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _groups(
+    part: dict[str, Any], definitions: dict[str, Any], group: str = "", restarts: str = ""
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each group of settings: its key, what a change of any key in it restarts, and its schema."""
+    if part.get("title") == ModelLimits.__name__:
+        part = _with_descriptions_of_limits(part)
+    yield group, restarts, part
+    for name, value in part["properties"].items():
+        for inner, suffix in _inner(value, definitions):
+            key = f"{group}.{name}{suffix}" if group else f"{name}{suffix}"
+            # A model's keys differ in what they restart.
+            changed = "" if name == "models" else restarts or _restarts(group, name)
+            yield from _groups(inner, definitions, key, changed)
+
+
+def _inner(
+    value: dict[str, Any], definitions: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The schema of the keys below a setting, if it has any; `[]` stands for a list of them."""
+    options = [value, *value.get("anyOf", ())]
+    for option in options:
+        for reference, suffix in (
+            (option.get("$ref"), ""),
+            (option.get("items", {}).get("$ref"), "[]"),
+        ):
+            if reference:
+                yield definitions[reference.rpartition("/")[2]], suffix
+
+
+def _meaning(value: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A setting's description; pydantic leaves it out where its class says the same."""
+    texts = [value.get("description")]
+    texts += [inner["description"] for inner, _ in _inner(value, definitions)]
+    return " ".join(next(filter(None, texts)).split())
+
+
+def _with_descriptions_of_limits(part: dict[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(ModelLimits, include_extras=True)
+    return part | {
+        "properties": {
+            name: value | {"description": hints[name].__metadata__[0], "exclusiveMinimum": 0}
+            for name, value in part["properties"].items()
+        }
+    }
+
+
+def _restarts(group: str, name: str) -> str:
+    """What a change of a key restarts: the settings class that has the key decides."""
+    if group:
+        return NOTHING if name in LiveModelSettings.model_fields else REPLICAS
+    if name == "models":
+        return f"{REPLICAS}; `defaults` and `limits` {NOTHING}"
+    if name in LiveSettings.model_fields:
+        return NOTHING
+    return REPLICAS if name in ApplicationSettings.model_fields else SERVER
+
+
+def _type(value: dict[str, Any]) -> str:
+    """The type of a setting with its bounds, in words."""
+    options = [o for o in value.get("anyOf", [value]) if o.get("type") != "null"]
+    (option,) = options
+    if "enum" in option:
+        return ", ".join(f"`{one}`" for one in option["enum"])
+    if "$ref" in option:
+        return "keys below"
+    if option["type"] == "array":
+        least = " of one or more" if option.get("minItems") else ""
+        inner = "keys below" if "$ref" in option["items"] else "text"
+        return f"list{least}: {inner}"
+    names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
+    bounds = [
+        f"{sign} {option[key]:g}"
+        for key, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", "≥"),
+            ("maximum", "≤"),
+            ("exclusiveMaximum", "<"),
+        )
+        if key in option
+    ]
+    return " ".join([names[option["type"]], ", ".join(bounds)]).strip()
+
+
+def _default(value: dict[str, Any]) -> str:
+    if isinstance(value["default"], dict):
+        return "as below"
+    return f"`{json.dumps(value['default'])}`"
+
+
+if __name__ == "__main__":
+    print(reference())  # noqa: T201 - this is a command
