@@ -24,6 +24,7 @@ from typing import Any
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from serve.cli.main import DEMO_SETTINGS
+from serve.deployments import APPLICATION, DISPATCHER
 from serve.settings.file import load_settings
 
 from .fairness_report import table
@@ -152,7 +153,7 @@ def dispatcher(bench: Bench, seconds: float) -> dict[int, dict[str, float]]:
 
     from .timed import Driver
 
-    handle = bench.octet._dispatcher()
+    handle = serve.get_deployment_handle(DISPATCHER, APPLICATION)
     driver = serve.deployment(Driver).options(
         max_ongoing_requests=10, ray_actor_options={"num_cpus": 0.1}
     )
@@ -171,6 +172,7 @@ def dispatcher(bench: Bench, seconds: float) -> dict[int, dict[str, float]]:
             "ingress_cpu_ms": 1000 * driven["cpu_s"] / len(waits),
         }
     serve.delete("driver")
+    handle.shutdown()  # it would report to Ray for ever
     return found
 
 

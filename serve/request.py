@@ -21,7 +21,7 @@ MAX_SEED = 2**63 - 1
 
 
 class Precision(StrEnum):
-    """What a client may ask for; `fp16` names the 16-bit pool, whichever 16-bit type it runs."""
+    """The precision that a client asks for; `fp16` is the 16-bit pool, whichever type it runs."""
 
     AUTO = "auto"
     FP8 = "fp8"
@@ -161,7 +161,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """What a client wants to hear of an image before it is done.
+    """The events that a client wants before its image is done: previews and progress.
 
     `progress`: an event for queue positions and steps; `partial_images`: previews, 0 to 3.
     """
@@ -171,7 +171,7 @@ class StreamOptions:
 
 
 class Acknowledgement(StrEnum):
-    """What a replica says before anything else.
+    """The first messages of a replica about an image.
 
     First that it has received a request, then that it has started it. In between the request may
     wait until it is alone on the replica, or until another one that is alone has finished.

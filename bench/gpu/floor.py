@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cluster.structure import TOKEN_PX, Structure
 
 
-class CardRates(NamedTuple):
+class MeasuredRates(NamedTuple):
     """Rates of a card: floating-point operations per second, and bytes per second."""
 
     bf16: float
@@ -20,7 +20,7 @@ class CardRates(NamedTuple):
     bandwidth: float
 
 
-NOMINAL_H100 = CardRates(800e12, 1600e12, 3.35e12)
+NOMINAL_H100 = MeasuredRates(800e12, 1600e12, 3.35e12)
 
 
 def flops(s: Structure, rows: int, side_px: int, text_tokens: int) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def floor_s(
     rows: int,
     side_px: int,
     text_tokens: int,
-    rates: CardRates,
+    rates: MeasuredRates,
     *,
     fp8: bool,
     adaln_bytes: int = 2,

@@ -66,7 +66,7 @@ class Bench:
 
     @classmethod
     def here(cls, tiny: bool) -> Bench:
-        """This machine's GPU, or with `tiny` its CPU. Ends the program if there is no GPU."""
+        """A bench on this machine's GPU, with `tiny` on its CPU. Ends the program without a GPU."""
         if not tiny and not torch.cuda.is_available():
             raise SystemExit("this machine has no GPU: use --tiny to run small shapes on the CPU")
         return cls("cpu" if tiny else "cuda", tiny)

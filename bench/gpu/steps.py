@@ -30,7 +30,7 @@ from cluster.structure import TOKEN_PX, Structure, config, structure
 from serve.engine.compiled import prefer_attention, preferred, time_attention
 from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows, store_in_fp8
 
-from .floor import NOMINAL_H100, CardRates, floor_s
+from .floor import NOMINAL_H100, MeasuredRates, floor_s
 from .model import BF16, RESULTS, WAYS, Bench, Way, fill, save
 
 MODELS = "sd3.5-large", "sd3.5-medium"
@@ -52,7 +52,7 @@ class Clock:
 # -- the card -------------------------------------------------------------------------------------
 
 
-def rates(bench: Bench) -> CardRates:
+def rates(bench: Bench) -> MeasuredRates:
     """Rates that this card reaches in large matrix products of random numbers, and in a copy."""
     n = 256 if bench.tiny else SIDE_OF_RATES
     a, b = torch.randn(2, n, n, device=bench.device, dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def rates(bench: Bench) -> CardRates:
 
     source = torch.empty(n * n * 8, device=bench.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    return CardRates(
+    return MeasuredRates(
         bf16=2 * n**3 / bench.seconds(lambda: a @ b, 20),
         fp8=2 * n**3 / fp8_s,
         bandwidth=2 * source.nbytes / bench.seconds(lambda: target.copy_(source), 20),
@@ -110,7 +110,7 @@ Cell = tuple[int, int]  # side in pixels, and requests with guidance
 
 
 def cells(
-    bench: Bench, model: str, way: Way, card: CardRates, asked: list[Cell], clock: Clock
+    bench: Bench, model: str, way: Way, card: MeasuredRates, asked: list[Cell], clock: Clock
 ) -> Iterator[dict[str, Any]]:
     """Measure the cells one after the other.
 
@@ -269,7 +269,7 @@ def sqnr_db(bench: Bench, model: str) -> dict[str, float]:
 def report(found: dict[str, Any]) -> str:
     """The results as short text for a terminal."""
     lines = [" ".join(f"{k} {v}" for k, v in found["machine"].items())]
-    card = CardRates(*found["rates"])
+    card = MeasuredRates(*found["rates"])
     lines.append(
         f"bf16 {card.bf16 / 1e12:.0f} TFLOP/s, FP8 {card.fp8 / 1e12:.0f} TFLOP/s, "
         f"copy {card.bandwidth / 1e12:.2f} TB/s"

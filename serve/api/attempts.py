@@ -64,7 +64,7 @@ class NotStarted(Exception):
 
 @dataclass(slots=True)
 class _AttemptHistory:
-    """What became of an image's attempts so far, and the pools that it may go on in."""
+    """The failed attempts at an image so far, and the pools that its next attempt may use."""
 
     pools: Pools
     lost: int = 0  # attempts that ended with the death of their replica
@@ -142,7 +142,7 @@ class Attempts:
                 return GeneratedImage(replace(result, timings=timings), usage)
 
     def _usage(self, request: ImageRequest, call: OpenCall, index: int, pool: str) -> UsageRecord:
-        """What an image is charged if it is delivered; `pool`: where it was generated."""
+        """The charge of an image if it is delivered; `pool`: where it was generated."""
         work_s = call.request.images[index].work_s
         return usage_of(call, index, request, self._pools.precision_of(pool), work_s)
 

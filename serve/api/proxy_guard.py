@@ -43,7 +43,7 @@ HEALTH = {
 class ProxyGuard:
     """Removes the headers that steer Serve, and answers an unsafe `x-request-id` with 400.
 
-    Of Serve's own paths only /-/healthz is answered; it says whether this proxy works. If it does
+    It answers one path of Serve's own, /-/healthz, which says whether this proxy works. If it does
     not, or its node is about to go, responses close their connections: clients and gateways that
     keep connections would otherwise go on sending requests here.
     """

@@ -1,4 +1,4 @@
-"""What became of a request for images: one line of the log, and how it is counted."""
+"""The end of each request for images: one line of the log, and its counters."""
 
 from __future__ import annotations
 

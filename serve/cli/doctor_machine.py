@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was found on this machine.
+    """The cards, driver and software that were found on this machine.
 
     `free_gib`: free memory of the device. `compile_error`: empty if torch.compile works. `nvcc`:
     whether CUDA's compiler is on the path.

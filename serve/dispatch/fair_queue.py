@@ -29,7 +29,7 @@ SLACK = 64  # stale keys that a heap may hold, beside twice the number of waitin
 
 
 class Queueable(Protocol):
-    """What the queue needs to know of an item; the queue itself sets `number`."""
+    """The fields of an item that the queue reads; the queue itself sets `number`."""
 
     number: int  # order of arrival
 
@@ -145,7 +145,7 @@ class _PoolQueue(Generic[T]):
 
 @dataclass(slots=True)
 class _Backlog:
-    """What a tenant has waiting, in all pools together."""
+    """The items of one tenant that wait, in all pools together."""
 
     items: int = 0
     work_s: float = 0.0

@@ -28,7 +28,7 @@ FADE_S = 300.0  # time constant with which both return to 1
 
 
 class TenantDemand(NamedTuple):
-    """What one tenant asks of the pools in question."""
+    """The work that one tenant asks of the pools in question."""
 
     weight: float
     backlog_s: float

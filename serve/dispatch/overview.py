@@ -1,4 +1,4 @@
-"""What each tenant has under way and has used, as rows for people and metrics.
+"""Overview of tenants: their open work and their usage, as rows for people and metrics.
 
 Pure: imports the standard library and pure files only.
 """

@@ -113,7 +113,7 @@ class Release(NamedTuple):
 
 
 class SessionUpdate(NamedTuple):
-    """What happened at an Ingress since its last update, to be applied in this order."""
+    """The events at an Ingress since its last update, to be applied in this order."""
 
     usages: tuple[UsageRecord, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -146,7 +146,7 @@ class RateLimitStatus(NamedTuple):
 
 
 class AdmissionDecision(NamedTuple):
-    """Whether a call is admitted, or why it is refused.
+    """The answer to an admission request: the call is admitted, or refused for a reason.
 
     `eta_s`: seconds until the call is expected to be done. `retry_after_s`: seconds until it would
     be admitted, if that is known. `own_limit`: the tenant is over its own share or limit, so calls
@@ -204,7 +204,7 @@ DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | R
 
 
 class SessionMessage(NamedTuple):
-    """What the Dispatcher tells an Ingress at one time.
+    """The events that the Dispatcher sends to an Ingress at one time.
 
     `tenants`: the directory of all tenants, when a session begins and whenever it has changed.
     """
@@ -233,7 +233,7 @@ class StoppedImage(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a Generator replica says of itself.
+    """The report of a Generator replica about itself.
 
     `running_work_s`: what it still has to do, in its own seconds. `speed`: seconds of a reference
     replica's work that it does in a second. `node`: Ray's id of its node. `start_s`: what its own

@@ -64,7 +64,7 @@ class Scaling:
         return pool in self.placeable or (added and not (known and known.given_up))
 
     def report(self) -> ScalingReport:
-        """What Ray Serve is told.
+        """The report for Ray Serve: the wanted replicas of each deployment.
 
         Until this process has seen which replicas are there, only the fewest that there must be.
         """
@@ -72,7 +72,7 @@ class Scaling:
         return ScalingReport(wanted=numbers) if self._settled else ScalingReport(at_least=numbers)
 
     def load(self, now: float) -> Load:
-        """What the policy is told: demand by pools, supply of each pool, open requests."""
+        """The input of the policy: demand by pools, supply of each pool, open requests."""
         queued: dict[Pools, float] = {}
         since: dict[Pools, float] = {}
         for waiting in self._grants.queue:  # in order of arrival

@@ -28,7 +28,7 @@ CALM_S = 60.0  # without an out-of-memory error, after which batches may grow ag
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BatchCandidate:
-    """What the choice needs to know of an image; only images of one `kind` share a batch.
+    """An image as the choice of a batch sees it; only images of one `kind` share a batch.
 
     `max_rows` bounds the batches that the image leads, beside the common bound.
     """

@@ -24,7 +24,7 @@ READINGS = (  # names of the readings that become gauges
 
 
 class ReplicaCard:
-    """This process's part of its card's memory, and the readings of the card as metrics."""
+    """A replica's part of its card's memory, and the readings of the card as metrics."""
 
     def __init__(
         self,

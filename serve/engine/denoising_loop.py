@@ -75,7 +75,7 @@ OnEvent = Callable[[StepDone | PreviewPixels], None]
 
 @dataclass(slots=True)
 class LoopCounts:
-    """What the loop has done so far; the numbers only grow."""
+    """Counters of the loop's work so far; the numbers only grow."""
 
     steps: int = 0  # calls of the transformer
     rows: int = 0  # rows in these calls, without padding
@@ -164,7 +164,7 @@ class DenoisingLoop:
 
     @property
     def counts(self) -> LoopCounts:
-        """What the loop has done so far, with the out-of-memory errors of decoding."""
+        """The counters of the loop, with the out-of-memory errors of decoding."""
         decodes = self._decoding.out_of_memory
         return replace(self._counts, out_of_memory=self._counts.out_of_memory + decodes)
 

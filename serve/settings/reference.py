@@ -122,7 +122,7 @@ def _with_descriptions_of_limits(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restarts(group: str, name: str) -> str:
-    """What a change of a key restarts: the settings class that has the key decides."""
+    """The processes that a change of a key restarts; the class that has the key decides."""
     if group:
         return NOTHING if name in LiveModelSettings.model_fields else REPLICAS
     if name == "models":

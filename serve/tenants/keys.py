@@ -27,7 +27,7 @@ KeyDigests = dict[
 
 
 class TenantAccess(NamedTuple):
-    """What an Ingress has to know of a tenant; `digests`: SHA-256 of its keys, hexadecimal."""
+    """The part of a tenant that an Ingress needs; `digests`: SHA-256 of its keys, hexadecimal."""
 
     digests: tuple[str, ...]
     models: tuple[str, ...] | None = None  # None: all models
@@ -39,7 +39,7 @@ TenantDirectory = dict[str, TenantAccess]  # by tenant
 
 
 def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantDirectory:
-    """What Ingresses have to know of all tenants."""
+    """The access of all tenants, as Ingresses need it."""
     return {
         name: TenantAccess(
             tuple(key["sha256"] for key in keys.get(name, ())),

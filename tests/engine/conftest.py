@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def no_denormals() -> Iterator[None]:
-    """As in the replicas' threads; hypothesis cannot live with it, so not for good."""
+    """Flush denormals to zero, as replicas do, until the module ends: hypothesis refuses it."""
     import torch
 
     torch.set_flush_denormal(True)

@@ -41,7 +41,7 @@ def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- quantised checkpoints ------------------------------------------------------------------------
 
 
-def test_an_fp8_checkpoint_draws_the_same_picture_bit_for_bit(fp8_folder: Path) -> None:
+def test_an_fp8_checkpoint_generates_the_same_image_bit_for_bit(fp8_folder: Path) -> None:
     latents = []
     for folder in (DEMO_MODEL, fp8_folder):
         encoder = PromptEncoder(folder, ENCODER_RECIPES["t5-quanto"])
@@ -62,11 +62,13 @@ def test_its_t5_is_like_the_one_quantised_at_load(
 ) -> None:
     recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)
     there, made = (PromptEncoder(folder, recipe) for folder in (DEMO_MODEL, fp8_folder))
-    assert there.t5
-    assert made.t5
-    kinds = [{(p.dtype, p.device.type) for p in e.t5.parameters()} for e in (there, made)]
-    assert kinds == [{(recipe.dtype, "cpu")}] * 2
-    assert len(list(there.t5.parameters())) == len(list(made.t5.parameters()))
+    counts = []
+    for encoder in (there, made):
+        assert encoder.t5 is not None
+        parameters = list(encoder.t5.parameters())
+        assert {(p.dtype, p.device.type) for p in parameters} == {(recipe.dtype, "cpu")}
+        counts.append(len(parameters))
+    assert counts[0] == counts[1]
     exact = PromptEncoder(DEMO_MODEL).encode_prompts(["a city"], 32).tokens
     errors = [
         (encoder.encode_prompts(["a city"], 32).tokens - exact).abs().max()
@@ -189,7 +191,7 @@ def test_only_the_components_asked_for_are_read(fp8_folder: Path, tmp_path: Path
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """As much of the Hugging Face hub as its own client asks for: one repository, one revision."""
+    """A small Hugging Face hub with one repository at one revision, for the hub's own client."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)

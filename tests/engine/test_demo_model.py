@@ -28,7 +28,7 @@ def test_eight_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Den
 def test_a_picture_takes_a_few_seconds_on_one_core(
     operations: tuple[PromptEncoder, Denoiser],
 ) -> None:
-    """Of process time; generous, since other tests share the cores."""
+    """The limit is on process time and generous, because other tests share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -23,7 +23,7 @@ def fresh() -> Any:
 
 
 def run(main: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> Any:
-    """What a script writes."""
+    """Run a script and return the results that it writes."""
     monkeypatch.setattr("sys.argv", ["script", "--tiny", "--out", str(out), *args])
     main()
     (file,) = out.iterdir()

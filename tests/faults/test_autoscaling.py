@@ -1,7 +1,7 @@
 """A pool from nothing to several replicas and back on real Ray, under load over HTTP: through nodes
 that come late, a Dispatcher's death, a drain and updates no request fails.
 
-Replicas only wait in the place of drawing (`bench.timed`), so that two cores are enough.
+Replicas only wait instead of generating (`bench.timed`), so that two cores are enough.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def gcs() -> Any:
 
 
 def demanded() -> list[tuple[dict[str, float], dict[str, list[str]]]]:
-    """What waits for a node: resources and labels, as an autoscaler is told."""
+    """The resources and labels of replicas that wait for a node, as Ray's autoscaler sees them."""
     from ray.core.generated import autoscaler_pb2
 
     state = autoscaler_pb2.GetClusterResourceStateReply()
@@ -135,7 +135,7 @@ def add_node(cluster: Any) -> None:
 
 
 def drain(node_id: str) -> None:
-    """As KubeRay or a spot notice does: the node will go in a minute."""
+    """Announce that a node ends in a minute, as KubeRay or a spot notice does."""
     from ray.core.generated import autoscaler_pb2
 
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")

@@ -39,13 +39,13 @@ TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
 
 def a_want(model: str, steps: int, rows: int) -> PlannedModel:
-    """Of images so large that a T4 has no room for them."""
+    """A model whose images are so large that a T4 has no room for them."""
     shape = ImageShape(1024, 1024, 333, rows, steps)
     return PlannedModel(model, structure(model), shape, max_pixels=3 * 1024**2)
 
 
 def octet(*args: str) -> str:
-    """What the command prints."""
+    """Run an `octet` command and return its output."""
     command = [str(Path(sys.executable).parent / "octet"), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def octet(*args: str) -> str:
 
 
 def demo_settings(file: Path, planned: Plan) -> None:
-    """Both models drawn by the demo model, in the pools that were planned."""
+    """Write settings in which the demo model stands for both models, in the planned pools."""
     base = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
     (demo,) = base["models"]
     demo["source"]["location"] = str(ROOT / "demo" / "model")

@@ -1,4 +1,4 @@
-"""What `octet k8s render` makes for KubeRay runs: several nodes, deployed as the operator does.
+"""The config that `octet k8s render` writes runs on several nodes, deployed as KubeRay does.
 
 Nodes have the overlay's labels and cards that only Ray believes in, and replicas only wait
 (`bench.timed`), so that two cores are enough. S3, Redis, keys and Ray's REST API with its token are
@@ -45,7 +45,7 @@ NODES = "front", "front", "h100", "a100"
 
 
 class Operator:
-    """What KubeRay's operator asks of a cluster."""
+    """The requests that KubeRay's operator sends to a cluster."""
 
     def __init__(self) -> None:
         token = {"authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}

@@ -1,4 +1,4 @@
-"""What users see when a process is killed, and when settings change under load."""
+"""Requests of users while processes are killed and while settings change."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(
 
 
 def test_a_poison_request_costs_three_replicas_and_no_neighbour(url: str) -> None:
-    """Its third attempt is alone on its replica; images beside the others are drawn again."""
+    """The third attempt runs alone; images next to the first two are generated again."""
 
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:

@@ -280,7 +280,7 @@ CANARY = "canary-5e1b"
 
 
 def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
-    """Whether a request is right or wrong; one line tells how it ended."""
+    """Valid and invalid requests alike; one line of the log tells how each ended."""
     named = {"authorization": f"Bearer {CANARY}", "x-request-id": "watched"}
     bodies: list[dict[str, Any]] = [
         {"prompt": f"{CANARY} hills", "negative_prompt": CANARY, "seed": 23},

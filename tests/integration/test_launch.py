@@ -139,14 +139,14 @@ def generate(address: str, body: dict[str, Any], key: str, id: str | None = None
 
 
 def octet_command(*arguments: str) -> str:
-    """What a command prints; it has to succeed."""
+    """Run a command, which has to succeed, and return its output."""
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def announcement(demo: subprocess.Popen[str]) -> str:
-    """What the command prints once it is open for requests; a demo that hangs is killed."""
+    """Return the command's output until it is open for requests; kill it if it hangs."""
     assert demo.stdout
     lines: list[str] = []
     limit = threading.Timer(READY_WITHIN_S, demo.kill)

@@ -218,7 +218,8 @@ def _unknown_fields(body: bytes) -> tuple[str, ...]:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(data).__name__}")
-    return tuple(name for name in data if name not in ImageGeneration.model_fields)
+    known = ImageGeneration.model_fields
+    return tuple(name for name in data if name not in known)
 
 
 def _explain(error: ValidationError) -> InvalidRequest:

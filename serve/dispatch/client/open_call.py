@@ -39,7 +39,7 @@ class CallClient(Protocol):
 
 
 class CallSession(Protocol):
-    """What a call needs of its session."""
+    """The part of a session that an open call uses."""
 
     name: str
 
