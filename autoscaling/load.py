@@ -60,10 +60,10 @@ class PoolBounds:
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """A deployment that serves the pools, and whose number of replicas follows from them.
+    """A deployment that pools or clients depend on, and that is scaled with them.
 
-    It follows the replicas of `pools`. If `each` is not 0 it follows the open requests instead: one
-    replica for every `each` of them.
+    It has the same part of its `max_replicas` as `pools` have of theirs. If `each` is not 0, it has
+    one replica for every `each` open requests instead.
     """
 
     min_replicas: int

@@ -181,11 +181,11 @@ class QueueLength:
 class Oracle:
     """A policy that knows every request in advance, and orders replicas to be ready for it.
 
-    At any time it needs replicas for the mean rate of work within a window of `window_s` around
-    that time, plus `spare` standard deviations of the number of images that are generated at a
-    time. It keeps replicas that it will need again within the time of two starts. Both numbers are
-    tuned. So its cost shows the value of knowing the future, and does not prove that no policy is
-    cheaper.
+    At any time it has replicas for the mean rate of work within a window of `window_s` seconds
+    around that time, and a reserve for chance: `spare` standard deviations of the number of busy
+    replicas. It keeps a replica that it will need again within twice the time of a start.
+    `window_s` and `spare` are tuned. So its cost shows the value of knowing the future, and does
+    not prove that no policy is cheaper.
     """
 
     def __init__(

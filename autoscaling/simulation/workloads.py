@@ -126,10 +126,11 @@ def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> 
 
 
 def heavy_tailed(per_s: float, seconds: float) -> Workload:
-    """Bursts of requests, each of one tenant and with a Pareto-distributed length.
+    """Bursts of requests: all requests of a burst come at once and from one tenant.
 
-    The shapes are those of `HEAVY_TAILED`: few requests make up most of the work. `per_s`: the mean
-    rate.
+    The number of requests of a burst is Pareto-distributed. Their sizes and steps are chosen from
+    `HEAVY_TAILED`, so that few requests make up most of the work. `per_s`: the mean number of
+    requests per second.
     """
 
     def arrivals(seed: int) -> Iterator[Arrival]:

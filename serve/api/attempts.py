@@ -111,7 +111,8 @@ class Attempts:
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `on_progress` hears what `options` ask for. Raises any `OctetError` that is no refusal.
+        `on_progress` hears what `options` ask for. Raises an `OctetError` if the image cannot be
+        generated; the call was admitted before, so no error is a refusal of the call.
         """
         began = time.monotonic()
         history = _AttemptHistory(call.request.images[index].pools)
@@ -199,10 +200,10 @@ class Attempts:
         *,
         alone: bool,
     ) -> ImageResult:
-        """Call a Generator of the granted pool.
+        """Call a Generator of the granted pool; `alone`: with no other image beside this one.
 
-        Raises `NotStarted`; after the replica has started also what `REPLICA_LOST` lists, and
-        `RayTaskError` for what the Generator raised.
+        Raises `NotStarted` if no replica began the image. Once a replica has begun it, raises an
+        error of `REPLICA_LOST` if that replica died, and `RayTaskError` if the Generator raised.
         """
         generate = self._generators[lease.pool].generate
         stream = self._context.copy().run(generate.remote, request, lease, options, alone)

@@ -59,7 +59,10 @@ class SharedGeneration:
         store: Callable[[Sequence[ImageResult]], Awaitable[list[str]]],
         on_closed: Callable[[SharedGeneration], None],
     ) -> None:
-        """`store`: keeps images and returns their names. `on_closed` may be called repeatedly."""
+        """`store` keeps images and returns their names.
+
+        `on_closed` is called once no more clients can join, perhaps several times.
+        """
         self._first, self._attempts, self._requests = first, attempts, requests
         self._store, self._on_closed = store, on_closed
         self._participants = 0

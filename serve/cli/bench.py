@@ -262,8 +262,8 @@ def _bodies(
 ) -> Callable[[], Body]:
     """A function that returns the next request body; the same `seed` gives the same bodies.
 
-    `repeated`: the share of bodies with one of twenty pairs of prompt and seed. Raises
-    `SettingsError`.
+    `repeated`: the share of bodies that can be repeats, because they take their prompt and the
+    seed of their image from twenty fixed pairs. Raises `SettingsError` if all weights are 0.
     """
     rng = random.Random(seed)  # noqa: S311 - no secrets
     weights = [weight for _, weight in shapes]

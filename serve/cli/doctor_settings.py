@@ -128,7 +128,10 @@ def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
 
 
 def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
-    """GiB of the text encoders' weights and CUDA context; 0 if their structure is not known."""
+    """GiB that the text encoders' weights and a CUDA context take.
+
+    0 if the files that describe the encoders' structure are not on this machine.
+    """
     try:
         return encoder_gib(encoder, settings) - ENCODER_PEAK_GIB - WORKSPACE_GIB
     except SettingsError:

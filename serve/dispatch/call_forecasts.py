@@ -56,9 +56,10 @@ class CallForecasts:
         return self._accuracy.expected(predicted_s)
 
     def at_most_s(self, forecast: Forecast) -> float:
-        """Apply the learned error margin only to calls that must queue.
+        """The seconds until a call with this forecast is done, in 99 of 100 cases.
 
-        So past errors alone never refuse a call that finds a free slot.
+        Only a call that must queue gets the margin that was learned from wrong forecasts. So a call
+        that finds a free slot is never refused for the errors of earlier forecasts.
         """
         return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 

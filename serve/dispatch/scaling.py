@@ -102,9 +102,10 @@ class Scaling:
         )
 
     def _keep(self, pool: str, replicas: int, now: float) -> None:
-        """Stop granting to replicas that Ray Serve is going to stop.
+        """Let only `replicas` replicas of the pool get new images: Ray Serve will stop the others.
 
-        Serve may never see a number that was wanted for a moment only, and then stops nothing.
+        This takes effect after `SEEN_S` seconds. Serve looks from time to time and may miss a lower
+        number that was wanted for a moment, and then stops no replica.
         """
         self._recent[pool] = [
             (at, n) for at, n in self._recent.get(pool, ()) if now - at <= SEEN_S and n > replicas

@@ -93,7 +93,10 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeds:
-        """Encode prompts; `max_sequence_length`: T5's number of tokens (CLIP's is fixed)."""
+        """Encode prompts.
+
+        T5 cuts or pads each prompt to `max_sequence_length` tokens; CLIP's length is fixed.
+        """
         hidden, pooled = [], []
         for tokenizer, clip in zip(self.clip_tokenizers, self.clips, strict=True):
             out = clip(

@@ -153,7 +153,10 @@ def _check_tenant(folder: Path, name: str) -> None:
 
 
 def _new_key(keys: KeyDigests, name: str, kept: list[dict[str, str]]) -> str:
-    """Make a key, put its digest into `keys` after the `kept` ones, and return the key itself."""
+    """Make a new key of tenant `name`, and return it.
+
+    In `keys`, the tenant then has the digests `kept` and the new key's; other old keys are gone.
+    """
     from datetime import datetime
 
     key = f"octet_{name}_{secrets.token_hex(KEY_BYTES)}"

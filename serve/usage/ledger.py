@@ -123,7 +123,7 @@ class UsageLedger:
             self._file.truncate(self._end)  # an incomplete line, whose writer was killed
 
     def _was_replaced(self) -> bool:
-        """Whether records were erased from the file, which puts a new file in its place."""
+        """Whether another file has taken the place of the open one, as when records are erased."""
         assert self._path  # noqa: S101 - for the type checker
         present, opened = self._path.stat(), os.fstat(self._file.fileno())
         return present.st_ino != opened.st_ino or present.st_size < self._end

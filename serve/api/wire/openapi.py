@@ -234,7 +234,10 @@ def _cache_control() -> dict[str, Any]:
 
 
 def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:
-    """A path that answers with its status alone; `meanings`: what each HTTP status means."""
+    """Describe a path whose JSON answer has one field, `status`.
+
+    `operation`: its operationId. `meanings`: the meaning of each HTTP status.
+    """
     schema = {"type": "object", "required": ["status"], "properties": {"status": {}}}
     content = {"application/json": {"schema": schema}}
     responses = {str(s): {"description": m, "content": content} for s, m in meanings.items()}

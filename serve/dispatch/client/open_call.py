@@ -151,7 +151,10 @@ class OpenCall:
             )
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:
-        """Wait until these usage records are on disk. Raises `UsageUnrecorded`."""
+        """Have these usage records written, and wait until they are on disk.
+
+        Raises `UsageUnrecorded` if this takes longer than `record_s`.
+        """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = Recording(tuple(usages), done)
         self.session.record(self)
