@@ -159,7 +159,7 @@ def is_winter(image: Array, light: Array) -> bool:
 
 
 def has_dark_woods(image: Array, light: Array) -> bool:
-    """Whether the ground is dark green, and does not look like a city at night."""
+    """Whether the ground is dark green, and is not a city; `light`: the colour of the hour."""
     r, g, b = ground(image, light)
     return g > r and max(r, g, b) < 0.45 and not is_city(image, light)
 

@@ -111,8 +111,9 @@ class Attempts:
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `on_progress` hears what `options` ask for. Raises an `OctetError` if the image cannot be
-        generated; the call was admitted before, so no error is a refusal of the call.
+        `on_progress` hears what `options` ask for. Raises an `OctetError` if no pool can generate
+        the image or its last attempt failed, and `RayTaskError` for an unexpected error of the
+        Generator.
         """
         began = time.monotonic()
         history = _AttemptHistory(call.request.images[index].pools)
@@ -202,8 +203,9 @@ class Attempts:
     ) -> ImageResult:
         """Call a Generator of the granted pool; `alone`: with no other image beside this one.
 
-        Raises `NotStarted` if no replica began the image. Once a replica has begun it, raises an
-        error of `REPLICA_LOST` if that replica died, and `RayTaskError` if the Generator raised.
+        Raises `NotStarted` if no replica began the image, or if the replica gave it up. Raises an
+        error of `REPLICA_LOST` if a replica died that had begun it, and `RayTaskError` if the
+        Generator raised.
         """
         generate = self._generators[lease.pool].generate
         stream = self._context.copy().run(generate.remote, request, lease, options, alone)

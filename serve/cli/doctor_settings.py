@@ -130,7 +130,7 @@ def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
 def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
     """GiB that the text encoders' weights and a CUDA context take.
 
-    0 if the files that describe the encoders' structure are not on this machine.
+    0 if the structure of their models is not known.
     """
     try:
         return encoder_gib(encoder, settings) - ENCODER_PEAK_GIB - WORKSPACE_GIB

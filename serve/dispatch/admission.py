@@ -2,11 +2,12 @@
 
 The checks, in this order: the tenant exists · the server is not stopping · request id · request
 rate · possible pools · open requests · work rate · budget · queue length, the tenant's own and all
-· deadline. A call that fails a check takes nothing from any limit, except its place in the request
-rate.
+· deadline. The first check that a call fails refuses it. A refused call uses up nothing of any
+limit, except that a call which has passed the request rate's check counts for that rate.
 
-A tenant may queue `OWN_SHARE` times as many images as there are places left, so that even many
-floods together leave room for others (dynamic thresholds: Choudhury & Hahne 1998).
+A tenant may have at most `OWN_SHARE` times as many images in the queue as the queue has places
+left. So even several tenants that flood the queue together leave room for the others (dynamic
+thresholds: Choudhury & Hahne 1998).
 
 Time is an argument, in seconds on any steady clock.
 
@@ -32,7 +33,11 @@ OWN_SHARE = 4  # places that a tenant may take for each place that is left
 
 @dataclass(slots=True, eq=False)
 class AdmittedCall:
-    """An open call; `reserved` is the work that it may still be charged."""
+    """An open call.
+
+    `opened`: the time of its admission. `predicted_s`: the forecast of its duration, until the
+    forecast has been compared with the real one. `reserved`: the work that it may still be charged.
+    """
 
     session: str
     id: str
@@ -44,7 +49,10 @@ class AdmittedCall:
 
 
 class Arrivals(NamedTuple):
-    """Work that has arrived for the same pools since the start, and the sum of its squares."""
+    """The work of all images that have arrived for the same pools since the start.
+
+    `squares`: the sum of the squares of each image's work, from which its variance follows.
+    """
 
     work_s: float = 0.0
     squares: float = 0.0
@@ -66,7 +74,7 @@ class _RefusedError(Exception):
 
     @property
     def for_want_of_replicas(self) -> bool:
-        """Whether more replicas could have answered the call."""
+        """Whether the call would have been admitted with more replicas."""
         if self.reason == "queue_full":
             return not self.own_limit
         return self.reason == "deadline_unreachable" and self.retry_after_s is not None
@@ -97,7 +105,7 @@ class Admission:
     # -- tenants --------------------------------------------------------------------------------
 
     def set_tenants(self, tenants: Mapping[str, Tenant]) -> None:
-        """Replace the tenants and their limits; what they have used stays used."""
+        """Replace the tenants and their limits; what each has used so far still counts."""
         self._known = tenants
         self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
         for name, tenancy in self._tenancies.items():
@@ -105,7 +113,7 @@ class Admission:
                 tenancy.account.change(tenants[name])
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
-        """Begin a month: `spent` work by tenant so far, and the time at which it ends."""
+        """Begin a month. `spent`: each tenant's work in it so far; `ends`: the time of its end."""
         self.month_ends = ends
         for name in {*self._tenancies, *spent}:
             self.account(name).spent = spent.get(name, 0.0)
@@ -127,7 +135,7 @@ class Admission:
     # -- calls ----------------------------------------------------------------------------------
 
     def open(self, session: str, request: AdmissionRequest, now: float) -> AdmissionDecision:
-        """Admit a call or refuse it; the images of an admitted call are then to be queued."""
+        """Admit a call or refuse it; the caller then queues the images of an admitted call."""
         account = self.account(request.tenant)
         predicted_s = None
         try:
@@ -159,9 +167,10 @@ class Admission:
         return self._request_ids.get((tenant, request_id))
 
     def hold(self, session: str, usage: UsageRecord) -> float:
-        """Hold this image's part of the call's reservation until `free`; returns its work.
+        """Move the work of an image from its call's reservation to a charge that is being written.
 
-        The held work outlives the call: it is what a charge that is being written may cost.
+        Returns the work that is held; `free` must give it back. The held work stays reserved even
+        if the call ends meanwhile, so the tenant's budget cannot be spent twice.
         """
         call = self._calls.get((session, usage.call))
         held = min(usage.work_s, call.reserved) if call else 0.0
@@ -174,14 +183,18 @@ class Admission:
         self.account(tenant).reserved -= held
 
     def spend(self, session: str, usage: UsageRecord, spent: float | None, now: float) -> None:
-        """Count a charged image; `spent`: the tenant's sum of the month, if somebody else sums."""
+        """Count a charged image for its tenant.
+
+        `spent`: the tenant's charged work of the month, if the caller knows it from the usage
+        ledger. If it is None, this method adds the image's work to the sum itself.
+        """
         account = self.account(usage.tenant)
         account.spent = account.spent + usage.work_s if spent is None else spent
         if call := self._calls.get((session, usage.call)):
             self._learn(call, now)
 
     def end(self, session: str, call_id: str, now: float) -> None:
-        """Close a call: it was answered, or nobody waits for it any more."""
+        """Close a call that was answered, or that nobody waits for any more."""
         if call := self._calls.pop((session, call_id), None):
             if call.predicted_s is not None and now - call.opened > call.predicted_s:
                 self._learn(call, now)  # it took at least this long
@@ -202,7 +215,7 @@ class Admission:
         return len(self._calls)
 
     def forget(self, now: float, passed_s: float) -> None:
-        """Let what was learned from past calls fade by `passed_s` seconds."""
+        """Let what was learned from past calls fade, because `passed_s` seconds have passed."""
         self._forecasts.forget(now, passed_s)
 
     def _learn(self, call: AdmittedCall, now: float) -> None:
@@ -213,9 +226,10 @@ class Admission:
     # -- checks ---------------------------------------------------------------------------------
 
     def _check(self, request: AdmissionRequest, account: TenantAccount, now: float) -> float | None:
-        """Predicted seconds until the call is done; None without a prediction.
+        """Check a call against all limits; returns the predicted seconds until it is done.
 
-        Raises `_RefusedError` for the first check that the call does not pass.
+        Returns None if there is nothing to predict from: the call has no images, or none of its
+        pools has a replica. Raises `_RefusedError` for the first check that the call fails.
         """
         tenant, images = account.tenant, request.images
         if self._known is not None and request.tenant not in self._known:
@@ -235,7 +249,7 @@ class Admission:
             ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
             later_s = max(min(ends, default=0.0), 1.0) if tenant.max_requests else None
             raise _RefusedError("rate_limit_exceeded", later_s, own_limit=True)
-        if not images:  # they are in the result cache, or generated for another call
+        if not images:  # its images are in the result cache, or generated for another call
             return None
         if account.work and (late_s := account.work.wait_s(request.work_s, now)):
             raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)

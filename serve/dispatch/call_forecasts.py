@@ -56,10 +56,10 @@ class CallForecasts:
         return self._accuracy.expected(predicted_s)
 
     def at_most_s(self, forecast: Forecast) -> float:
-        """The seconds until a call with this forecast is done, in 99 of 100 cases.
+        """The most seconds that a call with this forecast should take until it is done.
 
-        Only a call that must queue gets the margin that was learned from wrong forecasts. So a call
-        that finds a free slot is never refused for the errors of earlier forecasts.
+        For a call that must queue this holds in 99 of 100 cases, as learned from earlier forecasts.
+        A call that finds a free slot is never refused for the errors of earlier forecasts.
         """
         return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 

@@ -1,9 +1,10 @@
 """The Dispatcher deployment: the one owner of queue and limits, exactly one replica, no GPU.
 
-It joins `Admission` and `Grants` with a clock and a network. Each Ingress opens a session, a stream
-on which decisions and grants arrive in batches, and sends its updates in batches. Each Generator
-reports itself by heartbeat. Other files do the rest: `metering` charges tenants, `scaling` decides
-on replicas, `node_watch` looks at the cluster, `upkeep` does what is due with every heartbeat.
+The Dispatcher joins `Admission` and `Grants` with a clock and a network. Each Ingress opens a
+session: a stream on which the Dispatcher sends decisions and grants in batches. The Ingress sends
+its own updates in batches by `tell`. Each Generator reports its state by heartbeat. Other files do
+the rest: `metering` charges tenants, `scaling` decides how many replicas there should be,
+`node_watch` reads the cluster's nodes, and `upkeep` does the periodic work.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ SCALINGS = {"queued-work": Scaling, "ray-default": RayDefaultScaling}  # by `aut
 
 
 class Dispatcher:
-    """The Dispatcher's calls; `serve.dispatch.client.session` is the other end of a session."""
+    """The methods that Ingresses, Generators, operators and Ray Serve call on the Dispatcher.
+
+    `serve.dispatch.client.session` is the Ingress's end of a session.
+    """
 
     def __init__(
         self,
@@ -64,11 +68,13 @@ class Dispatcher:
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
         timing: Timing = TIMING,
     ) -> None:
-        """`pools`: what a replica of each pool needs of a node; `limits`: how many there may be.
+        """Start the Dispatcher and its background tasks; needs a running event loop.
 
-        `read_nodes` may block. Without `tenants_folder` any tenant may call, without `usage_folder`
-        usage is counted until this process ends. Raises `SettingsError`, `OSError` and `ValueError`
-        for what is wrong in these folders.
+        `pools`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
+        may have. `read_nodes` returns the cluster's nodes, and may block. Without `tenants_folder`
+        any tenant may call. Without `usage_folder` usage is counted in memory only, and is lost
+        when this process ends. Raises `SettingsError`, `OSError` or `ValueError` if a folder
+        cannot be read or holds a wrong file.
         """
         self._timing = timing
         self.grants = Grants(
@@ -94,7 +100,7 @@ class Dispatcher:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._apply_tenants(self._tenants)
         self._grants_from = now + timing.recovery_s
-        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before that
+        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before `_grants_from`
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
@@ -113,13 +119,16 @@ class Dispatcher:
         asyncio.get_running_loop().call_later(timing.recovery_s, self._begin)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply parts of `LiveSettings`; called by Ray Serve at the start and on changes."""
+        """Apply the queue's length and the autoscaling settings of `LiveSettings`.
+
+        Ray Serve calls this at the start and whenever the settings change.
+        """
         self.admission.max_queued = user_config["max_queued"]
         settings = AutoscalingSettings.model_validate(user_config.get("autoscaling", {}))
         self.scaling.tune(PolicyTuning(**settings.model_dump()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The scaling report; called by Ray Serve for `autoscaling.ray_policy`."""
+        """Return the scaling report, which Ray Serve fetches for `autoscaling.ray_policy`."""
         return self.scaling.report().as_stats()
 
     # -- Ingresses ------------------------------------------------------------------------------
@@ -127,10 +136,12 @@ class Dispatcher:
     async def session(
         self, session: str, calls: list[AdmissionRequest], running: list[RunningImage]
     ) -> AsyncIterator[SessionMessage]:
-        """Open a session with the calls that are open and the images that run at an Ingress.
+        """Open an Ingress's session, and yield the messages for that Ingress.
 
-        Opening a session again replaces it. The stream ends when the session expires or is
-        replaced.
+        `session`: the name that the Ingress has chosen. `calls` and `running`: the calls and the
+        running images that the Ingress already has, after a restart of the Dispatcher. Opening a
+        session under the same name replaces the earlier one. The stream ends when the session
+        expires or is replaced.
         """
         self.end_session(session)
         stream = self.sessions.open(session)
@@ -146,7 +157,7 @@ class Dispatcher:
                 self.end_session(session)
 
     async def tell(self, session: str, update: SessionUpdate) -> bool:
-        """Apply an Ingress's update. False if its session is not open."""
+        """Apply an Ingress's update. Returns False, without doing so, if its session is not open."""
         now = time.monotonic()
         if not self.grants.heard_from(session, now):
             return False
@@ -169,9 +180,10 @@ class Dispatcher:
         return True
 
     async def cancel(self, tenant: str, request_id: str) -> bool | None:
-        """End a tenant's call by its request id, at whichever Ingress; False if there is none.
+        """Tell the Ingress that has a tenant's call to cancel it.
 
-        None right after a start, when an Ingress may not yet have said that it has such a call.
+        Returns True if the call was found, and False if no Ingress has it. Right after a start it
+        returns None for a call that is not found, because its Ingress may not have reported yet.
         """
         if (call := self.admission.find(tenant, request_id)) is None:
             return None if time.monotonic() < self._grants_from else False
@@ -179,7 +191,7 @@ class Dispatcher:
         return True
 
     def end_session(self, session: str) -> None:
-        """Close a session: its images leave the queue, its slots are free, its calls are closed."""
+        """Close a session: remove its images from the queue, free its slots, close its calls."""
         self.grants.close(session)
         self.admission.end_session(session, time.monotonic())
         self._early = [early for early in self._early if early[0] != session]
@@ -193,7 +205,11 @@ class Dispatcher:
         running: Iterable[Lease] = (),
         stopped: Iterable[StoppedImage] = (),
     ) -> HeartbeatReply:
-        """Note the heartbeat of a Generator, the leases that it runs and what it has stopped."""
+        """Note the heartbeat of a Generator, and answer it.
+
+        `running`: the leases of the images that the Generator runs. `stopped`: the images that it
+        has stopped since its last heartbeat.
+        """
         now = time.monotonic()
         self.grants.report_replica(heartbeat, now, running)
         for report in stopped:
@@ -215,7 +231,10 @@ class Dispatcher:
         )
 
     async def overview(self) -> dict[str, Any]:
-        """`state`, faults of the tenants' files, and a row for each tenant: for `octet top`."""
+        """Return what `octet top` shows: the fields of `state`, `faults` and `tenants`.
+
+        `faults`: what is wrong in the tenants' files. `tenants`: one row for each tenant.
+        """
         status = await self.state()
         return {
             **status.as_json(),
@@ -224,9 +243,10 @@ class Dispatcher:
         }
 
     async def drain(self) -> int:
-        """Refuse new calls from now on; returns how many calls and images are still open.
+        """Refuse new calls from now on. Returns the number of open calls and images together.
 
-        At least one right after a start, when Ingresses have not yet said what they have.
+        Right after a start the number is at least 1, because Ingresses may not have reported their
+        calls yet.
         """
         self.admission.draining = True
         unheard = time.monotonic() < self._grants_from
@@ -234,7 +254,11 @@ class Dispatcher:
         return self.grants.queue_depth + running + self.admission.open_calls + unheard
 
     async def check_health(self) -> None:
-        """Raise `RuntimeError` if a task has ended: leases would never expire. For Ray Serve."""
+        """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
+
+        Without its tasks the Dispatcher would, for example, never let a lease expire. Ray Serve
+        restarts an unhealthy replica.
+        """
         if any(task.done() for task in self._tasks):
             raise RuntimeError("sessions, replicas, nodes, tenants or usage are without their task")
 
@@ -255,7 +279,10 @@ class Dispatcher:
     # -- calls and images -----------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Admit the calls that came early: by now every Ingress has said what it has."""
+        """Decide on the calls that arrived before `recovery_s` was over, and begin to grant.
+
+        By now every Ingress has had time to report its open calls and running images.
+        """
         self._grants_from = min(self._grants_from, time.monotonic())  # timers may fire early
         early, self._early = self._early, []
         for session, request in early:
@@ -294,7 +321,10 @@ class Dispatcher:
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:
-        """Report queue positions soon and all at once: finding them takes long in a long queue."""
+        """Report all queue positions after `positions_s`, if one of `images` wants to hear its own.
+
+        The reports are collected because finding the positions takes long in a long queue.
+        """
 
         def report() -> None:
             self._positions_due = False

@@ -66,7 +66,7 @@ class ForecastAccuracy:
         self._mean = self._quantile = 1.0
 
     def learn(self, predicted_s: float, took_s: float) -> None:
-        """Learn from a call: the predicted and the real time until it was done, in seconds."""
+        """Learn from a call: its real ÷ its predicted time until it was done, both in seconds."""
         ratio = min(max(took_s, 1.0) / max(predicted_s, 1.0), MAX_RATIO)
         self._mean += MEAN_STEP * (ratio - self._mean)
         self._quantile += QUANTILE_STEP * (QUANTILE if ratio > self._quantile else QUANTILE - 1)

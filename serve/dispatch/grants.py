@@ -1,13 +1,13 @@
 """Grants of free slots to waiting images: the Dispatcher's state, without clock, network or Ray.
 
-A *slot* is room for one image in a pool: replicas × slots each, as the replicas report themselves.
-A *grant* gives a free slot to the image that is next by fairness (`fair_queue`) among those that
-may use it. Binding is late, so an image never waits while a pool that it allows has a free slot. A
-grant is a lease of the *session* (one Ingress replica) that queued the image: a session that falls
-silent loses all of its images and slots.
+A *slot* is room for one image in a pool. Each replica reports how many slots it has; a pool has the
+sum. A *grant* gives a free slot to one waiting image: `fair_queue` chooses it among the images that
+may use the pool. An image is bound to a pool only by its grant, so no image waits while one of its
+pools has a free slot. A grant is a lease that is held by the *session* (one Ingress replica) which
+queued the image. A session that falls silent loses all of its images and slots.
 
-A pool is *possible* if it has a living replica or a node could hold one. An image without a
-possible pool is refused at once, and never waits for what cannot come.
+A pool is *possible* if it has a living replica, or if a node could hold one. An image without a
+possible pool is refused at once, because it would wait in vain.
 
 Time is an argument, in seconds on any steady clock.
 
@@ -44,7 +44,11 @@ REPORTED_POSITIONS = 1000  # images further back hear their position when they h
 
 @dataclass(slots=True, eq=False)
 class WaitingImage:
-    """An image in the fair queue; `since`: when it was queued; `position`: as last reported."""
+    """An image in the fair queue.
+
+    `since`: the time at which it was queued. `number`: its place in the order of arrival.
+    `position`: its place in the queue as last reported; 0 before the first report.
+    """
 
     image: QueuedImage
     tenant: str
@@ -70,7 +74,7 @@ class _Session:
 
 
 class _Unsettled(NamedTuple):
-    """A slot that was given back before its Generator said what the image took."""
+    """A stopped image whose slot is free, but whose Generator has not yet reported its work."""
 
     since: float
     image: RunningImage
@@ -86,7 +90,10 @@ class _Replica:
 
 
 class _Excess(NamedTuple):
-    """Only `staying` of the replicas that lived at `since` stay; Ray Serve stops the others."""
+    """A decision to have fewer replicas, which Ray Serve carries out later.
+
+    Only `staying` of the replicas that lived at the time `since` stay.
+    """
 
     since: float
     staying: int
@@ -98,7 +105,10 @@ class Grants:
     def __init__(
         self, pools: Sequence[str], *, session_lease_s: float, replica_lease_s: float
     ) -> None:
-        """`pools`: each model's pools in order of preference."""
+        """`pools`: each model's pools in order of preference.
+
+        `session_lease_s`, `replica_lease_s`: how long a session or a replica may be silent.
+        """
         self.queue: FairQueue[WaitingImage] = FairQueue()
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
@@ -115,7 +125,7 @@ class Grants:
     # -- sessions -------------------------------------------------------------------------------
 
     def open(self, session: str, now: float) -> None:
-        """Begin a session, in place of one with the same name."""
+        """Begin a session; an earlier session with the same name is closed first."""
         self.close(session)
         self._sessions[session] = _Session(now)
 
@@ -129,14 +139,14 @@ class Grants:
                 self._settle(running, running.work_s)
 
     def heard_from(self, session: str, now: float) -> bool:
-        """Renew a session's lease; False if there is no such session (any more)."""
+        """Renew a session's lease. Returns False if the session is not open."""
         if session not in self._sessions:
             return False
         self._sessions[session].last_heard = now
         return True
 
     def declare(self, session: str, running: RunningImage) -> None:
-        """Count an image that a session runs by the grant of an earlier Dispatcher."""
+        """Count an image that already runs because an earlier Dispatcher granted it a slot."""
         self._hold(session, running)
         self.queue.taken_before(running.tenant, running.pool, running.work_s)
 
@@ -157,10 +167,11 @@ class Grants:
     def release(
         self, session: str, release: Release, now: float
     ) -> StoppedImage | Literal["awaited"] | None:
-        """Let go of an image, whether it waits, runs, or is unknown.
+        """Take a waiting image out of the queue, or free the slot of a running one.
 
-        For an image that was stopped, returns its Generator's report, or "awaited" if that is still
-        to come. A report that is awaited is answered by `stopped`, or by `give_up` if it is late.
+        Does nothing for an unknown image. If `release.took_s` is None, returns the report of the
+        Generator that stopped the image, or "awaited" if that report is still to come. An awaited
+        image is settled later by `stopped`, or by `give_up` if no report comes.
         """
         holder = self._sessions[session]
         if waiting := holder.waiting.pop(release.image_id, None):
@@ -180,7 +191,7 @@ class Grants:
         return None
 
     def expire(self, now: float) -> list[str]:
-        """Drop sessions and replicas that have fallen silent; returns the sessions."""
+        """Drop sessions and replicas that have fallen silent; returns the names of the sessions."""
         for replicas in self._replicas.values():
             for name, replica in list(replicas.items()):
                 if now - replica.last_heard > self.replica_lease_s:
@@ -212,7 +223,11 @@ class Grants:
             replicas[heartbeat.replica] = _Replica(heartbeat, first_heard, now, frozenset(running))
 
     def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
-        """Note what a stopped image took; returns the record that it was to be charged by."""
+        """Note a Generator's report of a stopped image.
+
+        Returns the image's usage record with its full charge, if its client had cancelled it and
+        its slot was given back before this report.
+        """
         unsettled = self._unsettled.pop(report.lease, None)
         if unsettled is None:
             if self.holds(report.lease):
@@ -222,7 +237,11 @@ class Grants:
         return unsettled.cancelled
 
     def give_up(self, now: float) -> list[UsageRecord]:
-        """Settle stopped images that no Generator has reported; returns their usage records."""
+        """Settle stopped images that no Generator has reported for `UNSETTLED_S`.
+
+        Each counts with its predicted work. Returns the usage records of those images that their
+        clients had cancelled.
+        """
         late = [x for x, image in self._unsettled.items() if now - image.since > UNSETTLED_S]
         lost = [self._unsettled.pop(lease) for lease in late]
         for unsettled in lost:
@@ -230,19 +249,22 @@ class Grants:
         return [unsettled.cancelled for unsettled in lost if unsettled.cancelled]
 
     def keep(self, pool: str, replicas: int, now: float) -> None:
-        """Keep at most `replicas` of the current replicas; the rest get no new grants."""
+        """Let at most `replicas` of the pool's current replicas get new grants.
+
+        Ray Serve will stop the others.
+        """
         if replicas < len(self._staying(pool)):
             self._excess[pool] = _Excess(now, replicas)
 
     def holds(self, lease: Lease) -> bool:
-        """Whether the lease's session still runs its image."""
+        """Whether the lease's session is open and still holds a slot for the image."""
         session = self._sessions.get(lease.session)
         return session is not None and lease.image_id in session.running
 
     # -- decisions ------------------------------------------------------------------------------
 
     def grant(self) -> list[Granted]:
-        """Give every free slot to the image that is next among those that may use it."""
+        """Give every free slot to the image that is next in the fair queue of its pool."""
         granted = []
         for pool in self._replicas:
             while self.free_slots(pool) > 0 and (waiting := self.queue.first(pool)):
@@ -258,16 +280,19 @@ class Grants:
         return granted
 
     def refuse(self) -> list[Refused]:
-        """Take the images out of the queue whose pools have all become impossible."""
+        """Take images out of the queue that have no possible pool any more.
+
+        Returns a refusal for each of them.
+        """
         hopeless = [waiting for waiting in self.queue if not self.possible(waiting.pools)]
         for waiting in hopeless:
             self.release(waiting.session, Release(waiting.image.id), 0.0)
         return [Refused(waiting.session, waiting.image.id) for waiting in hopeless]
 
     def positions(self) -> list[Position]:
-        """The queue positions that have changed since they were last reported.
+        """The queue positions that have changed since the last call, of images that report theirs.
 
-        An image that waits for several pools has the best of its positions in them.
+        An image that waits for several pools has a place in each; the lowest of these counts.
         """
         found: dict[int, int] = {}
         for pool in {pool for waiting in self._watched.values() for pool in waiting.pools}:
@@ -286,21 +311,21 @@ class Grants:
     # -- pools ----------------------------------------------------------------------------------
 
     def set_placeable(self, pools: Iterable[str]) -> None:
-        """Set the pools whose replicas fit on a node that is there or may be added."""
+        """Set the pools of which a replica fits on a node that exists or may still be added."""
         self._placeable = frozenset(pools)
 
     def placeable(self, pool: str) -> bool:
-        """Whether a node could hold a replica of the pool, as far as is known."""
+        """Whether a node could hold a replica of the pool; True before the nodes were read."""
         return self._placeable is None or pool in self._placeable
 
     def possible(self, pools: Pools) -> bool:
-        """Whether any of the pools has a living replica or a node for one."""
+        """Whether any of the pools has a living replica, or could have one on a node."""
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
 
     def free_slots(self, pool: str) -> int:
-        """Slots of the staying replicas that no image holds.
+        """The number of free slots on the staying replicas.
 
-        Images that run on leaving replicas take none of these slots.
+        An image that runs on a leaving replica takes no slot of a staying one.
         """
         staying = self._staying(pool)
         free = sum(replica.heartbeat.slots for replica in staying) - self.running_in(pool)
@@ -312,7 +337,7 @@ class Grants:
         return free
 
     def slots(self, pool: str) -> int:
-        """All slots of the staying replicas."""
+        """The number of all slots on the staying replicas, free or not."""
         return sum(heartbeat.slots for heartbeat in self.staying(pool))
 
     def replicas(self, pool: str) -> list[Heartbeat]:
@@ -320,7 +345,10 @@ class Grants:
         return [replica.heartbeat for replica in self._replicas.get(pool, {}).values()]
 
     def staying(self, pool: str) -> list[Heartbeat]:
-        """The last heartbeats of replicas that are neither in excess nor on a draining node."""
+        """The last heartbeats of the staying replicas, which may get new grants.
+
+        A replica is leaving if Ray Serve is about to stop it, or if its node is being drained.
+        """
         return [replica.heartbeat for replica in self._staying(pool)]
 
     @property
@@ -353,7 +381,7 @@ class Grants:
         return before[: excess.staying] + [r for r in alive if r.first_heard > excess.since]
 
     def _next_in(self, pool: str) -> WaitingImage | None:
-        """The image that gets the pool's next slot, if one is free."""
+        """The image that the pool's next free slot belongs to; None without a free slot."""
         return self.queue.first(pool) if self.free_slots(pool) > 0 else None
 
     def _hold(self, session: str, running: RunningImage) -> None:

@@ -1,7 +1,7 @@
 """The messages between the Dispatcher, its Ingresses and the Generators, and their timing.
 
-A *call* is one request of a client: one or more images. A *session* is one Ingress replica's
-connection to the Dispatcher. Ids of calls and images are given by the session that opens them.
+A *call* is one request of a client, for one or more images. A *session* is one Ingress replica's
+connection to the Dispatcher. The Ingress's end of the session gives calls and images their ids.
 
     Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord: in a SessionUpdate
     Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded: in
@@ -25,18 +25,22 @@ Pools = tuple[str, ...]  # names of pools, preferred first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How often each side speaks, and how long it waits for the others. All in seconds.
+    """How often the Dispatcher, Ingresses and Generators send, and how long they wait. In seconds.
 
-    `heartbeat_s`: between messages of an Ingress, and of a Generator. `session_lease_s`,
-    `replica_lease_s`: how long an Ingress or a Generator may be silent before its slots are free.
-    `recovery_s`: how long a restarted Dispatcher only listens, so that every Ingress can say what
-    it runs. `reconnect_s`: before an Ingress opens a lost session again. `positions_s`: how long
-    queue positions are collected before they are sent. `nodes_s`, `tenants_s`: between two looks at
-    the cluster's nodes and at the tenants' files. `record_s`: how long an answer waits for its
-    usage records to be on disk, a restart of the Dispatcher included. `receive_s`: how long a
-    Generator may take to acknowledge an image. `retry_pause_s`: before an image is queued again
-    after no replica started it. `charge_retry_s`: before a charge that could not be written is
-    tried again.
+    `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
+    `session_lease_s`: how long an Ingress may be silent before its slots are free.
+    `replica_lease_s`: how long a Generator may be silent before it counts as gone.
+    `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls. In this
+    time every Ingress reports which calls and images it has.
+    `reconnect_s`: how long an Ingress waits before it opens a lost session again.
+    `positions_s`: how long queue positions are collected before they are sent.
+    `nodes_s`: the time between two readings of the cluster's nodes.
+    `tenants_s`: the time between two readings of the tenants' files.
+    `record_s`: how long an answer waits until its usage records are on disk. This must be long
+    enough for a restart of the Dispatcher.
+    `receive_s`: how long a Generator may take to acknowledge an image.
+    `retry_pause_s`: how long an image that no replica started waits before it is queued again.
+    `charge_retry_s`: how long a charge that could not be written waits for its next attempt.
     """
 
     heartbeat_s: float = 1.0
@@ -60,7 +64,7 @@ TIMING = Timing()
 
 
 class QueuedImage(NamedTuple):
-    """One image on its way to a slot: from the Ingress that asks for it to the fair queue.
+    """One image that needs a slot, as its Ingress sends it to the Dispatcher's fair queue.
 
     `work_s`: the predicted work, in seconds of a reference replica. `report_position`: whether the
     client wants to hear its place in the queue. `id` and `call_id` are filled in by the session.
@@ -76,8 +80,9 @@ class QueuedImage(NamedTuple):
 class AdmissionRequest(NamedTuple):
     """A call that asks to be admitted, as a whole or not at all.
 
-    `timeout_s`: from the call's beginning to its deadline. `work_s`: what the call may still be
-    charged. `accepted`: an earlier Dispatcher admitted the call, so no limit refuses it now.
+    `timeout_s`: seconds from the call's beginning to its deadline. `work_s`: the work that the call
+    may still be charged. `accepted`: an earlier Dispatcher has admitted the call already, so this
+    Dispatcher admits it without any check.
     """
 
     call_id: str
@@ -90,7 +95,7 @@ class AdmissionRequest(NamedTuple):
 
 
 class RunningImage(NamedTuple):
-    """An image that holds a slot of `pool` by an earlier grant."""
+    """An image that holds a slot of `pool`; `work_s`: its predicted work."""
 
     image_id: str
     call_id: str
@@ -100,11 +105,11 @@ class RunningImage(NamedTuple):
 
 
 class Release(NamedTuple):
-    """An image is done or no longer wanted, whether it waits or runs.
+    """The end of an image's wait or run: the image is done, or is no longer wanted.
 
-    `took_s`: the work that it took; None if the Generator will say, because the image was stopped.
-    `cancelled`: the full charge of an image that its client cancelled; the tenant is charged the
-    part of it that belongs to the steps that were done.
+    `took_s`: the work that the image took. None if that is not known yet, because the image was
+    stopped or its replica was lost; a Generator that stops an image reports its work. `cancelled`: the full charge of an image that its client cancelled.
+    The tenant then pays in proportion to the steps that were done.
     """
 
     image_id: str
@@ -113,7 +118,10 @@ class Release(NamedTuple):
 
 
 class SessionUpdate(NamedTuple):
-    """The events at an Ingress since its last update, to be applied in this order."""
+    """What has happened at an Ingress since its last update.
+
+    The Dispatcher applies the fields in the order in which they stand here.
+    """
 
     usages: tuple[UsageRecord, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -137,7 +145,10 @@ RefusalReason = Literal[
 
 
 class RateLimitStatus(NamedTuple):
-    """How much of one of its limits a tenant has left; `reset_s`: until it has all of it again."""
+    """How much a tenant has left of one of its limits.
+
+    `of`: which limit. `reset_s`: seconds until the tenant has the whole limit again.
+    """
 
     of: Literal["requests", "work", "budget"]
     limit: float
@@ -148,9 +159,10 @@ class RateLimitStatus(NamedTuple):
 class AdmissionDecision(NamedTuple):
     """The answer to an admission request: the call is admitted, or refused for a reason.
 
-    `eta_s`: seconds until the call is expected to be done. `retry_after_s`: seconds until it would
-    be admitted, if that is known. `own_limit`: the tenant is over its own share or limit, so calls
-    of other tenants may still be admitted.
+    `refusal`: the reason of a refusal; None if the call is admitted. `eta_s`: seconds until the
+    call is expected to be done. `retry_after_s`: seconds until a refused call would be admitted, if
+    that is known. `own_limit`: the call is refused because its tenant is over its own share or
+    limit, so calls of other tenants may still be admitted.
     """
 
     session: str
@@ -163,7 +175,7 @@ class AdmissionDecision(NamedTuple):
 
 
 class Granted(NamedTuple):
-    """An image has a slot of `pool`."""
+    """A waiting image was granted a slot of `pool`."""
 
     session: str
     image_id: str
@@ -171,7 +183,10 @@ class Granted(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """An image left the queue: none of its pools has a replica or a node for one."""
+    """An image was taken out of the queue, or not queued, because none of its pools is possible.
+
+    That is: no pool of the image has a replica, and no node could hold one.
+    """
 
     session: str
     image_id: str
@@ -206,7 +221,8 @@ DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | R
 class SessionMessage(NamedTuple):
     """The events that the Dispatcher sends to an Ingress at one time.
 
-    `tenants`: the directory of all tenants, when a session begins and whenever it has changed.
+    `tenants`: the directory of all tenants. It is sent when a session begins and whenever the
+    directory has changed; otherwise None.
     """
 
     events: tuple[DispatchEvent, ...] = ()
@@ -217,7 +233,7 @@ class SessionMessage(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A grant as the Generator knows it."""
+    """A grant as the Ingress shows it to a Generator: whose image may run in which pool."""
 
     session: str
     image_id: str
@@ -225,7 +241,10 @@ class Lease(NamedTuple):
 
 
 class StoppedImage(NamedTuple):
-    """A Generator stopped an image after `steps` steps; `work_s`: what it took until then."""
+    """A Generator's report that it stopped an image.
+
+    `steps`: the steps that were done. `work_s`: the work that they took.
+    """
 
     lease: Lease
     steps: int
@@ -235,9 +254,9 @@ class StoppedImage(NamedTuple):
 class Heartbeat(NamedTuple):
     """The report of a Generator replica about itself.
 
-    `running_work_s`: what it still has to do, in its own seconds. `speed`: seconds of a reference
-    replica's work that it does in a second. `node`: Ray's id of its node. `start_s`: what its own
-    start took.
+    `running_work_s`: the work left of its running images, in seconds of this replica. `speed`: how
+    many seconds of a reference replica's work this replica does in one second. `node`: Ray's id of
+    its node. `start_s`: how long this replica took to start, in seconds.
     """
 
     pool: str
@@ -252,8 +271,8 @@ class Heartbeat(NamedTuple):
 class HeartbeatReply(NamedTuple):
     """The Dispatcher's answer to a heartbeat.
 
-    `orphans`: leases that no session holds. `leaving`: the replica's node is being drained, so
-    Ray Serve must route no new images to it.
+    `orphans`: those leases that the replica runs, but that no session holds. `leaving`: the
+    replica's node is being drained, so Ray Serve must route no new images to this replica.
     """
 
     orphans: tuple[Lease, ...] = ()
@@ -266,10 +285,11 @@ class HeartbeatReply(NamedTuple):
 class PoolStatus(NamedTuple):
     """The state of a pool: its staying replicas, and what the autoscaling policy wants.
 
-    `running`: images granted to the pool. `running_work_s`: what its replicas still have to do.
-    `speed`: the number of reference replicas that it amounts to. `placeable`: whether a node could
-    hold one of its replicas. `least`: replicas that it always has. `reason`: why `wanted` last
-    changed.
+    `running`: the number of images that hold a slot of the pool. `running_work_s`: the work left of
+    these images, as the replicas report it. `speed`: how many reference replicas would do as much
+    work as this pool. `placeable`: whether a node could hold one of its replicas. `least`: the
+    fewest replicas that the pool may have. `wanted`: the number of replicas that the policy wants.
+    `reason`: why `wanted` last changed.
     """
 
     replicas: int

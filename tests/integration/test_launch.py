@@ -61,15 +61,17 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
     settings = settings.replace(
         "precision: fp8,", f"precision: fp8, source: {{ location: {fp8} }},"
     )
-    settings = settings.replace("precision: fp16,", "precision: fp16, slots: 1,")
+    settings = settings.replace("replicas: 2, min_replicas: 1,", "slots: 1,")
+    settings = settings.replace("      - { precision: fp16, num_cpus: 0.2 }\n", "")
     assert "slots: 1" in settings
+    assert "fp16" not in settings
     assert str(fp8) in settings
     settings = settings.replace("auth: none", "auth: keys\ndata_folder: data")
     file.write_text(settings)
     key = octet_command("tenant", "add", "acme", "--config", str(file), "--operator").strip()
     command = [sys.executable, "-c", "from serve.cli.main import main; main()", "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    long = {"prompt": "the sea at dawn", "num_inference_steps": 25, "precision": "fp16"}
+    long = {"prompt": "the sea at dawn", "num_inference_steps": 25}
     with (
         subprocess.Popen(  # noqa: S603 - our own command
             command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment

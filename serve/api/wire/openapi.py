@@ -234,7 +234,7 @@ def _cache_control() -> dict[str, Any]:
 
 
 def _status(operation: str, meanings: dict[int, str]) -> dict[str, Any]:
-    """Describe a path whose JSON answer has one field, `status`.
+    """Describe a path whose JSON answer has the field `status`.
 
     `operation`: its operationId. `meanings`: the meaning of each HTTP status.
     """

@@ -1,6 +1,7 @@
 """A client's call at an Ingress, from its admission to its answer.
 
-`session` holds the connection to the Dispatcher; this file is what a request sees of it.
+`session` holds the connection to the Dispatcher. A request uses that connection only through an
+`OpenCall` of this file.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class CallClient(Protocol):
     """The client that a call belongs to."""
 
     def cancel(self) -> None:
-        """End the call's work: another call has asked for that."""
+        """End the call's work, because the tenant has cancelled it by another request."""
 
     @property
     def unwanted(self) -> bool:
-        """Whether the client has ended the call, or is gone."""
+        """Whether the client has cancelled the call or has disconnected."""
 
 
 class CallSession(Protocol):
@@ -47,10 +48,10 @@ class CallSession(Protocol):
         """Queue a further attempt at an image."""
 
     def release(self, call: OpenCall, release: Release) -> None:
-        """Let go of an image, whether it waits or runs."""
+        """Take an image out of the queue, or give back its slot."""
 
     def record(self, call: OpenCall) -> None:
-        """Have the call's usage records written."""
+        """Send the call's usage records to the Dispatcher, which writes them."""
 
     def close(self, call: OpenCall) -> None:
         """End the call."""
@@ -58,10 +59,11 @@ class CallSession(Protocol):
 
 @dataclass(slots=True)
 class HeldSlot:
-    """A slot that is held; its holder says before it ends what came of it, if that is known.
+    """A slot that an image holds. Before the slot is given back, its holder sets the other fields.
 
-    `took_s`: the work that the image took; 0 if nothing was generated. `cancelled`: the image's
-    full charge, if the client cancelled it: its tenant pays for the steps that were done.
+    `took_s`: the work that the image took; 0 if nothing was generated; None if that is not known.
+    `cancelled`: the image's full charge, if the client cancelled the image. The tenant then pays in
+    proportion to the steps that were done.
     """
 
     lease: Lease
@@ -73,8 +75,9 @@ class HeldSlot:
 class PendingGrant:
     """An image that waits for its grant, or holds a slot of `pool`.
 
-    `claimed`: a task waits for the grant or uses the slot, and will release it. `position`: the
-    place in the queue as last heard.
+    `claimed`: whether a task waits for the grant or uses the slot; that task then gives it back.
+    `position`: the place in the queue as last reported; 0 before the first report.
+    `on_position`: is called with each new position.
     """
 
     image: QueuedImage
@@ -95,9 +98,10 @@ class Recording:
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
-    """A client's call from its admission until `close`.
+    """A client's call, from the request for its admission until `close`.
 
-    `grants`: by image id. `generated`: the charges of images that are done and not yet recorded.
+    `record_s`: how long `record` may take. `grants`: the call's images that wait or hold a slot, by
+    image id. `generated`: the charges of images that are done but not yet recorded.
     """
 
     session: CallSession
@@ -113,7 +117,10 @@ class OpenCall:
     rate_limits: tuple[RateLimitStatus, ...] = ()
 
     async def admitted(self) -> None:
-        """Wait for the Dispatcher's decision. Raises the error of `refusals` if it is a refusal."""
+        """Wait for the Dispatcher's decision.
+
+        If the call is refused, raises the `OctetError` that `refusals` has for the reason.
+        """
         decision = await self.decision
         if error := refusal(decision):
             raise error
@@ -125,12 +132,13 @@ class OpenCall:
     ) -> AsyncIterator[HeldSlot]:
         """Wait for a slot for image `index` of the call, and hold it until the block ends.
 
-        The first time this is the place in the queue that the image got with the call; later times
-        are further attempts, in `pools`. While the image waits, `on_position` hears its position
-        whenever that changes (1: next).
+        The image was queued when the call was admitted; the first use of `slot` waits for that
+        place. Each later use for the same image is a further attempt, which is queued anew for
+        `pools`. While the image waits, `on_position` is called with its position whenever that
+        changes (1: next).
 
-        Raises `NoCapacity`. Leaving the block, or being cancelled while waiting, gives the slot
-        back.
+        The slot is given back when the block is left, or when the wait is cancelled. Raises
+        `NoCapacity` if no pool of the image has a replica or a node that could hold one.
         """
         first = self.request.images[index]
         pending = self.grants.get(first.id) or self.session.submit(
@@ -153,7 +161,7 @@ class OpenCall:
     async def record(self, usages: Sequence[UsageRecord]) -> None:
         """Have these usage records written, and wait until they are on disk.
 
-        Raises `UsageUnrecorded` if this takes longer than `record_s`.
+        Raises `UsageUnrecorded` if they cannot be written, or not within `record_s`.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = Recording(tuple(usages), done)
@@ -166,9 +174,9 @@ class OpenCall:
         self.generated.clear()
 
     def close(self) -> None:
-        """End the call: its answer was sent, or never will be. Closing it twice does no harm.
+        """End the call, whether or not its answer was sent. Closing a call twice does no harm.
 
-        Images that were generated and not recorded, because the client did not wait for them, are
-        charged.
+        If the client cancelled or disconnected after images were generated, but before they were
+        recorded, these images are charged.
         """
         self.session.close(self)

@@ -7,9 +7,9 @@
     await call.record(usages)         # the usage records are on disk now
     call.close()
 
-Updates are coalesced: while one message is under way, the next one collects. If the Dispatcher
-restarts, the session is opened again with the calls that are open, the images that still wait and
-the images that run, so running images are not touched.
+Updates are coalesced: while one update is being sent, everything new is collected for the next. If
+the Dispatcher restarts, the session is opened again and reports its open calls, waiting images and
+running images. So the new Dispatcher knows of them, and running images go on undisturbed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ log = logging.getLogger("ray.serve")
 
 
 class DispatchSession:
-    """A session; `dispatcher` is a handle with the methods of `Dispatcher`.
+    """The Ingress's end of a session; must be made inside a running event loop.
 
-    Use it inside a running event loop.
+    `dispatcher`: a Ray Serve handle with the methods of `Dispatcher`.
     """
 
     def __init__(self, dispatcher: Any, timing: Timing = TIMING) -> None:
@@ -73,7 +73,7 @@ class DispatchSession:
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._talk())]
 
     def check(self) -> None:
-        """Raise `RuntimeError` if the session can no longer work."""
+        """Raise `RuntimeError` if one of the session's tasks has ended, so that it cannot go on."""
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
 
@@ -90,7 +90,12 @@ class DispatchSession:
         timeout_s: float,
         client: CallClient,
     ) -> OpenCall:
-        """Ask for a call to be admitted and its images queued; `close` must always follow."""
+        """Ask the Dispatcher to admit a call and to queue its images.
+
+        Returns at once; `OpenCall.admitted` waits for the decision. `timeout_s`: seconds until the
+        call's deadline. `client` hears if the call is cancelled. The caller must always close the
+        call.
+        """
         loop = asyncio.get_running_loop()
         call_id = f"{self.name[:12]}-{next(self._numbers)}"
         named = tuple(
@@ -117,7 +122,7 @@ class DispatchSession:
         return pending
 
     def release(self, call: OpenCall, release: Release) -> None:
-        """Let go of an image, whether it waits or runs."""
+        """Take an image out of the queue, or give back its slot."""
         call.grants.pop(release.image_id, None)
         known = self._grants.pop(release.image_id, None)
         if known and not self._new_grants.pop(release.image_id, None):
@@ -127,12 +132,12 @@ class DispatchSession:
             self._end(call)
 
     def record(self, call: OpenCall) -> None:
-        """Have the call's usage records written."""
+        """Send the call's usage records to the Dispatcher with the next update."""
         self._new_recordings[call.request.call_id] = call
         self._changed.set()
 
     def close(self, call: OpenCall) -> None:
-        """End a call: images that nobody claims are released."""
+        """End a call, and release its images that no task waits for or uses."""
         if call.closed:
             return
         call.closed = True
@@ -146,7 +151,7 @@ class DispatchSession:
             self._end(call)
 
     def _end(self, call: OpenCall) -> None:
-        """Report the end of a closed call that holds nothing any more."""
+        """Report that a closed call has ended; none of its images waits or runs any more."""
         call_id = call.request.call_id
         if self._calls.get(call_id) is not call:
             return
@@ -168,7 +173,7 @@ class DispatchSession:
     # -- the Dispatcher's messages --------------------------------------------------------------
 
     async def _listen(self) -> None:
-        """Keep a session open and hand its messages to those who wait."""
+        """Keep the session open, and pass its events to the calls that wait for them."""
         while True:
             calls, running = self._state()
             try:
@@ -193,9 +198,10 @@ class DispatchSession:
             await asyncio.sleep(self._timing.reconnect_s)
 
     def _state(self) -> tuple[list[AdmissionRequest], list[RunningImage]]:
-        """The open calls and running images that a fresh Dispatcher has to know.
+        """Return the open calls and the running images that a new Dispatcher has to know.
 
-        Calls without a decision are sent again with the next update.
+        A call on which the Dispatcher has not decided is not among them: it is sent again with the
+        next update.
         """
         self._releases.clear()
         self._ended.clear()
@@ -274,7 +280,7 @@ class DispatchSession:
     # -- updates to the Dispatcher --------------------------------------------------------------
 
     async def _talk(self) -> None:
-        """Send what is new, or at least a sign of life, once per heartbeat."""
+        """Send an update whenever something is new, and at least once per heartbeat."""
         while True:
             with suppress(TimeoutError):  # wait_for may swallow a cancellation before Python 3.12
                 async with asyncio.timeout(self._timing.heartbeat_s):
@@ -298,7 +304,7 @@ class DispatchSession:
                     self._stream.cancel()
 
     def _collect(self) -> SessionUpdate:
-        """Everything that is new, as one update."""
+        """Move everything that is new into one update."""
         recordings = [call.recording for call in self._new_recordings.values() if call.recording]
         update = SessionUpdate(
             usages=(
