@@ -4,6 +4,9 @@ BIN := .venv/bin
 SERVERS := redis-server prometheus
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
+# Python compiles each module when it is first imported; compiling all of them takes longer than
+# everything else here.
+export PIP_NO_COMPILE := 1
 
 .PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness \
 	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean

@@ -20,10 +20,10 @@ class PolicyTuning:
     - `target_wait_s`: seconds within which a queue is to be drained, once the replicas that were
       ordered for it are ready.
     - `utilisation`: the largest fraction of time for which expected work may keep replicas busy.
-    - `spare`: capacity for chance, in standard deviations of the number of images that are
+    - `spare`: the reserve for chance: how many standard deviations of the number of images that are
       generated at a time.
-    - `hold_s`: seconds over which arriving work is averaged, and for which replicas are kept after
-      they were last needed.
+    - `hold_s`: seconds over which arriving work is averaged. Replicas are also kept for this time
+      after they were last needed.
     - `idle_s`: seconds without work after which a pool's last replica is stopped.
     - `node_wait_s`: seconds that the provider may take to add a node for a replica; 0: nodes are
       never added.
@@ -43,10 +43,12 @@ class PolicyTuning:
 class PoolBounds:
     """The settings of a pool, and estimates that hold until its replicas have been observed.
 
-    `slots`: images that a replica runs at a time. `speed`: estimated seconds of work that a replica
-    does per second. `start_s`: estimated seconds of a replica's start. `usd_h`: US dollars per hour
-    of a replica, 0 if unknown. A model's pools are preferred by the price of their work if all
-    prices are known, otherwise in the order of the settings.
+    - `slots`: images that a replica runs at a time.
+    - `speed`: seconds of work that a replica does per second, as estimated.
+    - `start_s`: seconds that a replica takes to start, as estimated.
+    - `usd_h`: US dollars per hour of a replica, 0 if unknown. If all prices of a model's pools are
+      known, the pool with the cheapest work is preferred. Otherwise the order of the settings
+      counts.
     """
 
     model: str
@@ -62,8 +64,9 @@ class PoolBounds:
 class Follower:
     """A deployment that pools or clients depend on, and that is scaled with them.
 
-    It has the same part of its `max_replicas` as `pools` have of theirs. If `each` is not 0, it has
-    one replica for every `each` open requests instead.
+    The deployment has the same part of its `max_replicas` as `pools` have of theirs: half as many
+    as possible if the pools have half. If `each` is not 0, the deployment has one replica for every
+    `each` open requests instead.
     """
 
     min_replicas: int
@@ -84,9 +87,9 @@ class ScalingLimits:
 class Demand(NamedTuple):
     """The work of all requests that may use the same pools, in seconds of a reference replica.
 
-    `arrived_s`, `squares`: the work that has arrived since the start, and the sum of the squares of
-    the requests' works. `queued_s`: the work that waits. `oldest_wait_s`: how long the oldest
-    waiting request has waited.
+    `arrived_s`: the work that has arrived since the start. `squares`: the sum of the squares of the
+    works of the single requests. `queued_s`: the work that waits. `oldest_wait_s`: how long the
+    oldest waiting request has waited.
     """
 
     pools: tuple[str, ...]
@@ -99,9 +102,9 @@ class Demand(NamedTuple):
 class Supply(NamedTuple):
     """The replicas that a pool has.
 
-    `ready`: the number of ready ones. `speed`: seconds of work per second that one of them does,
-    None if unknown. `placeable`: whether a node of the cluster could hold a replica. `start_s`:
-    seconds that starts took once a node was there, None if unknown.
+    `ready`: the number of ready replicas. `speed`: seconds of work that one of them does per
+    second, None if unknown. `placeable`: whether a node of the cluster could hold a replica.
+    `start_s`: seconds that replicas took to start once they had a node, None if unknown.
     """
 
     ready: int = 0
@@ -111,7 +114,7 @@ class Supply(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Everything that the policy is told at one time.
+    """Everything that the policy is told for one decision.
 
     A pool that is missing from `supplies` keeps its number of wanted replicas.
     """

@@ -1,21 +1,22 @@
 """The autoscaling policy: decides how many replicas each pool should have.
 
-Each demand names the pools that may serve it. A model's pools are filled in order of preference;
-demand that is too much for a pool goes on to the next one. *Speed* is the seconds of work that a
-replica of the pool does per second. A pool needs replicas
+A *demand* is the work of all requests that may use the same pools. A model's pools are filled in
+order of preference; demand that is too much for a pool goes on to the next one. *Speed* is the
+seconds of work that a replica of the pool does per second. A pool needs replicas
 
 - for arriving work: rate ÷ speed, plus spare capacity. The spare capacity covers images that meet
-  by chance, which grows with the square root of their number, and the usual rise of the rate during
-  a replica's start (`rates`).
+  by chance, and the usual rise of the rate during a replica's start (`rates`). Chance grows with
+  the square root of the number of images.
 - for queued work: as many as drain the queue within `target_wait_s`, or within an eighth of a
-  start's time if that is longer. This counts only the work that will be left when a replica that
-  is ordered now becomes ready; if none will be left, nothing is ordered. Replicas that were ordered
+  start's time if that is longer. This counts only the work that will be left when a replica that is
+  ordered now becomes ready; if none will be left, nothing is ordered. Replicas that were ordered
   for a queue stay until the queue is empty.
 
-*Wanted* replicas are either *ready* or *starting*. Their number rises at once. It falls to the
-highest number that was needed within `hold_s` and within the time of two starts, so neither chance
-nor a short pause stops replicas. It falls to zero when the pool has had nothing to do for `idle_s`.
-If replicas do not start in time, their share goes to the next pool until they do.
+*Wanted* replicas are either *ready* or *starting*. The number of wanted replicas rises at once. A
+fall stops at the highest number that was needed within `hold_s` and within the time of two starts,
+so neither chance nor a short pause stops replicas. The last replica is stopped when the pool has
+had nothing to do for `idle_s`. If replicas do not start in time, the demand that they should serve
+goes to the next pool until they do.
 
 Time is an argument, in seconds on any steady clock.
 
@@ -33,10 +34,10 @@ from .load import Demand, Follower, Load, PoolBounds, ScalingLimits
 from .pool_state import PoolState, ReplicaOrder, ReplicasNeeded, bounded, updated
 from .rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
 
-PAUSE_S = 10.0  # after a longer time without a decision, nothing is known about that time
+PAUSE_S = 10.0  # a longer time between two decisions is a pause, about which nothing is known
 CHANCE_QUEUE_S = 1.0  # a queue that the ready replicas drain within this time is chance
-# A queue may take at least this part of a start's time to drain: to drain it faster, replicas would
-# start that are needed for moments only.
+# A queue may take at least this part of a start's time to drain. In less time, replicas would start
+# that are needed for moments only.
 MIN_DRAIN = 1 / 8
 ROUNDING = 1e-6  # replicas; tolerance for floating-point errors
 
@@ -53,7 +54,10 @@ class PolicyState:
 
 
 class ScalingDecision(NamedTuple):
-    """The replicas of every pool and follower; `reasons`: why, for each number that changed."""
+    """The number of replicas of every pool and follower, by name.
+
+    `state`: the state to hand to the next decision. `reasons`: for each number that changed, why.
+    """
 
     replicas: Mapping[str, int]
     state: PolicyState
@@ -61,7 +65,10 @@ class ScalingDecision(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """The demand that a pool has to serve, and the replicas that this needs, not rounded."""
+    """The demand that a pool has to serve, and the replicas that this needs, not rounded.
+
+    `for_rate`: the replicas for arriving work. `for_queue`: the replicas for queued work.
+    """
 
     rate: float = 0.0  # arriving work per second
     queued_s: float = 0.0
@@ -75,7 +82,10 @@ class _Share(NamedTuple):
 
 
 def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) -> ScalingDecision:
-    """Decide how many replicas to run from now on, always within their bounds."""
+    """Decide how many replicas to run from now on, always within their bounds.
+
+    `state`: the state that the last decision returned.
+    """
     mean_s = limits.tuning.hold_s
     if now < state.at or now - state.at > PAUSE_S:
         state = _resumed(state, now)
@@ -127,7 +137,11 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
 
 
 def preferred(model: str, limits: ScalingLimits) -> list[str]:
-    """The names of a model's pools, preferred first: by price of work, else as they are listed."""
+    """The names of a model's pools, preferred first.
+
+    The pool with the cheapest work comes first if all prices are known. Otherwise the order of the
+    settings is kept.
+    """
     names = [name for name, pool in limits.pools.items() if pool.model == model]
     if all(limits.pools[name].usd_h for name in names):
         names.sort(key=lambda name: limits.pools[name].usd_h / limits.pools[name].speed)
@@ -135,9 +149,10 @@ def preferred(model: str, limits: ScalingLimits) -> list[str]:
 
 
 def _resumed(state: PolicyState, now: float) -> PolicyState:
-    """The state to go on with after a pause, or after the clock was set back.
+    """The state from which to decide after a pause, or after the clock was set back.
 
-    The wanted numbers stay until more is known.
+    The wanted numbers stay until more is known. If the clock was set back, the measured rates are
+    forgotten.
     """
     if state.at == -math.inf:
         return state
@@ -195,7 +210,10 @@ class _Filling:
     def share(
         self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]
     ) -> tuple[_Share, list[_Unserved]]:
-        """The share of pool `name`, and the demand that it leaves to the `later` pools."""
+        """The share of pool `name`, and the demand that it leaves to the `later` pools.
+
+        `unserved`: the demand that the earlier pools have left.
+        """
         pool, state = self._limits.pools[name], self._pools[name]
         mine = [u for u in unserved if name in u.demand.pools]
         movable = [u for u in mine if set(later) & set(u.demand.pools)]
@@ -218,9 +236,9 @@ class _Filling:
         return share, left
 
     def _helping(self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]) -> float:
-        """Work per second that ready replicas of later pools can spare for a queue that they share.
+        """Work per second that ready replicas of later pools can spare for this pool's queue.
 
-        Demands that this pool cannot serve come first there.
+        The later pools first serve the demands that this pool cannot serve; only the rest is spare.
         """
         others = [
             u.rate
@@ -231,7 +249,7 @@ class _Filling:
         return max(capacity - sum(others), 0.0)
 
     def _needs(self, share: _Share, pool: PoolBounds, state: PoolState, helping: float) -> _Share:
-        """Add to a share the replicas that it needs; `helping`: see `_helping`."""
+        """Return the share with the replicas that it needs; `helping`: see `_helping`."""
         tuning, start_s = self._limits.tuning, state.start_s
         busy = share.rate / state.speed  # replicas that are busy on average
         chance = tuning.spare * math.sqrt(busy / pool.slots)
@@ -257,8 +275,9 @@ class _Filling:
 def _left(limit: int, needed: float, here: float, movable: float) -> float:
     """The fraction of the movable demand that goes on to later pools.
 
-    `needed`: the replicas that all the demand `here` needs. `limit`: the replicas that the pool can
-    have. `movable`: the part of `here` that later pools can serve.
+    `here`: the demand that has come to this pool. `needed`: the replicas that all of it needs.
+    `limit`: the replicas that the pool can have. `movable`: the part of `here` that later pools can
+    serve.
     """
     excess = max(1 - limit / needed, 0.0) if needed else 0.0
     return min(excess * here / movable, 1.0) if movable else 0.0
@@ -272,7 +291,8 @@ def _with_wanted(
 ) -> PoolState:
     """The pool's state with the number of replicas that is wanted now.
 
-    `first`: whether the pool is the preferred one of its model, which holds the warm reserve.
+    `before`: the state so far. `share`: what the pool has to serve. `first`: whether the pool is
+    the preferred one of its model, which holds the warm reserve.
     """
     pool, tuning = limits.pools[name], limits.tuning
     busy = now if share.replicas else before.busy

@@ -24,7 +24,7 @@ class ReplicaOrder(NamedTuple):
 
 
 class ReplicasNeeded(NamedTuple):
-    """The number of replicas that was needed at the time `at`; fewer were needed ever since."""
+    """The number of replicas needed at the time `at`; since then fewer have been needed."""
 
     at: float
     replicas: int
@@ -34,10 +34,12 @@ class ReplicasNeeded(NamedTuple):
 class PoolState:
     """The state of one pool.
 
-    `start_s`, `speed`: a replica's start time and speed, as learned. `busy`: the last time at which
-    the pool had anything to do. `arriving`, `draining`: the replicas that were needed for arriving
-    and for queued work; see `policy`. `given_up_at`: the time at which the policy stopped waiting
-    for the pool's replicas, None while it waits for them.
+    - `start_s`, `speed`: the start time and the speed of a replica, as learned.
+    - `busy`: the last time at which the pool had anything to do.
+    - `arriving`, `draining`: histories of the replicas that were needed for arriving work and for
+      queued work; see `policy`.
+    - `given_up_at`: the time at which the policy stopped waiting for the pool's replicas, None
+      while it waits for them.
     """
 
     wanted: int
@@ -88,7 +90,7 @@ def updated(
         took_s = min(max(now - oldest.at, start_s / LATE_FACTOR), start_s * LATE_FACTOR)
         learn = 1.0 if known.start_s == pool.start_s else 1 - (1 - LEARNING_RATE) ** taken
         start_s += learn * (took_s - start_s)
-        # The time of the other replicas of this order counts anew: one came, so others may.
+        # One replica of this order has become ready, so the others may: their time begins anew.
         left = ReplicaOrder(now, oldest.replicas - taken)
         orders, came = (left, *others) if left.replicas else tuple(others), came - taken
     orders = _ordered(orders, max(known.wanted - supply.ready, 0), now)

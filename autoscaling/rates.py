@@ -6,8 +6,9 @@ the work in a window has a standard deviation of √Σw². So a short window cou
 `DEVIATIONS` standard deviations. With many requests a jump is noticed within seconds; with few
 requests noise is not taken for a jump.
 
-A replica that starts now is ready only after a start's time. `Rises` learns how much more work than
-expected usually arrives by then, from the habits of the users and from chance.
+A replica that is ordered now is ready only after the time of a start. By then the rate may have
+risen, by the habits of the users or by chance. `Rises` learns how much it usually rises above the
+expected rate.
 
 Pure: standard library only.
 """
@@ -71,7 +72,10 @@ def recent_rate(demands: Sequence[Samples], mean_s: float) -> float:
 
 
 def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
-    """The mean rate over a window and its variance; nothing arrived before the first sample."""
+    """The mean rate over the window that ends with the last sample, and its variance.
+
+    Nothing arrived before the first sample.
+    """
     last = samples[-1]
     before = bisect_right(samples, last.at - window_s, key=lambda sample: sample.at) - 1
     base = samples[max(before, 0)]
@@ -82,9 +86,10 @@ def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
 class Rises(NamedTuple):
     """The rises of the rate above the expected one during a replica's start.
 
-    `expected`: pairs of time and expected rate, for the last start's time. `rises`: pairs of time
-    and the rise of the rate above the one that was expected a start's time earlier. `usual`: the
-    rise that was not exceeded in the fraction `COVERED` of the last hour, in work per second.
+    `expected`: pairs of a time and the rate that was expected then, for the last `start_s` seconds.
+    `rises`: pairs of a time and the rise above the rate that was expected `start_s` seconds
+    earlier. `usual`: the rise that was not exceeded in the fraction `COVERED` of the last hour, in
+    work per second.
     """
 
     expected: tuple[tuple[float, float], ...] = ()
@@ -95,9 +100,10 @@ class Rises(NamedTuple):
 def updated_rises(
     known: Rises, expected: float, arriving: float, start_s: float, now: float
 ) -> Rises:
-    """Note the rate that is expected now, and the rise since the one expected a start's time ago.
+    """Add the rate that is expected now, and the rise above the rate expected a start ago.
 
-    Does so every `RISES_EVERY_S` seconds. `arriving`: the work per second that arrives now.
+    `arriving`: the work per second that arrives now. `start_s`: seconds of a start. Within
+    `RISES_EVERY_S` of the last measurement nothing changes.
     """
     if known.expected and 0 <= now - known.expected[-1][0] < RISES_EVERY_S:
         return known

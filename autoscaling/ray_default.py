@@ -20,7 +20,11 @@ log = logging.getLogger("ray.serve")
 
 
 def replicas(contexts: Mapping[Any, Any]) -> Decision:
-    """Ray Serve's application-level policy; see `ray_policy.replicas`. Never raises."""
+    """Decide with Ray Serve's own policy, from the requests that the Dispatcher reports.
+
+    `contexts` and the result are those of `ray_policy.replicas`. Never raises: on an error every
+    deployment keeps its number of replicas.
+    """
     found: dict[Any, float] = {}
     states: dict[Any, dict[str, Any]] = {}
     try:
@@ -35,7 +39,7 @@ def replicas(contexts: Mapping[Any, Any]) -> Decision:
                 found[deployment] = max(decided, least)
             elif least:
                 found[deployment] = max(context.target_num_replicas, least)
-    except Exception:  # whatever Ray hands over, the present numbers are better than none
+    except Exception:  # on any error, the present numbers are better than none
         log.exception("autoscaling: every deployment keeps its replicas")
         return {}, {}
     return found, states

@@ -1,8 +1,8 @@
 """The application's autoscaling policy in Ray Serve's controller: it obeys the Dispatcher.
 
 The Dispatcher decides (`serve.dispatch.scaling`) and reports the numbers through Serve's
-`record_autoscaling_stats`. The policy takes the newest ones. While the Dispatcher has not decided
-yet, it only makes sure that the fewest replicas are there.
+`record_autoscaling_stats`. This policy takes the newest numbers. While the Dispatcher has not
+decided yet, the policy only makes sure that each deployment has its smallest number of replicas.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ Decision = tuple[dict[Any, float], dict[Any, dict[str, Any]]]
 
 
 def replicas(contexts: Mapping[Any, Any]) -> Decision:
-    """Ray Serve's application-level policy: replicas by deployment, and the state to remember.
+    """Return the number of replicas by deployment, and an empty state.
 
-    A deployment that is left out keeps its number of replicas. Never raises: an exception in one
-    policy would stop the autoscaling of every application.
+    Ray Serve calls this function as the policy of the application. `contexts`: what Ray Serve knows
+    about each deployment. A deployment that is left out of the result keeps its number of replicas.
+    Never raises: an exception in one policy would stop the autoscaling of every application.
     """
     try:
         return _obeyed(contexts), {}
-    except Exception:  # whatever Ray hands over, the present numbers are better than none
+    except Exception:  # on any error, the present numbers are better than none
         log.exception("autoscaling: every deployment keeps its replicas")
         return {}, {}
 

@@ -17,10 +17,11 @@ WANTED, AT_LEAST, REQUESTS = "replicas/", "least/", "requests/"
 
 @dataclass(frozen=True, slots=True)
 class ScalingReport:
-    """Numbers by deployment name.
+    """The report; each field holds numbers by the name of the deployment.
 
-    `wanted`: replicas that the policy has decided on. `at_least`: replicas that there must be while
-    it has not decided yet. `requests`: requests that wait or run, for Ray Serve's own policy.
+    `wanted`: replicas that the policy has decided on. `at_least`: the smallest number of replicas
+    while the policy has not decided yet. `requests`: requests that wait or run, for Ray Serve's own
+    policy.
     """
 
     wanted: Mapping[str, float] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class ScalingReport:
 
     @classmethod
     def from_stats(cls, stats: Mapping[str, float]) -> ScalingReport:
-        """Read a report; ignores numbers that are not of one."""
+        """Read a report from Ray Serve's dictionary; other numbers in it are ignored."""
 
         def part(prefix: str) -> dict[str, float]:
             return {
@@ -54,5 +55,5 @@ class ScalingReport:
 
 
 def is_reported(names: Iterable[str]) -> bool:
-    """Whether numbers with these names are a report's."""
+    """Whether any of these names is that of a number in a report."""
     return any(name.startswith((WANTED, AT_LEAST, REQUESTS)) for name in names)

@@ -1,7 +1,7 @@
 """Compare autoscaling policies in the simulator: `make bench-autoscaling`.
 
-Each workload is simulated under every policy with all combinations of its parameters (its grid).
-The table has these rows for each workload:
+Each workload is simulated under every policy, with all combinations of the policy's parameters (its
+grid). The table has these rows for each workload:
 
 - "queued-work, as shipped": Octet's policy with its default parameters.
 - "POLICY, 99 %": the cheapest parameters that answer 99 % of the requests in time. If none do, the
@@ -59,7 +59,11 @@ PLOTTED = ("queued-work, as shipped", "ray-serve, 99 %", "oracle, 99 %")
 
 
 class Job(NamedTuple):
-    """A simulation to run; `numbers`: the policy's parameters; `timeline`: whether to return it."""
+    """A simulation to run.
+
+    `workload`: a name in `cases`. `numbers`: names and values of the policy's parameters.
+    `timeline`: whether `run_job` returns the timeline too.
+    """
 
     workload: str
     policy: str
@@ -88,7 +92,10 @@ def cases(quick: bool) -> dict[str, tuple[Workload, Scenario]]:
 
 
 def mixed() -> Scenario:
-    """A scenario of FP8 on up to 32 spot L40S, some reclaimed at times, then 16 bit on A100."""
+    """The scenario of a model with an FP8 pool on spot L40S cards and a 16-bit pool on A100 cards.
+
+    The FP8 pool has up to 32 replicas. The provider takes a spot node back after 6 h on average.
+    """
     fp8 = reference(structure("sd3.5-large"), "fp8", CARDS["l40s"])
     bf16 = reference(structure("sd3.5-large"), "bf16", CARDS["a100-80"])
     start_s = NODE_S + START_S
@@ -112,19 +119,19 @@ def mixed() -> Scenario:
 
 
 def _work_s(costs: CostCoefficients) -> float:
-    """Seconds of the first of the usual image shapes."""
+    """Predicted seconds of an image with the most usual shape, the first of `workloads.USUAL`."""
     return costs.work_s(image_of(workloads.USUAL[0][0]))
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
-    """Run a simulation; return the job, the result, and the timeline if it is wanted."""
+    """Run a simulation; return the job, the result, and the timeline (empty unless asked for)."""
     workload, scenario = cases(job.quick)[job.workload]
     result = scenario.run(workload, job.policy, job.seed, WARM_UP_S, **dict(job.numbers))
     return job, as_dict(result), result.timeline if job.timeline else []
 
 
 def grid(quick: bool) -> list[tuple[str, dict[str, float]]]:
-    """All policies with the parameters to try; Octet's comes first with its defaults."""
+    """All policies with the parameters to try; the first is Octet's policy with its defaults."""
     step = 2 if quick else 1
     queued_work = (
         product(SPARES[:4], HOLDS_S[:1], UTILISATIONS[:1])
@@ -164,7 +171,10 @@ def fewest_violations(rows: Sequence[Row]) -> Row:
 
 
 def cheapest_attaining(rows: Sequence[Row]) -> Row:
-    """The cheapest row that answers `ATTAINED` in time; if none does, the one that answers most."""
+    """The cheapest row with at least the fraction `ATTAINED` of its requests answered in time.
+
+    If there is none, this is the row with the fewest violations.
+    """
     attaining = [row for row in rows if row["attainment"] >= ATTAINED]
     return min(attaining, key=lambda row: row["usd"]) if attaining else fewest_violations(rows)
 
@@ -186,7 +196,10 @@ def ratio(a: float, b: float) -> float | None:
 
 
 def chosen(grids: dict[str, list[Row]]) -> dict[str, tuple[str, Row]]:
-    """The rows to show of a workload's results by policy: for each label, the policy and row."""
+    """The rows of the table for one workload: for each label, the policy and its row.
+
+    `grids`: all rows of the workload, by policy.
+    """
     queued_work, ray = grids["queued-work"], grids["ray-serve"]
     shipped = next(row for row in queued_work if not row["numbers"])
     tuned, best = cheapest_attaining(ray), fewest_violations(ray)
@@ -204,12 +217,12 @@ def chosen(grids: dict[str, list[Row]]) -> dict[str, tuple[str, Row]]:
 
 
 def key(policy: str, row: Row) -> tuple[Any, ...]:
-    """The policy and parameters of a row, as a job's fields 1 and 2 have them."""
+    """The policy and parameters of a row, equal to the fields `policy` and `numbers` of its job."""
     return policy, tuple(row["numbers"].items())
 
 
 def combined(rows: Sequence[Row]) -> Row:
-    """The results of several seeds as one row: sums, and the longest wait."""
+    """The results of several seeds as one row: their sums, and the largest p99 of the waits."""
     summed = {
         key: sum(row[key] for row in rows)
         for key in ("requests", "violations", "usd", "replica_h", "ups", "downs", "starts")
@@ -223,7 +236,7 @@ def combined(rows: Sequence[Row]) -> Row:
     }
 
 
-RATIOS = {  # name: a number, and the two rows whose numbers are divided
+RATIOS = {  # name of the ratio: (field, row that is divided, row that divides)
     "violations_vs_ray": ("violations", "queued-work for no more", "ray-serve, 99 %"),
     "cost_vs_ray": ("usd", "queued-work for no more", "ray-serve, 99 %"),
     "violations_vs_ray_best": (
@@ -243,7 +256,7 @@ def compared(rows: dict[str, Row]) -> dict[str, Any]:
     ratios = {name: ratio(rows[a][of], rows[b][of]) for name, (of, a, b) in RATIOS.items()}
     shipped, oracle = rows["queued-work, as shipped"], rows["oracle, 99 %"]
     if min(shipped["attainment"], oracle["attainment"]) < ATTAINED:
-        ratios["cost_vs_oracle"] = None  # costs of different service cannot be compared
+        ratios["cost_vs_oracle"] = None  # costs are comparable only if both are in time
     return {"policies": rows, **ratios}
 
 

@@ -80,7 +80,10 @@ class Watch(threading.Thread):
 
 
 def run_load(policy: str, least: int) -> tuple[dict[str, Any], list[TimelinePoint]]:
-    """Put the load on a server under the policy; return the results and the timeline."""
+    """Put the load on a server under the policy; return the results and the timeline.
+
+    `least`: the fewest replicas of the pool.
+    """
     with run_application(settings(policy, least)) as octet:
         watch = Watch(octet.url)
         watch.start()

@@ -2,8 +2,9 @@
 
     python -m bench.choices [--compiled]
 
-The two variants of a choice take turns, call by call. Prints the medians of both, and the median of
-their ratios. `--compiled` adds compiled blocks, which needs a C++ compiler and takes two minutes.
+The two variants of a choice take turns, call by call. The command prints the medians of both, and
+the median of their ratios. `--compiled` adds compiled blocks, which need a C++ compiler and two
+minutes.
 """
 
 from __future__ import annotations

@@ -135,7 +135,10 @@ def throughput(engine: Engine, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def model_gain(engine: Engine) -> float:
-    """Rows/s of the transformer with 8 images ÷ with one image; their steps take turns."""
+    """The transformer's rows/s with 8 images ÷ its rows/s with one image.
+
+    The steps of both take turns.
+    """
     one, all_ = ([engine.begin((128, 2, 100), s) for s in range(n)] for n in (1, EQUAL))
     pairs = [
         (
@@ -213,10 +216,11 @@ def summary(
 
 
 def real_cell(engine: Engine, costs: Costs, images: int, load: float) -> dict[str, Any]:
-    """Run a trace of the mix in real time and replay it; also the errors of its predicted work.
+    """Run a trace of the mix in real time, replay it in virtual time, and compare both.
 
-    The replay uses the mean step times of this run, because a shared machine's speed drifts within
-    minutes. `steps_over_measured`: these step times ÷ those that were measured before.
+    The replay uses the mean step times of the real run, because a shared machine's speed drifts
+    within minutes. In the result, `steps_over_measured` is these step times ÷ those of `costs`.
+    `error_p50` and `error_p90` are relative errors of the work that was predicted for each image.
     """
     rng = random.Random(7)
     engine.steps.clear()

@@ -57,8 +57,9 @@ def light_tenants(steps: int, seconds: float) -> list[TimedRequest]:
 def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[TimedRequest]]:
     """Measure the light tenants without and with a tenant that requests ten times the capacity.
 
-    The tenant `flood` begins after the light tenants; their latencies are compared from then on.
-    The second value is the requests of the flood whose images were generated, at their times.
+    The tenant `flood` begins after the light tenants. Only requests after that moment count for
+    the light tenants' latencies. The second value is the flood's requests whose images were
+    generated, each at its time.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s
@@ -145,7 +146,7 @@ def fifo(bench: Bench, steps: int, seconds: float, heavy: Sequence[TimedRequest]
 
 
 def dispatcher(bench: Bench, seconds: float) -> dict[int, dict[str, float]]:
-    """Measure grants per second without HTTP and image generation, with limits and metering.
+    """Measure grants per second, with limits and metering but without HTTP and images.
 
     There are as many slots as calls, so no call waits for another.
     """
@@ -172,12 +173,12 @@ def dispatcher(bench: Bench, seconds: float) -> dict[int, dict[str, float]]:
             "ingress_cpu_ms": 1000 * driven["cpu_s"] / len(waits),
         }
     serve.delete("driver")
-    handle.shutdown()  # it would report to Ray for ever
+    handle.shutdown()  # otherwise it reports to Ray for ever
     return found
 
 
 def demo(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Measure a tenant with one open request, alone and next to a tenant with 32."""
+    """Measure a tenant with one open request, alone and next to a tenant with 32 open requests."""
     asked = body(28)
     calm = asyncio.run(bench.load.closed_loop({"light0": 1}, asked, seconds))
 

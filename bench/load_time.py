@@ -3,9 +3,9 @@
     python -m bench.load_time [--heads 12] [--repeats 5]
 
 Makes a random model with SD3.5 Medium's structure (24 layers, dual attention in the first 13, heads
-of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Loads each in
-fresh processes, which then touch every weight. The files are in the page cache. Peak memory is the
-process's largest resident set, mapped files included, minus its resident set before loading.
+of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Fresh processes
+load each checkpoint and then touch every weight. The files are in the page cache. Peak memory is
+the process's largest resident set, mapped files included, minus its resident set before loading.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SD35_MEDIUM_HEADS = 24
 
 
 def random_model(folder: Path, heads: int) -> None:
-    """Write a checkpoint with only a transformer, in bfloat16; `heads`: 24 is Medium's width."""
+    """Write a bfloat16 checkpoint with only a transformer; `heads`: its width, 24 in Medium."""
     import torch
     from diffusers import SD3Transformer2DModel
 

@@ -33,8 +33,8 @@ SIDES = 512, 1024
 class LivingBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """Traces the memory of tensors that are made within a `with` block.
 
-    `living`: bytes of their storages that are alive now. `peak`: the most that were alive at a
-    time.
+    `living`: bytes of the tensors' storages that are alive now. `peak`: the largest value that
+    `living` has had.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,10 @@ def _storages(tree: Any) -> list[Any]:
 
 
 def step_bytes(model: str, recipe: str, rows: int, width: int, height: int, text: int) -> int:
-    """Peak bytes of one call of the transformer, without its weights and its input."""
+    """Peak bytes of one call of the transformer, without its weights and its input.
+
+    `width` and `height` of the image are in px. `text`: the number of text tokens.
+    """
     transformer = _transformer(model, recipe)
     with torch.device("meta"):
         latents = torch.empty(rows, 16, height // 8, width // 8, dtype=torch.bfloat16)
@@ -113,7 +116,10 @@ def _fused_attention() -> Any:
 
 
 def encode_bytes(prompts: int, length: int) -> int:
-    """Peak bytes of T5's encoder in bfloat16, the largest of the text encoders."""
+    """Peak bytes of T5's encoder in bfloat16, the largest of the text encoders.
+
+    `prompts`: how many are encoded together. `length`: tokens of each prompt.
+    """
     with torch.device("meta"):
         t5 = T5EncoderModel(T5Config(**config("t5_xxl"))).to(torch.bfloat16)
         ids = torch.zeros(prompts, length, dtype=torch.long)

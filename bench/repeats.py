@@ -1,9 +1,10 @@
 """Measure the result cache on the demo model over HTTP: `make bench-repeats`, about 4 minutes.
 
-Compares the time of a generated image with that of a repeated request, which the cache answers: in
-the Ingress's memory, or in Redis. Then Redis is stopped (SIGSTOP), so that it does not answer.
-Images that look it up in vain and images that bypass the cache take turns. These have one step, so
-that the time that the cache adds can be seen. One request runs at a time.
+Compares the time of a generated image with that of a repeated request. The cache answers repeated
+requests, from the Ingress's memory or through Redis. Then Redis is stopped (SIGSTOP), so that it
+does not answer. Requests that ask the stopped Redis and requests that bypass the cache take turns.
+The images of both have one step, so that the time that the cache adds can be seen. One request runs
+at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class Client:
         self._http = http
 
     def request(self, body: dict[str, Any], expected: str, **headers: str) -> float:
-        """Seconds of the request; `expected`: what the result cache must do, such as `hit`."""
+        """Send a request; return the seconds until its answer.
+
+        `expected`: the value that the header `x-octet-cache` must have, such as `hit`. Raises
+        `AssertionError` if the header has another value, or if the status is not 200.
+        """
         began = time.perf_counter()
         answer = self._http.post("/v1/images/generations", json=body, headers=headers)
         took_s = time.perf_counter() - began
@@ -49,13 +54,13 @@ class Client:
 
 
 def line(name: str, took: list[float]) -> None:
-    """Print a row of the table."""
+    """Print a row of the table; `took`: seconds of each request."""
     p50, p99 = 1000 * median(took), 1000 * percentile(took, 0.99)
     print(f"| {name} | {len(took)} | {p50:.1f} | {p99:.1f} |", flush=True)
 
 
 def measure(client: Client, where: str) -> None:
-    """Measure generated images and hits of a cache in `where`."""
+    """Measure generated images and hits of the cache; `where`: the cache's name in the table."""
     line(
         f"{where}: generated (28 steps)",
         [client.request({**BODY, "seed": s}, "miss") for s in range(GENERATED)],

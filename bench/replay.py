@@ -1,8 +1,8 @@
 """Replay of a stream of images on one replica in virtual time, with measured costs.
 
 Three ways to serve the stream can be compared: one image at a time, static batches, and batches
-that change between steps. The last uses the real batch former (`serve.engine.batching`). Only the
-seconds of steps and decodes come from a table. One thing happens at a time: a decode delays the
+that change between steps. The last way uses the real batch former (`serve.engine.batching`). Only
+the seconds of steps and decodes come from a table. One thing happens at a time: a decode delays the
 next step, as on a CPU whose cores are all busy.
 """
 

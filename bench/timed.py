@@ -98,7 +98,7 @@ class TimedGenerator:
                     heartbeat, list(self._running), stopped
                 )
                 self._leaving = reply.leaving
-            except Exception:  # of any kind: the next heartbeat tries again
+            except Exception:  # any error: the next heartbeat tries again
                 logging.getLogger("ray.serve").warning("no dispatcher", exc_info=True)
             await asyncio.sleep(1)
 

@@ -1,7 +1,7 @@
-"""A replica's part of a card's memory: it starts only if this part is free, and takes no more.
+"""A replica's part of a card's memory: checked before the start, and never exceeded.
 
-Ray counts fractions of a GPU but does not enforce them. The cap that is set here keeps replicas
-from taking each other's memory.
+A replica starts only if its part is free. Ray counts fractions of a GPU but does not enforce them.
+The cap that is set here keeps replicas from taking each other's memory.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class MemoryClaim:
 
 
 def is_free(promised_gib: float, free_gib: float) -> bool:
-    """Whether a promise can be kept.
+    """Whether the card has the memory that a replica was promised.
 
-    `free_gib` is measured in a process that already has a CUDA context, so it no longer includes
-    the memory of the context.
+    `free_gib` is measured in a process that already has a CUDA context. So the memory of that
+    context is no longer part of `free_gib`, and is taken off the promise.
     """
     return promised_gib - CONTEXT_GIB <= free_gib + TOLERANCE_GIB
 
@@ -72,9 +72,11 @@ def claim(
     """Cap this process at `memory_gib` of its card, by default at the fraction `num_gpus` of it.
 
     Blocks for up to `wait_s` seconds until that much memory is free. Raises `CardFull` if it is
-    still not free then. CUDA's context lies outside torch's allocator, and it exists as soon as
-    free memory can be measured. So the allocator is capped at the promised memory less
-    `CONTEXT_GIB`.
+    still not free then, or if the promise is too small for CUDA's context alone. `sleep`: the
+    function that waits between two looks.
+
+    CUDA's context lies outside torch's allocator, and it exists as soon as free memory can be
+    measured. So the allocator is capped at the promised memory less `CONTEXT_GIB`.
     """
     waited_s = 0.0
     while True:

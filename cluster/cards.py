@@ -2,17 +2,17 @@
 
 Sources:
 
-- Memory is what CUDA reports, the lowest figure seen: the total of nvidia-smi less what the driver
-  keeps (github.com/modal-labs/modal-client pull request 2797 lists totals).
+- Memory is the lowest figure seen of what CUDA reports: the total of nvidia-smi less what the
+  driver keeps (github.com/modal-labs/modal-client pull request 2797 lists totals).
 - Compute capabilities are those of NVIDIA's list of CUDA GPUs.
-- Rates are dense. They come from NVIDIA's datasheets (T4, A10, L4, L40S, A100, B200) and
-  architecture white papers (RTX 4090 and 5090: with float32 accumulation). For the H100 and H200
-  NVIDIA states 989 (16 bit) and 1,979 (FP8) TFLOP/s. A large bf16 product on random data reaches
-  800 of the 989; FP8 is taken as twice that.
+- Rates are dense: they do not count on zeros in the weights. They come from NVIDIA's datasheets
+  (T4, A10, L4, L40S, A100, B200) and architecture white papers (RTX 4090 and 5090: with float32
+  accumulation). For the H100 and H200 NVIDIA states 989 (16 bit) and 1,979 (FP8) TFLOP/s. A large
+  bf16 product on random data reaches 800 of the 989, so 800 is used; FP8 is taken as twice that.
 - Prices are those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"), with
-  exceptions: T4 is Google Cloud's list price, A10 and A100-40 on demand are Lambda's, and the spot
-  price of the A100-40 is DataCrunch's. Prices differ between providers by factors of two to four:
-  set your own with `octet plan --prices FILE`.
+  exceptions. The T4's are Google Cloud's list prices. The A10's, and the A100-40's on demand, are
+  Lambda's. The A100-40's spot price is DataCrunch's. Prices differ between providers by factors of
+  two to four: set your own with `octet plan --prices FILE`.
 
 Pure: standard library only.
 """
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 FP8_SINCE = (8, 9)  # compute capability
 BF16_SINCE = (8, 0)
-# By which fraction the memory that CUDA reports may differ from `Card.memory_gib`: drivers keep
-# different amounts of memory for themselves.
+# The memory that CUDA reports may differ from `Card.memory_gib` by this fraction, because drivers
+# keep different amounts of memory for themselves.
 MEMORY_TOLERANCE = 0.08
 
 
@@ -33,10 +33,11 @@ MEMORY_TOLERANCE = 0.08
 class Card:
     """A GPU model.
 
-    `name`: the part of the driver's device name that identifies the card. `ray_names`: the card's
-    values of Ray's label `ray.io/accelerator-type`. `tflops`, `fp8_tflops`: dense TFLOP/s in 16 bit
-    (fp16 where there is no bf16) and in FP8, None without FP8 tensor cores. Prices are US dollars
-    per hour for one card, None where no price is known.
+    - `name`: the part of the driver's device name that identifies the card.
+    - `ray_names`: the values of Ray's label `ray.io/accelerator-type` that mean this card.
+    - `tflops`: dense TFLOP/s in 16 bit (fp16 where there is no bf16).
+    - `fp8_tflops`: dense TFLOP/s in FP8, None without FP8 tensor cores.
+    - `on_demand_usd_h`, `spot_usd_h`: prices in US dollars per hour of one card, None if not known.
     """
 
     id: str
@@ -68,7 +69,7 @@ CARDS = {
         Card(
             "rtx5090", "RTX 5090", ("GeForce-RTX-5090",), 31.35, (12, 0), 209, 419, 1792, 1.22, 0.69
         ),
-        # Ray's "A100" does not say how much memory the card has: it counts as the smaller one.
+        # Ray's "A100" does not say how much memory the card has, and counts as the smaller card.
         Card("a100-40", "A100", ("A100", "A100-40G"), 39.38, (8, 0), 312, None, 1555, 1.29, 0.25),
         Card("a100-80", "A100", ("A100-80G",), 79.14, (8, 0), 312, None, 1935, 2.10, 1.19),
         Card("h100", "H100", ("H100",), 79.11, (9, 0), 800, 1600, 3350, 4.76, 2.69),

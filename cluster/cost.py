@@ -1,13 +1,13 @@
 """The work of an image: its predicted seconds on one reference replica.
 
-    work = constant + steps · (step + rows · (token · n + token² · n²)) + pixel · pixels
+    work = constant + steps · (step + rows · (token · n + token2 · n²)) + pixel · pixels
 
 n is the number of tokens of image and text together; rows is 2 with guidance, else 1. The five
-coefficients belong to a model, a recipe and a card. `REFERENCES` holds the measured ones. Others
-are estimated from the arithmetic of SD3.5's transformer and the card's peak rates, of which the
-fraction `EFFICIENCY` is reached: a block of width d takes 24 · d² floating-point operations for the
-linear layers of a token and 4 · d for each pair of tokens; a block that attends to the image a
-second time takes 8 · d² and 4 · d more.
+coefficients (`CostCoefficients`) belong to a model, a recipe and a card. `REFERENCES` holds the
+measured ones. Others are estimated from the arithmetic of SD3.5's transformer and the card's peak
+rates. The estimate assumes that the fraction `EFFICIENCY` of the peak is reached. A block of width
+d takes 24 · d² floating-point operations for the linear layers of a token, and 4 · d for each pair
+of tokens. A block that attends to the image a second time takes 8 · d² and 4 · d more.
 
 A replica learns its real cost from the images that it generates: see `LearnedCost`.
 
@@ -74,10 +74,10 @@ class ImageShape:
 
 
 class CostCoefficients(NamedTuple):
-    """The coefficients of the cost formula, in seconds.
+    """The coefficients of the cost formula, each in seconds.
 
-    `constant`: for an image. `step`: for a step. `token`, `token2`: for a token and for a pair of
-    tokens, of one row in one step. `pixel`: for a pixel that the VAE decodes.
+    `constant`: per image. `step`: per step. `token`: per token of one row in one step. `token2`:
+    per pair of tokens of one row in one step. `pixel`: per pixel that the VAE decodes.
     """
 
     constant: float
@@ -87,7 +87,7 @@ class CostCoefficients(NamedTuple):
     pixel: float
 
     def parts(self, shape: ImageShape) -> tuple[float, ...]:
-        """The seconds that each coefficient contributes to the work of an image, in order."""
+        """The seconds that each coefficient adds to the work of an image, in the fields' order."""
         row_steps, n = shape.steps * shape.rows, shape.tokens
         amounts = 1, shape.steps, row_steps * n, row_steps * n * n, shape.pixels
         return tuple(c * amount for c, amount in zip(self, amounts, strict=True))
@@ -141,10 +141,11 @@ REFERENCES = {
 class LearnedCost:
     """A replica's own coefficients, corrected after each image that it has finished.
 
-    A learned coefficient is a factor times the reference's. Each image corrects the factors in
-    proportion to their parts of its work (normalised least mean squares), by `LEARNING_RATE` of the
-    error of its prediction. An error counts as at most the prediction itself, and every factor
-    stays between 1/`MAX_FACTOR` and `MAX_FACTOR`, so that a single outlier changes little.
+    A learned coefficient is a factor times the reference's. Each image shows the error of its
+    prediction, and the factors are corrected by `LEARNING_RATE` of the error. The larger the part
+    of a coefficient in the image's work, the more its factor is corrected (normalised least mean
+    squares). An error counts as at most the prediction itself, and every factor stays between
+    1/`MAX_FACTOR` and `MAX_FACTOR`. So a single outlier changes little.
     """
 
     def __init__(
@@ -156,7 +157,8 @@ class LearnedCost:
         """`reference`: the coefficients to start from, of this model, recipe and card.
 
         `unit`: the coefficients of the reference replica, whose seconds are the unit of work; by
-        default `reference`. `usual`: an image whose speed counts until one is observed.
+        default `reference`. `usual`: an image from which `speed` is predicted until the first image
+        is observed.
         """
         self.reference, self._unit = reference, unit or reference
         self._factors = [1.0] * len(reference)
@@ -174,13 +176,16 @@ class LearnedCost:
     def speed(self) -> float:
         """Seconds of a reference replica's work that this replica does in a second.
 
-        Computed from recent images: their work in `unit` ÷ the seconds of the replica that they
-        took, with errors bounded as described for the class.
+        Computed from recent images: their work in `unit` ÷ the seconds of this replica's time that
+        they took. Errors are bounded as described for the class.
         """
         return self._unit_s / self._busy_s if self._busy_s else self._first
 
     def observe(self, shape: ImageShape, busy_s: float) -> None:
-        """Learn from a finished image; `busy_s`: its share of the replica's time, in seconds."""
+        """Learn from a finished image.
+
+        `busy_s`: the image's share of the replica's time, in seconds.
+        """
         parts = self.reference.parts(shape)
         predicted = sum(f * p for f, p in zip(self._factors, parts, strict=True))
         error = min(max(busy_s - predicted, -predicted), predicted)

@@ -1,9 +1,10 @@
 """The memory that a replica takes of its card, computed from the model's structure and recipe.
 
-Weights are counted exactly. The peaks of a step and of a decode are those of eager execution: they
-are linear in rows × tokens and in pixels. `bench.memory_model` finds the factors below by following
-every tensor on the meta device. A compiled step takes less. The CUDA context and the slack of
-torch's allocator are assumptions until they are measured on a GPU.
+Weights are counted exactly. The peaks of a step and of a decode are those of eager execution; a
+compiled step takes less. The peak of a step grows linearly with rows × tokens, that of a decode
+with the pixels. `bench.memory_model` finds the factors below by following every tensor on torch's
+meta device. The CUDA context and the slack of torch's allocator are assumptions until they are
+measured on a GPU.
 
 Pure: imports the standard library and pure files only.
 """
@@ -106,8 +107,8 @@ def footprint(
 ) -> Footprint:
     """The memory of a Generator that runs `slots` images with guidance at a time.
 
-    `pixels`: the area of the largest image. Batches are padded to a power of two of rows. Raises
-    `ValueError` for an unknown recipe.
+    `pixels`: the area of the largest image. The rows of a batch are padded to a power of two.
+    Raises `ValueError` for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe '{recipe}' must be one of {', '.join(RECIPES)}")
@@ -127,12 +128,18 @@ def footprint(
 
 
 def padded(rows: int) -> int:
-    """Round rows up to a power of two: the engine has code for these numbers of rows."""
+    """Round a number of rows up to a power of two.
+
+    The engine has code for these numbers of rows only.
+    """
     return 1 << (rows - 1).bit_length()
 
 
 def text_encoders_gib(t5_in_fp8: bool = True) -> float:
-    """GiB of a TextEncoder replica with SD3.5's encoders, T5 stored in FP8 or in 16 bit."""
+    """GiB of a TextEncoder replica with SD3.5's encoders.
+
+    `t5_in_fp8`: whether T5's weights are stored in FP8; otherwise they are stored in 16 bit.
+    """
     t5 = T5_LINEAR_PARAMETERS * (1 if t5_in_fp8 else 2)
     t5 += 2 * (T5_PARAMETERS - T5_LINEAR_PARAMETERS)
     weights = (t5 + 2 * CLIP_PARAMETERS) / GIB

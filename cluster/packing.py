@@ -2,9 +2,9 @@
 
 An *arrangement* is a choice of at most one serving option for each model
 (`cluster.serving_options`) that fits into one card. A model's *capacity* is the images/s that all
-cards generate if only this model is requested. The plan gives every card an arrangement, such that
-the geometric mean of the capacities, weighted by the models' shares, is greatest. So no speed makes
-up for a model without a place, and models share cards as far as memory allows. Cards of a kind are
+cards generate if only this model is requested. The plan gives every card an arrangement. The goal
+is the greatest geometric mean of the capacities, weighted by the models' shares. A model without a
+place would make the mean 0, so models share cards as far as memory allows. Cards of a kind are
 interchangeable. If there are few possibilities all are tried, otherwise hill climbing searches them
 (`cluster.packing_search`).
 
@@ -50,7 +50,7 @@ class DoesNotFit(Exception):
     """No plan is possible; the message says why for each model, and what would make it possible."""
 
 
-Arrangement = tuple[ServingOption | None, ...]  # one for each model, None: not on this card
+Arrangement = tuple[ServingOption | None, ...]  # by model; None: the model is not on this card
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Plan:
 
     @property
     def mean_images_s(self) -> float:
-        """The geometric mean of the capacities, weighted by share: the plan maximises it."""
+        """The geometric mean of the capacities, weighted by share, which the plan maximises."""
         total = sum(planned.share for planned in self.planned_models)
         return math.exp(
             sum(m.share / total * math.log(self.images_s[m.model]) for m in self.planned_models)
@@ -131,10 +131,10 @@ def plan(
 ) -> Plan:
     """Plan which models run on which cards, and where the text encoders run.
 
-    `encoder_gib`: the memory of a card that a text encoder replica takes; None: text encoders run
-    on CPUs. All text encoders run on cards of one kind, the one that leaves the models the highest
-    mean capacity. Raises `DoesNotFit` if there is no plan, and `ValueError` if a kind of card is
-    given twice.
+    `groups`: the cards, by kind. `encoder_gib`: the memory of a card that a text encoder replica
+    takes; None: text encoders run on CPUs. All text encoders run on cards of one kind: the kind
+    that leaves the models the highest mean capacity. Raises `DoesNotFit` if there is no plan, and
+    `ValueError` if a kind of card is given twice.
     """
     if len({group.card.id for group in groups}) < len(groups):
         given = ", ".join(group.card.id for group in groups)
@@ -263,8 +263,8 @@ def why_not(
 ) -> str:
     """Explain why no plan exists.
 
-    Says for each model that fits on no card why it does not, and what would make it possible. If
-    every model fits alone, says that they do not all fit at once.
+    The text says for each model that fits on no card why it does not fit, and what would make it
+    possible. If every model fits alone, the text says that not all of them fit at once.
     """
     if not groups:
         return "there are no cards"

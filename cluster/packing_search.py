@@ -1,9 +1,9 @@
 """A search for the best arrangements: how many cards of each kind get which arrangement.
 
 Every arrangement gives each model some images/s. A model's capacity is their sum over all cards.
-The score is the geometric mean of the capacities, weighted by shares. Its logarithm is concave in
-the numbers of cards, so hill climbing ends near the best. With few cards a single card makes a
-difference, and all possibilities are tried.
+The search looks for the greatest geometric mean of the capacities, weighted by the models' shares.
+The logarithm of this mean is concave in the numbers of cards, so hill climbing ends near the best.
+With few cards a single card makes a difference, so all possibilities are tried.
 
 Pure: standard library only.
 """
@@ -18,7 +18,7 @@ from operator import mul
 
 MAX_TRIED = 3000  # with more possibilities than this, hill climbing searches them
 TARGETS = 4  # arrangements that are tried as the new one of a card in each move of the climb
-NO_CAPACITY = 1e-9  # images/s that count as none
+NO_CAPACITY = 1e-9  # images/s; a capacity up to this counts as none
 
 Counts = list[list[int]]  # for each kind of card: how many cards have each arrangement
 
@@ -60,10 +60,11 @@ class Search:
         return total
 
     def score(self, counts: Counts) -> tuple[int, float]:
-        """Rate counts; less is better.
+        """The score of counts; the smallest score is the best.
 
-        Returns the number of models without a place, and minus the sum over the others of share ·
-        logarithm of the capacity: the logarithm of the weighted geometric mean, up to a factor.
+        The first part is the number of models without a place. The second part is minus the sum of
+        share · log(capacity) over the other models. That sum is the logarithm of their weighted
+        geometric mean times the sum of their shares.
         """
         return _score(self.capacities(counts), self._shares)
 
@@ -84,8 +85,9 @@ class Search:
         """Find good counts by hill climbing.
 
         In each move some cards change from one arrangement to another: first many cards at a time,
-        then fewer, as long as that improves the score. Only the `TARGETS` arrangements with the
-        highest value are tried as new ones, where the value follows the gradient of the score.
+        then fewer, as long as that improves the score. Only the `TARGETS` arrangements of the
+        highest value are tried as new ones. The value of an arrangement is the sum of its images/s,
+        each multiplied by the model's share ÷ capacity (the gradient of the score).
         """
         counts = [[n, *[0] * (len(r) - 1)] for n, r in zip(self._cards, self._rates, strict=True)]
         capacities = self.capacities(counts)
@@ -114,6 +116,6 @@ class Search:
 
 
 def _score(capacities: Sequence[float], shares: Sequence[float]) -> tuple[int, float]:
-    """See `Search.score`."""
+    """The score of capacities, as `Search.score` describes it."""
     placed = [(c, s) for c, s in zip(capacities, shares, strict=True) if c > NO_CAPACITY]
     return len(shares) - len(placed), -sum(s * math.log(c) for c, s in placed)

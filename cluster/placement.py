@@ -28,7 +28,7 @@ Selector = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node; its resources are totals, in Ray's units."""
+    """A living node; `num_cpus` and `num_gpus` are its totals, in Ray's units."""
 
     id: str
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -46,7 +46,8 @@ class Node:
     def has_fp8(self, card: Card | None = None) -> bool:
         """Whether the node counts as having FP8.
 
-        Octet's precision label decides; without it, `card` if one is given, else Ray's label.
+        Octet's precision label decides. Without this label, the given `card` decides. Without both,
+        the card in Ray's label decides.
         """
         label = self.labels.get(PRECISION_LABEL)
         if label in ("fp8", "fp16"):
@@ -56,7 +57,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NodeRequirement:
-    """The needs of one replica of a pool, in Ray's units; `card`: an id of `CARDS`."""
+    """The needs of one replica of a pool, in Ray's units.
+
+    `allow_fp8_nodes`: whether an fp16 replica may run on nodes that have FP8. `card`: the id in
+    `CARDS` of the card that the replica needs, None for any card.
+    """
 
     precision: Literal["fp8", "fp16"]
     num_cpus: float
@@ -96,7 +101,7 @@ def card_selectors(card: str) -> list[Selector]:
 
 
 def _precision_on(card: Card, need: NodeRequirement) -> Selector:
-    """The selector on a node's precision label for a pool that is bound to this card."""
+    """The selector of nodes by precision label, for a pool that is bound to this card."""
     if need.precision == "fp8":
         return {PRECISION_LABEL: "!fp16" if card.has_fp8 else "fp8"}
     if need.allow_fp8_nodes:

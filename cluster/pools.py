@@ -1,6 +1,6 @@
 """A packing plan in Ray's terms: pools whose replicas take fractions of a GPU.
 
-Ray adds up the fractions on a card and knows nothing of memory. With its packing strategy it fills
+Ray adds up the fractions on a card and knows nothing of memory. With its packing strategy Ray fills
 one card before it takes the next. Fractions are rounded up to the ten-thousandths in which Ray
 counts, so whatever Ray puts on a card fits into the card's memory.
 
@@ -8,7 +8,7 @@ If every card of a kind holds the same number of replicas, and an equal part of 
 for each of them, all get this equal part. Then Ray cannot put more replicas on a card than planned,
 and in every order of placement all replicas find a place next to one text encoder. Otherwise Ray
 may place replicas in such a way that the last ones find no place. `PlannedPool.even` says which of
-the two it is.
+the two cases holds.
 
 Pure: imports the standard library and pure files only.
 """
@@ -26,7 +26,8 @@ class PlannedPool:
     """Equal replicas on cards of one kind.
 
     `model` is None for text encoders. Each replica takes the fraction `num_gpus` of a card and is
-    promised `memory_gib` of its memory. `even`: whether every order of placement works out.
+    promised `memory_gib` of its memory. `even`: whether all replicas find a place in every order in
+    which Ray may place them.
     """
 
     model: str | None

@@ -11,7 +11,10 @@ from .placement import Node
 
 
 def living_nodes() -> list[Node]:
-    """The living nodes. Blocks for two calls to Ray's control store; raises Ray's errors."""
+    """The living nodes.
+
+    Blocks for two calls to Ray's control store. Raises Ray's errors if the store does not answer.
+    """
     draining = state.get_draining_nodes()  # Ray has no public call for this
     return [
         Node(
@@ -30,8 +33,8 @@ def drain(node_id: str, seconds: float) -> None:
     """Drain a node: Ray places nothing new on it, and expects the node to end after `seconds`.
 
     Ray Serve starts replacements of the node's replicas elsewhere, then ends each replica of the
-    node when it is idle. Replicas that stay busy have `seconds` less their own time to shut down.
-    Raises `RuntimeError` if Ray refuses.
+    node when it is idle. A replica that stays busy is told to end earlier than `seconds`, by the
+    time that it has for shutting down. Raises `RuntimeError` if Ray refuses.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
     from ray.core.generated import autoscaler_pb2

@@ -6,9 +6,9 @@ weights. A card that runs this model alone generates, in images/s:
 
     min(1 / g, replicas / (g + h))
 
-g is the card's time for an image in seconds, h is its host's. An option is allowed only if images
-are finished within the latency target while all slots are taken. By Little's law an image then
-takes replicas · slots ÷ images/s.
+g is the time that the card works for one image, and h is the time that the host works for it, both
+in seconds. An option is allowed only if images are finished within the latency target while all
+slots are taken. By Little's law an image then takes replicas · slots ÷ images/s.
 
 Pure: imports the standard library and pure files only.
 """
@@ -56,7 +56,8 @@ class CardGroup:
     def free_parts(self) -> int:
         """The parts of a card that are left for models.
 
-        One part stays unused, because Ray Serve adds up fractions in floating point.
+        One part stays unused, because Ray Serve adds up fractions in floating point, which is not
+        exact.
         """
         return FRACTIONS - 1 - self.parts(self.encoder_gib)
 
@@ -68,7 +69,7 @@ class CardGroup:
     def parts(self, gib: float) -> int:
         """Convert GiB to parts of a card, rounded up.
 
-        On a card without usable memory the result is more parts than a card has.
+        If Octet may use no memory of the card, the result is more parts than a card has.
         """
         if not gib:
             return 0
@@ -143,9 +144,10 @@ def recipe_on(card: Card, *, adaln_8_bit: bool = False) -> str:
 
 
 def times(planned: PlannedModel, recipe: str, card: Card, slots: int) -> tuple[float, float]:
-    """Seconds of the card and seconds of its host for one of `slots` images that run together.
+    """Seconds of the card and seconds of its host that one image takes.
 
-    The rows of the images are padded to a power of two.
+    `slots`: the number of images that run together and share these times. The rows of the images
+    are padded to a power of two.
     """
     costs, shape = reference(planned.structure, recipe, card), planned.shape
     n = shape.tokens
@@ -161,7 +163,7 @@ def times(planned: PlannedModel, recipe: str, card: Card, slots: int) -> tuple[f
 def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> list[ServingOption]:
     """All options for a model on a card that meet the latency target.
 
-    They may take more memory than the card has.
+    Options that take more memory than the card has are among them.
     """
     card = cards.card
     recipe = recipe_on(card, adaln_8_bit=terms.adaln_8_bit)

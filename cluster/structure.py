@@ -1,4 +1,4 @@
-"""The structure of an SD3.5 model, from which its memory and its arithmetic follow.
+"""The structure of an SD3.5 model, from which its memory and its arithmetic are computed.
 
 The folder `structures/` holds the configurations of the real models in the format of diffusers and
 transformers.

@@ -1,7 +1,7 @@
 """Readings of a card through NVML: load, memory, power, temperature, clocks and faults.
 
-Not every card, driver or partition (MIG) supports every reading. Those that are not supported are
-left out.
+Not every card, driver or partition (MIG) supports every reading. Readings that are not supported
+are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pynvml
 
 # Xid errors that a program causes, not the card: the list of NVIDIA's device plugin for Kubernetes.
 PROGRAMS_XIDS = frozenset({13, 31, 43, 45, 68, 109})
-# Errors of a reading that the card, the driver or this process's rights do not support.
+# Errors of a reading that the card or driver does not support, or that needs more rights.
 ABSENT = (
     pynvml.NVMLError_NotSupported,
     pynvml.NVMLError_FunctionNotFound,
@@ -31,14 +31,17 @@ class NoTelemetry(Exception):
 
 
 class CardTelemetry:
-    """The readings of one card, or of one partition of a card, which CUDA's UUID names.
+    """The readings of one card, or of one partition of a card.
 
-    `broken` says in words what is wrong with the card; it is empty while nothing is. `nvml` behaves
-    like the module pynvml.
+    `uuid`: the UUID by which CUDA names the card or the partition. `broken` says in words what is
+    wrong with the card, and is empty while nothing is wrong. `nvml` behaves like the module pynvml.
     """
 
     def __init__(self, uuid: str, nvml: Any = pynvml) -> None:
-        """Find the card and subscribe to its faults. Raises `NoTelemetry`."""
+        """Find the card and subscribe to its faults.
+
+        Raises `NoTelemetry` if NVML does not work or does not know the UUID.
+        """
         self._nvml, self.broken = nvml, ""
         try:
             nvml.nvmlInit()
@@ -54,7 +57,10 @@ class CardTelemetry:
         self._events = self._listen()
 
     def sample(self) -> dict[str, float]:
-        """Take all readings, by name with unit, and bring `broken` up to date. Blocks."""
+        """Take all readings, and bring `broken` up to date; return the readings by name.
+
+        A name ends in its unit, such as `power_watts`. Blocks.
+        """
         values = {name: value for name, value in self._readings() if value is not None}
         errors = values.get("ecc_errors")
         if self._ecc_before is None or errors is None:
@@ -68,7 +74,11 @@ class CardTelemetry:
         return values
 
     def _handle(self, uuid: str) -> Any:
-        """Find NVML's handle of a UUID; CUDA does not say whether that is a card or a partition."""
+        """Find NVML's handle of a UUID.
+
+        Both kinds of names are tried, because CUDA does not say whether the UUID is a card's or a
+        partition's. Raises NVML's error if there is neither.
+        """
         for prefix in ("GPU-", "MIG-"):
             with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
                 return self._nvml.nvmlDeviceGetHandleByUUID(prefix + uuid)
@@ -94,7 +104,7 @@ class CardTelemetry:
     def _read(self, ask: Callable[[], Any]) -> Any:
         """Take one reading; None if it fails or is not supported.
 
-        A card that is lost or needs a reset counts as broken.
+        `ask`: the function that calls NVML. A card that is lost or needs a reset counts as broken.
         """
         try:
             return ask()
@@ -140,7 +150,7 @@ class CardTelemetry:
 
 
 def driver_version(nvml: Any = pynvml) -> str:
-    """The version of NVIDIA's driver. Raises `NoTelemetry`."""
+    """The version of NVIDIA's driver. Raises `NoTelemetry` if NVML does not work."""
     try:
         nvml.nvmlInit()
         found = nvml.nvmlSystemGetDriverVersion()

@@ -5,8 +5,8 @@
 The check looks at pixels only. The colour of the sky tells the time of day, edges along both axes
 tell a city, level rows under a straight horizon tell the sea, and a bright round blob tells the
 moon. All other places are told by the colour of the ground, after the light of the hour has been
-taken out. Then the same images are checked against other prompts: a check that any image passes
-would pass there too.
+taken out. Then the same images are checked against other prompts. Few of these checks may pass:
+otherwise the check would accept any image.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def sky_shows(image: Array, time: str) -> bool:
 
 
 def has_moon(image: Array) -> bool:
-    """Whether the upper part has one bright, round blob, 0.8 to 7 % of a square image."""
+    """Whether the upper part has one bright, round blob of 0.8 to 7 % of a square image."""
     upper = luminance(band(image, 0, 0.42))
     rows, columns = np.nonzero(upper > 0.72)
     share = len(rows) / (len(image) ** 2)
@@ -205,7 +205,10 @@ def shows(picture: Image.Image, scene: Scene) -> bool:
 
 
 def shuffled_share(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> float:
-    """The fraction of pairs of an image and another image's scene that pass the check."""
+    """The fraction of pairs that pass the check.
+
+    A pair is an image and a scene of `scenes` that the image should not show.
+    """
     pairs = [(p, s) for i, p in enumerate(pictures) for j, s in enumerate(scenes) if s != scenes[i]]
     return float(np.mean([shows(p, s) for p, s in pairs]))
 
@@ -235,7 +238,7 @@ def main(seeds: int = 2, precision: str = "fp8") -> None:
 def generate(
     encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128
 ) -> Image.Image:
-    """Generate one image with the demo's defaults, by the operations that serve it."""
+    """Generate one image with the demo's defaults, by the operations that the server uses."""
     from serve.engine.sd3 import to_pixels
 
     image = denoiser.begin(

@@ -165,7 +165,11 @@ def rgb(colour: tuple[float, float, float]) -> Array:
 
 
 def rough(x: Array, rng: np.random.Generator, octaves: int, start_hz: float, decay: float) -> Array:
-    """Ridge noise: a sum of triangle waves, about -1..1; `decay` < 1 makes it smoother."""
+    """Ridge noise: a sum of triangle waves, with values of about -1 to 1.
+
+    Each of the `octaves` has about twice the frequency of the one before, from `start_hz`, and
+    `decay` times its amplitude. A smaller `decay` makes the noise smoother.
+    """
     total, scale = np.zeros_like(x), 1.0
     for octave in range(octaves):
         hz = start_hz * 2**octave * rng.uniform(0.8, 1.25)
@@ -194,7 +198,7 @@ class Painter:
         self.water = float(rng.uniform(0.72, 0.78)) if "lake" in scene.extras else 1.0
 
     def lit(self, colour: Colour, depth: float) -> Array:
-        """A colour in the light of the hour; at depth 0 it is near, at 1 it is lost in the haze."""
+        """A colour in the light of the hour; `depth`: 0 is near, 1 is lost in the haze."""
         near = rgb(colour) * np.asarray(LIGHT[self.scene.time], np.float32)
         return near + (self.haze - near) * depth
 
@@ -298,9 +302,9 @@ class Painter:
     # -- the ground ---------------------------------------------------------------------------
 
     def layer(self, top: Array, colour: Array, foot: Array | None = None) -> Array:
-        """Fill everything below the skyline `top` (width,), and return the mask of it.
+        """Fill everything below the skyline `top` (width,), and return a mask of the filled part.
 
-        The colour changes to `foot` downwards.
+        The colour changes from `colour` at the skyline to `foot` below.
         """
         mask = (self.canvas.y > top).astype(np.float32)
         down = ((self.canvas.y - top) / 0.35).clip(0, 1)[..., None]

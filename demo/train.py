@@ -4,7 +4,7 @@
 
 The stages are: render the pictures, train the VAE, encode the latents, train text encoders and
 transformer jointly with SD3's rectified-flow loss, export in diffusers' folder layout, generate the
-sample sheet. A stage is skipped if its file is there already.
+sample sheet. A stage whose file exists already is skipped.
 
 The loss (Esser et al. 2024, "Scaling Rectified Flow Transformers"): u has a logit-normal
 distribution, the noise level is sigma = shift·u / (1 + (shift − 1)·u), the transformer's input is
@@ -66,7 +66,7 @@ def progress() -> Progress:
 
 
 def render_picture(job: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
-    """Render a picture, given its number and its size; returns its pixels and its captions."""
+    """Render a picture, given its number and its size; return its pixels and its captions."""
     index, (width, height) = job
     rng = np.random.default_rng([width, height, index])
     scene = random_scene(rng)
@@ -170,7 +170,7 @@ def save(file: Path, state: dict[str, Any], step: int) -> None:
 
 
 def restore(file: Path, state: dict[str, Any]) -> int:
-    """Load saved states; returns the number of steps taken, 0 if there is no file."""
+    """Load saved states; return the number of steps taken, 0 if there is no file."""
     if not file.exists():
         return 0
     saved = torch.load(file, weights_only=True)
@@ -287,7 +287,7 @@ def train_model(
     batch: int,
     rate: float = 2e-3,
 ) -> Model:
-    """Train with the rectified-flow loss; returns the moving average of the weights."""
+    """Train with the rectified-flow loss; return a model with the moving average of the weights."""
     averaged = copy.deepcopy(model)
     optimizer = Optimizer(model, rate, steps)
     state = {"model": model, "averaged": averaged, "optimizer": optimizer}

@@ -1,6 +1,6 @@
 """Grafana dashboards of Octet's metrics: `python -m k8s.dashboards` writes them into k8s/grafana.
 
-The dashboards need no plugins. Their data source is chosen at the top of each.
+The dashboards need no plugins. At the top of each dashboard its data source can be chosen.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ QUANTILES = (0.5, 0.9, 0.99)
 class Panel:
     """A panel of a dashboard.
 
-    `unit`: Grafana's name of the unit. `queries`: pairs of PromQL and legend. `text`: the panel's
-    description.
+    `unit`: Grafana's name of the unit. `queries`: pairs of a PromQL query and its legend. `text`:
+    the panel's description.
     """
 
     title: str
@@ -34,14 +34,17 @@ class Panel:
 
 
 def quantiles(title: str, histogram: str, by: str = "", text: str = "") -> Panel:
-    """A panel with the p50, p90 and p99 of a histogram in seconds."""
+    """A panel with the p50, p90 and p99 of a histogram in seconds.
+
+    `by`: the tag by which the histogram is split into several lines; "" for none.
+    """
     legend = f"{{{{{by}}}}} " if by else ""
     shown = tuple((quantile(q, histogram, by), f"{legend}p{100 * q:g}") for q in QUANTILES)
     return Panel(title, "s", shown, text=text)
 
 
 def one(title: str, unit: str, query: str, legend: str, text: str = "", **more: bool) -> Panel:
-    """A panel with one query."""
+    """A panel with one query; `more`: further fields of `Panel`."""
     return Panel(title, unit, ((query, legend),), text=text, **more)
 
 
@@ -280,7 +283,7 @@ def _panel(panel: Panel, i: int) -> dict[str, Any]:
 
 
 def files() -> dict[Path, str]:
-    """Texts of the dashboards by path."""
+    """The texts of the dashboards, by the path of the file."""
     return {
         OUT / f"{uid}.json": json.dumps(dashboard(uid), indent=1, ensure_ascii=False) + "\n"
         for uid in DASHBOARDS

@@ -36,10 +36,10 @@ def increase(metric: str, window: str, by: str = "", **matching: str) -> str:
 
 
 def happened(metric: str, window: str, by: str = "", **matching: str) -> str:
-    """Condition that a counter of rare events grew within the window.
+    """A condition: a counter of rare events grew within the window.
 
     Ray exports such a counter only from its first event on. `increase` does not see that event, so
-    a counter that did not exist before the window counts too.
+    a counter that did not exist before the window counts as grown too.
     """
     counter = name(metric, **matching)
     first = f"sum{_by(by)} ({counter} unless {counter} offset {window})"
@@ -54,7 +54,8 @@ def total(metric: str, by: str = "", **matching: str) -> str:
 def most(metric: str, by: str = "", **matching: str) -> str:
     """The largest value of a gauge over processes.
 
-    For a gauge that several processes set alike, or whose process has just been replaced.
+    Use this for a gauge that several processes set to the same value, or whose process may just
+    have been replaced.
     """
     return f"max{_by(by)} ({name(metric, **matching)})"
 

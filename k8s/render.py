@@ -4,10 +4,11 @@
 Ingresses and the Dispatcher run, and `card` for nodes with cards. Each kind of node in an overlay's
 `nodes.yaml` becomes a copy of one of the two.
 
-The rest is the config of `serve_config`, the same that `octet serve` deploys. In addition it names
+The rest is the config that `serve_config` makes, as for `octet serve`. Here the config also names
 the address of the HTTP proxies, the nodes of Ingresses and Dispatcher, and the smallest number of
-replicas of each pool. That number matters because KubeRay moves traffic to a cluster as soon as its
-application is running, and with it the application is running only when those replicas are warm.
+replicas of each pool. That number matters because KubeRay moves traffic to a new cluster as soon as
+its application counts as running. With the number stated, the application counts as running only
+when that many replicas are warm.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ MADE = "# Made by octet k8s render.\n"
 ROLE_LABEL = "octet/role"
 FRONT = {ROLE_LABEL: "front"}
 GPU = "nvidia.com/gpu"
-# Seconds that a pod has to leave in addition to drain_timeout_s: Ray must learn of it, and the HTTP
-# proxies must stop sending requests.
+# Seconds that a pod has for leaving, in addition to drain_timeout_s: Ray must learn that the pod
+# leaves, and the HTTP proxies must stop sending requests.
 LEAVE_S = 120
 SPOT_TAINTS = (
     ("cloud.google.com/gke-spot", "true"),
@@ -57,7 +58,7 @@ class NodeKind(Frozen):
 
     `card`: an id of cluster/cards.py, which the Kubernetes nodes carry as their label `octet/card`;
     None for nodes without a card. `gpus`: cards per node. `idle_s`: seconds after which an unused
-    node is removed.
+    node is removed. `spot`: whether the provider may take such a node away.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
@@ -90,12 +91,15 @@ class NodeKind(Frozen):
 
     @property
     def node(self) -> Node:
-        """Such a node, as `cluster.placement` describes it."""
+        """A node of this kind, as `cluster.placement` describes nodes."""
         return Node(self.name, self.labels, float(self.cpus), float(self.gpus))
 
 
 def read_nodes(file: Path) -> tuple[NodeKind, ...]:
-    """The kinds of nodes in a nodes.yaml. Raises `SettingsError` with one line per fault."""
+    """The kinds of nodes in a nodes.yaml.
+
+    Raises `SettingsError`, with one line for each fault, if the file cannot be used.
+    """
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         kinds = TypeAdapter(tuple[NodeKind, ...]).validate_python(data)
@@ -118,10 +122,10 @@ def read_nodes(file: Path) -> tuple[NodeKind, ...]:
 
 
 def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
-    """Texts of the rendered files by name.
+    """The texts of the rendered files, by file name.
 
-    The files are a patch of the base's RayService, and the settings as a ConfigMap. Raises
-    `SettingsError` for settings that cannot work on these nodes.
+    `rayservice.yaml` is a patch of the base's RayService. `settings.yaml` holds the settings as a
+    ConfigMap. Raises `SettingsError` for settings that cannot work on these nodes.
     """
     kinds = tuple(kinds)
     service = yaml.safe_load(BASE.read_text(encoding="utf-8"))
@@ -153,7 +157,10 @@ def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
 
 
 def serve_config_v2(settings: Settings) -> dict[str, Any]:
-    """The config of `serve_config`, with what a cluster of pods needs in addition."""
+    """The config that `serve_config` makes, with what a cluster of pods needs in addition.
+
+    The module's docstring lists the additions.
+    """
     config = serve_config(settings)
     (application,) = config["applications"]
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
@@ -185,7 +192,10 @@ def serve_config_v2(settings: Settings) -> dict[str, Any]:
 
 
 def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
-    """A sentence for each shortage: cards or CPUs of which replicas may take more than exist."""
+    """A sentence for each shortage of cards or CPUs on one kind of node.
+
+    A shortage means that replicas may take more of them than the nodes can have.
+    """
     kinds = tuple(kinds)
     deployed = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
     front = Resources(num_cpus=settings.dispatcher_num_cpus), settings.ingress
@@ -264,7 +274,7 @@ def _check(
 
 
 def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
-    """Names of all deployments, and what a replica of each needs of its node."""
+    """Yield the name of each deployment, and what one replica of it needs of its node."""
     yield INGRESS, NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
     yield DISPATCHER, NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
     for model in settings.models:

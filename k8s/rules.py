@@ -17,19 +17,22 @@ from .queries import happened, increase, most, name, rate
 RULES = Path(__file__).parent / "prometheus" / "rules.yaml"
 RUNBOOK = "docs/runbook.md"
 OBJECTIVE = 0.995  # share of requests answered without 5xx, over 30 days
-# Burn rates: multiples of the rate that uses up the budget in exactly 30 days. At these rates it is
-# gone in two days and in five days.
+# Burn rates: multiples of the rate that uses up the budget in exactly 30 days. At these rates the
+# budget is gone in two days and in five days.
 FAST, SLOW = 14.4, 6.0
 WINDOWS = "5m", "30m", "1h", "6h"
 
 
 def errors(window: str) -> str:
-    """The name of the recorded share of 5xx answers over a window."""
+    """The name of the recorded metric: the share of requests answered with 5xx over a window."""
     return f"octet:errors:ratio_rate{window}"
 
 
 def burns(long: str, short: str, burn_rate: float) -> str:
-    """Condition that the error budget burns faster than `burn_rate` over both windows."""
+    """A condition: the error budget burns faster than `burn_rate` over both windows.
+
+    `long`, `short`: two of `WINDOWS`.
+    """
     limit = f"{burn_rate * (1 - OBJECTIVE):.4g}"
     return f"{errors(long)} > {limit} and {errors(short)} > {limit}"
 
@@ -156,7 +159,10 @@ def groups() -> list[dict[str, Any]]:
 
 
 def files() -> dict[Path, str]:
-    """Texts by path: a rules file for Prometheus, and the same rules for its operator."""
+    """The texts of the files, by path.
+
+    One file holds the rules for Prometheus, the other the same rules for the Prometheus operator.
+    """
     rule = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

@@ -1,8 +1,9 @@
 """The composition root: makes a Ray Serve application from settings.
 
-Only this file connects the deployments with each other. Ray Serve's declarative config names its
-function `serve.app:build`, in the demo, the tests and on KubeRay alike. Ray Serve hashes the
-arguments into every deployment's version, so they hold only settings that must restart replicas.
+Only this file connects the deployments with each other. Ray Serve's declarative config names the
+function `serve.app:build`; the demo, the tests and KubeRay all start the application in this way.
+Ray Serve hashes the arguments of `build` into every deployment's version, so a changed argument
+restarts all replicas. The arguments therefore hold only settings that replicas need to restart for.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Make the application from `ApplicationSettings` as plain data.
+    """Make the application from `args`, which are `ApplicationSettings` as plain data.
 
-    The Ingress calls the Dispatcher and the Generators, of which each pool has its own deployment.
-    The Generators call the TextEncoder of their model, and the Dispatcher. Ingress and Dispatcher
-    also need a `user_config`: see `serve.settings.serve_config`.
+    The Ingress calls the Dispatcher and the Generators. Each pool has a deployment of Generators of
+    its own. A Generator calls the Dispatcher and the TextEncoder of its model. The Ingress and the
+    Dispatcher also need a `user_config`, which `serve.settings.serve_config` writes.
     """
     settings = ApplicationSettings.model_validate(args)
     needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
     work = {model: list(unit) for model, unit in units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name=DISPATCHER).options(
         max_ongoing_requests=UNBOUNDED,
-        # Nothing to wait for: its streams never end by themselves, and sessions outlive it.
+        # Waiting at the end would be useless: the Dispatcher's streams never end by themselves,
+        # and the Ingresses' sessions outlive it.
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
         # Ray Serve calls `record_autoscaling_stats` only on deployments that it autoscales.
@@ -117,23 +119,31 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _size(resources: Resources, policy: str) -> dict[str, Any]:
-    """A fixed number of replicas, or the bounds between which their number follows the pools."""
+    """Ray Serve's option for the number of replicas.
+
+    The number is fixed, or it follows the pools within the bounds of `resources`. `policy`: the
+    setting `autoscaling_policy`.
+    """
     if resources.least == resources.replicas:
         return {"num_replicas": resources.replicas}
     return {"autoscaling_config": autoscaling_config(policy, resources.least, resources.replicas)}
 
 
 def _pool_size(pool: Pool, policy: str) -> dict[str, Any]:
-    """Let a pool begin at zero, so that a start does not wait for replicas that no node can hold.
+    """Ray Serve's option for a pool's number of replicas, which begins at zero.
 
-    The autoscaling policy keeps the pool's `min_replicas`. `initial_replicas` is not set, because
-    Ray Serve would go back to that number with every new version.
+    With a larger smallest number, a start would wait for replicas even if no node can hold them.
+    The autoscaling policy starts the pool's `min_replicas` instead. `initial_replicas` is not set,
+    because Ray Serve would go back to that number with every new version.
     """
     return {"autoscaling_config": autoscaling_config(policy, 0, pool.replicas)}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:
-    """Ray's options for the nodes that a replica may use, preferred nodes first."""
+    """Ray's options for the nodes that a replica may use, preferred nodes first.
+
+    Without selectors a replica may use any node.
+    """
     if not selectors:
         return {}
     first, *others = selectors

@@ -11,11 +11,13 @@ from pathlib import Path
 def replace_file(
     file: Path, *parts: bytes, mode: int = 0o600, sync: bool = False, keep_owner: bool = False
 ) -> None:
-    """Replace the file atomically, or make it if it is not there. Raises `OSError`.
+    """Write `parts` into a file atomically, in place of the file's old contents if there are any.
 
-    `sync`: the file and its name are on disk when this returns, also after a power cut.
-    `keep_owner`: the file keeps its owner, and a new one has that of its folder, so that a server
-    can read what root has written for it.
+    `mode`: the permissions of the file. `sync`: wait until the file and its name are on disk, so
+    that both survive a power cut. `keep_owner`: give the file the owner of the old one, or of its
+    folder if there was none. Then a server can read what root has written for it. A process without
+    the right to change owners stays the owner itself. Raises `OSError` if the file cannot be
+    written.
     """
     file = file.resolve()
     handle, part = tempfile.mkstemp(dir=file.parent)
@@ -39,9 +41,10 @@ def replace_file(
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's names to disk: a new file could be gone after a power cut otherwise.
+    """Write the names of a folder's files to disk.
 
-    Raises `OSError`.
+    A power cut could otherwise remove the name of a new file, and so the file. Raises `OSError` if
+    the disk fails.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Names of Octet's Ray Serve application and its deployments, said once.
+"""Names of Octet's Ray Serve application and of its deployments.
 
 Pure: standard library only.
 """
@@ -11,10 +11,10 @@ DISPATCHER = "Dispatcher"
 
 
 def generator_deployment(pool: str) -> str:
-    """The deployment of a pool's Generators."""
+    """The name of the deployment that holds a pool's Generators."""
     return f"Generator-{pool}"
 
 
 def text_encoder_deployment(encoder: str) -> str:
-    """The deployment of a set of text encoders, by its id."""
+    """The name of the deployment of a set of text encoders; `encoder`: the set's id."""
     return f"TextEncoder-{encoder}"

@@ -1,7 +1,8 @@
 """Running the application on a Ray of its own on this machine: `octet serve`, the demo, the tests.
 
-It is deployed through Serve's declarative config, as `serve run` and KubeRay do it. Its Ray has its
-own address, temporary folder and token, so it never meets another Ray of this machine.
+The application is deployed through Serve's declarative config, as `serve run` and KubeRay do it.
+The Ray that is started here has an address, a temporary folder and a token of its own, so it never
+meets another Ray of this machine.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from .settings.serve_config import BUILD, LOGGING, serve_config
 
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
-# Environment variables of Ray and Ray Serve; values that are set already stay.
+# Environment variables of Ray and Ray Serve; a variable that is set already keeps its value.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
     # Fill one card after the other, as the packing plan expects, and never move a replica to free a
-    # node: it would load its model again.
+    # node: the moved replica would have to load its model again.
     "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",
     "RAY_SERVE_NODE_COMPACTION_DELAY_S": str(10 * 365 * 24 * 3600),
 }
-ANSWER_S = 10.0  # for an answer of the Dispatcher
-GLANCE_S = 1.0  # for an answer that is only shown
-OTHERS_S = 30.0  # for further pools, once every model can be served
-LAST_BYTES_S = 2.0  # for Serve's proxy to send the last bytes
+ANSWER_S = 10.0  # time for an answer of the Dispatcher
+GLANCE_S = 1.0  # time for an answer that is only shown to the user
+OTHERS_S = 30.0  # wait for the other pools, once every model can be served
+LAST_BYTES_S = 2.0  # time for Serve's proxy to send the last bytes
 
 
 class LaunchError(Exception):
-    """The application did not start; the message is Ray Serve's."""
+    """Ray or the application does not start or does not answer; the message says why."""
 
 
 class RunningApplication:
@@ -58,17 +59,22 @@ class RunningApplication:
         default_data_folder: str | None = None,
         import_path: str = BUILD,
     ) -> None:
-        """`import_path`: the function that builds the Ray Serve application from its settings."""
+        """Deploy the application.
+
+        `default_data_folder`: the data folder if the settings name none. `import_path`: the
+        function that builds the Ray Serve application from its settings.
+        """
         self._default_data_folder, self._import_path = default_data_folder, import_path
         self._handle: Any = None
         self.settings = self._deploy(settings)
         self.url = f"http://{settings.http.host}:{settings.http.port}"
 
     def apply(self, settings: Settings) -> bool:
-        """Apply changed settings; returns at once, and whether replicas restart for them.
+        """Apply changed settings without waiting; return whether replicas restart for them.
 
         Changed live settings reach the running replicas; any other change restarts all of them.
-        Raises `SettingsError` for a changed address.
+        Raises `SettingsError` if the HTTP address has changed, because only a new start can change
+        it.
         """
         if settings.http != self.settings.http:
             raise SettingsError("http: a change needs a restart")
@@ -76,11 +82,11 @@ class RunningApplication:
         return self.settings.application_settings() != before.application_settings()
 
     def wait(self, on_news: Callable[[str], None] = lambda _: None) -> None:
-        """Wait until every pool that a node can hold has a replica.
+        """Wait until every pool that should have a replica, and that a node can hold, has one.
 
-        Once all models can be served, further pools are awaited for `OTHERS_S` only, because nodes
-        may be full. `on_news` hears what is awaited. Raises `LaunchError` with the message of a
-        deployment that fails.
+        Once no model has to wait for its first replica, the other pools are awaited for at most
+        `OTHERS_S`, because the nodes may be full. `on_news` is called with a line that says what is
+        awaited. Raises `LaunchError` with Ray Serve's message if a deployment fails.
         """
         from ray import serve
 
@@ -112,7 +118,10 @@ class RunningApplication:
             time.sleep(POLL_S)
 
     def reasons(self) -> dict[str, str]:
-        """Why the number of each pool's replicas last changed; empty if nobody answers soon."""
+        """Why the number of each pool's replicas last changed, by pool.
+
+        Empty if the Dispatcher does not answer within `GLANCE_S`.
+        """
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
@@ -123,9 +132,10 @@ class RunningApplication:
         return {name: pool.reason for name, pool in status.pools.items()}
 
     def drain(self) -> None:
-        """Refuse new calls; returns when the open ones are answered, or after `drain_timeout_s`.
+        """Refuse new calls, and wait until the open ones are answered.
 
-        Raises `LaunchError` if the application no longer answers.
+        Waits for `drain_timeout_s` at most, and then returns even if calls are open. Raises
+        `LaunchError` if the Dispatcher does not answer at the end of that time.
         """
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
@@ -144,15 +154,20 @@ class RunningApplication:
         time.sleep(LAST_BYTES_S)
 
     def _served(self, empty: Collection[str], coming: Collection[str]) -> bool:
-        """Whether each model has a replica, or only pools that will get none."""
+        """Whether no model has to wait for its first replica any more.
+
+        `empty`: the pools that lack a replica. `coming`: those of them that a node can hold. A
+        model has to wait if all its pools are empty and at least one of them is coming.
+        """
         return all(
             not set(pools) <= set(empty) or not set(pools) & set(coming)
             for pools in ([m.pool_name(p) for p in m.pools] for m in self.settings.models)
         )
 
     def _deploy(self, settings: Settings) -> Settings:
-        """Hand the settings to Ray Serve; returns them with the default data folder filled in."""
-        # As `serve run` does; without its dashboard Serve has no public call for it.
+        """Hand the settings to Ray Serve; return them with the default data folder filled in."""
+        # `serve run` uses the same client: without its dashboard, Ray Serve has no public call that
+        # deploys a config.
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -163,12 +178,19 @@ class RunningApplication:
         return settings
 
     def close(self) -> None:
-        """Close the handle, which would report to Ray for ever; the application goes on."""
+        """Close this object's handle to the Dispatcher; the application goes on.
+
+        A handle that stays open would report to Ray for ever.
+        """
         if self._handle is not None:
             self._handle.shutdown()
 
     def status(self, timeout_s: float = ANSWER_S) -> DispatcherStatus:
-        """The Dispatcher's status. Raises Ray's errors, and `TimeoutError`."""
+        """The Dispatcher's status.
+
+        Raises `TimeoutError` if no answer comes within `timeout_s`, and Ray's errors if the
+        Dispatcher cannot be reached.
+        """
         status: DispatcherStatus = self._dispatcher().state.remote().result(timeout_s=timeout_s)
         return status
 
@@ -190,11 +212,12 @@ def run_application(
     on_news: Callable[[str], None] = lambda _: None,
     import_path: str = BUILD,
 ) -> Iterator[RunningApplication]:
-    """Run the application until the block ends; `on_news` hears what is awaited.
+    """Run the application until the `with` block ends.
 
-    Leaves no process behind, and no files but those in `settings.data_folder`; without one, images
-    for URLs are kept until the end. Raises `SettingsError` if the port is taken and `LaunchError`
-    if a deployment fails.
+    `on_news` is called with a line for each step of the start and the stop. Afterwards no process
+    is left, and no file outside `settings.data_folder`. If the settings name no data folder, images
+    for URLs are kept in a temporary folder until the end. Raises `SettingsError` if the port is
+    taken, and `LaunchError` if Ray does not start or a deployment fails.
     """
     check_port(settings.http.host, settings.http.port)
     folder = tempfile.mkdtemp(prefix="octet-", dir="/tmp")
@@ -223,7 +246,10 @@ def run_application(
 
 
 def _start(settings: Settings, folder: str) -> None:
-    """Start Ray and Ray Serve. Raises `LaunchError`."""
+    """Start Ray and Ray Serve, with Ray's files in `folder`.
+
+    Raises `LaunchError` if one of them does not start.
+    """
     import ray
     from ray import serve
 
@@ -250,7 +276,7 @@ def _start(settings: Settings, folder: str) -> None:
 
 
 def _failed(application: Any) -> list[str]:
-    """Ray Serve's messages about the deployments that do not start."""
+    """Ray Serve's messages about deployments, or an application, that do not start."""
     failed = [
         f"{name}: {_reason(d.message)}"
         for name, d in application.deployments.items()
@@ -262,7 +288,7 @@ def _failed(application: Any) -> list[str]:
 
 
 def _reason(message: str) -> str:
-    """The line of a deployment's message that says why: the last one of a traceback."""
+    """The last line of a message that begins with an exception's name, else the whole message."""
     errors = [line for line in message.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return errors[-1] if errors else " ".join(message.split())
 

@@ -1,7 +1,7 @@
 """One image as it is asked for, and what comes back; valid by construction.
 
-A call for n images becomes n `ImageRequest`s with the seeds seed + i. Each of them is granted,
-generated and retried by itself.
+A call for n images with the seed s becomes n `ImageRequest`s with the seeds s, s + 1, …, s + n - 1.
+Each of them is granted, generated and retried by itself.
 
 Pure: imports the standard library and pure files only.
 """
@@ -21,7 +21,11 @@ MAX_SEED = 2**63 - 1
 
 
 class Precision(StrEnum):
-    """The precision that a client asks for; `fp16` is the 16-bit pool, whichever type it runs."""
+    """The precision that a client asks for.
+
+    `fp8` and `fp16` ask for a pool of that precision. The replicas of an fp16 pool run in bfloat16
+    or float16, as their card allows. `auto` leaves the choice of the pool to Octet.
+    """
 
     AUTO = "auto"
     FP8 = "fp8"
@@ -61,9 +65,11 @@ class ModelLimits:
 class ImageRequest:
     """One image to generate.
 
-    Raises `InvalidRequest`, naming the field, for a value that no model can ever generate; `check`
-    adds the limits of one model. `deterministic`: the same bit for bit, whatever else is in the
-    batch. `output_compression`: the quality of a JPEG or WebP, 0 to 100.
+    `deterministic`: whether the image must be the same bit for bit, whatever else is in the batch.
+    `output_compression`: the quality of a JPEG or WebP file, 0 to 100.
+
+    Raises `InvalidRequest`, which names the field, if no model can ever generate one of the values.
+    `check` compares the request with the limits of one model.
     """
 
     id: str
@@ -163,7 +169,8 @@ class ImageRequest:
 class StreamOptions:
     """The events that a client wants before its image is done: previews and progress.
 
-    `progress`: an event for queue positions and steps; `partial_images`: previews, 0 to 3.
+    `progress`: whether to send an event for queue positions and steps. `partial_images`: the number
+    of previews, 0 to 3.
     """
 
     progress: bool = False
@@ -171,10 +178,11 @@ class StreamOptions:
 
 
 class Acknowledgement(StrEnum):
-    """The first messages of a replica about an image.
+    """The first two messages of a replica about an image.
 
-    First that it has received a request, then that it has started it. In between the request may
-    wait until it is alone on the replica, or until another one that is alone has finished.
+    `RECEIVED`: the replica has received the request. `STARTED`: the replica has begun the image. A
+    request that must run alone waits between the two until the replica is empty. Every other
+    request waits while such a request runs.
     """
 
     RECEIVED = "received"
@@ -182,9 +190,9 @@ class Acknowledgement(StrEnum):
 
 
 class Progress(NamedTuple):
-    """An image's place in the queue (1: next), or `step` of `steps` done.
+    """How far an image is: its position in the queue, or how many of its steps are done.
 
-    `eta_s`: seconds until the image is finished, as far as that is known.
+    `queue_position`: 1 is next. `eta_s`: seconds until the image is finished, None if not known.
     """
 
     step: int
@@ -206,7 +214,11 @@ OnProgress = Callable[[Progress | PartialImage], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of each stage of one image; `queue_s`: until the grant of the last attempt."""
+    """Seconds that each stage of one image took.
+
+    `queue_s`: from the request to the grant of the last attempt. `text_s`: encoding the prompt.
+    `decode_s`: turning latents into pixels. `encode_s`: turning pixels into an image file.
+    """
 
     queue_s: float = 0.0
     text_s: float
@@ -219,9 +231,10 @@ class Timings:
 class ImageResult:
     """One finished image: the encoded file, and how it was generated.
 
-    `precision`: what ran (fp8, bf16, fp16 or fp32). `emulated`: FP8 arithmetic without FP8 tensor
-    cores. `text_tokens`: tokens of text that the transformer read, with padding. `work_s`: what the
-    image took, in seconds of its model's reference replica.
+    `precision`: the precision that ran (fp8, bf16, fp16 or fp32). `emulated`: whether FP8
+    arithmetic ran without FP8 tensor cores. `text_tokens`: the number of text tokens that the
+    transformer read, with padding. `work_s`: the work that the image really took, as measured, in
+    seconds of its model's reference replica.
     """
 
     image: bytes

@@ -1,7 +1,7 @@
 """The baseline policies of the simulator, with which Octet's own policy is compared.
 
-They are Ray Serve's own policy, the queue-length rule of KEDA and Kubernetes, and an oracle. They
-serve for measurements only.
+The baselines are Ray Serve's own policy, the queue-length rule of KEDA and Kubernetes, and an
+oracle. They serve for measurements only.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RayServe:
     """The installed `replica_queue_length_autoscaling_policy`, with Serve's factors and delays.
 
     The policy is told the number of waiting and running requests as Serve would count them if they
-    waited in its handles: as their mean over `look_back_period_s` (Serve's default, 30 s; the
-    interval is Serve's default too). `target_ongoing_requests` holds for the first pool; other
-    pools have the same target per slot.
+    waited in its handles: as their mean over the last 30 s (Serve's default `look_back_period_s`).
+    All other settings are Serve's defaults. `target_ongoing_requests` holds for the first pool;
+    other pools have the same target per slot.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class RayServe:
 def _requests(
     name: str, pools: Mapping[str, PoolBounds], wanted: Mapping[str, int], view: PolicyView
 ) -> int:
-    """The requests of a pool, as the baselines count them.
+    """The requests of pool `name`, as the baselines count them.
 
-    These are the requests that run in the pool. Waiting requests count for the first pool that is
-    not at its limit, or for the last one if all pools are.
+    Requests that run in the pool count. Waiting requests count for one pool only: the first pool
+    whose `wanted` replicas are below its limit, or the last pool if all are at their limits.
     """
     *_, last = pools
     growing = (other for other, pool in pools.items() if wanted[other] < pool.max_replicas)
@@ -124,11 +124,11 @@ def _requests(
 class QueueLength:
     """KEDA's rule on the number of waiting and running requests, applied by Kubernetes' HPA.
 
-    Every 15 s the HPA sets replicas = ⌈requests ÷ `target`⌉, unless that is within 10 % of the
-    present number. It adds at most as many replicas as there are, or four if that is more. It goes
-    no lower than the highest number that the rule gave within `stabilisation_s`. KEDA itself goes
-    to zero replicas after `cooldown_s` without requests, and to one with the first request; it
-    looks every 30 s.
+    Every 15 s the HPA sets replicas = ⌈requests ÷ `target`⌉, but changes nothing if that is within
+    10 % of the present number. The HPA adds at most as many replicas as there are, or four if that
+    is more. When the number falls, it stays at the highest that the rule gave within
+    `stabilisation_s`. KEDA itself looks every 30 s. It sets zero replicas after `cooldown_s`
+    without requests, and one replica with the first request.
 
     `target` holds for the first pool; other pools have the same target per slot.
     """
@@ -179,13 +179,13 @@ class QueueLength:
 
 
 class Oracle:
-    """A policy that knows every request in advance, and orders replicas to be ready for it.
+    """A policy that knows every request in advance, and orders replicas in time for it.
 
-    At any time it has replicas for the mean rate of work within a window of `window_s` seconds
-    around that time, and a reserve for chance: `spare` standard deviations of the number of busy
-    replicas. It keeps a replica that it will need again within twice the time of a start.
-    `window_s` and `spare` are tuned. So its cost shows the value of knowing the future, and does
-    not prove that no policy is cheaper.
+    At any time the oracle has replicas for the mean rate of work within a window of `window_s`
+    seconds around that time, and a reserve for chance: `spare` standard deviations of the number of
+    busy replicas. The oracle keeps a replica that will be needed again within twice the time of a
+    start. `window_s` and `spare` are tuned by hand. So the oracle's cost shows the value of knowing
+    the future, but a cheaper policy may exist.
     """
 
     def __init__(
@@ -197,7 +197,10 @@ class Oracle:
         spare: float = 2.0,
         window_s: float = 60.0,
     ) -> None:
-        """`arrivals`: the time and the work of each request, in order of time."""
+        """`arrivals`: the time and the work of each request, in order of time.
+
+        `seconds`: the length of the workload. `start_s`: seconds from an order to a ready replica.
+        """
         self._pools = pools
         most = sum(pool.max_replicas for pool in pools.values())
         (pool, *_) = pools.values()

@@ -11,7 +11,7 @@ from .simulator import Policy, PolicyView
 
 
 class QueuedWork:
-    """Octet's own policy; numbers that are None are those of `limits`."""
+    """Octet's own policy; a number that is None is taken from the tuning in `limits`."""
 
     def __init__(
         self,
@@ -64,7 +64,8 @@ def contestant(
 
     `works`, `seconds` and `start_s` are for the oracle alone: time and work of each request, the
     length of the workload, and the time of a start. `numbers` tune the policy: they are keyword
-    arguments of its constructor. Raises `TypeError` for other names.
+    arguments of its constructor. Raises `TypeError` for a number that the constructor does not
+    take.
     """
     from . import baselines  # imported here, because it needs Ray
 

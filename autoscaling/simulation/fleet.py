@@ -1,8 +1,8 @@
 """Simulated replicas on simulated nodes: their starts, stops, failures and cost.
 
-A replica that runs several images does one step of each in turn, which is a *round*. Images of one
-size share the constant part of a step. So all images of a replica take their steps at the same
-pace, and a clock that counts rounds tells when each image is done.
+A replica that runs several images does one step of each in turn. One turn through all its images is
+a *round*. Images of one size share the constant part of a step. So all images of a replica take
+their steps at the same pace, and a clock that counts rounds tells when each image is done.
 
 Pure: imports the standard library and pure files only.
 """
@@ -58,7 +58,7 @@ class SimulatedImage:
     """An image that a replica generates.
 
     `size`: its number of image tokens. `row_s`: the seconds that the image adds to a round. `ends`:
-    the round of the replica's clock at which the image is done.
+    the count of rounds at which the image is done.
     """
 
     request: Any
@@ -70,7 +70,9 @@ class SimulatedImage:
 class SimulatedReplica:
     """A replica of a pool and its clock, which counts rounds.
 
-    `draining`: the replica gets no new images. `step_s`: the constant part of a step, in seconds.
+    `pool`: the number of its pool. `began`: the time from which the seconds of the replica are
+    counted. `draining`: the replica gets no new images. `step_s`: the constant part of a step, in
+    seconds.
     """
 
     def __init__(self, pool: int, began: float, step_s: float) -> None:
@@ -91,13 +93,13 @@ class SimulatedReplica:
         self._at = now
 
     def join(self, request: Any, size: int, row_s: float, steps: int) -> None:
-        """Begin an image of `steps` steps."""
+        """Begin an image of `steps` steps; `size` and `row_s`: see `SimulatedImage`."""
         self.running.append(SimulatedImage(request, size, row_s, self._rounds + steps))
         self._sizes[size] += 1
         self._row_s += row_s
 
     def leave(self, image: SimulatedImage) -> None:
-        """End an image."""
+        """Remove an image that is done or that the replica has lost."""
         self.running.remove(image)
         self._row_s = self._row_s - image.row_s if self.running else 0.0
         self._sizes[image.size] -= 1
@@ -106,7 +108,7 @@ class SimulatedReplica:
 
     @property
     def next(self) -> SimulatedImage:
-        """The image that is done first."""
+        """The running image that will be done first."""
         return min(self.running, key=lambda image: image.ends)
 
     @property
@@ -121,7 +123,7 @@ class SimulatedReplica:
 
 @dataclass(slots=True)
 class FleetCost:
-    """The seconds of all replicas and of all nodes, and the number of replica starts."""
+    """The seconds of all replicas, the seconds of all nodes, and the number of replica starts."""
 
     replica_s: float = 0.0
     node_s: float = 0.0
@@ -147,7 +149,8 @@ class SimulationClock(Protocol):
 class PoolFleet:
     """The replicas and nodes of one pool.
 
-    `number`: the pool's place in the simulation. `step_s`: the constant part of a step, in seconds.
+    `number`: the pool's number in the simulation. `step_s`: the constant part of a step, in
+    seconds.
     """
 
     def __init__(
@@ -199,7 +202,7 @@ class PoolFleet:
                 self._later(now + self.node_type.idle_s, lambda at: self._give_back(node, at))
 
     def forget(self, now: float) -> None:
-        """Forget all costs before `now`."""
+        """Set all costs to zero, so that only costs after `now` count."""
         self.cost = FleetCost()
         for node in self.nodes:
             node.ordered = now
@@ -277,7 +280,10 @@ class PoolFleet:
         self.end(replica, now)
 
     def _notice(self, node: SimulatedNode, now: float) -> None:
-        """The provider announces that it takes a node: drain its replicas and start others."""
+        """Let the provider announce that it takes a node away.
+
+        The node's replicas are drained, and others are started in their place.
+        """
         if node.gone:
             return
         node.leaving = True

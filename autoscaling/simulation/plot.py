@@ -24,10 +24,11 @@ def plot_timelines(
     out: Path,
     arriving: str = "arriving work,\nreplica seconds per second",
 ) -> None:
-    """Plot timelines, given by name, over one time axis into the image file `out`.
+    """Plot several timelines over one time axis, into the image file `out`.
 
-    The load is that of the first timeline; replicas and queue are plotted for each of them.
-    `arriving`: the label of the load's axis. Raises `ImportError` without matplotlib.
+    The load is that of the first timeline; replicas and queue are plotted for each timeline, with
+    its name as the label. `arriving`: the label of the load's axis. Raises `ImportError` if
+    matplotlib is not installed.
     """
     import matplotlib as mpl
 

@@ -1,9 +1,9 @@
 """A simulation of a fleet under a workload and a policy: its cost, and how long requests wait.
 
 The simulation runs event by event. Requests wait in a queue that the caller hands in, in practice
-Octet's fair queue. `cluster.cost` says how much work they are. Once per second the policy is told
-what the Dispatcher would tell it. `fleet` simulates replicas and nodes. The same seed gives the
-same result.
+Octet's fair queue. `cluster.cost` computes the work of a request. Once per second the policy is
+told what the Dispatcher would tell it. `fleet` simulates replicas and nodes. The same seed gives
+the same result.
 
 Pure: imports the standard library and pure files only.
 """
@@ -25,7 +25,8 @@ from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
 PATIENCE_S = 3600.0  # seconds after the workload's end in which requests may still be finished
-IN_TIME_SLOWDOWN = 5.0  # in time: within this many times the seconds that the image takes alone
+# An answer is in time within this many times the seconds that the image takes alone.
+IN_TIME_SLOWDOWN = 5.0
 TEXT_TOKENS = 333
 POINTS = 2000  # a timeline has about this many points
 
@@ -54,9 +55,10 @@ Policy = Callable[[PolicyView, float], Mapping[str, int]]  # view and time → r
 
 
 class TimelinePoint(NamedTuple):
-    """The fleet at one time.
+    """The whole fleet at one time.
 
-    `arriving`: seconds of work per second. `queued`: requests. `wanted`, `ready`: replicas.
+    `arriving`: seconds of work that arrive per second. `queued`: waiting requests. `wanted` and
+    `ready`: replicas.
     """
 
     at: float
@@ -70,10 +72,13 @@ class TimelinePoint(NamedTuple):
 class SimulationResult:
     """The counts of a simulation.
 
-    `requests`, `in_time`, `retried`: requests that arrived, that were answered in time, and
-    repetitions after a replica died. `waits`: seconds from each request to the grant that led to
-    its image, sorted. `usd`, `replica_h`, `starts`: the cost, the hours of replicas and the number
-    of their starts. `ups`, `downs`: how often the number of wanted replicas rose and fell.
+    - `requests`: requests that arrived.
+    - `in_time`: requests that were answered in time.
+    - `retried`: repetitions of requests after a replica died.
+    - `waits`: seconds from each request to the grant that led to its image, sorted.
+    - `usd`, `replica_h`: the cost in US dollars, and the hours of all replicas.
+    - `starts`: the number of replica starts.
+    - `ups`, `downs`: how often the number of wanted replicas rose and fell.
     """
 
     requests: int = 0
@@ -108,9 +113,9 @@ class SimulationResult:
 class _ShapeCosts(NamedTuple):
     """The costs of a request shape.
 
-    `work_s`: its work. `alone_s`: seconds that it takes alone in the fastest pool. `size`: the
-    number of its image tokens. `row_s`: for each pool, the seconds of one step on a replica,
-    without the constant part of a step.
+    `work_s`: the work of such a request. `alone_s`: seconds that the image takes alone in the
+    fastest pool. `size`: the number of its image tokens. `row_s`: for each pool, the seconds of one
+    step on a replica, without the constant part of a step.
     """
 
     work_s: float
@@ -122,7 +127,7 @@ class _ShapeCosts(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SimulatedRequest:
-    """A request from its arrival at the time `at` to its end; it waits in a `RequestQueue`."""
+    """A request that arrives at the time `at`, and waits in a `RequestQueue` at first."""
 
     tenant: str
     work_s: float
@@ -163,8 +168,8 @@ class Simulation:
     ) -> None:
         """`pools`: a model's pools by name, preferred first. `queue`: an empty queue.
 
-        `unit`: the cost of images on the reference replica, which is their work; by default the
-        cost in the first pool.
+        `unit`: the cost of images on the reference replica, which defines their work. By default
+        this is the cost in the first pool.
         """
         self._policy, self._seed = policy, seed
         self._names = tuple(pools)
@@ -285,7 +290,7 @@ class Simulation:
             heapq.heappush(self._events, (replica.ends_at, self._number, replica, replica.plan))
 
     def _end(self, replica: SimulatedReplica, now: float) -> None:
-        """End the image of a replica that is done."""
+        """End the image of `replica` that is done at the time `now`."""
         i = replica.pool
         replica.advance(now)
         image = replica.next

@@ -40,7 +40,10 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload of `seconds` seconds; `arrivals` gives the requests of a seed in order of time."""
+    """A workload of `seconds` seconds.
+
+    `arrivals`: a function that returns the requests for a seed, in order of time.
+    """
 
     name: str
     seconds: float
@@ -76,9 +79,10 @@ def poisson(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
 
 
 def diurnal(peak_per_s: float, seconds: float, trough: float = 0.2, mix: Mix = USUAL) -> Workload:
-    """One day that lasts `seconds`; the rate follows a sine.
+    """One day, shortened or stretched to `seconds`; the rate follows a sine.
 
-    It rises from `trough` times the peak rate at night to the peak rate at noon, and falls again.
+    The rate rises from `trough` times the peak rate at night to the peak rate at noon, and falls
+    again.
     """
 
     def rate(at: float) -> float:
@@ -88,7 +92,10 @@ def diurnal(peak_per_s: float, seconds: float, trough: float = 0.2, mix: Mix = U
 
 
 def spikes(per_s: float, seconds: float, times: float = 10.0, mix: Mix = USUAL) -> Workload:
-    """A constant rate that jumps to `times` as much about once an hour, for 3 to 6 minutes."""
+    """A constant rate with spikes: about once an hour the rate is `times` as high.
+
+    A spike lasts 3 to 6 minutes. `per_s`: the rate between the spikes.
+    """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance, when, begins = random.Random(seed + 1), [], 0.0
@@ -106,7 +113,8 @@ def spikes(per_s: float, seconds: float, times: float = 10.0, mix: Mix = USUAL) 
 def on_off(per_s: float, seconds: float, tenants: int = 8, mix: Mix = USUAL) -> Workload:
     """Tenants that send requests for 10 minutes and pause for 30 minutes, on average.
 
-    Each tenant does so independently of the others. `per_s`: the mean rate of all together.
+    Each tenant sends and pauses independently of the others. `per_s`: the mean rate of all
+    together.
     """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
@@ -146,7 +154,10 @@ def heavy_tailed(per_s: float, seconds: float) -> Workload:
 
 
 def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
-    """Requests for about 20 minutes, then none for about 40 minutes, and so on."""
+    """Requests for about 20 minutes, then none for about 40 minutes, and so on.
+
+    `per_s`: the mean rate while requests come.
+    """
 
     def arrivals(seed: int) -> Iterator[Arrival]:
         chance = random.Random(seed)
@@ -202,7 +213,10 @@ def _fault(error: Exception) -> str:
 def _thinned(
     seed: int, rate: Callable[[float], float], most: float, seconds: float, mix: Mix
 ) -> Iterator[Arrival]:
-    """Requests whose rate changes over time; `most`: the highest rate."""
+    """Requests whose rate changes over time.
+
+    `rate`: returns the requests per second at a time. `most`: the highest rate that it returns.
+    """
     chance = random.Random(seed)
     shapes, weights = zip(*mix, strict=True)
     at = 0.0

@@ -30,9 +30,9 @@ REPEATS = 3
 
 
 def through_the_loop(engine: Engine, key: Key, beside_steps: bool) -> float:
-    """Seconds of `EQUAL` images that are requested at once.
+    """Seconds that the denoising loop takes for `EQUAL` images that are requested at once.
 
-    `beside_steps`: whether images are decoded at the same time as the steps.
+    `beside_steps`: whether images are decoded at the same time as the steps, or between them.
     """
     loop = DenoisingLoop(engine.denoiser, MAX_ROWS, beside_steps=beside_steps)
 

@@ -13,7 +13,7 @@ from cluster.structure import TOKEN_PX, Structure
 
 
 class MeasuredRates(NamedTuple):
-    """Rates of a card: floating-point operations per second, and bytes per second."""
+    """Rates of a card: operations per second in 16 bit and FP8, and bytes read per second."""
 
     bf16: float
     fp8: float
@@ -24,7 +24,11 @@ NOMINAL_H100 = MeasuredRates(800e12, 1600e12, 3.35e12)
 
 
 def flops(s: Structure, rows: int, side_px: int, text_tokens: int) -> tuple[float, float]:
-    """Floating-point operations of one step: of the linear layers, and of attention."""
+    """Floating-point operations of one step: those of the linear layers, and those of attention.
+
+    `s`: the structure of the transformer. `rows`: its samples in the step. `side_px`: the side of
+    the square images.
+    """
     image, text, d = (side_px // TOKEN_PX) ** 2, text_tokens, s.width
     linear = (
         d
@@ -50,10 +54,10 @@ def floor_s(
     fp8: bool,
     adaln_bytes: int = 2,
 ) -> float:
-    """The least seconds of a step.
+    """The least seconds that a step can take; the arguments are those of `flops`.
 
-    The sum of the linear layers (in FP8 or 16 bit), attention (in 16 bit) and reading AdaLN's
-    weights. `adaln_bytes`: bytes of each of these weights.
+    This is the sum of three times: the linear layers (in FP8 or 16 bit), attention (in 16 bit), and
+    reading AdaLN's weights. `adaln_bytes`: bytes of one of AdaLN's weights.
     """
     linear, attention = flops(s, rows, side_px, text_tokens)
     d = s.width

@@ -35,7 +35,10 @@ TINY_VAE = {"block_out_channels": [32, 32, 32, 32]}
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a transformer. `torchao`: with its row-wise FP8 instead of Octet's."""
+    """A way to run a transformer.
+
+    `torchao`: whether torchao's row-wise FP8 is used instead of Octet's.
+    """
 
     name: str
     recipe: str
@@ -66,7 +69,10 @@ class Bench:
 
     @classmethod
     def here(cls, tiny: bool) -> Bench:
-        """A bench on this machine's GPU, with `tiny` on its CPU. Ends the program without a GPU."""
+        """A bench on this machine's GPU, or on its CPU if `tiny`.
+
+        Raises `SystemExit` if `tiny` is false and the machine has no GPU.
+        """
         if not tiny and not torch.cuda.is_available():
             raise SystemExit("this machine has no GPU: use --tiny to run small shapes on the CPU")
         return cls("cpu" if tiny else "cuda", tiny)
@@ -102,7 +108,7 @@ class Bench:
         """A transformer with random weights.
 
         `warm`: shapes (rows, image tokens) that get compiled code of their own; None stands for all
-        shapes. Raises `ImportError` if the way needs torchao and it is missing.
+        shapes. Raises `ImportError` if the way needs torchao and torchao is not installed.
         """
         structure = config(TRANSFORMERS[model]) | (TINY if self.tiny else {})
         structure["caption_projection_dim"] = (
@@ -163,7 +169,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
 
     def machine(self) -> dict[str, str]:
-        """The device and the versions of the libraries, to be saved with the results."""
+        """The name of the device and the versions of the libraries, for the file of results."""
         found = {"device": platform.processor() or platform.machine()}
         if self.device == "cuda":
             found["device"] = torch.cuda.get_device_name(0)

@@ -95,7 +95,7 @@ class Replica:
         print(json.dumps((slots, seconds)), file=self._process.stdin, flush=True)
 
     def answer(self) -> Any:
-        """The next line of the process, read as JSON. Raises `RuntimeError` if it has ended."""
+        """The next line of the process, read as JSON; `RuntimeError` if the process has ended."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
@@ -107,7 +107,7 @@ class Replica:
 
 
 def cell(replicas: list[Replica], slots: int, seconds: float) -> dict[str, Any]:
-    """Measure these processes at the same time, with `slots` slots each."""
+    """Measure one cell of the table: these processes at the same time, with `slots` slots each."""
     for replica in replicas:
         replica.ask(slots, seconds)
     results = [replica.answer() for replica in replicas]

@@ -4,9 +4,9 @@
 
 Measures on this card: matrix products and copies; steps of Large and Medium in every way to run
 them, at 1024² and 512² for 1, 2 and 4 requests with guidance; the VAE's decode; T5; peak memory;
-and the signal-to-noise ratio of each kind of FP8 linear layer. Needs torch and diffusers, and
-torchao and optimum-quanto for the comparisons with them. When the time is over, the remaining cells
-are left out; the last lines of the report list them.
+and the signal-to-noise ratio of each kind of FP8 linear layer. The script needs torch and
+diffusers; the comparisons with torchao and optimum-quanto need these libraries too. When the time
+is over, the remaining cells are left out; the last lines of the report list them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEP_REPEATS = 8
 
 
 class Clock:
-    """The time that is left of `minutes`."""
+    """Counts down `minutes` from its creation; `allows` says whether enough time is left."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
@@ -114,7 +114,8 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     """Measure the cells one after the other.
 
-    A cell for which the time does not suffice, judged by the last one, comes without results.
+    `card`: the measured rates, from which the least time of a step follows. A cell comes without
+    results if the time that is left is under 1.2 times that of the cell before.
     """
     shape = structure_of(bench, model)
     prefer_attention(preferred(attention_s(bench, model)))
@@ -175,9 +176,10 @@ def cells(
 
 
 def rounds(bench: Bench, names: Collection[str]) -> Iterator[tuple[str, str, list[Cell]]]:
-    """Models, ways of `names` and cells in the order in which they are measured.
+    """Each model and way with the cells to measure, in the order of measuring.
 
-    One request at the larger size comes first in every way, because the ratios need these cells.
+    `names`: the ways to measure. One request at the larger size comes first in every way, because
+    `ratios` needs these cells.
     """
     first = [(bench.sides[0], 1)]
     rest = [(side, n) for side in bench.sides for n in REQUESTS if (side, n) != first[0]]
@@ -315,7 +317,7 @@ def ratios(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def guarded(found: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
-    """Measure a part; on any error note the error instead, so that the other parts go on."""
+    """Store the results of a part in `found[name]`, or its error, so that other parts go on."""
     try:
         found[name] = measure()
     except Exception as error:
@@ -358,7 +360,7 @@ def main() -> None:
             for cell in cells(bench, model, WAYS[name], card, asked, clock):
                 found["steps"].append(cell)
                 print(json.dumps(cell), flush=True)
-        except Exception as error:  # of any kind, as in `guarded`
+        except Exception as error:  # any error, as in `guarded`
             found["failed"].append({"model": model, "way": name, "why": _in_words(error)})
         bench.free()
         found["ratios"] = ratios(found["steps"])

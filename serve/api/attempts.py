@@ -1,7 +1,8 @@
 """One image from the queue to its bytes, in as many attempts as it takes.
 
-A replica that dies costs an image an attempt; the last attempt runs alone on its replica. A replica
-that dies before it started the image costs nothing, a few times. An image with non-finite numbers
+An image has `ATTEMPTS` attempts, and each death of its replica uses one up. The last attempt runs
+alone on its replica, so that it can harm no other image. The first `FREE_RETRIES` deaths of a
+replica that has not yet started the image use up no attempt. An image that had non-finite numbers
 is generated once more in 16 bit.
 """
 
@@ -40,21 +41,21 @@ from .pools import PoolChoice, moved_last
 
 log = logging.getLogger("ray.serve")
 
-ATTEMPTS = 3  # after so many deaths of its replica a request counts as their cause
+ATTEMPTS = 3  # after so many deaths of its replica, the request itself counts as their cause
 FREE_RETRIES = 3  # deaths of a replica before it started the image that cost no attempt
 
 
 class GeneratedImage(NamedTuple):
-    """A finished image, and what its tenant is charged when it is delivered."""
+    """A finished image, and the usage record by which its tenant is charged on delivery."""
 
     result: ImageResult
     usage: UsageRecord
 
 
 class NotStarted(Exception):
-    """No replica of the granted pool started the image, or a replica gave it up by itself.
+    """No replica of the granted pool started the image, or the replica cancelled it by itself.
 
-    `died`: the replica was lost before it said that it had started.
+    `died`: whether the cause is that the replica was lost before it said that it had started.
     """
 
     def __init__(self, *, died: bool = False) -> None:
@@ -69,11 +70,11 @@ class _AttemptHistory:
     pools: Pools
     lost: int = 0  # attempts that ended with the death of their replica
     free_retries: int = 0
-    failure: OctetError | None = None  # the error after which it is generated in 16 bit
+    failure: OctetError | None = None  # the error after which the image is generated in 16 bit
 
 
 class Attempts:
-    """Waits for slots, calls Generators, and decides what follows a failure."""
+    """Generates images: waits for slots, calls Generators, and tries again after failures."""
 
     def __init__(
         self,
@@ -83,7 +84,10 @@ class Attempts:
         metrics: IngressMetrics,
         timing: Timing = TIMING,
     ) -> None:
-        """`work`: the reference work of each model; `generators`: a handle for each pool."""
+        """`work`: the reference work of each model, by its id.
+
+        `generators`: a Ray Serve handle of each pool's Generators, by the pool's name.
+        """
         # Ray cancels a call that was submitted in the context of a request whose client has gone,
         # even a shielded one. Others may wait for the same image, so calls are made outside it.
         self._context = contextvars.copy_context()
@@ -93,7 +97,7 @@ class Attempts:
         self._metrics, self._timing = metrics, timing
 
     def queued_image(self, request: ImageRequest, options: StreamOptions) -> QueuedImage:
-        """The request as the Dispatcher needs to know it: its pools and its predicted work.
+        """Describe the request for the Dispatcher's queue: its pools and its predicted work.
 
         Raises `InvalidRequest` if the model is not served in the request's precision.
         """
@@ -111,9 +115,9 @@ class Attempts:
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `on_progress` hears what `options` ask for. Raises an `OctetError` if no pool can generate
-        the image or its last attempt failed, and `RayTaskError` for an unexpected error of the
-        Generator.
+        `on_progress` is called with the progress and previews that `options` ask for. Raises an
+        `OctetError` if no pool can generate the image or its last attempt failed, and
+        `RayTaskError` for an unexpected error of the Generator.
         """
         began = time.monotonic()
         history = _AttemptHistory(call.request.images[index].pools)
@@ -144,7 +148,7 @@ class Attempts:
                 return GeneratedImage(replace(result, timings=timings), usage)
 
     def _usage(self, request: ImageRequest, call: OpenCall, index: int, pool: str) -> UsageRecord:
-        """The charge of an image if it is delivered; `pool`: where it was generated."""
+        """The usage record of an image with its full charge; `pool`: where it was generated."""
         work_s = call.request.images[index].work_s
         return usage_of(call, index, request, self._pools.precision_of(pool), work_s)
 
@@ -156,7 +160,11 @@ class Attempts:
         options: StreamOptions,
         on_progress: OnProgress,
     ) -> ImageResult | None:
-        """One attempt: the image, or None if another attempt may follow, with a new history."""
+        """Make one attempt at an image.
+
+        Returns None if another attempt may follow; `history` then holds this failure. Raises an
+        error if no further attempt makes sense.
+        """
         pool, last = slot.lease.pool, history.lost == ATTEMPTS - 1
         try:
             result = await self._on_replica(request, slot.lease, options, on_progress, alone=last)
@@ -170,7 +178,7 @@ class Attempts:
                     history.free_retries += error.died
                     log.warning("%s: no replica of %s started; queueing again", request.id, pool)
                     self._metrics.retried(pool, "not_begun")
-                    # A dead replica is granted until it is noticed.
+                    # A dead replica's slots are granted until its death is noticed.
                     await asyncio.sleep(self._timing.retry_pause_s)
                     return None
             history.lost += 1
@@ -201,11 +209,12 @@ class Attempts:
         *,
         alone: bool,
     ) -> ImageResult:
-        """Call a Generator of the granted pool; `alone`: with no other image beside this one.
+        """Call a Generator of the granted pool.
 
-        Raises `NotStarted` if no replica began the image, or if the replica gave it up. Raises an
-        error of `REPLICA_LOST` if a replica died that had begun it, and `RayTaskError` if the
-        Generator raised.
+        `alone`: the replica runs no other image at the same time. Raises `NotStarted` if no replica
+        started the image, or if the replica cancelled it by itself. Raises an error of
+        `REPLICA_LOST` if a replica died after it had started the image. Raises `RayTaskError` if
+        the Generator itself raised an error.
         """
         generate = self._generators[lease.pool].generate
         stream = self._context.copy().run(generate.remote, request, lease, options, alone)
@@ -216,7 +225,7 @@ class Attempts:
                     await anext(stream)
             except TimeoutError:
                 if not limit.expired():
-                    raise  # the replica's own
+                    raise  # the error was raised by the replica
                 stream.cancel()
                 raise NotStarted from None
             async for item in stream:
@@ -232,7 +241,7 @@ class Attempts:
                 raise NotStarted from None  # the replica gave the image up, not this task
             raise
         except REPLICA_LOST:
-            if not started:  # probably it died of something else
+            if not started:  # the replica probably died of something else
                 raise NotStarted(died=True) from None
             raise
         raise OctetError("a replica ended without an image")

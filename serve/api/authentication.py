@@ -14,14 +14,15 @@ from .wire.http_errors import error_answer
 
 ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
 OPEN_PATHS = {"/", "/health", "/ready"}
-OPEN_FOLDER = "/v1/files/"  # links to it are signed
+OPEN_FOLDER = "/v1/files/"  # needs no key, because its links are signed
 
 
 class Authentication:
-    """Puts the tenant of a request into its scope, or answers 401.
+    """Middleware that puts the tenant of a request into its scope, or answers 401.
 
-    `directory` returns the directory of tenants, None until the Dispatcher has sent it. With a
-    `mode` other than `keys` nobody needs a key; with `none` nobody from another machine is let in.
+    `directory` returns the directory of tenants; None before the Dispatcher has sent it, and then
+    requests are answered with 503. `mode`: the setting `auth`. Only with `keys` a request needs an
+    API key. With `none` only requests from the server's own machine are let in.
     """
 
     def __init__(

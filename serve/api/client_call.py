@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 class ClientCall:
-    """The client's side of one request; `timeout_s` counts from here on."""
+    """One request as its client sees it: with a deadline, and perhaps cancelled.
+
+    The deadline is `timeout_s` seconds after this object is made.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -23,14 +26,17 @@ class ClientCall:
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Let `run` raise `RequestCancelled`, unless it has ended."""
+        """Make `run` raise `RequestCancelled`, now or when it is called next."""
         self._cancelled = True
         if self._work:
             self._work.cancel()
 
     @property
     def unwanted(self) -> bool:
-        """Whether the client has cancelled the call or hung up; a missed deadline is neither."""
+        """Whether the client has cancelled the call or disconnected.
+
+        A call that missed its deadline does not count as unwanted.
+        """
         gone = self._client is not None and self._client.cancelling() > 0
         return self._cancelled or (gone and not self._late)
 
@@ -44,7 +50,11 @@ class ClientCall:
         return asyncio.get_running_loop().time() >= self._deadline
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. Raises `DeadlineExceeded` and `RequestCancelled`."""
+        """Run `work` and return its result.
+
+        Raises `DeadlineExceeded` if the deadline passes first, `RequestCancelled` if the call is
+        cancelled, and whatever `work` raises.
+        """
         self._client = own = asyncio.current_task()
         self._work = task = asyncio.create_task(work)
         if self._cancelled:
@@ -54,7 +64,7 @@ class ClientCall:
                 return await task
         except TimeoutError:
             if not limit.expired():
-                raise  # the work's own
+                raise  # the error was raised by the work
             raise DeadlineExceeded(f"the images were not done in {self._timeout_s:g} s") from None
         except asyncio.CancelledError:
             if not self._cancelled or (own and own.cancelling()):

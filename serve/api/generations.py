@@ -35,7 +35,7 @@ CacheUse = Literal["hit", "miss", "shared", "off"]
 
 
 class JsonAnswer(Response):
-    """A JSON response; calls `sent` when it has been sent, or the client is gone."""
+    """A JSON response that calls `sent` once it was sent or the client has disconnected."""
 
     media_type = "application/json"
 
@@ -52,7 +52,11 @@ class JsonAnswer(Response):
 
 @dataclass(slots=True)
 class _OpenRequest:
-    """A client's request while it is answered; `cleanup` runs when the answer has been sent."""
+    """A client's request while it is being answered.
+
+    `cleanup`: what must be done once the answer has been sent. `cache_key`: None if the result
+    cache is not used. `cache_use`: what the result cache did, for header and metrics.
+    """
 
     parsed: GenerationRequest
     tenant: str
@@ -63,7 +67,7 @@ class _OpenRequest:
     client: ClientCall
     cleanup: ExitStack
     cache_use: CacheUse = "off"
-    error: BaseException | None = None  # after the answer had begun
+    error: BaseException | None = None  # the error with which the request ended
     results: Sequence[ImageResult] = ()
 
 
@@ -79,7 +83,7 @@ class GenerationHandler:
         metrics: IngressMetrics,
         keep_alive_s: float,
     ) -> None:
-        """`keep_alive_s`: between two signs of life in an event stream."""
+        """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds."""
         self._session, self._attempts = session, attempts
         self._keep_alive_s = keep_alive_s
         self._urls, self._reuse, self._metrics = urls, reuse, metrics
@@ -88,9 +92,9 @@ class GenerationHandler:
     async def answer(
         self, parsed: GenerationRequest, tenant: str, request_id: str, http: Request
     ) -> Response:
-        """Answer a request: from the result cache, or with generated images.
+        """Answer a request from the result cache, or with generated images.
 
-        Raises any `OctetError`.
+        Raises an `OctetError` for a request that is refused, cancelled or late, or that fails.
         """
         if parsed.as_url:
             self._urls.admit()
@@ -110,7 +114,7 @@ class GenerationHandler:
 
     @contextmanager
     def _counted(self, request: _OpenRequest) -> Iterator[None]:
-        """Count and log the request when its answer has been sent."""
+        """Count and log the request when the block ends, which is when its answer was sent."""
         model, began = request.parsed.images[0].model, time.monotonic()
         try:
             yield
@@ -158,7 +162,7 @@ class GenerationHandler:
     # -- generated images -----------------------------------------------------------------------
 
     async def _generated(self, request: _OpenRequest) -> Response:
-        """Generate the images, or share those of an equal request that is open already."""
+        """Answer with new images, or with those of an equal request that is open already."""
         client = request.client
         reused: Literal["hit", "shared"] | None = None
         shared = await self._join(request)
@@ -189,7 +193,11 @@ class GenerationHandler:
         return self._json_answer(request, call, reused or _cache_miss(request), content)
 
     async def _join(self, request: _OpenRequest) -> SharedGeneration | None:
-        """Join an equal request that is open, unless that was refused: then this one is first."""
+        """Join an equal request that is open.
+
+        Returns None if there is none, or if the Dispatcher refused it. This request then has to
+        open a call of its own.
+        """
         in_flight = self._reuse.in_flight
         while request.cache_key and (shared := in_flight.get(request.cache_key)):
             request.cleanup.enter_context(shared.joined(request.client))
@@ -198,7 +206,7 @@ class GenerationHandler:
         return None
 
     def _begin(self, request: _OpenRequest) -> SharedGeneration:
-        """Open a call for the images, which equal requests may join from now on."""
+        """Open a call for the images; from now on equal requests may join this one."""
         key, in_flight = request.cache_key, self._reuse.in_flight
 
         def on_closed(shared: SharedGeneration) -> None:
@@ -222,7 +230,7 @@ class GenerationHandler:
         return shared
 
     async def _streamed(self, request: _OpenRequest) -> Response:
-        """Stream the events of one image, which is never shared."""
+        """Answer with the events of one image. A streamed image is never shared."""
         parsed, client = request.parsed, request.client
         (image,) = parsed.images
         call = self._open_call(request, request.queued, client)
@@ -257,7 +265,10 @@ class GenerationHandler:
         )
 
     async def _admitted_without_work(self, request: _OpenRequest) -> OpenCall:
-        """Open a call without images of its own: the tenant's limits hold for it too."""
+        """Open a call that needs no new images, because it gets cached or shared ones.
+
+        The Dispatcher admits such a call too, because it counts for some of the tenant's limits.
+        """
         call = self._open_call(request, [], request.client)
         request.cleanup.callback(call.close)
         await request.client.run(call.admitted())
@@ -317,7 +328,7 @@ def _free_usages(
     results: Sequence[ImageResult],
     outcome: Literal["hit", "shared"],
 ) -> list[UsageRecord]:
-    """The usage records of images that cost nothing this time."""
+    """The usage records of images that cost nothing, because they were cached or shared."""
 
     def usage(index: int, image: ImageRequest, result: ImageResult) -> UsageRecord:
         fp8 = result.precision.startswith("fp8")

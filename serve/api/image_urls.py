@@ -35,7 +35,10 @@ class ImageUrls:
         metrics: IngressMetrics,
         sweep_s: float,
     ) -> None:
-        """`live`: the present live settings. Raises `OSError` if the folder cannot be used."""
+        """`live`: returns the present live settings. `sweep_s`: seconds between two sweeps.
+
+        Raises `OSError` if the data folder cannot be used.
+        """
         self._live, self._metrics, self._sweep_s = live, metrics, sweep_s
         self._kept = settings.data_folder is not None
         if self._kept:
@@ -46,16 +49,17 @@ class ImageUrls:
             self._sweeping = asyncio.create_task(self._sweep())
 
     def check(self) -> None:
-        """Raise `RuntimeError` if stored images are no longer swept or uploaded."""
+        """Raise `RuntimeError` if the task has ended that sweeps or uploads stored images."""
         if self._kept and self._sweeping.done():
             raise RuntimeError("stored images are no longer swept")
         if self._kept and isinstance(self._store, Spool):
             self._store.check()
 
     def admit(self) -> None:
-        """Check that images can be stored, before any work is done for a request that wants URLs.
+        """Check that images can be stored, before a request that wants URLs causes any work.
 
-        Raises `InvalidRequest` and `StoreFailed`.
+        Raises `InvalidRequest` if the server keeps no images, and `StoreFailed` if the store is
+        full at the moment.
         """
         if not self._kept:
             raise InvalidRequest(f"response_format 'url': {NO_IMAGES}", param="response_format")
@@ -75,7 +79,10 @@ class ImageUrls:
     async def store(
         self, requests: Sequence[ImageRequest], results: Sequence[ImageResult], tenant: str
     ) -> list[str]:
-        """Keep the images of one call; returns their names. Raises `StoreFailed`."""
+        """Store the images of one call; returns their names in the store.
+
+        Raises `StoreFailed` if an image cannot be stored.
+        """
         names = []
         for request, result in zip(requests, results, strict=True):
             name = new_name(tenant, request.output_format, time.time())
@@ -94,13 +101,20 @@ class ImageUrls:
         return base + self._links.link(name, expires)
 
     async def image(self, name: str) -> bytes:
-        """A stored image's bytes. Raises `NotFound` and `StoreFailed`."""
+        """Return a stored image's bytes.
+
+        Raises `NotFound` if no image has this name, and `StoreFailed` if it cannot be read.
+        """
         return await asyncio.get_running_loop().run_in_executor(
             self._readers, self._store.read, name
         )
 
     async def read(self, http: Request) -> Response:
-        """Answer `GET /v1/files/…`. Raises `LinkInvalid`, `NotFound` and `StoreFailed`."""
+        """Answer `GET /v1/files/…` with the image, or with a redirect to the image's bucket.
+
+        Raises `LinkInvalid` for a wrong or expired signature, `NotFound` if the image does not
+        exist, and `StoreFailed` if it cannot be read.
+        """
         if not self._kept:
             raise NotFound(NO_IMAGES)
         name, link = http.path_params["name"], http.query_params

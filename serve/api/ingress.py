@@ -62,9 +62,10 @@ class Ingress:
         generators: Mapping[str, Any],
         timing: IngressTiming = INGRESS_TIMING,
     ) -> None:
-        """`application`: an `ApplicationSettings`; `work`: the reference work of each model.
+        """`application`: the fields of an `ApplicationSettings`.
 
-        `dispatcher` and `generators`, by pool, are handles.
+        `work`: the coefficients of each model's reference work. `dispatcher`: the Ray Serve handle
+        of the Dispatcher. `generators`: the handle of each pool's Generators.
         """
         self._timing = timing
         settings = ApplicationSettings.model_validate(application)
@@ -87,7 +88,10 @@ class Ingress:
         )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply changed live settings; called by Ray Serve before the first request too."""
+        """Apply the live settings.
+
+        Ray Serve calls this before the first request and whenever the settings change.
+        """
         self._live = IngressSettings.model_validate(user_config)
 
     @property
@@ -98,7 +102,10 @@ class Ingress:
         return self._live
 
     async def check_health(self) -> None:
-        """Ray Serve's check: raise `RuntimeError` once the session has ended for good."""
+        """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
+
+        These are the tasks of the session with the Dispatcher and of the stored images.
+        """
         self._session.check()
         self._urls.check()
 
@@ -141,7 +148,10 @@ class Ingress:
         return await self._generations.answer(parsed, tenant, request_id, http)
 
     async def cancel(self, http: Request) -> Response:
-        """Cancel a request, whichever Ingress has it; its slots are free before their next step."""
+        """Answer `DELETE /v1/requests/ID`: cancel an open request at whichever Ingress has it.
+
+        The request's images stop before their next step, and their slots are free then.
+        """
         request_id = http.path_params["id"]
         check_request_id(request_id)
         try:
@@ -173,7 +183,7 @@ class Ingress:
         return JSONResponse(self._openapi)
 
     async def state(self, http: Request) -> Response:
-        """Show pools, queue and tenants to an operator."""
+        """Answer `GET /v1/state` with pools, queue and tenants, but only to an operator."""
         if not self._access(http.scope["tenant"]).operator:
             raise NotFound("GET /v1/state: Not Found")
         try:
@@ -183,13 +193,14 @@ class Ingress:
             raise Unavailable("the dispatcher is restarting: try again") from None
 
     async def health(self, _: Request) -> Response:
-        """Say that this process answers."""
+        """Answer `GET /health`, which shows that this process runs."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Say whether every model can be served and new requests are taken.
+        """Answer `GET /ready`: 200 if every model can be served and new requests are taken.
 
-        A pool that may be scaled to zero counts as served if a node could hold a replica.
+        A model can be served if one of its pools has a replica. A pool that may be scaled to zero
+        is enough without one, if a node could hold a replica.
         """
         found: DispatcherStatus | None = None
         with suppress(TimeoutError, RayError, RayServeException):
@@ -232,13 +243,16 @@ class Ingress:
         return not (self._open_to_all or is_open(path))
 
     def _access(self, tenant: str) -> TenantAccess:
-        """A tenant's access; on a server without authentication everybody may do everything."""
+        """What a tenant may do; on a server that needs no keys everybody may do everything."""
         if self._open_to_all:
             return TenantAccess((), operator=True)
         return (self._session.tenants or {}).get(tenant, TenantAccess((), models=()))
 
     def _authenticate_again(self, http: Request) -> None:
-        """Check the key again after the body, which may take its time. Raises `KeyInvalid`."""
+        """Check the request's API key again, after its body has arrived.
+
+        Raises `KeyInvalid` if the key was revoked while the body was on its way.
+        """
         if not self._open_to_all:
             key, directory = http.scope["key"], self._session.tenants or {}
             if tenant_of(key, directory) != http.scope["tenant"]:
@@ -262,5 +276,5 @@ class Ingress:
 
 
 def _can_serve(pool: PoolStatus) -> bool:
-    """Whether the pool has a replica, or is meant to have none and would get one."""
+    """Whether the pool has a replica, or may have none now and would get one on a request."""
     return bool(pool.replicas or (pool.placeable and not pool.least))

@@ -31,7 +31,8 @@ class PoolChoice:
     def after_failure(self, error: OctetError, request: ImageRequest) -> Pools:
         """The pools in which an image may be tried again after a Generator has raised `error`.
 
-        Only non-finite numbers are worth another attempt, and only in 16 bit.
+        After `NonFiniteImage` these are the model's 16-bit pools, if it has any. After every other
+        error there are none.
         """
         if not isinstance(error, NonFiniteImage):
             return ()
@@ -60,5 +61,5 @@ class PoolChoice:
 
 
 def moved_last(pool: str, pools: Pools) -> Pools:
-    """The same pools with one of them last, because its replicas may all be gone."""
+    """Return the pools with `pool` last, to be tried last because its replicas may be gone."""
     return (*(p for p in pools if p != pool), pool)

@@ -41,20 +41,23 @@ HEALTH = {
 
 
 class ProxyGuard:
-    """Removes the headers that steer Serve, and answers an unsafe `x-request-id` with 400.
+    """Middleware that keeps clients from steering Ray Serve's proxy.
 
-    It answers one path of Serve's own, /-/healthz, which says whether this proxy works. If it does
-    not, or its node is about to go, responses close their connections: clients and gateways that
-    keep connections would otherwise go on sending requests here.
+    The guard removes the headers `SERVES_OWN`. An unsafe `x-request-id` is answered with 400, and
+    a request for Serve's list of routes with 404.
+
+    The guard also asks Serve's own path /-/healthz whether this proxy works. If the proxy is
+    unhealthy, or its node is about to go, every response closes its connection. Otherwise clients
+    and gateways that keep connections open would go on sending requests to this proxy.
     """
 
     def __init__(self, app: ASGIApp, look_s: float = LOOK_S) -> None:
-        """`look_s`: how long Serve's answer to the health path is believed."""
+        """`look_s`: seconds for which an answer of Serve's health path is used again."""
         self._app, self._look_s = app, look_s
         self._leaving, self._look_at = False, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # the API has none
+        if scope["type"] == "websocket":  # the API has no websockets
             return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
@@ -79,7 +82,7 @@ class ProxyGuard:
         return await self._app({**scope, "headers": headers}, receive, send)
 
     async def _is_leaving(self, scope: Scope) -> bool:
-        """Whether Serve's health path says so; asked once in `look_s` at most."""
+        """Whether Serve's health path answers 503; it is asked at most once in `look_s` seconds."""
         if (now := time.monotonic()) >= self._look_at:
             self._look_at = now + self._look_s
             asked = {**scope, **HEALTH}
@@ -91,7 +94,7 @@ class ProxyGuard:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
 
-            # Whatever is wrong with the question, the request itself may be answered.
+            # Even if asking fails for any reason, the request itself may still be answered.
             with contextlib.suppress(Exception):
                 await self._app(asked, receive, send)
         return self._leaving

@@ -27,7 +27,7 @@ OK = Outcome("ok", 200)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLogEntry:
-    """One request for images: whose it was, what became of it, and how long it took."""
+    """What is logged about one request for images when it has ended."""
 
     request: GenerationRequest
     tenant: str
@@ -39,7 +39,10 @@ class RequestLogEntry:
 
 
 def log_request(entry: RequestLogEntry) -> None:
-    """Write the log line of a request, with the time of each phase and without its prompt."""
+    """Write the log line of a request, without its prompt.
+
+    The time of each phase is that of the image for which the phase took longest.
+    """
     first = entry.request.images[0]
     seconds = [asdict(result.timings) for result in entry.results]
     phases = {phase: max(of[phase] for of in seconds) for phase in seconds[0]} if seconds else {}
@@ -65,7 +68,7 @@ def log_request(entry: RequestLogEntry) -> None:
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """How a request that ended with this error is counted."""
+    """The outcome under which a request that ended with this error is counted and logged."""
     if isinstance(error, asyncio.CancelledError):
         return Outcome("client_gone", 499)
     kind = type(error) if isinstance(error, OctetError) else OctetError

@@ -1,7 +1,8 @@
-"""Reuse of results: what the result cache holds, and equal requests that are open.
+"""Reuse of results: from the result cache, or from equal requests that are still open.
 
-A repeated request costs no work. Its key in the cache holds everything that decides the pixels, so
-that a changed model, recipe, library or engine never answers with an image of the old one.
+A repeated request costs no work. The key of a request in the cache depends on everything that
+decides the pixels. So after a change of the model, recipe, libraries or engine, no request is
+answered with an image from before the change.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class ResultReuse:
         urls: ImageUrls,
         metrics: IngressMetrics,
     ) -> None:
-        """`live`: the present live settings. Raises `OSError` if Redis' password cannot be read."""
+        """`live`: returns the present live settings.
+
+        Raises `OSError` if the file with Redis' password cannot be read.
+        """
         self.in_flight: dict[str, SharedGeneration] = {}
         self._live, self._urls, self._metrics = live, urls, metrics
         self._pixels = {model.id: pixel_digest(settings, model) for model in settings.models}
@@ -58,7 +62,11 @@ class ResultReuse:
         return RedisCache(settings, self._urls.image, self._metrics.cache_failed)
 
     def key(self, request: GenerationRequest, tenant: str, headers: Headers) -> str | None:
-        """The cache key of a request; None if it must be generated, whatever the cache holds."""
+        """The cache key of a request; None if its images must be generated in any case.
+
+        That is so without a cache, without a seed of the client's choice, and if the header
+        `cache-control` says `no-cache` or `no-store`.
+        """
         bypassed = {"no-cache", "no-store"} & {
             part.strip().lower() for part in headers.get("cache-control", "").split(",")
         }
@@ -68,7 +76,7 @@ class ResultReuse:
         return cache_key(self._secret, tenant, pixels, request.images)
 
     async def find(self, key: str, tenant: str) -> CachedImages | None:
-        """The images of a key, if the cache has them."""
+        """The images that the cache has for a key; None if it has none."""
         if self.cache is None:
             return None
         began = time.monotonic()
@@ -83,7 +91,11 @@ class ResultReuse:
         images: Sequence[ImageRequest],
         found: CachedImages,
     ) -> None:
-        """Put images into the cache; a cache that finds them by name has them stored first."""
+        """Put generated images into the cache.
+
+        Some caches keep only the names of images in the result store. For these the images are
+        stored first; if that fails, nothing is cached.
+        """
         if self.cache is None:
             return
         keep = self._live().results
@@ -105,10 +117,11 @@ class ResultReuse:
 
 
 def pixel_digest(settings: ApplicationSettings, model: ServedModel) -> str:
-    """A digest of everything but the request that decides a model's pixels.
+    """A digest of everything that decides a model's pixels, apart from the request.
 
-    That is: engine code, libraries, precision recipes, and the revisions or files of the weights.
-    The number of replicas and their share of a card decide nothing.
+    This includes the engine's code, versions of libraries, settings of precision, and the revisions
+    or files of the weights. The number of replicas and their share of a card are left out, because
+    they change no pixel.
     """
     (encoder,) = (e for e in settings.text_encoders if e.id == model.text_encoder)
     sources = [s for s in (model.source, encoder.source, *(p.source for p in model.pools)) if s]
@@ -134,7 +147,10 @@ def _code_digest() -> str:
 
 
 def _files(source: Source) -> list[tuple[str, int, int]]:
-    """The names, sizes and times of a folder's files: other weights have others."""
+    """The names, sizes and times of a local folder's files, which differ for other weights.
+
+    Empty for a source with a revision, or that is no folder.
+    """
     folder = Path(source.location)
     if source.revision or not folder.is_dir():
         return []

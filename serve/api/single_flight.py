@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 
 class Stage(Generic[T]):
-    """Work that the first caller begins and all callers await; no caller ends it by leaving."""
+    """Work that starts at the first call and whose result all callers share.
+
+    The work goes on if a caller is cancelled.
+    """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._work = work
@@ -39,15 +42,15 @@ class SharedGeneration:
     """The images of one call, for all clients that ask for the same.
 
     The first client's request opens the call; the tenant is charged once, by that call. Each stage
-    runs once, when somebody first awaits it:
+    runs once, when a client first awaits it:
 
         admitted ──► images ──► names (if anybody wants URLs) ──► charged ──► cached
             │           │                                            │
             └───────────┴── an error: nobody joins any more ─────────┘
 
-    It lasts while a participant is left: a client, or the task that writes the images to the result
-    cache. When the last one leaves, the stages are cancelled and the call is closed. It is the
-    `CallClient` of its call.
+    The participants are the clients, and the task that writes the images to the result cache. When
+    the last participant leaves, the stages are cancelled and the call is closed. For its call, this
+    object is the `CallClient`.
     """
 
     def __init__(
@@ -59,9 +62,9 @@ class SharedGeneration:
         store: Callable[[Sequence[ImageResult]], Awaitable[list[str]]],
         on_closed: Callable[[SharedGeneration], None],
     ) -> None:
-        """`store` keeps images and returns their names.
+        """`open_call` opens the call. `store` stores images and returns their names.
 
-        `on_closed` is called once no more clients can join, perhaps several times.
+        `on_closed` is called when clients can no longer join, perhaps more than once.
         """
         self._first, self._attempts, self._requests = first, attempts, requests
         self._store, self._on_closed = store, on_closed
@@ -77,16 +80,22 @@ class SharedGeneration:
 
     @property
     def finished(self) -> bool:
-        """Whether the images are there and charged, so that joining is a cache hit."""
+        """Whether the images are done and charged, so that joining counts as a cache hit."""
         return self._caching is not None
 
     def cancel(self) -> None:
-        """End the first client's call, as another call has asked; the other clients stay."""
+        """End the request of the first client, which was cancelled by its id.
+
+        The other clients still get the images.
+        """
         self._first.cancel()
 
     @contextmanager
     def joined(self, client: ClientCall) -> Iterator[None]:
-        """Take part until the block ends. Every client does this exactly once, the first too."""
+        """Take part until the block ends.
+
+        Every client, including the first, must do this exactly once.
+        """
         self._participants += 1
         try:
             yield
@@ -94,7 +103,11 @@ class SharedGeneration:
             self._leave(unwanted=client.unwanted)
 
     async def was_admitted(self) -> bool:
-        """Whether the call was admitted. A refusal concerns the first client only."""
+        """Wait for the Dispatcher's decision; returns whether the call was admitted.
+
+        If it was refused, only the first client gets the error; a client that wanted to join may
+        open a call of its own.
+        """
         try:
             await self.admitted()
         except OctetError:
@@ -102,9 +115,10 @@ class SharedGeneration:
         return True
 
     def cache(self, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Write the images to the result cache, once; stay open until that is done.
+        """Write the images to the result cache, if no other client has begun to.
 
-        A client that comes meanwhile finds the images here.
+        The writing takes part like a client. So clients that come before it has ended still find
+        the images here.
         """
         if self._caching is None:
             self._participants += 1
@@ -112,7 +126,7 @@ class SharedGeneration:
             self._caching.add_done_callback(lambda _: self._leave())
 
     async def _generate(self) -> list[ImageResult]:
-        """Generate the images side by side; the first error ends them all."""
+        """Generate the call's images at the same time; the first error cancels the others."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -129,7 +143,7 @@ class SharedGeneration:
         return await self._store(await self.images())
 
     async def _or_close(self, work: Awaitable[T]) -> T:
-        """Let nobody join any more if `work` fails."""
+        """Await `work`; if it fails, no more clients may join."""
         try:
             return await work
         except BaseException:

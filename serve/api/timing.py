@@ -1,4 +1,4 @@
-"""How long an Ingress waits for its clients, the Dispatcher and itself.
+"""How long an Ingress waits for its clients and the Dispatcher, and its own intervals.
 
 Pure: imports the standard library and pure files only.
 """
@@ -12,11 +12,13 @@ from ..dispatch.protocol import TIMING, Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressTiming:
-    """All in seconds.
+    """The times that an Ingress waits, in seconds.
 
-    `dispatcher_s`: for the Dispatcher's answer to a question. `body_s`: for a request body to
-    arrive. `keep_alive_s`: between two signs of life in an event stream. `sweep_s`: between two
-    sweeps of stored images. `dispatch`: the timing of the session with the Dispatcher.
+    `dispatcher_s`: for the Dispatcher's answer to a call, such as a cancellation.
+    `body_s`: for a request body to arrive.
+    `keep_alive_s`: without an event, before an event stream sends a comment.
+    `sweep_s`: between two sweeps that delete old stored images.
+    `dispatch`: the timing of the session with the Dispatcher.
     """
 
     dispatcher_s: float = 2.0

@@ -137,11 +137,12 @@ def bench(
 
 
 def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
-    """Report of all answers, and of those of each tenant and each request shape.
+    """Report on all answers, and on those of each tenant and each request shape.
 
-    The groups are `all`, `tenant NAME` and `shape SIZE:STEPS`; the last two only where there are
-    several. Latencies are in seconds and count only requests that were answered with images.
-    `slo_s`: the latency up to which an answer counts as in time.
+    The groups are `all`, `tenant NAME` and `shape SIZE:STEPS`. Groups of tenants are left out if
+    there is one tenant only; so are groups of shapes. Latencies are in seconds and count only
+    requests that were answered with images. `slo_s`: the latency up to which an answer counts as in
+    time.
     """
     groups: dict[str, list[LoadAnswer]] = {"all": list(answers)}
     kinds: tuple[tuple[str, Callable[[TimedRequest], str]], ...] = (
@@ -238,7 +239,7 @@ def _tenants(given: Sequence[str]) -> dict[str, str]:
 def _shape(text: str) -> tuple[Body, float]:
     """Parse SIZE:STEPS=WEIGHT into the fields of a request body and their weight.
 
-    Raises `SettingsError`.
+    Raises `SettingsError` if the text has another form.
     """
     match = SHAPE.fullmatch(text)
     try:

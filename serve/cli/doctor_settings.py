@@ -88,7 +88,10 @@ def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) 
 
 
 def _cannot_hold(part: CardResources, machine: Machine, weights_gib: float) -> str:
-    """The reason why the machine's cards have no room for a replica; "" if they have."""
+    """The reason why the machine's cards have no room for a replica; "" if there is room.
+
+    `part`: the replica's resources. `weights_gib`: the memory that its weights need.
+    """
     if not part.num_gpus:
         return ""
     if not machine.has_gpu:
@@ -130,7 +133,7 @@ def _weights_gib(model: Model, recipe: str, settings: Settings) -> float:
 def _encoder_weights_gib(encoder: Encoder, settings: Settings) -> float:
     """GiB that the text encoders' weights and a CUDA context take.
 
-    0 if the structure of their models is not known.
+    The result is 0 if the files that describe the encoders' structure are not on this machine.
     """
     try:
         return encoder_gib(encoder, settings) - ENCODER_PEAK_GIB - WORKSPACE_GIB

@@ -92,7 +92,7 @@ def leave(
 def _check_answers(address: str) -> None:
     """Raise `LaunchError` if no Ray answers at the address.
 
-    Ray's own client would try for minutes.
+    Without this check Ray's own client would try for minutes.
     """
     host, _, port = address.rpartition(":")
     try:

@@ -1,4 +1,4 @@
-"""Client that puts load on a server over HTTP, at given times or as fast as it answers."""
+"""Client that puts load on a server over HTTP, at given times or as fast as the server answers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class TimedRequest(NamedTuple):
 class LoadAnswer:
     """A request and how the server answered it.
 
-    `status`: the HTTP status, or 0 if no answer came; `code` then names the client's error.
-    `handler_ms`: milliseconds that the server's handler took, if the answer says so. `cache`: what
-    the result cache did, such as `hit` or `miss`.
+    `status`: the HTTP status, or 0 if no answer came. `code`: the error code of the answer, or the
+    name of the client's error if no answer came. `handler_ms`: milliseconds that the server's
+    handler took, None if the answer does not say. `cache`: what the result cache did, such as `hit`
+    or `miss`.
     """
 
     request: TimedRequest
@@ -45,7 +46,8 @@ class LoadAnswer:
 class LoadClient:
     """Sends requests to one address with each tenant's API key.
 
-    `keys`: by tenant; a tenant without one sends no key. `on_answer`: called with every answer.
+    `keys`: the API keys by tenant; a tenant without a key sends none. `on_answer`: called
+    with every answer.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def _sources(settings: Settings, model: Model) -> dict[str, Source]:
 
 
 def _source(model: str) -> Source:
-    """Parse a folder or HUB/ID@REVISION. Raises `SettingsError`."""
+    """Parse a folder or HUB/ID@REVISION. Raises `SettingsError` if the text is neither."""
     location, _, revision = model.partition("@")
     if Path(model).is_dir():
         location, revision = str(Path(model).resolve()), ""
@@ -258,7 +258,10 @@ def _warn_about_access(settings: Settings) -> None:
 
 
 def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
-    """Apply the current settings to the running application; on an error it runs on unchanged."""
+    """Apply the current settings to the running application.
+
+    `read` returns the current settings. On an error the application runs on with the old settings.
+    """
     try:
         settings = read()
         restarts = octet.apply(settings)

@@ -32,15 +32,16 @@ from ..settings.application import Settings
 from ..settings.models import Encoder, Model
 
 SD35_TEXT_WIDTH = 4096
-# Steps and rows (2 with guidance) of an image by default: those of the model cards, and for Medium
-# those of diffusers' documentation.
+# Default steps and rows (2 with guidance) of an image. They are those of the model cards; those of
+# Medium are from diffusers' documentation.
 USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
 
 def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
     """Parse `CARD:COUNT` texts, such as `h100:8`; counts of the same card add up.
 
-    `reserved_gib`: GiB of each card that stay free. Raises `SettingsError`.
+    `reserved_gib`: GiB of each card that stay free. Raises `SettingsError` for an unknown card, or
+    for a count that is not a number from 1 to 999999.
     """
     counts: dict[Card, int] = {}
     for text in given:
@@ -74,7 +75,11 @@ def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[CardGroup
 
 
 def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[PlannedModel]:
-    """Parse `MODEL` or `MODEL=SHARE` texts, such as `sd3.5-large=2`. Raises `SettingsError`."""
+    """Parse `MODEL` or `MODEL=SHARE` texts, such as `sd3.5-large=2`.
+
+    `size` and `steps`: those of the images to plan for. Raises `SettingsError` for an unknown or
+    repeated model, and for a share or size that is not valid.
+    """
     planned_models = []
     for text in given:
         model, _, share = text.partition("=")
@@ -90,9 +95,10 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Pla
 
 
 def planned_models_of(settings: Settings) -> list[PlannedModel]:
-    """The models of a settings file, with their default images and the largest that they allow.
+    """The models of a settings file, as models to plan for.
 
-    Raises `SettingsError` for a model whose structure is not known on this node.
+    The plan is for a model's default image, with memory for the largest image that its limits
+    allow. Raises `SettingsError` for a model whose structure is not known on this node.
     """
     return [
         PlannedModel(
@@ -131,7 +137,8 @@ def only_encoder(settings: Settings) -> Encoder:
 def encoder_gib(encoder: Encoder, settings: Settings) -> float:
     """GiB of one replica of the text encoders.
 
-    Those of SD3.5 have a known size; the size of others follows from their files.
+    The encoders of SD3.5 have a known size; the size of others is computed from their files. Raises
+    `SettingsError` if the structure of a model that uses them is not known.
     """
     readers = [m for m in settings.models if m.text_encoder == encoder.id]
     if any(structure_of(m, settings.models_folder).text_width == SD35_TEXT_WIDTH for m in readers):
@@ -175,7 +182,8 @@ def with_prices(groups: Sequence[CardGroup], file: Path) -> list[CardGroup]:
     """The cards with prices in $ per hour from a YAML file.
 
     A line is `h100: 2.50` (on demand) or `h100: {on_demand: 2.50, spot: 1.10}`. Cards that the file
-    does not name keep their prices. Raises `SettingsError`.
+    does not name keep their prices. Raises `SettingsError` if the file cannot be read, names an
+    unknown card, or states something that is not a price.
     """
     try:
         prices = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -209,7 +217,7 @@ def _priced(card: Card, price: Any, file: Path) -> Card:
 
 
 def nodes_of_cluster(address: str) -> list[Node]:
-    """The living nodes of the Ray cluster at an address. Raises `LaunchError`."""
+    """The living nodes of the Ray cluster at an address. Raises `LaunchError` if none is there."""
     import ray
 
     from cluster.ray_nodes import living_nodes

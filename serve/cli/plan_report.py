@@ -29,7 +29,10 @@ def usd_per_1000(usd_h: float | None, images_s: float) -> float | None:
 
 
 def as_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
-    """The plan as data; images/s of a card are those while it generates that model alone."""
+    """The plan as plain data, ready for JSON.
+
+    The images/s of a card are those of one model, while the card generates no other model's images.
+    """
     return {
         "models": {
             planned.model: {
@@ -110,7 +113,10 @@ def _placement(pool: PlannedPool) -> dict[str, Any]:
 
 
 def _kept(settings: Mapping[str, Any], keys: Container[str], replicas: int) -> dict[str, Any]:
-    """The settings without `keys`; `min_replicas` is at most `replicas`."""
+    """The settings without `keys`.
+
+    `replicas`: the planned number; a larger `min_replicas` is lowered to it.
+    """
     kept = {key: value for key, value in settings.items() if key not in keys}
     if kept.get("min_replicas") is not None:
         kept["min_replicas"] = min(kept["min_replicas"], replicas)
@@ -122,8 +128,8 @@ def _pool(
 ) -> dict[str, Any]:
     """Settings of a planned pool.
 
-    The plan decides its placement, slots and `adaln_8_bit`. Its other settings are those that the
-    first pool of the same precision in `before` has.
+    The plan decides the placement, the slots and `adaln_8_bit`. All other settings are taken from
+    the first pool of the same precision in `before`, the model's pools so far.
     """
     precision = "fp8" if pool.recipe.startswith("fp8") else "fp16"
     same = next((p for p in before if p["precision"] == precision), {})

@@ -94,7 +94,8 @@ def scenario_of_card(
     """A scenario of one pool, with one replica on each card in the card's best precision.
 
     `least`, `most`: bounds of the number of replicas. `node_s`: seconds until an added node is
-    ready. `start_s`: seconds that a replica then takes to start. Raises `SettingsError`.
+    ready. `start_s`: seconds that a replica then takes to start. Raises `SettingsError` for an
+    unknown model or card.
     """
     if model not in TRANSFORMERS:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
@@ -114,8 +115,9 @@ def scenario_of_settings(
 ) -> Scenario:
     """A scenario with the pools of one model of the settings; None stands for the first model.
 
-    Replicas that share a card share its time: each is as slow as if the others were always busy.
-    Raises `SettingsError`.
+    `node_s`, `start_s`: see `scenario_of_card`. Replicas that share a card share its time: each is
+    as slow as if the others were always busy. Raises `SettingsError` if the settings do not have
+    the model.
     """
     application = settings.application_settings()
     served = {m.id: m for m in application.models}
@@ -157,7 +159,7 @@ def _simulated_pool(
 def workload_of(name: str, per_s: float, hours: float) -> Workload:
     """One of `WORKLOADS` with `per_s` requests per second, or the trace of a CSV file.
 
-    Raises `SettingsError`.
+    Raises `SettingsError` if there is no such workload or file, or if the file is not a trace.
     """
     if name not in WORKLOADS:
         if not Path(name).is_file():
@@ -175,7 +177,8 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
 def policy_of(text: str) -> tuple[str, dict[str, float]]:
     """Parse `NAME` or `NAME:NUMBER,NUMBER` into a policy and its parameters.
 
-    For example, `static:8` is `("static", {"replicas": 8.0})`. Raises `SettingsError`.
+    For example, `static:8` is `("static", {"replicas": 8.0})`. Raises `SettingsError` for an
+    unknown policy, and for numbers that the policy does not take.
     """
     name, _, given = text.partition(":")
     if name not in NUMBERS:

@@ -162,7 +162,10 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
 
 
 def _folder(config: Path | None, folder: Path | None) -> Path:
-    """The tenants' folder: `folder`, or the one that the settings name. Raises `SettingsError`."""
+    """The tenants' folder: `folder` if it is given, else the one that the settings name.
+
+    `config`: the settings file. Raises `SettingsError` if neither is given.
+    """
     if folder:
         return folder
     if config is None:

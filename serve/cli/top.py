@@ -48,7 +48,10 @@ def top(
 
 
 def _state(url: str, key: str) -> dict[str, Any]:
-    """The answer of `GET /v1/state`. Raises `SettingsError`."""
+    """The answer of `GET /v1/state`.
+
+    Raises `SettingsError` if the server does not answer, refuses the key, or is not Octet's.
+    """
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"'{url}' is no http address: expected http://HOST:PORT")
     headers = {"authorization": f"Bearer {key.strip()}"} if key else {}

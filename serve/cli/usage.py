@@ -70,7 +70,10 @@ def usage(
 
 
 def _since(given: str | None) -> str:
-    """The time of --since in UTC, as usage records write it. Raises `SettingsError`."""
+    """The time of --since in UTC, as usage records write it.
+
+    Raises `SettingsError` if the text is not a time.
+    """
     if given is None:
         return month_of(time.time())
     try:

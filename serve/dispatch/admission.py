@@ -197,7 +197,7 @@ class Admission:
         """Close a call that was answered, or that nobody waits for any more."""
         if call := self._calls.pop((session, call_id), None):
             if call.predicted_s is not None and now - call.opened > call.predicted_s:
-                self._learn(call, now)  # it took at least this long
+                self._learn(call, now)  # the call took at least this long
             tenancy = self._tenancy(call.tenant)
             tenancy.calls.discard(call)
             tenancy.account.reserved -= call.reserved

@@ -1,6 +1,7 @@
 """Forecasts of calls on the pools as they are now: when they would be granted, and when done.
 
-`forecast` has the mathematics; this file feeds it with the queue, the replicas and the arrivals.
+The formulas are in `forecast`. This file supplies their inputs: the queue, the replicas and the
+recent arrivals.
 
 Pure: imports the standard library and pure files only.
 """
@@ -19,7 +20,10 @@ IDLE_S = 60.0  # arrival rates without an event for so long are forgotten
 
 
 class Forecast(NamedTuple):
-    """Seconds until the last image of a call is granted, and from there to the call's end."""
+    """The predicted duration of a call, in two parts.
+
+    `wait_s`: seconds until its last image has a slot. `service_s`: seconds from then to its end.
+    """
 
     wait_s: float
     service_s: float
@@ -34,7 +38,7 @@ class CallForecasts:
         self._accuracy = ForecastAccuracy()
 
     def count_arrival(self, request: AdmissionRequest, now: float) -> None:
-        """Count an admitted call into the arrival rates of its tenant."""
+        """Count an admitted call in its tenant's rates of arriving work."""
         for pool in {pool for image in request.images for pool in image.pools}:
             rates = self._rates.setdefault(pool, {})
             rate = rates.setdefault(request.tenant, ArrivalRate())
@@ -45,30 +49,35 @@ class CallForecasts:
         self._accuracy.learn(predicted_s, took_s)
 
     def forget(self, now: float, passed_s: float) -> None:
-        """Let past errors fade by `passed_s` seconds, and drop arrival rates that are idle."""
+        """Let past forecast errors fade, because `passed_s` seconds have passed.
+
+        Arrival rates without an arrival for `IDLE_S` are dropped.
+        """
         self._accuracy.fade(passed_s)
         for rates in self._rates.values():
             for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
                 del rates[tenant]
 
     def expected_s(self, predicted_s: float) -> float:
-        """When a call will be done, in the mean of such forecasts."""
+        """The mean time in seconds that calls with this forecast have taken lately."""
         return self._accuracy.expected(predicted_s)
 
     def at_most_s(self, forecast: Forecast) -> float:
         """The most seconds that a call with this forecast should take until it is done.
 
-        For a call that must queue this holds in 99 of 100 cases, as learned from earlier forecasts.
-        A call that finds a free slot is never refused for the errors of earlier forecasts.
+        For a call that must queue, 99 of 100 calls take at most that long, as learned from earlier
+        calls. For a call that finds a free slot, the forecast itself is returned. So such a call is
+        never refused because earlier forecasts were wrong.
         """
         return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 
     def forecast(
         self, request: AdmissionRequest, now: float, *, own_backlog: bool = True
     ) -> Forecast | None:
-        """When the call would be granted and done; None while none of its pools has a replica.
+        """Forecast when the call's images would have slots, and when the call would be done.
 
-        Without `own_backlog`, as if the tenant had nothing else waiting.
+        Returns None if the call has no images or none of its pools has a replica. With
+        `own_backlog=False` the forecast assumes that the tenant has nothing else waiting.
         """
         if not request.images:
             return None
@@ -85,9 +94,10 @@ class CallForecasts:
         return Forecast(wait_s, self._service_s(request, full=wait_s > 0))
 
     def _service_s(self, request: AdmissionRequest, *, full: bool) -> float:
-        """Seconds from the grants to the end.
+        """Seconds from the grant of the call's images to the call's end.
 
-        In the first pool that has a free slot, or spread over all pools when these are `full`.
+        If the pools are `full`, the images are assumed to be spread over all of them. Otherwise all
+        are assumed to run in the first pool that has a free slot.
         """
         pools = request.images[0].pools
         if not full:
@@ -120,7 +130,10 @@ class CallForecasts:
         backlogs: Mapping[str, float],
         now: float,
     ) -> float:
-        """Seconds until `own_s` seconds of the tenant's own work have been granted."""
+        """Seconds until `own_s` seconds of the tenant's own work have been granted.
+
+        `backlogs`: each tenant's work that waits for the call's pools.
+        """
         pools = request.images[0].pools
         queue = self._grants.queue
         arriving = dict.fromkeys(backlogs, 0.0)
@@ -136,7 +149,10 @@ class CallForecasts:
         return fluid_wait_s(own_s, queue.weight(request.tenant), others, speed)
 
     def grants_in_s(self, request: AdmissionRequest, images: int) -> float | None:
-        """Seconds until `images` of the waiting images are granted, if that is known."""
+        """Seconds until `images` of the waiting images have been granted slots.
+
+        None if no image waits, or if the call's pools have no replica.
+        """
         pools = request.images[0].pools
         speed, _, _ = self._capacity(pools)
         depth = self._grants.queue_depth
@@ -145,7 +161,7 @@ class CallForecasts:
         return images * sum(self._grants.queue.backlogs(pools).values()) / depth / speed
 
     def _capacity(self, pools: Iterable[str]) -> tuple[float, int, int]:
-        """Speed, slots and running images of the staying replicas of these pools."""
+        """Total speed, number of slots, and slots in use of these pools' staying replicas."""
         speed, slots, running = 0.0, 0, 0
         for pool in pools:
             staying = self._grants.slots(pool)

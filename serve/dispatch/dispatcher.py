@@ -100,7 +100,7 @@ class Dispatcher:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._apply_tenants(self._tenants)
         self._grants_from = now + timing.recovery_s
-        self._early: list[tuple[str, AdmissionRequest]] = []  # calls that came before `_grants_from`
+        self._early: list[tuple[str, AdmissionRequest]] = []  # that came before `_grants_from`
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
@@ -157,7 +157,7 @@ class Dispatcher:
                 self.end_session(session)
 
     async def tell(self, session: str, update: SessionUpdate) -> bool:
-        """Apply an Ingress's update. Returns False, without doing so, if its session is not open."""
+        """Apply an Ingress's update. Returns False and ignores it if the session is not open."""
         now = time.monotonic()
         if not self.grants.heard_from(session, now):
             return False

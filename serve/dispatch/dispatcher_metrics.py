@@ -1,8 +1,8 @@
 """The Dispatcher's metrics of pools and tenants, as `serve.metric_catalogue` lists them.
 
-Labels stay few however many tenants there are: the `MOST_NAMED` tenants that have used most lately
-are named, all others together are `_other`. No more than `EVER_NAMED` tenants are named while this
-process lives.
+The number of labels stays small, however many tenants there are. Only the `MOST_NAMED` tenants with
+the most recent use have labels of their own. All other tenants share the label `_other`. At most
+`EVER_NAMED` different tenants get a label of their own while this process lives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .overview import TenantRow
 from .scaling import Scaling
 
 MOST_NAMED, EVER_NAMED = 20, 100
-FADE = 0.999  # what is left, at each report, of what was used lately
+FADE = 0.999  # factor by which a tenant's recent use shrinks at each report
 QUEUE = "images", "work_seconds", "oldest_seconds"
 OTHER = "_other"  # not a valid tenant id
 
@@ -61,11 +61,11 @@ class TenantMetrics:
     """Every tenant's calls, queue, charges and refusals."""
 
     def __init__(self, make: Callable[[str], Any] = metric) -> None:
-        """`make`: makes a metric of the catalogue by its name."""
+        """`make`: returns the catalogue's metric of a given name."""
         self._lately: Counter[str] = Counter()
         self._named: set[str] = set()  # named at present
-        self._ever: set[str] = set()  # named at some time: their counters go on
-        # Collected between reports, because telling Ray of each costs more than dispatching it.
+        self._ever: set[str] = set()  # all that were ever named; their counters go on
+        # Collected between reports, because a call of Ray for each costs more than its dispatch.
         self._charges: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._gauges = {
@@ -110,7 +110,10 @@ class TenantMetrics:
                 gauge.set(value, {"tenant": label})
 
     def _most_used(self, use: Counter[str]) -> set[str]:
-        """The tenants with most use, as far as they are named or may still be."""
+        """The `MOST_NAMED` tenants with the most use.
+
+        After `EVER_NAMED` different tenants have been named, only these can be chosen again.
+        """
         named: set[str] = set()
         for tenant, _ in use.most_common():
             if tenant in self._ever or len(self._ever) < EVER_NAMED:
@@ -121,5 +124,5 @@ class TenantMetrics:
         return named
 
     def _label(self, tenant: str) -> str:
-        """The label of a tenant's counters, which stays once it has begun."""
+        """The label of a tenant's counters: its name, if it was ever named, else `_other`."""
         return tenant if tenant in self._ever else OTHER

@@ -1,18 +1,24 @@
 """Start-time fair queueing between tenants, first come first served within each tenant.
 
-Every pool is shared by itself. A tenant's *clock* in a pool is the work that it was granted there ÷
-its weight. A free slot of the pool goes to the waiting tenant with the lowest clock, and that clock
-then moves on by the image's work ÷ weight. So while two tenants wait for a pool, what they were
-granted there per weight never differs by more than their largest image per weight, and no slot
-stays free while anybody waits for it. When an image has ended, the clock is corrected by what it
-really took, so over time tenants share the time of replicas and not the predictions.
+Each pool is shared independently of the others. A tenant's *clock* in a pool is the work that the
+pool has granted to the tenant ÷ the tenant's weight. A free slot of the pool goes to the waiting
+tenant with the lowest clock. That clock then moves on by the image's work ÷ weight.
 
-A tenant that comes back after a pause is lifted to the clock at which the pool last granted: it has
-no credit for the time that it was away, and is served next.
+Two properties follow. No slot stays free while an item waits for it. And while two tenants wait for
+the same pool, their granted work per weight differs by at most their largest image per weight.
+
+The work of an image is predicted. When the image has ended, the clock is corrected by the
+difference between its real and its predicted work. So over time tenants share the real time of
+replicas, not the predicted time.
+
+A tenant without waiting items may have fallen behind. When it comes back, its clock is raised to
+the clock at which the pool last granted a slot. So it gets no credit for the time that it was away,
+but it is served next.
 
 An item may wait for several pools; it leaves all of them when it is granted in one. Adding, taking
 and removing an item cost O(log tenants) for each of its pools. The algorithm is that of Goyal, Vin
-& Cheng 1996; counting per tenant instead of tagging each item makes removals and corrections exact.
+& Cheng 1996, with one difference: this file keeps one clock for each tenant instead of a tag for
+each item. That makes removals and corrections exact.
 
 Pure: standard library only.
 """
@@ -25,7 +31,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, merge
 from typing import Generic, Protocol, TypeVar
 
-SLACK = 64  # stale keys that a heap may hold, beside twice the number of waiting tenants
+SLACK = 64  # a heap may hold so many keys more than twice the number of waiting tenants
 
 
 class Queueable(Protocol):
@@ -50,18 +56,21 @@ T = TypeVar("T", bound=Queueable)
 
 @dataclass(slots=True)
 class _Flow(Generic[T]):
-    """One tenant in one pool."""
+    """One tenant's clock and waiting items (`line`) in one pool."""
 
     clock: float
     line: OrderedDict[int, T] = field(default_factory=OrderedDict)
     backlog_s: float = 0.0
     running: int = 0  # items taken and not yet settled
     key: tuple[float, int] | None = None  # the flow's key in the heap, while anything waits
-    idle_clock: float | None = None  # the clock with which it stands among the idle flows
+    idle_clock: float | None = None  # the flow's clock in the heap of idle flows
 
 
 class _PoolQueue(Generic[T]):
-    """The tenants that wait for one pool, run in it, or have a clock ahead of it."""
+    """The tenants of one pool.
+
+    A tenant is kept while it has waiting or running items there, or a clock above `granted_at`.
+    """
 
     def __init__(self) -> None:
         self.flows: dict[str, _Flow[T]] = {}
@@ -84,13 +93,13 @@ class _PoolQueue(Generic[T]):
         del flow.line[item.number]
         flow.backlog_s -= item.work_s
         if not flow.line:
-            flow.backlog_s = 0.0  # drop what rounding has left
+            flow.backlog_s = 0.0  # removes rounding errors
             self.waiting.discard(item.tenant)
         self._place(item.tenant, flow)
         self._forget_idle()
 
     def charge(self, tenant: str, served: float) -> None:
-        """Count a granted slot; `served`: work ÷ weight."""
+        """Count a slot granted to the tenant; `served`: the item's work ÷ the tenant's weight."""
         flow = self.flows[tenant]
         self.granted_at = max(self.granted_at, flow.clock)
         flow.running += 1
@@ -98,7 +107,10 @@ class _PoolQueue(Generic[T]):
         self._place(tenant, flow)
 
     def settle(self, tenant: str, correction: float) -> None:
-        """Count the end of a running item; `correction`: work ÷ weight."""
+        """Count the end of a running item.
+
+        `correction`: its real minus its predicted work, ÷ the tenant's weight.
+        """
         flow = self.flows.get(tenant)
         if flow and flow.running:
             flow.running -= 1
@@ -116,7 +128,11 @@ class _PoolQueue(Generic[T]):
         return None
 
     def _place(self, tenant: str, flow: _Flow[T]) -> None:
-        """Keep the heap's key of a flow true: its clock, and the arrival of its first item."""
+        """Put a flow into the heap again if its key has changed, or among the idle flows.
+
+        The key is the flow's clock and the number of its first waiting item. Stale keys stay in the
+        heap until they come first, or until there are too many of them.
+        """
         if not flow.line:
             flow.key = None
             if not flow.running and flow.idle_clock != flow.clock:
@@ -133,7 +149,10 @@ class _PoolQueue(Generic[T]):
             heapify(self._heap)
 
     def _forget_idle(self) -> None:
-        """Drop idle tenants whose clocks the pool has passed: they would be lifted anyway."""
+        """Drop idle tenants whose clocks are not above `granted_at`.
+
+        Nothing is lost: if such a tenant came back, its clock would be raised to `granted_at`.
+        """
         while self._idle and self._idle[0][0] <= self.granted_at:
             clock, tenant = heappop(self._idle)
             flow = self.flows.get(tenant)
@@ -145,16 +164,16 @@ class _PoolQueue(Generic[T]):
 
 @dataclass(slots=True)
 class _Backlog:
-    """The items of one tenant that wait, in all pools together."""
+    """The number and the work of one tenant's waiting items, in all pools together."""
 
     items: int = 0
     work_s: float = 0.0
 
 
 class FairQueue(Generic[T]):
-    """The queue that the module's docstring describes.
+    """A fair queue for several pools, as the module's docstring describes it.
 
-    `weights` are by tenant; a tenant without one has weight 1.
+    `weights`: the weight of each tenant; a tenant that is missing there has weight 1.
     """
 
     def __init__(self) -> None:
@@ -172,7 +191,7 @@ class FairQueue(Generic[T]):
         return iter(self._waiting.values())
 
     def add(self, item: T) -> None:
-        """Let an item wait for all of its pools; sets its `number`."""
+        """Let an item wait for all of its pools, and set its `number`."""
         self._arrivals += 1
         item.number = self._arrivals
         self._waiting[item.number] = item
@@ -183,7 +202,7 @@ class FairQueue(Generic[T]):
             self._pools.setdefault(pool, _PoolQueue()).enter(item)
 
     def remove(self, item: T) -> None:
-        """Take an item out unserved."""
+        """Take an item out of the queue without serving it."""
         del self._waiting[item.number]
         backlog = self._backlogs[item.tenant]
         backlog.items -= 1
@@ -194,29 +213,35 @@ class FairQueue(Generic[T]):
             self._pools[pool].leave(item)
 
     def first(self, pool: str) -> T | None:
-        """The item that a pool's next free slot belongs to."""
+        """The item that gets the pool's next free slot; None if no item waits for the pool."""
         queue = self._pools.get(pool)
         return queue.first() if queue else None
 
     def take(self, item: T, pool: str) -> None:
-        """Serve an item in one of its pools; `settle` must follow when it has ended."""
+        """Serve an item in one of its pools. The caller must call `settle` when it has ended."""
         self._pools[pool].charge(item.tenant, item.work_s / self.weight(item.tenant))
         self.remove(item)
 
     def taken_before(self, tenant: str, pool: str, work_s: float) -> None:
-        """Count an item that an earlier queue has granted, as `take` does."""
+        """Count an item that runs already because an earlier Dispatcher's queue granted it.
+
+        As after `take`, the caller must call `settle` when the item has ended.
+        """
         queue = self._pools.setdefault(pool, _PoolQueue())
         flow = queue.flows.setdefault(tenant, _Flow(queue.granted_at))
         flow.running += 1
         flow.clock += work_s / self.weight(tenant)
 
     def settle(self, tenant: str, pool: str, correction_s: float) -> None:
-        """Count the end of a served item, which took `correction_s` more work than predicted."""
+        """Count the end of a served item, which took `correction_s` more work than predicted.
+
+        `correction_s` is negative if the item took less.
+        """
         if queue := self._pools.get(pool):
             queue.settle(tenant, correction_s / self.weight(tenant))
 
     def order(self, pool: str) -> Iterator[T]:
-        """The waiting items of a pool in the order of their service, if no others came."""
+        """The waiting items of a pool in the order in which they are served if no others come."""
         queue = self._pools.get(pool)
         if queue is None:
             return
@@ -229,9 +254,10 @@ class FairQueue(Generic[T]):
         return self.weights.get(tenant, 1.0)
 
     def backlogs(self, pools: tuple[str, ...]) -> dict[str, float]:
-        """The work, in seconds, that each tenant has waiting for any of these pools.
+        """The work in seconds that each tenant has waiting for these pools.
 
-        The largest of its backlogs counts, so an item that waits for several pools counts once.
+        If a tenant waits for several of the pools, only its largest backlog counts. So an item that
+        waits for several pools is not counted twice.
         """
         found: dict[str, float] = {}
         for queue in filter(None, map(self._pools.get, pools)):

@@ -1,11 +1,12 @@
 """Forecast of how long a call will wait, from the tenants' backlogs and recent arrivals.
 
-The model is a fluid one of the fair queue: the pools do `speed` seconds of work a second, and every
-tenant is served in proportion to its weight while it has work. A tenant with backlog B and weight w
-is done when it was given x = B ÷ w per weight. By then each other tenant was given the work that it
-had or got meanwhile, but no more than its weight · x. So the wait t is the smallest solution of
+The model treats the work in the fair queue as a fluid. The pools do `speed` seconds of work in a
+second, and every tenant that has work is served in proportion to its weight. A tenant with backlog
+B and weight w is done when it has been given x = B ÷ w per weight. By then each other tenant has
+been given the work that it had at first and that has arrived since, but at most its weight · x. So
+the wait t is the smallest solution of
 
-    speed · t = B + Σ over the others of min(backlog + arriving · t, weight · x)
+    speed · t = B + Σ over the other tenants of min(backlog + arriving · t, weight · x)
 
 where `arriving` is the work per second that the other tenant has lately asked for.
 
@@ -20,15 +21,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 RATE_MEMORY_S = 10.0  # time constant of `ArrivalRate`
-QUANTILE = 0.99  # of the ratios, that `at_most` follows
-MAX_RATIO = 4.0  # how far `ForecastAccuracy` may leave the prediction
+QUANTILE = 0.99  # the quantile of the ratios that `at_most` uses
+MAX_RATIO = 4.0  # the largest ratio real ÷ predicted that `ForecastAccuracy` counts
 MEAN_STEP = 0.05  # how far one ratio moves the mean
 QUANTILE_STEP = 0.2  # how far one ratio moves the quantile
-FADE_S = 300.0  # time constant with which both return to 1
+FADE_S = 300.0  # time constant with which mean and quantile return to 1
 
 
 class TenantDemand(NamedTuple):
-    """The work that one tenant asks of the pools in question."""
+    """The work that one tenant has waiting for some pools, and that arrives for them."""
 
     weight: float
     backlog_s: float
@@ -37,13 +38,13 @@ class TenantDemand(NamedTuple):
 
 @dataclass(slots=True)
 class ArrivalRate:
-    """The rate of events of different sizes, averaged with exponentially fading memory."""
+    """An exponential moving average of the amount that arrives per second."""
 
     _rate: float = 0.0
     at: float = -math.inf  # time of the last event
 
     def add(self, amount: float, now: float) -> None:
-        """Count an event."""
+        """Count an arrival of `amount` at the time `now`."""
         self._rate = self.per_s(now) + amount / RATE_MEMORY_S
         self.at = now
 
@@ -53,13 +54,16 @@ class ArrivalRate:
 
 
 class ForecastAccuracy:
-    """How predictions compare with what came of them: the usual ratio, and one seldom exceeded.
+    """How the real durations of calls compare with their forecasts.
 
-    The first is an exponential mean. The second follows the quantile `QUANTILE` by stochastic
-    approximation: each ratio above it moves it up, each ratio below it moves it 99 times less down.
-    Both fade towards 1, so that a bad past does not refuse requests for ever when none are
-    admitted. Times below one second count as one second, because overheads are no error of the
-    forecast.
+    Two numbers are learned from the ratios real ÷ predicted. The first is their exponential mean.
+    The second is their quantile `QUANTILE`, which only 1 of 100 ratios exceeds. The quantile is
+    learned by stochastic approximation: a ratio above the quantile moves it up by 99 times as much
+    as a ratio below the quantile moves it down.
+
+    Both numbers fade towards 1. Otherwise bad forecasts could cause every request to be refused,
+    and then no call would ever correct them. Times below one second count as one second, because
+    overheads are no error of the forecast.
     """
 
     def __init__(self) -> None:
@@ -79,16 +83,20 @@ class ForecastAccuracy:
         self._quantile = 1 + (self._quantile - 1) * part
 
     def expected(self, predicted_s: float) -> float:
-        """When a call will be done, in the mean of such predictions."""
+        """The mean time in seconds after which a call with this prediction is done."""
         return predicted_s * self._mean
 
     def at_most(self, predicted_s: float) -> float:
-        """When a call will be done in 99 of 100 cases."""
+        """The seconds within which 99 of 100 calls with this prediction are done."""
         return predicted_s * self._quantile
 
 
 def wait_s(backlog_s: float, weight: float, others: Sequence[TenantDemand], speed: float) -> float:
-    """Seconds until a tenant's backlog is served, the call that waits included."""
+    """Seconds until a tenant's whole backlog is served, infinite if `speed` is 0.
+
+    `backlog_s`: the tenant's waiting work, including the call for which the forecast is made.
+    `speed`: seconds of work that the pools do in a second.
+    """
     if not speed:
         return math.inf
     per_weight = backlog_s / weight

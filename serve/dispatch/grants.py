@@ -37,8 +37,8 @@ from .protocol import (
     StoppedImage,
 )
 
-UNSETTLED_S = 30.0  # a Generator has reported a stopped image by then, or it never will
-EXCESS_S = 600.0  # Ray Serve has stopped a replica in excess by then, or it never will
+UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
+EXCESS_S = 600.0  # Ray Serve stops no replica in excess later than that
 REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
 
 
@@ -74,7 +74,10 @@ class _Session:
 
 
 class _Unsettled(NamedTuple):
-    """A stopped image whose slot is free, but whose Generator has not yet reported its work."""
+    """An image whose slot was given back before its Generator reported the work that it took.
+
+    `cancelled`: the image's full charge, if its client cancelled it.
+    """
 
     since: float
     image: RunningImage
@@ -130,7 +133,7 @@ class Grants:
         self._sessions[session] = _Session(now)
 
     def close(self, session: str) -> None:
-        """End a session: its images leave the queue and its slots are free."""
+        """End a session: its images leave the queue, and its slots become free."""
         if ended := self._sessions.pop(session, None):
             for waiting in ended.waiting.values():
                 self._leave_queue(waiting)
@@ -280,19 +283,17 @@ class Grants:
         return granted
 
     def refuse(self) -> list[Refused]:
-        """Take images out of the queue that have no possible pool any more.
-
-        Returns a refusal for each of them.
-        """
+        """Take images that have no possible pool any more out of the queue; returns refusals."""
         hopeless = [waiting for waiting in self.queue if not self.possible(waiting.pools)]
         for waiting in hopeless:
             self.release(waiting.session, Release(waiting.image.id), 0.0)
         return [Refused(waiting.session, waiting.image.id) for waiting in hopeless]
 
     def positions(self) -> list[Position]:
-        """The queue positions that have changed since the last call, of images that report theirs.
+        """Return the changed queue positions of the images that want to report theirs.
 
-        An image that waits for several pools has a place in each; the lowest of these counts.
+        Changed means since the last call of this method. An image that waits for several pools has
+        a place in each; the lowest of these counts.
         """
         found: dict[int, int] = {}
         for pool in {pool for waiting in self._watched.values() for pool in waiting.pools}:
@@ -376,7 +377,7 @@ class Grants:
         before = [replica for replica in alive if replica.first_heard <= excess.since]
         if len(before) <= excess.staying:
             return alive
-        # Nobody knows which replicas Serve will stop. The busiest could take least anyway.
+        # Nobody knows which replicas Serve will stop. So assume the busiest, which have least room.
         before.sort(key=lambda replica: len(replica.running))
         return before[: excess.staying] + [r for r in alive if r.first_heard > excess.since]
 

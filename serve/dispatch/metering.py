@@ -1,4 +1,4 @@
-"""Charging images: held of the tenant's budget, written by a thread, confirmed when on disk."""
+"""Charging of images: reserved in the tenant's budget, written by a thread, then confirmed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ log = logging.getLogger("ray.serve")
 
 
 class _Charge(NamedTuple):
-    """A usage record of a session; `held`: work held of its tenant's budget until it is written."""
+    """A usage record that is to be written, and the session that hears of it.
+
+    `held`: the work that is reserved in the tenant's budget until the record is written.
+    """
 
     session: str
     usage: UsageRecord
@@ -26,7 +29,7 @@ class _Charge(NamedTuple):
 
 
 class Metering:
-    """Writes the charges of all sessions; tells each through `deliver` what is on disk."""
+    """Writes the charges of all sessions, and tells each session which ones are on disk."""
 
     def __init__(
         self,
@@ -36,7 +39,11 @@ class Metering:
         deliver: Callable[[Iterable[DispatchEvent]], None],
         retry_s: float = TIMING.charge_retry_s,
     ) -> None:
-        """Without a `ledger`, usage is counted until this process ends."""
+        """`ledger`: where charges are written. Without one, usage is counted in memory only.
+
+        `deliver`: sends events to their sessions. `retry_s`: how long to wait before a charge of a
+        cancelled image that could not be written is tried again.
+        """
         self.ledger = ledger
         self._admission, self._metrics, self._deliver = admission, metrics, deliver
         self._retry_s = retry_s
@@ -51,14 +58,18 @@ class Metering:
     def cancelled(
         self, session: str, usage: UsageRecord, report: StoppedImage | Literal["awaited"] | None
     ) -> None:
-        """Hold the charge of a cancelled image until its Generator's report of it is there."""
+        """Charge a cancelled image, as soon as its Generator has reported how many steps it did.
+
+        `usage`: the full charge. `report`: the Generator's report; "awaited" if it is still to
+        come, and then the full charge is held; None if the image never ran, and costs nothing.
+        """
         if report:
             self._held[usage.call, usage.image] = self._admission.hold(session, usage)
         if isinstance(report, StoppedImage):
             self.stopped(session, usage, report)
 
     def stopped(self, session: str, usage: UsageRecord, report: StoppedImage) -> None:
-        """Charge a cancelled image for the steps that were done."""
+        """Charge a cancelled image for the part of its steps that was done."""
         if not report.steps:
             self.waive(usage)
             return
@@ -73,7 +84,7 @@ class Metering:
         self._admission.free(usage.tenant, held)
 
     def turn_month(self, month: str) -> None:
-        """Begin all budgets anew if `month` (YYYY-MM) is a later one."""
+        """Begin all budgets anew if `month` (YYYY-MM) is later than the current month."""
         if month > self._month:
             self._begin_month(month, {})
 
@@ -83,7 +94,7 @@ class Metering:
         self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
 
     async def run(self) -> None:
-        """Write charges for ever, all that have come since the last write together."""
+        """Write charges for ever. Charges that arrive during a write are written together next."""
         while True:
             batch = [await self._charges.get()]
             while not self._charges.empty():
@@ -103,10 +114,10 @@ class Metering:
             self._confirm(batch, fresh)
 
     def _confirm(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
-        """Tell sessions what is on disk, and count the `fresh` charges; None: the write failed.
+        """Tell sessions what is on disk, and count the `fresh` charges of a batch.
 
-        A charge is not fresh if it was written before, for a Dispatcher that did not live to say
-        so.
+        `fresh` is None if the write failed. A charge is not fresh if it was on disk already: an
+        earlier Dispatcher wrote it, but ended before it could tell the session.
         """
         events: dict[tuple[str, str], Recorded] = {}
         for charge in batch:
@@ -119,7 +130,7 @@ class Metering:
             events[session, usage.call] = Recorded(session, usage.call, fresh is not None)
         for session, usage, _ in fresh or ():
             spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None
-            if self.ledger and self.ledger.month < self._month:  # written before the month turned
+            if self.ledger and self.ledger.month < self._month:  # written in the month before
                 spent = self._admission.account(usage.tenant).spent
             self._admission.spend(session, usage, spent, time.monotonic())
             self._metrics.charged(usage)
@@ -130,7 +141,7 @@ class Metering:
 
 
 def _charges_of(usages: Iterable[UsageRecord], batch: Iterable[_Charge]) -> list[_Charge]:
-    """The charges of these records, each record once."""
+    """The charges of a batch whose records are among `usages`; each record counts once."""
     left = set(usages)
     found = []
     for charge in batch:

@@ -16,7 +16,11 @@ log = logging.getLogger("ray.serve")
 
 
 class NodeWatch:
-    """Tells grants and scaling about nodes, and sessions which waiting images became hopeless."""
+    """Reads the nodes from time to time, and passes on what follows.
+
+    Grants and scaling learn where replicas could be placed and which nodes are being drained.
+    Sessions learn which of their waiting images are refused, because no pool is possible any more.
+    """
 
     def __init__(
         self,
@@ -26,13 +30,17 @@ class NodeWatch:
         scaling: Scaling,
         deliver: Callable[[Iterable[DispatchEvent]], None],
     ) -> None:
-        """`needs`: what a replica of each pool needs of a node; `read_nodes` may block."""
+        """`needs`: by pool, what one replica needs of a node.
+
+        `read_nodes`: returns the cluster's nodes; may block. `deliver`: sends events to their
+        sessions.
+        """
         self._needs, self._read_nodes = needs, read_nodes
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
         self._warned: set[str] = set()
 
     async def run(self, every_s: float) -> None:
-        """Look at the nodes for ever."""
+        """Look at the nodes every `every_s` seconds, for ever."""
         while True:
             await self.look()
             await asyncio.sleep(every_s)

@@ -25,7 +25,7 @@ class TenantRow(TypedDict):
 
 
 def overview(admission: Admission, grants: Grants) -> list[TenantRow]:
-    """A row for every tenant that has called, those with most under way first."""
+    """A row for every tenant that has called, sorted by queued and then by running images."""
     running = grants.running_by_tenant()
     rows: list[TenantRow] = []
     for name, account, calls in admission.accounts():

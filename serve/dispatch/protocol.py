@@ -25,13 +25,13 @@ Pools = tuple[str, ...]  # names of pools, preferred first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How often the Dispatcher, Ingresses and Generators send, and how long they wait. In seconds.
+    """Intervals and waiting times of the Dispatcher, Ingresses and Generators, in seconds.
 
     `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
     `session_lease_s`: how long an Ingress may be silent before its slots are free.
     `replica_lease_s`: how long a Generator may be silent before it counts as gone.
-    `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls. In this
-    time every Ingress reports which calls and images it has.
+    `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls, so that
+    every Ingress has time to report which calls and images it has.
     `reconnect_s`: how long an Ingress waits before it opens a lost session again.
     `positions_s`: how long queue positions are collected before they are sent.
     `nodes_s`: the time between two readings of the cluster's nodes.
@@ -67,7 +67,7 @@ class QueuedImage(NamedTuple):
     """One image that needs a slot, as its Ingress sends it to the Dispatcher's fair queue.
 
     `work_s`: the predicted work, in seconds of a reference replica. `report_position`: whether the
-    client wants to hear its place in the queue. `id` and `call_id` are filled in by the session.
+    client wants to hear the image's place in the queue. `id`, `call_id`: filled in by the session.
     """
 
     pools: Pools
@@ -108,8 +108,9 @@ class Release(NamedTuple):
     """The end of an image's wait or run: the image is done, or is no longer wanted.
 
     `took_s`: the work that the image took. None if that is not known yet, because the image was
-    stopped or its replica was lost; a Generator that stops an image reports its work. `cancelled`: the full charge of an image that its client cancelled.
-    The tenant then pays in proportion to the steps that were done.
+    stopped or its replica was lost; a Generator that stops an image reports its work. `cancelled`:
+    the full charge of an image that its client cancelled. The tenant then pays in proportion to the
+    steps that were done.
     """
 
     image_id: str
@@ -221,8 +222,8 @@ DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | R
 class SessionMessage(NamedTuple):
     """The events that the Dispatcher sends to an Ingress at one time.
 
-    `tenants`: the directory of all tenants. It is sent when a session begins and whenever the
-    directory has changed; otherwise None.
+    `tenants`: the directory of all tenants when a session begins and whenever the directory has
+    changed; otherwise None.
     """
 
     events: tuple[DispatchEvent, ...] = ()

@@ -1,6 +1,7 @@
 """The `ray-default` baseline: Ray Serve's own policy decides, on Octet's requests.
 
-See `autoscaling.ray_default` for the other end.
+The Dispatcher only reports how many requests there are. `autoscaling.ray_default` passes these
+numbers to Ray Serve's policy.
 
 Pure: imports the standard library and pure files only.
 """
@@ -20,11 +21,14 @@ class RayDefaultScaling(Scaling):
     """Decides nothing, and tells Ray Serve how many requests there are."""
 
     def decide(self, now: float) -> Mapping[str, str]:
-        """Decide nothing."""
+        """Decide nothing; returns no reasons."""
         return {}
 
     def report(self) -> ScalingReport:
-        """The requests that run in each pool or wait for it, and its fewest replicas."""
+        """The number of running and waiting requests of each pool, and its fewest replicas.
+
+        A waiting image counts for the first of its pools that could have a replica.
+        """
         waiting = Counter(
             next(filter(self.may_come, image.pools), image.pools[0]) for image in self._grants.queue
         )

@@ -1,7 +1,7 @@
 """How many replicas the Dispatcher wants: the autoscaling policy, fed from queue and replicas.
 
-The Dispatcher calls `decide` with every heartbeat; Ray Serve fetches `report`, and its controller
-obeys it through `autoscaling.ray_policy`. Without clock, network or Ray.
+The Dispatcher calls `decide` once per heartbeat. Ray Serve fetches `report`; its controller then
+applies the numbers through `autoscaling.ray_policy`. This file uses no clock, network or Ray.
 
 Pure: imports the standard library and pure files only.
 """
@@ -21,11 +21,14 @@ from .admission import Admission, Arrivals
 from .grants import Grants
 from .protocol import Pools
 
-SEEN_S = 3.0  # Ray Serve has seen a number by then
+SEEN_S = 3.0  # Ray Serve has fetched a new number after that time
 
 
 class Scaling:
-    """Octet's own policy; `began`: when this process began to count what arrives."""
+    """The number of replicas of each pool, as Octet's own policy wants it.
+
+    `began`: the time at which this process began to count the arriving work.
+    """
 
     policy = staticmethod(decide)
 
@@ -39,7 +42,7 @@ class Scaling:
         self.placeable = frozenset(limits.pools)  # pools that fit on a node that is there
         self._grants, self._admission, self._began = grants, admission, began
         self._state = PolicyState(at=began)
-        self._settled = False  # replicas from before this process have had time to report
+        self._settled = False  # whether replicas from before this process have had time to report
         self._recent: dict[str, list[tuple[float, int]]] = {}  # by pool: what was wanted lately
 
     def tune(self, tuning: PolicyTuning) -> None:
@@ -47,7 +50,10 @@ class Scaling:
         self.limits = replace(self.limits, tuning=tuning)
 
     def decide(self, now: float) -> Mapping[str, str]:
-        """Decide anew; returns the reasons for every number that changed."""
+        """Decide how many replicas each pool should have.
+
+        Returns the reason for each number that has changed, by pool.
+        """
         decision = self.policy(self.load(now), self.limits, self._state, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
@@ -64,9 +70,10 @@ class Scaling:
         return pool in self.placeable or (added and not (known and known.given_up))
 
     def report(self) -> ScalingReport:
-        """The report for Ray Serve: the wanted replicas of each deployment.
+        """The report for Ray Serve: the wanted number of replicas of each deployment.
 
-        Until this process has seen which replicas are there, only the fewest that there must be.
+        During the first `hold_s` seconds of this process, replicas that already run may not have
+        reported yet. So the report then only says how many replicas there must be at least.
         """
         numbers = by_deployment(self.replicas, self.limits)
         return ScalingReport(wanted=numbers) if self._settled else ScalingReport(at_least=numbers)
@@ -102,10 +109,11 @@ class Scaling:
         )
 
     def _keep(self, pool: str, replicas: int, now: float) -> None:
-        """Let only `replicas` replicas of the pool get new images: Ray Serve will stop the others.
+        """Give new images only to as many replicas of the pool as Ray Serve will keep.
 
-        This takes effect after `SEEN_S` seconds. Serve looks from time to time and may miss a lower
-        number that was wanted for a moment, and then stops no replica.
+        `replicas`: the wanted number. A lower number counts only after it was wanted for `SEEN_S`
+        seconds. Serve fetches the number from time to time, so it may miss a lower number that was
+        wanted for a moment; then it stops no replica.
         """
         self._recent[pool] = [
             (at, n) for at, n in self._recent.get(pool, ()) if now - at <= SEEN_S and n > replicas
@@ -116,7 +124,10 @@ class Scaling:
 
 
 def by_deployment(replicas: Mapping[str, int], limits: ScalingLimits) -> dict[str, float]:
-    """Numbers by pool or follower, as numbers by deployment."""
+    """Convert numbers of replicas by pool or follower into numbers by deployment.
+
+    A follower is a deployment that is scaled together with the pools.
+    """
     return {
         generator_deployment(name) if name in limits.pools else name: float(number)
         for name, number in replicas.items()

@@ -10,7 +10,7 @@ from .protocol import DispatchEvent, SessionMessage
 
 
 class _Stream:
-    """The messages that one session has still to be sent."""
+    """The events and the directory of tenants that are still to be sent to one session."""
 
     def __init__(self, tenants: TenantDirectory) -> None:
         self.tenants: TenantDirectory | None = tenants
@@ -21,7 +21,7 @@ class _Stream:
 
 
 class SessionStreams:
-    """One stream for each open session; events that come together are sent in one message."""
+    """One stream for each open session; events that wait together are sent as one message."""
 
     def __init__(self) -> None:
         self._streams: dict[str, _Stream] = {}
@@ -39,13 +39,13 @@ class SessionStreams:
         return stream
 
     def close(self, session: str) -> None:
-        """End a session's stream after what it has still to be sent."""
+        """End a session's stream once the waiting events have been sent."""
         if stream := self._streams.pop(session, None):
             stream.ended = True
             stream.changed.set()
 
     def is_open(self, session: str, stream: _Stream) -> bool:
-        """Whether a stream is its session's current one."""
+        """Whether the session is open and this is its current stream, not a replaced one."""
         return self._streams.get(session) is stream
 
     async def messages(self, stream: _Stream) -> AsyncIterator[SessionMessage]:

@@ -15,10 +15,11 @@ from .protocol import RateLimitStatus
 
 @dataclass(slots=True)
 class Gcra:
-    """The generic cell rate algorithm (ITU-T I.371): an exact leaky bucket in one number.
+    """A rate limit by the generic cell rate algorithm (ITU-T I.371).
 
-    The bucket lets `rate` units a second through over time, and `burst` units at once. A request
-    larger than `burst` passes when the bucket is empty; the requests after it then wait longer.
+    The algorithm is an exact leaky bucket whose whole state is one number. The bucket lets `rate`
+    units a second pass over time, and up to `burst` units at once. A request for more than `burst`
+    units passes if the bucket is empty; the requests after it then wait longer.
     """
 
     rate: float
@@ -35,16 +36,20 @@ class Gcra:
         self.empty_at = max(self.empty_at, now) + amount / self.rate
 
     def remaining(self, now: float) -> float:
-        """The amount that would pass at once."""
+        """The largest amount that would pass now, at most `burst`."""
         return max(self.burst - self.reset_s(now) * self.rate, 0.0)
 
     def reset_s(self, now: float) -> float:
-        """Seconds until all of `burst` would pass at once again."""
+        """Seconds until the whole `burst` would pass at once again."""
         return max(self.empty_at - now, 0.0)
 
 
 class TenantAccount:
-    """The work that a tenant has reserved and spent; `spent` counts one calendar month."""
+    """A tenant's limits, and the work that it has reserved and spent.
+
+    `spent`: the work charged in the present calendar month. `requests`, `work`: the limits of the
+    request rate and the work rate; None if there is no such limit.
+    """
 
     def __init__(self, tenant: Tenant) -> None:
         self.reserved = 0.0  # work that open calls may still be charged
@@ -62,13 +67,16 @@ class TenantAccount:
 
     @property
     def budget_left(self) -> float | None:
-        """Work that may still be reserved this month; None if there is no budget."""
+        """Work that may still be reserved this month; None if the tenant has no budget."""
         if self.tenant.monthly_work is None:
             return None
         return self.tenant.monthly_work - self.spent - self.reserved
 
     def rate_limits(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
-        """How much of each of its limits the tenant has left."""
+        """How much the tenant has left of each of its limits.
+
+        `month_left_s`: seconds until the month ends, and the budget begins anew.
+        """
         found = []
         if gcra := self.requests:
             left = float(int(gcra.remaining(now) + 1e-9))  # whole requests only

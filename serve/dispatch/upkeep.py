@@ -39,10 +39,11 @@ class Upkeep:
     async def run(
         self, end_session: Callable[[str], None], then: Callable[[], None], decide_from: float
     ) -> None:
-        """Do what is due, for ever.
+        """Do the periodic work once per heartbeat, for ever.
 
-        `end_session` is called for every session whose lease is over, `then` after each round.
-        Nothing is decided before `decide_from`, when every replica could say that it lives.
+        `end_session` is called for every session whose lease has expired. `then` is called at the
+        end of each round. The number of replicas is not decided before the time `decide_from`; by
+        then every living replica has had time to report itself.
         """
         heartbeat_s = self._timing.heartbeat_s
         before = time.monotonic()
@@ -50,7 +51,7 @@ class Upkeep:
             await asyncio.sleep(heartbeat_s)
             now, last, before = time.monotonic(), before, time.monotonic()
             if now - last > 2 * heartbeat_s:
-                continue  # this process stood still: first hear the others
+                continue  # this process stood still, so first let heartbeats that waited arrive
             self.expire(now, end_session)
             self._metering.turn_month(month_of(time.time()))
             self.scale(now, decide=now >= decide_from)
@@ -58,7 +59,10 @@ class Upkeep:
             self._tenant_metrics.report(overview(self._admission, self._grants))
 
     def expire(self, now: float, end_session: Callable[[str], None]) -> None:
-        """End silent sessions, settle images that no Generator reports, forget what has faded."""
+        """End silent sessions, and charge nothing for stopped images that no Generator reports.
+
+        Also lets what was learned from past calls fade.
+        """
         for session in self._grants.expire(now):
             log.warning("session %s fell silent: its slots are free", session)
             end_session(session)
@@ -67,10 +71,13 @@ class Upkeep:
         self._admission.forget(now, self._timing.heartbeat_s)
 
     def scale(self, now: float, *, decide: bool) -> None:
-        """Decide on replicas and report every pool. Never raises: leases must go on expiring."""
+        """Decide on the number of replicas if `decide`, and report the metrics of every pool.
+
+        Logs errors instead of raising them, because the loop that expires leases must go on.
+        """
         try:
             for name, reason in self._scaling.decide(now).items() if decide else ():
                 log.info("%s: %s", name, reason)
             self._pool_metrics.report(self._scaling, self._grants, now)
-        except Exception:  # whatever it is, the numbers wanted before stay
+        except Exception:  # after any error the numbers wanted before stay in force
             log.exception("autoscaling: no decision")

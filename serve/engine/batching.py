@@ -1,17 +1,17 @@
 """The choice of running images that take their next step together.
 
-A *batch* is one call of the transformer. Its images have the same size and text length (SD3 has no
-attention mask) and together at most `max_rows` rows; guidance doubles an image's rows. Images of
-different sizes therefore take turns.
+A *batch* is the images of one call of the transformer. All of them have the same size and text
+length, because SD3 has no attention mask. So images of different sizes take turns. A batch has at
+most `max_rows` rows. An image has one row, or two with guidance.
 
-Before each step one image leads. An image that was passed over `PATIENCE` times in a row is
-overdue. If any is overdue, the one passed over most often leads; otherwise the one with the fewest
-steps left, so that few-step images do not wait behind long ones. The batch is the leader and as
-many images of its kind as fit, in the same order.
+Before each step one image is chosen as the leader. An image that was left out of `PATIENCE` batches
+in a row is overdue. If any image is overdue, the one that was left out most often leads. Otherwise
+the image with the fewest steps left leads, so that images with few steps do not wait for long ones.
+The leader and as many images of its kind as fit form the batch; they are added in the same order.
 
-Bound: with at most n running images, no image is passed over more than `PATIENCE` + n − 1 times in
-a row. Only images passed over as often or more lead before an overdue one; each of them leads once
-and then counts from zero, and newcomers never catch up with it.
+Bound: with at most n running images, no image is left out more than `PATIENCE` + n − 1 times in a
+row. The reason: only images that were left out as often or more lead before an overdue image. Each
+of these leads once and then counts from zero. Newcomers never catch up with the overdue image.
 
 Pure: standard library only.
 """
@@ -22,15 +22,17 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-PATIENCE = 4
-CALM_S = 60.0  # without an out-of-memory error, after which batches may grow again
+PATIENCE = 4  # batches in a row that leave an image out before it is overdue
+CALM_S = 60.0  # time without an out-of-memory error after which batches may grow again
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BatchCandidate:
-    """An image as the choice of a batch sees it; only images of one `kind` share a batch.
+    """The properties of a running image by which batches are chosen.
 
-    `max_rows` bounds the batches that the image leads, beside the common bound.
+    `kind`: only images of the same kind share a batch. `arrival`: the image's number in the order
+    of arrival. `max_rows`: the most rows of a batch that this image leads, if fewer than usual.
+    `passed_over`: how many batches in a row have left the image out.
     """
 
     kind: Hashable
@@ -42,7 +44,7 @@ class BatchCandidate:
 
     @property
     def order(self) -> tuple[bool, int, int, int]:
-        """The sort key: the leader of the next batch is the smallest."""
+        """The sort key; the image with the smallest key leads the next batch."""
         overdue = self.passed_over >= PATIENCE
         return not overdue, -self.passed_over if overdue else 0, self.steps_left, self.arrival
 
@@ -51,9 +53,10 @@ T = TypeVar("T", bound=BatchCandidate)
 
 
 def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
-    """The images that take the next step; the other images count as passed over once more.
+    """Choose the images that take the next step.
 
-    Raises `ValueError` for an image that alone has more than `max_rows` rows.
+    Every other image's `passed_over` grows by 1. Raises `ValueError` if a single image has more
+    than `max_rows` rows.
     """
     waiting = sorted(running, key=lambda image: image.order)
     batch: list[T] = []
@@ -73,9 +76,10 @@ def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
 
 
 class RowBudget:
-    """How many rows a batch may have: fewer for a while after memory ran out.
+    """The number of rows that a batch may have, which is lower for a while after memory ran out.
 
-    After `CALM_S` without such an event the budget doubles, up to `most` again.
+    Each time that `CALM_S` seconds pass without such an event, the budget doubles, up to `most`.
+    The budget is never lower than `least`.
     """
 
     def __init__(self, most: int, least: int) -> None:
@@ -84,16 +88,16 @@ class RowBudget:
         self._since = 0.0
 
     def rows(self, now: float) -> int:
-        """The rows that a batch may have now."""
+        """The number of rows that a batch may have at the time `now`."""
         while self._rows < self._most and now - self._since >= CALM_S:
             self._rows = min(2 * self._rows, self._most)
             self._since += CALM_S
         return self._rows
 
     def shrink(self, rows: int, now: float) -> bool:
-        """Halve the budget after a batch of `rows` ran out of memory.
+        """Halve the budget after a batch of `rows` rows ran out of memory.
 
-        False if a smaller batch is not possible.
+        Returns False if no smaller batch is possible.
         """
         self._since = now
         if rows <= self._least:

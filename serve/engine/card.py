@@ -24,7 +24,7 @@ READINGS = (  # names of the readings that become gauges
 
 
 class ReplicaCard:
-    """A replica's part of its card's memory, and the readings of the card as metrics."""
+    """The card of a replica: claims the replica's part of its memory, and reports its metrics."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class ReplicaCard:
         wait_s: float = WAIT_S,
         make_metric: Callable[[str], Any] = metric,
     ) -> None:
-        """Claim the memory that the settings promise.
+        """Claim the card memory that the settings promise to this replica.
 
-        Blocks for up to `wait_s` seconds until it is free, and raises `OctetError` if it is not
-        free then.
+        Blocks until the memory is free, for up to `wait_s` seconds. Raises `OctetError` if it is
+        not free by then. `telemetry`: the source of the card's readings; by default NVML's.
         """
         try:
             self._claim = claim(cuda, settings.num_gpus, settings.memory_gib, wait_s)
@@ -52,7 +52,7 @@ class ReplicaCard:
         self._memory = make_metric("octet_replica_memory_bytes")
 
     def check(self) -> None:
-        """Update the card's metrics, and raise `RuntimeError` if it is broken. Blocks."""
+        """Update the card's metrics. Raises `RuntimeError` if the card is broken. May block."""
         for kind, taken in self._claim.taken_bytes.items():
             self._memory.set(taken, {**self._tags, "kind": kind})
         if self._telemetry is None:
@@ -74,16 +74,16 @@ class ReplicaCard:
 
 
 def device_for(settings: CardResources) -> str:
-    """The device of a replica: `cuda` if its settings take a GPU and there is one, else `cpu`.
+    """The device of a replica: `cuda` if its settings ask for a GPU and there is one, else `cpu`.
 
-    The settings decide, because Ray does not hide a machine's GPUs from an actor that takes none.
+    The settings must be asked, because Ray lets an actor without GPUs see those of its machine.
     """
     return "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
 
 
 def take_card(settings: CardResources) -> ReplicaCard | None:
-    """Claim this process's card; None if it runs on the CPU.
+    """Claim the card of this process; returns None if the process runs on the CPU.
 
-    Raises `OctetError` if the promised memory is not free. Blocks.
+    Blocks while the promised memory is not free. Raises `OctetError` if the wait takes too long.
     """
     return ReplicaCard(settings) if device_for(settings) == "cuda" else None

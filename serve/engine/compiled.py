@@ -2,9 +2,11 @@
 
 FP8 saves time only when compiled: in eager execution the scaling of activations costs more than the
 matrix products save. Blocks are compiled one by one, not the whole model at once, because all
-blocks of a kind share their code. Shapes that are named beforehand (*warm* shapes) get code of
-their own. All other shapes run *flexible* code, which is compiled for any shape, so that no request
-waits for the compiler. An image's size and rows alone decide which of the two it runs.
+blocks of a kind share their compiled code.
+
+A *warm* shape is one that is named before the start; it gets code compiled for just this shape. All
+other shapes run *flexible* code, which is compiled once for any shape. So no request waits for the
+compiler. The number of rows and of image tokens alone decide which code a call runs.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ TRIALS = 10  # measurements of each attention kernel
 
 
 def keep_compiled_code(folder: str | None) -> FileLock:
-    """Keep compiled code in a folder of this node, where later starts find it.
+    """Make torch keep compiled code in a folder of this node, where later starts find it.
 
-    Each version of torch has its own subfolder of `folder`. Returns a lock to hold while compiling:
-    otherwise replicas that start together would all compile the same code.
+    Each version of torch has its own subfolder of `folder`; None means `DEFAULT_COMPILED_FOLDER`.
+    Returns a lock that the caller must hold while it compiles. Otherwise replicas that start at the
+    same time would all compile the same code.
     """
     root = Path(folder or DEFAULT_COMPILED_FOLDER).expanduser() / torch.__version__
     root.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,10 @@ def keep_compiled_code(folder: str | None) -> FileLock:
 
 
 class CompiledBlock(nn.Module):
-    """A block that runs code of its own for each warm shape, and flexible code for all others."""
+    """A transformer block that runs compiled code.
+
+    Each warm shape has code of its own; all other shapes run the flexible code.
+    """
 
     def __init__(self, block: nn.Module, warm: Collection[Shape], mode: Mode, backend: str) -> None:
         super().__init__()
@@ -72,7 +78,10 @@ def compile_blocks(
     mode: Mode = "default",
     backend: str = "inductor",
 ) -> nn.Module:
-    """Replace the blocks, in place, by ones that compile their code at its first call."""
+    """Replace the transformer's blocks, in place, by a `CompiledBlock` each; returns it.
+
+    Nothing is compiled yet: the code for a shape is compiled when the shape first runs.
+    """
     torch._dynamo.config.recompile_limit = MAX_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = MAX_SHAPES
     blocks: Any = transformer.transformer_blocks
@@ -95,7 +104,10 @@ _kept_contexts = ExitStack()  # contexts that last as long as the process
 
 
 def preferred(took: Mapping[str, float]) -> list[str]:
-    """The names of the attention kernels that work, the one to use first; `took`: their seconds."""
+    """The names of the attention kernels that work, in the order in which they should be used.
+
+    `took`: the seconds of each kernel that works.
+    """
     names = [name for name in ATTENTION if name in took]
     fastest = min(names, key=lambda name: took[name], default=None)
     if fastest and took[fastest] < WORTH_SWITCHING * took[names[0]]:
@@ -107,7 +119,11 @@ def preferred(took: Mapping[str, float]) -> list[str]:
 def time_attention(
     heads: int, head_width: int, tokens: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of each attention kernel that works on this card, for the two rows of an image."""
+    """Measure the attention kernels; returns the median seconds of each that works on this card.
+
+    `heads`, `head_width`, `tokens`: the size of the measured attention, which has two rows, like
+    one image with guidance.
+    """
     q, k, v = torch.randn(3, 2, heads, tokens, head_width, device=device, dtype=dtype)
     took = {}
     for name, backend in ATTENTION.items():
@@ -125,7 +141,7 @@ def time_attention(
 
 
 def prefer_attention(names: Sequence[str]) -> None:
-    """Prefer these attention kernels, in this order, in the whole process from now on.
+    """Make torch prefer these attention kernels, in this order, in the whole process from now on.
 
     The other kernels stay available for inputs that the preferred ones do not support, such as the
     VAE's attention with one wide head.

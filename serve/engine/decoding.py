@@ -1,9 +1,9 @@
 """Decoding of latents to pixels: finished images, and previews of others.
 
-On a card a thread of its own decodes, on a CUDA stream beside the next steps. On a CPU images are
-decoded between steps, in the loop's thread: two threads that compute there slow each other down by
-more than they save. Images are decoded one by one, because the VAE rounds differently when several
-images share a call.
+On a card a separate thread decodes, on its own CUDA stream, while the next denoising steps run.
+On a CPU the denoising loop's thread decodes between two steps, because two threads that compute on
+a CPU slow each other down by more than they save. Images are decoded one by one, because the VAE
+rounds differently when several images share a call.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .preview import VAE_FACTOR
 from .sd3 import Denoiser, DenoisingState, to_pixels
 
 MEMORY_ATTEMPTS = 3  # attempts at an image alone, each after the allocator's cache was emptied
-MEMORY_PAUSE_S = 0.5  # between these attempts: something else may need the memory for a moment
+MEMORY_PAUSE_S = 0.5  # between these attempts, in case the memory is taken only for a moment
 NO_MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, the CPU, cuBLAS
 
 
 class Decoding:
     """Decodes finished images and previews.
 
-    `beside_steps`: whether in a thread of its own; by default on a card only. `memory_pause_s`: how
-    long to rest after running out of memory.
+    `beside_steps`: whether to decode in a separate thread, in parallel with the denoising steps; by
+    default only on a card. `memory_pause_s`: how long that thread waits before it tries again after
+    an out-of-memory error, in seconds.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Decoding:
             )
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do work in the decoding thread if there is one, otherwise here and now."""
+        """Run `work` later in the decoding thread if there is one, otherwise at once."""
         if self._thread:
             self._thread.submit(work)
         else:
@@ -58,9 +59,10 @@ class Decoding:
             self._thread.shutdown(cancel_futures=True)
 
     def picture(self, image: DenoisingState) -> NDArray[np.uint8]:
-        """Pixels (height_px, width_px, 3) of a finished image.
+        """Decode a finished image to pixels (height_px, width_px, 3).
 
-        Raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the VAE raises.
+        Raises `NonFiniteImage` if the latents or the decoded image hold non-finite numbers,
+        `Unavailable` if memory ran out in each of several attempts, or what the VAE raises.
         """
         for attempt in range(1, MEMORY_ATTEMPTS + 1):
             try:
@@ -93,7 +95,10 @@ class Decoding:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; only CUDA's allocator has a class for it."""
+    """Whether an error says that memory ran out.
+
+    CUDA's allocator has its own class for such errors; others are known by their message.
+    """
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in NO_MEMORY)
 
 

@@ -1,16 +1,20 @@
 """The denoising loop: images join and leave the batch between steps.
 
 One thread owns the transformer. Before each step it takes in the images that have arrived and drops
-those that are no longer wanted. `batching` chooses the images that go on together, `decoding` takes
-over those that are finished. Each image has its own size, steps, guidance and seed.
+those that are no longer wanted. `batching` chooses the images that take the next step together.
+`decoding` decodes the images whose steps are done. Each image has its own size, steps, guidance and
+seed.
 
-Rows are padded to fixed bucket sizes, because matrix products of another row count round
-differently. Within a bucket an image is the same bit for bit whatever runs beside it; across
-buckets it differs by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`.
+A batch is padded to one of a few fixed numbers of rows, its *bucket*. The reason is that matrix
+products with another number of rows round differently. If all steps of an image run in the same
+bucket, the image is the same bit for bit, whatever other images run in its batches. Other buckets
+give images that differ by rounding. A deterministic image always runs in a bucket of `PINNED_ROWS`
+rows.
 
-A step that fails is repeated: after an out-of-memory error with fewer rows, and batches stay
-smaller for a while; after any other error image by image. An image whose step fails when it runs
-alone is given up, after an out-of-memory error only when further attempts fail too.
+A step that fails is repeated. After an out-of-memory error it is repeated with fewer rows, and
+batches stay smaller for a while. After any other error each image of the batch is repeated alone.
+An image that fails alone is given up; after an out-of-memory error only when `MEMORY_ATTEMPTS`
+attempts have failed.
 """
 
 from __future__ import annotations
@@ -38,15 +42,16 @@ from .sd3 import Denoiser, DenoisingState, PromptEmbeds
 log = logging.getLogger("ray.serve")
 
 BUCKETS = 1, 2, 4, 8, 16, 32
-ROWS_OF_AN_IMAGE = 2  # with guidance
+ROWS_OF_AN_IMAGE = 2  # rows of an image with guidance
 PINNED_ROWS = ROWS_OF_AN_IMAGE
 
 
 class GeneratedPixels(NamedTuple):
     """A finished image; `pixels`: (height_px, width_px, 3).
 
-    `denoise_s`, `decode_s`: seconds of all steps, with waiting, and of the VAE. `busy_s`: the
-    image's share of the time of its steps, by rows, and the VAE: what it cost the replica.
+    `denoise_s`: seconds from the image's start to its last step, including steps of other images.
+    `decode_s`: seconds of the VAE. `busy_s`: the seconds that the image cost the replica. These are
+    its share of each of its steps, in proportion to its rows in the batch, and `decode_s`.
     """
 
     pixels: NDArray[np.uint8]
@@ -56,7 +61,10 @@ class GeneratedPixels(NamedTuple):
 
 
 class StepDone(NamedTuple):
-    """An image has taken `step` steps; `denoise_s`: how long that took, with waiting."""
+    """An image has taken `step` steps.
+
+    `denoise_s`: seconds since the image began, including steps of other images.
+    """
 
     step: int
     denoise_s: float
@@ -64,7 +72,7 @@ class StepDone(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreviewPixels:
-    """Preview number `index`, counted from 0; `pixels`: (height_px, width_px, 3)."""
+    """A preview of an image; `index` counts from 0, `pixels` has shape (height_px, width_px, 3)."""
 
     index: int
     pixels: NDArray[np.uint8]
@@ -85,7 +93,10 @@ class LoopCounts:
 
 @dataclass(slots=True, eq=False)
 class _NewImage:
-    """An image that has been asked for; `memory_failures`: attempts in a row that ran out of it."""
+    """An image that has been requested.
+
+    `memory_failures`: how many attempts in a row have run out of memory.
+    """
 
     request: ImageRequest
     embeds: PromptEmbeds
@@ -97,7 +108,7 @@ class _NewImage:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _RunningImage(BatchCandidate):
-    """An image under way; it takes no step before `not_before`."""
+    """An image that is being denoised; it takes no step before the time `not_before`."""
 
     new: _NewImage
     state: DenoisingState
@@ -111,11 +122,12 @@ class _RunningImage(BatchCandidate):
 
 
 class DenoisingLoop:
-    """Runs images in batches of at most `max_rows` rows, and at most the largest bucket.
+    """Generates images, several at a time, in batches of at most `max_rows` rows.
 
-    An image with guidance takes two rows. `on_broken` is called when the device can no longer be
-    used: images under way would wait for ever. `beside_steps`: see `Decoding`. `memory_pause_s`:
-    how long an image rests after it ran out of memory.
+    An image without guidance takes one row, with guidance two. `max_rows` must not exceed the
+    largest of `BUCKETS`. `on_broken` is called when the device can no longer be used; the running
+    images would otherwise wait for ever. `beside_steps`: as for `Decoding`. `memory_pause_s`: how
+    many seconds an image waits after it ran out of memory, before it is tried again.
     """
 
     def __init__(
@@ -134,7 +146,7 @@ class DenoisingLoop:
         self._running: list[_RunningImage] = []
         self._arrivals = 0
         self._counts = LoopCounts()
-        # torch keeps the settings of its compiler by context: the thread gets this one's.
+        # torch keeps its compiler's settings by context, so the thread runs in a copy of this one.
         run = partial(contextvars.copy_context().run, self._run)
         self._thread = threading.Thread(target=run, name="denoising", daemon=True)
         self._thread.start()
@@ -146,31 +158,32 @@ class DenoisingLoop:
         previews: int = 0,
         on_event: OnEvent = lambda _: None,
     ) -> Future[GeneratedPixels]:
-        """Take an image in at the next step; cancelling the future drops it before its next one.
+        """Generate an image, which joins the others before their next step.
 
-        `on_event` is called in the loop's threads for each step and preview; it must not block or
-        raise. The future raises `NonFiniteImage`, `Unavailable` if memory ran out, or what the
-        model raised.
+        Cancelling the returned future drops the image before its next step. `previews`: how many
+        previews to make. `on_event` is called in the loop's threads for each step and preview; it
+        must not block or raise. The future raises `NonFiniteImage` if the result holds non-finite
+        numbers, `Unavailable` if memory ran out, or what the model raised.
         """
         done: Future[GeneratedPixels] = Future()
         self._inbox.put(_NewImage(request, embeds, previews, on_event, done))
         return done
 
     def close(self) -> None:
-        """End the threads after the step they are in; images under way are dropped."""
+        """End the loop's threads after the current step; unfinished images are dropped."""
         self._inbox.put(None)
         self._thread.join()
         self._decoding.close()
 
     @property
     def counts(self) -> LoopCounts:
-        """The counters of the loop, with the out-of-memory errors of decoding."""
+        """The counters of the loop; `out_of_memory` includes the errors of decoding."""
         decodes = self._decoding.out_of_memory
         return replace(self._counts, out_of_memory=self._counts.out_of_memory + decodes)
 
     @property
     def alive(self) -> bool:
-        """False once the thread has ended: its images would wait for ever."""
+        """Whether the loop's thread still runs; without the thread, images would wait for ever."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -182,12 +195,15 @@ class DenoisingLoop:
                 ready = [image for image in self._running if image.not_before <= now]
                 if ready:
                     self._step(next_batch(ready, self._budget.rows(now)))
-        except Exception:  # the device is broken, or this loop is: nothing more comes of either
+        except Exception:  # the device or this loop is broken, so no image can be finished
             log.exception("the denoising loop has ended")
             self._on_broken()
 
     def _take_in(self) -> bool:
-        """Begin the images that have arrived; wait while no image can step. False ends the loop."""
+        """Begin the images that have arrived; wait as long as no image can take a step.
+
+        Returns False if the loop should end.
+        """
         while True:
             try:
                 new = self._inbox.get(timeout=self._wait_s())
@@ -215,7 +231,7 @@ class DenoisingLoop:
             _settle(new, failure)
 
     def _wait_s(self) -> float | None:
-        """Seconds until an image can take a step; None if none is running."""
+        """Seconds until the next image may take a step; None if no image is running."""
         if not self._running:
             return None
         first = min(image.not_before for image in self._running)
@@ -246,7 +262,10 @@ class DenoisingLoop:
     # -- a step ---------------------------------------------------------------------------------
 
     def _step(self, batch: list[_RunningImage]) -> None:
-        """Take one step with a batch. What the model raises ends at most images of this batch."""
+        """Take one step with a batch.
+
+        If the model raises an error, at most the images of this batch fail.
+        """
         rows = sum(image.rows for image in batch)
         began = time.monotonic()
         try:
@@ -296,7 +315,10 @@ class DenoisingLoop:
         self._denoiser.free_memory()
 
     def _set_aside(self, image: _RunningImage) -> None:
-        """Let an image rest that ran out of memory alone; give it up after several attempts."""
+        """Let an image pause that ran out of memory in a batch of its own.
+
+        After `MEMORY_ATTEMPTS` such failures in a row the image is given up.
+        """
         log.warning("out of memory with one image of %s", image.request.size)
         image.new.memory_failures += 1
         image.not_before = time.monotonic() + self._memory_pause_s
@@ -318,7 +340,7 @@ class DenoisingLoop:
         except Exception as error:
             try:
                 self._denoiser.check_device()
-            except Exception:  # the device is broken: nothing more comes of it
+            except Exception:  # the device is broken, so no image can be finished
                 log.exception("the device has failed")
                 self._on_broken()
             _settle(image.new, error)
@@ -354,7 +376,7 @@ def _settle(image: _NewImage, outcome: GeneratedPixels | Exception) -> None:
 
 
 def bucket(rows: int) -> int:
-    """The number of rows to which a batch is padded."""
+    """The number of rows to which a batch of `rows` rows is padded."""
     return next(size for size in BUCKETS if size >= rows)
 
 
@@ -364,5 +386,9 @@ def buckets(most: int) -> list[int]:
 
 
 def preview_steps(steps: int, previews: int) -> list[int]:
-    """The steps after which previews are made: evenly spread, fewer if there are too few steps."""
+    """The steps after which previews are made, spread evenly.
+
+    Fewer than `previews` if an image has too few steps. Example: 28 steps and 3 previews give
+    [7, 14, 21].
+    """
     return sorted({steps * i // (previews + 1) for i in range(1, previews + 1)} - {0})

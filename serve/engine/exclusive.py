@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 
 
 class SharedExclusiveLock:
-    """Held by many at a time, or by one exclusively.
+    """A lock that several tasks may hold at the same time, or one task exclusively.
 
-    An exclusive holder waits until all others have let go, and meanwhile nobody else gets the lock.
-    `exclusive`: how many hold it exclusively or wait for that.
+    A task that wants the lock exclusively waits until all holders have released it. During that
+    wait no other task gets the lock. `exclusive`: how many tasks hold the lock exclusively or wait
+    to do so.
     """
 
     def __init__(self) -> None:

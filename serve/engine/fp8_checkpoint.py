@@ -1,10 +1,12 @@
 """FP8 checkpoints: quantised once by `octet quantize`, loaded without the 16-bit weights.
 
-Two components are written as plain safetensors: the transformer with its `Fp8Linear` layers, whose
-q, k and v are joined, and T5 in quanto's format. All other components are copied, so the folder is
-complete. The configurations of the two components name a quantisation method that diffusers and
-transformers do not know. So these libraries refuse the folder instead of generating noise. On a CPU
-the weights stay mapped from the file, and the processes of a node share them.
+Two components are quantised and written as plain safetensors. The transformer has `Fp8Linear`
+layers, and its q, k and v layers are joined. T5 is in quanto's format. All other components are
+copied, so the folder is complete.
+
+The configurations of the two components name a quantisation method that diffusers and transformers
+do not know. So these libraries refuse the folder; otherwise they would generate noise. On a CPU the
+weights are mapped from the file into memory, and the processes of a node share them.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def is_fp8(folder: Path, component: str) -> bool:
 def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
     """Quantise a 16-bit checkpoint into the new folder `out`.
 
-    Needs memory for the 16-bit transformer, or for T5 if that is larger. Raises `CheckpointError`
-    if `out` exists, or if `folder` holds no model or an FP8 checkpoint.
+    This needs enough memory for the 16-bit transformer, or for T5 if T5 is larger. Raises
+    `CheckpointError` if `out` exists, if `folder` holds no model, or if it is an FP8 checkpoint.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already: name a new folder")
@@ -72,9 +74,9 @@ def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
 def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tuple[str, str, str]]:
     """Compare a 16-bit checkpoint with its FP8 checkpoint `out`.
 
-    Returns rows of a name, a text for the 16-bit and a text for the FP8 checkpoint: sizes on disk,
-    and the seconds in which an FP8 transformer is loaded from each. Both loads find their files in
-    the page cache.
+    Returns rows for a table: what is compared, the 16-bit checkpoint's value, the FP8 checkpoint's
+    value. Compared are the sizes on disk, and how long an FP8 transformer takes to load from each.
+    The load times are those with the files in the page cache.
     """
 
     def size(source: Path, part: str) -> str:
@@ -96,9 +98,10 @@ def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tu
 def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
     """Load the FP8 transformer onto a device.
 
-    From an FP8 checkpoint it is loaded without 16-bit copies of its weights. A 16-bit checkpoint is
-    quantised while it is loaded. AdaLN is converted if the checkpoint holds it in 16 bit and the
-    recipe stores it in 8 bit; for the opposite, `CheckpointError` is raised.
+    From an FP8 checkpoint the weights are loaded without 16-bit copies. A 16-bit checkpoint is
+    quantised while it is loaded. If an FP8 checkpoint holds AdaLN in 16 bit but the recipe stores
+    AdaLN in 8 bit, AdaLN is converted. Raises `CheckpointError` if the checkpoint holds AdaLN in
+    8 bit but the recipe does not.
     """
     if not is_fp8(folder, TRANSFORMER):
         transformer = SD3Transformer2DModel.from_pretrained(
@@ -119,7 +122,7 @@ def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
 
 
 def load_t5(folder: Path, dtype: torch.dtype) -> Any:
-    """Load T5 onto the CPU with its weights stored in FP8; it computes in `dtype`."""
+    """Load T5 from an FP8 checkpoint onto the CPU; T5 computes in `dtype`."""
     from optimum.quanto import requantize
 
     config = AutoConfig.from_pretrained(folder / T5)
@@ -146,7 +149,10 @@ def _quantize_t5(folder: Path, out: Path) -> None:
 
 
 def _save(model: Any, component: str, folder: Path, out: Path, details: dict[str, str]) -> None:
-    """Write a component's weights and its configuration, with `details` of the quantisation."""
+    """Write a component's weights and configuration into the folder `out`.
+
+    The configuration is that of `folder`, with the quantisation's method and `details` added.
+    """
     config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": METHODS[component], **details}
     (out / component).mkdir()

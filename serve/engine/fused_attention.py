@@ -1,8 +1,9 @@
 """Attention with one matrix product for q, k and v together.
 
-In row-wise FP8 joining the three layers changes no number: each output channel keeps its numbers
-and its scale. The separate layers are deleted, so the weights are in memory once. diffusers has a
-fused processor for SD3 too, but it leaves out the norms of q and k, which SD3.5 has.
+Joining the three layers changes no result, even in row-wise FP8: each output channel keeps its
+weights and its scale. The separate layers are deleted, so that the weights are in memory only once.
+diffusers also has a fused attention processor for SD3. Octet cannot use that one, because it leaves
+out the norms of q and k, which SD3.5 has.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def _cat(layers: Sequence[nn.Module], name: str, dim: int) -> Any:
 
 
 class FusedAttention:
-    """An attention processor for diffusers' blocks, for the image alone or image and text."""
+    """An attention processor for diffusers' blocks, with joined q, k and v layers.
+
+    The attention is among the image's tokens alone, or among those of image and text together.
+    """
 
     def __call__(
         self,
@@ -62,10 +66,11 @@ class FusedAttention:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: None = None,
     ) -> Any:
-        """Attend; both inputs have the shape (rows, tokens, width).
+        """Compute attention for the image (`hidden_states`) and the text, if there is one.
 
-        Returns the image, or image and text if there is text. The last block has no layer for the
-        text's output.
+        Both inputs have the shape (rows, tokens, width). Returns the image's output, or the outputs
+        of image and text if there is text. The last block has no linear layer for the text's
+        output, so there the text's output is returned without that layer.
         """
         q, k, v = _heads(attn.to_qkv(hidden_states), attn.heads)
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -83,6 +88,6 @@ class FusedAttention:
 
 
 def _heads(qkv: torch.Tensor, heads: int) -> Sequence[torch.Tensor]:
-    """(rows, tokens, 3 · width) → q, k and v, each (rows, heads, tokens, head width)."""
+    """Split (rows, tokens, 3 · width) into q, k and v, each (rows, heads, tokens, head width)."""
     rows, tokens, _ = qkv.shape
     return [part.view(rows, tokens, heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1)]

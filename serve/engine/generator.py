@@ -1,7 +1,7 @@
 """The Generator deployment: one replica generates the images of one pool.
 
-The denoising loop's threads own the model and another thread writes image files, so the event loop
-is always free for heartbeats and cancellations.
+The denoising loop's threads run the model, and another thread encodes image files. So the event
+loop is always free for heartbeats and cancellations.
 """
 
 from __future__ import annotations
@@ -48,16 +48,19 @@ from .warm_up import Phases, WarmUp, warm_sizes
 log = logging.getLogger("ray.serve")
 
 ENCODER_ATTEMPTS = 3
-ENCODER_PAUSE_S = 0.5  # between these attempts
+ENCODER_PAUSE_S = 0.5  # between two attempts to reach the text encoder
 WARM_UP = "warm-up"
-USUAL_STEPS = 28  # of the image by which a replica's speed is estimated before it has made any
+USUAL_STEPS = 28  # steps of the image by which a new replica's speed is estimated
 PROGRESS_S = 0.1  # between two progress events of an image, at least
 
 StreamItem = Progress | PartialImage
 
 
 def choose_recipe(pool: Pool, device: Capability) -> Recipe:
-    """The recipe that a pool runs on a device. Raises `OctetError` if the device has no FP8."""
+    """Choose the number formats of a pool on a device.
+
+    Raises `OctetError` if the pool is an FP8 pool and the device cannot compute in FP8.
+    """
     if pool.precision == "fp8":
         if device.fp8 == "none":
             raise OctetError(f"an FP8 pool cannot run here: {device.reason}")
@@ -69,7 +72,7 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
 class _ImageCall:
     """One call of `generate`: its image, and the events that are to be streamed.
 
-    `step`: steps done. `shape`: what the image's work depends on.
+    `step`: the number of steps that are done. `shape`: the sizes on which the image's work depends.
     """
 
     request: ImageRequest
@@ -82,7 +85,10 @@ class _ImageCall:
 
 
 class Generator:
-    """Generates one image per call, several at a time; reports itself to the Dispatcher."""
+    """A replica that generates images: one for each call, several calls at the same time.
+
+    The replica reports its state to the Dispatcher by heartbeat.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,
@@ -95,9 +101,10 @@ class Generator:
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
-        """`work`: the coefficients of the model's reference work.
+        """`model`, `pool`: the fields of a `ServedModel` and a `Pool`.
 
-        `text_encoder` and `dispatcher` are handles.
+        `emulate_fp8`: whether FP8 may be computed in software. `work`: the coefficients of the
+        model's reference work. `text_encoder`, `dispatcher`: Ray Serve handles.
         """
         began = time.monotonic()
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
@@ -122,7 +129,7 @@ class Generator:
         self._denoising = DenoisingLoop(
             self._denoiser,
             max_rows=2 * self._pool.slots,
-            # Exit at once: the calls of a dead replica are repeated elsewhere, those of a stuck
+            # Exit at once: the calls of a dead replica are repeated elsewhere, but those of a stuck
             # replica would wait.
             on_broken=lambda: os._exit(1),
         )
@@ -150,11 +157,14 @@ class Generator:
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | StreamItem | ImageResult]:
-        """Stream both acknowledgements, what `options` ask for, then the finished image.
+        """Generate an image; yield the two acknowledgements, progress, and the finished image.
 
-        `alone`: nothing else runs on this replica meanwhile. Raises `NonFiniteImage` and
-        `Unavailable`. Closing the stream stops the image before its next step. So does the end of
-        the lease, because a caller that was killed closes nothing.
+        Progress and previews are yielded only if `options` ask for them. `alone`: wait until no
+        other image runs on this replica, and let none start. Raises `NonFiniteImage` if the result
+        holds non-finite numbers. Raises `Unavailable` if memory or the text encoder is missing.
+
+        Closing the stream stops the image before its next step. A caller that was killed cannot
+        close the stream, so the image is also stopped when no session holds its lease any more.
         """
         yield Acknowledgement.RECEIVED
         call = self._new_call(request, options)
@@ -187,7 +197,10 @@ class Generator:
         yield result
 
     async def check_health(self) -> None:
-        """Raise `RuntimeError` if the card is broken or a task has ended. For Ray Serve."""
+        """Raise `RuntimeError` if the card is broken; called by Ray Serve.
+
+        Also raises it if the heartbeat's task or the denoising loop has ended.
+        """
         if self._card:
             await asyncio.to_thread(self._card.check)
         if self._heartbeat.done() or not self._denoising.alive:
@@ -211,7 +224,7 @@ class Generator:
             return await self._result(call)
 
     async def _result(self, call: _ImageCall) -> ImageResult:
-        """Encode the prompt, denoise, decode, and write the image file."""
+        """Generate an image: encode the prompt, denoise, decode, and encode the image file."""
         request = call.request
         began = time.monotonic()
         embeds = await self._embed(request)
@@ -242,7 +255,11 @@ class Generator:
         )
 
     def _event_sender(self, call: _ImageCall) -> Callable[[StepDone | PreviewPixels], None]:
-        """A function for the loop's threads that hands events over to the event loop."""
+        """Return a function by which the denoising loop's threads pass events to the event loop.
+
+        The events of steps are passed only if the options ask for progress, and then at most one
+        in `PROGRESS_S` seconds, but always the last.
+        """
         event_loop = asyncio.get_running_loop()
         last_sent_s = 0.0
 
@@ -260,7 +277,7 @@ class Generator:
         return send
 
     async def _stream(self, call: _ImageCall) -> AsyncIterator[Acknowledgement | StreamItem]:
-        """The image's start, and what its options ask for, until it is done."""
+        """Yield an image's start, and the progress and previews that its options ask for."""
         steps = call.shape.steps
         while (event := await call.events.get()) is not None:
             if isinstance(event, Acknowledgement):
@@ -276,7 +293,7 @@ class Generator:
                 yield Progress(event.step, steps, (steps - event.step) * pace + decode_s)
 
     async def _file(self, pixels: Any, request: ImageRequest) -> tuple[bytes, float]:
-        """The image file of pixels (height_px, width_px, 3), and the seconds that it took."""
+        """Encode pixels (height_px, width_px, 3); returns the file and the seconds that it took."""
 
         def encode() -> tuple[bytes, float]:
             began = time.monotonic()
@@ -286,9 +303,10 @@ class Generator:
         return await asyncio.get_running_loop().run_in_executor(self._file_thread, encode)
 
     async def _embed(self, request: ImageRequest) -> PromptEmbeds:
-        """Embeddings: one row, or two with guidance.
+        """Encode the request's prompts.
 
-        Raises `Unavailable` if the text encoder is lost in each of several attempts.
+        Returns one row; with guidance two rows, of which the negative prompt's is the first. Raises
+        `Unavailable` if the text encoder cannot be reached in any of several attempts.
         """
         prompts = [request.negative_prompt] if request.guided else []
         for attempt in range(1, ENCODER_ATTEMPTS + 1):
@@ -316,7 +334,10 @@ class Generator:
         return self._new_call(self._warm_up_request(), StreamOptions())
 
     def _warm_up_request(self) -> ImageRequest:
-        """A small request that uses text encoder, kernels and VAE before the first client does."""
+        """A request with one step, so that everything has run once before the first client comes.
+
+        The request uses the text encoder, the transformer's kernels and the VAE.
+        """
         width, height = warm_sizes(self._pool, self._denoiser)[0]
         return ImageRequest(
             id=WARM_UP,
@@ -330,7 +351,10 @@ class Generator:
         )
 
     def _heartbeat_message(self) -> Heartbeat:
-        """The heartbeat; while an image runs alone or waits for that, no slot is free."""
+        """The heartbeat with this replica's present state.
+
+        While an image runs alone, or waits to do so, the replica reports no free slot.
+        """
         running = list(self._running.values())
         work_s = sum(
             self._cost.coefficients.work_s(replace(c.shape, steps=c.shape.steps - c.step))
@@ -347,11 +371,14 @@ class Generator:
         )
 
     def record_routing_stats(self) -> dict[str, bool]:
-        """Whether the node is being drained; called by Ray Serve for `serve.engine.routing`."""
+        """Tell the router whether this replica's node is being drained; called by Ray Serve.
+
+        `serve.engine.routing` reads the answer.
+        """
         return {"leaving": self._leaving}
 
     async def _report(self) -> None:
-        """Report this replica to the Dispatcher for as long as it can generate images."""
+        """Send heartbeats to the Dispatcher as long as the denoising loop runs."""
         import ray
         from ray import serve  # the contexts exist only inside a replica
 
@@ -366,14 +393,18 @@ class Generator:
                 del self._stopped[: len(stopped)]
                 self._leaving = reply.leaving
                 self._drop(reply.orphans, time.monotonic())
-            except Exception:  # a replica that stops reporting is lost: go on whatever happened
+            except Exception:  # go on after any error, because a silent replica counts as lost
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)
-                self._orphans.clear()  # sessions get their time to come back anew
+                self._orphans.clear()  # sessions get the full time to come back again
             self._metrics.report(self._denoising.counts, heartbeat.speed, self._cost.coefficients)
             await asyncio.sleep(TIMING.heartbeat_s)
 
     def _drop(self, orphans: Iterable[Lease], now: float) -> None:
-        """Stop images whose lease nobody has held for as long as a session may take to return."""
+        """Stop images whose lease no session has held for `session_lease_s` seconds.
+
+        A session that was lost has this time to come back. `orphans`: the leases that the
+        Dispatcher says no session holds.
+        """
         self._orphans = {
             lease: self._orphans.get(lease, now) for lease in map(Lease._make, orphans)
         }

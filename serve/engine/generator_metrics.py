@@ -13,7 +13,7 @@ from .denoising_loop import LoopCounts
 
 
 class GeneratorMetrics:
-    """Images, phases, steps, speed and cost of one replica; `pool` tags all of them."""
+    """The metrics of one replica: images, phases, steps, speed and cost, all tagged with `pool`."""
 
     def __init__(self, pool: str) -> None:
         self._pool = {"pool": pool}
@@ -32,11 +32,11 @@ class GeneratorMetrics:
         self._coefficients = metric("octet_engine_cost_seconds")
 
     def started(self, seconds: Mapping[str, float]) -> None:
-        """Note how long each phase of the start took."""
+        """Note how many seconds each phase of the replica's start took."""
         self._start_s = dict(seconds)
 
     def ended(self, outcome: str) -> None:
-        """Count an image by what became of it."""
+        """Count an image that has ended, by its outcome."""
         self._outcomes.inc(tags={**self._pool, "outcome": outcome})
 
     def generated(self, timings: Timings) -> None:

@@ -1,8 +1,8 @@
 """SD3's noise schedule in closed form.
 
-It equals that of diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser et al.
-2024, section 5.3.2) to within 6e-8. It consists of plain numbers, so that every row of a batch can
-be at its own step.
+The schedule equals that of diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser
+et al. 2024, section 5.3.2) to within 6e-8. This schedule consists of plain numbers instead of a
+scheduler object's state, so every row of a batch can be at its own step.
 
 Pure: standard library only.
 """
@@ -13,7 +13,10 @@ TRAIN_STEPS = 1000
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Shift a noise level, 0 to 1, towards 1, which larger images need; 0 and 1 stay."""
+    """Shift a noise level (0 to 1) towards 1; the levels 0 and 1 stay.
+
+    Larger images need a larger shift.
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

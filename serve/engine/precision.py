@@ -7,8 +7,9 @@ tenant's outliers would change another tenant's image. `torch._scaled_mm` multip
 numbers. It uses the tensor cores of cards from compute capability 8.9 on; on a CPU the same code
 runs in software.
 
-optimum-quanto stores the T5 encoder's weights in FP8 and computes in 16 bit. It is not used for the
-transformer, because it never uses FP8 tensor cores and its Marlin kernel leaves out biases.
+The T5 encoder uses optimum-quanto, which stores weights in FP8 and computes in 16 bit. The
+transformer does not use optimum-quanto, because that library never uses FP8 tensor cores and its
+Marlin kernel leaves out biases.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Recipe:
     """The number formats of a transformer.
 
     `dtype`: the format of everything that is not FP8. `fp8_linears`: whether linear layers compute
-    in FP8. `adaln_8_bit`: whether AdaLN's weights are stored in FP8; AdaLN computes in 16 bit all
-    the same. That makes SD3.5 Large a quarter smaller.
+    in FP8. `adaln_8_bit`: whether AdaLN's weights are stored in FP8, which makes SD3.5 Large a
+    quarter smaller; AdaLN still computes in 16 bit.
     """
 
     name: str
@@ -54,7 +55,10 @@ class Recipe:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The VAE's format: float32 instead of float16, which overflows in the decoder."""
+        """The VAE's format: that of the recipe, but float32 instead of float16.
+
+        The VAE's decoder overflows in float16.
+        """
         return torch.float32 if self.dtype is torch.float16 else self.dtype
 
 
@@ -83,9 +87,10 @@ class EncoderRecipe:
     t5_stored_in_fp8: bool = False
 
     def on(self, sixteen_bit: SixteenBit) -> EncoderRecipe:
-        """The recipe for a device with this 16-bit format.
+        """The same recipe, adapted to a device with this 16-bit format.
 
-        A device without bfloat16 computes in float32, because T5 is inaccurate in float16.
+        On a device without bfloat16 the encoders compute in float32, because T5 is inaccurate in
+        float16.
         """
         return self if sixteen_bit == "bf16" else replace(self, dtype=torch.float32)
 
@@ -106,16 +111,17 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns the numbers (rows, k) and the scales (rows, 1) in float32: x ≈ numbers · scales.
     """
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    # In place: in eager execution, the peak of a step's memory is here.
+    # Works in place, because in eager execution a step needs the most memory here.
     return x.to(torch.float32, copy=True).div_(scale).to(E4M3), scale
 
 
 class Fp8Linear(nn.Module):
-    """`nn.Linear` in row-wise E4M3; `forward` takes (…, in_features) and keeps the input's dtype.
+    """A linear layer like `nn.Linear` that computes in row-wise E4M3.
 
-    Its buffers are `weight` (out, in) in E4M3, `weight_scale` (1, out) in float32, and `bias`
-    (out,) or None. All are part of the state dict, so a quantised model is saved and loaded as
-    plain safetensors. Raises `ValueError` for sizes that are not multiples of 16.
+    `forward` takes (…, in_features) and returns (…, out_features) in the input's dtype. The buffers
+    are `weight` (out, in) in E4M3, `weight_scale` (1, out) in float32, and `bias` (out,) or None.
+    All are part of the state dict, so a quantised model is saved and loaded as plain safetensors.
+    Raises `ValueError` for sizes that are not multiples of 16.
     """
 
     weight: torch.Tensor
@@ -157,7 +163,10 @@ class Fp8Linear(nn.Module):
 
 
 class Fp8StoredLinear(Fp8Linear):
-    """A linear layer whose weights are only stored in FP8; it computes in 16 bit. For few rows."""
+    """A linear layer that stores its weights in FP8 but computes in 16 bit.
+
+    This suits calls with few rows, because every call converts all weights.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale
@@ -165,7 +174,10 @@ class Fp8StoredLinear(Fp8Linear):
 
 
 def fp8_layer(name: str, recipe: Recipe) -> type[Fp8Linear] | None:
-    """The FP8 layer that replaces the linear layer at this module path; None: none replaces it."""
+    """The class of FP8 layer that replaces the linear layer at the module path `name`.
+
+    None if the layer stays as it is.
+    """
     if recipe.adaln_8_bit and fnmatch(name, ADALN):
         return Fp8StoredLinear
     kept = not recipe.fp8_linears or any(fnmatch(name, pattern) for pattern in KEEP_16_BIT)
@@ -173,11 +185,11 @@ def fp8_layer(name: str, recipe: Recipe) -> type[Fp8Linear] | None:
 
 
 def apply_recipe(transformer: nn.Module, recipe: Recipe, device: str | None = None) -> nn.Module:
-    """Convert a transformer to a recipe's formats, in place, on a device if one is given.
+    """Convert a transformer to a recipe's formats, in place, and move it to `device` if given.
 
-    Linear layers are quantised one by one on the device, so it never holds the whole model in 16
-    bit. A converted model on the meta device is a structure into which a saved state dict can be
-    loaded with `assign=True`.
+    Linear layers are moved and quantised one by one, so the device never holds the whole model in
+    16 bit. A model on the meta device has shapes but no weights. After this conversion, the state
+    dict of a quantised model can be loaded into it with `assign=True`.
     """
     linears = [(n, m) for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:

@@ -1,8 +1,8 @@
 """Previews of unfinished images, at the cost of a small matrix product.
 
-The mean colour of 8 × 8 pixels is almost a linear function of the 16 channels of their latent. This
-function is fitted to the model's own VAE when the model is loaded: the VAE encodes test images of
-soft coloured patches, and their mean colours are known.
+Each latent stands for 8 × 8 pixels. The mean colour of these pixels is almost a linear function of
+the latent's 16 channels. This function is fitted to the model's own VAE when the model is loaded:
+the VAE encodes test images of soft coloured patches, whose mean colours are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEST_IMAGES = 4  # for each number of patches
 class LatentToRgb:
     """A linear map from latents to colours, which makes previews.
 
-    `weight`: (17, 3), for the 16 latent channels and a constant.
+    `weight`: (17, 3), one row for each of the 16 latent channels, and one for a constant.
     """
 
     @torch.inference_mode()
@@ -43,7 +43,10 @@ class LatentToRgb:
         self.weight: torch.Tensor = torch.linalg.lstsq(_with_one(latents), colours).solution
 
     def __call__(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """The preview (3, height_px, width_px) of latents (1, 16, …); 0 to 1, not yet clamped."""
+        """Make a preview (3, height_px, width_px) of latents (1, 16, height_px/8, width_px/8).
+
+        Black is 0 and white is 1, but values are not yet clamped to that range.
+        """
         _, _, rows, columns = latents.shape
         colours = _with_one(latents.float().cpu()) @ self.weight
         small = colours.reshape(1, rows, columns, 3).movedim(-1, 1)
@@ -51,6 +54,9 @@ class LatentToRgb:
 
 
 def _with_one(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (n, channels, height, width) as rows (pixels, channels + 1) that end with a 1."""
+    """Reshape latents (n, channels, height, width) to (n · height · width, channels + 1).
+
+    Each row is one latent's channels, followed by a 1 for the constant.
+    """
     pixels = latents.movedim(1, -1).reshape(-1, latents.shape[1])
     return torch.cat([pixels, pixels.new_ones(len(pixels), 1)], dim=1)

@@ -8,11 +8,11 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 
 
 class StayingReplicas(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
-    """Chooses the emptier of two random replicas, but none on a node that is being drained.
+    """Chooses the less busy of two random replicas, but avoids nodes that are being drained.
 
-    Ray Serve's own router also chooses the emptier of two, but continues to use replicas on such a
-    node until others have started in their place. This router uses them only if there are no other
-    replicas.
+    Ray Serve's own router also chooses the less busy of two. But it goes on using replicas on a
+    draining node until others have started in their place. This router uses such replicas only if
+    there are no others.
     """
 
     async def choose_replicas(

@@ -1,12 +1,12 @@
 """Stable Diffusion 3.5 in parts: prompt encoder, single denoising steps, and VAE decoder.
 
-`PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` does, divided as
-a server needs it: text encoding is separate from image generation, and denoising is done one step
-at a time for a batch of images, each of which has its own step and guidance. The tests compare with
-the pipeline; this code never calls it.
+`PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` of diffusers
+does, but divided as a server needs it. Text encoding is separate from image generation. Denoising
+is done one step at a time, for a batch of images that may each be at another step and have another
+guidance. This code never calls the pipeline; only the tests do, to compare results.
 
-Weights come from a checkpoint folder (`serve.models.checkpoints`): safetensors only, and never code
-from the hub.
+Weights come from a checkpoint folder (`serve.models.checkpoints`). They are read from safetensors
+files only, and no code from the hub is ever run.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class PromptEmbeds:
 class PromptEncoder:
     """The text encoders CLIP-L, CLIP-G and T5 with their tokenizers.
 
-    The last hidden states but one of the two CLIP encoders are concatenated and padded to T5's
-    width; T5's tokens follow them. A model without T5 gets zeros in their place, as in diffusers.
+    The two CLIP encoders' hidden states before the last layer are concatenated along the width, and
+    padded to T5's width. T5's tokens are appended to these tokens. A model without T5 gets zeros in
+    place of T5's tokens, as in diffusers.
     """
 
     @torch.inference_mode()
@@ -93,9 +94,10 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeds:
-        """Encode prompts.
+        """Encode prompts; returns one row for each.
 
-        T5 cuts or pads each prompt to `max_sequence_length` tokens; CLIP's length is fixed.
+        For T5 each prompt is cut or padded to `max_sequence_length` tokens, for CLIP to a fixed
+        length.
         """
         hidden, pooled = [], []
         for tokenizer, clip in zip(self.clip_tokenizers, self.clips, strict=True):
@@ -117,7 +119,7 @@ class PromptEncoder:
         return PromptEmbeds(torch.cat([clip_tokens, t5_tokens], dim=1), torch.cat(pooled, dim=-1))
 
     def check_device(self) -> None:
-        """Raise CUDA's error if a kernel has failed: no later call could succeed."""
+        """Raise CUDA's error if a kernel has failed; after that no later call could succeed."""
         check_device(self.device)
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
@@ -136,9 +138,10 @@ class PromptEncoder:
 class DenoisingState:
     """An image between two steps: its latents, and everything that its next step needs.
 
-    `latents`, and the `velocity` of the last step: (1, 16, height_px/8, width_px/8) in float32.
-    `embeds`: the prompt's row; with guidance two rows, the negative prompt's and the prompt's.
-    `sigmas`: the noise levels before the first and after each step.
+    `latents`: the image so far. `velocity`: the transformer's output in the last step. Both are
+    (1, 16, height_px/8, width_px/8) in float32. `embeds`: the prompt's row; with guidance two rows,
+    first the negative prompt's, then the prompt's. `sigmas`: the noise level before the first step,
+    then the level after each step. `step`: the number of steps that are done.
     """
 
     latents: torch.Tensor
@@ -162,9 +165,10 @@ class DenoisingState:
 
     @property
     def estimate(self) -> torch.Tensor:
-        """The finished latents as the last step predicts them.
+        """The finished latents as the last step predicts them; before any step, the latents.
 
-        They are x − σ · v, because the velocity v predicts noise − image.
+        The prediction is x − σ · v, with latents x, noise level σ and velocity v, because v
+        predicts noise − image.
         """
         if self.velocity is None:
             return self.latents
@@ -177,7 +181,10 @@ class Denoiser:
     @classmethod
     @torch.inference_mode()
     def load(cls, folder: Path, recipe: Recipe, device: str = "cpu") -> Denoiser:
-        """Load a model; raises `CheckpointError` if the checkpoint does not suit the recipe."""
+        """Load a model from a checkpoint folder, in the recipe's formats, onto a device.
+
+        Raises `CheckpointError` if the checkpoint holds FP8 weights that do not suit the recipe.
+        """
         vae = AutoencoderKL.from_pretrained(
             folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
@@ -189,7 +196,7 @@ class Denoiser:
     def __init__(
         self, transformer: Any, vae: Any, recipe: Recipe, device: str, shift: float
     ) -> None:
-        """`transformer`: in the recipe's formats and on the device already.
+        """`transformer`: must be in the recipe's formats and on the device already.
 
         `shift`: the shift of the noise schedule.
         """
@@ -268,26 +275,29 @@ class Denoiser:
         return torch.device(self.device).type == "cuda"
 
     def check_device(self) -> None:
-        """Raise CUDA's error if a kernel has failed: no later call could succeed."""
+        """Raise CUDA's error if a kernel has failed; after that no later call could succeed."""
         check_device(self.device)
 
     def free_memory(self) -> None:
-        """Give back the memory of the card that torch's allocator keeps for later use."""
+        """Free the card's memory that torch's allocator does not use but keeps for later."""
         if self.on_cuda:
             torch.cuda.empty_cache()
 
     @contextmanager
     def beside_steps(self) -> Iterator[None]:
-        """Run the block's kernels in parallel with the next steps instead of after them.
+        """Run the CUDA kernels of the block in parallel with denoising steps.
 
-        For a block in another thread than the steps'.
+        The block must run in another thread than the steps. On a CPU this has no effect.
         """
         with torch.cuda.stream(self._decoding_stream):  # has no effect if the stream is None
             yield
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents to images (n, 3, height_px, width_px) in float32, 0 to 1, not clamped."""
+        """Decode latents to images (n, 3, height_px, width_px) in float32.
+
+        Black is 0 and white is 1, but values are not clamped to that range.
+        """
         config = self.vae.config
         latents = latents / config.scaling_factor + config.shift_factor
         images: torch.Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
@@ -312,7 +322,7 @@ def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
 
 
 def to_pixels(image: torch.Tensor) -> NDArray[np.uint8]:
-    """The pixels (height_px, width_px, 3) of a decoded image (3, height_px, width_px)."""
+    """Convert a decoded image (3, height_px, width_px) to 8-bit pixels (height_px, width_px, 3)."""
     levels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     return levels.permute(1, 2, 0).cpu().numpy()
 

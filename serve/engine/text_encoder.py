@@ -1,14 +1,14 @@
 """The TextEncoder deployment: encodes prompts for all models that name it in their settings.
 
-Prompts repeat: the empty prompt in every request with guidance, others in retries, in calls for
-several images and among clients. So embeddings are cached up to a number of bytes; the least
-recently used ones are dropped first. The settings' `warm_prompts` are encoded at the start and are
-never dropped. If a prompt is requested while it is being encoded, the second request waits for the
-first encoding.
+The same prompts come again and again: the empty prompt in most requests with guidance, others in
+retries, in calls for several images, and from several clients. So embeddings are cached up to a
+number of bytes; the least recently used ones are dropped first. The settings' `warm_prompts` are
+encoded at the start and are never dropped. If a prompt is requested while it is being encoded, the
+second request waits for the first encoding.
 
 Waiting prompts are encoded together. A batch is always padded to `batch_size` rows with empty
-prompts: in batches of one size, a row is the same bit for bit whatever the other rows are. So a
-seed gives the same image again.
+prompts, because in batches of the same size a row is the same bit for bit, whatever the other rows
+are. So a seed gives the same image again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ Encode = Callable[[list[str], int], list[PromptEmbeds]]
 class EmbeddingCache:
     """A cache of the embeddings of single prompts.
 
-    `encode` runs in a thread, for at most `batch_size` prompts at a time. Embeddings of the
-    `pinned` keys are never dropped.
+    `encode`: encodes prompts; it runs in a thread, for at most `batch_size` prompts at a time.
+    `max_bytes`: how much is cached, apart from the embeddings of the `pinned` keys, which are never
+    dropped.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class EmbeddingCache:
         self._encoding: asyncio.Task[None] | None = None
 
     async def get(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
-        """The embedding of a prompt, one row; encoded now if it is not cached.
+        """Return the embedding of a prompt, one row; encode the prompt if it is not cached.
 
-        A prompt that no caller waits for any more is not encoded.
+        If all its callers are cancelled before the encoding begins, the prompt is not encoded.
         """
         key = prompt, max_sequence_length
         if pinned := self._pinned.get(key):
@@ -130,12 +131,18 @@ def _nbytes(key: Key, row: PromptEmbeds) -> int:
 
 
 class TextEncoder:
-    """The deployment; one thread owns the encoders, and the event loop waits for it."""
+    """The deployment that encodes prompts.
+
+    The encoders run in a thread of their own, so that the event loop stays free.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self, encoder: dict[str, Any], models_folder: str | None, lengths: list[int]
     ) -> None:
-        """`lengths`: the `max_sequence_length` of every model that uses this deployment."""
+        """`encoder`: the fields of an `Encoder` of the settings.
+
+        `lengths`: the `max_sequence_length` of every model that uses this deployment.
+        """
         settings = Encoder.model_validate(encoder)
         self._batch_size = settings.batch_size
         self._card = await asyncio.to_thread(take_card, settings)
@@ -147,16 +154,16 @@ class TextEncoder:
         await asyncio.gather(*(self._cache.get(*key) for key in warm))
 
     async def encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
-        """Encode prompts, each one row; the embeddings are on the CPU."""
+        """Return the embeddings of the prompts, one row each, on the CPU."""
         rows = await asyncio.gather(*(self._cache.get(p, max_sequence_length) for p in prompts))
         return PromptEmbeds(
             torch.cat([row.tokens for row in rows]), torch.cat([row.pooled for row in rows])
         )
 
     async def check_health(self) -> None:
-        """Raise an error if the card is broken or a kernel has failed. Called by Ray Serve.
+        """Raise an error if the card is broken or a kernel has failed; called by Ray Serve.
 
-        After such a failure every later prompt would fail.
+        After such a failure the encoding of every later prompt would fail too.
         """
         if self._card:
             await asyncio.to_thread(self._card.check)

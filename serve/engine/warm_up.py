@@ -1,6 +1,7 @@
 """The warm-up of a replica before it takes requests.
 
-It compiles the blocks, chooses the attention kernel, and runs every shape once.
+The warm-up compiles the transformer's blocks, chooses the attention kernel, and runs every warm
+shape once.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ FLEXIBLE_PX = 256  # side of the images for which the flexible code is compiled
 
 
 class Phases:
-    """The seconds that each phase of a start takes, in order."""
+    """The seconds that each phase of a replica's start takes, in the order of the phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time of the block to the phase `name`."""
+        """Measure how long the block takes, and add that to the phase `name`."""
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
@@ -66,9 +67,10 @@ def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
 
 
 class WarmUp:
-    """The warm-up of one replica: call `prepare` after loading, then `run`. Both block.
+    """The warm-up of one replica: call `prepare` after loading the model, then `run`.
 
-    `backend`: of `torch.compile`.
+    Both methods block. `compiled_folder`: where compiled code is kept. `backend`: the backend of
+    `torch.compile`.
     """
 
     def __init__(
@@ -86,7 +88,10 @@ class WarmUp:
         self._compiling: AbstractContextManager[object] = nullcontext()
 
     def prepare(self) -> None:
-        """Make the blocks compile; must be called before the first step."""
+        """Replace the transformer's blocks by compiled ones, unless the settings say otherwise.
+
+        This must be called before the first step.
+        """
         if self._mode != "off":
             self._compiling = keep_compiled_code(self._compiled_folder)
             warm: set[Shape] = {
@@ -97,10 +102,11 @@ class WarmUp:
             compile_blocks(self._denoiser.transformer, warm, self._mode, self._backend)
 
     def run(self, embeds: PromptEmbeds) -> str:
-        """Run every warm size with every number of rows, and the flexible code.
+        """Run every warm size with every number of rows once, and the flexible code.
 
-        Returns the chosen attention kernels in words. `embeds`: two rows, as for a request with
-        guidance. A shape for which memory does not suffice is left out, with a warning.
+        Returns a text for the log that names the chosen attention kernels. `embeds`: two rows, as
+        for a request with guidance. If memory does not suffice for a shape, the shape is left out
+        and a warning is logged.
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
@@ -113,7 +119,7 @@ class WarmUp:
         if self._mode != "off":
             warm = {width * height for width, height in self._sizes}
             other = next(px for px in count(FLEXIBLE_PX, VAE_FACTOR * PATCH) if px * px not in warm)
-            # torch makes code of its own for one row.
+            # torch compiles separate code for one row.
             shapes += [((other, other), rows) for rows in {1, self._rows[-1]}]
         for (width, height), rows in shapes:
             try:

@@ -23,7 +23,8 @@ from ..settings.models import Source
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
-# Repositories also hold the same weights as single files and in a second 16-bit format: not pulled.
+# What is pulled. Repositories also hold the same weights as single files and in a second 16-bit
+# format; these are left out.
 PULLED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 NOT_PULLED = ["*.fp16*", "text_encoders/*"]
 
@@ -51,7 +52,7 @@ def on_this_node(source: Source, models_folder: str | None) -> bool:
 def open_checkpoint(source: Source, models_folder: str | None, components: Iterable[str]) -> Path:
     """Return the folder of a source, after pulling it if needed and verifying `components`.
 
-    Raises `CheckpointError`.
+    Raises `CheckpointError` if the source cannot be pulled, or its files differ from the manifest.
     """
     folder = pull(source, models_folder)
     verify(folder, components)
@@ -62,7 +63,8 @@ def pull(source: Source, models_folder: str | None) -> Path:
     """Return the folder of a source, after downloading its files from the hub if needed.
 
     Processes that pull the same source wait for each other. An interrupted download continues where
-    it ended. Raises `CheckpointError`.
+    it ended. Raises `CheckpointError` if the download fails, or if the source is a folder without a
+    model.
     """
     target = node_folder(source, models_folder)
     if on_this_node(source, models_folder):
@@ -82,7 +84,10 @@ def pull(source: Source, models_folder: str | None) -> Path:
 
 
 def _download(source: Source, folder: Path) -> None:
-    """Download a source into a folder, and check its large files against the hub's digests."""
+    """Download a source into a folder, and check its large files against the hub's digests.
+
+    Raises `CheckpointError` if the download fails or a digest differs.
+    """
     from huggingface_hub import HfApi, errors, snapshot_download
 
     location, page = source.location, f"https://huggingface.co/{source.location}"
@@ -154,14 +159,17 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
 
 
 def digests(folder: Path, names: Iterable[str]) -> Files:
-    """The SHA-256 of each file, in threads: hashing releases Python's global lock."""
+    """The SHA-256 of each file, by name.
+
+    The files are hashed in threads, because hashing releases Python's global lock.
+    """
     names = list(names)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 
 
 def size_bytes(folder: Path, component: str = "") -> int:
-    """Bytes of a component's files, or of all files of a folder."""
+    """Bytes of the files of one component, or of the whole folder if `component` is ""."""
     return sum(path.stat().st_size for path in (folder / component).rglob("*") if path.is_file())
 
 

@@ -2,7 +2,7 @@
 
 The reference replica is a replica of the model's first pool, as the settings and the arithmetic of
 `cluster/cost.py` describe it. So the same request has the same work wherever it is generated, and
-work can be a price. The real replicas learn how fast they are, in this unit.
+work can be a price. A real replica learns its speed: the seconds of work that it does per second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def units(application: ApplicationSettings) -> dict[str, CostCoefficients]:
 
 
 def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCoefficients:
-    """The cost of a model's images on a replica of one of its pools, by arithmetic.
+    """The cost of a model's images on a replica of `pool`, as `cluster/cost.py` predicts it.
 
     A model whose structure is not known yet counts as SD3.5 Large.
     """
@@ -49,7 +49,11 @@ def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCo
 
 
 def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
-    """The shape that a request has for the transformer, known before its prompt is encoded."""
+    """The properties of a request on which its work depends.
+
+    The number of tokens is known before the prompt is encoded, because every prompt is padded or
+    cut to `max_sequence_length` T5 tokens.
+    """
     return ImageShape(
         width_px=request.width,
         height_px=request.height,
@@ -62,8 +66,8 @@ def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
 def structure_of(model: ServedModel, models_folder: str | None) -> Structure:
     """The structure of a model: from its files on this node, else by its name on the hub.
 
-    Raises `SettingsError` if the files are not here and the name is not known, or if the files do
-    not describe an SD3.5 transformer.
+    Raises `SettingsError` if the files do not describe an SD3.5 transformer, or if there are no
+    files on this node and the name is not a known one.
     """
     file = node_folder(model.source, models_folder) / "transformer" / "config.json"
     if file.is_file():

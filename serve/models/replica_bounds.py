@@ -11,15 +11,16 @@ from ..settings.application import ApplicationSettings
 from ..settings.models import Pool, ServedModel
 from .reference_work import cost_of, units
 
-# The image by which pools are compared before their replicas have shown how fast they are.
+# The image by which the speeds of pools are compared until their replicas have reported real ones.
 USUAL_IMAGE = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2, steps=28)
-REQUESTS_PER_INGRESS = 200  # open requests; most of them only wait
+REQUESTS_PER_INGRESS = 200  # open requests for each Ingress; most of them only wait
 
 
 def scaling_limits(application: ApplicationSettings) -> ScalingLimits:
     """The bounds of every pool, by its name, and of the deployments that follow the pools.
 
-    What a replica can do and costs is computed until replicas report how fast they are.
+    The speed of a pool's replicas is computed here. The computed speed holds until the replicas
+    report their real one.
     """
     work = units(application)
     pools = {

@@ -76,7 +76,10 @@ class DiskStore:
 
 
 def _raise(error: OSError) -> None:
-    """Re-raise an error of `os.walk`, unless another Ingress has just deleted the folder."""
+    """Re-raise an error of `os.walk`, unless another Ingress has just deleted a day's folder.
+
+    A missing folder of all images is always an error.
+    """
     if not isinstance(error, FileNotFoundError) or error.filename is None:
         raise error
     if Path(error.filename).name == "images":

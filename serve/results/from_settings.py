@@ -16,8 +16,8 @@ log = logging.getLogger("ray.serve")
 def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultStore:
     """Open the result store of the settings: a folder, or a bucket behind a spool.
 
-    With `drain` the spool also uploads images that wait on this node from an earlier process.
-    Raises `OSError` if the folder cannot be used.
+    `drain`: whether the spool also repeats failed uploads, and uploads images that earlier
+    processes have left on this node. Raises `OSError` if the folder cannot be used.
     """
     folder = Path(str(settings.data_folder)).expanduser()
     if settings.s3 is None:
@@ -34,9 +34,10 @@ def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultSt
 
 
 def open_links(settings: ApplicationSettings) -> Links:
-    """The signer of links, with the settings' key or the one in the data folder.
+    """The signer of links to images.
 
-    Raises `OSError` if the key cannot be read, and `ValueError` if it is too short.
+    The key is in `signing_key_file` if the settings name that file, else in the data folder. Raises
+    `OSError` if the key cannot be read, and `ValueError` if it is too short.
     """
     if settings.signing_key_file:
         return Links(read_key(Path(settings.signing_key_file).expanduser()))

@@ -22,7 +22,7 @@ class Links:
         self.key = key
 
     def link(self, name: str, expires: int) -> str:
-        """The path and query that read image `name` until `expires`, in Unix time."""
+        """The path and query of a URL that reads image `name` until `expires`, in Unix time."""
         return f"/v1/files/{name}?expires={expires}&signature={self._sign(name, str(expires))}"
 
     def check(self, name: str, expires: str, signature: str, now: float) -> None:
@@ -39,10 +39,10 @@ class Links:
 
 
 def shared_key(file: Path) -> bytes:
-    """Read the key in a file; if there is no file, make it, readable by its owner alone.
+    """Read the key in a file; if there is no file, make it first, readable by its owner alone.
 
     Processes that start together agree on one key: the first to make the file wins. Raises
-    `OSError`, and `ValueError` if the key is too short.
+    `OSError` if the file cannot be read or made, and `ValueError` if the key is too short.
     """
     if not file.exists():
         _make_key(file)
@@ -50,7 +50,10 @@ def shared_key(file: Path) -> bytes:
 
 
 def read_key(file: Path) -> bytes:
-    """Read the key in a file. Raises `OSError`, and `ValueError` if the key is too short."""
+    """Read the key in a file.
+
+    Raises `OSError` if the file cannot be read, and `ValueError` if the key is too short.
+    """
     key = file.read_bytes()
     if len(key) < KEY_BYTES:
         raise ValueError(f"{file}: the key has {len(key)} bytes, and needs at least {KEY_BYTES}")

@@ -17,7 +17,7 @@ from ..errors import NotFound, StoreFailed
 from ..settings.application import S3Settings
 from .store import NAME, folder_of
 
-CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # boto3 would try a dead endpoint for 5 min
+CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # by default boto3 tries a dead endpoint for 5 min
 CONNECTIONS = 32
 SWEEP_EVERY_S = 3600.0
 DAY_S = 86400.0
@@ -30,9 +30,10 @@ class S3Store:
     """
 
     def __init__(self, settings: S3Settings, read_s: float = READ_S) -> None:
-        """boto3 finds the credentials: in the environment, files, the node's or pod's role.
+        """Make a client of the bucket.
 
-        `read_s`: how long an attempt waits for the next bytes of an answer, in seconds.
+        boto3 finds the credentials: in the environment, in its files, or by the node's or pod's
+        role. `read_s`: how long an attempt waits for the next bytes of an answer, in seconds.
         """
         self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
         self._swept = -SWEEP_EVERY_S
@@ -88,7 +89,11 @@ class S3Store:
 
     @contextmanager
     def _location(self, name: str) -> Iterator[dict[str, str]]:
-        """Bucket and key of an image; turns boto3's errors into those of `ResultStore`."""
+        """Give the block an image's bucket and key, and translate boto3's errors in the block.
+
+        Raises `NotFound` if the bucket does not have the image, and `StoreFailed` for any other
+        error.
+        """
         if not NAME.fullmatch(name):
             raise NotFound("the image is no longer kept")
         try:
@@ -101,7 +106,10 @@ class S3Store:
             raise StoreFailed("the store does not answer") from error
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
-        """Delete the days whose images are all too old; does nothing more than once an hour."""
+        """Delete the images of each day on which all images are older than `max_age_s`.
+
+        A call within an hour of the last sweep does nothing.
+        """
         if now - self._swept < SWEEP_EVERY_S:
             return
         last = time.strftime("%Y/%m/%d", time.gmtime(now - max_age_s - DAY_S))
@@ -127,7 +135,10 @@ class S3Store:
         ]
 
     def _delete(self, prefix: str) -> int:
-        """Delete all objects whose keys begin with `prefix`; returns their number."""
+        """Delete all objects whose keys begin with `prefix`; return their number.
+
+        Raises `StoreFailed` if the store does not answer or does not delete all of them.
+        """
         deleted = 0
         for page in self._pages(prefix):
             objects = [{"Key": found["Key"]} for found in page.get("Contents", ())]

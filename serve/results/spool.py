@@ -23,7 +23,7 @@ PATIENCE_S = 2.0  # how long a client waits for the upload; its image is safe on
 LOOK_S = 1.0  # between two looks into the folder
 BACK_OFF_S, LONGEST_S = 1.0, 60.0  # the first pause after a failed upload, and the longest
 PART_S = 3600.0  # age at which a temporary file counts as left behind
-ABANDONED_S = 60.0  # age at which any process uploads an image, whichever process put it here
+ABANDONED_S = 60.0  # age at which a process also uploads images that another one has put here
 
 
 class Spool:
@@ -37,11 +37,11 @@ class Spool:
     def __init__(
         self, store: ResultStore, folder: Path, max_bytes: int, *, drain: bool = True
     ) -> None:
-        """`max_bytes`: with this many bytes waiting, the spool is full.
+        """Open the spool in `folder`, for uploads to `store`.
 
-        Without `drain` an image is uploaded only when it is put here: failed uploads are not
-        repeated, and what earlier processes left is not uploaded. Raises `OSError` if the folder
-        cannot be made.
+        `max_bytes`: with this many bytes waiting, the spool is full. `drain`: whether to repeat
+        failed uploads, and to upload what earlier processes have left. Without it each image that
+        is put here is uploaded once. Raises `OSError` if the folder cannot be made.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._store, self._folder, self.max_bytes = store, folder, max_bytes
@@ -49,7 +49,8 @@ class Spool:
         self._busy: set[Path] = set()  # files that are being uploaded
         self._begun = time.time()
         self._paused_until, self._back_off_s = 0.0, BACK_OFF_S
-        self.entries = self.bytes = 0  # what waits, as of the last look; bytes change in between
+        # The images that waited at the last look; `bytes` is also updated between two looks.
+        self.entries = self.bytes = 0
         self._look()
         self._uploads = ThreadPoolExecutor(WORKERS, thread_name_prefix="upload")
         self._closed = threading.Event()
@@ -115,7 +116,11 @@ class Spool:
         return _read(self._folder / quote(name, safe=""))[1]
 
     def _upload(self, file: Path) -> bool:
-        """Upload a file and delete it; False if the upload failed and has to be repeated."""
+        """Upload a file and delete it; return False if the upload failed and has to be repeated.
+
+        A file that is gone already needs nothing more. A damaged file is renamed, so that it does
+        not hold up the others.
+        """
         try:
             request_id, image = _read(file)
         except FileNotFoundError:
@@ -157,7 +162,7 @@ class Spool:
                 log.warning("cannot drain the spool; trying again", exc_info=True)
 
     def _look(self) -> list[Path]:
-        """Count the waiting images; returns those that this process is to upload, oldest first."""
+        """Count the waiting images; return those that this process is to upload, oldest first."""
         found, now = [], time.time()
         for part in self._folder.glob("tmp*"):  # left by a process that died while it wrote
             with contextlib.suppress(FileNotFoundError):

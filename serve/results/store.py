@@ -22,7 +22,10 @@ def new_name(tenant: str, extension: str, now: float) -> str:
 
 
 def folder_of(tenant: str) -> str:
-    """The beginning of the names of a tenant's images. Raises `ValueError` for an invalid id."""
+    """The beginning of the names of all images of a tenant.
+
+    Raises `ValueError` if `tenant` is not a valid id.
+    """
     if not ID.fullmatch(tenant):
         raise ValueError(
             f"'{tenant}' is no tenant's id: an id is 1 to 63 characters of a-z 0-9 -, and neither "
@@ -32,13 +35,17 @@ def folder_of(tenant: str) -> str:
 
 
 class ResultStore(Protocol):
-    """Keeps images by their names, as `new_name` makes them.
+    """Keeps images by their names; `new_name` makes the names.
 
     Every method may block: call it in a thread.
     """
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
-        """Keep an image; keeping it twice makes no difference. Raises `StoreFailed`."""
+        """Keep an image; keeping it twice makes no difference.
+
+        `request_id`: the id of its request, which a store may keep with the image. Raises
+        `StoreFailed` if the image could not be stored.
+        """
 
     def get(self, name: str) -> bytes | str:
         """Return an image, or a URL under which it can be read for a while.
@@ -47,20 +54,21 @@ class ResultStore(Protocol):
         """
 
     def read(self, name: str) -> bytes:
-        """Return an image itself. Raises what `get` raises."""
+        """Return the bytes of an image, never a URL. Raises the same errors as `get`."""
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
         """Delete images older than `max_age_s` at `now`, in Unix time.
 
         A store with a bounded size also deletes the oldest images beyond `max_bytes`. Raises
-        `OSError` or `StoreFailed`.
+        `OSError` or `StoreFailed` if the store fails.
         """
 
     def close(self) -> None:
         """Release connections and threads; no other method may be called afterwards."""
 
     def erase(self, tenant: str) -> int:
-        """Delete a tenant's images; returns their number.
+        """Delete a tenant's images; return their number.
 
-        Raises `ValueError` for an invalid tenant id, `OSError` or `StoreFailed`.
+        Raises `ValueError` for an invalid tenant id, and `OSError` or `StoreFailed` if the store
+        fails.
         """

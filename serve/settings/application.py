@@ -80,9 +80,9 @@ class S3Settings(Frozen):
 class CacheSettings(Frozen):
     """The result cache: images of requests with a seed, so that a repeated request costs no work.
 
-    Without `redis_url` each Ingress keeps images in its own memory. With it all Ingresses share
-    one index in Redis, and read the images from the store that keeps images for URLs. The URL
-    cannot hold a password, because Ray shows the settings of its applications.
+    Without `redis_url` each Ingress keeps images in its own memory. With `redis_url` all Ingresses
+    share one index in Redis, and read the images from the store that keeps images for URLs.
+    `redis_url` cannot hold a password, because Ray shows the settings of its applications.
     """
 
     memory_bytes: PositiveInt = Field(
@@ -413,7 +413,10 @@ class Settings(ApplicationSettings, LiveSettings):
         return IngressSettings(models=models, **parts)
 
     def _part(self, cls: type[Frozen], model_cls: type[Frozen]) -> dict[str, Any]:
-        """The keys of `cls` as plain data, with the keys of `model_cls` for each model."""
+        """The settings that `cls` has, as plain data.
+
+        Each model in them has only the keys of `model_cls`.
+        """
         part = self.model_dump(mode="json", include=set(cls.model_fields))
         models = [
             m.model_dump(mode="json", include=set(model_cls.model_fields)) for m in self.models

@@ -1,7 +1,7 @@
 """Reading the settings file: YAML, whose values `OCTET_*` environment variables override.
 
-The name of a variable is the path of a key, with double underscores between its steps. An item of a
-list is named by its position, counted from 0. The value is read as YAML:
+A variable's name is `OCTET_` and the keys that lead to the value, joined by double underscores. An
+item of a list is named by its position, counted from 0. The variable's value is read as YAML:
 
     OCTET_HTTP__PORT=9000  OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS=20
 """
@@ -21,7 +21,7 @@ from ..errors import SettingsError
 from .application import Settings
 
 ENVIRONMENT_PREFIX = "OCTET_"
-NO_SETTINGS = {"OCTET_KEY"}  # the API key of clients
+NO_SETTINGS = {"OCTET_KEY"}  # the API key that commands send, not a setting
 PATHS = (  # keys whose values are paths
     *("models_folder", "compiled_folder", "data_folder", "tenants_folder"),
     *("signing_key_file", "redis_password_file"),
@@ -29,10 +29,10 @@ PATHS = (  # keys whose values are paths
 
 
 def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read settings from a YAML file and the environment.
+    """Read settings from a YAML file and the environment variables `environ`.
 
-    Relative paths are relative to the file's folder. Raises `SettingsError` with one line per
-    fault.
+    A relative path in the settings begins at the settings file's folder. Raises `SettingsError`,
+    with one line for each fault, if the settings cannot be used.
     """
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -57,7 +57,10 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
 
 
 def _override(data: Any, name: str, value: str) -> None:
-    """Set the value that the environment variable `name` stands for."""
+    """Set the value that the environment variable `name` stands for.
+
+    Raises `SettingsError` if the settings have no such key.
+    """
     *path, last = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
     try:
         if [*path, last][0] not in Settings.model_fields:
@@ -70,14 +73,21 @@ def _override(data: Any, name: str, value: str) -> None:
 
 
 def _resolve_paths(part: dict[str, Any], folder: Path) -> None:
-    """Make relative paths absolute, but for those with ~, which each node resolves itself."""
+    """Make the relative paths in `part` absolute; they begin at `folder`.
+
+    A path with ~ stays as it is, because each node resolves ~ itself.
+    """
     for key in PATHS:
         if isinstance(part.get(key), str) and not part[key].startswith("~"):
             part[key] = str(folder / part[key])
 
 
 def _resolve_locations(data: Any, folder: Path) -> None:
-    """Make every `location` absolute that is a folder, seen from the settings file's `folder`."""
+    """Make each `location` that names an existing folder absolute.
+
+    A relative location begins at `folder`, the settings file's folder. Any other location is an id
+    on the hub, and stays as it is.
+    """
     if isinstance(data, list):
         for item in data:
             _resolve_locations(item, folder)

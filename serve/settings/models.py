@@ -44,7 +44,10 @@ def _known_limits(data: Any) -> Any:
 
 
 def _stated_limits(limits: ModelLimits, info: SerializationInfo) -> dict[str, Any]:
-    """The limits as data, without the defaults where only stated keys are wanted."""
+    """The limits as plain data.
+
+    If only stated keys are wanted (`exclude_unset`), limits that equal their default are left out.
+    """
     usual = asdict(ModelLimits())
     stated = asdict(limits).items()
     return {k: v for k, v in stated if not (info.exclude_unset and v == usual[k])}
@@ -56,7 +59,10 @@ Limits = Annotated[
 
 
 class Frozen(BaseModel):
-    """Settings that cannot change; an unknown key is refused, with the nearest known key."""
+    """Base class of settings that cannot change.
+
+    Raises `ValueError` for an unknown key; the message names the nearest known key.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -32,7 +32,7 @@ UNITS = {
 
 
 class Setting(NamedTuple):
-    """One setting; `restarts` is what a change of it restarts."""
+    """One setting; `restarts`: the processes that a change of the setting restarts."""
 
     key: str
     type: str
@@ -78,7 +78,11 @@ def reference() -> str:
 def _groups(
     part: dict[str, Any], definitions: dict[str, Any], group: str = "", restarts: str = ""
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each group of settings: its key, what a change of any key in it restarts, and its schema."""
+    """Yield each group of settings: its key, what a change in it restarts, and its schema.
+
+    `part`: the schema of the group `group`. `definitions`: the schemas that `$ref` refers to.
+    `restarts` is empty if the keys of a group differ in what they restart.
+    """
     if part.get("title") == ModelLimits.__name__:
         part = _with_descriptions_of_limits(part)
     yield group, restarts, part
@@ -93,7 +97,10 @@ def _groups(
 def _inner(
     value: dict[str, Any], definitions: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The schema of the keys below a setting, if it has any; `[]` stands for a list of them."""
+    """Yield the schema of the keys below a setting, and `[]` if the setting is a list of them.
+
+    `value`: the setting's own schema. A setting without keys below it yields nothing.
+    """
     options = [value, *value.get("anyOf", ())]
     for option in options:
         for reference, suffix in (
@@ -105,7 +112,11 @@ def _inner(
 
 
 def _meaning(value: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """A setting's description; pydantic leaves it out where its class says the same."""
+    """A setting's description.
+
+    pydantic leaves a description out if it equals that of the setting's class; then the class's is
+    taken.
+    """
     texts = [value.get("description")]
     texts += [inner["description"] for inner, _ in _inner(value, definitions)]
     return " ".join(next(filter(None, texts)).split())
@@ -122,7 +133,10 @@ def _with_descriptions_of_limits(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restarts(group: str, name: str) -> str:
-    """The processes that a change of a key restarts; the class that has the key decides."""
+    """The processes that a change of a key restarts.
+
+    `group`: the key that holds it, "" for the top level. The class that declares the key decides.
+    """
     if group:
         return NOTHING if name in LiveModelSettings.model_fields else REPLICAS
     if name == "models":

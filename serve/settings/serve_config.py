@@ -9,18 +9,18 @@ from ..deployments import APPLICATION, DISPATCHER, INGRESS
 from .application import Settings
 
 BUILD = "serve.app:build"
-LOGGING = {"encoding": "JSON"}  # of the application, and of Serve's own processes
+LOGGING = {"encoding": "JSON"}  # for the application, and for Serve's own processes
 
 
 class PolicyAdapter(NamedTuple):
-    """How Ray Serve applies an autoscaling policy: its function, and the delays it adds."""
+    """How Ray Serve applies an autoscaling policy: the policy's function, and Serve's delays."""
 
     function: str
     delays: Mapping[str, float]
 
 
-ADAPTERS = {  # by `autoscaling_policy`
-    # Octet's policy has decided already: Serve's delays would only blur it.
+ADAPTERS = {  # by the setting `autoscaling_policy`
+    # Octet's policy has its own delays: those of Serve would only come on top of them.
     "queued-work": PolicyAdapter(
         "autoscaling.ray_policy:replicas",
         {"upscale_delay_s": 0, "downscale_delay_s": 0, "downscale_to_zero_delay_s": 0},
@@ -54,5 +54,8 @@ def serve_config(settings: Settings, import_path: str = BUILD) -> dict[str, Any]
 
 
 def autoscaling_config(policy: str, least: int, most: int) -> dict[str, float]:
-    """Ray Serve's `autoscaling_config` of a deployment with `least` to `most` replicas."""
+    """Ray Serve's `autoscaling_config` of a deployment with `least` to `most` replicas.
+
+    `policy`: the setting `autoscaling_policy`.
+    """
     return {"min_replicas": least, "max_replicas": most, **ADAPTERS[policy].delays}

@@ -36,9 +36,10 @@ _TENANTS = TypeAdapter(dict[str, Tenant])
 
 
 def read_tenants(folder: Path) -> dict[str, Tenant]:
-    """Read the tenants by their ids; a folder without the file has no tenants.
+    """Read the tenants by their ids; a folder without `tenants.yaml` has no tenants.
 
-    Raises `SettingsError` with one line per fault.
+    Raises `SettingsError`, with one line for each fault, if the file cannot be read or is not
+    valid.
     """
     file = folder / TENANTS
     try:
@@ -50,10 +51,11 @@ def read_tenants(folder: Path) -> dict[str, Tenant]:
 
 
 def read_keys(folder: Path) -> KeyDigests:
-    """Read the digests of all keys; a folder without the file has no keys.
+    """Read the digests of all keys, by tenant; a folder without `keys.json` has no keys.
 
-    Raises `SettingsError`, also if others than the file's owner and group can read it. The group
-    may, because Kubernetes gives a Secret to a pod's group.
+    Raises `SettingsError` if the file cannot be read or is not valid, if other users can read it,
+    or if its group can change it. The group may read it, because Kubernetes gives a Secret to a
+    pod's group.
     """
     file = folder / KEYS
     try:
@@ -97,9 +99,10 @@ def stamp(file: Path) -> FileStamp | None:
 
 
 def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
-    """Append a tenant to `tenants.yaml`, whose text stays as it is; returns the tenant's key.
+    """Append a tenant to `tenants.yaml`, and return the tenant's key.
 
-    Raises `SettingsError`.
+    The text that the file holds already stays as it is. `values`: the tenant's share and limits.
+    Raises `SettingsError` if the tenant exists, a value is not valid, or a file cannot be used.
     """
     with _changing(folder):
         file = folder / TENANTS
@@ -118,9 +121,10 @@ def add_tenant(folder: Path, name: str, values: Mapping[str, Any]) -> str:
 
 
 def rotate_key(folder: Path, name: str) -> str:
-    """Make a tenant's new key, and return it; of the old keys only the newest stays valid.
+    """Make a new key of a tenant, and return it.
 
-    Raises `SettingsError`.
+    The newest of the old keys stays valid; the others are revoked. Raises `SettingsError` if there
+    is no such tenant, or a file cannot be used.
     """
     with _changing(folder):
         _check_tenant(folder, name)
@@ -131,9 +135,10 @@ def rotate_key(folder: Path, name: str) -> str:
 
 
 def revoke_keys(folder: Path, name: str, *, but_newest: bool = False) -> int:
-    """Revoke a tenant's keys, or all `but_newest`; returns the number of revoked keys.
+    """Revoke a tenant's keys; return the number of revoked keys.
 
-    Raises `SettingsError`.
+    `but_newest`: keep the newest key. Raises `SettingsError` if there is no such tenant, or a file
+    cannot be used.
     """
     with _changing(folder):
         keys = read_keys(folder)
@@ -155,7 +160,8 @@ def _check_tenant(folder: Path, name: str) -> None:
 def _new_key(keys: KeyDigests, name: str, kept: list[dict[str, str]]) -> str:
     """Make a new key of tenant `name`, and return it.
 
-    In `keys`, the tenant then has the digests `kept` and the new key's; other old keys are gone.
+    Afterwards `keys` holds the digests `kept` and that of the new key for this tenant, and no
+    others.
     """
     from datetime import datetime
 
@@ -185,7 +191,8 @@ def _parse(text: str, file: Path) -> dict[str, Tenant]:
                     f"{file}: {name}.{key} is empty: leave the key out for no limit"
                 )
     given = {name: {} if entry is None else entry for name, entry in data.items()}
-    try:  # as JSON, where strict validation takes a list for a tuple, but no text for a number
+    # Checked as JSON: there, strict validation takes a list for a tuple, but no text for a number.
+    try:
         return _TENANTS.validate_json(json.dumps(given), strict=True)
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
@@ -207,7 +214,10 @@ def _faults(error: ValidationError) -> Iterator[str]:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that commands change its files one after the other."""
+    """Hold the folder's lock, so that commands change its files one after the other.
+
+    Raises `SettingsError` if the folder or one of its files cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:

@@ -1,7 +1,8 @@
 """API keys: their form, what is kept of them, and which tenant a key belongs to.
 
 A key itself is kept nowhere: `octet tenant` shows it once and keeps its SHA-256. Keys are random,
-so a plain digest cannot be searched for as that of a password can.
+so nobody can find a key by trying likely ones, as can be done with passwords. A plain digest is
+enough.
 
 Pure: imports the standard library and pure files only.
 """
@@ -52,7 +53,10 @@ def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantD
 
 
 def tenant_of(key: str, directory: TenantDirectory) -> str | None:
-    """The tenant that a key belongs to; takes the same time whether there is one or not."""
+    """The tenant that a key belongs to; None if the key is not valid.
+
+    Takes the same time in both cases, so that the time tells nothing about valid keys.
+    """
     match = KEY.fullmatch(key)
     name = match[1] if match else ""
     access = directory.get(name)

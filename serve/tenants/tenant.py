@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 MAY_BE_NOTHING = "max_requests", "monthly_work"  # limits that may be 0: nothing is allowed
-BURST_S = 10.0  # what a rate allows in this time may come at once, unless the tenant has a burst
+BURST_S = 10.0  # a tenant without a burst may use what its rate allows in this time at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,8 @@ class Tenant:
     """The share and the limits of one tenant; None means "no limit".
 
     Work is in seconds of a reference replica (`cluster/cost.py`). `requests_per_s` and `work_per_s`
-    are averages over time. Up to `request_burst` requests and `work_burst` work may come at once;
-    by default that is what the rate allows in ten seconds, and at least one request.
+    are averages over time. Up to `request_burst` requests and `work_burst` seconds of work may come
+    at once. By default a burst is what the rate allows in ten seconds, and at least one request.
 
     Raises `ValueError` for a value that is out of range.
     """

@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 class TenantFiles:
-    """The last valid contents of both files; `faults`: why a file cannot be read at present.
+    """The last valid contents of `tenants.yaml` and `keys.json`.
 
-    Each file is read by itself, so that a mistake in one never delays a revocation in the other.
+    `faults` says, by file name, why a file cannot be read at present. Each file is read by itself,
+    so that a mistake in one file never delays a revocation in the other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +42,10 @@ class TenantFiles:
         return tenant_directory(self.tenants, self.keys)
 
     def read(self) -> bool:
-        """Read the files that have changed; returns whether their contents differ. May block."""
+        """Read the files that have changed; return whether the contents differ from before.
+
+        The last valid contents of a file stay while the file has a fault. May block.
+        """
         tenants = self._read(TENANTS, read_tenants, self.tenants)
         keys = self._read(KEYS, read_keys, self.keys)
         changed = (tenants, keys) != (self.tenants, self.keys)
@@ -49,7 +53,10 @@ class TenantFiles:
         return changed
 
     def _read(self, name: str, read: Callable[[Path], T], before: T) -> T:
-        """The contents of a file; on a fault, those from `before`."""
+        """The contents of the file `name`, which the function `read` reads if the file has changed.
+
+        `before`: the contents so far. They are returned if the file is unchanged or has a fault.
+        """
         found = self._stamp(name)
         if found == self._stamps[name] and name not in self.faults:
             return before

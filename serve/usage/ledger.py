@@ -3,14 +3,15 @@
 A record is on disk (fsynced) before the response with its image begins.
 
 The ledger is a folder of files, each named by the time at which it was begun. Records are appended
-to the newest file. Each file begins with the sums of its calendar month (UTC) so far, so a start
+to the newest file. Each file begins with the sums of its calendar month (UTC) so far. So a start
 reads only the newest two files, however long the month is. A record that is appended twice is
 written once. If the last line of a file is incomplete, it is cut off: its record was never
 confirmed, so no image was delivered for it.
 
 Several processes may write at a time, as when a Dispatcher moves to another node or a new cluster
-takes over from an old one. Before a process writes, it holds the folder's lock and reads what the
-others have written. So its sums include all writers, and it knows the records of all writers.
+takes over from an old one. Before a process writes, it takes the folder's lock and reads what the
+others have written. So its sums include the records of all writers, and it recognises a record that
+another process has written already.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ log = logging.getLogger("ray.serve")
 
 FILE_BYTES = 64 * 2**20
 KNOWN = 100_000  # newest records, which are recognised if they are appended again
-LOCK_S = 10.0  # how long to wait for the lock; no write takes longer
+LOCK_S = 10.0  # how long to wait for the lock; no write holds it for longer
 SUMS = "sums"  # the key by which a line of sums differs from a record
 NAMES = "????-??-??T??????.??????.jsonl"  # the names of files, as a glob pattern
 NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
@@ -44,17 +45,18 @@ NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
 class UsageLedger:
     """One writer of a ledger folder. Methods block: call them in a thread, one at a time.
 
-    `spent` is the work of each tenant in `month`, by all writers, as far as it has been read.
+    `spent` is the work that each tenant was charged in `month`. It includes the records of the
+    other writers that this one has read so far.
     """
 
     def __init__(
         self, folder: Path, now: float, file_bytes: int = FILE_BYTES, lock_s: float = LOCK_S
     ) -> None:
-        """Read the sums of the month of `now`, in Unix time; begin a file if it has none.
+        """Read the sums of the month of `now`, in Unix time; begin a file if that month has none.
 
-        A new file is begun once the current one is larger than `file_bytes`. `lock_s`: how long to
-        wait for the folder's lock, in seconds. Raises `OSError`, and `ValueError` for a line that
-        is not a usage record.
+        `file_bytes`: a new file is begun once the current one is larger. `lock_s`: how long to wait
+        for the folder's lock, in seconds. Raises `OSError` if the folder cannot be used or stays
+        locked, and `ValueError` for a line that is not a usage record.
         """
         self._folder, self._file_bytes, self._lock_s = folder, file_bytes, lock_s
         self._known: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -74,7 +76,8 @@ class UsageLedger:
     def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
         """Write the records that are new, wait until they are on disk, and return them.
 
-        Raises `OSError`. A record that was not confirmed may be appended again.
+        `now`: the time of the records, in Unix time. Raises `OSError` if the records could not be
+        written; the caller may then append them again.
         """
         with _locked(self._folder, self._lock_s):
             try:
@@ -102,7 +105,10 @@ class UsageLedger:
         return list(fresh.values())
 
     def charged_elsewhere(self) -> set[str]:
-        """The tenants whose charges by other writers were read since the last such call."""
+        """Return the tenants that other writers have charged, and forget them.
+
+        So each call returns the tenants of the records that were read since the last call.
+        """
         tenants, self._elsewhere = self._elsewhere, set()
         return tenants
 
@@ -111,7 +117,10 @@ class UsageLedger:
         self._file.close()
 
     def _catch_up(self) -> None:
-        """Read what was written since the last time; the first time, the newest two files."""
+        """Read the lines that were written since the last call.
+
+        The first call reads the newest two files.
+        """
         files = usage_files(self._folder)
         for path in files[-2:] if self._path is None else [f for f in files if f >= self._path]:
             if path != self._path or self._was_replaced():
@@ -123,7 +132,7 @@ class UsageLedger:
             self._file.truncate(self._end)  # an incomplete line, whose writer was killed
 
     def _was_replaced(self) -> bool:
-        """Whether another file has taken the place of the open one, as when records are erased."""
+        """Whether a new file has the name of the open one, as after records were erased."""
         assert self._path  # noqa: S101 - for the type checker
         present, opened = self._path.stat(), os.fstat(self._file.fileno())
         return present.st_ino != opened.st_ino or present.st_size < self._end
@@ -135,7 +144,7 @@ class UsageLedger:
         self._path, self._file, self._end = path, opened, 0
 
     def _learn(self, entry: dict[str, Any]) -> None:
-        """Count a line that another process, or an earlier one, has written."""
+        """Count a line that this object has read and not written itself: sums, or a record."""
         month = entry["month"] if SUMS in entry else entry["time"][: len(self.month)]
         if month > self.month:
             self.month, self.spent = month, Counter()
@@ -149,14 +158,20 @@ class UsageLedger:
             self._elsewhere.add(entry["tenant"])
 
     def _rotate(self, now: float) -> None:
-        """Begin a new file; if that fails, keep the old one, because its lines say their month."""
+        """Begin a new file; if that fails, go on with the old one.
+
+        The old file may hold the records of two months, because every line states its time.
+        """
         try:
             self._begin_file(now)
         except OSError:
             log.warning("usage: cannot begin a new file; writing to the old one", exc_info=True)
 
     def _begin_file(self, now: float) -> None:
-        """Begin a new file; it gets its name once its first line, the sums, is on disk."""
+        """Begin a new file with one line, the sums.
+
+        The file has a temporary name until that line is on disk.
+        """
         begun = datetime.fromtimestamp(now, UTC)
         if files := usage_files(self._folder):  # the clock may have been set back
             begun = max(begun, _begun(files[-1]) + timedelta(microseconds=1))
@@ -170,7 +185,10 @@ class UsageLedger:
         sync_folder(self._folder)
 
     def _write(self, file: Any, lines: bytes) -> int:
-        """Append all lines or none, and fsync them; returns the number of bytes."""
+        """Append all lines or none, and fsync them; return the number of bytes.
+
+        Raises `OSError` if the disk is full or fails.
+        """
         end = os.fstat(file.fileno()).st_size
         try:
             if file.write(lines) < len(lines):
@@ -228,11 +246,12 @@ def usage_files(folder: Path) -> list[Path]:
 def read_usage(
     folder: Path, since: str = "", tenant: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield records as plain data, oldest first: all, or those of one tenant.
+    """Yield records as plain data, oldest first.
 
     Records before `since` are skipped. `since` is a time as the records state it, such as
-    2026-11-22T12:00:00.000Z, or the beginning of one, such as 2026-11. Raises `OSError`, and
-    `ValueError` for a line that is not a usage record.
+    2026-11-22T12:00:00.000Z, or the beginning of such a time, such as 2026-11. `tenant`: yield the
+    records of this tenant only. Raises `OSError` if a file cannot be read, and `ValueError` for a
+    line that is not a usage record.
     """
     files = usage_files(folder)
     for file, following in zip(files, [*files[1:], None], strict=True):
@@ -244,13 +263,14 @@ def read_usage(
 
 
 def erase_usage(folder: Path, tenant: str) -> int:
-    """Delete a tenant's records and sums; returns the number of deleted records.
+    """Delete a tenant's records and sums; return the number of deleted records.
 
-    Raises `OSError`, and `ValueError` for a line that is not a usage record.
+    Raises `OSError` if a file cannot be read or written, or the folder stays locked. Raises
+    `ValueError` for a line that is not a usage record.
     """
     old = usage_files(folder)[:-1]
     erased = sum(_erase(file, tenant) for file in old)
-    with _locked(folder, LOCK_S):  # the files that are written to, or were until now
+    with _locked(folder, LOCK_S):  # for the newest files, to which other processes may write
         return erased + sum(_erase(file, tenant) for file in usage_files(folder)[len(old) :])
 
 
@@ -273,7 +293,11 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(file: Path, begin: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each complete line as data, and the position in the file at which it ends."""
+    """Yield each complete line as data, and the position in the file at which it ends.
+
+    `begin`: the position at which to begin. Raises `ValueError` for a line that is not a usage
+    record.
+    """
     with file.open("rb") as lines:
         end = lines.seek(begin)
         for number, line in enumerate(lines, 1):

@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 
 
 class UsageRecord(NamedTuple):
-    """One image of one call; `call` and `image` together are unique for ever.
+    """The charge to a tenant for one image of one call.
 
-    `call` is the call's id, `image` the image's index in it. `work_s` is what the tenant is
-    charged, in seconds of a reference replica: nothing for an image that came from the result cache
-    ("hit") or was generated for another call at the same time ("shared").
+    `call` is the call's id, `image` the image's index in it; together they are unique for ever.
+    `work_s` is the charge, in seconds of a reference replica. The charge is 0 for an image that
+    came from the result cache ("hit") or that was generated for another call at the same time
+    ("shared").
     """
 
     call: str

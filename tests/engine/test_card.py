@@ -1,4 +1,4 @@
-"""A replica's own view of its card, with a card and a driver that can go wrong."""
+"""Tests of `serve.engine.card`: how a replica checks its card, with a fake card and driver."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class NamedCuda(FakeCuda):
 
 
 class Metrics:
-    """Stands in for Ray's gauges and counters: the last value by name and tags."""
+    """Stands in for Ray's gauges and counters.
+
+    `values`: the last value of each metric, by its name and the values of its tags.
+    """
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, ...], float] = {}
@@ -42,7 +45,7 @@ PART = CardResources(num_gpus=0.25)
 NAME = "NVIDIA H100 80GB HBM3"
 
 
-def test_it_reports_the_card_and_its_own_part() -> None:
+def test_a_replica_reports_its_cards_readings_and_its_own_memory() -> None:
     nvml, cuda, metrics = FakeNvml(), NamedCuda(), Metrics()
     card = ReplicaCard(PART, cuda, CardTelemetry(BARE, nvml), make_metric=metrics.make)
     nvml.busy_percent = 64
@@ -58,7 +61,7 @@ def test_it_reports_the_card_and_its_own_part() -> None:
 def test_a_broken_card_makes_its_replica_unhealthy() -> None:
     nvml, metrics = FakeNvml(), Metrics()
     card = ReplicaCard(PART, NamedCuda(), CardTelemetry(BARE, nvml), make_metric=metrics.make)
-    nvml.xids.append(31)  # of a program
+    nvml.xids.append(31)  # an error of a program, after which the card still works
     card.check()
     nvml.xids.append(79)
     with pytest.raises(RuntimeError, match="Xid 79"):
@@ -66,15 +69,15 @@ def test_a_broken_card_makes_its_replica_unhealthy() -> None:
     assert metrics.values["octet_card_xids", BARE, "79", NAME] == 1
 
 
-def test_it_runs_without_telemetry_and_starts_only_where_there_is_room() -> None:
-    # This machine's driver, if there is one, has no such card.
+def test_a_replica_runs_without_telemetry_and_refuses_a_full_card() -> None:
+    # There is no telemetry, because this machine's driver does not know the fake card.
     ReplicaCard(PART, NamedCuda(), make_metric=Metrics().make).check()
     with pytest.raises(OctetError, match=r"promised 20\.0 GiB"):
         ReplicaCard(PART, NamedCuda(others_gib=70), wait_s=0)
 
 
-def test_only_what_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray hides no card from a replica that takes none."""
+def test_only_a_replica_that_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica without `num_gpus` uses the CPU, although Ray lets it see the node's cards."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert take_card(PART) is None
     assert device_for(PART) == "cpu"

@@ -1,4 +1,4 @@
-"""Checkpoints on real files: pulled from a small hub of our own, quantised, verified, loaded."""
+"""Tests of checkpoints on real files: pulled from a local hub, quantised, verified and loaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_fp8_checkpoint_generates_the_same_image_bit_for_bit(fp8_folder: Path
 
 
 @pytest.mark.parametrize("sixteen_bit", ["bf16", "fp16"])
-def test_its_t5_is_like_the_one_quantised_at_load(
+def test_the_t5_of_a_checkpoint_is_like_one_quantised_at_load(
     fp8_folder: Path, sixteen_bit: Literal["bf16", "fp16"]
 ) -> None:
     recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)
@@ -77,8 +77,8 @@ def test_its_t5_is_like_the_one_quantised_at_load(
     assert errors[1] <= 1.01 * errors[0]
 
 
-def test_it_loads_alone_and_is_smaller(fp8_folder: Path) -> None:
-    """Nothing in it points elsewhere."""
+def test_an_fp8_checkpoint_is_complete_and_smaller(fp8_folder: Path) -> None:
+    """The folder has copies and no symbolic links, so it does not need the original folder."""
     assert not [path for path in fp8_folder.rglob("*") if path.is_symlink()]
     for part in ("transformer", "text_encoder_3"):
         assert is_fp8(fp8_folder, part)
@@ -93,14 +93,16 @@ def test_it_loads_alone_and_is_smaller(fp8_folder: Path) -> None:
             assert (fp8_folder / part / file.name).read_bytes() == file.read_bytes()
 
 
-def test_pools_that_need_16_bit_weights_say_so(fp8_folder: Path) -> None:
+def test_recipes_that_need_16_bit_weights_refuse_an_fp8_checkpoint(fp8_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="bf16 needs the original"):
         Denoiser.load(fp8_folder, RECIPES["bf16"])
     with pytest.raises(CheckpointError, match="fp32 needs the original"):
         PromptEncoder(fp8_folder, ENCODER_RECIPES["fp32"])
 
 
-def test_adaln_in_8_bit_is_made_beforehand_or_at_load(fp8_folder: Path, tmp_path: Path) -> None:
+def test_8_bit_adaln_is_the_same_if_made_beforehand_or_at_load(
+    fp8_folder: Path, tmp_path: Path
+) -> None:
     recipe = RECIPES["fp8-adaln8"]
     quantize(DEMO_MODEL, tmp_path / "small", recipe)
     models = [
@@ -118,7 +120,7 @@ def test_adaln_in_8_bit_is_made_beforehand_or_at_load(fp8_folder: Path, tmp_path
         Denoiser.load(tmp_path / "small", RECIPES["fp8"])
 
 
-def test_diffusers_and_transformers_refuse_it(fp8_folder: Path) -> None:
+def test_diffusers_and_transformers_refuse_an_fp8_checkpoint(fp8_folder: Path) -> None:
     from diffusers import SD3Transformer2DModel
     from transformers import T5EncoderModel
 
@@ -128,7 +130,9 @@ def test_diffusers_and_transformers_refuse_it(fp8_folder: Path) -> None:
         T5EncoderModel.from_pretrained(fp8_folder / "text_encoder_3")
 
 
-def test_quantising_twice_or_onto_something_is_refused(fp8_folder: Path, tmp_path: Path) -> None:
+def test_quantising_refuses_existing_folders_fp8_and_missing_models(
+    fp8_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         quantize(DEMO_MODEL, fp8_folder)
     with pytest.raises(CheckpointError, match="FP8 checkpoint already"):
@@ -139,11 +143,14 @@ def test_quantising_twice_or_onto_something_is_refused(fp8_folder: Path, tmp_pat
 
 
 def test_loading_fp8_never_holds_the_16_bit_weights() -> None:
-    """SD3.5 Medium's structure at a quarter of its width, each load in a fresh process."""
+    """The model has SD3.5 Medium's structure at a quarter of its width.
+
+    Each load runs in a fresh process.
+    """
     found = measure(heads=6, repeats=1)
     assert found["fp8"]["file_bytes"] < 0.8 * found["bf16"]["file_bytes"]
     assert found["fp8"]["peak_bytes"] < found["bf16"]["file_bytes"]
-    assert found["bf16"]["peak_bytes"] > found["bf16"]["file_bytes"]  # this one does hold them
+    assert found["bf16"]["peak_bytes"] > found["bf16"]["file_bytes"]  # loading bf16 does hold them
 
 
 # -- digests --------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def test_a_changed_checkpoint_is_not_loaded(
         open_checkpoint(source, None, DENOISER_COMPONENTS)
 
 
-def test_only_the_components_asked_for_are_read(fp8_folder: Path, tmp_path: Path) -> None:
+def test_only_the_named_components_are_verified(fp8_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(fp8_folder, folder)
     changed(folder / "text_encoder" / "model.safetensors")
@@ -191,7 +198,11 @@ def test_only_the_components_asked_for_are_read(fp8_folder: Path, tmp_path: Path
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A small Hugging Face hub with one repository at one revision, for the hub's own client."""
+    """A local stand-in for the Hugging Face hub: one repository at one revision.
+
+    The hub's own client downloads from this server. `gated`: whether the files need a login.
+    `served`: the names of the downloaded files.
+    """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -262,7 +273,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 def hub() -> Iterator[Hub]:
     paths = [path for path in DEMO_MODEL.rglob("*") if path.is_file()]
     files = {path.relative_to(DEMO_MODEL).as_posix(): path.read_bytes() for path in paths}
-    # What real repositories hold besides, and nobody needs.
+    # Real repositories also hold files like these, which Octet must not download.
     files["model.safetensors"] = files["vae/diffusion_pytorch_model.fp16.safetensors"] = b"x"
     files["text_encoders/clip_g.safetensors"] = files["README.md"] = b"x"
     hub = Hub(files)
@@ -310,14 +321,14 @@ def test_pulled_weights_load_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert Denoiser.load(folder, RECIPES["bf16"])
 
     served = len(hub.served)
-    assert octet_pull(hub, models)[0] == 0  # it is there: nothing is fetched again
+    assert octet_pull(hub, models)[0] == 0  # all files are there: none is fetched again
     assert len(hub.served) == served
     changed(folder / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint(source, str(models), DENOISER_COMPONENTS)
 
 
-def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
+def test_pulling_a_gated_model_explains_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
     code, output = octet_pull(hub, tmp_path / "models")
     assert code == 1
@@ -335,7 +346,7 @@ def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
         ("landscape", "neither a folder nor HUB/ID@REVISION"),
     ],
 )
-def test_what_cannot_be_pulled_is_said_in_a_line(
+def test_a_pull_that_cannot_work_is_explained_without_traceback(
     hub: Hub, tmp_path: Path, model: str, words: str
 ) -> None:
     code, output = octet_pull(hub, tmp_path / "models", model)
@@ -344,7 +355,7 @@ def test_what_cannot_be_pulled_is_said_in_a_line(
     assert "Traceback" not in output
 
 
-def test_a_file_that_is_not_what_the_hub_says_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_with_another_digest_than_the_hubs_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     hub.lie = "vae/diffusion_pytorch_model.safetensors"
     code, output = octet_pull(hub, tmp_path / "models")
     assert code == 1

@@ -1,6 +1,6 @@
-"""Compiled blocks generate what eager ones do, and no request ever waits for the compiler.
+"""Tests that compiled blocks compute what eager ones do, and that no request waits for a compiler.
 
-Most of it runs on backends that trace as the real one does and generate no code: that needs no C++
+Most tests use a backend that traces like the real one but generates no code. So they need no C++
 compiler and less time.
 """
 
@@ -31,7 +31,7 @@ from serve.settings.models import Pool
 
 from ..builders import DEMO_MODEL
 
-TOKENS = 109  # of the demo model's prompts
+TOKENS = 109  # text tokens of each prompt of the demo model
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def embeds() -> PromptEmbeds:
 
 
 def latents(denoiser: Denoiser, px: int, images: int, guided: bool = True) -> torch.Tensor:
-    """After two steps of a batch."""
+    """The latents of a batch of `images` images of `px` × `px` after two steps."""
     both = embeds()
     rows = both if guided else PromptEmbeds(both.tokens[:1], both.pooled[:1])
     batch = [
@@ -71,15 +71,15 @@ def shortened() -> Denoiser:
     return denoiser
 
 
-def test_compiled_blocks_generate_the_same() -> None:
+def test_compiled_blocks_compute_the_same_latents_as_eager_ones() -> None:
     eager, compiled = shortened(), shortened()
     compile_blocks(compiled.transformer, {(2, 64)}, backend="eager")
-    for px, images in ((128, 1), (160, 2)):  # a warm shape, and another
+    for px, images in ((128, 1), (160, 2)):  # a shape with code of its own, and another one
         assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
 
 
 def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
-    """Not for a size that was not named, not for other numbers of rows, not for a single row."""
+    """Other sizes than `warm_sizes`, other numbers of rows and a single row need no new code."""
     denoiser = shortened()
     del denoiser.transformer.transformer_blocks[1:]
     pool = Pool(
@@ -87,8 +87,8 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     )
     warming = WarmUp(denoiser, pool, str(tmp_path), backend="eager")
     warming.prepare()
-    with keep_compiled_code(str(tmp_path)):  # another replica of this node compiles
-        run = contextvars.copy_context().run  # as asyncio.to_thread does it
+    with keep_compiled_code(str(tmp_path)):  # as if another replica of this node were compiling
+        run = contextvars.copy_context().run  # the way in which asyncio.to_thread calls a function
         thread = threading.Thread(target=run, args=(warming.run, embeds()), daemon=True)
         thread.start()
         thread.join(0.2)
@@ -96,7 +96,7 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
         assert graphs() == 0
     thread.join()
     made = graphs()
-    # Two sizes in 1 and 2 rows, and flexible code for one row and for more.
+    # Code for two sizes in 1 and 2 rows each, and flexible code for one row and for several.
     assert 2 * 2 <= made <= 2 * 2 + 3
     for px, images, guided in (
         (128, 1, True),
@@ -109,7 +109,7 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     assert graphs() == made
 
 
-def test_pools_say_whether_they_compile() -> None:
+def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
     on_cpu = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
     modes = {
         mode: warm_up.compile_mode(Pool(precision="fp16", compile=mode), on_cpu)
@@ -124,14 +124,14 @@ def test_pools_say_whether_they_compile() -> None:
     assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
 
 
-def test_an_attention_is_preferred_by_a_clear_gain_alone() -> None:
+def test_an_attention_kernel_is_preferred_only_for_a_clear_gain() -> None:
     assert preferred({"cudnn": 0.95, "flash": 1.0}) == ["flash", "cudnn"]
     assert preferred({"cudnn": 0.8, "flash": 1.0}) == ["cudnn", "flash"]
     assert preferred({"efficient": 2.0}) == ["efficient"]
     assert preferred({}) == []
 
 
-def test_what_the_preferred_attention_cannot_do_is_still_done() -> None:
+def test_inputs_that_the_preferred_attention_refuses_are_still_computed() -> None:
     script = """
 import torch, torch.nn.functional as F
 from serve.engine.compiled import prefer_attention
@@ -145,8 +145,11 @@ assert torch.allclose(F.scaled_dot_product_attention(x, x, x), before, atol=1e-5
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)  # noqa: S603 - our own
 
 
-def test_the_loops_thread_may_compile_as_many_shapes() -> None:
-    """torch keeps its compiler's limits by context: eight shapes where they are not handed on."""
+def test_the_loops_thread_compiles_more_than_eight_shapes() -> None:
+    """torch keeps the limits of its compiler in a context.
+
+    A thread that does not get this context may compile only eight shapes.
+    """
     denoiser = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
     del denoiser.transformer.transformer_blocks[1:]
     everything = {(2, side * side) for side in range(64)}
@@ -162,7 +165,7 @@ def test_the_loops_thread_may_compile_as_many_shapes() -> None:
     assert graphs() == 10
 
 
-def test_phases_add_up() -> None:
+def test_repetitions_of_a_phase_are_counted_under_one_name() -> None:
     phases = Phases()
     for _ in range(2):
         with phases.timed("load"):
@@ -183,7 +186,7 @@ print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxg
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
-def test_a_second_start_finds_the_code_of_the_first(tmp_path: Path) -> None:
+def test_a_second_start_finds_the_compiled_code_of_the_first(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", START, str(tmp_path)]
     first, second = (
         json.loads(

@@ -1,4 +1,7 @@
-"""The committed weights generate what is asked, in FP8, loaded as any SD3.5 model is."""
+"""Tests that the committed demo model in FP8 generates what its prompts ask for.
+
+The model is loaded like any SD3.5 model.
+"""
 
 import time
 
@@ -16,7 +19,10 @@ def operations(no_denormals: None) -> tuple[PromptEncoder, Denoiser]:
 
 
 def test_eight_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Denoiser]) -> None:
-    """Every place and hour, two moons; `make demo-check` generates all 80."""
+    """The eight prompts cover every place, every hour and two moons.
+
+    `make demo-check` generates all 80 images.
+    """
     asked = [scene_prompts()[i] for i in (0, 5, 10, 15, 32, 21, 26, 28)]
     pictures = [generate(*operations, prompt, seed=3) for prompt, _ in asked]
     scenes = [scene for _, scene in asked]
@@ -28,7 +34,7 @@ def test_eight_pictures_show_what_was_asked(operations: tuple[PromptEncoder, Den
 def test_a_picture_takes_a_few_seconds_on_one_core(
     operations: tuple[PromptEncoder, Denoiser],
 ) -> None:
-    """The limit is on process time and generous, because other tests share the cores."""
+    """The limit counts process time and is generous, because other tests share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Images that share steps come out as if they were alone, on the demo model."""
+"""Tests of the denoising loop, with the demo model: images that share steps, and faults."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def encoder() -> PromptEncoder:
 
 
 class Model:
-    """A loop on one precision, with the transformer's calls noted."""
+    """The demo model in one precision and its denoising loop, which tests observe and disturb.
+
+    `entered`: the rows of each call of the transformer. `rows`: the same without calls of one row.
+    Calls wait while `gate` is cleared. `fail`: an error that the next call of several rows raises.
+    """
 
     def __init__(self, precision: str, encoder: PromptEncoder) -> None:
         self.encoder = encoder
@@ -74,7 +78,7 @@ class Model:
             rows = len(inputs["timestep"])
             self.entered.append(rows)
             self.gate.wait()
-            if rows > 1:  # not the plug
+            if rows > 1:  # leaves out PLUG, which has one row
                 self.rows.append(rows)
             if rows > 1 and self.fail:
                 error, self.fail = self.fail, None
@@ -92,7 +96,7 @@ class Model:
             step(batch, rows)
 
         self.denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # the fault
-        self.beside_steps = precision == "fp32"  # one of the two decodes as on a card
+        self.beside_steps = precision == "fp32"  # fp32 decodes as on a card
         self.loop = self.new_loop()
 
     def new_loop(self, memory_pause_s: float = 0.05) -> DenoisingLoop:
@@ -108,7 +112,7 @@ class Model:
         return self.encoder.encode_prompts([*prompts, request.prompt], 32)
 
     def generate(self, *requests: ImageRequest) -> list[GeneratedPixels]:
-        """Generates the images together: none takes a step before all have been submitted."""
+        """Generate images together: no image takes a step before all have been submitted."""
         futures = self.submit(*((request, self.embeds(request)) for request in requests))
         return [future.result(30) for future in futures]
 
@@ -120,7 +124,10 @@ class Model:
         return future.result(30), events
 
     def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[GeneratedPixels]]:
-        """An image before them stands still in its only step until all are there."""
+        """Submit images so that they start together.
+
+        The image PLUG stands still in its only step until all of them have been submitted.
+        """
         self.gate.clear()
         entered = len(self.entered)
         first = self.loop.generate(PLUG, self.embeds(PLUG))
@@ -141,7 +148,11 @@ def model(request: pytest.FixtureRequest, encoder: PromptEncoder) -> Iterator[Mo
 
 @contextmanager
 def a_new_loop(model: Model, memory_pause_s: float = 0.05) -> Iterator[None]:
-    """A loop of its own: one that ran out of memory keeps its batches small for a while."""
+    """Give the model another loop within the block.
+
+    A loop that ran out of memory keeps its batches small for a while, which would disturb the
+    tests that come later.
+    """
     usual, model.loop = model.loop, model.new_loop(memory_pause_s)
     try:
         yield
@@ -157,11 +168,11 @@ def cramped(model: Model) -> Iterator[Model]:
 
 
 def difference(one: GeneratedPixels, other: GeneratedPixels) -> float:
-    """The largest, in levels of 0 to 255."""
+    """The largest difference between the values of two images, in levels of 0 to 255."""
     return float(np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max())
 
 
-def test_together_is_as_alone(model: Model) -> None:
+def test_images_generated_together_equal_those_generated_alone(model: Model) -> None:
     alone = [model.generate(request)[0] for request in MIXED]
     model.rows.clear()
     together = model.generate(*MIXED)
@@ -169,13 +180,16 @@ def test_together_is_as_alone(model: Model) -> None:
     exact = model.denoiser.recipe.name == "fp32"
     for one, other in zip(alone, together, strict=True):
         if exact:
-            assert difference(one, other) <= 1  # a level, where a sum rounds otherwise
+            assert difference(one, other) <= 1  # where a sum is rounded differently
         else:
             assert np.abs(one.pixels.astype(int) - other.pixels).mean() < 1
 
 
-def test_within_a_bucket_the_company_changes_nothing(model: Model) -> None:
-    """Four rows each time, beside other images, first and last."""
+def test_other_images_change_nothing_within_one_padded_size(model: Model) -> None:
+    """The image shares batches of four rows with different images.
+
+    The image stands at the first and at the last place of the batch.
+    """
     others = [replace(REQUEST, seed=s, prompt=p) for s, p in ((8, "dunes"), (9, "a city"))]
     results = [
         model.generate(REQUEST, others[0])[0],
@@ -195,7 +209,7 @@ def test_a_deterministic_image_is_the_same_alone_and_in_a_crowd(model: Model) ->
 
 
 def test_images_join_and_leave_between_steps(model: Model) -> None:
-    """The second comes when the first is half done, and is done before it."""
+    """The second image comes while the first one runs, and is finished before it."""
     long = replace(REQUEST, num_inference_steps=40)
     first = model.loop.generate(long, model.embeds(long))
     before = len(model.rows)
@@ -243,7 +257,7 @@ def test_a_step_that_fails_for_one_image_is_repeated_for_the_others(
         assert np.abs(other.result(30).pixels.astype(int) - good.pixels).mean() < 1
 
 
-def test_numbers_that_are_not_finite_are_their_own_images_alone(model: Model) -> None:
+def test_an_image_with_numbers_that_are_not_finite_fails_alone(model: Model) -> None:
     broken = model.embeds(REQUEST)
     broken = PromptEmbeds(torch.full_like(broken.tokens, float("nan")), broken.pooled)
     good = model.generate(REQUEST, replace(REQUEST, seed=9))[0]
@@ -279,7 +293,7 @@ def test_an_image_that_cannot_begin_fails_alone(
     assert model.loop.alive
 
 
-def test_without_memory_for_a_batch_its_step_is_repeated_in_smaller_ones(cramped: Model) -> None:
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_batches(cramped: Model) -> None:
     requests = [replace(REQUEST, seed=seed) for seed in range(4)]
     alone = [cramped.generate(request)[0] for request in requests]
     before = cramped.loop.counts.out_of_memory
@@ -288,14 +302,14 @@ def test_without_memory_for_a_batch_its_step_is_repeated_in_smaller_ones(cramped
     generated = cramped.generate(*requests)
     assert cramped.loop.counts.out_of_memory == before + 1
     assert cramped.rows[0] == 8
-    assert max(cramped.rows[1:]) == 4  # for a while nobody tries as many again
-    assert sum(cramped.rows[1:]) == 4 * 2 * REQUEST.num_inference_steps  # no step twice
+    assert max(cramped.rows[1:]) == 4  # batches stay smaller for a while
+    assert sum(cramped.rows[1:]) == 4 * 2 * REQUEST.num_inference_steps  # no step is done twice
     exact = cramped.denoiser.recipe.name == "fp32"
     for one, other in zip(alone, generated, strict=True):
         assert np.abs(one.pixels.astype(int) - other.pixels).mean() < (0.1 if exact else 1)
 
 
-def test_an_image_that_fits_nowhere_is_given_up_and_others_go_on(cramped: Model) -> None:
+def test_an_image_too_large_for_the_memory_fails_and_others_go_on(cramped: Model) -> None:
     cramped.room = 1
     with pytest.raises(Unavailable, match="not enough memory to generate 64x64"):
         cramped.generate(REQUEST)
@@ -311,7 +325,7 @@ def test_images_that_fit_alone_but_not_together_are_generated_alone(cramped: Mod
     assert max(cramped.rows[1:]) <= 2
 
 
-def test_an_image_for_which_there_is_no_memory_stalls_nobody(model: Model) -> None:
+def test_an_image_that_waits_for_memory_delays_no_other_image(model: Model) -> None:
     with a_new_loop(model, memory_pause_s=3600):
         model.room = 1
         unguided = replace(REQUEST, guidance_scale=1.0, num_inference_steps=3)
@@ -323,7 +337,7 @@ def test_an_image_for_which_there_is_no_memory_stalls_nobody(model: Model) -> No
         large.cancel()
 
 
-def test_without_memory_to_decode_it_is_tried_again(
+def test_a_decode_that_runs_out_of_memory_is_repeated(
     cramped: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, failures = cramped.denoiser.decode, [2]
@@ -341,7 +355,7 @@ def test_without_memory_to_decode_it_is_tried_again(
         cramped.generate_with_events(REQUEST)
 
 
-@pytest.mark.parametrize("model", ["fp32"], indirect=True)  # the one that decodes beside
+@pytest.mark.parametrize("model", ["fp32"], indirect=True)  # decodes next to the steps
 def test_steps_go_on_while_an_image_is_decoded(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +379,7 @@ def test_steps_go_on_while_an_image_is_decoded(
     second.result(30)
 
 
-def test_every_step_is_reported_and_its_time_is_shared(model: Model) -> None:
+def test_every_step_is_reported_and_its_time_is_divided_among_its_images(model: Model) -> None:
     generated, events = model.generate_with_events(REQUEST)
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
@@ -386,7 +400,7 @@ def test_previews_come_closer_to_the_picture(model: Model) -> None:
     assert {p.pixels.shape for p in previews} == {(96, 128, 3)}
 
     def apart(pixels: np.ndarray, picture: np.ndarray) -> float:
-        """Mean difference of the colours of 8 × 8 patches: previews know no more."""
+        """The mean difference between colours of 8 × 8 patches; previews have no finer detail."""
         means = [
             p.astype(float).reshape(12, 8, 16, 8, 3).mean(axis=(1, 3)) for p in (pixels, picture)
         ]
@@ -405,7 +419,9 @@ def test_previews_are_spread_over_the_steps() -> None:
     assert preview_steps(1, 3) == preview_steps(28, 0) == []
 
 
-def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preview_that_fails_does_not_end_its_image(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def preview(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no")
 
@@ -417,7 +433,7 @@ def test_a_preview_that_fails_costs_nothing(model: Model, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("where", ["begin", "denoise_step", "decode"])
 @pytest.mark.parametrize("beside_steps", [False, True])
-def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside_steps: bool) -> None:
+def test_a_broken_device_is_reported_at_once(model: Model, where: str, beside_steps: bool) -> None:
     told = threading.Event()
     denoiser = copy(model.denoiser)
 
@@ -432,7 +448,7 @@ def test_a_broken_device_is_told_of_at_once(model: Model, where: str, beside_ste
     loop.close()
 
 
-def test_without_memory_to_begin_it_is_tried_again(
+def test_an_image_whose_beginning_runs_out_of_memory_is_tried_again(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, failures = model.denoiser.begin, [2]
@@ -450,8 +466,8 @@ def test_without_memory_to_begin_it_is_tried_again(
         model.generate_with_events(REQUEST)
 
 
-def test_across_buckets_rounding_is_all_that_differs(model: Model) -> None:
-    """The documented tolerance: latents in float32, pictures in FP8."""
+def test_other_padded_sizes_change_only_rounding(model: Model) -> None:
+    """Images stay within the tolerances of docs/pools.md: float32 latents, and FP8 pictures."""
 
     def latents_with(rows: int) -> torch.Tensor:
         image = model.denoiser.begin(
@@ -469,7 +485,7 @@ def test_across_buckets_rounding_is_all_that_differs(model: Model) -> None:
     latents = [latents_with(rows) for rows in (2, 4, 16)]
     if model.denoiser.recipe.name == "fp32":
         apart = max(float((x - latents[0]).abs().max()) for x in latents)
-        assert apart <= 5e-5, apart  # of latents around 1
+        assert apart <= 5e-5, apart  # latents have values around 1
     else:
         pictures = [model.denoiser.decode(x).clamp(0, 1) for x in latents]
         likeness = min(ssim(x, pictures[0]) for x in pictures)

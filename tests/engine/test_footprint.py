@@ -1,4 +1,4 @@
-"""The formulas of `cluster.footprint` against the real structures, built on the meta device."""
+"""Tests that `cluster.footprint` agrees with the real models, built on torch's meta device."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def test_weights_are_counted_to_the_byte(model: str, recipe: str) -> None:
     assert footprint.transformer_bytes(structure(model), recipe) == nbytes(transformer)
 
 
-def test_the_demo_model_is_counted_like_the_large_ones() -> None:
+def test_the_demo_models_weights_are_counted_to_the_byte_too() -> None:
     transformer = SD3Transformer2DModel.from_pretrained(DEMO_MODEL / "transformer")
     apply_recipe(transformer, RECIPES["fp8"])
     counted = footprint.transformer_bytes(Structure.of(transformer.config), "fp8")
     assert counted == nbytes(transformer)
 
 
-def test_what_all_models_share_is_counted_exactly() -> None:
+def test_parameters_of_the_parts_that_models_share_are_exact() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config("vae"))
         clips = [
@@ -57,29 +57,31 @@ def test_what_all_models_share_is_counted_exactly() -> None:
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("rows", "side", "text"), [(1, 512, 333), (2, 1024, 333), (8, 512, 154)])
-def test_a_steps_peak(model: str, recipe: str, rows: int, side: int, text: int) -> None:
+def test_the_formula_of_a_steps_peak_memory_is_within_2_percent(
+    model: str, recipe: str, rows: int, side: int, text: int
+) -> None:
     followed = memory_model.step_bytes(model, recipe, rows, side, side, text)
     by_formula = footprint.step_bytes(structure(model), recipe, rows, side * side, text)
     assert by_formula == pytest.approx(followed, rel=0.02)
 
 
 @pytest.mark.parametrize("side", [512, 1024])
-def test_a_decodes_peak(side: int) -> None:
+def test_the_formula_of_a_decodes_peak_memory_is_within_2_percent(side: int) -> None:
     followed = memory_model.decode_bytes(side, side)
     assert followed == pytest.approx(footprint.DECODE_BYTES_PER_PX * side * side, rel=0.02)
 
 
-def test_the_encoders_peak() -> None:
+def test_the_text_encoders_peak_memory_is_below_the_allowance() -> None:
     one_layer_of_t5 = 2 * 4096 * 10240
     followed = memory_model.encode_bytes(4, 256) + one_layer_of_t5
     assert followed / GIB < footprint.ENCODER_PEAK_GIB
 
 
-def test_living_bytes_follow_what_is_freed() -> None:
+def test_living_bytes_no_longer_count_freed_tensors() -> None:
     with memory_model.LivingBytes() as living:
         for _ in range(3):
             x = torch.zeros(256)
-            y = (x + 1).view(2, 128)  # a view is no storage of its own
+            y = (x + 1).view(2, 128)  # a view has no storage of its own
             del x, y
     assert living.peak == 2 * 256 * 4
     assert living.living == 0

@@ -1,4 +1,4 @@
-"""The GPU scripts run whole on a CPU, with small shapes: what they print is measured there."""
+"""Tests that run the scripts of `bench/gpu` from start to end on a CPU, with small shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> An
         ),
     ],
 )
-def test_steps(
+def test_the_steps_script_measures_every_way(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -61,14 +61,14 @@ def test_steps(
         assert "No module named 'torchao'" in printed
 
 
-def test_cells_for_which_time_does_not_suffice_are_left_out() -> None:
+def test_cells_that_the_remaining_time_cannot_hold_have_no_results() -> None:
     rates = steps.rates(TINY)
     cells = list(steps.cells(TINY, "sd3.5-medium", FP8_EAGER, rates, [(64, 1)], steps.Clock(0)))
     assert cells == [{"model": "sd3.5-medium", "way": "fp8 eager", "side": 64, "requests": 1}]
 
 
-def test_ways_differ_as_their_names_say() -> None:
-    """Same random weights: FP8 is near 16 bit and not equal to it."""
+def test_fp8_ways_come_close_to_16_bit_and_differ_from_it() -> None:
+    """All ways have the same random weights."""
     out: dict[str, torch.Tensor] = {}
     for name in ("bf16 eager", "fp8 eager", "fp8-adaln8 compiled"):
         torch.manual_seed(0)
@@ -87,7 +87,9 @@ def test_ways_differ_as_their_names_say() -> None:
 
 
 @pytest.mark.long
-def test_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_engine_script_measures_throughput_and_a_stream(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     found = run(engine.main, monkeypatch, tmp_path, "--images", "4")
     assert all(per_s > 0 for per_s in found["images_per_s"].values())
     assert found["stream"]["images"] == 4
@@ -95,7 +97,9 @@ def test_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_packing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_packing_script_measures_every_cell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     arguments = [
         "--side",
         "64",

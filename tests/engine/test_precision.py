@@ -1,4 +1,4 @@
-"""Recipes measured: accuracy of FP8 linears, independence of neighbours, round trips."""
+"""Tests of the precision recipes: accuracy of FP8, independence of rows, saving and loading."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sqnr_db(exact: torch.Tensor, found: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("k", "n"), [(192, 192), (192, 768), (768, 192), (2432, 256)])
-def test_accuracy_of_a_linear(k: int, n: int) -> None:
+def test_an_fp8_linear_has_about_29_db_of_signal_to_noise(k: int, n: int) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(k, n), torch.randn(128, k)
     with torch.no_grad():
@@ -60,8 +60,8 @@ save_file({"w": w, "x": x, "y": y, "numbers": qw.qdata, "scale": qw.scale}, sys.
 """
 
 
-def test_torchao_quantises_rows_alike(tmp_path: Path) -> None:
-    """torchao lives in a folder of its own: installed beside diffusers it slows every import."""
+def test_rows_are_quantised_like_torchao_does(tmp_path: Path) -> None:
+    """torchao has a folder of its own, because next to diffusers it slows every import."""
     file = tmp_path / "reference.safetensors"
     subprocess.run(  # noqa: S603 - our own interpreter and program
         [sys.executable, "-c", REFERENCE, str(file)],
@@ -81,7 +81,7 @@ def test_torchao_quantises_rows_alike(tmp_path: Path) -> None:
     assert sqnr_db(exact, ours) == pytest.approx(sqnr_db(exact, reference["y"]), abs=0.1)
 
 
-def test_a_neighbours_outliers_change_nothing() -> None:
+def test_outliers_in_other_rows_change_nothing() -> None:
     torch.manual_seed(0)
     linear = Fp8Linear.quantize(nn.Linear(64, 64))
     mine = torch.randn(16, 64)
@@ -90,7 +90,7 @@ def test_a_neighbours_outliers_change_nothing() -> None:
     assert torch.equal(alone, beside)
 
 
-def test_not_a_number_is_not_hidden() -> None:
+def test_nan_stays_visible_in_its_own_row() -> None:
     x = torch.ones(2, 64)
     x[0, 3] = float("nan")
     y = Fp8Linear.quantize(nn.Linear(64, 64))(x)
@@ -109,7 +109,7 @@ def transformer() -> SD3Transformer2DModel:
     return SD3Transformer2DModel.from_pretrained(DEMO_MODEL / "transformer")
 
 
-def test_every_block_linear_is_fp8_and_the_listed_ones_are_not(
+def test_only_attention_and_feed_forward_layers_of_blocks_are_fp8(
     transformer: SD3Transformer2DModel,
 ) -> None:
     model = apply_recipe(SD3Transformer2DModel.from_config(transformer.config), RECIPES["fp8"])
@@ -118,15 +118,15 @@ def test_every_block_linear_is_fp8_and_the_listed_ones_are_not(
     assert all(name.startswith("transformer_blocks.") for name in fp8)
     assert all(".attn" in name or ".ff" in name for name in fp8)
     assert not any(fp8_layer(name, RECIPES["fp8"]) for name in plain)
-    # q, k, v of both streams, two outputs, two feed-forwards of two; the last block has no text
-    # output and no text feed-forward; the dual block has four more.
+    # A block has 12: q, k and v of both streams, two outputs, and two feed-forwards of two layers.
+    # The last block lacks 3: the text's output and feed-forward. The dual block has 4 more.
     assert len(fp8) == 4 * 12 - 3 + 4
     assert all(m.weight.dtype is E4M3 for m in model.modules() if isinstance(m, Fp8Linear))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_adaln_can_be_stored_in_8_bit(transformer: SD3Transformer2DModel) -> None:
-    """The stored weights are used in 16 bit: the output is as near as their rounding allows."""
+    """The 8-bit weights are converted to 16 bit for use, so their rounding is the only error."""
     config = transformer.config
     torch.manual_seed(0)
     original = SD3Transformer2DModel.from_config(config).to(torch.bfloat16)
@@ -147,12 +147,14 @@ def test_adaln_can_be_stored_in_8_bit(transformer: SD3Transformer2DModel) -> Non
     assert layer(x).dtype is torch.bfloat16
     assert (
         1e-4 < error.median() < 2e-3
-    )  # 27 to 40 dB; activations in FP8 too would add as much again
+    )  # 27 to 40 dB; FP8 activations would add as much error again
     row_alone, row_beside = layer(x[:1]), layer(x)[:1]
     assert torch.allclose(row_alone, row_beside, atol=1e-2)
 
 
-def test_joined_projections_are_exact_and_there_once(transformer: SD3Transformer2DModel) -> None:
+def test_joined_projections_are_exact_and_replace_the_single_ones(
+    transformer: SD3Transformer2DModel,
+) -> None:
     config, state = transformer.config, transformer.state_dict()
     for recipe in ("fp8", "fp32"):
         plain, fused = (SD3Transformer2DModel.from_config(config) for _ in range(2))
@@ -179,7 +181,7 @@ def test_joined_projections_are_exact_and_there_once(transformer: SD3Transformer
         assert torch.allclose(first, second, atol=1e-5 if recipe == "fp32" else 0.0)
 
 
-def test_fp8_round_trips_through_safetensors(
+def test_an_fp8_transformer_is_unchanged_by_saving_and_loading(
     transformer: SD3Transformer2DModel, tmp_path: Path
 ) -> None:
     model = apply_recipe(transformer, RECIPES["fp8"])
@@ -200,7 +202,7 @@ def test_fp8_round_trips_through_safetensors(
     assert (first - second).abs().max() == 0.0
 
 
-def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
+def test_t5_in_fp8_is_unchanged_by_saving_and_loading(tmp_path: Path) -> None:
     from optimum.quanto import quantization_map, requantize
 
     torch.manual_seed(0)
@@ -214,7 +216,7 @@ def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
         exact = t5(ids).last_hidden_state
         store_in_fp8(t5)
         stored = t5(ids).last_hidden_state
-        # T5 ties its embedding under two names, which safetensors refuses to store as one.
+        # T5 has one embedding under two names; safetensors refuses tensors that share memory.
         state = {name: tensor.clone() for name, tensor in t5.state_dict().items()}
         save_file(state, tmp_path / "t5.safetensors")
         with torch.device("meta"):
@@ -228,7 +230,7 @@ def test_t5_is_stored_in_fp8_and_round_trips(tmp_path: Path) -> None:
     assert kinds == {E4M3}
 
 
-def test_text_encoders_run_with_t5_in_fp8_and_without_bfloat16_in_float32() -> None:
+def test_with_t5_in_fp8_text_encoders_run_in_bfloat16_or_else_in_float32() -> None:
     exact = PromptEncoder(DEMO_MODEL).encode_prompts(["a city at night"], 32)
     recipe = ENCODER_RECIPES["t5-quanto"]
     for on_card, dtype in (

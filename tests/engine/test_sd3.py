@@ -1,4 +1,4 @@
-"""Our operations against the pipeline that they replace: the same picture for the same seed."""
+"""Tests that Octet's operations and diffusers' pipeline generate the same picture for a seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ pytestmark = pytest.mark.usefixtures("no_denormals")
 
 
 class Both:
-    """One model, loaded by us and by diffusers, float32 on the CPU."""
+    """One model in float32 on the CPU, loaded by Octet and by diffusers.
+
+    `absent`: components that the model does not have, each as None.
+    """
 
     def __init__(self, folder: Path, **absent: None) -> None:
         self.encoder, self.denoiser = PromptEncoder(folder), Denoiser.load(folder, RECIPES["fp32"])
@@ -32,13 +35,13 @@ class Both:
         prompts = [negative, prompt] if guided else [prompt]
         return self.denoiser.begin(self.encoder.encode_prompts(prompts, TEXT_LENGTH), **options)
 
-    def ours(self, *prompts: str, **options: Any) -> torch.Tensor:
+    def by_octet(self, *prompts: str, **options: Any) -> torch.Tensor:
         image = self.begin(*prompts, **options)
         while not image.finished:
             self.denoiser.denoise_step([image])
         return self.denoiser.decode(image.latents).clamp(0, 1)
 
-    def theirs(self, prompt: str, negative: str = "", **options: Any) -> torch.Tensor:
+    def by_diffusers(self, prompt: str, negative: str = "", **options: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.pop("seed"))
         pictures: torch.Tensor = self.pipeline(
             prompt,
@@ -70,7 +73,7 @@ def demo() -> Both:
 
 @pytest.fixture(scope="module", params=["large-like", "without T5"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """Random models of other structures, saved and loaded."""
+    """A random model of another structure: like SD3.5 Large (no dual attention) or without T5."""
     from demo.train import Model, new_vae
 
     torch.manual_seed(0)
@@ -105,36 +108,36 @@ CASES: Sequence[tuple[list[str], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("prompts", "settings"), CASES)
-def test_the_same_picture_as_the_pipeline(
+def test_octet_generates_the_same_picture_as_the_pipeline(
     demo: Both, prompts: list[str], settings: dict[str, Any]
 ) -> None:
-    ours, theirs = demo.ours(*prompts, **settings), demo.theirs(*prompts, **settings)
-    assert ours.shape == (1, 3, settings["height"], settings["width"])
-    assert ours.std() > 0.01
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    found, expected = demo.by_octet(*prompts, **settings), demo.by_diffusers(*prompts, **settings)
+    assert found.shape == (1, 3, settings["height"], settings["width"])
+    assert found.std() > 0.01
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_other_structures_too(tiny: Both) -> None:
+def test_other_structures_generate_the_pipelines_picture_too(tiny: Both) -> None:
     settings = options(steps=4)
-    ours = tiny.ours("a city at night", "sea", **settings)
-    theirs = tiny.theirs("a city at night", "sea", **settings)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    found = tiny.by_octet("a city at night", "sea", **settings)
+    expected = tiny.by_diffusers("a city at night", "sea", **settings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_what_is_asked_changes_the_picture(demo: Both) -> None:
-    base = demo.ours("the sea at dawn", **options(steps=4))
+def test_prompts_seed_and_guidance_change_the_picture(demo: Both) -> None:
+    base = demo.by_octet("the sea at dawn", **options(steps=4))
     others = [
-        demo.ours("a city at night", **options(steps=4)),
-        demo.ours("the sea at dawn", "pink", **options(steps=4)),
-        demo.ours("the sea at dawn", **options(steps=4, seed=8)),
-        demo.ours("the sea at dawn", **options(steps=4, guidance=1.0)),
+        demo.by_octet("a city at night", **options(steps=4)),
+        demo.by_octet("the sea at dawn", "pink", **options(steps=4)),
+        demo.by_octet("the sea at dawn", **options(steps=4, seed=8)),
+        demo.by_octet("the sea at dawn", **options(steps=4, guidance=1.0)),
     ]
     for other in others:
         assert (base - other).abs().max() > 1e-2
 
 
 def test_images_at_different_steps_share_a_batch(demo: Both) -> None:
-    """Own steps, own guidance, joined later: as if each were alone."""
+    """The images differ in steps and guidance, and two of them join later; each is as if alone."""
     asked = [
         ("the sea at dawn", options(steps=6)),
         ("a city at night", options(steps=4, guidance=1.0, seed=1)),
@@ -151,21 +154,21 @@ def test_images_at_different_steps_share_a_batch(demo: Both) -> None:
         torch.testing.assert_close(image.latents, alone.latents, atol=1e-4, rtol=0)
 
 
-def test_unknown_words_and_scripts_are_told_apart(demo: Both) -> None:
+def test_unknown_words_and_scripts_have_different_embeddings(demo: Both) -> None:
     prompts = ["zebra", "xylophone", "夜", "海", "🌕", "🌊", ""]
     embeds = demo.encoder.encode_prompts(prompts, TEXT_LENGTH)
     distances = torch.cdist(embeds.pooled, embeds.pooled) + torch.eye(len(prompts)) * 1e9
     assert distances.min() > 1e-3
 
 
-def test_a_word_after_an_unknown_one_still_counts(demo: Both) -> None:
+def test_a_word_after_unknown_words_still_changes_the_embedding(demo: Both) -> None:
     one, other = demo.encoder.encode_prompts(
         ["qwzx 夜 sunset", "qwzx 夜 night"], TEXT_LENGTH
     ).pooled
     assert (one - other).norm() > 0.1
 
 
-def test_the_demo_model_is_small_and_plain() -> None:
+def test_the_demo_model_has_at_most_20_mb_of_json_and_safetensors() -> None:
     files = [file for file in DEMO_MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 20e6
     assert {file.suffix for file in files} <= {".json", ".safetensors"}

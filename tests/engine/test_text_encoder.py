@@ -1,4 +1,4 @@
-"""The cache before the text encoders, with an encoder that counts."""
+"""Tests of the cache in front of the text encoders, with an encoder that records its batches."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_a_prompt_is_encoded_once() -> None:
     run(test, rows=9)
 
 
-def test_a_prompt_under_way_is_waited_for() -> None:
+def test_equal_prompts_wait_for_the_same_encoding() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         encoder.gate.clear()
         waiting = [asyncio.create_task(cache.get("a", 32)) for _ in range(5)]
         await asyncio.sleep(0.01)
-        waiting[0].cancel()  # who asked first goes away; the others still get theirs
+        waiting[0].cancel()  # the first caller leaves; the others still get the embedding
         encoder.gate.set()
         rows = await asyncio.gather(*waiting[1:])
         assert all(row is rows[0] for row in rows)
@@ -77,7 +77,7 @@ def test_a_prompt_under_way_is_waited_for() -> None:
     run(test, rows=9)
 
 
-def test_what_nobody_waits_for_is_not_encoded() -> None:
+def test_prompts_that_nobody_waits_for_are_not_encoded() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         encoder.gate.clear()
         running = asyncio.create_task(cache.get("running", 32))
@@ -95,7 +95,7 @@ def test_what_nobody_waits_for_is_not_encoded() -> None:
     run(test, rows=9)
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_embedding_is_dropped_first() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         for prompt in ("a", "b", "", "a", "c", "", "a", "b"):
             await cache.get(prompt, 32)
@@ -106,7 +106,7 @@ def test_the_least_recently_used_goes_first() -> None:
     run(test, rows=3)
 
 
-def test_a_failure_is_not_kept() -> None:
+def test_a_failed_encoding_is_not_cached() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         for _ in range(2):
             with pytest.raises(RuntimeError):
@@ -116,7 +116,7 @@ def test_a_failure_is_not_kept() -> None:
     run(test, rows=3)
 
 
-def test_what_waits_is_encoded_together() -> None:
+def test_waiting_prompts_are_encoded_in_batches() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         encoder.gate.clear()
         first = asyncio.create_task(cache.get("first", 32))
@@ -145,7 +145,7 @@ def test_a_prompt_that_fails_fails_alone() -> None:
     run(test, rows=9)
 
 
-def test_pinned_prompts_stay() -> None:
+def test_pinned_prompts_stay_in_the_cache() -> None:
     async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
         for prompt in ("", "a", "b", "c", "", "blurry", ""):
             await cache.get(prompt, 32)
@@ -154,8 +154,11 @@ def test_pinned_prompts_stay() -> None:
     run(test, rows=1, pinned=[("", 32)])
 
 
-def test_company_changes_no_embedding_and_warm_prompts_are_there() -> None:
-    """On the demo model: prompts by themselves, and in one batch in another order."""
+def test_other_prompts_change_no_embedding_and_warm_prompts_are_kept() -> None:
+    """The demo model's encoder gets prompts one by one, and then all in one batch.
+
+    The warm prompts are in memory from the start.
+    """
     settings = {
         "id": "landscapes",
         "source": {"location": str(DEMO_MODEL)},

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, with cards that only Ray believes in."""
+"""Fixtures of the fault tests: a Ray cluster of several nodes on this machine, with fake cards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serve.settings.application import Settings
 
 from ..ports import free_port
 
-# Ray reads these when it is imported.
+# Ray reads these variables when it is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.update(ENVIRONMENT)
@@ -42,14 +42,14 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def head(folder: Path) -> Iterator[Any]:
-    """A cluster of one node without a GPU, with Ray's dashboard; its driver is this process."""
+    """A cluster of one node without a GPU, with Ray's dashboard; this process is its driver."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
         from ray._private import utils
         from ray.cluster_utils import Cluster
 
-        # It would tell every other Ray user of this machine to join this cluster.
+        # Ray would note this cluster's address, and other programs of this machine would join it.
         utils.write_ray_address = lambda *_: None
         arguments = {
             "num_cpus": 4,
@@ -70,7 +70,10 @@ def head(folder: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(head: Any, folder: Path) -> Any:
-    """The cluster with its head only: nodes, Serve and logs of an earlier test go first."""
+    """The cluster with nothing but its head.
+
+    The nodes, the Serve application and the Dispatcher's logs of an earlier test are removed.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         end_serve()
@@ -82,7 +85,10 @@ def cluster(head: Any, folder: Path) -> Any:
 
 
 def end_serve() -> None:
-    """Shut Ray Serve down without waiting for its replicas, of which some may have no node."""
+    """Shut Ray Serve down and kill its replicas.
+
+    Waiting for the replicas could take for ever, because some may have no node.
+    """
     import ray
     from ray import serve
 
@@ -98,7 +104,7 @@ def end_serve() -> None:
 
 @pytest.fixture
 def deploy(cluster: Any) -> Iterator[Callable[[Settings], RunningApplication]]:
-    """Deploys settings on the cluster, with Generators that only wait (`bench.timed`)."""
+    """A function that deploys settings on the cluster, with Generators that only wait."""
 
     def deploy(settings: Settings) -> RunningApplication:
         application = RunningApplication(settings, import_path="bench.timed:build")
@@ -109,7 +115,7 @@ def deploy(cluster: Any) -> Iterator[Callable[[Settings], RunningApplication]]:
 
 
 def landed() -> dict[str, Counter[str]]:
-    """Living Generators: deployment → card of the node → how many."""
+    """The number of living Generators, by deployment and then by the card of their node."""
     import ray
 
     cards = {

@@ -1,7 +1,8 @@
-"""A pool from nothing to several replicas and back on real Ray, under load over HTTP: through nodes
-that come late, a Dispatcher's death, a drain and updates no request fails.
+"""Test that a pool scales from 0 to 2 replicas and back on real Ray, and that no request fails.
 
-Replicas only wait instead of generating (`bench.timed`), so that two cores are enough.
+Clients put load on the pool over HTTP. Meanwhile nodes come late, the Dispatcher dies, a node is
+drained and settings change. Replicas only wait instead of generating (`bench.timed`), so that two
+cores are enough.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ SETTINGS = {
 
 
 class Load:
-    """So many clients, each with one request after the other; and what they were answered."""
+    """Clients that each send one request after the other, until `end`.
+
+    `answers`: how often the clients got each HTTP status or each connection error.
+    """
 
     def __init__(self, url: str) -> None:
         self._url, self._stop = url, threading.Event()
@@ -75,7 +79,7 @@ class Load:
 
 @pytest.fixture
 def octet(cluster: Any, deploy: Callable[[Settings], RunningApplication]) -> RunningApplication:
-    """Without a node that could hold a replica."""
+    """The application on a cluster without a node that could hold a Generator replica."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import serve
@@ -145,7 +149,7 @@ def drain(node_id: str) -> None:
 
 
 def living(deployment: str) -> dict[str, Any]:
-    """Replicas by name."""
+    """Ray's descriptions of the living replicas of a deployment, by name."""
     import ray
 
     return {
@@ -156,32 +160,32 @@ def living(deployment: str) -> dict[str, Any]:
 
 
 def generators() -> dict[str, str]:
-    """Living replicas, and the nodes that they are on."""
+    """The node of each living replica of the pool, by the replica's name."""
     replicas = living(f"Generator-{POOL}")
     return {name: actor["Address"]["NodeID"] for name, actor in replicas.items()}
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_from_zero_and_back_through_all_that_happens(
+@pytest.mark.filterwarnings("ignore")  # Ray's own warnings
+def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
     cluster: Any, octet: RunningApplication, folder: Path
 ) -> None:
     url = octet.url
 
     def pool() -> dict[str, Any]:
-        """Nothing while the Dispatcher restarts."""
+        """The pool in the answer of `/ready`; all values are None while the Dispatcher restarts."""
         ready: dict[str, Any] = httpx.get(f"{url}/ready", timeout=10).json()
         return ready["models"]["landscapes"][POOL] or dict.fromkeys(("replicas", "wanted"))
 
-    # Asleep: nothing runs, and the server is ready all the same.
+    # The pool sleeps: no replica runs, and the server is ready nevertheless.
     assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
     assert pool()["replicas"] == pool()["wanted"] == 0
     assert landed() == {}
 
-    # These clients need two replicas of two slots, and the replicas need nodes, which are ordered.
+    # The clients need two replicas of two slots. Ray asks for nodes to hold these replicas.
     busy, steady = Load(url), Load(url)
     busy.start(6)
     steady.start(2)
-    wait_for(lambda: pool()["wanted"] == 2 and len(demanded()) > 0)  # Ray may not count all
+    wait_for(lambda: pool()["wanted"] == 2 and len(demanded()) > 0)  # Ray may not list all
     for resources, labels in demanded():
         assert resources["GPU"] == 1
         assert "H100" in labels["ray.io/accelerator-type"]
@@ -190,7 +194,7 @@ def test_from_zero_and_back_through_all_that_happens(
     logs = dispatchers_log(folder)
     assert f"{POOL}: 0 → " in logs
 
-    # They come, and the Dispatcher dies while replicas start.
+    # The nodes come, and the Dispatcher dies while replicas start.
     add_node(cluster)
     add_node(cluster)
     wait_for(lambda: bool(generators()))
@@ -199,7 +203,7 @@ def test_from_zero_and_back_through_all_that_happens(
     wait_for(lambda: pool()["replicas"] == 2)
     assert len(set(generators().values())) == 2
 
-    # Less to do: one node becomes free, while the other goes on. Then that one is drained.
+    # The load falls: one node becomes free and the other one goes on. Then the latter is drained.
     busy.end()
     wait_for(lambda: pool()["wanted"] == len(generators()) == 1)
     (full,) = set(generators().values())
@@ -208,7 +212,7 @@ def test_from_zero_and_back_through_all_that_happens(
     wait_for(lambda: pool()["wanted"] == pool()["replicas"] == len(generators()) == 1)
     assert full not in generators().values()
 
-    # Settings that restart nothing, then settings that restart every replica.
+    # Settings change: first one that restarts nothing, then one that restarts every replica.
     before = generators()
     octet.apply(laptop(OCTET_MAX_QUEUED="500"))
     time.sleep(1)
@@ -220,6 +224,6 @@ def test_from_zero_and_back_through_all_that_happens(
     assert answers.keys() == {200}, answers
     assert answers[200] > 50
 
-    # Nothing to do.
+    # The load ends, and the pool scales back to no replica.
     wait_for(lambda: pool()["wanted"] == 0 and not generators())
     assert httpx.get(f"{url}/ready", timeout=10).status_code == 200

@@ -1,7 +1,7 @@
-"""The life of a cluster that mixes cards with FP8 and others, over HTTP.
+"""Test of a cluster that mixes cards with and without FP8, while its nodes come and go.
 
-The cards are fake and replicas only wait (`bench.timed`); where they land, and what clients see
-while nodes come and go, is real.
+The cards are fake and replicas only wait (`bench.timed`). The nodes on which replicas start and the
+answers that clients get over HTTP are real.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_node(cluster: Any, card: str) -> Any:
 
 
 def die(cluster: Any, node: Any, *deployments: str) -> None:
-    """A node goes as if unplugged: its raylet and all of its replicas at once."""
+    """Kill a node as if it were unplugged: its raylet and the replicas of `deployments` at once."""
     pids = [
         process.pid
         for process in psutil.Process().children(recursive=True)
@@ -62,7 +62,7 @@ class Client:
         self.url = url
 
     def ask(self, precision: str = "auto", steps: int = 1) -> tuple[int, str]:
-        """Status, and what ran or the error's code."""
+        """The HTTP status, and the precision of the image or the code of the error."""
         body = {"prompt": "dunes", "num_inference_steps": steps, "precision": precision}
         answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=60)
         if answer.status_code == 200:
@@ -77,8 +77,8 @@ class Client:
         return found
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
-def test_a_mixed_cluster_through_its_life(
+@pytest.mark.filterwarnings("ignore")  # Ray warns while it starts
+def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     cluster: Any, folder: Path, deploy: Callable[[Settings], RunningApplication]
 ) -> None:
     environ = {**SETTINGS, "OCTET_HTTP__PORT": str(free_port())}
@@ -90,14 +90,15 @@ def test_a_mixed_cluster_through_its_life(
     octet = deploy(settings)
     news: list[str] = []
 
-    # No node can hold any pool: start-up ends all the same, and requests are not swallowed.
+    # No node can hold any pool: the start ends nevertheless, and requests get an error.
     octet.wait(news.append)
     assert news[-1] == f"going on without {FP8}, {FP16}: no room on any node"
     client = Client(octet.url)
     assert client.ask() == (503, "no_capacity")
     assert client.ready().status_code == 503
 
-    # A card that is in no table: it counts as having no FP8, and the log says how to label it.
+    # A node comes whose card is in no table. The card counts as having no FP8, and the log says
+    # how to label the node.
     odd = add_node(cluster, ODD_CARD)
     wait_for(lambda: client.pool("landscapes-fp16")["replicas"] == 1)
     fp8 = client.pool("landscapes-fp8")
@@ -110,14 +111,14 @@ def test_a_mixed_cluster_through_its_life(
     assert f"unknown card {ODD_CARD}; it counts as having no FP8" in logs
     assert "octet/precision=fp8" in logs
 
-    # FP8 comes.
+    # A node with FP8 comes.
     fp8_node = add_node(cluster, FP8_CARD)
     wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
     assert landed() == {FP8: Counter({FP8_CARD: 2}), FP16: Counter({ODD_CARD: 1})}
     assert client.ask() == (200, "fp8")
     assert client.ask("fp16") == (200, "fp16")
 
-    # The FP8 node dies under a request: that one and new ones go on in 16 bit.
+    # The FP8 node dies during a request. This request and new ones are served in 16 bit.
     answers: list[tuple[int, str]] = []
     under_way = threading.Thread(target=lambda: answers.append(client.ask(steps=100)))
     under_way.start()
@@ -129,18 +130,18 @@ def test_a_mixed_cluster_through_its_life(
     wait_for(lambda: not client.pool("landscapes-fp8")["placeable"], 30)
     assert client.ask("fp8") == (503, "no_capacity")
 
-    # It comes back.
+    # A node with FP8 comes back.
     add_node(cluster, FP8_CARD)
     wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
     assert client.ask() == (200, "fp8")
 
-    # Only FP8 nodes are left: the 16-bit pool moves to them, because it may.
+    # Only nodes with FP8 are left. The 16-bit pool moves to them, because its settings allow it.
     die(cluster, odd, FP16)
     wait_for(lambda: landed().get(FP16) == Counter({FP8_CARD: 1}))
     wait_for(lambda: client.ask("fp16") == (200, "fp16"))
     assert client.ask("fp8") == (200, "fp8")
 
-    # Where it may not, 16 bit is refused in words, and FP8 is served.
+    # The settings forbid it now: 16 bit is refused with an error code, and FP8 is served.
     strict = {"OCTET_MODELS__0__POOLS__1__ALLOW_FP8_NODES": "false"}
     octet.apply(load_settings(ROOT / "examples" / "laptop.yaml", {**environ, **strict}))
     wait_for(lambda: client.ask("fp16") == (503, "no_capacity"))

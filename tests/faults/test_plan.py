@@ -1,7 +1,7 @@
-"""A packing plan for the nodes of a cluster, deployed there: replicas land as it says.
+"""Test that Ray puts replicas on the cards that the packing plan of a cluster gives them.
 
-The cards are fake and the replicas only wait (`bench.timed`); the plan is that of SD3.5, and where
-Ray puts replicas is real.
+The cards are fake and the replicas only wait (`bench.timed`). The plan is one for SD3.5, and the
+placement by Ray is real.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .conftest import STORE_BYTES, landed, wait_for
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
 
-def a_want(model: str, steps: int, rows: int) -> PlannedModel:
-    """A model whose images are so large that a T4 has no room for them."""
+def planned_model(model: str, steps: int, rows: int) -> PlannedModel:
+    """A model with images of up to 3 · 1024² px, for which a T4 has no room."""
     shape = ImageShape(1024, 1024, 333, rows, steps)
     return PlannedModel(model, structure(model), shape, max_pixels=3 * 1024**2)
 
@@ -53,7 +53,7 @@ def octet(*args: str) -> str:
 
 
 def demo_settings(file: Path, planned: Plan) -> None:
-    """Write settings in which the demo model stands for both models, in the planned pools."""
+    """Write settings with the planned pools; the demo model stands for both models."""
     base = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
     (demo,) = base["models"]
     demo["source"]["location"] = str(ROOT / "demo" / "model")
@@ -66,7 +66,7 @@ def demo_settings(file: Path, planned: Plan) -> None:
     file.write_text(yaml.safe_dump({**settings, "http": {"port": free_port()}}))
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
+@pytest.mark.filterwarnings("ignore")  # Ray warns while it starts
 def test_replicas_land_where_the_plan_puts_them(
     cluster: Any, tmp_path: Path, deploy: Callable[[Settings], RunningApplication]
 ) -> None:
@@ -80,12 +80,12 @@ def test_replicas_land_where_the_plan_puts_them(
     assert {group.card.id: group.count for group in groups} == {"h100": 1, "t4": 1, "a100-80": 1}
     assert not unknown
 
-    planned = plan(groups, [a_want(TURBO, 4, 1), a_want(MEDIUM, 28, 2)])
+    planned = plan(groups, [planned_model(TURBO, 4, 1), planned_model(MEDIUM, 28, 2)])
     pools = planned_pools(planned)
     assert sum(pool.replicas for pool in pools if pool.card == "h100") == 4
     assert not any(pool.card == "t4" for pool in pools)
 
-    # The command reads the same nodes, from a process of its own.
+    # The command `octet plan` finds the same nodes from another process.
     args = "--ray", cluster.address, "--model", MEDIUM, "--encoders-on-cpu", "--json"
     found = json.loads(octet("plan", *args))
     assert {card["card"] for card in found["cards"]} == {"h100", "t4", "a100-80"}

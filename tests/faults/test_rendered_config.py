@@ -1,9 +1,9 @@
 """The config that `octet k8s render` writes runs on several nodes, deployed as KubeRay does.
 
-Nodes have the overlay's labels and cards that only Ray believes in, and replicas only wait
-(`bench.timed`), so that two cores are enough. S3, Redis, keys and Ray's REST API with its token are
-real. While clients ask, a node leaves, a changed serveConfigV2 replaces every replica, and a pool
-wakes: no request may fail.
+The nodes have the overlay's labels and fake cards, and replicas only wait (`bench.timed`), so that
+two cores are enough. The S3 protocol, Redis, keys and Ray's REST API with its token are real. While
+clients send requests, a node leaves, a changed serveConfigV2 replaces every replica, and a pool
+wakes. No request may fail.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..redis_server import RedisServer
 from ..s3 import a_bucket, s3_server
 from .conftest import DASHBOARD_PORT, STORE_BYTES, landed, wait_for
 
-# Replicas find them as they do in a pod: in the environment, which Ray's nodes inherit from here.
+# Replicas find S3's credentials in the environment, as in a pod. Ray's nodes inherit it from here.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 PORT = free_port()
@@ -105,14 +105,15 @@ def config_of(settings: Settings) -> dict[str, Any]:
 
 
 class Clients:
-    """Some that ask one thing after the other, until the end; and what they were answered.
+    """Clients that each send one request after the other, until `end`.
 
-    Every request has a connection of its own, so that all proxies get some.
+    `answers`: how often the clients got each answer: `ok`, or the text of an error. Every request
+    has a connection of its own, so that all proxies get requests.
     """
 
     def __init__(self, key: str, number: int) -> None:
         self.answers: Counter[str] = Counter()
-        self.closed = 0  # connections, by a proxy that leaves
+        self.closed = 0  # answers with which a proxy that leaves closed its connection
         self._key, self._ended = key, threading.Event()
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(number)]
         for thread in self._threads:
@@ -147,7 +148,7 @@ def servers(folder: Path) -> Iterator[Settings]:
 
 
 def add_node(cluster: Any, kind: NodeKind) -> str:
-    """Ray's id of it."""
+    """Add a node of this kind to the cluster; return the id that Ray gives it."""
     node = cluster.add_node(
         num_cpus=2, num_gpus=kind.gpus, labels=kind.labels, object_store_memory=STORE_BYTES
     )
@@ -155,7 +156,10 @@ def add_node(cluster: Any, kind: NodeKind) -> str:
 
 
 def nodes_of(deployment: str) -> dict[str, str]:
-    """Living replicas, and their nodes."""
+    """The node of each living replica, by the replica's name.
+
+    `deployment`: how the names of the deployments begin; an empty string stands for all.
+    """
     import ray
 
     return {
@@ -165,8 +169,8 @@ def nodes_of(deployment: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own, while it starts
-def test_the_rendered_application_lives_on_a_cluster(
+@pytest.mark.filterwarnings("ignore")  # Ray warns while it starts
+def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     cluster: Any, folder: Path, servers: Settings, request: pytest.FixtureRequest
 ) -> None:
     kinds = {kind.name: kind for kind in read_nodes(OVERLAY / "nodes.yaml")}
@@ -175,7 +179,7 @@ def test_the_rendered_application_lives_on_a_cluster(
     key = add_tenant(folder / "tenants", "acme", {})
     operator = Operator()
 
-    # Traffic would come to this cluster when its application runs: then it is warm.
+    # KubeRay sends traffic to a cluster when its application runs. The pools are ready by then.
     operator.deploy(config_of(servers))
     wait_for(lambda: operator.status() == "RUNNING", 150)
     large, medium = "Generator-sd3.5-large", "Generator-sd3.5-medium"
@@ -187,7 +191,7 @@ def test_the_rendered_application_lives_on_a_cluster(
     assert client.post("/v1/images/generations", json={"prompt": "dunes"}).status_code == 401
     client.headers["authorization"] = f"Bearer {key}"
 
-    # Through the bucket, and again from there by way of Redis.
+    # The first image goes through the bucket. Redis finds it there for the repeated request.
     body = {"prompt": "dunes", "seed": 7, "response_format": "url", "model": "sd3.5-medium"}
     answers = [client.post("/v1/images/generations", json=body) for _ in range(2)]
     assert [answer.headers["x-octet-cache"] for answer in answers] == ["miss", "hit"]
@@ -205,7 +209,7 @@ def test_the_rendered_application_lives_on_a_cluster(
 
     clients = Clients(key, 2)
     request.addfinalizer(clients.end)
-    # The node of the Dispatcher leaves, as a pod does before it ends.
+    # The node of the Dispatcher leaves with the command that a pod runs before it ends.
     (dispatcher,) = nodes_of("Dispatcher").values()
     leaving = subprocess.Popen(  # noqa: S603 - our own
         [
@@ -219,12 +223,12 @@ def test_the_rendered_application_lives_on_a_cluster(
     request.addfinalizer(leaving.kill)
     wait_for(lambda: dispatcher not in nodes_of("Dispatcher").values())
 
-    # Another serveConfigV2, which replaces every replica.
+    # A changed serveConfigV2 replaces every replica.
     before = {*nodes_of("")}
     operator.deploy(config_of(servers.model_copy(update={"drain_timeout_s": 200.0})))
     wait_for(lambda: not before & {*nodes_of("")} and len(nodes_of("Ingress")) == 2, 150)
 
-    # A pool that sleeps wakes for a request that needs it, on the node that is meant for it.
+    # A sleeping pool wakes for a request that needs it, on the node that is meant for the pool.
     body = {"prompt": "dunes", "precision": "fp16", "model": "sd3.5-large"}
     assert client.post("/v1/images/generations", json=body).status_code == 200
     assert landed()[f"{large}-fp16-a100-80"] == Counter({"a100-80": 1})

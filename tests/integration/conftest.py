@@ -1,4 +1,4 @@
-"""One Ray for the whole run, on the demo model, deployed the way `octet serve` deploys."""
+"""Fixtures of the integration tests: one Ray with the demo, deployed the way of `octet serve`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from serve.launch import RunningApplication, run_application
 from serve.settings.application import Settings
 
-# Read by Ray when it starts: without it, metrics are exported every ten seconds.
+# Ray reads this variable when it starts. Without it, Ray exports metrics every ten seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 
@@ -39,12 +39,12 @@ def replica_logs() -> str:
 
 @pytest.fixture(scope="session")
 def octet(laptop: Settings) -> Iterator[RunningApplication]:
-    """The application on a Ray of its own; it runs until the last test has ended.
+    """The application on a Ray of its own, which runs until the last test has ended.
 
-    Its Generators break where `faulty` says so.
+    Its Generators fail for the guidance scales of `faulty`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own, while it starts
+        warnings.simplefilter("ignore")  # Ray warns while it starts
         application = run_application(laptop, import_path="tests.integration.faulty:build")
         octet = application.__enter__()
     yield octet

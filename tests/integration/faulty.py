@@ -1,4 +1,4 @@
-"""The application with Generators that break when a request's guidance scale says so."""
+"""The application with Generators that fail for requests with one of two guidance scales."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FaultyGenerator(Generator):
                 raise torch.OutOfMemoryError("a test's")
             original(batch, rows)
 
-        denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # that is the fault
+        denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # the injected fault
         return denoiser
 
 

@@ -1,4 +1,4 @@
-"""Requests of users while processes are killed and while settings change."""
+"""Tests of requests that are served while processes are killed or settings change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def client(url: str) -> Iterator[httpx.Client]:
 
 
 def replicas() -> dict[int, str]:
-    """Process id and deployment of each of our replicas."""
+    """The deployment of each replica of Octet that this test run started, by process id."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has ended meanwhile
@@ -50,12 +50,12 @@ def kill(deployment: str) -> None:
 
 
 def generated(request_ids: list[str]) -> Counter[str]:
-    """How often the Generators say that they drew each of these images."""
+    """How often the Generators' logs say that each image of these requests was generated."""
     found = re.findall(r'generated ([^\s"]+)', replica_logs())
     return Counter(f for f in found if f.partition("/")[0] in request_ids)
 
 
-def test_a_replica_that_dies_in_the_middle_is_replaced(
+def test_an_image_is_generated_again_when_its_replica_dies(
     octet: RunningApplication, client: httpx.Client
 ) -> None:
     body = {"prompt": "dunes at dawn", "num_inference_steps": 60, "precision": "fp16", "seed": 1}
@@ -70,8 +70,11 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(
     wait_for(lambda: all_back(str(client.base_url)))
 
 
-def test_a_poison_request_costs_three_replicas_and_no_neighbour(url: str) -> None:
-    """The third attempt runs alone; images next to the first two are generated again."""
+def test_a_request_that_kills_replicas_kills_three_and_no_other_request(url: str) -> None:
+    """The deadly request's third attempt runs alone.
+
+    The images that ran next to its first two attempts are generated again.
+    """
 
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -104,7 +107,7 @@ def test_a_poison_request_costs_three_replicas_and_no_neighbour(url: str) -> Non
         watcher.join()
     wait_for(lambda: all_back(url))
     after = {pid for pid, name in replicas().items() if name.startswith("Generator")}
-    assert 1 <= len((seen | after) - before) <= ATTEMPTS  # each is one restart
+    assert 1 <= len((seen | after) - before) <= ATTEMPTS  # each new process is one restart
 
 
 def all_back(url: str) -> bool:
@@ -112,7 +115,7 @@ def all_back(url: str) -> bool:
     return all(pool["replicas"] == 1 for pool in pools.values())
 
 
-def test_without_memory_a_step_is_repeated_and_nothing_is_lost(url: str) -> None:
+def test_running_out_of_memory_repeats_the_step_and_loses_no_image(url: str) -> None:
     async def main() -> list[int]:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             body = {
@@ -133,13 +136,13 @@ def test_without_memory_a_step_is_repeated_and_nothing_is_lost(url: str) -> None
     assert re.search(r"out of memory with \d rows: smaller batches for a while", replica_logs())
 
 
-def test_a_text_encoder_that_dies_is_waited_for(client: httpx.Client) -> None:
+def test_requests_wait_for_the_restart_of_a_text_encoder(client: httpx.Client) -> None:
     kill("TextEncoder-landscapes")
     for precision in ("fp8", "fp16"):
         assert client.post(GENERATE, json={**QUICK, "precision": precision}).status_code == 200
 
 
-def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
+def test_when_the_dispatcher_dies_each_image_is_generated_exactly_once(
     url: str, octet: RunningApplication
 ) -> None:
     ids = [f"kill-{i}" for i in range(20)]  # 8 run, 12 wait
@@ -160,10 +163,13 @@ def test_a_dispatcher_that_dies_loses_nothing_and_repeats_nothing(
     assert generated(ids) == {f"{id}/0": 1 for id in ids}
 
 
-def test_an_ingress_that_dies_gives_its_slots_back_and_its_images_end(
+def test_when_an_ingress_dies_its_slots_are_freed_and_its_images_stopped(
     url: str, octet: RunningApplication, client: httpx.Client
 ) -> None:
-    """Its clients lose their connection; later clients wait a lease's time at most."""
+    """The clients of the Ingress lose their connections.
+
+    Later clients wait for the Ingress's slots until its lease has expired.
+    """
     ids = [f"orphan-{i}" for i in range(10)]  # two more than there are slots
     endless = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
 
@@ -183,13 +189,15 @@ def test_an_ingress_that_dies_gives_its_slots_back_and_its_images_end(
         assert all(status.result() >= 500 for status in statuses)
     wait_for(lambda: served("fp8"), TIMING.session_lease_s + 30)
     assert served("fp16")
-    # After the session's lease, the session has as long again to come back.
+    # After its lease, a session has the same time again to come back. Then its images are stopped.
     ended_s = 2 * TIMING.session_lease_s + 30
     wait_for(lambda: replica_logs().count("nobody waits for image") > ended_before, ended_s)
     assert len(generated(ids)) < len(ids)
 
 
-def test_tuning_reaches_running_replicas(octet: RunningApplication, client: httpx.Client) -> None:
+def test_live_settings_reach_running_replicas(
+    octet: RunningApplication, client: httpx.Client
+) -> None:
     before, settings = replicas(), octet.settings
     model = settings.models[0]
     defaults = model.defaults.model_copy(update={"width": 64, "height": 96})

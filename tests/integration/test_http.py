@@ -1,4 +1,4 @@
-"""Requests over real HTTP to the application on real Ray, as clients send them."""
+"""Tests that send requests over real HTTP to the application on real Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GENERATE = "/v1/images/generations"
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    """A client whose requests are generated anew, whatever was generated before."""
+    """A client that bypasses the result cache, so that each of its requests is generated anew."""
     headers = {"cache-control": "no-cache"}
     with httpx.Client(base_url=url, timeout=120, headers=headers) as client:
         yield client
@@ -40,7 +40,7 @@ def picture(item: dict[str, Any]) -> Image.Image:
 
 
 def png_text(item: dict[str, Any]) -> str:
-    """The parameters that are written into a PNG, as JSON."""
+    """The parameters that Octet wrote into a PNG of an answer, as JSON."""
     image = picture(item)
     assert isinstance(image, PngImageFile)
     return str(image.text["parameters"])
@@ -97,7 +97,9 @@ def test_precision_is_honoured(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(("output_format", "found"), [("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_output_formats(client: httpx.Client, output_format: str, found: str) -> None:
+def test_the_output_format_is_honoured(
+    client: httpx.Client, output_format: str, found: str
+) -> None:
     asked = {"prompt": "dunes", "output_format": output_format, "num_inference_steps": 1}
     assert picture(client.post(GENERATE, json=asked).json()["data"][0]).format == found
 
@@ -122,19 +124,19 @@ def test_wrong_input_is_explained_in_openais_form(
     assert answer.headers["x-should-retry"] == "false"
 
 
-def test_bodies_that_are_too_large_or_no_json(client: httpx.Client) -> None:
+def test_bodies_that_are_too_large_or_not_json_are_refused(client: httpx.Client) -> None:
     assert client.post(GENERATE, content=b"{" * 2_000_000).status_code == 413
     answer = client.post(GENERATE, content=b"prompt=x")
     assert (answer.status_code, "JSON" in answer.json()["error"]["message"]) == (400, True)
 
 
-def test_unknown_paths_and_methods(client: httpx.Client) -> None:
+def test_unknown_paths_and_methods_are_refused(client: httpx.Client) -> None:
     assert client.get("/v2/images").status_code == 404
     answer = client.get(GENERATE)
     assert (answer.status_code, "error" in answer.json()) == (405, True)
 
 
-def test_playground_and_readiness(client: httpx.Client) -> None:
+def test_the_playground_is_served_and_ready_describes_the_pools(client: httpx.Client) -> None:
     assert "Octet playground" in client.get("/").text
     ready = client.get("/ready")
     assert ready.status_code == 200
@@ -154,7 +156,7 @@ def test_playground_and_readiness(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "prompt", ["雪山上的月亮", "🌇 🌊", "منظر جبلي عند الغروب", "e\u0301" * 500]
 )
-def test_any_language_is_generated(client: httpx.Client, prompt: str) -> None:
+def test_prompts_in_any_language_are_generated(client: httpx.Client, prompt: str) -> None:
     item = client.post(GENERATE, json={"prompt": prompt, "num_inference_steps": 1}).json()["data"][
         0
     ]
@@ -179,7 +181,7 @@ def test_unsafe_request_ids_are_400_on_every_path(
     assert answer.headers["x-request-id"] not in ("", given)
 
 
-def test_two_request_ids_are_not_one(client: httpx.Client) -> None:
+def test_two_request_ids_in_one_request_are_refused(client: httpx.Client) -> None:
     headers = [(b"x-request-id", b"ok"), (b"x-request-id", b"\xff")]
     assert client.get("/health", headers=headers).status_code == 400
 
@@ -188,13 +190,15 @@ def test_two_request_ids_are_not_one(client: httpx.Client) -> None:
     "header", ["x-request-timeout-seconds", "serve_multiplexed_model_id", "x-session-id"]
 )
 @pytest.mark.parametrize("value", ["0.00001", "é"])
-def test_clients_do_not_steer_ray_serve(client: httpx.Client, header: str, value: str) -> None:
+def test_headers_that_would_steer_ray_serve_are_ignored(
+    client: httpx.Client, header: str, value: str
+) -> None:
     body = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
     headers = {header.encode(): value.encode("latin-1")}
     assert client.post(GENERATE, json=body, headers=headers).status_code == 200
 
 
-def test_an_image_as_a_url(client: httpx.Client) -> None:
+def test_an_image_at_a_url_is_the_same_as_in_the_answer(client: httpx.Client) -> None:
     asked = {"prompt": "dunes", "num_inference_steps": 2, "seed": 3, "precision": "fp8"}
     inline = client.post(GENERATE, json=asked).json()["data"][0]
     item = client.post(GENERATE, json={**asked, "response_format": "url"}).json()["data"][0]
@@ -205,7 +209,7 @@ def test_an_image_as_a_url(client: httpx.Client) -> None:
 
 
 def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningApplication) -> None:
-    """Ten answers come, one after the other, while 200 requests stay open."""
+    """Ten health checks in a row are answered while 200 requests stay open."""
     body = {"prompt": "dunes", "num_inference_steps": 50, "guidance_scale": 1, "size": "64x64"}
 
     async def main() -> None:
@@ -224,7 +228,7 @@ def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningA
     wait_for(lambda: octet.status().calls == 0)
 
 
-def test_the_same_request_again_is_not_generated(url: str) -> None:
+def test_a_repeated_request_is_answered_from_the_cache(url: str) -> None:
     asked = {"prompt": "dunes", "seed": 20}
     with httpx.Client(base_url=url, timeout=60) as client:
         first, again = (client.post(GENERATE, json=asked) for _ in range(2))
@@ -251,7 +255,7 @@ def test_a_client_that_leaves_ends_no_other_clients_image(
         assert running(octet) == 1
         uses = [other.result().headers["x-octet-cache"] for other in others]
         assert uses == ["shared", "shared"]
-        assert "leaver/0: no replica" not in replica_logs()  # the same generation went on
+        assert "leaver/0: no replica" not in replica_logs()  # the generation was not stopped
         assert "generated leaver/0" in replica_logs()
         leaving = [
             pool.submit(post, 0.5, f"leaves-{i}", seed=22, num_inference_steps=100)
@@ -280,7 +284,7 @@ CANARY = "canary-5e1b"
 
 
 def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
-    """Valid and invalid requests alike; one line of the log tells how each ended."""
+    """Some requests are valid and some are not. One line of the log says how each request ended."""
     named = {"authorization": f"Bearer {CANARY}", "x-request-id": "watched"}
     bodies: list[dict[str, Any]] = [
         {"prompt": f"{CANARY} hills", "negative_prompt": CANARY, "seed": 23},

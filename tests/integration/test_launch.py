@@ -1,4 +1,4 @@
-"""The `octet serve` command as a user runs it, next to another Octet on the same machine."""
+"""Tests of the command `octet serve`, next to another Octet on the same machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .conftest import wait_for
 READY_WITHIN_S = 90
 
 
-def test_the_config_is_ray_serves_own(laptop: Settings) -> None:
+def test_ray_serve_accepts_the_config(laptop: Settings) -> None:
     schema = ServeDeploySchema.model_validate(serve_config(laptop))
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
@@ -49,14 +49,16 @@ def octet_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("octet-*"))
 
 
-def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_path: Path) -> None:
+def test_a_second_octet_serves_changes_settings_drains_and_leaves_nothing(
+    url: str, tmp_path: Path
+) -> None:
     """`url` is one Octet; the command starts another, and only that one receives the signals."""
     folders, port = octet_folders(), free_port()
     second = f"http://127.0.0.1:{port}"
     file = tmp_path / "octet.yaml"
     settings = (ROOT / "examples" / "laptop.yaml").read_text()
     settings = settings.replace("../demo/model", str(DEMO_MODEL)).replace("8000", str(port))
-    fp8 = tmp_path / "fp8"  # its FP8 pool loads what `octet quantize` makes
+    fp8 = tmp_path / "fp8"  # the FP8 pool loads a checkpoint of `octet quantize`
     quantize(DEMO_MODEL, fp8)
     settings = settings.replace(
         "precision: fp8,", f"precision: fp8, source: {{ location: {fp8} }},"
@@ -129,7 +131,7 @@ def test_a_second_octet_serves_is_tuned_drains_and_leaves_nothing(url: str, tmp_
 
 
 def running_images(address: str, key: str) -> int:
-    """The number of images that hold a slot, as an operator sees it."""
+    """The number of images that hold a slot; `key` must be an operator's."""
     headers = {"authorization": f"Bearer {key}"}
     state = httpx.get(f"{address}/v1/state", headers=headers, timeout=10).json()
     return sum(pool["running"] for pool in state["pools"].values())
@@ -148,7 +150,10 @@ def octet_command(*arguments: str) -> str:
 
 
 def announcement(demo: subprocess.Popen[str]) -> str:
-    """Return the command's output until it is open for requests; kill it if it hangs."""
+    """The command's output up to the line that says that the server is open for requests.
+
+    Raises `AssertionError` if the command is not ready in time, and kills it.
+    """
     assert demo.stdout
     lines: list[str] = []
     limit = threading.Timer(READY_WITHIN_S, demo.kill)

@@ -1,4 +1,4 @@
-"""Streams, progress and cancelled calls, through HTTP on real Ray."""
+"""Tests of streams, progress and cancelled calls, over HTTP on real Ray."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningAp
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             fill = {"prompt": "dunes", "num_inference_steps": 60, "size": "64x64"}
             work = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
-            await asyncio.to_thread(wait_for, lambda: octet.status().queued == 1)  # of 8 slots
+            await asyncio.to_thread(
+                wait_for, lambda: octet.status().queued == 1
+            )  # 8 images hold the slots
             quick = {"prompt": "dunes", "num_inference_steps": 1, "progress": True}
             events = [event async for event in lines(client, quick)]
             places = [e["queue_position"] for e in events if e["type"].endswith("progress")]
@@ -127,7 +129,7 @@ def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningAp
     asyncio.run(main())
 
 
-def test_what_goes_wrong_before_the_first_event_has_its_status(url: str) -> None:
+def test_an_error_before_the_first_event_has_an_http_status(url: str) -> None:
     answer = httpx.post(url + GENERATE, json={"prompt": "x", "stream": True, "n": 2})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     tiny = {**LONG, "stream": True, "timeout_s": 0.2}
@@ -174,7 +176,10 @@ def charges(octet: RunningApplication, prefix: str) -> list[dict[str, Any]]:
 def test_a_client_that_hangs_up_pays_for_the_steps_that_were_done(
     url: str, octet: RunningApplication, stream: bool
 ) -> None:
-    """Also when the stream has not begun, because its first event would be the image."""
+    """The client leaves before the answer begins, also if it asked for a stream.
+
+    Without previews and progress, the image is the first event of a stream.
+    """
     name = f"gone-{stream}"
 
     async def main() -> None:
@@ -192,8 +197,13 @@ def test_a_client_that_hangs_up_pays_for_the_steps_that_were_done(
     assert 0 < record["steps"] < LONG["num_inference_steps"]
 
 
-def test_a_hundred_clients_hang_up(url: str, octet: RunningApplication) -> None:
-    """Waiting and running, streaming and not, at random moments: no image is finished for them."""
+def test_no_image_is_finished_for_a_hundred_clients_that_hang_up(
+    url: str, octet: RunningApplication
+) -> None:
+    """Half of the clients stream. All leave at random moments.
+
+    The images of some clients run at that moment, those of others wait.
+    """
     rng = random.Random(4)
     statuses: list[int] = []
 
@@ -217,7 +227,7 @@ def test_a_hundred_clients_hang_up(url: str, octet: RunningApplication) -> None:
             await asyncio.gather(*stays)
 
     asyncio.run(main())
-    # Streams had begun; other clients had no answer yet, or the refusal of a server that is slow.
+    # 200: a stream had begun. 429: a slow server refused. The other clients had no answer yet.
     assert set(statuses) <= {200, 429}
     assert 0 < statuses.count(200) <= 50
     wait_for(lambda: idle(octet))
@@ -235,7 +245,7 @@ TAGS = "tenant", "pool", "state", "phase", "outcome", "reason", "code"
 
 
 def exported() -> dict[str, dict[str, float]]:
-    """Octet's metrics on this node: by name, then by the values of Octet's own tags."""
+    """Octet's metrics on this node: by name, then by the tags' values joined with `/`."""
     (node,) = ray.nodes()
     text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=10).text
     found: dict[str, dict[str, float]] = {}
@@ -248,8 +258,8 @@ def exported() -> dict[str, dict[str, float]]:
     return found
 
 
-def test_the_engine_is_counted(url: str) -> None:
-    """Metrics are exported every ten seconds; the clients that hung up above are counted too."""
+def test_metrics_count_images_charges_replicas_and_phases(url: str) -> None:
+    """The metrics also count the clients that hung up in the earlier tests of this file."""
     asked = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64", "precision": "fp16"}
     assert httpx.post(url + GENERATE, json=asked, timeout=60).status_code == 200
     deadline = time.monotonic() + 60
@@ -271,7 +281,7 @@ def test_the_engine_is_counted(url: str) -> None:
     assert found["octet_eta_ratio_count"][""] > 0
     steps, rows = found["octet_engine_steps_total"][pool], found["octet_engine_rows_total"][pool]
     assert steps >= 4
-    assert rows > 2 * steps  # the hundred shared steps
+    assert rows > 2 * steps  # the images of the hundred clients shared steps
     assert found["octet_engine_step_seconds_total"][pool] > 0
     for phase in ("text", "denoise", "decode", "encode"):
         assert found["octet_engine_phase_seconds_count"][f"{pool}/{phase}"] > 0

@@ -1,4 +1,4 @@
-"""Dashboards and alerts on the running demo, through a real Prometheus."""
+"""Test of the dashboards and alerts on the running demo, through a real Prometheus."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from serve.metric_catalogue import ALL
 from ..dashboards import metrics_in, queries
 from ..prometheus import Prometheus
 
-# What a sound demo on a CPU, without bucket or Redis, has none of.
+# Metrics that have no values on a healthy demo on a CPU without a bucket and Redis.
 SILENT = {
     *(name for name in ALL if "card" in name or "spool" in name),
     *("octet_replica_memory_bytes", "octet_cache_failures", "octet_engine_out_of_memory"),
     *("octet_retried", "octet_pool_decisions"),
     "octet_tenant_refused",
 }
-# By the tests before this one, on the same server.
+# Alerts that the earlier tests cause on the same server.
 PROVOKED = {"OctetOutOfMemory", "OctetUsageUnrecorded"}
 
 
-def test_a_running_demo_fills_the_dashboards(url: str) -> None:
-    """But for what it has none of; and no alert fires without a cause."""
+def test_a_running_demo_fills_the_dashboards_and_fires_no_alert(url: str) -> None:
+    """Every query of the dashboards has data, except the queries about metrics in `SILENT`.
+
+    Only the alerts in `PROVOKED` may fire.
+    """
     (node,) = ray.nodes()
     prometheus = Prometheus(f"127.0.0.1:{node['MetricsExportPort']}", rules.RULES)
     body = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64"}

@@ -21,11 +21,11 @@ Frames = AsyncGenerator[bytes, None]
 
 
 class EventStream(StreamingResponse):
-    """A response that streams events, first `first` and then `frames`.
+    """A response that streams events: first the frame `first`, then all of `frames`.
 
-    `sent` is called when everything has been sent or the client has disconnected. The caller awaits
-    `first` before the response begins, so a request that is refused at once is answered with its
-    error's own status. An error after that becomes an event.
+    The caller gets `first` before it makes this response. So an error before the first frame can
+    still be answered with its own HTTP status. A later error becomes the stream's last event.
+    `sent` is called when everything has been sent or the client has disconnected.
     """
 
     media_type = "text/event-stream"
@@ -48,7 +48,7 @@ class EventStream(StreamingResponse):
 
 
 async def _with_errors(first: bytes, frames: Frames) -> Frames:
-    """Yield all frames; an error of theirs becomes a last frame."""
+    """Yield all frames; if `frames` raises an error, yield that error as the last frame."""
     try:
         yield first
         async for frame in frames:
@@ -65,9 +65,10 @@ async def events(
     generate: Callable[[OnProgress], Coroutine[Any, Any, ImageResult]],
     keep_alive_s: float = 10.0,
 ) -> Frames:
-    """Generate an image, and yield its events as frames, up to the finished image.
+    """Generate an image, and yield its events as frames; the last one is the finished image.
 
-    After `keep_alive_s` without an event a comment is sent, so that proxies keep the connection
+    `generate`: generates the image, and reports its progress to the given function. After
+    `keep_alive_s` seconds without an event a comment is sent, so that proxies keep the connection
     open. Raises what `generate` raises. Closing the frames cancels `generate`.
     """
     pending: asyncio.Queue[Progress | PartialImage | None] = asyncio.Queue()  # None: the end

@@ -43,13 +43,16 @@ async def http_error(http: Request, error: Any) -> Response:
 
 
 async def unexpected_error(_: Request, error: Exception) -> Response:
-    """Log any other error, and answer without its details."""
+    """Log an error that no other handler takes, and answer 500 without its details."""
     log.error("unexpected error", exc_info=error)
     return error_answer(OctetError(UNEXPECTED))
 
 
 async def client_disconnect(_: Request, error: Any) -> Response:
-    """Answer a client that has disconnected; nobody reads the answer, and nothing is logged."""
+    """Answer a client that has disconnected while it sent its body.
+
+    Nobody reads this answer. The handler exists so that such an error is not logged.
+    """
     return Response(status_code=400)
 
 

@@ -179,9 +179,9 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
 
 
 def _images() -> dict[str, Any]:
-    """The images as JSON, or as events for a request with `stream`.
+    """Describe the successful answer: images as JSON, or as events for a request with `stream`.
 
-    The schema of the events is that of one event, which holds the schema of the event's data.
+    For events the schema describes one event; the event's data has its own schema in it.
     """
     headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
     answer = _answer("The images, or events", "ImagesResponse", *headers)
@@ -204,7 +204,7 @@ def _event(event: type[BaseModel]) -> dict[str, Any]:
 
 
 def _errors(*errors: type[OctetError]) -> dict[str, Any]:
-    """The responses for these errors, one for each status."""
+    """Describe the responses for these errors, one for each HTTP status."""
     codes: dict[str, list[str]] = {}
     for error in errors:
         codes.setdefault(str(error.status), []).append(error.code)

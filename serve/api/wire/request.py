@@ -19,7 +19,7 @@ from ...errors import InvalidRequest, ModelNotFound, did_you_mean
 from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
 from ...settings.application import IngressSettings
 
-RANDOM_SEEDS = 2**32  # bound of seeds that the server chooses: short enough to read out
+RANDOM_SEEDS = 2**32  # seeds that the server chooses are below this: short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 MANY = 10**6  # above every limit of a model; keeps absurd numbers out of error messages
@@ -76,8 +76,9 @@ class ImageGeneration(BaseModel):
 class GenerationRequest:
     """A parsed request body: its images, and the form and deadline of the answer.
 
-    `seeded`: the client chose the seed. `as_url`: answer with URLs instead of image data.
-    `timeout_s`: seconds until the deadline. `ignored`: unknown fields, if the settings allow them.
+    `seeded`: whether the client chose the seed. `as_url`: whether to answer with URLs instead of
+    image data. `timeout_s`: seconds until the deadline. `stream`: whether to answer with events.
+    `ignored`: the body's unknown fields, if the settings allow them.
     """
 
     images: list[ImageRequest]
@@ -95,11 +96,12 @@ def parse(
     request_id: str = "request",
     default_timeout_s: float | None = None,
 ) -> GenerationRequest:
-    """Parse a request body; image i gets seed + i and the id `request_id/i`.
+    """Parse a request body into one or more image requests.
 
-    A body without a model gets the first model of the settings. A body without `timeout_s` gets
-    `default_timeout_s`, but at most `request_timeout_s` of the settings. Raises `InvalidRequest`
-    with the field's name.
+    Image i gets the body's seed + i and the id `request_id/i`. A body without a model gets the
+    first model of the settings. A body without `timeout_s` gets `default_timeout_s`, but at most
+    `request_timeout_s` of the settings. Raises `InvalidRequest` with the name of the first wrong
+    field, and `ModelNotFound` for an unknown model.
     """
     unknown = _unknown_fields(body)
     if unknown and not live.ignore_unknown_fields:
@@ -173,7 +175,7 @@ def _check_streaming(asked: ImageGeneration, n: int) -> None:
 
 
 def check_request_id(given: str) -> None:
-    """Raise `InvalidRequest` if a client's `x-request-id` cannot be used."""
+    """Raise `InvalidRequest` if a client's `x-request-id` does not match `REQUEST_ID`."""
     if not REQUEST_ID.fullmatch(given):
         raise InvalidRequest(
             f"x-request-id '{given[:SHOWN_CHARS]}' must be 1 to 64 characters of "
@@ -183,19 +185,26 @@ def check_request_id(given: str) -> None:
 
 
 def ignored_header(fields: Sequence[str]) -> dict[str, str]:
-    """The header `x-octet-ignored`: percent-encoded field names, cut to a length for gateways."""
+    """The header `x-octet-ignored` with the names of ignored fields; empty without `fields`.
+
+    The names are percent-encoded. At most 20 names and 1000 characters are sent, because gateways
+    refuse long headers.
+    """
     names = ", ".join(quote(name[:SHOWN_CHARS], errors="replace") for name in fields[:20])
     return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
 def model_not_found(name: str, live: IngressSettings) -> ModelNotFound:
-    """The error for an unknown model, with the nearest known one."""
+    """The error for an unknown model; its message suggests the model with the nearest name."""
     nearest = did_you_mean(name, live.models)
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    """Width and height in pixels; None for the model's default size."""
+    """Parse a size into width and height in pixels; None for the model's default size.
+
+    Raises `InvalidRequest` for any other text.
+    """
     if text is None or text == "auto":
         return None
     if not re.fullmatch(SIZE, text):
@@ -208,9 +217,10 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _unknown_fields(body: bytes) -> tuple[str, ...]:
-    """The unknown fields of a body, looked for first: a misspelt name explains a missing field.
+    """The names of a body's unknown fields. Raises `InvalidRequest` if it is no JSON object.
 
-    pydantic is not used for this, because it takes half a second to report a megabyte of them.
+    This check runs first, because a missing field may be explained by a misspelt name. pydantic is
+    not used for it, because pydantic takes half a second to report a megabyte of unknown fields.
     """
     try:
         data = from_json(body)
@@ -223,7 +233,7 @@ def _unknown_fields(body: bytes) -> tuple[str, ...]:
 
 
 def _explain(error: ValidationError) -> InvalidRequest:
-    """The first fault of a body, in one sentence."""
+    """The error that describes the first fault of a body in one sentence."""
     fault = error.errors(include_url=False)[0]
     field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]
     if fault["type"] == "missing":

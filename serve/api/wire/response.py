@@ -1,6 +1,6 @@
 """Responses in the formats of OpenAI's Images API, as one body or as events.
 
-They also hold Octet's own fields.
+The responses also hold Octet's own fields.
 """
 
 from __future__ import annotations
@@ -38,14 +38,18 @@ class ImageItem(GenerationDetails):
 
 
 class InputTokens(BaseModel):
-    """The tokens of `Usage.input_tokens` by kind."""
+    """The number of input tokens of each kind; together they are `Usage.input_tokens`."""
 
     text_tokens: int
     image_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Tokens of one image: text that the transformer reads, with padding, and image tokens."""
+    """The number of tokens of one image.
+
+    Input tokens are the text tokens that the transformer reads, padding included. Output tokens are
+    the tokens of the image.
+    """
 
     input_tokens: int
     input_tokens_details: InputTokens
@@ -79,9 +83,10 @@ class CompletedEvent(StreamedImage, GenerationDetails):
 
 
 class ProgressEvent(BaseModel):
-    """An image's place in the queue (1: next), or `step` of `steps` done; Octet's own event.
+    """The progress of an image; this event is Octet's own.
 
-    `eta_s`: seconds until the image is finished, if that is known.
+    While the image waits, `queue_position` is its place in the queue (1: next). After that, `step`
+    of its `steps` are done. `eta_s`: seconds until the image is finished, if that is known.
     """
 
     type: Literal["image_generation.progress"] = "image_generation.progress"
@@ -152,9 +157,10 @@ class ModelList(BaseModel):
 def response(
     requests: Sequence[ImageRequest], results: Sequence[ImageResult], links: Sequence[str] = ()
 ) -> bytes:
-    """Make an `ImagesResponse` as JSON; with `links`, URLs stand in place of the image data.
+    """Make an `ImagesResponse` as JSON.
 
-    Takes milliseconds for each megabyte, so call it in a thread.
+    `links`: URLs, which are sent instead of the image data if there are any. This function takes
+    milliseconds for each megabyte, so call it in a thread.
     """
     first = requests[0]
     data = [
@@ -203,7 +209,7 @@ def error_event(error: OctetError) -> ErrorEvent:
 
 
 def error_body(error: OctetError) -> dict[str, Any]:
-    """An error as an `ErrorResponse`, as plain data."""
+    """Convert an error to the fields of an `ErrorResponse`, as plain data for JSON."""
     detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
     return ErrorResponse(error=detail).model_dump()
 

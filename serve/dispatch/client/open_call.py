@@ -159,9 +159,9 @@ class OpenCall:
             )
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:
-        """Have these usage records written, and wait until they are on disk.
+        """Have the Dispatcher write these usage records, and wait until they are on disk.
 
-        Raises `UsageUnrecorded` if they cannot be written, or not within `record_s`.
+        Raises `UsageUnrecorded` if they cannot be written, or not within `record_s` seconds.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.recording = Recording(tuple(usages), done)

@@ -84,7 +84,11 @@ def _plain(amount: float) -> str:
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
-    """Headers in whole seconds, and in milliseconds, which OpenAI's clients read first."""
+    """The headers that say when to try again; none if `seconds` is None.
+
+    `retry-after` is in whole seconds; `retry-after-ms`, which OpenAI's clients read first, is in
+    milliseconds.
+    """
     if seconds is None:
         return {}
     milliseconds = int(max(seconds, 0.0) * 1000) + 1

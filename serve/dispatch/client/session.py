@@ -60,7 +60,7 @@ class DispatchSession:
         self._numbers = itertools.count()
         self._calls: dict[str, OpenCall] = {}
         self._grants: dict[str, PendingGrant] = {}  # of all calls, by image id
-        # The update that collects.
+        # What the next update will hold.
         self._new_calls: dict[str, OpenCall] = {}
         self._new_grants: dict[str, PendingGrant] = {}
         self._new_recordings: dict[str, OpenCall] = {}

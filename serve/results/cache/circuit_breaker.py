@@ -14,7 +14,7 @@ REST_S = 5.0  # for which an open breaker allows no call
 class CircuitBreaker:
     """Opens after `FAILURES` failed calls in a row; a success closes it.
 
-    Report the end of each allowed call by `failed` or `succeeded`.
+    The caller asks `allows` before each call, and reports the outcome by `failed` or `succeeded`.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class CircuitBreaker:
 
     @property
     def open(self) -> bool:
-        """Whether the service counts as failing."""
+        """Whether the breaker is open: the service counts as failing."""
         return self._failures >= FAILURES
 
     def allows(self, now: float) -> bool:
-        """Whether to call the service.
+        """Whether the service may be called now.
 
         While the breaker is open, one call is allowed after each rest of `REST_S`. All others are
         refused until that call succeeds.

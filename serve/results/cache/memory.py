@@ -26,14 +26,17 @@ class CachedImages(NamedTuple):
 class ResultCache(Protocol):
     """Keeps the images of calls by their keys; `now` is in seconds on any steady clock.
 
-    No method raises an error: images that cannot be found are generated. `needs_names`: whether the
-    images have to be in the result store before they are put into the cache.
+    No method raises an error: images that cannot be read count as not cached, and are generated.
+    `needs_names`: whether images have to be in the result store before they are put into the cache.
     """
 
     needs_names: bool
 
     async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
-        """The images of a key; None if they are not cached, or cannot be read in time."""
+        """The images of a key; None if they are not cached, or cannot be read in time.
+
+        `tenant`: the tenant that calls; images of another tenant are never returned.
+        """
 
     async def put(self, key: str, found: CachedImages, now: float, max_age_s: int) -> None:
         """Keep the images of a key for `max_age_s` at most."""
@@ -42,9 +45,9 @@ class ResultCache(Protocol):
 def cache_key(secret: bytes, tenant: str, version: str, requests: Sequence[ImageRequest]) -> str:
     """The cache key of a call: 64 hexadecimal digits, an HMAC-SHA256 with `secret`.
 
-    The key depends on everything that makes a difference to the images: the tenant, every field of
-    the requests but their ids, and `version`, a digest of the weights and the code that generate
-    the images. Without `secret` a key reveals nothing about its call.
+    The key depends on everything that makes a difference to the images: the tenant, `version`, and
+    every field of the requests except their ids. `version` is a digest of the weights and the code
+    that generate the images. The key reveals nothing about the call to a reader without `secret`.
     """
     own = hmac.digest(secret, f"octet result cache\0{tenant}".encode(), "sha256")
     fields = [{k: v for k, v in asdict(request).items() if k != "id"} for request in requests]

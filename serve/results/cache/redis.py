@@ -37,7 +37,10 @@ T = TypeVar("T")
 
 
 class RedisCache:
-    """A `ResultCache` in Redis. While Redis does not answer, nothing is found and nothing kept."""
+    """A `ResultCache` in Redis.
+
+    While Redis does not answer, `get` finds nothing and `put` keeps nothing.
+    """
 
     needs_names = True
 
@@ -47,10 +50,10 @@ class RedisCache:
         read: Callable[[str], Awaitable[bytes]],
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`read` returns an image by its name, or raises an `OctetError`.
+        """Prepare the connections to Redis.
 
-        `failed` is called each time that Redis does not answer in time. Raises `OSError` if the
-        password file cannot be read.
+        `read`: returns an image by its name, or raises an `OctetError`. `failed`: called each time
+        that Redis does not answer in time. Raises `OSError` if the password file cannot be read.
         """
         file = settings.redis_password_file
         self._read, self._failed, self._breaker = read, failed, CircuitBreaker()
@@ -92,7 +95,10 @@ class RedisCache:
         await self._redis.aclose()
 
     async def _image(self, image: dict[str, Any]) -> ImageResult:
-        """Read one image from the store, and check it against its digest."""
+        """Read one image from the result store, and check it against its digest.
+
+        `image`: what Redis holds about the image. Raises `NotFound` if the digest differs.
+        """
         name, digest, timings = (image.pop(key) for key in ("name", "sha256", "timings"))
         data = await self._read(name)
         if await asyncio.to_thread(_digest, data) != digest:
@@ -100,7 +106,10 @@ class RedisCache:
         return ImageResult(image=data, timings=Timings(**timings), **image)
 
     async def _ask(self, command: Callable[[], Awaitable[T]], now: float) -> T | None:
-        """The answer of Redis to a command; None if Redis does not answer in time."""
+        """The answer of Redis to a command; None if Redis does not answer in time.
+
+        Also None, without asking, while the circuit breaker refuses calls.
+        """
         if not self._breaker.allows(now):
             return None
         was_open = self._breaker.open
@@ -120,7 +129,7 @@ class RedisCache:
 
 
 def _value(found: CachedImages) -> str:
-    """The value of a key in Redis: JSON with everything but the bytes of the images."""
+    """The value that Redis holds for these images: JSON with everything but their bytes."""
     images = [
         {
             **{k: v for k, v in asdict(result).items() if k != "image"},
