@@ -20,8 +20,8 @@ class PolicyTuning:
     - `target_wait_s`: seconds within which a queue is to be drained, once the replicas that were
       ordered for it are ready.
     - `utilisation`: the largest fraction of time for which expected work may keep replicas busy.
-    - `spare`: the reserve for chance: how many standard deviations of the number of images that are
-      generated at a time.
+    - `spare`: the reserve for chance. The number of images in progress varies by chance; the
+      reserve is this many standard deviations of that number.
     - `hold_s`: seconds over which arriving work is averaged. Replicas are also kept for this time
       after they were last needed.
     - `idle_s`: seconds without work after which a pool's last replica is stopped.

@@ -59,7 +59,7 @@ def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], lis
 
     The tenant `flood` begins after the light tenants. Only requests after that moment count for
     the light tenants' latencies. The second value is the flood's requests whose images were
-    generated, each at its time.
+    generated; each has the time at which it was sent.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s

@@ -76,8 +76,8 @@ class CardTelemetry:
     def _handle(self, uuid: str) -> Any:
         """Find NVML's handle of a UUID.
 
-        Both kinds of names are tried, because CUDA does not say whether the UUID is a card's or a
-        partition's. Raises NVML's error if there is neither.
+        CUDA does not say whether the UUID is that of a card or of a partition of one, so both are
+        tried. Raises NVML's error if there is no such card and no such partition.
         """
         for prefix in ("GPU-", "MIG-"):
             with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):

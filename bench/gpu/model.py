@@ -204,7 +204,7 @@ class _AllShapes(frozenset[tuple[int, int]]):
 def fill(module: nn.Module) -> nn.Module:
     """Fill a module on its device with random weights like those of a new model.
 
-    Weights have the standard deviation 1/√inputs, and buffers 0.02.
+    The standard deviation of weights is 1/√inputs, that of buffers is 0.02.
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:

@@ -55,7 +55,7 @@ class GeneratedImage(NamedTuple):
 class NotStarted(Exception):
     """No replica of the granted pool started the image, or the replica cancelled it by itself.
 
-    `died`: whether the cause is that the replica was lost before it said that it had started.
+    `died`: whether the cause is that the replica was lost before it started the image.
     """
 
     def __init__(self, *, died: bool = False) -> None:

@@ -66,8 +66,8 @@ class CallForecasts:
         """The most seconds that a call with this forecast should take until it is done.
 
         For a call that must queue, 99 of 100 calls take at most that long, as learned from earlier
-        calls. For a call that finds a free slot, the forecast itself is returned. So such a call is
-        never refused because earlier forecasts were wrong.
+        calls. For a call that finds a free slot, the forecast itself is returned, so
+        errors of earlier forecasts cannot cause its refusal.
         """
         return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
 

@@ -231,7 +231,7 @@ class Dispatcher:
         )
 
     async def overview(self) -> dict[str, Any]:
-        """Return what `octet top` shows: the fields of `state`, `faults` and `tenants`.
+        """Return what `octet top` shows: all fields of `state`, and two more.
 
         `faults`: what is wrong in the tenants' files. `tenants`: one row for each tenant.
         """

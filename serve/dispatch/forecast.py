@@ -1,10 +1,11 @@
 """Forecast of how long a call will wait, from the tenants' backlogs and recent arrivals.
 
 The model treats the work in the fair queue as a fluid. The pools do `speed` seconds of work in a
-second, and every tenant that has work is served in proportion to its weight. A tenant with backlog
-B and weight w is done when it has been given x = B ÷ w per weight. By then each other tenant has
-been given the work that it had at first and that has arrived since, but at most its weight · x. So
-the wait t is the smallest solution of
+second, and every tenant that has work is served in proportion to its weight. Let B be the
+backlog of the tenant that asks, with the new call in it, and w its weight. The call is done when
+this tenant has been given x = B ÷ w of work per weight. In the same time each other tenant is given
+its backlog and the work that arrives, but at most x times its own weight. So the wait t is the
+smallest solution of
 
     speed · t = B + Σ over the other tenants of min(backlog + arriving · t, weight · x)
 
@@ -49,7 +50,7 @@ class ArrivalRate:
         self.at = now
 
     def per_s(self, now: float) -> float:
-        """The amount per second at `now`."""
+        """The mean of the recorded amounts per second, as it is at `now`."""
         return self._rate * math.exp(-(now - self.at) / RATE_MEMORY_S)
 
 

@@ -76,7 +76,7 @@ class _Session:
 class _Unsettled(NamedTuple):
     """An image whose slot was given back before its Generator reported the work that it took.
 
-    `cancelled`: the image's full charge, if its client cancelled it.
+    `cancelled`: the charge of the whole image if its client cancelled it; otherwise None.
     """
 
     since: float

@@ -112,8 +112,8 @@ class Scaling:
         """Give new images only to as many replicas of the pool as Ray Serve will keep.
 
         `replicas`: the wanted number. A lower number counts only after it was wanted for `SEEN_S`
-        seconds. Serve fetches the number from time to time, so it may miss a lower number that was
-        wanted for a moment; then it stops no replica.
+        seconds. The delay is needed because Serve fetches the number only from time to time: it may
+        miss a lower number that was wanted for a moment, and stops no replica for it.
         """
         self._recent[pool] = [
             (at, n) for at, n in self._recent.get(pool, ()) if now - at <= SEEN_S and n > replicas

@@ -55,8 +55,8 @@ T = TypeVar("T", bound=BatchCandidate)
 def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
     """Choose the images that take the next step.
 
-    Every other image's `passed_over` grows by 1. Raises `ValueError` if a single image has more
-    than `max_rows` rows.
+    The `passed_over` of all images that are not chosen grows by 1. Raises `ValueError` if a single
+    image has more than `max_rows` rows.
     """
     waiting = sorted(running, key=lambda image: image.order)
     batch: list[T] = []
