@@ -22,9 +22,9 @@ class PolicyTuning:
     - `utilisation`: the largest fraction of time for which expected work may keep replicas busy.
     - `spare`: the reserve for chance. The number of images in progress varies by chance; the
       reserve is this many standard deviations of that number.
-    - `hold_s`: seconds over which arriving work is averaged. Replicas are also kept for this time
-      after they were last needed.
-    - `idle_s`: seconds without work after which a pool's last replica is stopped.
+    - `hold_s`: seconds over which arriving work is averaged. Replicas for arriving work are also
+      kept for this time after they were last needed, and at least for twice the time of a start.
+    - `idle_s`: further seconds without work, after `hold_s`, until a pool's last replica stops.
     - `node_wait_s`: seconds that the provider may take to add a node for a replica; 0: nodes are
       never added.
     - `warm_reserve`: replicas beyond the needed ones, for each model that is not idle.

@@ -15,7 +15,7 @@ seconds of work that a replica of the pool does per second. A pool needs replica
 *Wanted* replicas are either *ready* or *starting*. The number of wanted replicas rises at once. A
 fall stops at the highest number that was needed within `hold_s` and within the time of two starts,
 so neither chance nor a short pause stops replicas. The last replica is stopped when the pool has
-had nothing to do for `idle_s`. If replicas do not start in time, the demand that they should serve
+needed no replica for `idle_s`. If replicas do not start in time, the demand that they should serve
 goes to the next pool until they do.
 
 Time is an argument, in seconds on any steady clock.

@@ -207,7 +207,7 @@ def _rates(arrangement: Arrangement) -> tuple[float, ...]:
 def _placed(
     groups: Sequence[CardGroup], planned_models: Sequence[PlannedModel], terms: PlanTerms
 ) -> Plan | None:
-    """The best plan for the models without text encoders; None if no plan has room for all models."""
+    """The best plan for the models without text encoders; None if they do not all have room."""
     arranged_groups = [
         arrangements(
             [fitting_options(planned, group, terms) for planned in planned_models], group.free_parts

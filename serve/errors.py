@@ -99,7 +99,7 @@ class NotFound(InvalidRequest):
 
 
 class ModelNotFound(NotFound):
-    """No model of this name is served; `GET /v1/models` lists the models."""
+    """No such model is served to this tenant; `GET /v1/models` lists those that are."""
 
     code = "model_not_found"
 

@@ -28,7 +28,7 @@ class NodeType:
     - `idle_s`: seconds after which an empty node is given back.
     - `start_s`: mean seconds of a replica's start on a node; starts vary by ±20 %.
     - `replica_fails_s`, `node_taken_s`: mean seconds until a replica fails, and until the provider
-      takes a node away; None: never.
+      gives notice that it takes a node away; None: never.
     - `notice_s`: seconds between the provider's notice and the end of the node.
     """
 
