@@ -1,7 +1,7 @@
 """The application with Generators that only wait, to measure dispatch without a model.
 
-`build` replaces the Generator, the TextEncoder, the Ingress and the reference work of `serve.app`
-by the classes and the function below. An image then takes `STEP_S` per step, however many images
+`build` puts the classes and the function below in the place of the Generator, the TextEncoder, the
+Ingress and the reference work. An image then takes `STEP_S` per step, however many images
 run at the same time. `fifo` is the same service on plain Ray Serve: one deployment, whose handle's
 queue is first come, first served.
 """
@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
+from serve.app import Parts, application
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, QueuedImage, StoppedImage
 from serve.errors import OctetError
@@ -123,23 +124,14 @@ class TimedIngress(Ingress):
             raise
 
 
-def units(application: ApplicationSettings) -> Mapping[str, CostCoefficients]:
+def units(settings: ApplicationSettings) -> Mapping[str, CostCoefficients]:
     """The reference work of each model: `STEP_S` per step, and nothing else."""
-    return {model.id: CostCoefficients(0, STEP_S, 0, 0, 0) for model in application.models}
+    return {model.id: CostCoefficients(0, STEP_S, 0, 0, 0) for model in settings.models}
 
 
 def build(args: dict[str, Any]) -> Any:
     """Build the application of `serve.app` with the stand-ins of this file."""
-    import serve.app  # imports torch too, which replicas that only wait do not need
-
-    for name, stand_in in (
-        ("Generator", TimedGenerator),
-        ("TextEncoder", TimedTextEncoder),
-        ("Ingress", TimedIngress),
-        ("units", units),
-    ):
-        setattr(serve.app, name, stand_in)
-    return serve.app.build(args)
+    return application(args, Parts(TimedGenerator, TimedTextEncoder, TimedIngress, units))
 
 
 # -- plain Ray Serve ------------------------------------------------------------------------------

@@ -8,18 +8,18 @@ restarts all replicas. The arguments therefore hold only settings that replicas 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from cluster.cost import CostCoefficients
 from cluster.placement import Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
 from .deployments import DISPATCHER, INGRESS, generator_deployment, text_encoder_deployment
 from .dispatch.dispatcher import Dispatcher
-from .engine.generator import Generator
-from .engine.text_encoder import TextEncoder
 from .models.reference_work import units
 from .models.replica_bounds import scaling_limits
 from .settings.application import ApplicationSettings
@@ -38,8 +38,29 @@ PROMPT_ROUTER = RequestRouterConfig(
 REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 
 
+class Parts(NamedTuple):
+    """The classes of the deployments, and the function that returns the models' reference work.
+
+    Measurements and tests put others in their place.
+    """
+
+    generator: type[Any]
+    text_encoder: type[Any]
+    ingress: type[Ingress] = Ingress
+    units: Callable[[ApplicationSettings], Mapping[str, CostCoefficients]] = units
+
+
 def build(args: dict[str, Any]) -> serve.Application:
-    """Make the application from `args`, which are `ApplicationSettings` as plain data.
+    """Make the application from `args`, which are `ApplicationSettings` as plain data."""
+    # These load torch and diffusers, which takes seconds; other parts do without them.
+    from .engine.generator import Generator
+    from .engine.text_encoder import TextEncoder
+
+    return application(args, Parts(Generator, TextEncoder))
+
+
+def application(args: dict[str, Any], parts: Parts) -> serve.Application:
+    """Connect `parts` with each other, as `args` says.
 
     The Ingress calls the Dispatcher and the Generators. Each pool has a deployment of Generators of
     its own. A Generator calls the Dispatcher and the TextEncoder of its model. The Ingress and the
@@ -47,7 +68,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     settings = ApplicationSettings.model_validate(args)
     needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
-    work = {model: list(unit) for model, unit in units(settings).items()}
+    work = {model: list(unit) for model, unit in parts.units(settings).items()}
     dispatcher = serve.deployment(Dispatcher, name=DISPATCHER).options(
         max_ongoing_requests=UNBOUNDED,
         # Waiting at the end would be useless: the Dispatcher's streams never end by themselves,
@@ -64,7 +85,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         f"{settings.data_folder}/usage" if settings.data_folder else None,
     )  # fmt: skip
     text_encoders = {
-        encoder.id: serve.deployment(TextEncoder, name=text_encoder_deployment(encoder.id)).options(
+        encoder.id: serve.deployment(
+            parts.text_encoder, name=text_encoder_deployment(encoder.id)
+        ).options(
             **_size(encoder, settings.autoscaling_policy),
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -83,7 +106,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     }  # fmt: skip
     generators = {
         model.pool_name(pool): serve.deployment(
-            Generator, name=generator_deployment(model.pool_name(pool))
+            parts.generator, name=generator_deployment(model.pool_name(pool))
         ).options(
             **_pool_size(pool, settings.autoscaling_policy),
             max_ongoing_requests=pool.slots,
@@ -106,16 +129,16 @@ def build(args: dict[str, Any]) -> serve.Application:
         for model in settings.models
         for pool in model.pools
     }  # fmt: skip
-    ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS).options(
+    ingress = serve.deployment(serve.ingress()(parts.ingress), name=INGRESS).options(
         **_size(settings.ingress, settings.autoscaling_policy),
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
     )
-    application: serve.Application = ingress.bind(
+    bound: serve.Application = ingress.bind(
         settings.model_dump(mode="json"), work, dispatcher, generators
     )
-    return application
+    return bound
 
 
 def _size(resources: Resources, policy: str) -> dict[str, Any]:

@@ -120,9 +120,6 @@ def test_a_second_octet_serves_changes_settings_drains_and_leaves_nothing(
     ]
     answered = [r for r in charged if r["outcome"] == "delivered" and r["steps"] == 25]
     assert [r["tenant"] for r in answered] == ["acme"] * 3
-    (ended,) = [r for r in charged if r["outcome"] == "cancelled"]
-    assert 0 < ended["steps"] < 100
-    assert ended["work_s"] > 0
     gone, alive = psutil.wait_procs(processes, timeout=15)
     assert not alive, alive
     assert len(gone) == len(processes)
