@@ -41,22 +41,19 @@ REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 class Parts(NamedTuple):
     """The classes of the deployments, and the function that returns the models' reference work.
 
-    Measurements and tests put others in their place.
+    Measurements and tests put others in their place. Ray Serve imports the classes that are given
+    as MODULE.CLASS only in their replicas: they load torch and diffusers, which takes seconds.
     """
 
-    generator: type[Any]
-    text_encoder: type[Any]
+    generator: str | type[Any] = "serve.engine.generator.Generator"
+    text_encoder: str | type[Any] = "serve.engine.text_encoder.TextEncoder"
     ingress: type[Ingress] = Ingress
     units: Callable[[ApplicationSettings], Mapping[str, CostCoefficients]] = units
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Make the application from `args`, which are `ApplicationSettings` as plain data."""
-    # These load torch and diffusers, which takes seconds; other parts do without them.
-    from .engine.generator import Generator
-    from .engine.text_encoder import TextEncoder
-
-    return application(args, Parts(Generator, TextEncoder))
+    return application(args, Parts())
 
 
 def application(args: dict[str, Any], parts: Parts) -> serve.Application:
@@ -85,9 +82,7 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         f"{settings.data_folder}/usage" if settings.data_folder else None,
     )  # fmt: skip
     text_encoders = {
-        encoder.id: serve.deployment(
-            parts.text_encoder, name=text_encoder_deployment(encoder.id)
-        ).options(
+        encoder.id: _deployment(parts.text_encoder, text_encoder_deployment(encoder.id)).options(
             **_size(encoder, settings.autoscaling_policy),
             max_ongoing_requests=UNBOUNDED,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -105,8 +100,8 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         for encoder in settings.text_encoders
     }  # fmt: skip
     generators = {
-        model.pool_name(pool): serve.deployment(
-            parts.generator, name=generator_deployment(model.pool_name(pool))
+        model.pool_name(pool): _deployment(
+            parts.generator, generator_deployment(model.pool_name(pool))
         ).options(
             **_pool_size(pool, settings.autoscaling_policy),
             max_ongoing_requests=pool.slots,
@@ -139,6 +134,12 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         settings.model_dump(mode="json"), work, dispatcher, generators
     )
     return bound
+
+
+def _deployment(part: str | type[Any], name: str) -> Any:
+    """A deployment of a class, or of a class that only its replicas import."""
+    decorate = serve.deployment(name=name)
+    return decorate(part)
 
 
 def _size(resources: Resources, policy: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 
 from serve.app import Parts, application
 from serve.engine.generator import Generator
-from serve.engine.text_encoder import TextEncoder
 
 DEADLY = 6.125  # the second step of such an image kills its replica
 HUNGRY = 7.125  # two such images never fit into memory together
@@ -33,4 +32,4 @@ class FaultyGenerator(Generator):
 
 
 def build(args: dict[str, Any]) -> Any:
-    return application(args, Parts(FaultyGenerator, TextEncoder))
+    return application(args, Parts(f"{__name__}.FaultyGenerator"))
