@@ -4,9 +4,8 @@ BIN := .venv/bin
 SERVERS := redis-server prometheus
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
-# Python compiles each module when it is first imported; compiling all of them takes longer than
-# everything else here.
-export PIP_NO_COMPILE := 1
+# Python compiles a module when it is first imported; compiling all of them would double the set-up.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
 .PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness \
 	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean
@@ -16,17 +15,17 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octet needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 # The tests' reference for FP8, apart from .venv's packages: beside diffusers it slows every import.
 .venv/reference: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $@ torchao
+	$(PIP_INSTALL) --no-deps --target $@ torchao
 
 # matplotlib, for the plots of the measurements.
 .venv/bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(PIP_INSTALL) -e '.[bench]'
 	touch $@
 
 demo: install
