@@ -28,8 +28,7 @@ from serve.deployments import APPLICATION, DISPATCHER
 from serve.settings.file import load_settings
 
 from .fairness_report import table
-from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
-from .timed import STEP_S
+from .fairness_server import BUDGETS, LIGHT, STEP_S, WEIGHTS, Bench, served
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
 SLOTS = 8

@@ -33,7 +33,8 @@ from serve.settings.application import ApplicationSettings
 from serve.settings.models import Pool, ServedModel
 from serve.usage.record import UsageRecord
 
-STEP_S = 0.05  # seconds that a denoising step of an image takes here
+from .fairness_server import STEP_S
+
 FILE = bytes(2000)  # stands for an image file; its content is never read
 
 

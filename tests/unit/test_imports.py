@@ -178,6 +178,13 @@ def test_the_gpu_scripts_load_without_ray_and_starlette() -> None:
     assert {"ray", "starlette"} & loaded == set()
 
 
+def test_programs_that_start_a_ray_do_not_load_it_before() -> None:
+    """Ray reads its environment when it is imported, and `serve.launch` sets it before."""
+    texts = {m: without_functions(text) for m, text in sources(*PACKAGES).items()}
+    programs = "serve.cli.main", "bench.fairness", "bench.autoscaling_ray", "bench.repeats"
+    assert [program for program in programs if "ray" in reached({program}, texts)] == []
+
+
 def test_no_public_class_name_is_defined_twice() -> None:
     homes: dict[str, list[str]] = {}
     for module, text in sources(*UNIQUE).items():
