@@ -58,7 +58,7 @@ class PoolState:
 
     @property
     def given_up(self) -> bool:
-        """Whether the policy no longer waits for the pool's replicas to become ready."""
+        """Return whether the policy no longer waits for the pool's replicas to become ready."""
         return self.given_up_at is not None
 
 

@@ -55,5 +55,5 @@ class ScalingReport:
 
 
 def is_reported(names: Iterable[str]) -> bool:
-    """Whether any of these names is that of a number in a report."""
+    """Return whether any of these names is that of a number in a report."""
     return any(name.startswith((WANTED, AT_LEAST, REQUESTS)) for name in names)

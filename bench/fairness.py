@@ -28,7 +28,8 @@ from serve.deployments import APPLICATION, DISPATCHER
 from serve.settings.file import load_settings
 
 from .fairness_report import table
-from .fairness_server import BUDGETS, LIGHT, STEP_S, WEIGHTS, Bench, served
+from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
+from .step_time import STEP_S
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
 SLOTS = 8

@@ -16,7 +16,7 @@ from serve.launch import RunningApplication, run_application
 from serve.settings.file import load_settings
 from serve.tenants.files import add_tenant
 
-STEP_S = 0.05  # seconds that a denoising step takes with Generators that only wait
+from .step_time import STEP_S
 
 LIGHT = [f"light{i}" for i in range(9)]
 WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}

@@ -33,7 +33,7 @@ from serve.settings.application import ApplicationSettings
 from serve.settings.models import Pool, ServedModel
 from serve.usage.record import UsageRecord
 
-from .fairness_server import STEP_S
+from .step_time import STEP_S
 
 FILE = bytes(2000)  # stands for an image file; its content is never read
 

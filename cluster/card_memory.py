@@ -54,7 +54,7 @@ class MemoryClaim:
 
 
 def is_free(promised_gib: float, free_gib: float) -> bool:
-    """Whether the card has the memory that a replica was promised.
+    """Return whether the card has the memory that a replica was promised.
 
     `free_gib` is measured in a process that already has a CUDA context. So the memory of that
     context is no longer part of `free_gib`, and is taken off the promise.

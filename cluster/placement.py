@@ -44,7 +44,7 @@ class Node:
         return card_of(self.labels.get(ACCELERATOR_LABEL, ""))
 
     def has_fp8(self, card: Card | None = None) -> bool:
-        """Whether the node counts as having FP8.
+        """Return whether the node counts as having FP8.
 
         Octet's precision label decides. Without this label, the given `card` decides. Without both,
         the card in Ray's label decides.
@@ -110,7 +110,7 @@ def _precision_on(card: Card, need: NodeRequirement) -> Selector:
 
 
 def fits(need: NodeRequirement, node: Node) -> bool:
-    """Whether an empty node could hold a replica of a pool."""
+    """Return whether an empty node could hold a replica of a pool."""
     if node.num_cpus < need.num_cpus or node.num_gpus < need.num_gpus:
         return False
     if not need.num_gpus:

@@ -80,7 +80,7 @@ def median_colour(image: Array) -> tuple[float, float, float]:
 
 
 def sky_shows(image: Array, time: str) -> bool:
-    """Whether the colour of the sky is that of this time of day."""
+    """Return whether the colour of the sky is that of this time of day."""
     r, g, b = median_colour(band(image, 0.04, 0.26))
     found = (
         "night" if 0.3 * r + 0.59 * g + 0.11 * b < 0.3 and b > r + 0.08 and r < 0.28
@@ -92,7 +92,7 @@ def sky_shows(image: Array, time: str) -> bool:
 
 
 def has_moon(image: Array) -> bool:
-    """Whether the upper part has one bright, round blob of 0.8 to 7 % of a square image."""
+    """Return whether the upper part has one bright, round blob of 0.8 to 7 % of a square image."""
     upper = luminance(band(image, 0, 0.42))
     rows, columns = np.nonzero(upper > 0.72)
     share = len(rows) / (len(image) ** 2)
@@ -118,12 +118,12 @@ def axis_edges(image: Array) -> float:
 
 
 def is_city(image: Array, light: Array) -> bool:
-    """Whether there are many edges along both axes."""
+    """Return whether there are many edges along both axes."""
     return axis_edges(image) > 0.06
 
 
 def is_ocean(image: Array, light: Array) -> bool:
-    """Whether there is a straight horizon near the middle, and level rows below it."""
+    """Return whether there is a straight horizon near the middle, and level rows below it."""
     grey = luminance(image)
     middle = band(image, 0.44, 0.66)
     jump = np.abs(np.diff(middle, axis=0)).sum(axis=2)  # (rows, width)
@@ -141,25 +141,25 @@ def ground(image: Array, light: Array) -> tuple[float, float, float]:
 
 
 def is_desert(image: Array, light: Array) -> bool:
-    """Whether the ground is sand-coloured."""
+    """Return whether the ground is sand-coloured."""
     r, g, b = ground(image, light)
     return r > g > b and r - b > 0.22 and r > 0.6
 
 
 def is_hills(image: Array, light: Array) -> bool:
-    """Whether the ground is of a bright green."""
+    """Return whether the ground is of a bright green."""
     r, g, b = ground(image, light)
     return g > r + 0.08 and g > b + 0.08 and g > 0.36
 
 
 def is_winter(image: Array, light: Array) -> bool:
-    """Whether the ground is nearly white."""
+    """Return whether the ground is nearly white."""
     colour = ground(image, light)
     return min(colour) > 0.58 and max(colour) - min(colour) < 0.3
 
 
 def has_dark_woods(image: Array, light: Array) -> bool:
-    """Whether the ground is dark green, and is not a city; `light`: the colour of the hour."""
+    """Return whether the ground is dark green and no city; `light`: the colour of the hour."""
     r, g, b = ground(image, light)
     return g > r and max(r, g, b) < 0.45 and not is_city(image, light)
 
@@ -172,12 +172,12 @@ def treetops(image: Array, light: Array) -> float:
 
 
 def is_forest(image: Array, light: Array) -> bool:
-    """Whether there are dark woods below and treetops in the middle."""
+    """Return whether there are dark woods below and treetops in the middle."""
     return has_dark_woods(image, light) and treetops(image, light) > 0.11
 
 
 def is_mountains(image: Array, light: Array) -> bool:
-    """Whether there are dark woods below, no treetops in the middle, and peaks before the sky."""
+    """Return whether there are dark woods below, no treetops in the middle, and peaks above."""
     peaks = luminance(band(image, 0.32, 0.42) / light).std(axis=1).mean()
     return bool(has_dark_woods(image, light) and treetops(image, light) < 0.11 and peaks > 0.05)
 
@@ -194,7 +194,7 @@ PLACE: dict[str, Callable[[Array, Array], bool]] = {
 
 
 def shows(picture: Image.Image, scene: Scene) -> bool:
-    """Whether an image shows the scene's place, time of day, and moon if the scene has one."""
+    """Return whether an image shows the scene's place, time of day, and moon if it has one."""
     image = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
     light = np.array(LIGHT[scene.time])
     return (

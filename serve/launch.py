@@ -154,7 +154,7 @@ class RunningApplication:
         time.sleep(LAST_BYTES_S)
 
     def _served(self, empty: Collection[str], coming: Collection[str]) -> bool:
-        """Whether no model has to wait for its first replica any more.
+        """Return whether no model has to wait for its first replica any more.
 
         `empty`: the pools that lack a replica. `coming`: those of them that a node can hold. A
         model has to wait if all its pools are empty and at least one of them is coming.

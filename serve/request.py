@@ -128,7 +128,7 @@ class ImageRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance is on: two transformer rows instead of one."""
+        """Return whether classifier-free guidance is on: two transformer rows instead of one."""
         return self.guidance_scale > 1
 
     def check(self, limits: ModelLimits) -> None:

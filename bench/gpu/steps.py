@@ -97,7 +97,7 @@ def rates(bench: Bench) -> MeasuredRates:
 
 
 def fp8_here(bench: Bench) -> bool:
-    """Whether the device runs FP8; a CPU emulates it."""
+    """Return whether the device runs FP8; a CPU emulates it."""
     return bench.device == "cpu" or torch.cuda.get_device_capability() >= FP8_SINCE
 
 

@@ -54,5 +54,5 @@ class Authentication:
 
 
 def is_open(path: str) -> bool:
-    """Whether a path needs no key."""
+    """Return whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

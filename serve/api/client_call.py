@@ -33,7 +33,7 @@ class ClientCall:
 
     @property
     def unwanted(self) -> bool:
-        """Whether the client has cancelled the call or disconnected.
+        """Return whether the client has cancelled the call or disconnected.
 
         A call that missed its deadline does not count as unwanted.
         """

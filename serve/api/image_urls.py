@@ -68,7 +68,7 @@ class ImageUrls:
 
     @property
     def full(self) -> bool:
-        """Whether no more images can be kept at the moment."""
+        """Return whether no more images can be kept at the moment."""
         return isinstance(self._store, Spool) and self._store.full
 
     @property

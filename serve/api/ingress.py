@@ -243,7 +243,7 @@ class Ingress:
         return not (self._open_to_all or is_open(path))
 
     def _access(self, tenant: str) -> TenantAccess:
-        """What a tenant may do; on a server that needs no keys everybody may do everything."""
+        """Return the access of a tenant; a server that needs no keys gives everybody all access."""
         if self._open_to_all:
             return TenantAccess((), operator=True)
         return (self._session.tenants or {}).get(tenant, TenantAccess((), models=()))
@@ -276,5 +276,5 @@ class Ingress:
 
 
 def _can_serve(pool: PoolStatus) -> bool:
-    """Whether the pool has a replica, or may have none now and would get one on a request."""
+    """Return whether the pool has a replica, or would get its first one on a request."""
     return bool(pool.replicas or (pool.placeable and not pool.least))

@@ -82,7 +82,7 @@ class ProxyGuard:
         return await self._app({**scope, "headers": headers}, receive, send)
 
     async def _is_leaving(self, scope: Scope) -> bool:
-        """Whether Serve's health path answers 503; it is asked at most once in `look_s` seconds."""
+        """Return whether Serve's health path answers 503; asks it once in `look_s` s at most."""
         if (now := time.monotonic()) >= self._look_at:
             self._look_at = now + self._look_s
             asked = {**scope, **HEALTH}

@@ -27,7 +27,7 @@ OK = Outcome("ok", 200)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLogEntry:
-    """What is logged about one request for images when it has ended."""
+    """The facts about an ended request for images that go into the log."""
 
     request: GenerationRequest
     tenant: str

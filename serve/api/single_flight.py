@@ -80,7 +80,7 @@ class SharedGeneration:
 
     @property
     def finished(self) -> bool:
-        """Whether the images are done and charged, so that joining counts as a cache hit."""
+        """Return whether the images are done and charged, so that joining counts as a cache hit."""
         return self._caching is not None
 
     def cancel(self) -> None:

@@ -22,7 +22,7 @@ from .plan_inputs import encoder_gib, most_pixels
 
 
 def needs_gpu(settings: Settings) -> bool:
-    """Whether a pool or a set of text encoders of the settings takes a GPU."""
+    """Return whether a pool or a set of text encoders of the settings takes a GPU."""
     pools = [pool for model in settings.models for pool in model.pools]
     return any(part.num_gpus for part in (*settings.text_encoders, *pools))
 
@@ -224,7 +224,7 @@ def _count_nodes(model: Model, pool: Pool, nodes: Iterable[Node], settings: Sett
 
 
 def _has_memory(part: CardResources, node: Node, weights_gib: float) -> bool:
-    """Whether the promised part of the card holds the weights; True if the card is unknown."""
+    """Return whether the promised part of the card holds the weights; True for unknown cards."""
     if not part.num_gpus or node.card is None:
         return True
     return _promised_gib(part, node.card.memory_gib) >= weights_gib

@@ -74,7 +74,7 @@ class _RefusedError(Exception):
 
     @property
     def for_want_of_replicas(self) -> bool:
-        """Whether the call would have been admitted with more replicas."""
+        """Return whether the call would have been admitted with more replicas."""
         if self.reason == "queue_full":
             return not self.own_limit
         return self.reason == "deadline_unreachable" and self.retry_after_s is not None

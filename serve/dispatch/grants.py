@@ -260,7 +260,7 @@ class Grants:
             self._excess[pool] = _Excess(now, replicas)
 
     def holds(self, lease: Lease) -> bool:
-        """Whether the lease's session is open and still holds a slot for the image."""
+        """Return whether the lease's session is open and still holds a slot for the image."""
         session = self._sessions.get(lease.session)
         return session is not None and lease.image_id in session.running
 
@@ -316,11 +316,11 @@ class Grants:
         self._placeable = frozenset(pools)
 
     def placeable(self, pool: str) -> bool:
-        """Whether a node could hold a replica of the pool; True before the nodes were read."""
+        """Return whether a node could hold a replica of the pool; True until the nodes are read."""
         return self._placeable is None or pool in self._placeable
 
     def possible(self, pools: Pools) -> bool:
-        """Whether any of the pools has a living replica, or could have one on a node."""
+        """Return whether any of the pools has a living replica, or could have one on a node."""
         return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
 
     def free_slots(self, pool: str) -> int:

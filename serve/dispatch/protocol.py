@@ -119,7 +119,7 @@ class Release(NamedTuple):
 
 
 class SessionUpdate(NamedTuple):
-    """What has happened at an Ingress since its last update.
+    """The events at an Ingress since its last update.
 
     The Dispatcher applies the fields in the order in which they stand here.
     """

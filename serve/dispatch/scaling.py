@@ -64,7 +64,7 @@ class Scaling:
         return decision.reasons
 
     def may_come(self, pool: str) -> bool:
-        """Whether a node could hold a replica of the pool, or may still be added for one."""
+        """Return whether a node could hold a replica of the pool, or may still be added for one."""
         known = self._state.pools.get(pool)
         added = self.limits.tuning.node_wait_s > 0
         return pool in self.placeable or (added and not (known and known.given_up))

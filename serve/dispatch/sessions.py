@@ -45,7 +45,7 @@ class SessionStreams:
             stream.changed.set()
 
     def is_open(self, session: str, stream: _Stream) -> bool:
-        """Whether the session is open and this is its current stream, not a replaced one."""
+        """Return whether the session is open and this is its current stream, not a replaced one."""
         return self._streams.get(session) is stream
 
     async def messages(self, stream: _Stream) -> AsyncIterator[SessionMessage]:

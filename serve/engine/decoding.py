@@ -95,7 +95,7 @@ class Decoding:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out.
+    """Return whether an error says that memory ran out.
 
     CUDA's allocator has its own class for such errors; others are known by their message.
     """

@@ -183,7 +183,7 @@ class DenoisingLoop:
 
     @property
     def alive(self) -> bool:
-        """Whether the loop's thread still runs; without the thread, images would wait for ever."""
+        """Return whether the loop's thread still runs; without it images would wait for ever."""
         return self._thread.is_alive()
 
     def _run(self) -> None:

@@ -36,7 +36,7 @@ QUANTO_MAP = "quanto_map.json"
 
 
 def is_fp8(folder: Path, component: str) -> bool:
-    """Whether a component of a checkpoint holds FP8 weights that `quantize` has written."""
+    """Return whether a component of a checkpoint holds FP8 weights that `quantize` has written."""
     config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
     method = config.get("quantization_config", {}).get("quant_method")
     return bool(method == METHODS[component])

@@ -44,7 +44,7 @@ def node_folder(source: Source, models_folder: str | None) -> Path:
 
 
 def on_this_node(source: Source, models_folder: str | None) -> bool:
-    """Whether the files of a source are on this node."""
+    """Return whether the files of a source are on this node."""
     folder = node_folder(source, models_folder)
     return (folder / (MANIFEST if source.revision else "model_index.json")).is_file()
 

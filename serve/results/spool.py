@@ -65,7 +65,7 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """Whether `max_bytes` or more wait here: no further images should be accepted."""
+        """Return whether `max_bytes` or more wait here: no further images should be accepted."""
         return self.bytes >= self.max_bytes
 
     def put(self, name: str, image: bytes, request_id: str) -> None:

@@ -356,7 +356,7 @@ class IngressSettings(LiveSettings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's loopback, such as localhost or ::1."""
+    """Return whether a host name or address is this machine's loopback, as localhost or ::1."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -132,7 +132,7 @@ class UsageLedger:
             self._file.truncate(self._end)  # an incomplete line, whose writer was killed
 
     def _was_replaced(self) -> bool:
-        """Whether a new file has the name of the open one, as after records were erased."""
+        """Return whether a new file has the name of the open one, as after records were erased."""
         assert self._path  # noqa: S101 - for the type checker
         present, opened = self._path.stat(), os.fstat(self._file.fileno())
         return present.st_ino != opened.st_ino or present.st_size < self._end

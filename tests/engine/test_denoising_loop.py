@@ -27,19 +27,10 @@ from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder
 from serve.errors import NonFiniteImage, Unavailable
 from serve.request import ImageRequest
 
-from ..builders import DEMO_MODEL
+from ..builders import DEMO_MODEL, image_request
 
 pytestmark = pytest.mark.usefixtures("no_denormals")
-REQUEST = ImageRequest(
-    id="1",
-    model="landscapes",
-    prompt="the sea at dawn",
-    width=64,
-    height=64,
-    num_inference_steps=6,
-    guidance_scale=3.0,
-    seed=1,
-)
+REQUEST = image_request(model="landscapes", prompt="the sea at dawn", num_inference_steps=6, seed=1)
 PLUG = replace(REQUEST, num_inference_steps=1, guidance_scale=1.0)
 MIXED = [
     REQUEST,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_picture_of_the_request_path_is_the_one_of_its_script() -> None:
+    """`python docs/request_path.py` draws it."""
+    script = runpy.run_path(str(ROOT / "docs" / "request_path.py"))
+    assert script["OUT"].read_text(encoding="utf-8") == script["svg"]()

@@ -36,7 +36,7 @@ class CallClient(Protocol):
 
     @property
     def unwanted(self) -> bool:
-        """Whether the client has cancelled the call or has disconnected."""
+        """Return whether the client has cancelled the call or has disconnected."""
 
 
 class CallSession(Protocol):

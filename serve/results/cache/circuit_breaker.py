@@ -23,11 +23,11 @@ class CircuitBreaker:
 
     @property
     def open(self) -> bool:
-        """Whether the breaker is open: the service counts as failing."""
+        """Return whether the breaker is open: the service counts as failing."""
         return self._failures >= FAILURES
 
     def allows(self, now: float) -> bool:
-        """Whether the service may be called now.
+        """Return whether the service may be called now.
 
         While the breaker is open, one call is allowed after each rest of `REST_S`. All others are
         refused until that call succeeds.
