@@ -55,6 +55,7 @@ def head(folder: Path) -> Iterator[Any]:
             "num_cpus": 4,
             "num_gpus": 0,
             "include_dashboard": True,
+            "include_log_monitor": False,
             "dashboard_port": DASHBOARD_PORT,
             "temp_dir": str(folder),
             "object_store_memory": STORE_BYTES,
@@ -142,10 +143,3 @@ def dispatchers_log(folder: Path) -> str:
     """The messages of every Dispatcher replica of this test."""
     lines = [line for file in dispatcher_logs(folder) for line in file.read_text().splitlines()]
     return "\n".join(json.loads(line)["message"] for line in lines)
-
-
-def wait_for(truth: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)

@@ -26,7 +26,8 @@ from serve.settings.file import load_settings
 
 from ..builders import ROOT
 from ..ports import free_port
-from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
+from ..wait import wait_for
+from .conftest import STORE_BYTES, dispatchers_log, landed
 
 POOL = "landscapes-fp8"
 SETTINGS = {
@@ -63,7 +64,7 @@ class Load:
 
     def _ask(self) -> None:
         body = {"prompt": "dunes", "num_inference_steps": 20}
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=120) as client:
             while not self._stop.is_set():
                 try:
                     answer = client.post(f"{self._url}/v1/images/generations", json=body)
@@ -173,11 +174,11 @@ def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
 
     def pool() -> dict[str, Any]:
         """The pool in the answer of `/ready`; all values are None while the Dispatcher restarts."""
-        ready: dict[str, Any] = httpx.get(f"{url}/ready", timeout=10).json()
+        ready: dict[str, Any] = httpx.get(f"{url}/ready", timeout=60).json()
         return ready["models"]["landscapes"][POOL] or dict.fromkeys(("replicas", "wanted"))
 
     # The pool sleeps: no replica runs, and the server is ready nevertheless.
-    assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
+    assert httpx.get(f"{url}/ready", timeout=60).status_code == 200
     assert pool()["replicas"] == pool()["wanted"] == 0
     assert landed() == {}
 
@@ -226,4 +227,4 @@ def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
 
     # The load ends, and the pool scales back to no replica.
     wait_for(lambda: pool()["wanted"] == 0 and not generators())
-    assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
+    assert httpx.get(f"{url}/ready", timeout=60).status_code == 200

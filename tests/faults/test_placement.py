@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,8 @@ from serve.settings.file import load_settings
 
 from ..builders import ROOT
 from ..ports import free_port
-from .conftest import STORE_BYTES, dispatchers_log, landed, wait_for
+from ..wait import wait_for
+from .conftest import STORE_BYTES, dispatchers_log, landed
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
 SETTINGS = {
@@ -64,13 +64,13 @@ class Client:
     def ask(self, precision: str = "auto", steps: int = 1) -> tuple[int, str]:
         """The HTTP status, and the precision of the image or the code of the error."""
         body = {"prompt": "dunes", "num_inference_steps": steps, "precision": precision}
-        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=60)
+        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=120)
         if answer.status_code == 200:
             return 200, answer.json()["data"][0]["precision"]
         return answer.status_code, answer.json()["error"]["code"]
 
     def ready(self) -> httpx.Response:
-        return httpx.get(f"{self.url}/ready", timeout=10)
+        return httpx.get(f"{self.url}/ready", timeout=60)
 
     def pool(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.ready().json()["models"]["landscapes"][name]
@@ -122,12 +122,12 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     answers: list[tuple[int, str]] = []
     under_way = threading.Thread(target=lambda: answers.append(client.ask(steps=100)))
     under_way.start()
-    time.sleep(1)
+    wait_for(lambda: client.pool("landscapes-fp8")["running"] == 1)
     die(cluster, fp8_node, FP8)
     assert client.ask() == (200, "fp16")
     under_way.join()
     assert answers == [(200, "fp16")]
-    wait_for(lambda: not client.pool("landscapes-fp8")["placeable"], 30)
+    wait_for(lambda: not client.pool("landscapes-fp8")["placeable"])
     assert client.ask("fp8") == (503, "no_capacity")
 
     # A node with FP8 comes back.

@@ -33,7 +33,8 @@ from serve.settings.file import load_settings
 
 from ..builders import ROOT
 from ..ports import free_port
-from .conftest import STORE_BYTES, landed, wait_for
+from ..wait import wait_for
+from .conftest import STORE_BYTES, landed
 
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
@@ -103,7 +104,7 @@ def test_replicas_land_where_the_plan_puts_them(
         name = f"Generator-{pool.model}-{precision}-{pool.card}"
         card = {"h100": "H100", "a100-80": "A100"}[pool.card]
         expected[name] = Counter({card: pool.replicas})
-    wait_for(lambda: landed() == expected, 120)
+    wait_for(lambda: landed() == expected)
     said = octet("doctor", str(tmp_path / "planned.yaml"), "--ray", cluster.address)
     assert f"pool {TURBO}-fp8-h100: 1 of the nodes can hold it" in said
     assert ray.available_resources()["GPU"] >= 1  # the T4's, which nobody has taken

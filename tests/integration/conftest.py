@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,6 @@ from serve.settings.application import Settings
 
 # Ray reads this variable when it starts. Without it, Ray exports metrics every ten seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
-
-
-def wait_for(truth: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for an event; the test fails if it does not happen within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)
 
 
 def running(octet: RunningApplication) -> int:

@@ -1,9 +1,10 @@
-"""The application with Generators that fail for requests with one of two guidance scales."""
+"""The application with Generators that fail or wait for requests with certain guidance scales."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from serve.engine.generator import Generator
 
 DEADLY = 6.125  # the second step of such an image kills its replica
 HUNGRY = 7.125  # two such images never fit into memory together
+IDLE = 5.125  # each step of such an image waits `IDLE_STEP_S` and computes nothing
+IDLE_STEP_S = 0.3  # 100 steps outlast twice a session's lease
 
 
 class FaultyGenerator(Generator):
@@ -25,7 +28,13 @@ class FaultyGenerator(Generator):
                 os.kill(os.getpid(), signal.SIGKILL)
             if sum(image.guidance_scale == HUNGRY for image in batch) > 1:
                 raise torch.OutOfMemoryError("a test's")
-            original(batch, rows)
+            waiting = [image for image in batch if image.guidance_scale == IDLE]
+            for image in waiting:
+                image.velocity, image.step = torch.zeros_like(image.latents), image.step + 1
+            if waiting:
+                time.sleep(IDLE_STEP_S)
+            if computed := [image for image in batch if image.guidance_scale != IDLE]:
+                original(computed, rows)
 
         denoiser.denoise_step = denoise_step  # type: ignore[method-assign]  # the injected fault
         return denoiser

@@ -22,7 +22,9 @@ from demo.check import shows
 from demo.landscapes import Scene
 from serve.launch import RunningApplication
 
-from .conftest import replica_logs, running, wait_for
+from ..wait import wait_for
+from .conftest import replica_logs, running
+from .faulty import IDLE
 
 GENERATE = "/v1/images/generations"
 
@@ -212,7 +214,7 @@ def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningA
     """Ten health checks in a row are answered while 200 requests stay open."""
     patient: dict[str, Any] = {"prompt": "dunes", "timeout_s": 3600}
     quick = {**patient, "num_inference_steps": 1, "size": "64x64"}
-    long = {**patient, "num_inference_steps": 100, "size": "256x256"}
+    long = {**patient, "num_inference_steps": 100, "size": "256x256", "guidance_scale": IDLE}
 
     async def main() -> None:
         limits = httpx.Limits(max_connections=300)
@@ -230,7 +232,7 @@ def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningA
     # With the usual limit, requests that would wait for so long are refused.
     octet.apply(before.model_copy(update={"request_timeout_s": 3600.0}))
     try:
-        wait_for(lambda: httpx.post(url + GENERATE, json=quick, timeout=60).status_code == 200)
+        wait_for(lambda: httpx.post(url + GENERATE, json=quick, timeout=120).status_code == 200)
         asyncio.run(main())
     finally:
         octet.apply(before)
@@ -239,7 +241,7 @@ def test_health_does_not_wait_behind_200_open_requests(url: str, octet: RunningA
 
 def test_a_repeated_request_is_answered_from_the_cache(url: str) -> None:
     asked = {"prompt": "dunes", "seed": 20}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         first, again = (client.post(GENERATE, json=asked) for _ in range(2))
     assert [a.headers["x-octet-cache"] for a in (first, again)] == ["miss", "hit"]
     assert first.json()["data"] == again.json()["data"]
@@ -249,7 +251,8 @@ def test_a_client_that_leaves_ends_no_other_clients_image(
     url: str, octet: RunningApplication
 ) -> None:
     """Equal requests share one generation, which ends when the last client has left."""
-    body = {"prompt": "dunes", "num_inference_steps": 40, "size": "256x256", "seed": 21}
+    body: dict[str, Any] = {"prompt": "dunes", "size": "256x256", "guidance_scale": IDLE}
+    body.update(num_inference_steps=15, seed=21)
 
     def post(timeout_s: float, id: str, **more: Any) -> httpx.Response:
         headers = {"x-request-id": id}
@@ -307,7 +310,7 @@ def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
         {"prompt": CANARY, "user": CANARY, "response_format": "url"},
     ]
     quick = {"num_inference_steps": 2, "size": "64x64"}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         for i, body in enumerate(bodies):
             headers = {**named, "x-request-id": f"watched-{i}"}
             client.post(GENERATE, content=json.dumps({**quick, **body}), headers=headers)

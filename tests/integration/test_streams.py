@@ -25,10 +25,17 @@ from PIL import Image
 from serve.launch import RunningApplication
 from serve.usage.ledger import read_usage
 
-from .conftest import replica_logs, running, wait_for
+from ..wait import wait_for
+from .conftest import replica_logs, running
+from .faulty import IDLE
 
 GENERATE = "/v1/images/generations"
-LONG: dict[str, Any] = {"prompt": "dunes", "num_inference_steps": 100, "size": "256x256"}
+LONG: dict[str, Any] = {
+    "prompt": "dunes",
+    "num_inference_steps": 100,
+    "size": "256x256",
+    "guidance_scale": IDLE,
+}
 
 
 def picture(b64: str) -> Image.Image:
@@ -83,14 +90,14 @@ def test_the_openai_client_iterates_a_stream(url: str) -> None:
     assert events[3].size == "128x96"
     assert events[3].usage.output_tokens == 8 * 6
     asked = {"prompt": "night over dunes", "seed": 4, "size": "128x96", "num_inference_steps": 12}
-    other = httpx.post(url + GENERATE, json=asked, timeout=60).json()["data"][0]["b64_json"]
+    other = httpx.post(url + GENERATE, json=asked, timeout=120).json()["data"][0]["b64_json"]
     assert apart(previews[2], final) < 25
     assert apart(previews[2], final) < apart(previews[2], picture(other)) / 2
 
 
 def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> None:
     async def main() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             body = {"prompt": "dunes", "seed": 5, "num_inference_steps": 8, "precision": "fp8"}
             events = [event async for event in lines(client, {**body, "progress": True})]
             again = await client.post(GENERATE, json=body, headers={"cache-control": "no-cache"})
@@ -111,8 +118,8 @@ def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> 
 
 def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningApplication) -> None:
     async def main() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            fill = {"prompt": "dunes", "num_inference_steps": 60, "size": "64x64"}
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            fill = {**LONG, "num_inference_steps": 10}
             work = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
             await asyncio.to_thread(
                 wait_for, lambda: octet.status().queued == 1
@@ -133,7 +140,7 @@ def test_an_error_before_the_first_event_has_an_http_status(url: str) -> None:
     answer = httpx.post(url + GENERATE, json={"prompt": "x", "stream": True, "n": 2})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     tiny = {**LONG, "stream": True, "timeout_s": 0.2}
-    answer = httpx.post(url + GENERATE, json=tiny, timeout=60)
+    answer = httpx.post(url + GENERATE, json=tiny, timeout=120)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "deadline_unreachable"
 
@@ -145,7 +152,7 @@ def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stre
     def post() -> httpx.Response:
         body = {**LONG, "n": 1 if stream else 3, "stream": stream, "progress": stream}
         headers = {"x-request-id": name}
-        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=60)
+        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=120)
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post)
@@ -183,7 +190,7 @@ def test_a_client_that_hangs_up_pays_for_the_steps_that_were_done(
     name = f"gone-{stream}"
 
     async def main() -> None:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=120) as client:
             posting = client.post(
                 url + GENERATE, json={**LONG, "stream": stream}, headers={"x-request-id": name}
             )
@@ -222,7 +229,7 @@ def test_no_image_is_finished_for_a_hundred_clients_that_hang_up(
 
     async def main() -> None:
         limits = httpx.Limits(max_connections=200)
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
             stays = [stay(client, i, leaves_after_s=rng.uniform(0.3, 4)) for i in range(100)]
             await asyncio.gather(*stays)
 
@@ -237,7 +244,7 @@ def test_no_image_is_finished_for_a_hundred_clients_that_hang_up(
     assert {record["outcome"] for record in charged} == {"cancelled"}
     quick = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64"}
     for precision in ("fp8", "fp16"):
-        answer = httpx.post(url + GENERATE, json={**quick, "precision": precision}, timeout=30)
+        answer = httpx.post(url + GENERATE, json={**quick, "precision": precision}, timeout=60)
         assert answer.status_code == 200
 
 
@@ -247,7 +254,7 @@ TAGS = "tenant", "pool", "state", "phase", "outcome", "reason", "code"
 def exported() -> dict[str, dict[str, float]]:
     """Octet's metrics on this node: by name, then by the tags' values joined with `/`."""
     (node,) = ray.nodes()
-    text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=10).text
+    text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=60).text
     found: dict[str, dict[str, float]] = {}
     for line in text.splitlines():
         if match := re.match(r"ray_(octet_\w+){(.*)} (\S+)$", line):
@@ -261,7 +268,7 @@ def exported() -> dict[str, dict[str, float]]:
 def test_metrics_count_images_charges_replicas_and_phases(url: str) -> None:
     """The metrics also count the clients that hung up in the earlier tests of this file."""
     asked = {"prompt": "dunes", "num_inference_steps": 4, "size": "64x64", "precision": "fp16"}
-    assert httpx.post(url + GENERATE, json=asked, timeout=60).status_code == 200
+    assert httpx.post(url + GENERATE, json=asked, timeout=120).status_code == 200
     deadline = time.monotonic() + 60
     pool = "landscapes-fp16"
     wanted = {f"{pool}/drawn", f"{pool}/cancelled"}
