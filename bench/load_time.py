@@ -3,22 +3,22 @@
     python -m bench.load_time [--heads 12] [--repeats 5]
 
 Makes a random model with SD3.5 Medium's structure (24 layers, dual attention in the first 13, heads
-of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Fresh processes
-load each checkpoint and then touch every weight. The files are in the page cache. Peak memory is
-the process's largest resident set, mapped files included, minus its resident set before loading.
+of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Fresh processes,
+which have imported everything already, load each checkpoint and then touch every weight. The files
+are in the page cache. Peak memory is the process's largest resident set, mapped files included,
+minus its resident set before loading.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,6 @@ def load(folder: Path) -> dict[str, float]:
     }
 
 
-def load_apart(folder: Path) -> dict[str, float]:
-    """Run `load` in a fresh process."""
-    command = [sys.executable, "-W", "ignore", "-m", "bench.load_time", "--load", str(folder)]
-    done = subprocess.run(  # noqa: S603 - this interpreter, this module
-        command, capture_output=True, text=True, check=True
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measure(heads: int, repeats: int) -> dict[str, Any]:
     """Medians of loading both kinds of checkpoint, and their sizes on disk.
 
@@ -93,7 +83,12 @@ def measure(heads: int, repeats: int) -> dict[str, Any]:
     from serve.engine.fp8_checkpoint import quantize
     from serve.models.checkpoints import size_bytes, write_manifest
 
-    with tempfile.TemporaryDirectory() as temporary:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["serve.engine.fp8_checkpoint", "serve.models.checkpoints"])
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as fresh,
+    ):
         folders = {"bf16": Path(temporary) / "bf16", "fp8": Path(temporary) / "fp8"}
         random_model(folders["bf16"], heads)
         write_manifest(folders["bf16"], {})
@@ -101,7 +96,7 @@ def measure(heads: int, repeats: int) -> dict[str, Any]:
         runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in folders}
         for _ in range(repeats):
             for kind, folder in folders.items():
-                runs[kind].append(load_apart(folder))
+                runs[kind].append(fresh.submit(load, folder).result())
         sizes = {kind: size_bytes(folder, "transformer") for kind, folder in folders.items()}
     medians = {
         kind: {key: statistics.median(run[key] for run in found) for key in found[0]}
@@ -125,11 +120,7 @@ def main() -> None:
         "--heads", type=int, default=12, help="attention heads; 24 is the width of SD3.5 Medium"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.load:
-        print(json.dumps(load(arguments.load)))
-        return
     found = measure(arguments.heads, arguments.repeats)
     width = arguments.heads / SD35_MEDIUM_HEADS
     print(f"SD3.5 Medium's structure at {width:g} of its width, {platform.machine()}, ", end="")

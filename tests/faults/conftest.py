@@ -105,10 +105,10 @@ def end_serve() -> None:
 
 @pytest.fixture
 def deploy(cluster: Any) -> Iterator[Callable[[Settings], RunningApplication]]:
-    """A function that deploys settings on the cluster, with Generators that only wait."""
+    """A function that deploys settings on the cluster, with the Generators of `deadly`."""
 
     def deploy(settings: Settings) -> RunningApplication:
-        application = RunningApplication(settings, import_path="bench.timed:build")
+        application = RunningApplication(settings, import_path="tests.faults.deadly:build")
         return running.enter_context(contextlib.closing(application))
 
     with contextlib.ExitStack() as running:

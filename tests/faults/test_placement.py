@@ -12,14 +12,17 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import ray
 from ray import serve
 
+from serve.api.attempts import ATTEMPTS
 from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
@@ -28,6 +31,7 @@ from ..builders import ROOT
 from ..ports import free_port
 from ..wait import wait_for
 from .conftest import STORE_BYTES, dispatchers_log, landed
+from .deadly import DEADLY
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
 SETTINGS = {
@@ -57,13 +61,26 @@ def die(cluster: Any, node: Any, *deployments: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def dead_generators() -> int:
+    """The number of Generators that have died so far."""
+    actors = ray._private.state.actors().values()
+    return sum(a["State"] == "DEAD" and "#Generator-" in (a["Name"] or "") for a in actors)
+
+
 class Client:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def ask(self, precision: str = "auto", steps: int = 1) -> tuple[int, str]:
+    def ask(
+        self, precision: str = "auto", steps: int = 1, guidance_scale: float = 3.0
+    ) -> tuple[int, str]:
         """The HTTP status, and the precision of the image or the code of the error."""
-        body = {"prompt": "dunes", "num_inference_steps": steps, "precision": precision}
+        body = {
+            "prompt": "dunes",
+            "num_inference_steps": steps,
+            "precision": precision,
+            "guidance_scale": guidance_scale,
+        }
         answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=120)
         if answer.status_code == 200:
             return 200, answer.json()["data"][0]["precision"]
@@ -117,6 +134,19 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     assert landed() == {FP8: Counter({FP8_CARD: 2}), FP16: Counter({ODD_CARD: 1})}
     assert client.ask() == (200, "fp8")
     assert client.ask("fp16") == (200, "fp16")
+
+    # A request kills the replica in each of its attempts, and then no other replica. The images
+    # that ran beside it are generated again. Its last attempt runs alone.
+    dead_before = dead_generators()
+    with ThreadPoolExecutor(13) as pool:
+        neighbours = [pool.submit(client.ask, steps=30) for _ in range(12)]
+        wait_for(lambda: client.pool("landscapes-fp16")["running"] > 0)
+        deadly = pool.submit(client.ask, guidance_scale=DEADLY)
+    assert deadly.result() == (503, "replica_failed")
+    assert [neighbour.result()[0] for neighbour in neighbours] == [200] * 12
+    assert dead_generators() - dead_before == ATTEMPTS
+    wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
+    wait_for(lambda: client.pool("landscapes-fp16")["replicas"] == 1)
 
     # The FP8 node dies during a request. This request and new ones are served in 16 bit.
     answers: list[tuple[int, str]] = []
