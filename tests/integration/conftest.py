@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from serve.engine.fp8_checkpoint import quantize
 from serve.launch import RunningApplication, run_application
-from serve.settings.application import Settings
+
+from ..builders import DEMO_MODEL, laptop_settings
+from ..ports import free_port
 
 # Ray reads this variable when it starts. Without it, Ray exports metrics every ten seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
@@ -29,14 +32,24 @@ def replica_logs() -> str:
 
 
 @pytest.fixture(scope="session")
-def octet(laptop: Settings) -> Iterator[RunningApplication]:
+def octet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
     """The application on a Ray of its own, which runs until the last test has ended.
 
-    Its Generators fail for the guidance scales of `faulty`.
+    Its FP8 pool loads a checkpoint of `octet quantize`. Its Generators fail or wait for the
+    guidance scales of `faulty`.
     """
+    fp8 = tmp_path_factory.mktemp("fp8") / "model"
+    quantize(DEMO_MODEL, fp8)
+    settings = laptop_settings(
+        {
+            "OCTET_HTTP__PORT": str(free_port()),
+            "OCTET_MODELS__0__POOLS__0__REPLICAS": "1",
+            "OCTET_MODELS__0__POOLS__0__SOURCE__LOCATION": str(fp8),
+        }
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray warns while it starts
-        application = run_application(laptop, import_path="tests.integration.faulty:build")
+        application = run_application(settings, import_path="tests.integration.faulty:build")
         octet = application.__enter__()
     yield octet
     with warnings.catch_warnings():

@@ -20,13 +20,20 @@ from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
 from serve.cli.main import app
-from serve.engine.fp8_checkpoint import quantize
 from serve.settings.application import ApplicationSettings, IngressSettings, Settings
 from serve.settings.serve_config import serve_config
 
 from ..builders import DEMO_MODEL, ROOT
 from ..ports import free_port
 from ..wait import PATIENCE_S, wait_for
+
+OCTET = """
+from functools import partial
+from serve import launch
+launch.run_application = partial(launch.run_application, import_path="bench.timed:build")
+from serve.cli.main import main
+main()
+"""
 
 
 def test_ray_serve_accepts_the_config(laptop: Settings) -> None:
@@ -53,26 +60,23 @@ def ray_folders(processes: list[psutil.Process]) -> set[Path]:
 def test_a_second_octet_serves_changes_settings_drains_and_leaves_nothing(
     url: str, tmp_path: Path
 ) -> None:
-    """`url` is one Octet; the command starts another, and only that one receives the signals."""
+    """`url` is one Octet; the command starts another, and only that one receives the signals.
+
+    The Generators of the other one only wait.
+    """
     port = free_port()
     second = f"http://127.0.0.1:{port}"
     file = tmp_path / "octet.yaml"
     settings = (ROOT / "examples" / "laptop.yaml").read_text()
     settings = settings.replace("../demo/model", str(DEMO_MODEL)).replace("8000", str(port))
-    fp8 = tmp_path / "fp8"  # the FP8 pool loads a checkpoint of `octet quantize`
-    quantize(DEMO_MODEL, fp8)
-    settings = settings.replace(
-        "precision: fp8,", f"precision: fp8, source: {{ location: {fp8} }},"
-    )
     settings = settings.replace("replicas: 2, min_replicas: 1,", "slots: 1,")
     settings = settings.replace("      - { precision: fp16, num_cpus: 0.2 }\n", "")
     assert "slots: 1" in settings
     assert "fp16" not in settings
-    assert str(fp8) in settings
     settings = settings.replace("auth: none", "auth: keys\ndata_folder: data")
     file.write_text(settings)
     key = octet_command("tenant", "add", "acme", "--config", str(file), "--operator").strip()
-    command = [sys.executable, "-c", "from serve.cli.main import main; main()", "serve", str(file)]
+    command = [sys.executable, "-c", OCTET, "serve", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     long = {"prompt": "the sea at dawn", "num_inference_steps": 25}
     with (
