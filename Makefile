@@ -4,8 +4,9 @@ BIN := .venv/bin
 SERVERS := redis-server prometheus
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
-# Python compiles a module when it is first imported; compiling all of them would double the set-up.
+# pip compiles modules on one core. `COMPILE` does it on all cores, after the last package.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0
 
 .PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness \
 	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean
@@ -17,11 +18,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev]'
+	-$(COMPILE) .venv/lib
 	touch $@
 
 # The tests' reference for FP8, apart from .venv's packages: beside diffusers it slows every import.
 .venv/reference: $(INSTALLED)
 	$(PIP_INSTALL) --no-deps --target $@ torchao
+	-$(COMPILE) $@
 
 # matplotlib, for the plots of the measurements.
 .venv/bench: $(INSTALLED)

@@ -27,6 +27,7 @@ from serve.api.ingress import Ingress
 from serve.app import Parts, application
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, QueuedImage, StoppedImage
+from serve.engine.exclusive import SharedExclusiveLock
 from serve.errors import OctetError
 from serve.request import Acknowledgement, ImageRequest, ImageResult, StreamOptions, Timings
 from serve.settings.application import ApplicationSettings
@@ -55,22 +56,25 @@ class TimedGenerator:
         self._running: set[Lease] = set()
         self._stopped: list[StoppedImage] = []
         self._leaving = False
+        self._lock = SharedExclusiveLock()
         self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
         yield Acknowledgement.RECEIVED
-        began, done = time.monotonic(), False
+        began, done = None, False
         self._running.add(lease)
         try:
-            yield Acknowledgement.STARTED
-            await asyncio.sleep(STEP_S * request.num_inference_steps)
-            done = True
+            async with self._lock.held(exclusively=alone):
+                began = time.monotonic()
+                yield Acknowledgement.STARTED
+                await asyncio.sleep(STEP_S * request.num_inference_steps)
+                done = True
         finally:
             self._running.discard(lease)
             if not done:
-                steps = int((time.monotonic() - began) / STEP_S)
+                steps = int((time.monotonic() - began) / STEP_S) if began else 0
                 self._stopped.append(StoppedImage(lease, steps, steps * STEP_S))
         yield ImageResult(
             image=FILE,
