@@ -112,12 +112,12 @@ class Scaling:
         """Give new images only to as many replicas of the pool as Ray Serve will keep.
 
         `replicas`: the wanted number. A lower number counts only after it was wanted for `SEEN_S`
-        seconds. The delay is needed because Serve fetches the number only from time to time: it may
-        miss a lower number that was wanted for a moment, and stops no replica for it.
+        seconds, also right after the start of this process. The delay is needed because Serve
+        fetches the number only from time to time: it may miss a lower number that was wanted for a
+        moment, and stops no replica for it.
         """
-        self._recent[pool] = [
-            (at, n) for at, n in self._recent.get(pool, ()) if now - at <= SEEN_S and n > replicas
-        ]
+        before = self._recent.get(pool, [(now, self.limits.pools[pool].max_replicas)])
+        self._recent[pool] = [(at, n) for at, n in before if now - at <= SEEN_S and n > replicas]
         most = max((n for _, n in self._recent[pool]), default=replicas)
         self._recent[pool].append((now, replicas))
         self._grants.keep(pool, most, now)

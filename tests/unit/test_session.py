@@ -49,7 +49,13 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
 
 
 async def settle() -> None:
-    await asyncio.sleep(0.05)
+    """Let everything happen that follows from what was done.
+
+    Many short pauses: on a busy machine the event loop may wake from a long one before it has run
+    all that was due meanwhile.
+    """
+    for _ in range(20):
+        await asyncio.sleep(0.0025)
 
 
 @asynccontextmanager
