@@ -137,6 +137,10 @@ class SimulatedRequest:
     granted_at: float = 0.0
     number: int = 0
 
+    @property
+    def since(self) -> float:
+        return self.at
+
 
 class RequestQueue(Protocol):
     """The part of `serve.dispatch.fair_queue.FairQueue` that the simulation uses."""

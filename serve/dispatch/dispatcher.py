@@ -192,7 +192,7 @@ class Dispatcher:
 
     def end_session(self, session: str) -> None:
         """Close a session: remove its images from the queue, free its slots, close its calls."""
-        self.grants.close(session)
+        self.grants.close(session, time.monotonic())
         self.admission.end_session(session, time.monotonic())
         self._early = [early for early in self._early if early[0] != session]
         self.sessions.close(session)

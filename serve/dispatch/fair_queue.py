@@ -37,7 +37,11 @@ SLACK = 64  # a heap may hold so many keys more than twice the number of waiting
 class Queueable(Protocol):
     """The fields of an item that the queue reads; the queue itself sets `number`."""
 
-    number: int  # order of arrival
+    number: int  # order in which items were added
+
+    @property
+    def since(self) -> float:
+        """The time of arrival, in seconds; a tenant's items are served in this order."""
 
     @property
     def tenant(self) -> str: ...
@@ -84,7 +88,11 @@ class _PoolQueue(Generic[T]):
         if not flow.line:
             flow.clock = max(flow.clock, self.granted_at)
             self.waiting.add(item.tenant)
+        late = bool(flow.line) and item.since < flow.line[next(reversed(flow.line))].since
         flow.line[item.number] = item
+        if late:  # for example a further attempt at an image
+            in_order = sorted(flow.line.items(), key=lambda entry: (entry[1].since, entry[0]))
+            flow.line = OrderedDict(in_order)
         flow.backlog_s += item.work_s
         self._place(item.tenant, flow)
 
@@ -100,8 +108,12 @@ class _PoolQueue(Generic[T]):
 
     def charge(self, tenant: str, served: float) -> None:
         """Count a slot granted to the tenant; `served`: the item's work ÷ the tenant's weight."""
-        flow = self.flows[tenant]
-        self.granted_at = max(self.granted_at, flow.clock)
+        self.granted_at = max(self.granted_at, self.flows[tenant].clock)
+        self.resume(tenant, served)
+
+    def resume(self, tenant: str, served: float) -> None:
+        """Count a slot that the tenant holds already; `served`: as for `charge`."""
+        flow = self.flows.setdefault(tenant, _Flow(self.granted_at))
         flow.running += 1
         flow.clock += served
         self._place(tenant, flow)
@@ -187,11 +199,15 @@ class FairQueue(Generic[T]):
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[T]:
-        """The waiting items, in order of arrival."""
+        """The waiting items, in the order in which they were added."""
         return iter(self._waiting.values())
 
     def add(self, item: T) -> None:
-        """Let an item wait for all of its pools, and set its `number`."""
+        """Let an item wait for all of its pools, and set its `number`.
+
+        An item that arrived earlier than some of its tenant's waiting items gets its place before
+        them.
+        """
         self._arrivals += 1
         item.number = self._arrivals
         self._waiting[item.number] = item
@@ -223,14 +239,13 @@ class FairQueue(Generic[T]):
         self.remove(item)
 
     def taken_before(self, tenant: str, pool: str, work_s: float) -> None:
-        """Count an item that runs already because an earlier Dispatcher's queue granted it.
+        """Count an item that runs already, without having been taken from this queue.
 
-        As after `take`, the caller must call `settle` when the item has ended.
+        `work_s`: its work, or 0 if the tenant's clock holds it already. As after `take`, the caller
+        must call `settle` when the item has ended.
         """
         queue = self._pools.setdefault(pool, _PoolQueue())
-        flow = queue.flows.setdefault(tenant, _Flow(queue.granted_at))
-        flow.running += 1
-        flow.clock += work_s / self.weight(tenant)
+        queue.resume(tenant, work_s / self.weight(tenant))
 
     def settle(self, tenant: str, pool: str, correction_s: float) -> None:
         """Count the end of a served item, which took `correction_s` more work than predicted.

@@ -38,6 +38,7 @@ from .protocol import (
 )
 
 UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
+COUNTED_S = 600.0  # a session that comes back later than that may count its images again
 EXCESS_S = 600.0  # Ray Serve stops no replica in excess later than that
 REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
 
@@ -46,8 +47,9 @@ REPORTED_POSITIONS = 1000  # images further back hear their position when they h
 class WaitingImage:
     """An image in the fair queue.
 
-    `since`: the time at which it was queued. `number`: its place in the order of arrival.
-    `position`: its place in the queue as last reported; 0 before the first report.
+    `since`: the time at which it arrived; a further attempt at an image keeps the time of the
+    first. `number`: set by the queue. `position`: its place in the queue as last reported; 0 before
+    the first report.
     """
 
     image: QueuedImage
@@ -124,15 +126,17 @@ class Grants:
         self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
         self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # reported before their release
+        # Images that ran when their session was closed: their tenants' clocks hold their work.
+        self._counted: dict[tuple[str, str], float] = {}  # since when, by session and image id
 
     # -- sessions -------------------------------------------------------------------------------
 
     def open(self, session: str, now: float) -> None:
         """Begin a session; an earlier session with the same name is closed first."""
-        self.close(session)
+        self.close(session, now)
         self._sessions[session] = _Session(now)
 
-    def close(self, session: str) -> None:
+    def close(self, session: str, now: float) -> None:
         """End a session: its images leave the queue, and its slots become free."""
         if ended := self._sessions.pop(session, None):
             for waiting in ended.waiting.values():
@@ -140,6 +144,7 @@ class Grants:
             for running in ended.running.values():
                 self._free(running)
                 self._settle(running, running.work_s)
+                self._counted[session, running.image_id] = now
 
     def heard_from(self, session: str, now: float) -> bool:
         """Renew a session's lease. Returns False if the session is not open."""
@@ -149,9 +154,13 @@ class Grants:
         return True
 
     def declare(self, session: str, running: RunningImage) -> None:
-        """Count an image that already runs because an earlier Dispatcher granted it a slot."""
+        """Count an image that runs already, because its slot was granted before the session began.
+
+        Its work counts once, however often the session is opened again.
+        """
         self._hold(session, running)
-        self.queue.taken_before(running.tenant, running.pool, running.work_s)
+        counted = self._counted.pop((session, running.image_id), None) is not None
+        self.queue.taken_before(running.tenant, running.pool, 0 if counted else running.work_s)
 
     def submit(self, session: str, image: QueuedImage, tenant: str, now: float) -> Refused | None:
         """Queue an image; returns a refusal if none of its pools is possible."""
@@ -160,7 +169,7 @@ class Grants:
             return None
         if not self.possible(image.pools):
             return Refused(session, image.id)
-        waiting = WaitingImage(image, tenant, session, now)
+        waiting = WaitingImage(image, tenant, session, now - image.waited_s)
         self.queue.add(waiting)
         holder.waiting[image.id] = waiting
         if image.report_position:
@@ -205,13 +214,16 @@ class Grants:
         for lease, (since, _) in list(self._stopped.items()):
             if now - since > UNSETTLED_S:
                 del self._stopped[lease]
+        for image, since in list(self._counted.items()):
+            if now - since > COUNTED_S:
+                del self._counted[image]
         silent = [
             name
             for name, session in self._sessions.items()
             if now - session.last_heard > self.session_lease_s
         ]
         for name in silent:
-            self.close(name)
+            self.close(name, now)
         return silent
 
     # -- Generators -----------------------------------------------------------------------------

@@ -67,7 +67,9 @@ class QueuedImage(NamedTuple):
     """One image that needs a slot, as its Ingress sends it to the Dispatcher's fair queue.
 
     `work_s`: the predicted work, in seconds of a reference replica. `report_position`: whether the
-    client wants to hear the image's place in the queue. `id`, `call_id`: filled in by the session.
+    client wants to hear the image's place in the queue. Filled in by the session: `id`, `call_id`,
+    and `waited_s`, the seconds since the image arrived, which decide its place among its tenant's
+    images. They are 0 when the image is sent for the first time.
     """
 
     pools: Pools
@@ -75,6 +77,7 @@ class QueuedImage(NamedTuple):
     report_position: bool = False
     id: str = ""
     call_id: str = ""
+    waited_s: float = 0.0
 
 
 class AdmissionRequest(NamedTuple):

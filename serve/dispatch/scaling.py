@@ -82,9 +82,9 @@ class Scaling:
         """The input of the policy: demand by pools, supply of each pool, open requests."""
         queued: dict[Pools, float] = {}
         since: dict[Pools, float] = {}
-        for waiting in self._grants.queue:  # in order of arrival
+        for waiting in self._grants.queue:
             queued[waiting.pools] = queued.get(waiting.pools, 0.0) + waiting.work_s
-            since.setdefault(waiting.pools, waiting.since)
+            since[waiting.pools] = min(since.get(waiting.pools, now), waiting.since)
         arrived = self._admission.arrived
         demands = []
         for pools in {*arrived, *queued}:

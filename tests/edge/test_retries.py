@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+import ray.exceptions
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayTaskError,
+)
 
 from cluster.cost import CostCoefficients
 from serve.api.attempts import ATTEMPTS, FREE_RETRIES, Attempts
@@ -15,6 +22,7 @@ from serve.api.ingress_metrics import IngressMetrics
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, Timing
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
+from serve.ray_errors import REPLICA_LOST
 from serve.request import (
     Acknowledgement,
     ImageRequest,
@@ -132,6 +140,53 @@ def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:
     result = generate(laptop, fp8, Generator("bf16"), Precision.FP8)
     assert result.precision == "fp8"
     assert fp8.requests == [replace(REQUEST, precision=Precision.FP8)] * 3  # hence the same picture
+
+
+# Errors that no call of a replica's method raises in its caller, or that another attempt repeats.
+NOT_LOST = {
+    ray.exceptions.ActorAlreadyExistsError,  # names of actors
+    ray.exceptions.ActorHandleNotFoundError,
+    ray.exceptions.ActorPlacementGroupRemoved,  # placement groups, which Octet does not use
+    ray.exceptions.TaskPlacementGroupRemoved,
+    ray.exceptions.ActorUnschedulableError,  # the start of a replica, which Ray Serve watches
+    ray.exceptions.RuntimeEnvSetupError,
+    ray.exceptions.TaskUnschedulableError,  # tasks; an actor's methods are none
+    ray.exceptions.AsyncioActorExit,  # raised in the replica itself
+    ray.exceptions.AuthenticationError,  # as wrong for every replica
+    ray.exceptions.CrossLanguageError,  # Java and C++
+    ray.exceptions.GetTimeoutError,  # `ray.get` with a timeout
+    ray.exceptions.ObjectRefStreamEndOfStreamError,  # the end of a stream, which iteration handles
+    ray.exceptions.OufOfBandObjectRefSerializationException,  # an error in our own code
+    ray.exceptions.PendingCallsLimitExceeded,  # a limit that Octet does not set
+    ray.exceptions.PlasmaObjectNotAvailable,  # `ray.get` inside Ray
+    ray.exceptions.RayTaskError,  # an error of the Generator's own code
+    ray.exceptions.TaskCancelledError,  # the call was cancelled
+    ray.exceptions.UnserializableException,  # as wrong for every replica
+    ray.exceptions.UserCodeException,
+}
+
+
+def all_below(error: type[Exception]) -> Iterator[type[Exception]]:
+    for below in error.__subclasses__():
+        if below.__module__ == "ray.exceptions":
+            yield below
+            yield from all_below(below)
+
+
+def test_every_error_of_ray_is_known() -> None:
+    """An error that a new version of Ray adds has to be put among one or the other."""
+    unknown = {
+        error.__name__
+        for error in all_below(ray.exceptions.RayError)
+        if not issubclass(error, (*REPLICA_LOST, *NOT_LOST))
+    }
+    assert not unknown
+
+
+def test_an_image_that_is_lost_with_its_node_is_generated_again(laptop: Settings) -> None:
+    fp8 = Generator("fp8", ObjectLostError("00", None, ""), OwnerDiedError("00", None, ""))
+    assert generate(laptop, fp8, Generator("bf16"), Precision.FP8).precision == "fp8"
+    assert fp8.calls == 3
 
 
 def test_another_pool_is_tried_before_the_one_that_was_lost(laptop: Settings) -> None:

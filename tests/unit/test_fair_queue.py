@@ -24,7 +24,7 @@ class Item:
     work_s: float
     pools: tuple[str, ...]
     label: str = ""
-    came_s: float = 0.0
+    since: float = 0.0
     number: int = 0
 
 
@@ -185,14 +185,14 @@ def test_a_flood_delays_only_its_own_tenant() -> None:
                 now = max(now, arrivals[0][0])
             while arrivals and arrivals[0][0] <= now:
                 came, tenant = arrivals.pop(0)
-                queue.add(Item(tenant, 1.0, (P,), came_s=came))
+                queue.add(Item(tenant, 1.0, (P,), since=came))
             slot = free_at.index(min(free_at))
             if (first := queue.first(P)) is None:
                 continue
             queue.take(first, P)
             queue.settle(first.tenant, P, 0.0)
             took = rng.uniform(0.5, 1.5)
-            found[first.tenant].append(now - first.came_s + took)
+            found[first.tenant].append(now - first.since + took)
             free_at[slot] = now + took
             if now > 200.0:
                 break
@@ -214,6 +214,23 @@ def test_a_flood_delays_only_its_own_tenant() -> None:
     assert p99(flooded) < 2 * p99(calm)
     # The flood gets the capacity that the others leave.
     assert len(flooded["flood"]) > 0.4 * 8 * 200
+
+
+def test_an_item_that_arrived_earlier_goes_before_its_tenants_later_ones() -> None:
+    queue = filled(*(Item("a", 1.0, (P,), label, since) for label, since in [("x", 2), ("z", 4)]))
+    queue.add(Item("a", 1.0, (P,), "y", since=3))
+    queue.add(Item("a", 1.0, (P,), "w", since=1))
+    order = []
+    while first := queue.first(P):
+        order.append(first.label)
+        queue.take(first, P)
+    assert order == ["w", "x", "y", "z"]
+
+
+def test_running_items_of_an_earlier_queue_count_for_a_tenant_that_waits_already() -> None:
+    queue = filled(item("a"), item("b"))
+    queue.taken_before("a", P, 10.0)
+    assert served(queue, 2) == "ba"
 
 
 def test_the_cost_of_an_item_hardly_grows_with_items_and_tenants() -> None:

@@ -170,6 +170,32 @@ def test_running_work_declared_anew_keeps_its_slot() -> None:
     assert ids(book.grant()) == [("b", FP8)]
 
 
+def test_running_work_counts_once_however_often_its_session_is_opened() -> None:
+    book = grants(m_fp8=2)
+    for now in range(4):
+        book.open("t", now)
+        book.declare("t", RunningImage("a", "call", "a", FP8, 10.0))
+    submit(book, waiting_image("a1", (FP8,)), tenant="a")
+    submit(book, *(waiting_image(f"b{i}", (FP8,), 4.0) for i in range(4)), tenant="b")
+    order = []
+    while granted := ids(book.grant()):
+        order += [image for image, _ in granted]
+        book.release("s", Release(order[-1], 4.0 if order[-1][0] == "b" else 1.0), 5)
+    assert order == ["b0", "b1", "b2", "a1", "b3"]
+
+
+def test_a_further_attempt_keeps_the_arrival_of_the_first() -> None:
+    book = grants(m_fp8=1)
+    submit(book, waiting_image("a", (FP8,)))
+    assert ids(book.grant()) == [("a", FP8)]
+    for i in range(9):
+        assert book.submit("s", waiting_image(f"b{i}", (FP8,)), "t", 1.0 + i) is None
+    again = waiting_image("a again", (FP8,))._replace(waited_s=10.0)
+    assert book.submit("s", again, "t", 10.0) is None
+    release(book, "a")
+    assert ids(book.grant()) == [("a again", FP8)]
+
+
 def test_images_without_a_placeable_pool_are_refused() -> None:
     book = grants()
     submit(book, waiting_image("a", (FP8,)), waiting_image("b"))  # the nodes are not known yet
@@ -298,7 +324,7 @@ class GrantsMachine(RuleBasedStateMachine):
 
     @rule(session=st.sampled_from("st"))
     def restart(self, session: str) -> None:
-        self.book.close(session)
+        self.book.close(session, self.now)
         self.book.open(session, self.now)
         self.waiting = {e: v for e, v in self.waiting.items() if v[0] != session}
         self.running = {e: v for e, v in self.running.items() if v[0] != session}

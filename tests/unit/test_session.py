@@ -193,6 +193,36 @@ def test_a_restarted_dispatcher_learns_waiting_and_running_images() -> None:
     run(test)
 
 
+def test_a_further_attempt_goes_before_calls_that_came_later() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        order: list[str] = []
+
+        queued = asyncio.Event()
+
+        async def take(call: OpenCall, name: str) -> None:
+            async with call.slot(0):
+                order.append(name)
+                if name == "second":
+                    await queued.wait()
+
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        async with opened(session, "1") as first:
+            await take(first, "first")
+            async with opened(session, "2") as second, opened(session, "3") as third:
+                later = [
+                    asyncio.create_task(take(call, name))
+                    for call, name in ((second, "second"), (third, "third"))
+                ]
+                await settle()
+                later.append(asyncio.create_task(take(first, "first again")))
+                await settle()
+                queued.set()
+                await asyncio.gather(*later)
+        assert order == ["first", "second", "first again", "third"]
+
+    run(test)
+
+
 def test_a_session_that_expired_is_opened_again() -> None:
     """A paused Ingress comes back, and the images that it waits for are granted after all."""
 

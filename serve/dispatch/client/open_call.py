@@ -100,7 +100,8 @@ class Recording:
 class OpenCall:
     """A client's call, from the request for its admission until `close`.
 
-    `record_s`: how long `record` may take. `grants`: the call's images that wait or hold a slot, by
+    `record_s`: how long `record` may take. `began`: the event loop's time when the call was opened.
+    `grants`: the call's images that wait or hold a slot, by
     image id. `generated`: the charges of images that are done but not yet recorded.
     """
 
@@ -109,6 +110,7 @@ class OpenCall:
     client: CallClient
     decision: asyncio.Future[AdmissionDecision]
     record_s: float
+    began: float
     grants: dict[str, PendingGrant] = field(default_factory=dict)
     recording: Recording | None = None
     generated: list[UsageRecord] = field(default_factory=list)

@@ -103,7 +103,9 @@ class DispatchSession:
         )
         work_s = sum(image.work_s for image in named)
         request = AdmissionRequest(call_id, tenant, request_id, named, timeout_s, work_s)
-        call = OpenCall(self, request, client, loop.create_future(), self._timing.record_s)
+        call = OpenCall(
+            self, request, client, loop.create_future(), self._timing.record_s, loop.time()
+        )
         for image in named:
             call.grants[image.id] = PendingGrant(image, loop.create_future())
         self._grants.update(call.grants)
@@ -114,9 +116,11 @@ class DispatchSession:
     # -- what a call asks for -------------------------------------------------------------------
 
     def submit(self, call: OpenCall, image: QueuedImage) -> PendingGrant:
-        """Queue a further attempt at an image."""
-        image = image._replace(id=str(next(self._numbers)))
-        pending = PendingGrant(image, asyncio.get_running_loop().create_future())
+        """Queue a further attempt at an image, which keeps the arrival of the first one."""
+        loop = asyncio.get_running_loop()
+        waited_s = loop.time() - call.began
+        image = image._replace(id=str(next(self._numbers)), waited_s=waited_s)
+        pending = PendingGrant(image, loop.create_future())
         call.grants[image.id] = self._grants[image.id] = self._new_grants[image.id] = pending
         self._changed.set()
         return pending
@@ -207,6 +211,7 @@ class DispatchSession:
         self._ended.clear()
         self._new_grants.clear()
         calls, running = [], []
+        now = asyncio.get_running_loop().time()
         for call_id, call in self._calls.items():
             if call.recording:
                 self._new_recordings[call_id] = call
@@ -219,7 +224,11 @@ class DispatchSession:
                     running.append(
                         RunningImage(image.id, call_id, tenant, grant.pool, image.work_s)
                     )
-            waiting = tuple(grant.image for grant in call.grants.values() if not grant.pool)
+            waiting = tuple(
+                grant.image._replace(waited_s=now - call.began)
+                for grant in call.grants.values()
+                if not grant.pool
+            )
             calls.append(call.request._replace(images=waiting, accepted=True))
         return calls, running
 
