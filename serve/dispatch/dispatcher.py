@@ -10,6 +10,7 @@ the rest: `metering` charges tenants, `scaling` decides how many replicas there 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -99,24 +100,25 @@ class Dispatcher:
         if tenants_folder:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._apply_tenants(self._tenants)
-        self._grants_from = now + timing.recovery_s
+        # The time at which recovery ends: not known before the first message has arrived.
+        self._grants_from = math.inf
         self._early: list[tuple[str, AdmissionRequest]] = []  # that came before `_grants_from`
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
         )
         nodes = NodeWatch(pools, read_nodes, self.grants, self.scaling, self.sessions.deliver)
-        decide_from = self._grants_from + timing.replica_lease_s
         self._tasks = [
             asyncio.create_task(work)
             for work in (
-                upkeep.run(self.end_session, self._grant_and_tell, decide_from),
+                upkeep.run(self.end_session, self._grant_and_tell, self._may_decide),
                 nodes.run(timing.nodes_s),
                 self._watch_tenants(),
                 self.metering.run(),
             )
         ]
-        asyncio.get_running_loop().call_later(timing.recovery_s, self._begin)
+        # Without any Ingress or Generator there is nothing to wait for.
+        asyncio.get_running_loop().call_later(timing.session_lease_s, self._reached)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply the queue's length and the autoscaling settings of `LiveSettings`.
@@ -143,6 +145,7 @@ class Dispatcher:
         session under the same name replaces the earlier one. The stream ends when the session
         expires or is replaced.
         """
+        self._reached()
         self.end_session(session)
         stream = self.sessions.open(session)
         self.grants.open(session, time.monotonic())
@@ -210,6 +213,7 @@ class Dispatcher:
         `running`: the leases of the images that the Generator runs. `stopped`: the images that it
         has stopped since its last heartbeat.
         """
+        self._reached()
         now = time.monotonic()
         self.grants.report_replica(heartbeat, now, running)
         for report in stopped:
@@ -277,6 +281,19 @@ class Dispatcher:
         )
 
     # -- calls and images -----------------------------------------------------------------------
+
+    def _reached(self) -> None:
+        """Begin the recovery with the first message: from then on this Dispatcher can be reached.
+
+        Reading large usage files takes seconds during which nobody can connect.
+        """
+        if self._grants_from == math.inf:
+            self._grants_from = time.monotonic() + self._timing.recovery_s
+            asyncio.get_running_loop().call_later(self._timing.recovery_s, self._begin)
+
+    def _may_decide(self, now: float) -> bool:
+        """Return whether every living replica has had time to report itself."""
+        return now >= self._grants_from + self._timing.replica_lease_s
 
     def _begin(self) -> None:
         """Decide on the calls that arrived before `recovery_s` was over, and begin to grant.

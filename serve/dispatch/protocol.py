@@ -30,8 +30,8 @@ class Timing:
     `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
     `session_lease_s`: how long an Ingress may be silent before its slots are free.
     `replica_lease_s`: how long a Generator may be silent before it counts as gone.
-    `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls, so that
-    every Ingress has time to report which calls and images it has.
+    `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls after the
+    first message, so that every Ingress has time to report which calls and images it has.
     `reconnect_s`: how long an Ingress waits before it opens a lost session again.
     `positions_s`: how long queue positions are collected before they are sent.
     `nodes_s`: the time between two readings of the cluster's nodes.

@@ -37,13 +37,16 @@ class Upkeep:
         self._timing = timing
 
     async def run(
-        self, end_session: Callable[[str], None], then: Callable[[], None], decide_from: float
+        self,
+        end_session: Callable[[str], None],
+        then: Callable[[], None],
+        may_decide: Callable[[float], bool],
     ) -> None:
         """Do the periodic work once per heartbeat, for ever.
 
         `end_session` is called for every session whose lease has expired. `then` is called at the
-        end of each round. The number of replicas is not decided before the time `decide_from`; by
-        then every living replica has had time to report itself.
+        end of each round. `may_decide` says whether the number of replicas may be decided at a
+        time.
         """
         heartbeat_s = self._timing.heartbeat_s
         before = time.monotonic()
@@ -54,7 +57,7 @@ class Upkeep:
                 continue  # this process stood still, so first let heartbeats that waited arrive
             self.expire(now, end_session)
             self._metering.turn_month(month_of(time.time()))
-            self.scale(now, decide=now >= decide_from)
+            self.scale(now, decide=may_decide(now))
             then()
             self._tenant_metrics.report(overview(self._admission, self._grants))
 

@@ -20,6 +20,7 @@ from serve.dispatch.protocol import (
     Heartbeat,
     Lease,
     QueuedImage,
+    RunningImage,
     SessionUpdate,
     StoppedImage,
 )
@@ -421,6 +422,8 @@ def test_a_dispatcher_in_recovery_does_not_count_as_drained() -> None:
     async def main() -> None:
         dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.1))
         assert await dispatcher.drain() == 1
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        assert await dispatcher.drain() == 1
         await asyncio.sleep(0.15)
         assert await dispatcher.drain() == 0
 
@@ -697,6 +700,28 @@ def test_a_restarted_dispatcher_admits_no_call_before_it_knows_the_reservations(
             await call.admitted()
         await settle()
         assert dispatcher.admission.open_calls == 1
+
+    asyncio.run(main())
+
+
+def test_the_recovery_begins_when_the_dispatcher_can_be_reached() -> None:
+    """Reading its files may take a new Dispatcher longer than the recovery."""
+
+    async def main() -> None:
+        dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.6))
+        time.sleep(0.7)  # noqa: ASYNC251 (the files)
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        session = DispatchSession(Handle(dispatcher), PROMPT)
+        call = session.open("t", "id", ONE, 60, Client())
+        await settle()
+        assert not call.decision.done()  # another Ingress may use the only slot
+        stream = dispatcher.session("other", [], [RunningImage("i", "c", "t", "p")])
+        await anext(stream)
+        async with asyncio.timeout(5):
+            await call.admitted()
+        await settle()
+        assert dispatcher.grants.free_slots("p") == 0
+        assert dispatcher.grants.queue_depth == 1
 
     asyncio.run(main())
 
