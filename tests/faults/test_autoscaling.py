@@ -27,7 +27,7 @@ from serve.settings.file import load_settings
 from ..builders import ROOT
 from ..ports import free_port
 from ..wait import wait_for
-from .conftest import STORE_BYTES, dispatchers_log, landed
+from .conftest import add_node, dispatchers_log, landed
 
 POOL = "landscapes-fp8"
 SETTINGS = {
@@ -129,14 +129,9 @@ def demanded() -> list[tuple[dict[str, float], dict[str, list[str]]]]:
     ]
 
 
-def add_node(cluster: Any) -> None:
+def add_card(cluster: Any) -> None:
     """Add a node with room for one replica."""
-    cluster.add_node(
-        num_cpus=2,
-        num_gpus=1,
-        labels={"ray.io/accelerator-type": "H100"},
-        object_store_memory=STORE_BYTES,
-    )
+    add_node(cluster, num_cpus=2, num_gpus=1, labels={"ray.io/accelerator-type": "H100"})
 
 
 def drain(node_id: str) -> None:
@@ -196,8 +191,8 @@ def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
     assert f"{POOL}: 0 → " in logs
 
     # The nodes come, and the Dispatcher dies while replicas start.
-    add_node(cluster)
-    add_node(cluster)
+    add_card(cluster)
+    add_card(cluster)
     wait_for(lambda: bool(generators()))
     (dispatcher,) = living("Dispatcher").values()
     os.kill(dispatcher["Pid"], signal.SIGKILL)

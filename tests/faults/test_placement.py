@@ -30,7 +30,7 @@ from serve.settings.file import load_settings
 from ..builders import ROOT
 from ..ports import free_port
 from ..wait import wait_for
-from .conftest import STORE_BYTES, dispatchers_log, landed
+from .conftest import add_node, dispatchers_log, landed
 from .deadly import DEADLY
 
 FP8_CARD, ODD_CARD = "H100", "Odd-Card"
@@ -43,9 +43,9 @@ SETTINGS = {
 FP8, FP16 = "Generator-landscapes-fp8", "Generator-landscapes-fp16"
 
 
-def add_node(cluster: Any, card: str) -> Any:
-    labels = {"ray.io/accelerator-type": card}
-    return cluster.add_node(num_cpus=1, num_gpus=2, labels=labels, object_store_memory=STORE_BYTES)
+def add_card(cluster: Any, card: str) -> Any:
+    """Add a node with two of these cards."""
+    return add_node(cluster, num_cpus=1, num_gpus=2, labels={"ray.io/accelerator-type": card})
 
 
 def die(cluster: Any, node: Any, *deployments: str) -> None:
@@ -116,7 +116,7 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
 
     # A node comes whose card is in no table. The card counts as having no FP8, and the log says
     # how to label the node.
-    odd = add_node(cluster, ODD_CARD)
+    odd = add_card(cluster, ODD_CARD)
     wait_for(lambda: client.pool("landscapes-fp16")["replicas"] == 1)
     fp8 = client.pool("landscapes-fp8")
     assert (fp8["replicas"], fp8["placeable"]) == (0, False)
@@ -129,7 +129,7 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     assert "octet/precision=fp8" in logs
 
     # A node with FP8 comes.
-    fp8_node = add_node(cluster, FP8_CARD)
+    fp8_node = add_card(cluster, FP8_CARD)
     wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
     assert landed() == {FP8: Counter({FP8_CARD: 2}), FP16: Counter({ODD_CARD: 1})}
     assert client.ask() == (200, "fp8")
@@ -161,7 +161,7 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     assert client.ask("fp8") == (503, "no_capacity")
 
     # A node with FP8 comes back.
-    add_node(cluster, FP8_CARD)
+    add_card(cluster, FP8_CARD)
     wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
     assert client.ask() == (200, "fp8")
 

@@ -34,7 +34,7 @@ from serve.settings.file import load_settings
 from ..builders import ROOT
 from ..ports import free_port
 from ..wait import wait_for
-from .conftest import STORE_BYTES, landed
+from .conftest import add_node, landed
 
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
@@ -76,7 +76,7 @@ def test_replicas_land_where_the_plan_puts_them(
         {"ray.io/accelerator-type": "T4"},
         {"ray.io/accelerator-type": "A100", "octet/card": "a100-80"},
     ):
-        cluster.add_node(num_cpus=1, num_gpus=1, labels=labels, object_store_memory=STORE_BYTES)
+        add_node(cluster, num_cpus=1, num_gpus=1, labels=labels)
     groups, unknown = cards_of(living_nodes(), reserved_gib=0)
     assert {group.card.id: group.count for group in groups} == {"h100": 1, "t4": 1, "a100-80": 1}
     assert not unknown

@@ -34,7 +34,7 @@ from ..ports import free_port
 from ..redis_server import RedisServer
 from ..s3 import a_bucket, s3_server
 from ..wait import wait_for
-from .conftest import DASHBOARD_PORT, STORE_BYTES, landed
+from .conftest import DASHBOARD_PORT, add_node, landed
 
 # Replicas find S3's credentials in the environment, as in a pod. Ray's nodes inherit it from here.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
@@ -156,12 +156,9 @@ def servers(folder: Path) -> Iterator[Settings]:
     redis.close()
 
 
-def add_node(cluster: Any, kind: NodeKind) -> str:
+def add_node_of(cluster: Any, kind: NodeKind) -> str:
     """Add a node of this kind to the cluster; return the id that Ray gives it."""
-    node = cluster.add_node(
-        num_cpus=2, num_gpus=kind.gpus, labels=kind.labels, object_store_memory=STORE_BYTES
-    )
-    return str(node.node_id)
+    return str(add_node(cluster, num_cpus=2, num_gpus=kind.gpus, labels=kind.labels).node_id)
 
 
 def nodes_of(deployment: str) -> dict[str, str]:
@@ -183,7 +180,7 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     cluster: Any, folder: Path, servers: Settings, request: pytest.FixtureRequest
 ) -> None:
     kinds = {kind.name: kind for kind in read_nodes(OVERLAY / "nodes.yaml")}
-    ids = [add_node(cluster, kinds[name]) for name in NODES]
+    ids = [add_node_of(cluster, kinds[name]) for name in NODES]
     (folder / "tenants").mkdir()
     key = add_tenant(folder / "tenants", "acme", {})
     operator = Operator()
