@@ -118,7 +118,7 @@ def add_node(cluster: Any, **arguments: Any) -> Any:
             code = raylet.process.wait(2)
         except subprocess.TimeoutExpired:
             return node
-        print(f"a raylet has ended with {code}", file=sys.stderr)
+        sys.stderr.write(f"a raylet has ended with {code}\n")
         cluster.remove_node(node, allow_graceful=False)
     raise AssertionError("no raylet stays alive")
 
