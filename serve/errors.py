@@ -4,6 +4,7 @@ Each class of the tree holds the status, type and code of its answer:
 
     OctetError                      500  server_error            internal_error
     ├── InvalidRequest              400  invalid_request_error   invalid_value
+    │   ├── TimeoutTooShort         400  invalid_request_error   timeout_too_short
     │   ├── KeyInvalid              401  invalid_request_error   invalid_api_key
     │   ├── LinkInvalid             403  invalid_request_error   link_invalid
     │   ├── NotFound                404  invalid_request_error   not_found
@@ -75,6 +76,12 @@ class InvalidRequest(OctetError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+
+
+class TimeoutTooShort(InvalidRequest):
+    """The images take longer than `timeout_s`, even on an idle server."""
+
+    code = "timeout_too_short"
 
 
 class KeyInvalid(InvalidRequest):

@@ -67,17 +67,18 @@ class _RefusedError(Exception):
         reason: RefusalReason,
         retry_after_s: float | None = None,
         own_limit: bool = False,
+        takes_s: float | None = None,
     ) -> None:
         super().__init__()
         self.reason: RefusalReason = reason
-        self.retry_after_s, self.own_limit = retry_after_s, own_limit
+        self.retry_after_s, self.own_limit, self.takes_s = retry_after_s, own_limit, takes_s
 
     @property
     def for_want_of_replicas(self) -> bool:
         """Return whether the call would have been admitted with more replicas."""
         if self.reason == "queue_full":
             return not self.own_limit
-        return self.reason == "deadline_unreachable" and self.retry_after_s is not None
+        return self.reason == "deadline_unreachable"
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class Admission:
                 session,
                 request.call_id,
                 refused.reason,
-                None,
+                refused.takes_s,
                 refused.retry_after_s,
                 refused.own_limit,
                 account.rate_limits(now, self.month_ends - now),
@@ -285,10 +286,12 @@ class Admission:
         late_s = self._forecasts.at_most_s(forecast) - request.timeout_s
         if late_s <= 0:
             return
+        alone_s = self._forecasts.alone_s(request)
+        if alone_s > request.timeout_s:
+            raise _RefusedError("timeout_too_short", own_limit=True, takes_s=alone_s)
         with_empty_backlog = self._forecasts.forecast(request, now, own_backlog=False) or forecast
         own_limit = self._forecasts.at_most_s(with_empty_backlog) <= request.timeout_s
-        never = self._forecasts.alone_s(request) > request.timeout_s
-        raise _RefusedError("deadline_unreachable", None if never else late_s, own_limit)
+        raise _RefusedError("deadline_unreachable", late_s, own_limit)
 
     def _admit(
         self, session: str, request: AdmissionRequest, predicted_s: float | None, now: float

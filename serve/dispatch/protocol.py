@@ -145,6 +145,7 @@ RefusalReason = Literal[
     "rate_limit_exceeded",
     "insufficient_quota",
     "deadline_unreachable",
+    "timeout_too_short",
 ]
 
 
@@ -164,9 +165,10 @@ class AdmissionDecision(NamedTuple):
     """The answer to an admission request: the call is admitted, or refused for a reason.
 
     `refusal`: the reason of a refusal; None if the call is admitted. `eta_s`: seconds until the
-    call is expected to be done. `retry_after_s`: seconds until a refused call would be admitted, if
-    that is known. `own_limit`: the call is refused because its tenant is over its own share or
-    limit, so calls of other tenants may still be admitted.
+    call is expected to be done; for "timeout_too_short", the seconds that it takes on an idle
+    server. `retry_after_s`: seconds until a refused call would be admitted, if that is known.
+    `own_limit`: the call is refused because of its tenant's own share or limit, so calls of other
+    tenants may still be admitted.
     """
 
     session: str

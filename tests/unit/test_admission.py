@@ -181,16 +181,17 @@ def test_calls_that_more_replicas_could_have_served_count_as_arriving_work() -> 
     assert harness.open_call("late", timeout_s=5).refusal == "deadline_unreachable"
     assert harness.admission.arrived[P][0] == before + 1
     # Too long on any replica.
-    assert harness.open_call("c", work_s=10, timeout_s=5).refusal == "deadline_unreachable"
+    assert harness.open_call("c", work_s=10, timeout_s=5).refusal == "timeout_too_short"
     limited = AdmissionHarness(t=Tenant(work_per_s=1, work_burst=1))
     assert [limited.open_call().refusal for _ in range(2)] == [None, "rate_limit_exceeded"]
     assert harness.admission.arrived[P][0] == before + 1
     assert limited.admission.arrived[P][0] == 1
 
 
-def test_a_call_that_cannot_meet_its_deadline_even_alone_gets_no_retry_time() -> None:
+def test_a_call_that_cannot_meet_its_deadline_even_alone_hears_what_it_takes() -> None:
     refused = AdmissionHarness().open_call(work_s=10, timeout_s=5)
-    assert (refused.refusal, refused.retry_after_s) == ("deadline_unreachable", None)
+    assert (refused.refusal, refused.retry_after_s) == ("timeout_too_short", None)
+    assert refused.eta_s == 10
 
 
 def test_without_a_replica_no_wait_is_predicted() -> None:

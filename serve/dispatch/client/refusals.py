@@ -18,6 +18,7 @@ from ...errors import (
     QuotaExceeded,
     RateLimited,
     RequestIdInUse,
+    TimeoutTooShort,
     Unavailable,
 )
 from ..protocol import AdmissionDecision, RateLimitStatus
@@ -44,6 +45,10 @@ REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
         "it would not be done in time behind your other queued requests",
     ),
     ("deadline_unreachable", False): (DeadlineUnreachable, "it would not be done in time"),
+    ("timeout_too_short", True): (
+        TimeoutTooShort,
+        "timeout_s: these images take longer than that, even on an idle server",
+    ),
 }
 
 
@@ -59,9 +64,9 @@ def refusal(decision: AdmissionDecision) -> OctetError | None:
         **rate_limit_headers(decision.rate_limits),
         **retry_after(decision.retry_after_s),
     }
-    if decision.refusal == "deadline_unreachable" and decision.retry_after_s is None:
-        error.message = "timeout_s is shorter than these images take, even on an idle server"
-        error.headers["x-should-retry"] = "false"
+    if decision.refusal == "timeout_too_short":
+        error.param = "timeout_s"
+        error.message += f": about {decision.eta_s:.1f} s"
     return error
 
 
