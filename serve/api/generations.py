@@ -261,7 +261,12 @@ class GenerationHandler:
         self, request: _OpenRequest, images: Sequence[QueuedImage], client: CallClient
     ) -> OpenCall:
         return self._session.open(
-            request.tenant, request.request_id, images, request.parsed.timeout_s, client
+            request.tenant,
+            request.request_id,
+            images,
+            request.parsed.timeout_s,
+            client,
+            request.client.age_s,
         )
 
     async def _admitted_without_work(self, request: _OpenRequest) -> OpenCall:

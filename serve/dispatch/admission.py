@@ -283,14 +283,15 @@ class Admission:
             raise _RefusedError("queue_full", known_s, own_limit=True)
 
     def _check_deadline(self, request: AdmissionRequest, forecast: Forecast, now: float) -> None:
-        late_s = self._forecasts.at_most_s(forecast) - request.timeout_s
+        left_s = request.timeout_s - request.waited_s
+        late_s = self._forecasts.at_most_s(forecast) - left_s
         if late_s <= 0:
             return
         alone_s = self._forecasts.alone_s(request)
         if alone_s > request.timeout_s:
             raise _RefusedError("timeout_too_short", own_limit=True, takes_s=alone_s)
         with_empty_backlog = self._forecasts.forecast(request, now, own_backlog=False) or forecast
-        own_limit = self._forecasts.at_most_s(with_empty_backlog) <= request.timeout_s
+        own_limit = self._forecasts.at_most_s(with_empty_backlog) <= left_s
         raise _RefusedError("deadline_unreachable", late_s, own_limit)
 
     def _admit(

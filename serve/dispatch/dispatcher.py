@@ -102,7 +102,8 @@ class Dispatcher:
             self._apply_tenants(self._tenants)
         # The time at which recovery ends: not known before the first message has arrived.
         self._grants_from = math.inf
-        self._early: list[tuple[str, AdmissionRequest]] = []  # that came before `_grants_from`
+        # The sessions' requests that came before `_grants_from`, and when each came.
+        self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
@@ -174,9 +175,9 @@ class Dispatcher:
             self.admission.end(session, call_id, now)
         if self._early:
             self._early = [
-                (s, request)
-                for s, request in self._early
-                if s != session or request.call_id not in update.ended_calls
+                early
+                for early in self._early
+                if early[0] != session or early[1].call_id not in update.ended_calls
             ]
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
@@ -302,9 +303,10 @@ class Dispatcher:
         """
         self._grants_from = min(self._grants_from, time.monotonic())  # timers may fire early
         early, self._early = self._early, []
-        for session, request in early:
+        for session, request, came in early:
             if session in self.sessions:
-                self._open_calls(session, [request])
+                waited_s = request.waited_s + time.monotonic() - came
+                self._open_calls(session, [request._replace(waited_s=waited_s)])
         self._grant()
 
     def _open_calls(self, session: str, requests: Iterable[AdmissionRequest]) -> None:
@@ -312,7 +314,7 @@ class Dispatcher:
         queued: list[QueuedImage] = []
         for request in requests:
             if now < self._grants_from and not request.accepted:
-                self._early.append((session, request))
+                self._early.append((session, request, now))
                 continue
             decision = self.admission.open(session, request, now)
             if decision.refusal:

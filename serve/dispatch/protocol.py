@@ -83,9 +83,10 @@ class QueuedImage(NamedTuple):
 class AdmissionRequest(NamedTuple):
     """A call that asks to be admitted, as a whole or not at all.
 
-    `timeout_s`: seconds from the call's beginning to its deadline. `work_s`: the work that the call
-    may still be charged. `accepted`: an earlier Dispatcher has admitted the call already, so this
-    Dispatcher admits it without any check.
+    `timeout_s`: seconds from the call's beginning to its deadline. `waited_s`: how many of them had
+    passed when the request was sent, for example in the result cache's lookup. `work_s`: the work
+    that the call may still be charged. `accepted`: an earlier Dispatcher has admitted the call
+    already, so this Dispatcher admits it without any check.
     """
 
     call_id: str
@@ -95,6 +96,7 @@ class AdmissionRequest(NamedTuple):
     timeout_s: float = 0.0
     work_s: float = 0.0
     accepted: bool = False
+    waited_s: float = 0.0
 
 
 class RunningImage(NamedTuple):

@@ -194,6 +194,14 @@ def test_a_call_that_cannot_meet_its_deadline_even_alone_hears_what_it_takes() -
     assert refused.eta_s == 10
 
 
+def test_time_that_has_passed_before_admission_counts_for_the_deadline() -> None:
+    """A call that only comes too late is not told that its timeout_s is too short."""
+    harness = AdmissionHarness()
+    assert harness.open_call(work_s=3, timeout_s=5, waited_s=1.0).refusal is None
+    late = AdmissionHarness().open_call(work_s=3, timeout_s=5, waited_s=3.0)
+    assert late.refusal == "deadline_unreachable"
+
+
 def test_without_a_replica_no_wait_is_predicted() -> None:
     decision = AdmissionHarness(slots=0).open_call(timeout_s=0.1)
     assert (decision.refusal, decision.eta_s) == (None, None)

@@ -726,6 +726,24 @@ def test_the_recovery_begins_when_the_dispatcher_can_be_reached() -> None:
     asyncio.run(main())
 
 
+def test_time_in_recovery_counts_for_the_deadline() -> None:
+    async def main() -> None:
+        dispatcher = a_dispatcher("p", timing=replace(PROMPT, recovery_s=0.3))
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        session = DispatchSession(Handle(dispatcher), PROMPT)
+        images = (queued_image(work_s=10.0),)
+        call = session.open("t", "id", images, 10.2, Client())
+        async with asyncio.timeout(5):
+            assert (await call.decision).refusal == "deadline_unreachable"
+        waited = session.open("t", "waited", images, 10.2, Client(), waited_s=1.0)
+        async with asyncio.timeout(5):
+            assert (await waited.decision).refusal == "deadline_unreachable"
+        async with opened(session, images=images):
+            pass
+
+    asyncio.run(main())
+
+
 def test_a_refused_call_sends_no_release() -> None:
     async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         async with opened(session):

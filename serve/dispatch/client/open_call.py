@@ -100,8 +100,8 @@ class Recording:
 class OpenCall:
     """A client's call, from the request for its admission until `close`.
 
-    `record_s`: how long `record` may take. `began`: the event loop's time when the call was opened.
-    `grants`: the call's images that wait or hold a slot, by
+    `record_s`: how long `record` may take. `began`: the event loop's time when the client's request
+    began. `grants`: the call's images that wait or hold a slot, by
     image id. `generated`: the charges of images that are done but not yet recorded.
     """
 

@@ -89,12 +89,13 @@ class DispatchSession:
         images: Sequence[QueuedImage],
         timeout_s: float,
         client: CallClient,
+        waited_s: float = 0.0,
     ) -> OpenCall:
         """Ask the Dispatcher to admit a call and to queue its images.
 
-        Returns at once; `OpenCall.admitted` waits for the decision. `timeout_s`: seconds until the
-        call's deadline. `client` hears if the call is cancelled. The caller must always close the
-        call.
+        Returns at once; `OpenCall.admitted` waits for the decision. `timeout_s`: seconds from the
+        call's beginning, `waited_s` seconds ago, to its deadline. `client` hears if the call is
+        cancelled. The caller must always close the call.
         """
         loop = asyncio.get_running_loop()
         call_id = f"{self.name[:12]}-{next(self._numbers)}"
@@ -104,7 +105,12 @@ class DispatchSession:
         work_s = sum(image.work_s for image in named)
         request = AdmissionRequest(call_id, tenant, request_id, named, timeout_s, work_s)
         call = OpenCall(
-            self, request, client, loop.create_future(), self._timing.record_s, loop.time()
+            self,
+            request,
+            client,
+            loop.create_future(),
+            self._timing.record_s,
+            began=loop.time() - waited_s,
         )
         for image in named:
             call.grants[image.id] = PendingGrant(image, loop.create_future())
@@ -314,6 +320,7 @@ class DispatchSession:
 
     def _collect(self) -> SessionUpdate:
         """Move everything that is new into one update."""
+        now = asyncio.get_running_loop().time()
         recordings = [call.recording for call in self._new_recordings.values() if call.recording]
         update = SessionUpdate(
             usages=(
@@ -322,7 +329,10 @@ class DispatchSession:
             ),
             releases=tuple(self._releases),
             ended_calls=tuple(self._ended),
-            admissions=tuple(call.request for call in self._new_calls.values()),
+            admissions=tuple(
+                call.request._replace(waited_s=now - call.began)
+                for call in self._new_calls.values()
+            ),
             retries=tuple(grant.image for grant in self._new_grants.values()),
         )
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
