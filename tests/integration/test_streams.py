@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -146,16 +147,21 @@ def test_an_error_before_the_first_event_has_an_http_status(url: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stream: bool) -> None:
-    name = f"mine-{stream}"
+    name, streaming = f"mine-{stream}", threading.Event()
 
     def post() -> httpx.Response:
         body = {**LONG, "n": 1 if stream else 3, "stream": stream, "progress": stream}
         headers = {"x-request-id": name}
-        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=120)
+        with httpx.stream(
+            "POST", url + GENERATE, json=body, headers=headers, timeout=120
+        ) as answer:
+            streaming.set()  # the answer to a stream begins with its first event
+            answer.read()
+            return answer
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post)
-        wait_for(lambda: running(octet) > 0)
+        wait_for(lambda: running(octet) > 0 and streaming.is_set() == stream)
         deleted = httpx.delete(f"{url}/v1/requests/{name}")
         assert (deleted.status_code, deleted.json()["cancelled"]) == (200, True)
         error = answer.result()
