@@ -14,11 +14,12 @@ T = TypeVar("T")
 class ClientCall:
     """One request as its client sees it: with a deadline, and perhaps cancelled.
 
-    The deadline is `timeout_s` seconds after this object is made.
+    The deadline is `timeout_s` seconds after this object is made. `shortened`: whether the client
+    made that time shorter than the default.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, *, shortened: bool = False) -> None:
+        self._timeout_s, self._shortened = timeout_s, shortened
         self._began = asyncio.get_running_loop().time()
         self._deadline = self._began + timeout_s
         self._client: asyncio.Task[Any] | None = None  # the task that waits for the work
@@ -33,12 +34,17 @@ class ClientCall:
 
     @property
     def unwanted(self) -> bool:
-        """Return whether the client has cancelled the call or disconnected.
+        """Return whether the client has ended the call, and so pays for the steps that were done.
 
-        A call that missed its deadline does not count as unwanted.
+        The client has ended a call that it cancelled, one from which it disconnected, and one that
+        missed a deadline which the client had shortened. It has not ended a call that missed the
+        default deadline.
         """
-        gone = self._client is not None and self._client.cancelling() > 0
-        return self._cancelled or (gone and not self._late)
+        if self._cancelled:
+            return True
+        if self._late:
+            return self._shortened
+        return self._client is not None and self._client.cancelling() > 0
 
     @property
     def age_s(self) -> float:

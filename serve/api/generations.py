@@ -100,7 +100,7 @@ class GenerationHandler:
             self._urls.admit()
         queued = [self._attempts.queued_image(image, parsed.options) for image in parsed.images]
         cache_key = self._reuse.key(parsed, tenant, http.headers)
-        client = ClientCall(parsed.timeout_s)
+        client = ClientCall(parsed.timeout_s, shortened=parsed.shortened)
         with ExitStack() as cleanup:
             request = _OpenRequest(
                 parsed, tenant, request_id, http, queued, cache_key, client, cleanup

@@ -418,7 +418,6 @@ def test_a_cancelled_image_costs_the_steps_that_were_done(
     ("body", "status"),
     [
         ({"prompt": "broken"}, 500),
-        ({"prompt": "slow", "timeout_s": 0.1}, 504),
         ({"prompt": ""}, 400),
         (LONG, 400),
     ],
@@ -430,6 +429,19 @@ def test_failed_and_refused_requests_cost_nothing(
     assert guarded.generate("acme", body).status_code == status
     time.sleep(0.6)  # a Generator reports stopped images with its heartbeat
     assert guarded.usage("acme") == before
+
+
+def test_a_missed_deadline_costs_nothing_unless_the_client_shortened_it(
+    guarded: GuardedEdge,
+) -> None:
+    before = len(guarded.usage("hasty"))
+    assert guarded.generate("hasty", {"prompt": "slow"}).status_code == 504
+    time.sleep(0.6)  # a Generator reports stopped images with its heartbeat
+    assert len(guarded.usage("hasty")) == before
+    assert guarded.generate("hasty", {"prompt": "slow", "timeout_s": 0.09}).status_code == 504
+    wait_until(lambda: len(guarded.usage("hasty")) > before)
+    (record,) = guarded.usage("hasty")[before:]
+    assert (record["outcome"], record["steps"]) == ("cancelled", 14)
 
 
 def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: GuardedEdge) -> None:

@@ -80,13 +80,19 @@ def test_the_deadline_counts_all_that_is_done_for_a_call() -> None:
 
 @pytest.mark.parametrize(
     ("ends", "unwanted"),
-    [("deadline", False), ("error", False), ("cancelled", True), ("client", True)],
+    [
+        ("deadline", False),
+        ("own deadline", True),
+        ("error", False),
+        ("cancelled", True),
+        ("client", True),
+    ],
 )
 def test_ended_work_knows_whether_its_client_still_wants_it(ends: str, unwanted: bool) -> None:
     found: list[bool] = []
 
     async def main() -> None:
-        call = ClientCall(0.02 if ends == "deadline" else 60)
+        call = ClientCall(0.02 if "deadline" in ends else 60, shortened=ends == "own deadline")
 
         async def work() -> None:
             try:

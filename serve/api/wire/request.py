@@ -77,14 +77,16 @@ class GenerationRequest:
     """A parsed request body: its images, and the form and deadline of the answer.
 
     `seeded`: whether the client chose the seed. `as_url`: whether to answer with URLs instead of
-    image data. `timeout_s`: seconds until the deadline. `stream`: whether to answer with events.
-    `ignored`: the body's unknown fields, if the settings allow them.
+    image data. `timeout_s`: seconds until the deadline. `shortened`: whether the client made that
+    time shorter than the default. `stream`: whether to answer with events. `ignored`: the body's
+    unknown fields, if the settings allow them.
     """
 
     images: list[ImageRequest]
     seeded: bool
     as_url: bool
     timeout_s: float
+    shortened: bool
     stream: bool
     options: StreamOptions
     ignored: tuple[str, ...] = ()
@@ -125,6 +127,7 @@ def parse(
         raise InvalidRequest(
             f"timeout_s {timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
         )
+    default_s = min(default_timeout_s or longest_s, longest_s)
     width, height = _size(asked.size) or (defaults.width, defaults.height)
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
     steps, guidance = asked.num_inference_steps, asked.guidance_scale
@@ -152,7 +155,8 @@ def parse(
         images=images,
         seeded=asked.seed is not None,
         as_url=asked.response_format == "url",
-        timeout_s=timeout_s or min(default_timeout_s or longest_s, longest_s),
+        timeout_s=timeout_s or default_s,
+        shortened=timeout_s is not None and timeout_s < default_s,
         stream=bool(asked.stream),
         options=StreamOptions(
             progress=bool(asked.progress), partial_images=asked.partial_images or 0

@@ -36,7 +36,7 @@ class CallClient(Protocol):
 
     @property
     def unwanted(self) -> bool:
-        """Return whether the client has cancelled the call or has disconnected."""
+        """Return whether the client has ended the call, and pays for the steps that were done."""
 
 
 class CallSession(Protocol):
