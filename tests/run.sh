@@ -24,12 +24,12 @@ computing() {
 
 mkdir -p build
 rm -f build/*.xml
-lane faults edge >build/faults.log 2>&1 &
+lane faults >build/faults.log 2>&1 &
 faults=$!
 computing >build/computing.log 2>&1 &
 computing=$!
 trap 'pkill -P $faults; pkill -P $computing; kill $faults $computing' INT TERM
-lane integration
+lane integration edge
 failed=$?
 for other in faults computing; do
   wait "${!other}" || failed=1
