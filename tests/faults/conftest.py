@@ -108,8 +108,8 @@ def end_serve() -> None:
 def add_node(cluster: Any, **arguments: Any) -> Any:
     """Add a node to the cluster; `arguments` as Ray's `Cluster.add_node` has them.
 
-    On a busy machine Ray's raylet has ended within two seconds of its start, without a message, in
-    three of twelve runs. Then another node takes its place.
+    Twice in about twelve runs Ray's raylet has ended within two seconds of its start, without a
+    message. Then another node takes its place.
     """
     for _ in range(3):
         node = cluster.add_node(object_store_memory=STORE_BYTES, **arguments)
