@@ -30,6 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # matplotlib, for the plots of the measurements.
 .venv/bench: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[bench]'
+	@$(call COMPILE,.venv/lib)
 	touch $@
 
 demo: install

@@ -289,7 +289,7 @@ class Admission:
             return
         alone_s = self._forecasts.alone_s(request)
         if alone_s > request.timeout_s:
-            raise _RefusedError("timeout_too_short", own_limit=True, takes_s=alone_s)
+            raise _RefusedError("timeout_too_short", takes_s=alone_s)
         with_empty_backlog = self._forecasts.forecast(request, now, own_backlog=False) or forecast
         own_limit = self._forecasts.at_most_s(with_empty_backlog) <= left_s
         raise _RefusedError("deadline_unreachable", late_s, own_limit)

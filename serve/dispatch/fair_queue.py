@@ -60,14 +60,42 @@ T = TypeVar("T", bound=Queueable)
 
 @dataclass(slots=True)
 class _Flow(Generic[T]):
-    """One tenant's clock and waiting items (`line`) in one pool."""
+    """One tenant's clock and waiting items (`line`) in one pool.
+
+    The first item of `line` is always the one that arrived first. The others are in order of
+    arrival only if `in_order`: sorting waits until it is needed, because after a restart of the
+    Dispatcher many items come late at once.
+    """
 
     clock: float
     line: OrderedDict[int, T] = field(default_factory=OrderedDict)
+    in_order: bool = True
     backlog_s: float = 0.0
     running: int = 0  # items taken and not yet settled
     key: tuple[float, int] | None = None  # the flow's key in the heap, while anything waits
     idle_clock: float | None = None  # the flow's clock in the heap of idle flows
+
+    def enter(self, item: T) -> None:
+        """Let an item wait; it may have arrived before some that wait already."""
+        first = next(iter(self.line.values()), item)
+        last = next(reversed(self.line.values()), item)
+        self.line[item.number] = item
+        if item.since < first.since:
+            self.line.move_to_end(item.number, last=False)
+        elif item.since < last.since:
+            self.in_order = False
+
+    def leave(self, item: T) -> None:
+        """Take an item out of the line."""
+        if next(iter(self.line)) == item.number:
+            self.sort()
+        del self.line[item.number]
+
+    def sort(self) -> None:
+        """Put the line into order of arrival."""
+        if not self.in_order:
+            by_arrival = sorted(self.line.items(), key=lambda entry: (entry[1].since, entry[0]))
+            self.line, self.in_order = OrderedDict(by_arrival), True
 
 
 class _PoolQueue(Generic[T]):
@@ -88,17 +116,13 @@ class _PoolQueue(Generic[T]):
         if not flow.line:
             flow.clock = max(flow.clock, self.granted_at)
             self.waiting.add(item.tenant)
-        late = bool(flow.line) and item.since < flow.line[next(reversed(flow.line))].since
-        flow.line[item.number] = item
-        if late:  # for example a further attempt at an image
-            in_order = sorted(flow.line.items(), key=lambda entry: (entry[1].since, entry[0]))
-            flow.line = OrderedDict(in_order)
+        flow.enter(item)
         flow.backlog_s += item.work_s
         self._place(item.tenant, flow)
 
     def leave(self, item: T) -> None:
         flow = self.flows[item.tenant]
-        del flow.line[item.number]
+        flow.leave(item)
         flow.backlog_s -= item.work_s
         if not flow.line:
             flow.backlog_s = 0.0  # removes rounding errors
@@ -287,6 +311,7 @@ class FairQueue(Generic[T]):
 
     def _tagged(self, tenant: str, flow: _Flow[T]) -> Iterator[tuple[float, int, T]]:
         clock = flow.clock
+        flow.sort()
         for item in flow.line.values():
             yield clock, item.number, item
             clock += item.work_s / self.weight(tenant)

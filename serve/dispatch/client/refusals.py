@@ -45,7 +45,7 @@ REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
         "it would not be done in time behind your other queued requests",
     ),
     ("deadline_unreachable", False): (DeadlineUnreachable, "it would not be done in time"),
-    ("timeout_too_short", True): (
+    ("timeout_too_short", False): (
         TimeoutTooShort,
         "timeout_s: these images take longer than that, even on an idle server",
     ),
