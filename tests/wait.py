@@ -13,4 +13,4 @@ def wait_for(truth: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not truth():
         assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)
+        time.sleep(0.02)

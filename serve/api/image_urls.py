@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ class ImageUrls:
     def url(self, name: str, http: Request) -> str:
         """A signed link to a stored image, which works for `link_expires_s`."""
         base = self._live().public_url or str(http.base_url).rstrip("/")
-        expires = int(time.time()) + self._live().results.link_expires_s
+        expires = math.ceil(time.time()) + self._live().results.link_expires_s
         return base + self._links.link(name, expires)
 
     async def image(self, name: str) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,21 +29,31 @@ from serve.settings.application import Settings
 from ..builders import image_result
 from ..in_process import Handle, a_dispatcher
 from ..ports import free_port
+from ..wait import wait_for
 
 WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and of a step
 
 
 class Painter:
-    """A Generator that returns a plain colour at once, or after `takes_s` for the prompt "slow".
+    """A Generator that returns a plain colour.
 
-    The prompt "broken" fails. A stopped image has had half of its steps.
+    The prompt "slow" takes half a second, "held" takes until the end of `holding`, and "broken"
+    fails. Every other image is done at once. A stopped image has had half of its steps.
     """
-
-    takes_s = 0.5
 
     def __init__(self) -> None:
         self.stopped: list[StoppedImage] = []
-        self.generated = self.cancelled = 0
+        self.begun = self.generated = self.cancelled = 0
+        self._held = False
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let images with the prompt "held" run until the block ends."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
@@ -55,9 +64,12 @@ class Painter:
             yield Progress(0, request.num_inference_steps)
         if request.prompt == "broken":
             raise ZeroDivisionError
-        if request.prompt == "slow":
+        self.begun += 1
+        if request.prompt in ("slow", "held"):
             try:
-                await asyncio.sleep(self.takes_s)
+                await asyncio.sleep(0.5 if request.prompt == "slow" else 0)
+                while request.prompt == "held" and self._held:  # noqa: ASYNC110 - threads set it
+                    await asyncio.sleep(0.01)
             except asyncio.CancelledError:
                 self.cancelled += 1
                 self.stopped.append(StoppedImage(lease, request.num_inference_steps // 2, 0.0))
@@ -126,6 +138,11 @@ class Edge:
                 await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
             await asyncio.sleep(0.2)
 
+    def wait_until_open(self, *request_ids: str, tenant: str = "anonymous") -> None:
+        """Wait until the Dispatcher has admitted all of these requests of a tenant."""
+        find = self.dispatcher.admission.find
+        wait_for(lambda: all(find(tenant, request_id) for request_id in request_ids))
+
     def tune(self, settings: Settings) -> None:
         self.ingress.reconfigure(settings.ingress_settings().model_dump(mode="json"))
 
@@ -135,12 +152,9 @@ def started(settings: Settings, timing: IngressTiming = INGRESS_TIMING) -> Itera
     """Start an edge; it answers until the block ends."""
     edge = Edge(settings, timing)
     edge.thread.start()
-    deadline = time.monotonic() + 10
-    while not (getattr(edge, "server", None) and edge.server.started):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: bool(getattr(edge, "server", None) and edge.server.started))
     try:
         yield edge
     finally:
         edge.server.should_exit = True
-        edge.thread.join(10)
+        edge.thread.join()

@@ -11,6 +11,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ from serve.settings.application import ResultSettings, Settings
 
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
+from ..wait import wait_for
 from .edge import WORK, Edge, started
 
 GENERATE = "/v1/images/generations"
@@ -207,19 +209,19 @@ def test_a_body_that_does_not_arrive_is_408(client: httpx.Client) -> None:
 
 
 def test_a_request_id_is_in_use_until_its_answer(client: httpx.Client, edge: Edge) -> None:
-    async def main() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=edge.url) as client:
-            slow, quick = {"prompt": "slow", "n": 2}, {"prompt": "x"}
-            first = asyncio.create_task(client.post(GENERATE, json=slow, headers=headers))
-            await asyncio.sleep(0.2)
-            second = await client.post(GENERATE, json=quick, headers=headers)
-            return [await first, second, await client.post(GENERATE, json=quick, headers=headers)]
+    def post(prompt: str) -> httpx.Response:
+        headers = {"x-request-id": "mine.1"}
+        return client.post(GENERATE, json={"prompt": prompt, "n": 2}, headers=headers)
 
-    headers = {"x-request-id": "mine.1"}
-    first, second, third = asyncio.run(main())
-    assert [a.status_code for a in (first, second, third)] == [200, 409, 200]
+    with ThreadPoolExecutor(1) as pool, edge.painter.holding():
+        first = pool.submit(post, "held")
+        edge.wait_until_open("mine.1")
+        second = post("x")
+    assert first.result().status_code == 200
+    assert second.status_code == 409
     assert second.json()["error"]["code"] == "request_id_in_use"
     assert second.headers["x-should-retry"] == "false"
+    assert post("x").status_code == 200
 
 
 @pytest.mark.parametrize("given", ["a b", "x" * 65, ""])
@@ -284,13 +286,14 @@ def test_a_call_is_cancelled_at_any_ingress(edge: Edge) -> None:
     async def main() -> tuple[httpx.Response, httpx.Response]:
         async with httpx.AsyncClient(base_url=edge.url) as client:
             headers = {"x-request-id": "elsewhere"}
-            body = {"prompt": "slow", "n": 2}
+            body = {"prompt": "held", "n": 2}
             asked = asyncio.create_task(client.post(GENERATE, json=body, headers=headers))
-            await asyncio.sleep(0.2)
+            await asyncio.to_thread(edge.wait_until_open, "elsewhere")
             deleting = asyncio.run_coroutine_threadsafe(another_ingress_deletes(), edge.loop)
             return await asyncio.wrap_future(deleting), await asked
 
-    deleted, cancelled = asyncio.run(main())
+    with edge.painter.holding():
+        deleted, cancelled = asyncio.run(main())
     assert deleted.json() == {"id": "elsewhere", "object": "request", "cancelled": True}
     assert (cancelled.status_code, cancelled.json()["error"]["code"]) == (499, "request_cancelled")
 
@@ -316,18 +319,14 @@ def test_unknown_fields_pass_if_the_settings_allow_them(client: httpx.Client, tu
 
 
 def test_a_draining_ingress_finishes_what_it_has(edge: Edge, client: httpx.Client) -> None:
-    async def main() -> httpx.Response:
-        async with httpx.AsyncClient(base_url=edge.url) as client:
-            slow = asyncio.create_task(client.post(GENERATE, json={"prompt": "slow"}))
-            await asyncio.sleep(0.2)
-            await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(edge.dispatcher.drain(), edge.loop)
-            )
-            return await slow
-
     try:
         assert client.get("/ready").status_code == 200
-        assert asyncio.run(main()).status_code == 200
+        with ThreadPoolExecutor(1) as pool, edge.painter.holding():
+            headers = {"x-request-id": "before"}
+            asked = pool.submit(client.post, GENERATE, json={"prompt": "held"}, headers=headers)
+            edge.wait_until_open("before")
+            asyncio.run_coroutine_threadsafe(edge.dispatcher.drain(), edge.loop).result()
+        assert asked.result().status_code == 200
         refused = client.post(GENERATE, json={"prompt": "x"})
         assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "true")
         ready = client.get("/ready")
@@ -361,10 +360,10 @@ def test_links_that_were_changed_or_expired_are_403(client: httpx.Client, tune: 
         answer = client.get(bad)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "link_invalid")
     tune(results=ResultSettings(link_expires_s=1))
+    before = time.time()
     url = client.post(GENERATE, json=body).json()["data"][0]["url"]
-    assert client.get(url).status_code == 200
-    time.sleep(2.1)
-    assert client.get(url).status_code == 403
+    assert float(httpx.URL(url).params["expires"]) >= before + 1
+    wait_for(lambda: client.get(url).status_code == 403)
 
 
 def test_old_images_are_deleted(edge: Edge, client: httpx.Client, tune: Any) -> None:
@@ -375,8 +374,7 @@ def test_old_images_are_deleted(edge: Edge, client: httpx.Client, tune: Any) -> 
     client.post(GENERATE, json={"prompt": "x", "response_format": "url"}).raise_for_status()
     assert kept() > 0
     tune(results=ResultSettings(link_expires_s=1, max_age_s=1))
-    time.sleep(1.5)
-    assert kept() == 0
+    wait_for(lambda: kept() == 0)
 
 
 def test_links_lead_to_the_public_address(client: httpx.Client, edge: Edge, tune: Any) -> None:
@@ -424,10 +422,7 @@ def test_images_in_a_bucket_are_read_through_links_to_this_server(
 
             # The bucket comes back.
             proxy.fault = "none"
-            deadline = time.monotonic() + 30
-            while client.post(GENERATE, json=body).status_code != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+            wait_for(lambda: client.post(GENERATE, json=body).status_code == 200)
             assert client.get(kept).status_code == 307
         proxy.close()
 

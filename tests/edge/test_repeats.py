@@ -21,6 +21,7 @@ from serve.results.cache.redis import ANSWER_S, PREFIX
 from serve.settings.application import CacheSettings, Settings
 
 from ..redis_server import RedisServer
+from ..wait import wait_for
 from .edge import Edge, started
 
 GENERATE = "/v1/images/generations"
@@ -98,7 +99,7 @@ def test_a_hit_is_answered_as_a_url_and_as_a_stream(edge: Edge, client: httpx.Cl
     assert base64.b64decode(event["b64_json"]) == generated
     assert edge.painter.generated == 1
     assert cache_use(post(client, seed=9, stream=True)) == "miss"
-    wait_until(lambda: cache_use(post(client, seed=9)) == "hit")
+    wait_for(lambda: cache_use(post(client, seed=9)) == "hit")
 
 
 def test_failed_requests_are_not_cached(edge: Edge, client: httpx.Client) -> None:
@@ -109,45 +110,35 @@ def test_failed_requests_are_not_cached(edge: Edge, client: httpx.Client) -> Non
     assert not edge.ingress.reuse.in_flight
 
 
-def post_slow(client: httpx.Client, **body: Any) -> Any:
-    return post(client, prompt="slow", **body)
-
-
 def test_equal_requests_at_the_same_time_are_one(edge: Edge, client: httpx.Client) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: post_slow(client), range(8)))
-    uses = Counter(map(cache_use, answers))
-    assert uses["miss"] == 1
-    assert uses["shared"] + uses["hit"] == 7
-    assert uses["shared"] > 3
+    names = [f"equal-{i}" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool, edge.painter.holding():
+        asked = [pool.submit(post_held, client, name) for name in names]
+        edge.wait_until_open(*names)
+    answers = [answer.result() for answer in asked]
+    assert Counter(map(cache_use, answers)) == {"miss": 1, "shared": 7}
     assert edge.painter.generated == 1
     assert len({image(answer) for answer in answers}) == 1
-    wait_until(lambda: not edge.ingress.reuse.in_flight)
+    wait_for(lambda: not edge.ingress.reuse.in_flight)
+
+
+def post_held(client: httpx.Client, request_id: str) -> Any:
+    return post(client, prompt="held", headers={"x-request-id": request_id})
 
 
 def test_cancelling_one_of_several_equal_requests_ends_only_that_one(
     edge: Edge, client: httpx.Client
 ) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(post_slow, client, headers={"x-request-id": "first"})
-        time.sleep(0.1)
-        others = [
-            pool.submit(post_slow, client, headers={"x-request-id": name})
-            for name in ("second", "third")
-        ]
-        time.sleep(0.1)
-        for name in ("first", "third"):
-            assert client.delete(f"/v1/requests/{name}").status_code == 200
-        codes = [answer.result().status_code for answer in (first, *others)]
-    assert codes == [499, 200, 499]
+    with ThreadPoolExecutor(3) as pool, edge.painter.holding():
+        first = pool.submit(post_held, client, "first")
+        edge.wait_until_open("first")
+        second, third = (pool.submit(post_held, client, name) for name in ("second", "third"))
+        edge.wait_until_open("second", "third")
+        for cancelled in ("first", "third"):
+            assert client.delete(f"/v1/requests/{cancelled}").status_code == 200
+        assert (first.result().status_code, third.result().status_code) == (499, 499)
+    assert second.result().status_code == 200
     assert edge.painter.generated == 1
-
-
-def wait_until(truth: Callable[[], bool], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # -- Redis ----------------------------------------------------------------------------------------
@@ -175,7 +166,7 @@ def only_entry(redis_client: Redis) -> tuple[bytes, bytes]:
 def test_another_ingress_finds_the_cached_images(shared: Settings) -> None:
     with started(shared) as one, httpx.Client(base_url=one.url) as client:
         url = post(client, response_format="url").json()["data"][0]["url"]
-        wait_until(lambda: cache_use(post(client)) == "hit")
+        wait_for(lambda: cache_use(post(client)) == "hit")
     with started(shared) as other, httpx.Client(base_url=other.url) as client:
         again = post(client, response_format="url")
         assert cache_use(again) == "hit"
@@ -189,7 +180,7 @@ def test_another_ingress_finds_the_cached_images(shared: Settings) -> None:
 def test_redis_knows_neither_prompts_nor_images(shared: Settings, redis_client: Redis) -> None:
     with started(shared) as edge, httpx.Client(base_url=edge.url) as client:
         post(client, prompt="canary")
-        wait_until(lambda: bool(redis_client.keys()))
+        wait_for(lambda: bool(redis_client.keys()))
         key, value = only_entry(redis_client)
     assert key.startswith(PREFIX.encode())
     assert b"canary" not in key + value
@@ -206,8 +197,8 @@ def test_a_deleted_or_changed_image_is_a_miss(
 
         def cached() -> tuple[bytes, Any, Path]:
             """Wait until the image is cached; return its key, its entry and its file."""
-            wait_until(lambda: cache_use(post(client)) == "hit")
-            wait_until(lambda: not edge.ingress.reuse.in_flight and bool(redis_client.keys()))
+            wait_for(lambda: cache_use(post(client)) == "hit")
+            wait_for(lambda: not edge.ingress.reuse.in_flight and bool(redis_client.keys()))
             key, value = only_entry(redis_client)
             (entry,) = json.loads(value)
             return key, entry, Path(str(shared.data_folder)) / "images" / entry["name"]
@@ -277,7 +268,7 @@ def test_redis_may_hang_and_die_under_load(shared: Settings, redis: RedisServer)
         late = [s for s in took if s > ANSWER_S]
         assert len(late) <= 3 * FAILURES * 8
         assert len(late) < len(took) / 4
-        wait_until(lambda: load(edge, 0.2)[0][200, "hit"] > 0, 15)
+        wait_for(lambda: load(edge, 0.2)[0][200, "hit"] > 0)
 
 
 def test_passwords_come_from_a_file(redis: RedisServer, shared: Settings, tmp_path: Path) -> None:
@@ -290,7 +281,7 @@ def test_passwords_come_from_a_file(redis: RedisServer, shared: Settings, tmp_pa
             settings = shared.model_copy(update={"cache": cache})
             with started(settings) as edge, httpx.Client(base_url=edge.url) as client:
                 post(client)
-                wait_until(lambda: cache_use(post(client)) == "hit")
+                wait_for(lambda: cache_use(post(client)) == "hit")
         finally:
             admin.auth("secret")
             admin.config_set("requirepass", "")

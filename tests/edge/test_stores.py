@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +20,7 @@ from serve.results.store import NAME, ResultStore, new_name
 from serve.settings.application import S3Settings
 
 from ..s3 import ENDPOINT, Fault, FaultProxy, a_bucket, s3_server
+from ..wait import wait_for
 
 NOW = time.time()
 DAY_S = 86400.0
@@ -210,13 +211,6 @@ def proxied(server: str) -> Iterator[tuple[FaultProxy, S3Settings]]:
     proxy.close()
 
 
-def wait_until(truth: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("fault", ["refuse", "error", "slow"])
 def test_while_the_bucket_is_away_images_wait_in_the_spool_and_are_read_from_it(
     proxied: tuple[FaultProxy, S3Settings], tmp_path: Path, fault: Fault
@@ -230,7 +224,7 @@ def test_while_the_bucket_is_away_images_wait_in_the_spool_and_are_read_from_it(
     assert [spool.get(name) for name in names] == [name.encode() for name in names]
     assert not keys(past_the_proxy(proxy, bucket))
     proxy.fault = "none"
-    wait_until(lambda: not list(tmp_path.iterdir()), 40)
+    wait_for(lambda: not list(tmp_path.iterdir()))
     assert sorted(keys(bucket)) == sorted(names)
     assert [read(spool, name) for name in names] == [name.encode() for name in names]
     spool.close()
@@ -248,7 +242,7 @@ def test_an_answer_that_was_lost_leaves_one_object(
     # The object is stored, but the answer was lost.
     assert keys(past_the_proxy(proxy, bucket)) == [name]
     proxy.fault = "none"
-    wait_until(lambda: not list(tmp_path.iterdir()), 40)
+    wait_for(lambda: not list(tmp_path.iterdir()))
     assert keys(bucket) == [name]
     assert read(spool, name) == b"picture"
     spool.close()
@@ -267,7 +261,7 @@ def test_images_left_by_a_process_are_uploaded_by_its_successor(
     time.sleep(1.5)
     assert watching.get(name) == b"picture"
     second = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
-    wait_until(lambda: not list(tmp_path.iterdir()))
+    wait_for(lambda: not list(tmp_path.iterdir()))
     assert keys(bucket) == [name]
     watching.close()
     second.close()
@@ -284,7 +278,7 @@ def test_two_processes_on_one_spool_lose_nothing(
         spools[i % 2].put(name, b"x", "r")
     assert [spools[0].get(name) for name in names] == [b"x"] * 6
     proxy.fault = "none"
-    wait_until(lambda: not list(tmp_path.iterdir()), 40)
+    wait_for(lambda: not list(tmp_path.iterdir()))
     assert sorted(keys(bucket)) == sorted(names)
     for spool in spools:
         spool.close()
@@ -301,11 +295,11 @@ def test_an_unreadable_file_blocks_no_other(
     spool = Spool(S3Store(bucket, read_s=0.5), tmp_path, 10**6)
     name = new_name("t", "png", NOW)
     spool.put(name, b"x", "r")
-    wait_until(lambda: all(file.name.startswith("bad-") for file in tmp_path.iterdir()))
+    wait_for(lambda: all(file.name.startswith("bad-") for file in tmp_path.iterdir()))
     assert keys(bucket) == [name]
     assert len(list(tmp_path.iterdir())) == 2
     spool.check()
-    wait_until(lambda: spool.bytes == 0)
+    wait_for(lambda: spool.bytes == 0)
     spool.close()
 
 
@@ -320,7 +314,7 @@ def test_a_spool_beyond_its_bound_is_full_until_it_drains(
     spool.put(new_name("t", "png", NOW), b"x" * 600, "r")
     assert spool.full
     proxy.fault = "none"
-    wait_until(lambda: not spool.full)
+    wait_for(lambda: not spool.full)
     spool.close()
 
 

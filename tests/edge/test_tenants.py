@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
 from serve.usage.ledger import read_usage
 
 from ..full_disk import full_disk
+from ..wait import wait_for
 from .edge import WORK, Edge, started
 
 GENERATE = "/v1/images/generations"
@@ -64,8 +66,9 @@ class GuardedEdge:
         tenant: str,
         body: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
+        key: str = "",
     ) -> httpx.Response:
-        with self.client(tenant) as client:
+        with self.client(tenant, key) as client:
             return client.post(GENERATE, json=body or A_HILL, headers=headers)
 
     def usage(self, tenant: str) -> list[dict[str, Any]]:
@@ -80,13 +83,6 @@ def guarded(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Itera
     changes = {"auth": "keys", "data_folder": str(folder), "tenants_folder": str(tenants)}
     with started(laptop.model_copy(update=changes)) as edge:
         yield GuardedEdge(edge, folder, keys)
-
-
-def wait_until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
@@ -153,15 +149,15 @@ def test_keys_come_and_go_within_five_seconds_and_nothing_restarts(guarded: Guar
         with guarded.client("passing", key) as client:
             return client.get("/v1/models").status_code == 200
 
-    wait_until(lambda: works(first))
+    wait_for(lambda: works(first))
     second = rotate_key(guarded.tenants, "passing")
-    wait_until(lambda: works(second))
+    wait_for(lambda: works(second))
     assert works(first)
     revoke_keys(guarded.tenants, "passing", but_newest=True)
-    wait_until(lambda: not works(first))
+    wait_for(lambda: not works(first))
     assert works(second)
     revoke_keys(guarded.tenants, "passing")
-    wait_until(lambda: not works(second))
+    wait_for(lambda: not works(second))
 
 
 def test_a_broken_file_changes_nothing(
@@ -170,7 +166,7 @@ def test_a_broken_file_changes_nothing(
     file = guarded.tenants / TENANTS
     before = file.read_text()
     file.write_text(before + "acme: [")
-    wait_until(lambda: "keeping the last valid tenants.yaml" in caplog.text)
+    wait_for(lambda: "keeping the last valid tenants.yaml" in caplog.text)
     assert guarded.generate("acme").status_code == 200
     file.write_text(before)
 
@@ -178,12 +174,12 @@ def test_a_broken_file_changes_nothing(
 def test_a_key_that_is_revoked_during_the_body_is_refused(guarded: GuardedEdge) -> None:
     key = add_tenant(guarded.tenants, "lengthy", {})
     with guarded.client("lengthy", key) as client:
-        wait_until(lambda: client.get("/v1/models").status_code == 200)
+        wait_for(lambda: client.get("/v1/models").status_code == 200)
 
         def body() -> Iterator[bytes]:
             yield b'{"prompt": '
             revoke_keys(guarded.tenants, "lengthy")
-            time.sleep(2.5)
+            wait_for(lambda: guarded.generate("lengthy", key=key).status_code == 401)
             yield b'"a hill"}'
 
         assert code(client.post(GENERATE, content=body())) == (401, "invalid_api_key")
@@ -209,27 +205,31 @@ def test_request_ids_are_each_tenants_own(guarded: GuardedEdge) -> None:
             def headers(tenant: str) -> dict[str, str]:
                 return {"authorization": f"Bearer {guarded.keys[tenant]}", "x-request-id": "same"}
 
-            body = {"prompt": "slow"}
+            body = {"prompt": "held"}
             both = [
                 asyncio.create_task(client.post(GENERATE, json=body, headers=headers(tenant)))
                 for tenant in ("acme", "other")
             ]
-            await asyncio.sleep(0.2)
+            for tenant in ("acme", "other"):
+                await asyncio.to_thread(guarded.edge.wait_until_open, "same", tenant=tenant)
             again = await client.post(GENERATE, json=body, headers=headers("acme"))
             assert code(again) == (409, "request_id_in_use")
             foreign = await client.delete("/v1/requests/same", headers=headers("slow"))
             assert code(foreign) == (404, "not_found")
             assert (await client.delete("/v1/requests/same", headers=headers("acme"))).is_success
-            acme, other = await asyncio.gather(*both)
-            assert code(acme) == (499, "request_cancelled")
-            assert other.status_code == 200
+            acme, other = both
+            assert code(await acme) == (499, "request_cancelled")
+            holding.close()
+            assert (await other).status_code == 200
 
-    asyncio.run(main())
+    with ExitStack() as holding:
+        holding.enter_context(guarded.edge.painter.holding())
+        asyncio.run(main())
 
 
 def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
     with guarded.client("boss") as boss:
-        wait_until(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))
+        wait_for(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))
         assert boss.get("/v1/state").json()["pools"]["landscapes-fp8"]["slots"] == 4
     with guarded.client("acme") as client:
         assert code(client.get("/v1/state")) == (404, "not_found")
@@ -262,14 +262,13 @@ def test_the_work_rate_is_kept(guarded: GuardedEdge) -> None:
 
 
 def test_the_number_of_open_requests_is_kept(guarded: GuardedEdge) -> None:
-    async def main() -> list[int]:
-        headers = {"authorization": f"Bearer {guarded.keys['single']}"}
-        async with httpx.AsyncClient(base_url=guarded.edge.url, headers=headers) as client:
-            asked = [client.post(GENERATE, json={"prompt": "slow"}) for _ in range(3)]
-            return [answer.status_code for answer in await asyncio.gather(*asked)]
-
-    assert sorted(asyncio.run(main())) == [200, 429, 429]
-    wait_until(lambda: guarded.generate("single").status_code == 200)
+    with ThreadPoolExecutor(1) as pool, guarded.edge.painter.holding():
+        headers = {"x-request-id": "first"}
+        first = pool.submit(guarded.generate, "single", {"prompt": "held"}, headers)
+        guarded.edge.wait_until_open("first", tenant="single")
+        assert [guarded.generate("single").status_code for _ in range(2)] == [429, 429]
+    assert first.result().status_code == 200
+    wait_for(lambda: guarded.generate("single").status_code == 200)
 
 
 def test_two_hundred_parallel_requests_with_a_budget_for_ten(guarded: GuardedEdge) -> None:
@@ -305,12 +304,12 @@ def test_a_tenants_own_deadline(guarded: GuardedEdge) -> None:
 def test_changed_limits_hold_without_a_restart(guarded: GuardedEdge) -> None:
     key = add_tenant(guarded.tenants, "changing", {})
     guarded.keys["changing"] = key
-    wait_until(lambda: guarded.generate("changing").status_code == 200)
+    wait_for(lambda: guarded.generate("changing").status_code == 200)
     file = guarded.tenants / TENANTS
     tenants = yaml.safe_load(file.read_text())
     tenants["changing"] = {"monthly_work": 0}
     file.write_text(yaml.safe_dump(tenants))
-    wait_until(lambda: guarded.generate("changing").status_code == 429)
+    wait_for(lambda: guarded.generate("changing").status_code == 429)
 
 
 # -- charges --------------------------------------------------------------------------------------
@@ -352,9 +351,13 @@ def test_repeated_images_are_recorded_and_cost_nothing(guarded: GuardedEdge) -> 
 
 
 def test_sharing_an_image_is_recorded_and_costs_nothing(guarded: GuardedEdge) -> None:
-    slow = {"prompt": "slow", "seed": 70}
-    with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda _: guarded.generate("acme", slow), range(3)))
+    same, names = {"prompt": "held", "seed": 70}, ("one", "two", "three")
+    with ThreadPoolExecutor(3) as pool, guarded.edge.painter.holding():
+        asked = [
+            pool.submit(guarded.generate, "acme", same, {"x-request-id": name}) for name in names
+        ]
+        guarded.edge.wait_until_open(*names, tenant="acme")
+    answers = [answer.result() for answer in asked]
     assert sorted(a.headers["x-octet-cache"] for a in answers) == ["miss", "shared", "shared"]
     outcomes = Counter(r["outcome"] for r in guarded.usage("acme")[-3:])
     assert outcomes == {"delivered": 1, "shared": 2}
@@ -395,23 +398,25 @@ def test_a_cancelled_image_costs_the_steps_that_were_done(
     guarded: GuardedEdge, stream: bool
 ) -> None:
     before = len(guarded.usage("acme"))
-    body = {"prompt": "slow", "stream": stream}
+    body = {"prompt": "held", "stream": stream}
+    begun = guarded.edge.painter.begun
 
     async def main() -> None:
         headers = {"authorization": f"Bearer {guarded.keys['acme']}", "x-request-id": "leaving"}
         async with httpx.AsyncClient(base_url=guarded.edge.url, headers=headers) as client:
             asked = asyncio.create_task(client.post(GENERATE, json=body))
-            await asyncio.sleep(0.25)
+            await asyncio.to_thread(wait_for, lambda: guarded.edge.painter.begun > begun)
             await client.delete("/v1/requests/leaving")
             await asyncio.wait([asked])
 
-    asyncio.run(main())
-    wait_until(lambda: len(guarded.usage("acme")) == before + 1)
+    with guarded.edge.painter.holding():
+        asyncio.run(main())
+    wait_for(lambda: len(guarded.usage("acme")) == before + 1)
     (record,) = guarded.usage("acme")[before:]
     assert (record["outcome"], record["steps"]) == ("cancelled", 14)
     assert record["work_s"] == pytest.approx(PRICE / 2)
     account = guarded.edge.dispatcher.admission.account("acme")
-    wait_until(lambda: abs(account.reserved) < 1e-9)
+    wait_for(lambda: abs(account.reserved) < 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +444,7 @@ def test_a_missed_deadline_costs_nothing_unless_the_client_shortened_it(
     time.sleep(0.6)  # a Generator reports stopped images with its heartbeat
     assert len(guarded.usage("hasty")) == before
     assert guarded.generate("hasty", {"prompt": "slow", "timeout_s": 0.09}).status_code == 504
-    wait_until(lambda: len(guarded.usage("hasty")) > before)
+    wait_for(lambda: len(guarded.usage("hasty")) > before)
     (record,) = guarded.usage("hasty")[before:]
     assert (record["outcome"], record["steps"]) == ("cancelled", 14)
 
