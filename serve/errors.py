@@ -21,6 +21,7 @@ Each class of the tree holds the status, type and code of its answer:
     ├── Unavailable                 503  server_error            unavailable
     │   ├── NoCapacity              503  server_error            no_capacity
     │   ├── QueueFull               503  server_error            queue_full
+    │   ├── Evicted                 503  server_error            evicted
     │   ├── DeadlineUnreachable     503  server_error            deadline_unreachable
     │   ├── ReplicaFailed           503  server_error            replica_failed
     │   ├── StoreFailed             503  server_error            store_failed
@@ -193,6 +194,12 @@ class QueueFull(Unavailable):
     """The queue holds as many images as the settings allow (`max_queued`)."""
 
     code = "queue_full"
+
+
+class Evicted(Unavailable):
+    """The images gave their places in a full queue to a tenant that had nothing waiting."""
+
+    code = "evicted"
 
 
 class DeadlineUnreachable(Unavailable):

@@ -7,7 +7,9 @@ limit, except that a call which has passed the request rate's check counts for t
 
 A tenant may have at most `OWN_SHARE` times as many images in the queue as the queue has places
 left. So even several tenants that flood the queue together leave room for the others (dynamic
-thresholds: Choudhury & Hahne 1998).
+thresholds: Choudhury & Hahne 1998). Many such tenants leave little room. So a tenant that has
+nothing waiting is admitted even to a full queue, if another tenant has more work waiting ÷ weight
+than the newcomer asks for; the Dispatcher then evicts images of that tenant.
 
 Time is an argument, in seconds on any steady clock.
 
@@ -35,8 +37,9 @@ OWN_SHARE = 4  # places that a tenant may take for each place that is left
 class AdmittedCall:
     """An open call.
 
-    `opened`: the time of its admission. `predicted_s`: the forecast of its duration, until the
-    forecast has been compared with the real one. `reserved`: the work that it may still be charged.
+    `opened`: the time of its admission. `pools`: those of its images; empty if it has none.
+    `predicted_s`: the forecast of its duration, until the forecast has been compared with the real
+    one. `reserved`: the work that it may still be charged.
     """
 
     session: str
@@ -44,6 +47,7 @@ class AdmittedCall:
     tenant: str
     request_id: str
     opened: float
+    pools: Pools
     predicted_s: float | None
     reserved: float
 
@@ -155,7 +159,9 @@ class Admission:
                 account.rate_limits(now, self.month_ends - now),
             )
         self._admit(session, request, predicted_s, now)
-        eta_s = None if predicted_s is None else self._forecasts.expected_s(predicted_s)
+        eta_s = None
+        if predicted_s is not None:
+            eta_s = self._forecasts.expected_s(_pools_of(request), predicted_s)
         rate_limits = account.rate_limits(now, self.month_ends - now)
         return AdmissionDecision(session, request.call_id, None, eta_s, rate_limits=rate_limits)
 
@@ -221,7 +227,7 @@ class Admission:
 
     def _learn(self, call: AdmittedCall, now: float) -> None:
         if call.predicted_s is not None:
-            self._forecasts.learn(call.predicted_s, now - call.opened)
+            self._forecasts.learn(call.pools, call.predicted_s, now - call.opened)
             call.predicted_s = None
 
     # -- checks ---------------------------------------------------------------------------------
@@ -268,6 +274,8 @@ class Admission:
     def _check_queue(self, request: AdmissionRequest, tenant: Tenant, now: float) -> None:
         queued, work_s = self._grants.queue.waiting(request.tenant)
         coming, free = len(request.images), self.max_queued - self._grants.queue_depth
+        if not queued and (coming <= free or self._may_displace(request)):
+            return
         if coming > free:
             raise _RefusedError("queue_full", self._forecasts.grants_in_s(request, coming - free))
         if queued + coming > OWN_SHARE * free:
@@ -282,16 +290,26 @@ class Admission:
             known_s = later_s if math.isfinite(later_s) else None
             raise _RefusedError("queue_full", known_s, own_limit=True)
 
+    def _may_displace(self, request: AdmissionRequest) -> bool:
+        """Return whether a tenant has more work waiting ÷ weight than this call would have."""
+        queue = self._grants.queue
+        if (largest := queue.largest_backlog(but=request.tenant)) is None:
+            return False
+        _, backlog_s = queue.waiting(largest)
+        own = request.work_s / queue.weight(request.tenant)
+        return backlog_s / queue.weight(largest) > own
+
     def _check_deadline(self, request: AdmissionRequest, forecast: Forecast, now: float) -> None:
         left_s = request.timeout_s - request.waited_s
-        late_s = self._forecasts.at_most_s(forecast) - left_s
+        pools = _pools_of(request)
+        late_s = self._forecasts.at_most_s(pools, forecast) - left_s
         if late_s <= 0:
             return
         alone_s = self._forecasts.alone_s(request)
         if alone_s > request.timeout_s:
             raise _RefusedError("timeout_too_short", takes_s=alone_s)
         with_empty_backlog = self._forecasts.forecast(request, now, own_backlog=False) or forecast
-        own_limit = self._forecasts.at_most_s(with_empty_backlog) <= left_s
+        own_limit = self._forecasts.at_most_s(pools, with_empty_backlog) <= left_s
         raise _RefusedError("deadline_unreachable", late_s, own_limit)
 
     def _admit(
@@ -304,6 +322,7 @@ class Admission:
             request.tenant,
             request.request_id,
             now,
+            _pools_of(request),
             predicted_s,
             request.work_s,
         )
@@ -322,3 +341,8 @@ class Admission:
         for image in request.images:
             before = self.arrived.get(image.pools, Arrivals())
             self.arrived[image.pools] = before.and_one_of(image.work_s)
+
+
+def _pools_of(request: AdmissionRequest) -> Pools:
+    """The pools of a call's images; empty if it has none."""
+    return request.images[0].pools if request.images else ()

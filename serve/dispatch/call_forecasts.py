@@ -35,7 +35,7 @@ class CallForecasts:
     def __init__(self, grants: Grants) -> None:
         self._grants = grants
         self._rates: dict[str, dict[str, ArrivalRate]] = {}  # arriving work, by pool and tenant
-        self._accuracy = ForecastAccuracy()
+        self._accuracy: dict[Pools, ForecastAccuracy] = {}  # by the pools of a call's images
 
     def count_arrival(self, request: AdmissionRequest, now: float) -> None:
         """Count an admitted call in its tenant's rates of arriving work."""
@@ -44,32 +44,35 @@ class CallForecasts:
             rate = rates.setdefault(request.tenant, ArrivalRate())
             rate.add(sum(i.work_s for i in request.images if pool in i.pools), now)
 
-    def learn(self, predicted_s: float, took_s: float) -> None:
-        """Compare a call's forecast with the time that it took."""
-        self._accuracy.learn(predicted_s, took_s)
+    def learn(self, pools: Pools, predicted_s: float, took_s: float) -> None:
+        """Compare the forecast of a call for these pools with the time that it took."""
+        self._accuracy.setdefault(pools, ForecastAccuracy()).learn(predicted_s, took_s)
 
     def forget(self, now: float, passed_s: float) -> None:
         """Let past forecast errors fade, because `passed_s` seconds have passed.
 
         Arrival rates without an arrival for `IDLE_S` are dropped.
         """
-        self._accuracy.fade(passed_s)
+        for accuracy in self._accuracy.values():
+            accuracy.fade(passed_s)
         for rates in self._rates.values():
             for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
                 del rates[tenant]
 
-    def expected_s(self, predicted_s: float) -> float:
+    def expected_s(self, pools: Pools, predicted_s: float) -> float:
         """The mean time in seconds that calls with this forecast have taken lately."""
-        return self._accuracy.expected(predicted_s)
+        return self._accuracy.get(pools, ForecastAccuracy()).expected(predicted_s)
 
-    def at_most_s(self, forecast: Forecast) -> float:
+    def at_most_s(self, pools: Pools, forecast: Forecast) -> float:
         """The most seconds that a call with this forecast should take until it is done.
 
         For a call that must queue, 99 of 100 calls take at most that long, as learned from earlier
-        calls. For a call that finds a free slot, the forecast itself is returned, so
-        errors of earlier forecasts cannot cause its refusal.
+        calls for the same pools. For a call that finds a free slot, the forecast itself is
+        returned, so errors of earlier forecasts cannot cause its refusal.
         """
-        return self._accuracy.at_most(sum(forecast)) if forecast.wait_s else forecast.service_s
+        if not forecast.wait_s:
+            return forecast.service_s
+        return self._accuracy.get(pools, ForecastAccuracy()).at_most(sum(forecast))
 
     def forecast(
         self, request: AdmissionRequest, now: float, *, own_backlog: bool = True

@@ -322,11 +322,20 @@ class Dispatcher:
             if not request.accepted:
                 self.sessions.deliver([decision])
             if not decision.refusal:
+                if not request.accepted:
+                    self._make_room(request)
                 for image in request.images:
                     self._queue(session, image, request.tenant)
                 queued += request.images
         self._grant()
         self._report_positions(queued)
+
+    def _make_room(self, request: AdmissionRequest) -> None:
+        """Evict waiting images if the queue has no room for those of an admitted call."""
+        excess = len(request.images) + self.grants.queue_depth - self.admission.max_queued
+        for tenant, evicted in self.grants.evict(excess, newcomer=request.tenant):
+            self._tenant_metrics.refused(tenant, evicted.reason)
+            self.sessions.deliver([evicted])
 
     def _queue_retries(self, session: str, images: Iterable[QueuedImage]) -> None:
         for image in images:

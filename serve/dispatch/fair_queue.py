@@ -309,6 +309,15 @@ class FairQueue(Generic[T]):
         backlog = self._backlogs.get(tenant, _Backlog())
         return backlog.items, backlog.work_s
 
+    def largest_backlog(self, *, but: str) -> str | None:
+        """The tenant with the most waiting work ÷ weight, apart from tenant `but`; None if none."""
+        others = ((b.work_s / self.weight(t), t) for t, b in self._backlogs.items() if t != but)
+        return max(others, default=(0.0, None))[1]
+
+    def newest(self, tenant: str) -> T:
+        """The item that a tenant with waiting items has added last."""
+        return next(item for item in reversed(self._waiting.values()) if item.tenant == tenant)
+
     def _tagged(self, tenant: str, flow: _Flow[T]) -> Iterator[tuple[float, int, T]]:
         clock = flow.clock
         flow.sort()

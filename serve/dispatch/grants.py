@@ -301,6 +301,23 @@ class Grants:
             self.release(waiting.session, Release(waiting.image.id), 0.0)
         return [Refused(waiting.session, waiting.image.id) for waiting in hopeless]
 
+    def evict(self, images: int, *, newcomer: str) -> list[tuple[str, Refused]]:
+        """Take at least `images` waiting images out of the queue, to make room for a newcomer.
+
+        They are the newest of the tenants with the most waiting work ÷ weight, apart from the
+        tenant `newcomer`. All waiting images of a call go together, because a call fails as a
+        whole. Returns each image's tenant and its refusal.
+        """
+        evicted: list[tuple[str, Refused]] = []
+        while len(evicted) < images and (tenant := self.queue.largest_backlog(but=newcomer)):
+            newest = self.queue.newest(tenant)
+            session, call_id = newest.session, newest.image.call_id
+            waiting = self._sessions[session].waiting
+            for image_id in [i for i, w in waiting.items() if w.image.call_id == call_id]:
+                self._leave_queue(waiting.pop(image_id))
+                evicted.append((tenant, Refused(session, image_id, "evicted")))
+        return evicted
+
     def positions(self) -> list[Position]:
         """Return the changed queue positions of the images that want to report theirs.
 

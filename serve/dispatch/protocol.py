@@ -191,13 +191,16 @@ class Granted(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """An image was taken out of the queue, or not queued, because none of its pools is possible.
+    """An image was taken out of the queue, or was not queued.
 
-    That is: no pool of the image has a replica, and no node could hold one.
+    "no_capacity": no pool of the image has a replica, and no node could hold one. "evicted": the
+    queue is full, and the image's tenant has the most waiting work ÷ weight, while a tenant with
+    nothing waiting has asked for images.
     """
 
     session: str
     image_id: str
+    reason: Literal["no_capacity", "evicted"] = "no_capacity"
 
 
 class Position(NamedTuple):

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
-from serve.dispatch.protocol import AdmissionDecision, AdmissionRequest, Heartbeat
+from serve.dispatch.protocol import AdmissionDecision, AdmissionRequest, Heartbeat, Pools, Release
 from serve.tenants.tenant import Tenant
 
 from ..builders import queued_image, usage_record
@@ -21,20 +21,25 @@ P = ("p",)
 
 
 class AdmissionHarness:
-    """Admission and grants joined like in a Dispatcher, with one replica of `slots` slots."""
+    """Admission and grants joined like in a Dispatcher; each pool has one replica."""
 
     def __init__(
-        self, slots: int = 1, speed: float = 1.0, max_queued: int = 100, **tenants: Tenant
+        self,
+        slots: int = 1,
+        speed: float = 1.0,
+        max_queued: int = 100,
+        pools: Pools = P,
+        **tenants: Tenant,
     ) -> None:
-        self.grants = Grants(P, session_lease_s=1e9, replica_lease_s=1e9)
+        self.grants = Grants(pools, session_lease_s=1e9, replica_lease_s=1e9)
         self.admission = Admission(self.grants, max_queued=max_queued)
         others = ["t", "other", "flood", "light", "third", "late", "a", "b", "c"]
         others += [f"other{i}" for i in range(9)]
         self.admission.set_tenants({**dict.fromkeys(others, Tenant()), **tenants})
         self.admission.month_ends = 1000.0
         self.grants.open("s", 0)
-        if slots:
-            self.grants.report_replica(Heartbeat("p", "r", slots, speed=speed), 0)
+        for pool in pools if slots else ():
+            self.grants.report_replica(Heartbeat(pool, "r", slots, speed=speed), 0)
         self.count = 0
 
     def open_call(
@@ -45,11 +50,12 @@ class AdmissionHarness:
         timeout_s: float = math.inf,
         now: float = 0.0,
         request_id: str = "",
+        pools: Pools = P,
         **more: Any,
     ) -> AdmissionDecision:
         self.count += 1
         call = f"c{self.count}"
-        images = tuple(queued_image(f"{call}/{i}", P, work_s, call_id=call) for i in range(n))
+        images = tuple(queued_image(f"{call}/{i}", pools, work_s, call_id=call) for i in range(n))
         request = AdmissionRequest(
             call, tenant, request_id or call, images, timeout_s, work_s * n, **more
         )
@@ -145,8 +151,21 @@ def test_one_tenant_cannot_fill_the_whole_queue() -> None:
     assert (flood[-1].refusal, flood[-1].own_limit) == ("queue_full", True)
     assert harness.open_call("light").refusal is None
     assert harness.open_call("light").refusal is None
-    full = harness.open_call("third")
+    full = harness.open_call("light")
     assert (full.refusal, full.own_limit) == ("queue_full", False)
+    assert harness.open_call("third", work_s=8).refusal == "queue_full"  # as much as the flood
+    assert harness.open_call("third", work_s=7).refusal is None  # the flood's images are evicted
+
+
+def test_three_hundred_floods_lock_no_newcomer_out() -> None:
+    harness, floods = AdmissionHarness(slots=0, max_queued=1000), [f"flood{i}" for i in range(300)]
+    harness.admission.set_tenants(dict.fromkeys(["newcomer", *floods], Tenant()))
+    for _ in range(10):
+        for name in floods:
+            harness.open_call(name)
+    assert harness.open_call("flood0").refusal == "queue_full"
+    decision = harness.open_call("newcomer")
+    assert decision.refusal is None
 
 
 def test_a_tenant_has_at_most_its_amount_of_queued_work() -> None:
@@ -200,6 +219,19 @@ def test_time_that_has_passed_before_admission_counts_for_the_deadline() -> None
     assert harness.open_call(work_s=3, timeout_s=5, waited_s=1.0).refusal is None
     late = AdmissionHarness().open_call(work_s=3, timeout_s=5, waited_s=3.0)
     assert late.refusal == "deadline_unreachable"
+
+
+def test_slow_images_in_one_pool_refuse_nobody_in_another() -> None:
+    harness = AdmissionHarness(pools=("p", "sick"))
+    for i in range(25):
+        call = f"c{harness.count + 1}"
+        assert harness.open_call("flood", pools=("sick",), now=100.0 * i).refusal is None
+        harness.charge(call, now=100.0 * i + 10, tenant="flood")
+        harness.admission.end("s", call, 100.0 * i + 10)
+        harness.grants.release("s", Release(f"{call}/0", 1.0), 100.0 * i + 10)
+    for pool, refusal in ("p", None), ("sick", "deadline_unreachable"):
+        assert harness.open_call("a", pools=(pool,), now=2500.0).refusal is None  # runs
+        assert harness.open_call("b", pools=(pool,), timeout_s=3, now=2500.0).refusal == refusal
 
 
 def test_without_a_replica_no_wait_is_predicted() -> None:

@@ -24,7 +24,14 @@ from serve.dispatch.protocol import (
     SessionUpdate,
     StoppedImage,
 )
-from serve.errors import NoCapacity, QueueFull, RequestIdInUse, Unavailable, UsageUnrecorded
+from serve.errors import (
+    Evicted,
+    NoCapacity,
+    QueueFull,
+    RequestIdInUse,
+    Unavailable,
+    UsageUnrecorded,
+)
 from serve.usage.ledger import UsageLedger, read_usage
 from serve.usage.record import UsageRecord
 
@@ -150,6 +157,28 @@ def test_a_call_that_finds_the_queue_full_is_refused() -> None:
         await first
 
     run(test, max_queued=1)
+
+
+def test_a_newcomer_takes_the_place_of_the_longest_backlogs_newest_call() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+        async with (
+            opened(session) as first,
+            opened(session, images=ONE * 2) as newest,
+            opened(session, tenant="newcomer") as call,
+        ):
+            with pytest.raises(Evicted):
+                async with newest.slot(1):
+                    pass
+            assert dispatcher.grants.queue_depth == 2  # a call leaves as a whole
+            newest.close()
+            await dispatcher.report_replica(Heartbeat("p", "r", 2))
+            async with first.slot(0), call.slot(0):
+                pass
+        await settle()
+        assert dispatcher.admission.open_calls == 0
+        assert dispatcher.admission.account("t").reserved == 0
+
+    run(test, max_queued=3)
 
 
 def test_a_call_is_admitted_as_a_whole() -> None:

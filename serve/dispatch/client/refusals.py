@@ -24,6 +24,7 @@ from ...errors import (
 from ..protocol import AdmissionDecision, RateLimitStatus
 
 NO_CAPACITY = "no replica can generate this image, and no node can hold one"
+EVICTED = "the queue is full, and you have more queued in it than others: try again later"
 # By reason, and whether the tenant's own limit is the cause.
 REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
     ("no_tenant", False): (KeyInvalid, "the tenant of this API key no longer exists"),

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ...errors import NoCapacity, UsageUnrecorded
+from ...errors import Evicted, NoCapacity, UsageUnrecorded
 from ...tenants.keys import TenantDirectory
 from ...usage.record import UsageRecord
 from ..protocol import (
@@ -42,7 +42,7 @@ from ..protocol import (
     Timing,
 )
 from .open_call import CallClient, OpenCall, PendingGrant
-from .refusals import NO_CAPACITY
+from .refusals import EVICTED, NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
 
@@ -244,10 +244,12 @@ class DispatchSession:
                 self._hear_decision(event)
             case Granted(image_id=image_id, pool=pool):
                 self._hear_grant(image_id, pool)
-            case Refused(image_id=image_id):
+            case Refused(image_id=image_id, reason=reason):
                 grant = self._grants.get(image_id)
                 if grant and not grant.granted.done():
-                    grant.granted.set_exception(NoCapacity(NO_CAPACITY))
+                    evicted = reason == "evicted"
+                    error = Evicted(EVICTED) if evicted else NoCapacity(NO_CAPACITY)
+                    grant.granted.set_exception(error)
             case Position(image_id=image_id, position=position):
                 if grant := self._grants.get(image_id):
                     grant.position = position
