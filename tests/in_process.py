@@ -107,6 +107,7 @@ def a_dispatcher(
     usage_folder: str | None = None,
     limits: ScalingLimits | None = None,
     nodes: list[Node] | None = None,
+    ingresses: int = 0,
     timing: Timing = PROMPT,
 ) -> Dispatcher:
     """A Dispatcher of pools that fit on its only node; a pool named "elsewhere" does not.
@@ -122,6 +123,7 @@ def a_dispatcher(
         tenants_folder,
         usage_folder,
         lambda: alive,
+        lambda: ingresses,
         timing,
     )
     dispatcher.reconfigure({"max_queued": max_queued})

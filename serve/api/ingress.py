@@ -7,7 +7,6 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from starlette.routing import Route
 from cluster.cost import CostCoefficients
 
 from ..dispatch.client.session import DispatchSession
-from ..dispatch.protocol import DispatcherStatus, PoolStatus
+from ..dispatch.protocol import PoolStatus
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -156,8 +155,8 @@ class Ingress:
         check_request_id(request_id)
         try:
             async with asyncio.timeout(self._timing.dispatcher_s):
-                found = await self._dispatcher.cancel.remote(http.scope["tenant"], request_id)
-        except (TimeoutError, RayError, RayServeException):
+                found = await self._session.cancel(http.scope["tenant"], request_id)
+        except TimeoutError:
             found = None
         if found is None:
             raise Unavailable("the dispatcher is restarting: try again")
@@ -200,12 +199,10 @@ class Ingress:
         """Answer `GET /ready`: 200 if every model can be served and new requests are taken.
 
         A model can be served if one of its pools has a replica. A pool that may be scaled to zero
-        is enough without one, if a node could hold a replica.
+        is enough without one, if a node could hold a replica. The answer costs no message to the
+        Dispatcher: it comes from the status that the Dispatcher has sent last.
         """
-        found: DispatcherStatus | None = None
-        with suppress(TimeoutError, RayError, RayServeException):
-            async with asyncio.timeout(self._timing.dispatcher_s):
-                found = await self._dispatcher.state.remote()
+        found, age_s = self._session.status()
         known = found.pools if found else {}
         models = {
             model.id: {name: known.get(name) for name in map(model.pool_name, model.pools)}
@@ -218,6 +215,7 @@ class Ingress:
         details: dict[str, Any] = {}
         if self._open_to_all:
             details = {
+                "age_s": round(age_s, 3) if found else None,
                 "queued": found.queued if found else None,
                 "models": {
                     model: {name: pool and pool._asdict() for name, pool in pools.items()}

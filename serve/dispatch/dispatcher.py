@@ -10,7 +10,6 @@ the rest: `metering` charges tenants, `scaling` decides how many replicas there 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +31,8 @@ from .overview import overview
 from .protocol import (
     TIMING,
     AdmissionRequest,
+    Cancellation,
+    CancellationAnswer,
     Cancelled,
     DispatcherStatus,
     Heartbeat,
@@ -46,6 +47,7 @@ from .protocol import (
     Timing,
 )
 from .ray_default_scaling import RayDefaultScaling
+from .recovery import Recovery, running_ingresses
 from .scaling import Scaling
 from .sessions import SessionStreams
 from .upkeep import Upkeep
@@ -67,12 +69,14 @@ class Dispatcher:
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
+        count_ingresses: Callable[[], int] = running_ingresses,
         timing: Timing = TIMING,
     ) -> None:
         """Start the Dispatcher and its background tasks; needs a running event loop.
 
         `pools`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. `read_nodes` returns the cluster's nodes, and may block. Without `tenants_folder`
+        may have. `read_nodes` returns the cluster's nodes, and `count_ingresses` the number of
+        running Ingress replicas; both may block. Without `tenants_folder`
         any tenant may call. Without `usage_folder` usage is counted in memory only, and is lost
         when this process ends. Raises `SettingsError`, `OSError` or `ValueError` if a folder
         cannot be read or holds a wrong file.
@@ -100,9 +104,8 @@ class Dispatcher:
         if tenants_folder:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._apply_tenants(self._tenants)
-        # The time at which recovery ends: not known before the first message has arrived.
-        self._grants_from = math.inf
-        # The sessions' requests that came before `_grants_from`, and when each came.
+        self.recovery = Recovery(timing, count_ingresses, self._begin)
+        # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._positions_due = False
         upkeep = Upkeep(
@@ -112,14 +115,12 @@ class Dispatcher:
         self._tasks = [
             asyncio.create_task(work)
             for work in (
-                upkeep.run(self.end_session, self._grant_and_tell, self._may_decide),
+                upkeep.run(self.end_session, self._beat, self._may_decide),
                 nodes.run(timing.nodes_s),
                 self._watch_tenants(),
                 self.metering.run(),
             )
         ]
-        # Without any Ingress or Generator there is nothing to wait for.
-        asyncio.get_running_loop().call_later(timing.session_lease_s, self._reached)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply the queue's length and the autoscaling settings of `LiveSettings`.
@@ -146,13 +147,14 @@ class Dispatcher:
         session under the same name replaces the earlier one. The stream ends when the session
         expires or is replaced.
         """
-        self._reached()
+        self.recovery.reached()
         self.end_session(session)
         stream = self.sessions.open(session)
         self.grants.open(session, time.monotonic())
         for image in running:
             self.grants.declare(session, image)
         self._open_calls(session, calls)
+        self.recovery.opened(session)
         try:
             async for message in self.sessions.messages(stream):
                 yield message
@@ -181,17 +183,8 @@ class Dispatcher:
             ]
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
-        return True
-
-    async def cancel(self, tenant: str, request_id: str) -> bool | None:
-        """Tell the Ingress that has a tenant's call to cancel it.
-
-        Returns True if the call was found, and False if no Ingress has it. Right after a start it
-        returns None for a call that is not found, because its Ingress may not have reported yet.
-        """
-        if (call := self.admission.find(tenant, request_id)) is None:
-            return None if time.monotonic() < self._grants_from else False
-        self.sessions.deliver([Cancelled(call.session, call.id)])
+        for cancellation in update.cancellations:
+            self._cancel(session, cancellation)
         return True
 
     def end_session(self, session: str) -> None:
@@ -214,9 +207,10 @@ class Dispatcher:
         `running`: the leases of the images that the Generator runs. `stopped`: the images that it
         has stopped since its last heartbeat.
         """
-        self._reached()
+        self.recovery.reached()
         now = time.monotonic()
-        self.grants.report_replica(heartbeat, now, running)
+        if self.grants.report_replica(heartbeat, now, running):
+            self.sessions.set_status(self._status())
         for report in stopped:
             if usage := self.grants.stopped(report, now):
                 self.metering.stopped(report.lease.session, usage, report)
@@ -228,21 +222,15 @@ class Dispatcher:
 
     async def state(self) -> DispatcherStatus:
         """The number of open calls and queued images, and the status of every pool."""
-        return DispatcherStatus(
-            draining=self.admission.draining,
-            calls=self.admission.open_calls,
-            queued=self.grants.queue_depth,
-            pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
-        )
+        return self._status()
 
     async def overview(self) -> dict[str, Any]:
         """Return what `octet top` shows: all fields of `state`, and two more.
 
         `faults`: what is wrong in the tenants' files. `tenants`: one row for each tenant.
         """
-        status = await self.state()
         return {
-            **status.as_json(),
+            **self._status().as_json(),
             "faults": self._tenants.faults if self._tenants else {},
             "tenants": overview(self.admission, self.grants),
         }
@@ -254,9 +242,11 @@ class Dispatcher:
         calls yet.
         """
         self.admission.draining = True
-        unheard = time.monotonic() < self._grants_from
+        self.sessions.set_status(self._status())
         running = sum(self.grants.running_in(pool) for pool in self.scaling.limits.pools)
-        return self.grants.queue_depth + running + self.admission.open_calls + unheard
+        return (
+            self.grants.queue_depth + running + self.admission.open_calls + (not self.recovery.over)
+        )
 
     async def check_health(self) -> None:
         """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
@@ -266,6 +256,14 @@ class Dispatcher:
         """
         if any(task.done() for task in self._tasks):
             raise RuntimeError("sessions, replicas, nodes, tenants or usage are without their task")
+
+    def _status(self) -> DispatcherStatus:
+        return DispatcherStatus(
+            draining=self.admission.draining,
+            calls=self.admission.open_calls,
+            queued=self.grants.queue_depth,
+            pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
+        )
 
     def _pool_status(self, pool: str) -> PoolStatus:
         staying = self.grants.staying(pool)
@@ -283,25 +281,12 @@ class Dispatcher:
 
     # -- calls and images -----------------------------------------------------------------------
 
-    def _reached(self) -> None:
-        """Begin the recovery with the first message: from then on this Dispatcher can be reached.
-
-        Reading large usage files takes seconds during which nobody can connect.
-        """
-        if self._grants_from == math.inf:
-            self._grants_from = time.monotonic() + self._timing.recovery_s
-            asyncio.get_running_loop().call_later(self._timing.recovery_s, self._begin)
-
     def _may_decide(self, now: float) -> bool:
         """Return whether every living replica has had time to report itself."""
-        return now >= self._grants_from + self._timing.replica_lease_s
+        return now >= self.recovery.ended_at + self._timing.replica_lease_s
 
     def _begin(self) -> None:
-        """Decide on the calls that arrived before `recovery_s` was over, and begin to grant.
-
-        By now every Ingress has had time to report its open calls and running images.
-        """
-        self._grants_from = min(self._grants_from, time.monotonic())  # timers may fire early
+        """Decide on the calls that arrived during the recovery, and begin to grant."""
         early, self._early = self._early, []
         for session, request, came in early:
             if session in self.sessions:
@@ -313,7 +298,7 @@ class Dispatcher:
         now = time.monotonic()
         queued: list[QueuedImage] = []
         for request in requests:
-            if now < self._grants_from and not request.accepted:
+            if not (self.recovery.over or request.accepted):
                 self._early.append((session, request, now))
                 continue
             decision = self.admission.open(session, request, now)
@@ -329,6 +314,18 @@ class Dispatcher:
                 queued += request.images
         self._grant()
         self._report_positions(queued)
+
+    def _cancel(self, session: str, wanted: Cancellation) -> None:
+        """Tell the Ingress that has a tenant's call to cancel it, and answer who asked for it.
+
+        During the recovery it is not known whether a call exists that was not found, because its
+        Ingress may not have reported yet.
+        """
+        call = self.admission.find(wanted.tenant, wanted.request_id)
+        if call:
+            self.sessions.deliver([Cancelled(call.session, call.id)])
+        found = True if call else False if self.recovery.over else None
+        self.sessions.deliver([CancellationAnswer(session, wanted, found)])
 
     def _make_room(self, request: AdmissionRequest) -> None:
         """Evict waiting images if the queue has no room for those of an admitted call."""
@@ -363,12 +360,14 @@ class Dispatcher:
             asyncio.get_running_loop().call_later(self._timing.positions_s, report)
 
     def _grant(self) -> None:
-        if time.monotonic() >= self._grants_from:
+        if self.recovery.over:
             self.sessions.deliver(self.grants.grant())
 
-    def _grant_and_tell(self) -> None:
+    def _beat(self) -> None:
+        """Grant what can be granted, and send positions and status to the sessions."""
         self._grant()
         self.sessions.deliver(self.grants.positions())
+        self.sessions.set_status(self._status())
 
     # -- tenants --------------------------------------------------------------------------------
 

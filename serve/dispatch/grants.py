@@ -230,12 +230,17 @@ class Grants:
 
     def report_replica(
         self, heartbeat: Heartbeat, now: float, running: Iterable[Lease] = ()
-    ) -> None:
-        """Note a replica's heartbeat, unless its pool no longer exists."""
-        if (replicas := self._replicas.get(heartbeat.pool)) is not None:
-            known = replicas.get(heartbeat.replica)
-            first_heard = known.first_heard if known else now
-            replicas[heartbeat.replica] = _Replica(heartbeat, first_heard, now, frozenset(running))
+    ) -> bool:
+        """Note a replica's heartbeat, unless its pool no longer exists.
+
+        Returns whether it is the replica's first one.
+        """
+        if (replicas := self._replicas.get(heartbeat.pool)) is None:
+            return False
+        known = replicas.get(heartbeat.replica)
+        first_heard = known.first_heard if known else now
+        replicas[heartbeat.replica] = _Replica(heartbeat, first_heard, now, frozenset(running))
+        return known is None
 
     def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
         """Note a Generator's report of a stopped image.

@@ -3,9 +3,10 @@
 A *call* is one request of a client, for one or more images. A *session* is one Ingress replica's
 connection to the Dispatcher. The Ingress's end of the session gives calls and images their ids.
 
-    Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord: in a SessionUpdate
-    Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded: in
-                             a SessionMessage
+    Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord, Cancellation: in a
+                             SessionUpdate
+    Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded,
+                             CancellationAnswer: in a SessionMessage
     Generator → Dispatcher   Heartbeat, StoppedImage; answered with a HeartbeatReply
     Ingress → Generator      Lease: the grant by which an image is generated
 
@@ -123,6 +124,13 @@ class Release(NamedTuple):
     cancelled: UsageRecord | None = None
 
 
+class Cancellation(NamedTuple):
+    """The wish of a tenant to cancel its open call with this request id."""
+
+    tenant: str
+    request_id: str
+
+
 class SessionUpdate(NamedTuple):
     """The events at an Ingress since its last update.
 
@@ -134,6 +142,7 @@ class SessionUpdate(NamedTuple):
     ended_calls: tuple[str, ...] = ()
     admissions: tuple[AdmissionRequest, ...] = ()
     retries: tuple[QueuedImage, ...] = ()  # further attempts at images of admitted calls
+    cancellations: tuple[Cancellation, ...] = ()
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -218,6 +227,18 @@ class Cancelled(NamedTuple):
     call_id: str
 
 
+class CancellationAnswer(NamedTuple):
+    """Whether the call that was to be cancelled was found at any Ingress.
+
+    `found` is None right after the Dispatcher's start: a call that is not known then may be one
+    whose Ingress has not reported yet.
+    """
+
+    session: str
+    cancellation: Cancellation
+    found: bool | None
+
+
 class Recorded(NamedTuple):
     """A call's usage records are on disk, or could not be written."""
 
@@ -226,18 +247,57 @@ class Recorded(NamedTuple):
     on_disk: bool
 
 
-DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | Recorded
+DispatchEvent = (
+    AdmissionDecision | Granted | Refused | Position | Cancelled | CancellationAnswer | Recorded
+)
+
+
+class PoolStatus(NamedTuple):
+    """The state of a pool: its staying replicas, and what the autoscaling policy wants.
+
+    `running`: the number of images that hold a slot of the pool. `running_work_s`: the work left of
+    these images, as the replicas report it. `speed`: how many reference replicas would do as much
+    work as this pool. `placeable`: whether a node could hold one of its replicas. `least`: the
+    fewest replicas that the pool may have. `wanted`: the number of replicas that the policy wants.
+    `reason`: why `wanted` last changed.
+    """
+
+    replicas: int
+    slots: int
+    running: int
+    running_work_s: float
+    speed: float
+    placeable: bool
+    least: int
+    wanted: int
+    reason: str
+
+
+class DispatcherStatus(NamedTuple):
+    """The Dispatcher's state: open `calls` of clients, `queued` images and every pool."""
+
+    draining: bool
+    calls: int
+    queued: int
+    pools: dict[str, PoolStatus]
+
+    def as_json(self) -> dict[str, object]:
+        """The status as `GET /ready` and `GET /v1/state` show it."""
+        pools = {name: pool._asdict() for name, pool in self.pools.items()}
+        return {**self._asdict(), "pools": pools}
 
 
 class SessionMessage(NamedTuple):
     """The events that the Dispatcher sends to an Ingress at one time.
 
     `tenants`: the directory of all tenants when a session begins and whenever the directory has
-    changed; otherwise None.
+    changed; otherwise None. `status`: the Dispatcher's status, sent with every heartbeat and when a
+    replica has reported itself for the first time; otherwise None.
     """
 
     events: tuple[DispatchEvent, ...] = ()
     tenants: TenantDirectory | None = None
+    status: DispatcherStatus | None = None
 
 
 # -- Generators -----------------------------------------------------------------------------------
@@ -288,41 +348,3 @@ class HeartbeatReply(NamedTuple):
 
     orphans: tuple[Lease, ...] = ()
     leaving: bool = False
-
-
-# -- operators ------------------------------------------------------------------------------------
-
-
-class PoolStatus(NamedTuple):
-    """The state of a pool: its staying replicas, and what the autoscaling policy wants.
-
-    `running`: the number of images that hold a slot of the pool. `running_work_s`: the work left of
-    these images, as the replicas report it. `speed`: how many reference replicas would do as much
-    work as this pool. `placeable`: whether a node could hold one of its replicas. `least`: the
-    fewest replicas that the pool may have. `wanted`: the number of replicas that the policy wants.
-    `reason`: why `wanted` last changed.
-    """
-
-    replicas: int
-    slots: int
-    running: int
-    running_work_s: float
-    speed: float
-    placeable: bool
-    least: int
-    wanted: int
-    reason: str
-
-
-class DispatcherStatus(NamedTuple):
-    """The Dispatcher's state: open `calls` of clients, `queued` images and every pool."""
-
-    draining: bool
-    calls: int
-    queued: int
-    pools: dict[str, PoolStatus]
-
-    def as_json(self) -> dict[str, object]:
-        """The status as `GET /ready` and `GET /v1/state` show it."""
-        pools = {name: pool._asdict() for name, pool in self.pools.items()}
-        return {**self._asdict(), "pools": pools}

@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 
 from ..tenants.keys import TenantDirectory
-from .protocol import DispatchEvent, SessionMessage
+from .protocol import DispatcherStatus, DispatchEvent, SessionMessage
 
 
 class _Stream:
-    """The events and the directory of tenants that are still to be sent to one session."""
+    """The events, directory of tenants and status that are still to be sent to one session."""
 
-    def __init__(self, tenants: TenantDirectory) -> None:
+    def __init__(self, tenants: TenantDirectory, status: DispatcherStatus | None) -> None:
         self.tenants: TenantDirectory | None = tenants
+        self.status = status
         self.events: list[DispatchEvent] = []
         self.changed = asyncio.Event()
         self.changed.set()
@@ -26,6 +27,7 @@ class SessionStreams:
     def __init__(self) -> None:
         self._streams: dict[str, _Stream] = {}
         self._tenants: TenantDirectory = {}
+        self._status: DispatcherStatus | None = None
 
     def __contains__(self, session: str) -> bool:
         return session in self._streams
@@ -35,7 +37,7 @@ class SessionStreams:
 
     def open(self, session: str) -> _Stream:
         """Begin a session's stream; its first message holds the directory of tenants."""
-        stream = self._streams[session] = _Stream(self._tenants)
+        stream = self._streams[session] = _Stream(self._tenants, self._status)
         return stream
 
     def close(self, session: str) -> None:
@@ -54,9 +56,10 @@ class SessionStreams:
             await stream.changed.wait()
             stream.changed.clear()
             tenants, stream.tenants = stream.tenants, None
+            status, stream.status = stream.status, None
             events, stream.events = stream.events, []
-            if events or tenants is not None:
-                yield SessionMessage(tuple(events), tenants)
+            if events or tenants is not None or status:
+                yield SessionMessage(tuple(events), tenants, status)
 
     def deliver(self, events: Iterable[DispatchEvent]) -> None:
         """Queue events for their sessions; those of sessions that have ended are dropped."""
@@ -70,4 +73,11 @@ class SessionStreams:
         self._tenants = tenants
         for stream in self._streams.values():
             stream.tenants = tenants
+            stream.changed.set()
+
+    def set_status(self, status: DispatcherStatus) -> None:
+        """Send the Dispatcher's status to every session."""
+        self._status = status
+        for stream in self._streams.values():
+            stream.status = status
             stream.changed.set()

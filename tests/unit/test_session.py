@@ -48,7 +48,8 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
         handle = Handle(dispatcher)
         try:
             async with asyncio.timeout(5):
-                await test(dispatcher, DispatchSession(handle, PROMPT), handle)
+                session = DispatchSession(handle, options.get("timing", PROMPT))
+                await test(dispatcher, session, handle)
         finally:
             if dispatcher.metering.ledger:
                 dispatcher.metering.ledger.close()
@@ -520,20 +521,91 @@ def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
         await settle()
         tasks.append(asyncio.create_task(stay(other, "waits", waits)))
         await settle()
-        assert not await dispatcher.cancel("t", "unknown")
-        assert not await dispatcher.cancel("other", "runs")
+        assert not await session.cancel("t", "unknown")
+        assert not await session.cancel("other", "runs")
         await settle()
         assert not runs.cancelled
         for id, client in (("waits", waits), ("runs", runs)):
-            assert await dispatcher.cancel("t", id)
+            assert await session.cancel("t", id)
             await settle()
             assert client.cancelled
         for task in tasks:
             task.cancel()
         await settle()
-        assert not await dispatcher.cancel("t", "runs")
+        assert not await session.cancel("t", "runs")
 
     run(test)
+
+
+def test_cancellations_of_one_id_share_one_message() -> None:
+    async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        asked = [session.cancel("t", "unknown") for _ in range(200)]
+        assert await asyncio.gather(*asked) == [False] * 200
+        updates = [arguments[1] for method, arguments in handle.calls if method == "tell"]
+        assert [len(update.cancellations) for update in updates if update.cancellations] == [1]
+        assert await session.cancel("t", "unknown") is False  # asked anew
+
+    run(test)
+
+
+def test_a_message_of_the_dispatcher_alone_causes_no_update() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        before = len(handle.calls)
+        await dispatcher.drain()  # which is sent to every Ingress
+        await settle()
+        assert len(handle.calls) == before
+
+    run(test)
+
+
+def test_a_cancellation_outlives_the_dispatcher() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        client = Client()
+        async with opened(session, "mine", client=client):
+            handle.drop_messages()
+            cancelling = asyncio.create_task(session.cancel("t", "mine"))
+            await settle()
+            assert not cancelling.done()
+            handle.break_off(a_dispatcher("p"))
+            assert await cancelling
+            assert client.cancelled
+
+    run(test)
+
+
+def test_an_ingress_knows_the_status_without_asking() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        assert session.status()[0] is None
+        await settle()
+        await dispatcher.report_replica(Heartbeat("p", "r", 3))
+        await settle()
+        before = len(handle.calls)
+        status, age_s = session.status()
+        assert status
+        assert (status.pools["p"].slots, status.draining) == (3, False)
+        assert 0 <= age_s < 5
+        await dispatcher.drain()
+        await settle()
+        status, _ = session.status()
+        assert status
+        assert status.draining
+        assert len(handle.calls) == before
+
+    run(test)
+
+
+def test_a_status_that_is_too_old_counts_as_unknown() -> None:
+    async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        assert session.status()[0]
+        handle.drop_messages()
+        await settle()
+        assert session.status()[0] is None
+
+    run(test, timing=replace(PROMPT, session_lease_s=0.03, heartbeat_s=0.01))
 
 
 # -- usage ----------------------------------------------------------------------------------------
@@ -785,3 +857,19 @@ def test_a_refused_call_sends_no_release() -> None:
             assert [u for u in updates if u.releases or u.ended_calls] == []
 
     run(test, max_queued=1)
+
+
+def test_recovery_ends_once_every_running_ingress_has_opened_its_session() -> None:
+    async def main() -> None:
+        timing = replace(PROMPT, recovery_s=60.0)
+        dispatcher = a_dispatcher("p", ingresses=2, timing=timing)
+        first = DispatchSession(Handle(dispatcher), timing)
+        await dispatcher.report_replica(Heartbeat("p", "r", 2))
+        waits = asyncio.create_task(hold(first))
+        await settle()
+        assert not dispatcher.recovery.over
+        DispatchSession(Handle(dispatcher), timing)
+        assert await waits == "p"
+        assert dispatcher.recovery.over
+
+    asyncio.run(main())

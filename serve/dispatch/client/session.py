@@ -29,7 +29,10 @@ from ..protocol import (
     TIMING,
     AdmissionDecision,
     AdmissionRequest,
+    Cancellation,
+    CancellationAnswer,
     Cancelled,
+    DispatcherStatus,
     DispatchEvent,
     Granted,
     Position,
@@ -45,6 +48,8 @@ from .open_call import CallClient, OpenCall, PendingGrant
 from .refusals import EVICTED, NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
+
+MOST_CANCELLATIONS = 1000  # that may wait for the Dispatcher's answer
 
 
 class DispatchSession:
@@ -67,6 +72,11 @@ class DispatchSession:
         self._usages: list[UsageRecord] = []  # of calls that are closed
         self._releases: list[Release] = []
         self._ended: list[str] = []
+        self._new_cancellations: set[Cancellation] = set()
+        # Cancellations that the Dispatcher has not answered; equal ones share an answer.
+        self._cancelling: dict[Cancellation, asyncio.Future[bool | None]] = {}
+        self._status: DispatcherStatus | None = None
+        self._status_at = 0.0
         self._changed = asyncio.Event()
         self._open = False
         self._stream: Any = None
@@ -118,6 +128,30 @@ class DispatchSession:
         self._calls[call_id] = self._new_calls[call_id] = call
         self._changed.set()
         return call
+
+    async def cancel(self, tenant: str, request_id: str) -> bool | None:
+        """Cancel a tenant's call, whichever Ingress has it; return whether it was found.
+
+        Returns None if that is not known, because the Dispatcher has just started or leaves many
+        cancellations without an answer.
+        """
+        wanted = Cancellation(tenant, request_id)
+        if wanted not in self._cancelling:
+            if len(self._cancelling) >= MOST_CANCELLATIONS:
+                return None
+            self._cancelling[wanted] = asyncio.get_running_loop().create_future()
+            self._new_cancellations.add(wanted)
+            self._changed.set()
+        return await asyncio.shield(self._cancelling[wanted])
+
+    def status(self) -> tuple[DispatcherStatus | None, float]:
+        """The Dispatcher's last status, and its age in seconds.
+
+        None if there was no status within `session_lease_s`.
+        """
+        age_s = asyncio.get_running_loop().time() - self._status_at
+        known = self._status if age_s <= self._timing.session_lease_s else None
+        return known, age_s
 
     # -- what a call asks for -------------------------------------------------------------------
 
@@ -191,10 +225,14 @@ class DispatchSession:
                     self.name, calls, running
                 )
                 async for message in self._stream:
-                    self._open = True
-                    self._changed.set()
+                    if not self._open:
+                        self._open = True
+                        self._changed.set()  # sends what has waited for the session
                     if message.tenants is not None:
                         self.tenants = message.tenants
+                    if message.status:
+                        self._status = message.status
+                        self._status_at = asyncio.get_running_loop().time()
                     for event in message.events:
                         self._hear(event)
                 log.warning("the dispatcher ended the session; opening it again")
@@ -216,6 +254,7 @@ class DispatchSession:
         self._releases.clear()
         self._ended.clear()
         self._new_grants.clear()
+        self._new_cancellations.update(self._cancelling)
         calls, running = [], []
         now = asyncio.get_running_loop().time()
         for call_id, call in self._calls.items():
@@ -258,6 +297,9 @@ class DispatchSession:
             case Cancelled(call_id=call_id):
                 if call := self._calls.get(call_id):
                     call.client.cancel()
+            case CancellationAnswer(cancellation=cancellation, found=found):
+                if cancelling := self._cancelling.pop(cancellation, None):
+                    cancelling.set_result(found)
             case Recorded(call_id=call_id, on_disk=on_disk):
                 if call := self._calls.get(call_id):
                     self._hear_recorded(call, on_disk)
@@ -336,10 +378,12 @@ class DispatchSession:
                 for call in self._new_calls.values()
             ),
             retries=tuple(grant.image for grant in self._new_grants.values()),
+            cancellations=tuple(self._new_cancellations),
         )
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
         self._releases.clear()
         self._ended.clear()
         self._usages.clear()
+        self._new_cancellations.clear()
         return update

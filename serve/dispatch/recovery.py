@@ -1,0 +1,86 @@
+"""Recovery: after its start, a Dispatcher only listens until it knows what its Ingresses have."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from ..deployments import APPLICATION, INGRESS
+from .protocol import Timing
+
+log = logging.getLogger("ray.serve")
+
+
+def running_ingresses() -> int:
+    """The number of Ingress replicas that Ray Serve has running; asks Serve's controller."""
+    from ray import serve
+
+    deployments = serve.status().applications[APPLICATION].deployments
+    states = deployments[INGRESS].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
+
+
+class Recovery:
+    """The time in which a Dispatcher grants nothing and admits no new calls.
+
+    It begins with the first message, because reading large usage files takes seconds during which
+    nobody can connect. It ends when as many Ingresses have opened a session as Ray Serve has
+    running, and after `recovery_s` in any case.
+    """
+
+    def __init__(
+        self, timing: Timing, count_ingresses: Callable[[], int], then: Callable[[], None]
+    ) -> None:
+        """`count_ingresses`: how many Ingresses are running; may block, and may raise any error.
+
+        `then` is called at the end of the recovery. Needs a running event loop.
+        """
+        self._timing, self._count, self._then = timing, count_ingresses, then
+        self._heard: set[str] = set()  # names of the sessions that were opened
+        self._expected = math.inf
+        self._began = False
+        self.ended_at = math.inf
+        # Without any Ingress or Generator there is nothing to wait for.
+        asyncio.get_running_loop().call_later(timing.session_lease_s, self.reached)
+
+    @property
+    def over(self) -> bool:
+        """Return whether the Dispatcher may grant slots and admit calls."""
+        return self.ended_at < math.inf
+
+    def reached(self) -> None:
+        """Note that a message has arrived; the first one begins the recovery."""
+        if self._began:
+            return
+        self._began = True
+        if self._timing.recovery_s:
+            asyncio.get_running_loop().call_later(self._timing.recovery_s, self._end)
+            self._counting = asyncio.create_task(self._count_ingresses())
+        else:
+            self._end()
+
+    def opened(self, session: str) -> None:
+        """Note that an Ingress has opened a session, and so has said what it has."""
+        self._heard.add(session)
+        self._end_if_all_were_heard()
+
+    async def _count_ingresses(self) -> None:
+        try:
+            expected = await asyncio.to_thread(self._count)
+        except Exception:  # Ray's errors have no common class; then the whole time is waited for
+            log.warning("could not count the Ingresses", exc_info=True)
+            return
+        self._expected = expected or math.inf  # the application itself is starting
+        self._end_if_all_were_heard()
+
+    def _end_if_all_were_heard(self) -> None:
+        if len(self._heard) >= self._expected:
+            self._end()
+
+    def _end(self) -> None:
+        if not self.over:
+            self.ended_at = time.monotonic()
+            self._then()
