@@ -124,12 +124,14 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_tenant_running": Metric("gauge", "Images that are being generated.", ("tenant",)),
         "octet_tenant_work": Metric(
             "counter",
-            "Charged work, in seconds of a reference replica, by the image's outcome.",
+            "Charged work, in seconds of a reference replica, by the image's outcome; "
+            "for reversed, the work that was given back.",
             ("tenant", "outcome"),
         ),
         "octet_tenant_images": Metric(
             "counter",
-            "Images by outcome: delivered and cancelled are charged, hit and shared are not.",
+            "Images by outcome: delivered and cancelled are charged, hit and shared are not; "
+            "reversed gives a charge back.",
             ("tenant", "outcome"),
         ),
         "octet_tenant_refused": Metric(

@@ -77,9 +77,9 @@ class TenantMetrics:
         self._refused = make("octet_tenant_refused")
 
     def charged(self, usage: UsageRecord) -> None:
-        """Count a charged image."""
+        """Count a charged image, or a reversal with the work that it gives back."""
         self._lately[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
-        self._charges[usage.tenant, usage.outcome].append(usage.work_s)
+        self._charges[usage.tenant, usage.outcome].append(abs(usage.work_s))
 
     def refused(self, tenant: str, code: str) -> None:
         """Count a refused call."""

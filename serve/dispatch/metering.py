@@ -42,7 +42,7 @@ class Metering:
         """`ledger`: where charges are written. Without one, usage is counted in memory only.
 
         `deliver`: sends events to their sessions. `retry_s`: how long to wait before a charge of a
-        cancelled image that could not be written is tried again.
+        cancelled image, or a reversal, that could not be written is tried again.
         """
         self.ledger = ledger
         self._admission, self._metrics, self._deliver = admission, metrics, deliver
@@ -52,8 +52,9 @@ class Metering:
         self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
 
     def charge(self, session: str, usage: UsageRecord) -> None:
-        """Charge an image that was generated."""
-        self._charges.put_nowait(_Charge(session, usage, self._admission.hold(session, usage)))
+        """Charge an image that was generated, or take such a charge back."""
+        held = 0.0 if usage.outcome == "reversed" else self._admission.hold(session, usage)
+        self._charges.put_nowait(_Charge(session, usage, held))
 
     def cancelled(
         self, session: str, usage: UsageRecord, report: StoppedImage | Literal["awaited"] | None
@@ -122,7 +123,7 @@ class Metering:
         events: dict[tuple[str, str], Recorded] = {}
         for charge in batch:
             session, usage = charge.session, charge.usage
-            if fresh is None and usage.outcome == "cancelled":
+            if fresh is None and usage.outcome in ("cancelled", "reversed"):
                 again = self._charges.put_nowait
                 asyncio.get_running_loop().call_later(self._retry_s, again, charge)
                 continue

@@ -5,8 +5,9 @@ A record is on disk (fsynced) before the response with its image begins.
 The ledger is a folder of files, each named by the time at which it was begun. Records are appended
 to the newest file. Each file begins with the sums of its calendar month (UTC) so far. So a start
 reads only the newest two files, however long the month is. A record that is appended twice is
-written once. If the last line of a file is incomplete, it is cut off: its record was never
-confirmed, so no image was delivered for it.
+written once. A reversal is written only if its record is there; a record that comes after its
+reversal is not written. If the last line of a file is incomplete, it is cut off: its record was
+never confirmed, so no image was delivered for it.
 
 Several processes may write at a time, as when a Dispatcher moves to another node or a new cluster
 takes over from an old one. Before a process writes, it takes the folder's lock and reads what the
@@ -27,7 +28,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..atomic_file import replace_file, sync_folder
 from .record import UsageRecord
@@ -40,6 +41,14 @@ LOCK_S = 10.0  # how long to wait for the lock; no write holds it for longer
 SUMS = "sums"  # the key by which a line of sums differs from a record
 NAMES = "????-??-??T??????.??????.jsonl"  # the names of files, as a glob pattern
 NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
+
+
+class _Key(NamedTuple):
+    """What tells one record from all others."""
+
+    call: str
+    image: int
+    reversal: bool
 
 
 class UsageLedger:
@@ -59,7 +68,7 @@ class UsageLedger:
         locked, and `ValueError` for a line that is not a usage record.
         """
         self._folder, self._file_bytes, self._lock_s = folder, file_bytes, lock_s
-        self._known: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._known: OrderedDict[_Key, None] = OrderedDict()
         self._path: Path | None = None  # the newest file
         self._file: Any = None  # the newest file, open for appending
         self._end = 0  # bytes of the newest file that this object has read or written
@@ -89,11 +98,7 @@ class UsageLedger:
                 self._rotate(now)
             elif self._path and not self._path.exists():  # the file was moved away
                 self._begin_file(now)
-            fresh = {
-                (usage.call, usage.image): usage
-                for usage in usages
-                if (usage.call, usage.image) not in self._known
-            }
+            fresh = self._fresh(usages)
             lines = [_line({"time": _stamp(now), **usage._asdict()}) for usage in fresh.values()]
             if lines:
                 self._end += self._write(self._file, b"".join(lines))
@@ -103,6 +108,20 @@ class UsageLedger:
             if self._end > self._file_bytes:
                 self._rotate(now)
         return list(fresh.values())
+
+    def _fresh(self, usages: Iterable[UsageRecord]) -> dict[_Key, UsageRecord]:
+        """The records that are to be written, by their keys."""
+        fresh: dict[_Key, UsageRecord] = {}
+        for usage in usages:
+            key = _Key(usage.call, usage.image, usage.outcome == "reversed")
+            record = key._replace(reversal=False)
+            if key in self._known or key in fresh:
+                continue
+            if key.reversal and record not in self._known and record not in fresh:
+                self._remember(record)  # it must not be written any more
+                continue
+            fresh[key] = usage
+        return fresh
 
     def charged_elsewhere(self) -> set[str]:
         """Return the tenants that other writers have charged, and forget them.
@@ -152,7 +171,7 @@ class UsageLedger:
             self.spent = Counter(entry[SUMS] if month == self.month else {})
             self._elsewhere.update(self.spent)
             return
-        self._remember((entry["call"], entry["image"]))
+        self._remember(_Key(entry["call"], entry["image"], entry["outcome"] == "reversed"))
         if month == self.month:
             self.spent[entry["tenant"]] += entry["work_s"]
             self._elsewhere.add(entry["tenant"])
@@ -199,7 +218,7 @@ class UsageLedger:
             raise
         return len(lines)
 
-    def _remember(self, key: tuple[str, int]) -> None:
+    def _remember(self, key: _Key) -> None:
         self._known[key] = None
         if len(self._known) > KNOWN:
             self._known.popitem(last=False)

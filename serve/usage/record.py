@@ -14,7 +14,8 @@ class UsageRecord(NamedTuple):
     `call` is the call's id, `image` the image's index in it; together they are unique for ever.
     `work_s` is the charge, in seconds of a reference replica. The charge is 0 for an image that
     came from the result cache ("hit") or that was generated for another call at the same time
-    ("shared").
+    ("shared"). A "reversed" record takes back the charge of the image's earlier record, so its
+    charge is negative.
     """
 
     call: str
@@ -26,4 +27,8 @@ class UsageRecord(NamedTuple):
     size: str
     steps: int
     work_s: float
-    outcome: Literal["delivered", "cancelled", "hit", "shared"] = "delivered"
+    outcome: Literal["delivered", "cancelled", "hit", "shared", "reversed"] = "delivered"
+
+    def reversal(self) -> UsageRecord:
+        """The record that takes this charge back."""
+        return self._replace(outcome="reversed", work_s=-self.work_s)

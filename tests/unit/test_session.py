@@ -1,10 +1,11 @@
 """An Ingress's session with the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
+import fcntl
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from serve.usage.record import UsageRecord
 from ..builders import queued_image, usage_record
 from ..full_disk import full_disk
 from ..in_process import PROMPT, Client, Handle, a_dispatcher
+from ..wait import wait_for
 
 ONE = (queued_image(),)
 
@@ -667,6 +669,35 @@ def test_usage_that_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
         assert list(read_usage(tmp_path)) == []
 
     run(test, usage_folder=str(tmp_path))
+
+
+def test_who_is_told_that_nothing_is_charged_is_not_charged_later(tmp_path: Path) -> None:
+    """The disk is so slow that the answer is given before the record is written."""
+    timing = replace(PROMPT, record_s=0.05)
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        ledger = dispatcher.metering.ledger
+        assert ledger
+        async with opened(session) as call:
+            with held_lock(tmp_path), pytest.raises(UsageUnrecorded):
+                await call.record([usage(call)])
+        await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 2)
+        records = list(read_usage(tmp_path))
+        assert [record["outcome"] for record in records] == ["delivered", "reversed"]
+        assert sum(record["work_s"] for record in records) == 0
+        await settle()
+        account = dispatcher.admission.account("t")
+        assert (account.spent, account.reserved) == (0, 0)
+
+    run(test, usage_folder=str(tmp_path), timing=timing)
+
+
+@contextmanager
+def held_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a ledger's folder, so that nothing can be written."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def test_usage_written_before_the_turn_of_the_month_does_not_count_in_the_next(

@@ -82,6 +82,24 @@ def test_a_record_sent_twice_is_written_once(ledger: UsageLedger, tmp_path: Path
         assert again.append([usage(1), usage(2)], NOW) == []
 
 
+def test_a_reversal_takes_a_record_back_once(ledger: UsageLedger, tmp_path: Path) -> None:
+    ledger.append([usage(1), usage(2)], NOW)
+    assert ledger.append([usage(1).reversal(), usage(1).reversal()], NOW) == [usage(1).reversal()]
+    assert spent(tmp_path) == {"acme": 1.5}
+    ledger.close()
+    with closing(UsageLedger(tmp_path, NOW)) as again:
+        assert again.append([usage(1).reversal(), usage(1)], NOW) == []
+        assert again.spent == {"acme": 1.5}
+
+
+def test_a_record_that_comes_after_its_reversal_is_not_written(
+    ledger: UsageLedger, tmp_path: Path
+) -> None:
+    assert ledger.append([usage(1).reversal()], NOW) == []
+    assert ledger.append([usage(1)], NOW) == []
+    assert not list(read_usage(tmp_path))
+
+
 def test_sums_are_found_again_over_many_files(ledger: UsageLedger, tmp_path: Path) -> None:
     for i in range(50):
         ledger.append([usage(i, "acme" if i % 2 else "umbrella")], NOW + i)

@@ -53,6 +53,9 @@ class CallSession(Protocol):
     def record(self, call: OpenCall) -> None:
         """Send the call's usage records to the Dispatcher, which writes them."""
 
+    def withdraw(self, call: OpenCall) -> None:
+        """Take back the usage records that the call has sent, even if they are written later."""
+
     def close(self, call: OpenCall) -> None:
         """End the call."""
 
@@ -172,6 +175,10 @@ class OpenCall:
             async with asyncio.timeout(self.record_s):
                 await done
         except TimeoutError:
+            # The client hears that it is not charged, so a record that is written later must not
+            # count.
+            self.session.withdraw(self)
+            self.generated.clear()
             raise UsageUnrecorded("the image's usage could not be recorded in time") from None
         self.generated.clear()
 

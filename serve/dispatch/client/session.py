@@ -49,6 +49,7 @@ from .refusals import EVICTED, NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
 
+OF_CLOSED_CALLS = "cancelled", "reversed"  # records that no open call sends once more
 MOST_CANCELLATIONS = 1000  # that may wait for the Dispatcher's answer
 
 
@@ -69,7 +70,7 @@ class DispatchSession:
         self._new_calls: dict[str, OpenCall] = {}
         self._new_grants: dict[str, PendingGrant] = {}
         self._new_recordings: dict[str, OpenCall] = {}
-        self._usages: list[UsageRecord] = []  # of calls that are closed
+        self._usages: list[UsageRecord] = []  # that belong to no open call
         self._releases: list[Release] = []
         self._ended: list[str] = []
         self._new_cancellations: set[Cancellation] = set()
@@ -179,6 +180,14 @@ class DispatchSession:
         """Send the call's usage records to the Dispatcher with the next update."""
         self._new_recordings[call.request.call_id] = call
         self._changed.set()
+
+    def withdraw(self, call: OpenCall) -> None:
+        """Take back the call's usage records, which may have been sent or even written."""
+        unsent = self._new_recordings.pop(call.request.call_id, None)
+        if call.recording and not unsent:
+            self._usages += [usage.reversal() for usage in call.recording.usages]
+            self._changed.set()
+        call.recording = None
 
     def close(self, call: OpenCall) -> None:
         """End a call, and release its images that no task waits for or uses."""
@@ -358,7 +367,7 @@ class DispatchSession:
                 log.warning("could not reach the dispatcher", exc_info=True)
                 understood = False
             if not understood:  # `_listen` then opens a session that knows the whole state
-                self._usages += [u for u in update.usages if u.outcome == "cancelled"]
+                self._usages += [u for u in update.usages if u.outcome in OF_CLOSED_CALLS]
                 with suppress(Exception):
                     self._stream.cancel()
 
