@@ -8,6 +8,7 @@ from typing import Any
 
 from autoscaling.load import PoolBounds, ScalingLimits
 from cluster.placement import Node, NodeRequirement
+from serve.deployments import INGRESS
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import Timing
 
@@ -123,7 +124,7 @@ def a_dispatcher(
         tenants_folder,
         usage_folder,
         lambda: alive,
-        lambda: ingresses,
+        lambda: {INGRESS: {"RUNNING": ingresses}},
         timing,
     )
     dispatcher.reconfigure({"max_queued": max_queued})

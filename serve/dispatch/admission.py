@@ -109,13 +109,13 @@ class Admission:
 
     # -- tenants --------------------------------------------------------------------------------
 
-    def set_tenants(self, tenants: Mapping[str, Tenant]) -> None:
+    def set_tenants(self, tenants: Mapping[str, Tenant], now: float) -> None:
         """Replace the tenants and their limits; what each has used so far still counts."""
         self._known = tenants
         self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
         for name, tenancy in self._tenancies.items():
             if name in tenants:
-                tenancy.account.change(tenants[name])
+                tenancy.account.change(tenants[name], now)
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
         """Begin a month. `spent`: each tenant's work in it so far; `ends`: the time of its end."""

@@ -47,8 +47,9 @@ from .protocol import (
     Timing,
 )
 from .ray_default_scaling import RayDefaultScaling
-from .recovery import Recovery, running_ingresses
+from .recovery import Recovery
 from .scaling import Scaling
+from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
 from .upkeep import Upkeep
 
@@ -69,14 +70,14 @@ class Dispatcher:
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
-        count_ingresses: Callable[[], int] = running_ingresses,
+        read_states: Callable[[], ReplicaStates] = replica_states,
         timing: Timing = TIMING,
     ) -> None:
         """Start the Dispatcher and its background tasks; needs a running event loop.
 
         `pools`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. `read_nodes` returns the cluster's nodes, and `count_ingresses` the number of
-        running Ingress replicas; both may block. Without `tenants_folder`
+        may have. `read_nodes` returns the cluster's nodes, and `read_states` the states of Ray
+        Serve's replicas; both may block. Without `tenants_folder`
         any tenant may call. Without `usage_folder` usage is counted in memory only, and is lost
         when this process ends. Raises `SettingsError`, `OSError` or `ValueError` if a folder
         cannot be read or holds a wrong file.
@@ -104,14 +105,16 @@ class Dispatcher:
         if tenants_folder:
             self._tenants = TenantFiles(Path(tenants_folder).expanduser())
             self._apply_tenants(self._tenants)
-        self.recovery = Recovery(timing, count_ingresses, self._begin)
+        self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
         )
-        nodes = NodeWatch(pools, read_nodes, self.grants, self.scaling, self.sessions.deliver)
+        nodes = NodeWatch(
+            pools, read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
+        )
         self._tasks = [
             asyncio.create_task(work)
             for work in (
@@ -379,5 +382,5 @@ class Dispatcher:
                 self._apply_tenants(files)
 
     def _apply_tenants(self, files: TenantFiles) -> None:
-        self.admission.set_tenants(files.tenants)
+        self.admission.set_tenants(files.tenants, time.monotonic())
         self.sessions.set_tenants(files.directory)

@@ -276,6 +276,14 @@ class Grants:
         if replicas < len(self._staying(pool)):
             self._excess[pool] = _Excess(now, replicas)
 
+    def in_excess(self) -> list[str]:
+        """The pools of which some replicas get no new grants."""
+        return list(self._excess)
+
+    def keep_all(self, pool: str) -> None:
+        """Let all replicas of the pool get new grants again, because Ray Serve stops none."""
+        self._excess.pop(pool, None)
+
     def holds(self, lease: Lease) -> bool:
         """Return whether the lease's session is open and still holds a slot for the image."""
         session = self._sessions.get(lease.session)

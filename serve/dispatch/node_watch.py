@@ -1,9 +1,10 @@
-"""Watching the cluster's nodes: which pools could be placed, and which nodes are draining."""
+"""Watching the cluster: which pools could be placed, which nodes and replicas are about to go."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
@@ -11,6 +12,7 @@ from cluster.placement import Node, NodeRequirement, fits, unknown_cards
 from .grants import Grants
 from .protocol import DispatchEvent
 from .scaling import Scaling
+from .serve_status import ReplicaStates
 
 log = logging.getLogger("ray.serve")
 
@@ -26,16 +28,17 @@ class NodeWatch:
         self,
         needs: Mapping[str, NodeRequirement],
         read_nodes: Callable[[], Iterable[Node]],
+        read_states: Callable[[], ReplicaStates],
         grants: Grants,
         scaling: Scaling,
         deliver: Callable[[Iterable[DispatchEvent]], None],
     ) -> None:
         """`needs`: by pool, what one replica needs of a node.
 
-        `read_nodes`: returns the cluster's nodes; may block. `deliver`: sends events to their
-        sessions.
+        `read_nodes`: returns the cluster's nodes. `read_states`: returns the states of Ray Serve's
+        replicas. Both may block. `deliver`: sends events to their sessions.
         """
-        self._needs, self._read_nodes = needs, read_nodes
+        self._needs, self._read_nodes, self._read_states = needs, read_nodes, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
         self._warned: set[str] = set()
 
@@ -43,6 +46,7 @@ class NodeWatch:
         """Look at the nodes every `every_s` seconds, for ever."""
         while True:
             await self.look()
+            await self.look_at_excess()
             await asyncio.sleep(every_s)
 
     async def look(self) -> None:
@@ -63,6 +67,18 @@ class NodeWatch:
         )
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
+
+    async def look_at_excess(self) -> None:
+        """Let replicas get images again that were in excess, but that Ray Serve does not stop."""
+        if not self._grants.in_excess():
+            return
+        try:
+            states = await asyncio.to_thread(self._read_states)
+        except Exception:  # Ray's errors have no common class
+            log.warning("could not read the states of the replicas; trying again", exc_info=True)
+            return
+        stopping = {name: found.get("STOPPING", 0) for name, found in states.items()}
+        self._scaling.restore(stopping, time.monotonic())
 
     def _warn(self, nodes: Iterable[Node]) -> None:
         for node, warning in unknown_cards(nodes).items():

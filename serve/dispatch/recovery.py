@@ -8,19 +8,11 @@ import math
 import time
 from collections.abc import Callable
 
-from ..deployments import APPLICATION, INGRESS
+from ..deployments import INGRESS
 from .protocol import Timing
+from .serve_status import ReplicaStates
 
 log = logging.getLogger("ray.serve")
-
-
-def running_ingresses() -> int:
-    """The number of Ingress replicas that Ray Serve has running; asks Serve's controller."""
-    from ray import serve
-
-    deployments = serve.status().applications[APPLICATION].deployments
-    states = deployments[INGRESS].replica_states
-    return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 class Recovery:
@@ -32,13 +24,13 @@ class Recovery:
     """
 
     def __init__(
-        self, timing: Timing, count_ingresses: Callable[[], int], then: Callable[[], None]
+        self, timing: Timing, read_states: Callable[[], ReplicaStates], then: Callable[[], None]
     ) -> None:
-        """`count_ingresses`: how many Ingresses are running; may block, and may raise any error.
+        """`read_states`: returns the states of Ray Serve's replicas; may block.
 
         `then` is called at the end of the recovery. Needs a running event loop.
         """
-        self._timing, self._count, self._then = timing, count_ingresses, then
+        self._timing, self._read_states, self._then = timing, read_states, then
         self._heard: set[str] = set()  # names of the sessions that were opened
         self._expected = math.inf
         self._began = False
@@ -69,11 +61,12 @@ class Recovery:
 
     async def _count_ingresses(self) -> None:
         try:
-            expected = await asyncio.to_thread(self._count)
+            states = await asyncio.to_thread(self._read_states)
         except Exception:  # Ray's errors have no common class; then the whole time is waited for
             log.warning("could not count the Ingresses", exc_info=True)
             return
-        self._expected = expected or math.inf  # the application itself is starting
+        # Without any running Ingress the application itself is starting.
+        self._expected = states.get(INGRESS, {}).get("RUNNING", 0) or math.inf
         self._end_if_all_were_heard()
 
     def _end_if_all_were_heard(self) -> None:

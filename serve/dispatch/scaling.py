@@ -44,6 +44,7 @@ class Scaling:
         self._state = PolicyState(at=began)
         self._settled = False  # whether replicas from before this process have had time to report
         self._recent: dict[str, list[tuple[float, int]]] = {}  # by pool: what was wanted lately
+        self._all_since: dict[str, float] = {}  # by pool: since when all its replicas are wanted
 
     def tune(self, tuning: PolicyTuning) -> None:
         """Change the policy's tuning from the next decision on."""
@@ -77,6 +78,17 @@ class Scaling:
         """
         numbers = by_deployment(self.replicas, self.limits)
         return ScalingReport(wanted=numbers) if self._settled else ScalingReport(at_least=numbers)
+
+    def restore(self, stopping: Mapping[str, int], now: float) -> None:
+        """Undo decisions to have fewer replicas that Ray Serve never carried out.
+
+        `stopping`: how many replicas of each deployment Serve is stopping. A decision counts as
+        forgotten if all replicas of the pool have been wanted for `SEEN_S` and none is stopping.
+        """
+        for pool in self._grants.in_excess():
+            all_s = now - self._all_since.get(pool, now)
+            if all_s > SEEN_S and not stopping.get(generator_deployment(pool)):
+                self._grants.keep_all(pool)
 
     def load(self, now: float) -> Load:
         """The input of the policy: demand by pools, supply of each pool, open requests."""
@@ -120,6 +132,10 @@ class Scaling:
         self._recent[pool] = [(at, n) for at, n in before if now - at <= SEEN_S and n > replicas]
         most = max((n for _, n in self._recent[pool]), default=replicas)
         self._recent[pool].append((now, replicas))
+        if replicas >= len(self._grants.replicas(pool)):
+            self._all_since.setdefault(pool, now)
+        else:
+            self._all_since.pop(pool, None)
         self._grants.keep(pool, most, now)
 
 

@@ -31,6 +31,11 @@ class Gcra:
         level = max(self.empty_at - now, 0.0) * self.rate
         return max(level + amount - max(self.burst, amount), 0.0) / self.rate
 
+    def change(self, rate: float, burst: float, now: float) -> None:
+        """Apply another rate and burst from now on; the amount that was used stays used."""
+        level = self.reset_s(now) * self.rate
+        self.rate, self.burst, self.empty_at = rate, burst, now + level / rate
+
     def take(self, amount: float, now: float) -> None:
         """Count `amount` as passed."""
         self.empty_at = max(self.empty_at, now) + amount / self.rate
@@ -57,13 +62,13 @@ class TenantAccount:
         self.requests: Gcra | None = None
         self.work: Gcra | None = None
         self.tenant = Tenant()
-        self.change(tenant)
+        self.change(tenant, 0.0)
 
-    def change(self, tenant: Tenant) -> None:
+    def change(self, tenant: Tenant, now: float) -> None:
         """Apply changed limits from now on; what was used stays used."""
         self.tenant = tenant
-        self.requests = _gcra(self.requests, tenant.requests_per_s, tenant.request_burst, 1.0)
-        self.work = _gcra(self.work, tenant.work_per_s, tenant.work_burst, 0.0)
+        self.requests = _gcra(self.requests, tenant.requests_per_s, tenant.request_burst, 1.0, now)
+        self.work = _gcra(self.work, tenant.work_per_s, tenant.work_burst, 0.0, now)
 
     @property
     def budget_left(self) -> float | None:
@@ -92,11 +97,12 @@ class TenantAccount:
 
 
 def _gcra(
-    before: Gcra | None, rate: float | None, burst: float | None, least: float
+    before: Gcra | None, rate: float | None, burst: float | None, least: float, now: float
 ) -> Gcra | None:
     if rate is None:
         return None
-    gcra = Gcra(rate, burst or max(rate * BURST_S, least))
-    if before:
-        gcra.empty_at = before.empty_at
-    return gcra
+    burst = burst or max(rate * BURST_S, least)
+    if before is None:
+        return Gcra(rate, burst)
+    before.change(rate, burst, now)
+    return before

@@ -49,13 +49,16 @@ class Upkeep:
         time.
         """
         heartbeat_s = self._timing.heartbeat_s
-        before = time.monotonic()
+        before, was_late = time.monotonic(), False
         while True:
             await asyncio.sleep(heartbeat_s)
             now, last, before = time.monotonic(), before, time.monotonic()
-            if now - last > 2 * heartbeat_s:
-                continue  # this process stood still, so first let heartbeats that waited arrive
-            self.expire(now, end_session)
+            late = now - last > 2 * heartbeat_s
+            # After a pause of this process, heartbeats that have waited arrive before leases
+            # expire. If the loop is late again and again, it is busy and did not pause.
+            if not late or was_late:
+                self.expire(now, end_session)
+            was_late = late
             self._metering.turn_month(month_of(time.time()))
             self.scale(now, decide=may_decide(now))
             then()

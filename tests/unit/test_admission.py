@@ -35,7 +35,7 @@ class AdmissionHarness:
         self.admission = Admission(self.grants, max_queued=max_queued)
         others = ["t", "other", "flood", "light", "third", "late", "a", "b", "c"]
         others += [f"other{i}" for i in range(9)]
-        self.admission.set_tenants({**dict.fromkeys(others, Tenant()), **tenants})
+        self.admission.set_tenants({**dict.fromkeys(others, Tenant()), **tenants}, 0.0)
         self.admission.month_ends = 1000.0
         self.grants.open("s", 0)
         for pool in pools if slots else ():
@@ -159,7 +159,7 @@ def test_one_tenant_cannot_fill_the_whole_queue() -> None:
 
 def test_three_hundred_floods_lock_no_newcomer_out() -> None:
     harness, floods = AdmissionHarness(slots=0, max_queued=1000), [f"flood{i}" for i in range(300)]
-    harness.admission.set_tenants(dict.fromkeys(["newcomer", *floods], Tenant()))
+    harness.admission.set_tenants(dict.fromkeys(["newcomer", *floods], Tenant()), 0.0)
     for _ in range(10):
         for name in floods:
             harness.open_call(name)

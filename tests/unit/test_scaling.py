@@ -166,6 +166,31 @@ def test_a_momentary_decision_takes_no_grants_from_replicas(
     assert staying == expected
 
 
+@pytest.mark.parametrize(
+    ("stopping", "wanted_later", "slots"),
+    [(0, 3, 6), (1, 3, 2), (0, 2, 2)],  # forgotten; carried out; still wanted
+)
+def test_a_decision_that_ray_serve_never_carried_out_is_undone(
+    stopping: int, wanted_later: int, slots: int
+) -> None:
+    numbers = iter([1] * 8 + [wanted_later] * 5)
+
+    class Scripted(Scaling):
+        @staticmethod
+        def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
+            return ScalingDecision({"fp8": next(numbers), "fp16": 0}, state, {})
+
+    harness = ScalingHarness(scaling=Scripted)
+    for name in "abc":
+        harness.replica("fp8", name)
+    found = []
+    for second in range(13):
+        harness.scaling.decide(float(second))
+        harness.scaling.restore({"Generator-fp8": stopping}, float(second))
+        found.append(harness.grants.slots("fp8"))
+    assert (found[6:12], found[12]) == ([2] * 6, slots)
+
+
 def test_images_on_leaving_replicas_take_no_slots_of_the_others() -> None:
     harness = ScalingHarness()
     harness.replica("fp8", "a", node="stays")

@@ -284,6 +284,26 @@ def test_a_paused_dispatcher_reads_waiting_messages_before_sessions_expire() -> 
     run(test, timing=replace(PROMPT, heartbeat_s=0.05, session_lease_s=0.2))
 
 
+def test_a_dispatcher_that_is_always_late_still_does_its_periodic_work() -> None:
+    async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
+        decided: list[float] = []
+
+        def decide(now: float) -> Mapping[str, str]:
+            decided.append(now)
+            return {}
+
+        async def busy() -> None:
+            while dispatcher.grants.heard_from("silent", 0.0) or not decided:
+                time.sleep(0.15)  # noqa: ASYNC251 (the event loop is busy)
+                await asyncio.sleep(0)
+
+        dispatcher.scaling.decide = decide  # type: ignore[method-assign]  # to count
+        dispatcher.grants.open("silent", time.monotonic())
+        await busy()
+
+    run(test, timing=replace(PROMPT, heartbeat_s=0.05, session_lease_s=0.2, replica_lease_s=0.0))
+
+
 def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

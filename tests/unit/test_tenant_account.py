@@ -78,11 +78,25 @@ def test_changed_limits_do_not_forget_what_was_used() -> None:
     assert account.requests
     for _ in range(2):
         account.requests.take(1, 0.0)
-    account.change(Tenant(requests_per_s=1, request_burst=1))
+    account.change(Tenant(requests_per_s=1, request_burst=1), 0.0)
     assert account.requests
     assert account.requests.wait_s(1, 0.0) > 0
-    account.change(Tenant())
+    account.change(Tenant(), 0.0)
     assert account.requests is None
+
+
+def test_a_raised_rate_ends_a_wait_sooner() -> None:
+    account = TenantAccount(Tenant(requests_per_s=0.1, request_burst=1, work_per_s=1, work_burst=1))
+    assert account.requests
+    assert account.work
+    account.requests.take(1, 0.0)
+    account.work.take(591, 0.0)
+    assert account.requests.wait_s(1, 0.0) == pytest.approx(10)
+    assert account.work.wait_s(1, 0.0) == pytest.approx(591)
+    raised = Tenant(requests_per_s=100, request_burst=1, work_per_s=100, work_burst=1)
+    account.change(raised, 0.0)
+    assert account.requests.wait_s(1, 0.0) == pytest.approx(0.01)
+    assert account.work.wait_s(1, 0.0) == pytest.approx(5.91)
 
 
 @pytest.mark.parametrize(
