@@ -240,6 +240,7 @@ def _check(
         )
     written = {
         "data_folder": settings.data_folder,
+        "usage_folder": settings.usage_folder,
         "models_folder": settings.models_folder,
         "compiled_folder": settings.compiled_folder,
     }

@@ -114,6 +114,12 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "{{ $value | humanizePercentage }} of the images of {{ $labels.pool }} have non-finite "
         "numbers.",
     ),
+    "OctetTenantsFile": (
+        f"{most('octet_tenants_file_faults', 'file')} > 0",
+        "1m",
+        "warning",
+        "{{ $labels.file }} has a fault: the tenants as they were before it are served.",
+    ),
     "OctetSpoolFilling": (
         f"{most('octet_spool_bytes', 'NodeAddress')} / "
         f"{most('octet_spool_limit_bytes', 'NodeAddress')} > 0.5",

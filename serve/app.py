@@ -79,7 +79,7 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         scaling_limits(settings),
         settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
-        f"{settings.data_folder}/usage" if settings.data_folder else None,
+        settings.usage_path,
     )  # fmt: skip
     text_encoders = {
         encoder.id: _deployment(parts.text_encoder, text_encoder_deployment(encoder.id)).options(

@@ -117,19 +117,15 @@ class RunningApplication:
                 on_news("waiting for " + (", ".join(awaited) or "the application"))
             time.sleep(POLL_S)
 
-    def reasons(self) -> dict[str, str]:
-        """Why the number of each pool's replicas last changed, by pool.
-
-        Empty if the Dispatcher does not answer within `GLANCE_S`.
-        """
+    def known_status(self) -> DispatcherStatus | None:
+        """The Dispatcher's status; None if it does not answer within `GLANCE_S`."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         try:
-            status = self.status(GLANCE_S)
+            return self.status(GLANCE_S)
         except (RayError, RayServeException, TimeoutError):
-            return {}
-        return {name: pool.reason for name, pool in status.pools.items()}
+            return None
 
     def drain(self) -> None:
         """Refuse new calls, and wait until the open ones are answered.

@@ -137,6 +137,11 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_tenant_refused": Metric(
             "counter", "Refused requests, by the error's code.", ("tenant", "code")
         ),
+        "octet_tenants_file_faults": Metric(
+            "gauge",
+            "1 while a file of tenants or keys cannot be used, so its last valid contents are.",
+            ("file",),
+        ),
     },
     "Generators": {
         "octet_engine_images": Metric(

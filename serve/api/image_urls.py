@@ -70,7 +70,7 @@ class ImageUrls:
     @property
     def full(self) -> bool:
         """Return whether no more images can be kept at the moment."""
-        return isinstance(self._store, Spool) and self._store.full
+        return self._store.full
 
     @property
     def key(self) -> bytes | None:

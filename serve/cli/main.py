@@ -21,7 +21,7 @@ from ..models.checkpoints import pull as fetch
 from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..settings.models import Model, Source
-from ..tenants.files import read_keys, read_tenants
+from ..tenants.files import TENANTS, read_keys, read_tenants
 from . import bench, doctor, k8s, plan, simulate, tenant, top, usage
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
@@ -225,11 +225,11 @@ def _serve(read: Callable[[], Settings]) -> None:
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
-            print_decisions = _decision_printer(octet)
+            print_changes = _change_printer(octet)
             while (event := _next_signal(events)) in (None, APPLY):
                 if event:
                     _apply(octet, read)
-                print_decisions()
+                print_changes()
             signal.signal(APPLY, signal.SIG_IGN)
             on_stop(interrupt)
             console.print("finishing the images that are running; Ctrl-C again drops them")
@@ -248,13 +248,20 @@ def _serve(read: Callable[[], Settings]) -> None:
 def _warn_about_access(settings: Settings) -> None:
     """Warn if anyone may generate images without a key, or if there are no tenants yet.
 
-    Raises `SettingsError` for tenants that cannot be read.
+    Raises `SettingsError` for tenants that cannot be read, unless the Dispatcher has a copy of the
+    last valid ones.
     """
     if settings.auth != "keys":
         host = settings.http.host
         complain(f"auth is {settings.auth}: anyone who reaches {host} may generate images")
-    elif not read_tenants(Path(settings.tenants_folder).expanduser()):
-        complain("there are no tenants yet: add one with octet tenant add")
+        return
+    try:
+        if not read_tenants(Path(settings.tenants_folder).expanduser()):
+            complain("there are no tenants yet: add one with octet tenant add")
+    except SettingsError as error:
+        if not (Path(str(settings.usage_path)).expanduser() / TENANTS).exists():
+            raise
+        complain(f"{error}\noctet: serving the last valid tenants")
 
 
 def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
@@ -281,20 +288,30 @@ def _next_signal(events: SimpleQueue[int]) -> int | None:
         return None
 
 
-def _decision_printer(octet: RunningApplication) -> Callable[[], None]:
-    """A function that prints new autoscaling decisions.
+def _change_printer(octet: RunningApplication) -> Callable[[], None]:
+    """A function that prints new autoscaling decisions, and faults of the tenants' files.
 
-    A decision says how many replicas a pool should have, and why. It is printed once.
+    A decision says how many replicas a pool should have, and why. Each is printed once.
     """
-    last: dict[str, str] = {}
+    decisions: dict[str, str] = {}
+    faults: dict[str, str] = {}
 
-    def print_decisions() -> None:
-        for pool, reason in octet.reasons().items():
-            if reason and reason != last.get(pool):
+    def print_changes() -> None:
+        nonlocal faults
+        if (status := octet.known_status()) is None:
+            return
+        for pool, reason in ((name, pool.reason) for name, pool in status.pools.items()):
+            if reason and reason != decisions.get(pool):
                 console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
-            last[pool] = reason
+            decisions[pool] = reason
+        for file, fault in status.faults.items():
+            if fault != faults.get(file):
+                complain(f"octet: keeping the last valid {file}: {fault}")
+        for file in faults.keys() - status.faults.keys():
+            console.print(f"{file} is valid again", highlight=False)
+        faults = status.faults
 
-    return print_decisions
+    return print_changes
 
 
 def _news_printer() -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -145,19 +146,22 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
         if config is None:
             raise SettingsError("whose images? Name a settings file with --config")
         settings = load_settings(config).application_settings()
-        if settings.data_folder is None:
+        if settings.usage_path is None:
             raise SettingsError(
                 f"{config}: it has no data_folder, so no images or records are kept"
             )
-        store = open_store(settings, drain=False)
-        folder = Path(settings.data_folder).expanduser() / "usage"
-        try:
-            images = store.erase(tenant)
-            erased = erase_usage(folder, tenant) if folder.is_dir() else 0
-        except (OSError, ValueError, StoreFailed) as error:
-            raise SettingsError(str(error)) from None
-        finally:
-            store.close()
+        folder = Path(settings.usage_path).expanduser()
+        with ExitStack() as cleanup:
+            images = erased = 0
+            try:
+                if settings.data_folder:
+                    store = open_store(settings, drain=False)
+                    cleanup.callback(store.close)
+                    images = store.erase(tenant)
+                if folder.is_dir():
+                    erased = erase_usage(folder, tenant)
+            except (OSError, ValueError, StoreFailed) as error:
+                raise SettingsError(str(error)) from None
     console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
 
 

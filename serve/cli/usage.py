@@ -45,12 +45,12 @@ def usage(
     """Show what tenants were charged: images and work, by model, precision and outcome."""
     with readable_errors(debug):
         if folder is None:
-            data = load_settings(config).data_folder if config else None
-            if data is None:
+            found_folder = load_settings(config).usage_path if config else None
+            if found_folder is None:
                 raise SettingsError(
                     "which usage? Name a settings file with data_folder by --config, or --folder"
                 )
-            folder = Path(data).expanduser() / "usage"
+            folder = Path(found_folder).expanduser()
         begin = _since(since)
         if not folder.is_dir():
             raise SettingsError(

@@ -20,6 +20,7 @@ from cluster.placement import Node, NodeRequirement
 from cluster.ray_nodes import living_nodes
 
 from ..settings.application import AutoscalingSettings, LiveSettings
+from ..tenants.files import KEYS, TENANTS
 from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger
 from .admission import Admission
@@ -77,10 +78,10 @@ class Dispatcher:
 
         `pools`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
         may have. `read_nodes` returns the cluster's nodes, and `read_states` the states of Ray
-        Serve's replicas; both may block. Without `tenants_folder`
-        any tenant may call. Without `usage_folder` usage is counted in memory only, and is lost
-        when this process ends. Raises `SettingsError`, `OSError` or `ValueError` if a folder
-        cannot be read or holds a wrong file.
+        Serve's replicas; both may block. Without `tenants_folder` any tenant may call.
+        `usage_folder` also holds copies of the last valid tenants. Without it usage is counted in
+        memory only, and is lost when this process ends. Raises `SettingsError`, `OSError` or
+        `ValueError` if a folder cannot be read or holds a wrong file.
         """
         self._timing = timing
         self.grants = Grants(
@@ -103,7 +104,8 @@ class Dispatcher:
         )
         self._tenants: TenantFiles | None = None
         if tenants_folder:
-            self._tenants = TenantFiles(Path(tenants_folder).expanduser())
+            copies = Path(usage_folder).expanduser() if usage_folder else None
+            self._tenants = TenantFiles(Path(tenants_folder).expanduser(), copies)
             self._apply_tenants(self._tenants)
         self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
@@ -228,13 +230,9 @@ class Dispatcher:
         return self._status()
 
     async def overview(self) -> dict[str, Any]:
-        """Return what `octet top` shows: all fields of `state`, and two more.
-
-        `faults`: what is wrong in the tenants' files. `tenants`: one row for each tenant.
-        """
+        """Return what `octet top` shows: all fields of `state`, and a row for each tenant."""
         return {
             **self._status().as_json(),
-            "faults": self._tenants.faults if self._tenants else {},
             "tenants": overview(self.admission, self.grants),
         }
 
@@ -266,6 +264,7 @@ class Dispatcher:
             calls=self.admission.open_calls,
             queued=self.grants.queue_depth,
             pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
+            faults=dict(self._tenants.faults) if self._tenants else {},
         )
 
     def _pool_status(self, pool: str) -> PoolStatus:
@@ -377,9 +376,11 @@ class Dispatcher:
     async def _watch_tenants(self) -> None:
         while True:
             await asyncio.sleep(self._timing.tenants_s)
-            files = self._tenants
-            if files is not None and await asyncio.to_thread(files.read):
+            if (files := self._tenants) is None:
+                continue
+            if await asyncio.to_thread(files.read):
                 self._apply_tenants(files)
+            self._tenant_metrics.faults({name: name in files.faults for name in (TENANTS, KEYS)})
 
     def _apply_tenants(self, files: TenantFiles) -> None:
         self.admission.set_tenants(files.tenants, time.monotonic())

@@ -8,7 +8,7 @@ the most recent use have labels of their own. All other tenants share the label 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..metric_catalogue import metric
@@ -75,6 +75,7 @@ class TenantMetrics:
         self._work = make("octet_tenant_work")
         self._images = make("octet_tenant_images")
         self._refused = make("octet_tenant_refused")
+        self._faults = make("octet_tenants_file_faults")
 
     def charged(self, usage: UsageRecord) -> None:
         """Count a charged image, or a reversal with the work that it gives back."""
@@ -84,6 +85,11 @@ class TenantMetrics:
     def refused(self, tenant: str, code: str) -> None:
         """Count a refused call."""
         self._refusals[tenant, code] += 1
+
+    def faults(self, files: Mapping[str, bool]) -> None:
+        """Report whether each of the tenants' files has a fault."""
+        for file, faulty in files.items():
+            self._faults.set(int(faulty), {"file": file})
 
     def report(self, rows: Sequence[TenantRow]) -> None:
         """Report to Ray; called once per heartbeat, because Ray forgets gauges that are not set."""

@@ -274,12 +274,16 @@ class PoolStatus(NamedTuple):
 
 
 class DispatcherStatus(NamedTuple):
-    """The Dispatcher's state: open `calls` of clients, `queued` images and every pool."""
+    """The Dispatcher's state: open `calls` of clients, `queued` images and every pool.
+
+    `faults`: what is wrong in the tenants' files, by the file's name.
+    """
 
     draining: bool
     calls: int
     queued: int
     pools: dict[str, PoolStatus]
+    faults: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
         """The status as `GET /ready` and `GET /v1/state` show it."""

@@ -5,24 +5,50 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..atomic_file import replace_file
 from ..errors import NotFound, StoreFailed
 from .store import NAME, folder_of
 
+DISK_FULL = "the disk that keeps images is full: ask for b64_json"
+# Left free for other files on the disk, such as usage records: the smaller of the two.
+RESERVE_BYTES, RESERVE_SHARE = 256 * 2**20, 0.05
+
+
+def is_nearly_full(folder: Path) -> bool:
+    """Return whether images must leave the rest of the folder's disk to other files.
+
+    Usage records on the same disk can then still be written, and without them no image could be
+    delivered in any form. Raises `OSError` if the disk fails.
+    """
+    disk = shutil.disk_usage(folder)
+    return disk.free < min(RESERVE_BYTES, RESERVE_SHARE * disk.total)
+
 
 class DiskStore:
     """Keeps images as files in `folder`/images; its methods are those of `ResultStore`."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Make the folder if needed. Raises `OSError` if that fails."""
-        self._images = Path(folder) / "images"
+    def __init__(
+        self, folder: str | Path, is_nearly_full: Callable[[Path], bool] = is_nearly_full
+    ) -> None:
+        """Make the folder if needed. Raises `OSError` if that fails.
+
+        `is_nearly_full`: whether a folder's disk has no room for images.
+        """
+        self._images, self._is_nearly_full = Path(folder) / "images", is_nearly_full
         self._images.mkdir(parents=True, exist_ok=True)
+        self.full = is_nearly_full(self._images)
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         file = self._images / name
+        try:
+            self.full = self._is_nearly_full(self._images)
+        except OSError as error:
+            raise StoreFailed("the image could not be stored") from error
+        if self.full:
+            raise StoreFailed(DISK_FULL)
         try:
             if not self._images.is_dir():
                 raise FileNotFoundError(self._images)
@@ -44,6 +70,7 @@ class DiskStore:
     read = get
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
+        self.full = self._is_nearly_full(self._images)
         found = []
         for file in self._files():
             with contextlib.suppress(FileNotFoundError):  # another Ingress sweeps too

@@ -29,6 +29,8 @@ class S3Store:
     `sweep` ignores `max_bytes`: the bucket may grow without a bound.
     """
 
+    full = False
+
     def __init__(self, settings: S3Settings, read_s: float = READ_S) -> None:
         """Make a client of the bucket.
 

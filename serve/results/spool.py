@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
@@ -14,6 +17,7 @@ from urllib.parse import quote, unquote
 
 from ..atomic_file import replace_file
 from ..errors import OctetError
+from .disk import is_nearly_full
 from .store import ResultStore, folder_of
 
 log = logging.getLogger("ray.serve")
@@ -35,14 +39,22 @@ class Spool:
     """
 
     def __init__(
-        self, store: ResultStore, folder: Path, max_bytes: int, *, drain: bool = True
+        self,
+        store: ResultStore,
+        folder: Path,
+        max_bytes: int,
+        *,
+        drain: bool = True,
+        is_nearly_full: Callable[[Path], bool] = is_nearly_full,
     ) -> None:
         """Open the spool in `folder`, for uploads to `store`.
 
         `max_bytes`: with this many bytes waiting, the spool is full. `drain`: whether to repeat
         failed uploads, and to upload what earlier processes have left. Without it each image that
-        is put here is uploaded once. Raises `OSError` if the folder cannot be made.
+        is put here is uploaded once. `is_nearly_full`: whether a folder's disk has no room for
+        images. Raises `OSError` if the folder cannot be made.
         """
+        self._is_nearly_full = is_nearly_full
         folder.mkdir(parents=True, exist_ok=True)
         self._store, self._folder, self.max_bytes = store, folder, max_bytes
         self._mine: set[Path] = set()  # files that this process has put here
@@ -73,6 +85,8 @@ class Spool:
         head = json.dumps({"request_id": request_id}).encode() + b"\n"
         self._mine.add(file)
         try:
+            if self._is_nearly_full(self._folder):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             replace_file(file, head, image, sync=True)
         except OSError:
             self._mine.discard(file)

@@ -37,8 +37,12 @@ def folder_of(tenant: str) -> str:
 class ResultStore(Protocol):
     """Keeps images by their names; `new_name` makes the names.
 
-    Every method may block: call it in a thread.
+    Every method may block: call it in a thread. The property `full` does not block.
     """
+
+    @property
+    def full(self) -> bool:
+        """Return whether no further images should be put here at the moment."""
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         """Keep an image; keeping it twice makes no difference.

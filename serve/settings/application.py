@@ -140,8 +140,14 @@ class ApplicationSettings(Frozen):
     data_folder: str | None = Field(
         default=None,
         description="Folder for usage records and for images that are answered as URLs (with "
-        "`s3`: those that wait for their upload); null: usage is counted in memory only, and "
-        "images are never answered as URLs.",
+        "`s3`: those that wait for their upload); null: images are never answered as URLs, and "
+        "without `usage_folder` usage is counted in memory only.",
+    )
+    usage_folder: str | None = Field(
+        default=None,
+        description="Folder for usage records and the last valid tenants, on the node of the "
+        "Dispatcher; null: the folder `usage` in `data_folder`. On a disk of its own, usage can be "
+        "recorded while images fill the other disk.",
     )
     s3: S3Settings | None = Field(
         default=None,
@@ -178,6 +184,11 @@ class ApplicationSettings(Frozen):
         "`ray-default` is Ray Serve's own on the same requests.",
     )
 
+    @property
+    def usage_path(self) -> str | None:
+        """The folder of usage records; None if they are not kept."""
+        return self.usage_folder or (f"{self.data_folder}/usage" if self.data_folder else None)
+
     @model_validator(mode="after")
     def _names_fit(self) -> ApplicationSettings:
         for kind, names in (
@@ -206,9 +217,9 @@ class ApplicationSettings(Frozen):
 
     @model_validator(mode="after")
     def _usage_is_kept(self) -> ApplicationSettings:
-        if self.auth == "keys" and self.data_folder is None:
+        if self.auth == "keys" and self.usage_path is None:
             raise ValueError(
-                "auth keys: set data_folder, where the tenants' usage is recorded "
+                "auth keys: set data_folder or usage_folder, where the tenants' usage is recorded "
                 "(or set auth: none on a laptop)"
             )
         return self

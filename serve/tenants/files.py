@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -232,12 +233,15 @@ def _write_keys(folder: Path, keys: KeyDigests) -> None:
     replace_file(folder / KEYS, content.encode(), sync=True, keep_owner=True)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+# The loader in C reads 10,000 tenants in a fraction of the time.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _UniqueKeys(_Loader):  # type: ignore[misc]  # chosen when the file is imported
     """A YAML loader that refuses duplicate keys, where YAML itself would take the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is defined twice")
+        keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' is defined twice")
         return super().construct_mapping(node, deep)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from ..atomic_file import replace_file
 from ..errors import SettingsError
 from .files import KEYS, TENANTS, FileStamp, read_keys, read_tenants, stamp
 from .keys import KeyDigests, TenantDirectory, tenant_directory
@@ -20,21 +21,24 @@ T = TypeVar("T")
 class TenantFiles:
     """The last valid contents of `tenants.yaml` and `keys.json`.
 
-    `faults` says, by file name, why a file cannot be read at present. Each file is read by itself,
+    `faults` says, by file name, why a file cannot be used at present. Each file is read by itself,
     so that a mistake in one file never delays a revocation in the other.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read both files. Raises `SettingsError` if one of them is not valid."""
-        self._folder = folder
-        self._stamps: dict[str, FileStamp | None] = {
-            name: self._stamp(name) for name in (TENANTS, KEYS)
-        }
-        self.tenants: Mapping[str, Tenant] = read_tenants(folder)
-        self.keys: KeyDigests = read_keys(folder)
-        self.faults: dict[str, str] = {}  # by file name, until the file can be read again
-        if not (folder / TENANTS).exists():
-            log.error("%s: there is no %s: no tenant can call", folder, TENANTS)
+    def __init__(self, folder: Path, copies: Path | None = None) -> None:
+        """Read both files.
+
+        `copies`: an existing folder in which the last valid contents are kept. A restart then finds
+        them while a file has a fault. Raises `SettingsError` if a file has a fault and there is no
+        copy of it.
+        """
+        self._folder, self._copies = folder, copies
+        self._stamps: dict[str, FileStamp | None] = {}
+        self.faults: dict[str, str] = {}  # by file name, until the file can be used again
+        self.tenants: Mapping[str, Tenant] = self._first(TENANTS, read_tenants)
+        self.keys: KeyDigests = self._first(KEYS, read_keys)
+        if not self.tenants:
+            log.error("%s: there are no tenants in %s: no tenant can call", folder, TENANTS)
 
     @property
     def directory(self) -> TenantDirectory:
@@ -52,27 +56,69 @@ class TenantFiles:
         self.tenants, self.keys = tenants, keys
         return changed
 
+    def _first(self, name: str, read: Callable[[Path], T]) -> T:
+        """The contents of the file `name` at the start, or of its copy if the file has a fault."""
+        copy = self._copies / name if self._copies else None
+        copied = copy is not None and copy.exists()
+        try:
+            return self._parse(name, read, expected=copied)
+        except SettingsError as error:
+            if self._copies is None or not copied:
+                raise
+            self._note(name, error)
+            return read(self._copies)
+
     def _read(self, name: str, read: Callable[[Path], T], before: T) -> T:
         """The contents of the file `name`, which the function `read` reads if the file has changed.
 
         `before`: the contents so far. They are returned if the file is unchanged or has a fault.
         """
-        found = self._stamp(name)
-        if found == self._stamps[name] and name not in self.faults:
+        if name in self._stamps and self._stamps[name] == stamp(self._folder / name):
             return before
         try:
-            if found is None and before:
-                raise SettingsError(f"{self._folder / name}: the file has disappeared")
-            after = read(self._folder)
+            after = self._parse(name, read, expected=bool(before))
         except Exception as error:  # on any fault, keep the last valid contents
-            if self.faults.get(name) != str(error):
-                log.error("tenants: keeping the last valid %s: %s", name, error)
-            self.faults[name] = str(error)
+            self._note(name, error)
             return before
-        self._stamps[name] = found
         self.faults.pop(name, None)
         log.info("tenants: %s was read again", name)
         return after
 
-    def _stamp(self, name: str) -> FileStamp | None:
-        return stamp(self._folder / name)
+    def _parse(self, name: str, read: Callable[[Path], T], *, expected: bool) -> T:
+        """Read a file and copy it. Raises `SettingsError` for a fault.
+
+        `expected`: whether it is a fault if the file does not exist. A file with wrong contents is
+        not parsed again before it changes; a file that the disk does not give is tried again.
+        """
+        file = self._folder / name
+        found = stamp(file)
+        self._stamps.pop(name, None)
+        if found is None and expected:
+            raise SettingsError(f"{file}: the file has disappeared")
+        try:
+            contents = read(self._folder)
+        except SettingsError as error:
+            if not isinstance(error.__context__, OSError):
+                self._stamps[name] = found
+            raise
+        self._stamps[name] = found
+        if found:
+            self._copy(file, found)
+        return contents
+
+    def _copy(self, file: Path, parsed: FileStamp) -> None:
+        """Keep a copy of a file with valid contents, unless the file has changed since."""
+        if self._copies is None:
+            return
+        try:
+            copy, contents = self._copies / file.name, file.read_bytes()
+            if stamp(file) == parsed and not (copy.exists() and copy.read_bytes() == contents):
+                replace_file(copy, contents, sync=True)
+        except OSError:
+            log.warning("tenants: cannot keep a copy of %s", file.name, exc_info=True)
+
+    def _note(self, name: str, error: Exception) -> None:
+        """Note and log a fault, unless it is the one that is known."""
+        if self.faults.get(name) != str(error):
+            log.error("tenants: keeping the last valid %s: %s", name, error)
+        self.faults[name] = str(error)

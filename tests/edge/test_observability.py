@@ -177,6 +177,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         },
         30,
     ),
+    "OctetTenantsFile": (
+        {'ray_octet_tenants_file_faults{file="keys.json"}': "1x9"},
+        {'ray_octet_tenants_file_faults{file="keys.json"}': "1 0 0 1 0 0 0 0 0"},
+        9,
+    ),
     "OctetSpoolFilling": (
         {
             'ray_octet_spool_bytes{NodeAddress="n"}': "6x9",

@@ -203,6 +203,32 @@ def test_a_dead_endpoint_is_given_up_in_seconds(server: str) -> None:
 # -- the spool ------------------------------------------------------------------------------------
 
 
+def test_a_disk_that_is_nearly_full_takes_no_images(tmp_path: Path) -> None:
+    full = [True]
+    store = DiskStore(tmp_path, lambda _: full[0])
+    name = new_name("t", "png", NOW)
+    assert store.full
+    with pytest.raises(StoreFailed, match="disk that keeps images is full"):
+        store.put(name, b"picture", "r")
+    full[0] = False
+    store.sweep(NOW, max_age_s=1, max_bytes=1)
+    assert not store.full
+    store.put(name, b"picture", "r")
+    assert store.get(name) == b"picture"
+
+
+def test_beside_a_disk_that_is_nearly_full_images_go_to_the_bucket_at_once(
+    server: str, tmp_path: Path
+) -> None:
+    bucket = a_bucket(server)
+    spool = Spool(S3Store(bucket), tmp_path, 10**6, is_nearly_full=lambda _: True)
+    name = new_name("t", "png", NOW)
+    spool.put(name, b"picture", "r")
+    assert not list(tmp_path.iterdir())
+    assert keys(bucket) == [name]
+    spool.close()
+
+
 @pytest.fixture
 def proxied(server: str) -> Iterator[tuple[FaultProxy, S3Settings]]:
     proxy = FaultProxy(server)

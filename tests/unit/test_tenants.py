@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import SettingsError
+from serve.tenants import watched_files
 from serve.tenants.files import (
     KEYS,
     TENANTS,
@@ -19,6 +20,7 @@ from serve.tenants.files import (
     rotate_key,
 )
 from serve.tenants.keys import KEY, tenant_directory, tenant_of
+from serve.tenants.tenant import Tenant
 from serve.tenants.watched_files import TenantFiles
 
 
@@ -183,6 +185,43 @@ def test_an_unreadable_file_is_read_again_later(tmp_path: Path) -> None:
     (tmp_path / KEYS).chmod(0o600)
     assert files.read()
     assert tenant_of(key, files.directory) is None
+
+
+def test_a_restart_finds_the_last_valid_files(tmp_path: Path) -> None:
+    folder, copies = tmp_path / "tenants", tmp_path / "usage"
+    copies.mkdir()
+    key = add_tenant(folder, "acme", {"weight": 2.0})
+    TenantFiles(folder, copies)
+    (folder / TENANTS).write_text("acme: [")
+    (folder / KEYS).unlink()
+    with pytest.raises(SettingsError):
+        TenantFiles(folder)
+    again = TenantFiles(folder, copies)
+    assert again.faults.keys() == {TENANTS, KEYS}
+    assert tenant_of(key, again.directory) == "acme"
+    assert again.tenants["acme"].weight == 2
+    (folder / TENANTS).write_text("other: {}")
+    assert again.read()
+    assert again.faults.keys() == {KEYS}
+    assert TenantFiles(folder, copies).tenants.keys() == {"other"}
+    for name in (TENANTS, KEYS):
+        assert stat.S_IMODE((copies / name).stat().st_mode) == 0o600
+
+
+def test_a_faulty_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tenant(tmp_path, "acme", {})
+    files = TenantFiles(tmp_path)
+    parsed: list[Path] = []
+
+    def read(folder: Path) -> dict[str, Tenant]:
+        parsed.append(folder)
+        return read_tenants(folder)
+
+    monkeypatch.setattr(watched_files, "read_tenants", read)
+    (tmp_path / TENANTS).write_text("acme: [")
+    for _ in range(3):
+        assert not files.read()
+    assert len(parsed) == 1
 
 
 def test_a_lost_folder_keeps_the_known_tenants(tmp_path: Path) -> None:
