@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .result_reuse import ResultReuse
+from .tenant_gate import TenantGate
 from .timing import INGRESS_TIMING, IngressTiming
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
@@ -47,6 +48,7 @@ from .wire.response import CancelledRequest, ModelItem, ModelList
 
 log = logging.getLogger("ray.serve")
 
+LARGE_BODY = 2**16  # bytes; a longer body is parsed in a thread, because it may take long
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
@@ -70,6 +72,7 @@ class Ingress:
         settings = ApplicationSettings.model_validate(application)
         self._models = settings.models
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
+        self._gate = TenantGate()
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher, timing.dispatch)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
@@ -136,11 +139,14 @@ class Ingress:
         tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
         try:
-            check_request_id(request_id)
             access = self._access(tenant)
-            body = await self._body(http)
-            self._authenticate_again(http)
-            parsed = parse(body, self._allowed(tenant), request_id, access.timeout_s)
+            with self._gate.reading(tenant, access) as received:
+                check_request_id(request_id)
+                body = await self._body(http, received)
+                self._authenticate_again(http)
+                arguments = body, self._allowed(tenant), request_id, access.timeout_s
+                large = len(body) > LARGE_BODY
+                parsed = await asyncio.to_thread(parse, *arguments) if large else parse(*arguments)
         except OctetError as error:
             self._metrics.ended("", error.code, error.status)
             raise
@@ -256,7 +262,8 @@ class Ingress:
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
 
-    async def _body(self, http: Request) -> bytes:
+    async def _body(self, http: Request, received: Callable[[int], None]) -> bytes:
+        """Read a request's body; `received` is called with the size of each part of it."""
         body, limit, body_s = bytearray(), self.live.max_body_bytes, self._timing.body_s
         too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
         stated = http.headers.get("content-length", "")
@@ -265,6 +272,7 @@ class Ingress:
         try:
             async with asyncio.timeout(body_s):
                 async for chunk in http.stream():
+                    received(len(chunk))
                     body += chunk
                     if len(body) > limit:
                         raise too_large

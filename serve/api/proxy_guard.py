@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest, NotFound
+from .flood_guard import FloodGuard
 from .wire.request import check_request_id
 from .wire.response import error_body
 
@@ -112,4 +113,4 @@ def _closing(send: Send) -> Send:
 
 def middlewares() -> list[Middleware]:
     """The middlewares that Ray Serve puts into its proxy."""
-    return [Middleware(ProxyGuard)]
+    return [Middleware(ProxyGuard), Middleware(FloodGuard)]

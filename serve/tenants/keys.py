@@ -34,6 +34,8 @@ class TenantAccess(NamedTuple):
     models: tuple[str, ...] | None = None  # None: all models
     timeout_s: float | None = None
     operator: bool = False
+    max_requests: int | None = None
+    requests_per_s: float | None = None
 
 
 TenantDirectory = dict[str, TenantAccess]  # by tenant
@@ -47,6 +49,8 @@ def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantD
             tenant.models,
             tenant.timeout_s,
             tenant.operator,
+            tenant.max_requests,
+            tenant.requests_per_s,
         )
         for name, tenant in tenants.items()
     }

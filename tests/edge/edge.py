@@ -11,7 +11,9 @@ from typing import Any
 
 import uvicorn
 from PIL import Image
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.api.flood_guard import FloodGuard, FloodTiming
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
 from serve.api.timing import INGRESS_TIMING, IngressTiming
@@ -31,6 +33,7 @@ from ..in_process import Handle, a_dispatcher
 from ..ports import free_port
 from ..wait import wait_for
 
+LONG_HOLD = FloodTiming(hold_s=60.0)  # so that no test depends on the machine's speed
 WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and of a step
 
 
@@ -86,7 +89,7 @@ class Edge:
     def __init__(self, settings: Settings, timing: IngressTiming) -> None:
         self.settings, self.port, self._timing = settings, free_port(), timing
         self.url = f"http://127.0.0.1:{self.port}"
-        self.painter = Painter()
+        self.painter, self.passed = Painter(), 0
         self.server: uvicorn.Server
         self.ingress: Ingress
         self.dispatcher: Dispatcher
@@ -117,7 +120,7 @@ class Edge:
         self.ingress = ingress
         self.tune(self.settings)
         config = uvicorn.Config(
-            ProxyGuard(ingress.__serve_build_asgi_app__()),
+            ProxyGuard(FloodGuard(self._counted(ingress.__serve_build_asgi_app__()), LONG_HOLD)),
             port=self.port,
             log_level="error",
             ws="none",
@@ -130,6 +133,15 @@ class Edge:
             await ingress.reuse.cache.close()
         if dispatcher.metering.ledger:
             dispatcher.metering.ledger.close()
+
+    def _counted(self, app: ASGIApp) -> ASGIApp:
+        """Count the requests that reach the Ingress in `passed`."""
+
+        async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+            self.passed += scope["type"] == "http"
+            await app(scope, receive, send)
+
+        return counting
 
     async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
         while True:

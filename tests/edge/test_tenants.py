@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -44,6 +46,8 @@ TENANTS_OF_TESTS: dict[str, dict[str, Any]] = {
     "slow": {"requests_per_s": 0.5, "request_burst": 2},
     "worker": {"work_per_s": PRICE, "work_burst": 2 * PRICE},
     "single": {"max_requests": 1},
+    "clumsy": {"requests_per_s": 1},
+    "flood": {"requests_per_s": 0.01, "request_burst": 1},
     "thrifty": {"monthly_work": 10 * PRICE},
     "boss": {"operator": True},
     "spent": {"monthly_work": 1.5 * PRICE},
@@ -70,6 +74,13 @@ class GuardedEdge:
     ) -> httpx.Response:
         with self.client(tenant, key) as client:
             return client.post(GENERATE, json=body or A_HILL, headers=headers)
+
+    def unfinished_request(self, tenant: str) -> socket.socket:
+        """Begin a request whose body does not end; returns its connection."""
+        connection = socket.create_connection(("127.0.0.1", self.edge.port))
+        head = f"POST {GENERATE} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.keys[tenant]}"
+        connection.sendall(f'{head}\r\ncontent-length: 900000\r\n\r\n{{"prompt": '.encode())
+        return connection
 
     def usage(self, tenant: str) -> list[dict[str, Any]]:
         return list(read_usage(self.folder / "usage", tenant=tenant))
@@ -269,6 +280,33 @@ def test_the_number_of_open_requests_is_kept(guarded: GuardedEdge) -> None:
         assert [guarded.generate("single").status_code for _ in range(2)] == [429, 429]
     assert first.result().status_code == 200
     wait_for(lambda: guarded.generate("single").status_code == 200)
+
+
+def test_unfinished_bodies_count_as_open_requests(guarded: GuardedEdge) -> None:
+    """A body that never ends is no call yet, so the Dispatcher does not know of it."""
+    with contextlib.closing(guarded.unfinished_request("single")):
+        wait_for(lambda: guarded.generate("single").status_code == 429)
+    wait_for(lambda: guarded.generate("single").status_code == 200)
+
+
+def test_wrong_requests_have_a_rate_too(guarded: GuardedEdge) -> None:
+    answers = [guarded.generate("clumsy", {"prompt": ""}) for _ in range(12)]
+    assert [answer.status_code for answer in answers] == [400] * 10 + [429] * 2
+    assert "not valid" in answers[-1].json()["error"]["message"]
+    assert int(answers[-1].headers["retry-after-ms"]) > 0
+
+
+def test_a_flood_of_refused_requests_reaches_no_ingress(guarded: GuardedEdge) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda _: guarded.generate("flood"), range(80)))
+    assert Counter(answer.status_code for answer in answers) == {200: 1, 429: 79}
+    passed = guarded.edge.passed
+    refused = guarded.generate("flood", headers={"x-request-id": "mine"})
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert refused.headers["x-should-retry"] == "true"
+    assert refused.headers["x-request-id"] == "mine"
+    assert guarded.edge.passed == passed
+    assert guarded.generate("acme").status_code == 200
 
 
 def test_two_hundred_parallel_requests_with_a_budget_for_ten(guarded: GuardedEdge) -> None:

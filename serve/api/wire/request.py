@@ -105,15 +105,13 @@ def parse(
     `request_timeout_s` of the settings. Raises `InvalidRequest` with the name of the first wrong
     field, and `ModelNotFound` for an unknown model.
     """
-    unknown = _unknown_fields(body)
-    if unknown and not live.ignore_unknown_fields:
-        nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
-        field = unknown[0][:SHOWN_CHARS]
-        raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
     try:
-        asked = ImageGeneration.model_validate_json(body, extra="ignore")
+        asked = ImageGeneration.model_validate_json(body, extra="allow")
     except ValidationError as error:
+        _check_fields(_unknown_fields(body), live)  # a misspelt name may explain a missing field
         raise _explain(error) from None
+    unknown = tuple(asked.model_extra or ())
+    _check_fields(unknown, live)
     name = next(iter(live.models), "") if asked.model is None else asked.model
     model = live.models.get(name)
     if model is None:
@@ -220,12 +218,16 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _unknown_fields(body: bytes) -> tuple[str, ...]:
-    """The names of a body's unknown fields. Raises `InvalidRequest` if it is no JSON object.
+def _check_fields(unknown: Sequence[str], live: IngressSettings) -> None:
+    """Raise `InvalidRequest` for unknown fields, unless the settings allow them."""
+    if unknown and not live.ignore_unknown_fields:
+        nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
+        field = unknown[0][:SHOWN_CHARS]
+        raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
 
-    This check runs first, because a missing field may be explained by a misspelt name. pydantic is
-    not used for it, because pydantic takes half a second to report a megabyte of unknown fields.
-    """
+
+def _unknown_fields(body: bytes) -> tuple[str, ...]:
+    """The names of a body's unknown fields. Raises `InvalidRequest` if it is no JSON object."""
     try:
         data = from_json(body)
     except ValueError as error:
@@ -244,7 +246,16 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"{field} is required", param=field)
     if fault["type"] == "none_required":
         return InvalidRequest(f"{field} is not supported", param=field)
-    value = repr(fault["input"])
-    found = value if len(value) <= SHOWN_CHARS else value[: SHOWN_CHARS - 3] + "..."
     name = f"{field}: " if field else ""
+    found = _shown(fault["input"])
     return InvalidRequest(f"{name}{fault['msg']} (found {found})", param=field or None)
+
+
+def _shown(value: object) -> str:
+    """A short text for a value of any size, made in little time."""
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    text = repr(value[:SHOWN_CHARS] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
