@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from serve.cli.main import DEMO_SETTINGS
@@ -29,10 +30,13 @@ from serve.settings.file import load_settings
 
 from .fairness_report import table
 from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
+from .machine import machine
 from .step_time import STEP_S
 
 RESULT = Path(__file__).parents[1] / "build" / "bench" / "fairness.json"
 SLOTS = 8
+TIMES = 10, 50  # the flood's requests ÷ what the slots can serve
+PROBES_PER_S = 500
 POOL = "landscapes-fp16"
 
 
@@ -54,30 +58,82 @@ def light_tenants(steps: int, seconds: float) -> list[TimedRequest]:
     return [r for t in LIGHT for r in poisson("1", t, share / 2, seconds, body(steps))]
 
 
-def flood(bench: Bench, steps: int, seconds: float) -> tuple[dict[str, Any], list[TimedRequest]]:
-    """Measure the light tenants without and with a tenant that requests ten times the capacity.
+def flood(
+    bench: Bench, steps: int, seconds: float, times: int, calm: Sequence[LoadAnswer]
+) -> tuple[dict[str, Any], list[TimedRequest]]:
+    """Measure the light tenants with a tenant that requests `times` times the capacity.
 
-    The tenant `flood` begins after the light tenants. Only requests after that moment count for
-    the light tenants' latencies. The second value is the flood's requests whose images were
-    generated; each has the time at which it was sent.
+    `calm`: the answers to the light tenants without it. The tenant `flood` begins after the light
+    tenants, and only requests after that moment count for their latencies. The second value is the
+    flood's requests whose images were generated; each has the time at which it was sent.
     """
     service_s = steps * STEP_S
     capacity, begins = SLOTS / service_s, 2 * service_s
     light, asked = light_tenants(steps, seconds), body(steps, timeout_s=10 * service_s)
     heavy = [
         request._replace(at=begins + request.at)
-        for request in poisson("1", "flood", 10 * capacity, seconds - begins, asked)
+        for request in poisson("1", "flood", times * capacity, seconds - begins, asked)
     ]
-    calm = asyncio.run(bench.load.open_loop(light))
     flooded = asyncio.run(bench.load.open_loop([*light, *heavy]))
     done = [a for a in flooded if a.status == 200 and begins + service_s < a.done_at < seconds]
     generated = [a.request for a in _of(flooded, ["flood"]) if a.status == 200]
+    refused = [a.latency_s for a in _of(flooded, ["flood"]) if a.status in (429, 503)]
     return {
         **_tails(calm, flooded, begins),
         "flood_requests": len(heavy),
-        "flood_drawn": len(generated),
+        "flood_generated": len(generated),
+        "flood_failed": len(heavy) - len(generated) - len(refused),
+        "refused_p99_ms": 1000 * percentile(refused, 0.99),
         "used": len(done) / capacity / (seconds - begins - service_s),
     }, generated
+
+
+def probes(bench: Bench, steps: int, seconds: float) -> dict[str, float]:
+    """Measure the light tenants without and with `PROBES_PER_S` requests of /ready a second."""
+    light = light_tenants(steps, seconds)
+
+    async def probed() -> tuple[list[LoadAnswer], int]:
+        probing = asyncio.create_task(_probe(f"{bench.octet.url}/ready"))
+        answers = await bench.load.open_loop(light)
+        probing.cancel()
+        (answered,) = await asyncio.gather(probing)
+        return answers, answered
+
+    calm = asyncio.run(bench.load.open_loop(light))
+    answers, answered = asyncio.run(probed())
+    return {
+        "probes_per_s": answered / max(a.done_at for a in answers),
+        **{
+            f"p{share:.0%}".rstrip("%") + f"_{name}_s": percentile(
+                [a.latency_s for a in found if a.status == 200], share
+            )
+            for name, found in (("calm", calm), ("probed", answers))
+            for share in (0.5, 0.99)
+        },
+    }
+
+
+async def _probe(url: str) -> int:
+    """Send `PROBES_PER_S` GET requests a second until cancelled; return the number of 200s."""
+    answered = 0
+    async with aiohttp.ClientSession() as http:
+
+        async def probe() -> None:
+            nonlocal answered
+            async with http.get(url) as answer:
+                answered += answer.status == 200
+
+        began, sent = time.monotonic(), 0
+        pending: set[asyncio.Task[None]] = set()
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                while sent < (time.monotonic() - began) * PROBES_PER_S:
+                    pending.add(task := asyncio.create_task(probe()))
+                    task.add_done_callback(pending.discard)
+                    sent += 1
+                await asyncio.sleep(0.002)
+        await asyncio.gather(*pending)
+    return answered
 
 
 def shares(bench: Bench, steps: int, seconds: float) -> dict[str, Any]:
@@ -246,7 +302,7 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
         pool.model_copy(update={"slots": SLOTS}) for pool in model.pools if pool.precision == "fp16"
     )
     timed = model.model_copy(update={"pools": pools})
-    seconds, steps = (12.0 if quick else 45.0), 20
+    seconds, steps = (20.0 if quick else 60.0), 20
     found["seconds"] = seconds
     with tempfile.TemporaryDirectory() as folder:
         changes: dict[str, Any] = {"models": (timed,)}
@@ -257,10 +313,17 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
             for number, replicas in enumerate((1, 4) if quick else (1, 2, 4)):
                 on_part(f"{replicas} Ingresses")
                 bench.ingresses(replicas)
-                found["flood"][replicas], generated = flood(bench, steps, seconds)
+                calm = asyncio.run(bench.load.open_loop(light_tenants(steps, seconds)))
+                found["flood"][replicas] = {}
+                for times in TIMES:
+                    cell, made = flood(bench, steps, seconds, times, calm)
+                    found["flood"][replicas][times] = cell
+                    generated = generated or made
                 found["shares"][replicas] = shares(bench, *((5, 10.0) if quick else (8, 20.0)))
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
+            on_part("probes")
+            found["probes"] = probes(bench, steps, seconds)
             on_part("overload")
             found["overload"] = overload(bench, 10, 12.0 if quick else 45.0)
             on_part("plain Ray Serve")
@@ -281,7 +344,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     began = time.monotonic()
     found = measure(quick, lambda part: print(f"{time.monotonic() - began:5.0f} s  {part}"))
-    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    found["machine"] = machine()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))

@@ -14,25 +14,40 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['machine']}, {found['slots']} slots, {found['seconds']:.0f} s",
         "",
-        "| Ingresses | light requests, failed | p99 s, calm | flooded | `light_p99_ratio` "
-        "| slots used | `jain` | `max_min_service_ratio` | `budget_admitted` |",
+        "| Ingresses | flood ÷ capacity | light requests, failed | p99 s, calm | flooded "
+        "| `light_p99_ratio` | slots used | flood's requests, failed | `refused_p99_ms` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for replicas, cell in found["flood"].items():
-        shares = found["shares"][replicas]
-        lines.append(
-            f"| {replicas} | {cell['light_requests']}, {cell['light_failed']} "
+    for replicas, cells in found["flood"].items():
+        lines += [
+            f"| {replicas} | {times} | {cell['light_requests']}, {cell['light_failed']} "
             f"| {cell['light_p99_calm_s']:.2f} | {cell['light_p99_flooded_s']:.2f} "
-            f"| {cell['light_p99_ratio']:.2f} | {cell['used']:.0%} | {shares['jain']:.4f} "
-            f"| {shares['max_min_service_ratio']:.3f} | {found['budget_admitted'][replicas]} |"
-        )
+            f"| {cell['light_p99_ratio']:.2f} | {cell['used']:.0%} "
+            f"| {cell['flood_requests']}, {cell['flood_failed']} | {cell['refused_p99_ms']:.0f} |"
+            for times, cell in cells.items()
+        ]
     fifo, over, demo = found["fifo"], found["overload"], found["demo"]
     lines.append(
-        f"| plain Ray Serve, with as much of the flood as Octet generated "
+        f"| plain Ray Serve, with as much of the flood as Octet generated | "
         f"| {fifo['light_requests']}, {fifo['light_failed']} | {fifo['light_p99_calm_s']:.2f} "
-        f"| {fifo['light_p99_flooded_s']:.2f} | {fifo['light_p99_ratio']:.2f} | | | | |"
+        f"| {fifo['light_p99_flooded_s']:.2f} | {fifo['light_p99_ratio']:.2f} | | | |"
     )
+    probes = found["probes"]
     lines += [
+        "",
+        "| Ingresses | `jain` | `max_min_service_ratio` | `budget_admitted` |",
+        "|---|---|---|---|",
+        *(
+            f"| {replicas} | {shares['jain']:.4f} | {shares['max_min_service_ratio']:.3f} "
+            f"| {found['budget_admitted'][replicas]} |"
+            for replicas, shares in found["shares"].items()
+        ),
+        "",
+        "| `GET /ready` a second | light requests' p50 s | p99 s |",
+        "|---|---|---|",
+        f"| 0 | {probes['p50_calm_s']:.2f} | {probes['p99_calm_s']:.2f} |",
+        f"| {probes['probes_per_s']:.0f} | {probes['p50_probed_s']:.2f} "
+        f"| {probes['p99_probed_s']:.2f} |",
         "",
         "| three times the capacity, with deadlines | |",
         "|---|---|",

@@ -10,7 +10,7 @@ import contextlib
 import time
 import uuid
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +30,7 @@ SERVES_OWN = {
 
 
 SERVES_ROUTES = "/-/routes"  # Serve's proxy would show all routes to everybody
+READY = "/ready"
 LOOK_S = 1.0
 # A request for Serve's own health path, which answers 503 when this proxy's node is about to go.
 HEALTH = {
@@ -50,12 +51,17 @@ class ProxyGuard:
     The guard also asks Serve's own path /-/healthz whether this proxy works. If the proxy is
     unhealthy, or its node is about to go, every response closes its connection. Otherwise clients
     and gateways that keep connections open would go on sending requests to this proxy.
+
+    The answer to `GET /ready` is used again for `look_s`, so that many probes cost no Ingress
+    anything. The header `age` says how old it is, in seconds.
     """
 
     def __init__(self, app: ASGIApp, look_s: float = LOOK_S) -> None:
-        """`look_s`: seconds for which an answer of Serve's health path is used again."""
+        """`look_s`: seconds for which the answers of Serve's health path and of /ready count."""
         self._app, self._look_s = app, look_s
         self._leaving, self._look_at = False, 0.0
+        self._ready: list[Message] = []  # the messages of the last answer
+        self._ready_at = -look_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # the API has no websockets
@@ -80,7 +86,29 @@ class ProxyGuard:
             for name, value in scope["headers"]
             if name.decode("latin-1").lower().replace("_", "-") not in SERVES_OWN
         ]
-        return await self._app({**scope, "headers": headers}, receive, send)
+        scope = {**scope, "headers": headers}
+        if scope["path"] == READY and scope["method"] == "GET":
+            return await self._answer_ready(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    async def _answer_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer `GET /ready` with the last answer, or ask an Ingress if that is too old."""
+        if (age_s := time.monotonic() - self._ready_at) >= self._look_s:
+            messages: list[Message] = []
+
+            async def keep(message: Message) -> None:
+                messages.append(message)
+                await send(message)
+
+            await self._app(scope, receive, keep)
+            self._ready, self._ready_at = messages, time.monotonic()
+            return
+        start, *rest = self._ready
+        headers = MutableHeaders(raw=list(start["headers"]))
+        headers["age"] = str(round(age_s))
+        headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
+        for message in ({**start, "headers": headers.raw}, *rest):
+            await send(message)
 
     async def _is_leaving(self, scope: Scope) -> bool:
         """Return whether Serve's health path answers 503; asks it once in `look_s` s at most."""

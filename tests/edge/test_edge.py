@@ -329,8 +329,8 @@ def test_a_draining_ingress_finishes_what_it_has(edge: Edge, client: httpx.Clien
         assert asked.result().status_code == 200
         refused = client.post(GENERATE, json={"prompt": "x"})
         assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "true")
-        ready = client.get("/ready")
-        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        wait_for(lambda: client.get("/ready").json()["status"] == "draining")
+        assert client.get("/ready").status_code == 503
         assert client.get("/health").status_code == 200
     finally:
         edge.dispatcher.admission.draining = False

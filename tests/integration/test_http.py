@@ -140,8 +140,8 @@ def test_unknown_paths_and_methods_are_refused(client: httpx.Client) -> None:
 
 def test_the_playground_is_served_and_ready_describes_the_pools(client: httpx.Client) -> None:
     assert "Octet playground" in client.get("/").text
+    wait_for(lambda: client.get("/ready").status_code == 200)
     ready = client.get("/ready")
-    assert ready.status_code == 200
     found = ready.json()
     assert (found["status"], found["queued"]) == ("ready", 0)
     pools = found["models"]["landscapes"]

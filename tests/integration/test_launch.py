@@ -92,7 +92,7 @@ def test_a_second_octet_serves_changes_settings_drains_and_leaves_nothing(
 
             assert generate(second, long, "octet_acme_" + "0" * 40).status_code == 401
             assert httpx.get(f"{second}/-/routes", timeout=60).status_code == 404
-            assert httpx.get(f"{second}/ready", timeout=60).json() == {"status": "ready"}
+            wait_for(lambda: httpx.get(f"{second}/ready", timeout=60).json() == {"status": "ready"})
             file.write_text(f"max_body_bytes: 200\n{settings}")
             octet.send_signal(signal.SIGUSR1)
             wait_for(lambda: generate(second, {"prompt": "x" * 300}, key).status_code == 413)
@@ -129,7 +129,7 @@ def test_a_second_octet_serves_changes_settings_drains_and_leaves_nothing(
     assert not alive, alive
     assert len(gone) == len(processes)
     assert not any(folder.exists() for folder in folders)
-    assert httpx.get(f"{url}/ready", timeout=60).status_code == 200
+    wait_for(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200)
 
 
 def running_images(address: str, key: str) -> int:

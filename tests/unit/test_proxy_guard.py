@@ -15,14 +15,22 @@ class Proxy:
     """A stand-in for Serve's proxy; `look_s`: seconds between two checks of its health."""
 
     def __init__(self, look_s: float) -> None:
-        self.health, self.checks = 200, 0
-        routes = [Route("/-/healthz", self._health), Route("/v1/models", self._models)]
+        self.health, self.checks, self.asked = 200, 0, 0
+        routes = [
+            Route("/-/healthz", self._health),
+            Route("/v1/models", self._models),
+            Route("/ready", self._ready),
+        ]
         self.client = TestClient(ProxyGuard(Starlette(routes=routes), look_s))
 
     def _health(self, request: Request) -> Response:
         self.checks += 1
         assert not request.headers
         return PlainTextResponse("", self.health)
+
+    async def _ready(self, _: Request) -> Response:
+        self.asked += 1
+        return PlainTextResponse(f"asked {self.asked}", 503)
 
     async def _models(self, request: Request) -> Response:
         await asyncio.sleep(0)
@@ -49,3 +57,14 @@ def test_health_is_checked_at_intervals() -> None:
     for _ in range(5):
         proxy.connection()
     assert proxy.checks == 1
+
+
+def test_many_probes_ask_an_ingress_once() -> None:
+    proxy = Proxy(look_s=60.0)
+    answers = [proxy.client.get("/ready", headers={"x-request-id": f"id{i}"}) for i in range(5)]
+    assert {(answer.status_code, answer.text) for answer in answers} == {(503, "asked 1")}
+    assert [answer.headers.get("age") for answer in answers] == [None, *["0"] * 4]
+    assert answers[-1].headers["x-request-id"] == "id4"
+    assert proxy.asked == 1
+    proxy = Proxy(look_s=0.0)
+    assert [proxy.client.get("/ready").text for _ in range(2)] == ["asked 1", "asked 2"]
