@@ -27,6 +27,8 @@ from ..tenants.keys import KEY
 log = logging.getLogger("ray.serve")
 
 FLOOD = 10  # refusals within about a second after which a client is refused here
+FIRST = 4  # requests that pass in the first window after a hold
+OPEN = 1000  # a window for so many requests is no limit any more
 MOST_PAUSED = 1000  # refusals that wait at a time; further ones are answered at once
 MOST_CLIENTS = 10_000  # that are remembered
 REFUSALS = 429, 503
@@ -36,12 +38,14 @@ REFUSALS = 429, 503
 class FloodTiming:
     """The times of a flood guard, in seconds.
 
-    `hold_s`: how long a client is refused here at most; then one of its requests passes again.
+    `hold_s`: how long a client is refused here at most. `window_s`: after that, a few requests pass
+    in a first window of this length, and twice as many in each further one.
     `pause_s`: how long a refusal waits, so that a client in a loop is slower.
     `report_s`: how long refusals are counted before the number is logged.
     """
 
     hold_s: float = 0.25
+    window_s: float = 0.05
     pause_s: float = 0.02
     report_s: float = 1.0
 
@@ -63,18 +67,45 @@ class _Client:
     """What a client was refused lately.
 
     `level`: how many refusals it got within about the last second. `held_until`: until then
-    `refusal` is its answer.
+    `refusal` is its answer, and so it is later for requests beyond `left`, the number of requests
+    that may pass in the present window.
     """
 
     level: float = 0.0
     at: float = 0.0  # the time of `level`
     held_until: float = 0.0
     refusal: _Refusal | None = None
+    window_ends: float = 0.0
+    allowed: int = FIRST  # requests in the present window
+    left: int = 0
 
     def count(self, now: float) -> None:
         """Count a refusal."""
         self.level = min(max(self.level - (now - self.at) * FLOOD, 0.0) + 1, 2 * FLOOD)
         self.at = now
+
+    def hold(self, refusal: _Refusal, until: float) -> None:
+        """Refuse the client until then; afterwards begin with a small window."""
+        self.refusal, self.held_until = refusal, until
+        self.window_ends, self.allowed, self.left = until, FIRST // 2, 0
+
+    def passes(self, now: float, window_s: float) -> bool:
+        """Return whether a request may pass now, and count it if so.
+
+        The answers to requests that pass take time to come. Without windows, many requests would
+        pass before the first of them is refused.
+        """
+        if self.refusal is None:
+            return True
+        if now < self.held_until:
+            return False
+        if now >= self.window_ends:
+            self.allowed *= 2
+            self.window_ends, self.left = now + window_s, self.allowed
+            if self.allowed > OPEN:
+                self.refusal = None
+        self.left -= 1
+        return self.left >= 0
 
 
 class FloodGuard:
@@ -104,7 +135,7 @@ class FloodGuard:
         key = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
         client_key = key, scope["path"]
         client = self._clients.get(client_key)
-        if client and client.refusal and self._clock() < client.held_until:
+        if client and not client.passes(self._clock(), self._timing.window_s):
             await self._refuse(scope, send, client, key)
             return
         start: Message | None = None
@@ -133,8 +164,8 @@ class FloodGuard:
             self._clients.popitem(last=False)
         client.count(now)
         if client.level > FLOOD:
-            client.held_until = now + min(wait_s, self._timing.hold_s)
-            client.refusal = _Refusal(start, body, _code(body), now + wait_s)
+            refusal = _Refusal(start, body, _code(body), now + wait_s)
+            client.hold(refusal, now + min(wait_s, self._timing.hold_s))
 
     async def _refuse(self, scope: Scope, send: Send, client: _Client, key: bytes) -> None:
         refusal, now = client.refusal, self._clock()

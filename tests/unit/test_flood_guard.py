@@ -79,6 +79,18 @@ def test_it_is_asked_again_after_a_short_time() -> None:
     assert [answer.status_code for answer in proxy.post(5)] == [200] * 5
 
 
+def test_few_requests_pass_before_the_first_of_them_is_answered() -> None:
+    proxy = Proxy()
+    proxy.post(FLOOD + 20)
+    proxy.now += TIMING.hold_s + 0.01
+    proxy.refuses = False
+    passed = []
+    for _ in range(9):
+        passed.append([answer.status_code for answer in proxy.post(1500)].count(200))
+        proxy.now += TIMING.window_s
+    assert passed == [4, 8, 16, 32, 64, 128, 256, 512, 1500]
+
+
 def test_a_named_time_that_is_shorter_is_kept() -> None:
     proxy = Proxy(wait_ms=100)
     proxy.post(FLOOD + 20)
