@@ -39,7 +39,8 @@ class FloodTiming:
     """The times of a flood guard, in seconds.
 
     `hold_s`: how long a client is refused here at most. `window_s`: after that, a few requests pass
-    in a first window of this length, and twice as many in each further one.
+    in a first window of this length, and twice as many in each further one. On a busy machine both
+    are at least twice as long as the server takes to refuse a request.
     `pause_s`: how long a refusal waits, so that a client in a loop is slower.
     `report_s`: how long refusals are counted before the number is logged.
     """
@@ -68,7 +69,7 @@ class _Client:
 
     `level`: how many refusals it got within about the last second. `held_until`: until then
     `refusal` is its answer, and so it is later for requests beyond `left`, the number of requests
-    that may pass in the present window.
+    that may pass in the present window. `decided_s`: how long the server took to refuse a request.
     """
 
     level: float = 0.0
@@ -78,6 +79,7 @@ class _Client:
     window_ends: float = 0.0
     allowed: int = FIRST  # requests in the present window
     left: int = 0
+    decided_s: float = 0.0
 
     def count(self, now: float) -> None:
         """Count a refusal."""
@@ -101,7 +103,8 @@ class _Client:
             return False
         if now >= self.window_ends:
             self.allowed *= 2
-            self.window_ends, self.left = now + window_s, self.allowed
+            self.window_ends = now + max(window_s, 2 * self.decided_s)
+            self.left = self.allowed
             if self.allowed > OPEN:
                 self.refusal = None
         self.left -= 1
@@ -139,6 +142,7 @@ class FloodGuard:
             await self._refuse(scope, send, client, key)
             return
         start: Message | None = None
+        began = self._clock()
 
         async def watching_send(message: Message) -> None:
             nonlocal start
@@ -146,14 +150,16 @@ class FloodGuard:
                 start = message if message["status"] in REFUSALS else None
             elif start is not None:
                 if not message.get("more_body", False):
-                    self._note(client_key, start, message.get("body", b""))
+                    self._note(client_key, began, start, message.get("body", b""))
                 start = None
             await send(message)
 
         await self._app(scope, receive, watching_send)
 
-    def _note(self, client_key: tuple[bytes, str], start: Message, body: bytes) -> None:
-        """Note a refusal that an Ingress has sent to a client."""
+    def _note(
+        self, client_key: tuple[bytes, str], began: float, start: Message, body: bytes
+    ) -> None:
+        """Note a refusal of a request that came at `began`."""
         wait_ms = Headers(raw=start["headers"]).get("retry-after-ms", "")
         if not wait_ms.isdecimal():
             return
@@ -163,9 +169,11 @@ class FloodGuard:
         if len(self._clients) > MOST_CLIENTS:
             self._clients.popitem(last=False)
         client.count(now)
+        client.decided_s = max(now - began, 0.8 * client.decided_s)
         if client.level > FLOOD:
+            hold_s = max(self._timing.hold_s, 2 * client.decided_s)
             refusal = _Refusal(start, body, _code(body), now + wait_s)
-            client.hold(refusal, now + min(wait_s, self._timing.hold_s))
+            client.hold(refusal, now + min(wait_s, hold_s))
 
     async def _refuse(self, scope: Scope, send: Send, client: _Client, key: bytes) -> None:
         refusal, now = client.refusal, self._clock()

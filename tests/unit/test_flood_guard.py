@@ -20,16 +20,20 @@ TIMING = FloodTiming(pause_s=0.0, report_s=0.0)
 
 
 class Proxy:
-    """A server behind the guard that refuses everybody while `refuses`; `now`: its clock."""
+    """A server behind the guard that refuses everybody while `refuses`.
+
+    `now`: its clock. `takes_s`: how long it takes to decide.
+    """
 
     def __init__(self, status: int = 429, wait_ms: int | None = 5000) -> None:
-        self.refuses, self.asked, self.now = True, 0, 0.0
+        self.refuses, self.asked, self.now, self.takes_s = True, 0, 0.0, 0.0
         self.status, self.wait_ms = status, wait_ms
         routes = [Route(PATH, self._answer, methods=["POST"]), Route("/other", self._answer)]
         self.guard = FloodGuard(Starlette(routes=routes), TIMING, lambda: self.now)
 
     async def _answer(self, request: Request) -> Response:
         self.asked += 1
+        self.now += self.takes_s
         if not self.refuses:
             return JSONResponse({})
         headers = {"x-request-id": request.headers.get("x-request-id", "none")}
@@ -89,6 +93,24 @@ def test_few_requests_pass_before_the_first_of_them_is_answered() -> None:
         passed.append([answer.status_code for answer in proxy.post(1500)].count(200))
         proxy.now += TIMING.window_s
     assert passed == [4, 8, 16, 32, 64, 128, 256, 512, 1500]
+
+
+def test_a_server_that_decides_slowly_is_asked_less() -> None:
+    proxy = Proxy()
+    proxy.post(FLOOD + 20)
+    proxy.now += TIMING.hold_s + 0.01
+    proxy.takes_s = 0.3
+    proxy.post(1)
+    proxy.takes_s, proxy.refuses = 0.0, False
+    assert proxy.post(1)[0].status_code == 429
+    proxy.now += 2 * 0.3 - 0.01
+    assert proxy.post(1)[0].status_code == 429
+    proxy.now += 0.02
+    assert [answer.status_code for answer in proxy.post(9)].count(200) == 4
+    proxy.now += 2 * 0.3 - 0.02
+    assert proxy.post(1)[0].status_code == 429
+    proxy.now += 0.03
+    assert [answer.status_code for answer in proxy.post(9)].count(200) == 8
 
 
 def test_a_named_time_that_is_shorter_is_kept() -> None:
