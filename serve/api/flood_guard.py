@@ -8,13 +8,14 @@ floods the server costs the others little.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,26 +28,31 @@ from ..tenants.keys import KEY
 log = logging.getLogger("ray.serve")
 
 FLOOD = 10  # refusals within about a second after which a client is refused here
-FIRST = 4  # requests that pass in the first window after a hold
-OPEN = 1000  # a window for so many requests is no limit any more
+BATCH = 8  # requests of a client that are sent on before a probe tells that they have arrived
+PROBE_S = 5.0  # a probe that takes longer counts as answered
+LIGHT_S = 0.25  # a client that sends nothing for so long needs no probe
 MOST_PAUSED = 1000  # refusals that wait at a time; further ones are answered at once
 MOST_CLIENTS = 10_000  # that are remembered
 REFUSALS = 429, 503
+PROBE = {
+    "method": "GET",
+    "path": "/health",
+    "raw_path": b"/health",
+    "query_string": b"",
+    "headers": [],
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloodTiming:
     """The times of a flood guard, in seconds.
 
-    `hold_s`: how long a client is refused here at most. `window_s`: after that, a few requests pass
-    in a first window of this length, and twice as many in each further one. On a busy machine both
-    are at least twice as long as the server takes to refuse a request.
+    `hold_s`: how long a client is refused here at most; then some of its requests pass again.
     `pause_s`: how long a refusal waits, so that a client in a loop is slower.
     `report_s`: how long refusals are counted before the number is logged.
     """
 
     hold_s: float = 0.25
-    window_s: float = 0.05
     pause_s: float = 0.02
     report_s: float = 1.0
 
@@ -65,50 +71,32 @@ class _Refusal(NamedTuple):
 
 @dataclass(slots=True)
 class _Client:
-    """What a client was refused lately.
+    """A client's requests and refusals of late.
 
     `level`: how many refusals it got within about the last second. `held_until`: until then
-    `refusal` is its answer, and so it is later for requests beyond `left`, the number of requests
-    that may pass in the present window. `decided_s`: how long the server took to refuse a request.
+    `refusal` is its answer. `sent`: requests that were sent on since the last probe. `waiting`:
+    requests that wait until a probe has returned.
     """
 
     level: float = 0.0
     at: float = 0.0  # the time of `level`
     held_until: float = 0.0
     refusal: _Refusal | None = None
-    window_ends: float = 0.0
-    allowed: int = FIRST  # requests in the present window
-    left: int = 0
-    decided_s: float = 0.0
+    sent: int = 0
+    sent_at: float = 0.0
+    probing: asyncio.Task[None] | None = None
+    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def count(self, now: float) -> None:
         """Count a refusal."""
         self.level = min(max(self.level - (now - self.at) * FLOOD, 0.0) + 1, 2 * FLOOD)
         self.at = now
 
-    def hold(self, refusal: _Refusal, until: float) -> None:
-        """Refuse the client until then; afterwards begin with a small window."""
-        self.refusal, self.held_until = refusal, until
-        self.window_ends, self.allowed, self.left = until, FIRST // 2, 0
-
-    def passes(self, now: float, window_s: float) -> bool:
-        """Return whether a request may pass now, and count it if so.
-
-        The answers to requests that pass take time to come. Without windows, many requests would
-        pass before the first of them is refused.
-        """
-        if self.refusal is None:
-            return True
-        if now < self.held_until:
-            return False
-        if now >= self.window_ends:
-            self.allowed *= 2
-            self.window_ends = now + max(window_s, 2 * self.decided_s)
-            self.left = self.allowed
-            if self.allowed > OPEN:
-                self.refusal = None
-        self.left -= 1
-        return self.left >= 0
+    def wake(self, requests: int) -> None:
+        """Let so many of the waiting requests go on."""
+        for _ in range(min(requests, len(self.waiting))):
+            if not (turn := self.waiting.popleft()).done():
+                turn.set_result(None)
 
 
 class FloodGuard:
@@ -117,6 +105,10 @@ class FloodGuard:
     A client is whoever sends the same API key to the same path by POST. A client floods if it is
     refused more than `FLOOD` times a second. Then it is refused here until the time that the last
     refusal named, but for `hold_s` at most, whatever the body of its request is.
+
+    Before the first refusal comes, a sudden flood could fill the Ingress with requests, behind
+    which those of other clients would wait. So a client's requests are sent on in batches: after
+    each batch this guard sends a small request, and the next batch follows when that is answered.
     """
 
     def __init__(
@@ -136,13 +128,16 @@ class FloodGuard:
             await self._app(scope, receive, send)
             return
         key = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
-        client_key = key, scope["path"]
-        client = self._clients.get(client_key)
-        if client and not client.passes(self._clock(), self._timing.window_s):
+        client = self._client(key, scope["path"])
+        if client.sent >= BATCH and self._clock() >= client.held_until:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            client.waiting.append(turn)
+            await turn
+        if client.refusal and self._clock() < client.held_until:
             await self._refuse(scope, send, client, key)
             return
+        self._count_sent(client, scope)
         start: Message | None = None
-        began = self._clock()
 
         async def watching_send(message: Message) -> None:
             nonlocal start
@@ -150,30 +145,58 @@ class FloodGuard:
                 start = message if message["status"] in REFUSALS else None
             elif start is not None:
                 if not message.get("more_body", False):
-                    self._note(client_key, began, start, message.get("body", b""))
+                    self._note(client, start, message.get("body", b""))
                 start = None
             await send(message)
 
         await self._app(scope, receive, watching_send)
 
-    def _note(
-        self, client_key: tuple[bytes, str], began: float, start: Message, body: bytes
-    ) -> None:
-        """Note a refusal of a request that came at `began`."""
+    def _client(self, key: bytes, path: str) -> _Client:
+        client = self._clients.setdefault((key, path), _Client())
+        self._clients.move_to_end((key, path))
+        if len(self._clients) > MOST_CLIENTS:
+            self._clients.popitem(last=False)
+        return client
+
+    def _count_sent(self, client: _Client, scope: Scope) -> None:
+        """Count a request that is sent on, and send a probe after the last one of a batch."""
+        now = self._clock()
+        if client.probing is None and now - client.sent_at > LIGHT_S:
+            client.sent = 0
+        client.sent, client.sent_at = client.sent + 1, now
+        if client.sent >= BATCH and client.probing is None:
+            client.probing = asyncio.create_task(self._probe(client, scope))
+
+    async def _probe(self, client: _Client, scope: Scope) -> None:
+        """Send probes until no request of the client waits; each lets a batch go on."""
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(_: Message) -> None:
+            pass
+
+        while client.sent >= BATCH or client.waiting:
+            # A probe that fails must not stop the requests.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(PROBE_S):
+                    await self._app({**scope, **PROBE}, receive, send)
+            client.sent = 0
+            client.wake(BATCH)
+            await asyncio.sleep(0)  # they are sent on and counted
+        client.probing = None
+
+    def _note(self, client: _Client, start: Message, body: bytes) -> None:
+        """Note a refusal that the server has sent to a client."""
         wait_ms = Headers(raw=start["headers"]).get("retry-after-ms", "")
         if not wait_ms.isdecimal():
             return
         now, wait_s = self._clock(), (int(wait_ms) - 1) / 1000  # `retry_after` has added 1 ms
-        client = self._clients.setdefault(client_key, _Client())
-        self._clients.move_to_end(client_key)
-        if len(self._clients) > MOST_CLIENTS:
-            self._clients.popitem(last=False)
         client.count(now)
-        client.decided_s = max(now - began, 0.8 * client.decided_s)
         if client.level > FLOOD:
-            hold_s = max(self._timing.hold_s, 2 * client.decided_s)
-            refusal = _Refusal(start, body, _code(body), now + wait_s)
-            client.hold(refusal, now + min(wait_s, hold_s))
+            client.refusal = _Refusal(start, body, _code(body), now + wait_s)
+            client.held_until = now + min(wait_s, self._timing.hold_s)
+            client.wake(len(client.waiting))  # to be refused
 
     async def _refuse(self, scope: Scope, send: Send, client: _Client, key: bytes) -> None:
         refusal, now = client.refusal, self._clock()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -12,34 +13,56 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.api.flood_guard import FLOOD, FloodGuard, FloodTiming
+from serve.api.flood_guard import BATCH, FLOOD, LIGHT_S, FloodGuard, FloodTiming
+
+from ..wait import PATIENCE_S
 
 ACME = "Bearer octet_acme_" + "0" * 40
 PATH = "/v1/images/generations"
 TIMING = FloodTiming(pause_s=0.0, report_s=0.0)
 
 
+RUNNERS = ExitStack()  # the event loops of all proxies
+
+
+@pytest.fixture(autouse=True)
+def closed_loops() -> Iterator[None]:
+    with RUNNERS:
+        yield
+
+
 class Proxy:
     """A server behind the guard that refuses everybody while `refuses`.
 
-    `now`: its clock. `takes_s`: how long it takes to decide.
+    `now`: its clock. `busy`: while it is not set, probes are not answered.
     """
 
     def __init__(self, status: int = 429, wait_ms: int | None = 5000) -> None:
-        self.refuses, self.asked, self.now, self.takes_s = True, 0, 0.0, 0.0
+        self.refuses, self.asked, self.now = True, 0, 0.0
+        self.probed, self.busy = asyncio.Event(), asyncio.Event()
+        self.busy.set()
+        self.run = RUNNERS.enter_context(asyncio.Runner()).run
         self.status, self.wait_ms = status, wait_ms
-        routes = [Route(PATH, self._answer, methods=["POST"]), Route("/other", self._answer)]
+        routes = [
+            Route(PATH, self._answer, methods=["POST"]),
+            Route("/other", self._answer),
+            Route("/health", self._health),
+        ]
         self.guard = FloodGuard(Starlette(routes=routes), TIMING, lambda: self.now)
 
     async def _answer(self, request: Request) -> Response:
         self.asked += 1
-        self.now += self.takes_s
         if not self.refuses:
             return JSONResponse({})
         headers = {"x-request-id": request.headers.get("x-request-id", "none")}
         if self.wait_ms is not None:
             headers["retry-after-ms"] = str(self.wait_ms)
         return JSONResponse({"error": {"code": "queue_full"}}, self.status, headers)
+
+    async def _health(self, _: Request) -> Response:
+        self.probed.set()
+        await self.busy.wait()
+        return JSONResponse({})
 
     def post(
         self, times: int, key: str = ACME, path: str = PATH, body: bytes = b"{}"
@@ -52,7 +75,7 @@ class Proxy:
                     await client.post(path, headers=headers, content=body) for _ in range(times)
                 ]
 
-        return asyncio.run(main())
+        return self.run(main())
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -80,37 +103,54 @@ def test_it_is_asked_again_after_a_short_time() -> None:
     assert proxy.asked == FLOOD + 2
     proxy.now += TIMING.hold_s + 0.01
     proxy.refuses = False
-    assert [answer.status_code for answer in proxy.post(4)] == [200] * 4
+    assert [answer.status_code for answer in proxy.post(5)] == [200] * 5
 
 
-def test_few_requests_pass_before_the_first_of_them_is_answered() -> None:
+def test_a_sudden_flood_is_sent_on_in_batches() -> None:
+    """Until the server has answered a probe, it has at most one batch of a client."""
     proxy = Proxy()
-    proxy.post(FLOOD + 20)
-    proxy.now += TIMING.hold_s + 0.01
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(proxy.guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+
+            async def post(key: str) -> int:
+                return (await client.post(PATH, headers={"authorization": key})).status_code
+
+            proxy.refuses = False
+            proxy.busy.clear()
+            flood = [asyncio.create_task(post(ACME)) for _ in range(3 * BATCH)]
+            await asyncio.wait_for(proxy.probed.wait(), PATIENCE_S)
+            assert proxy.asked == BATCH
+            assert await post(ACME.replace("acme", "other")) == 200  # others do not wait
+            proxy.busy.set()
+            assert await asyncio.gather(*flood) == [200] * 3 * BATCH
+
+    proxy.run(main())
+
+
+def test_requests_that_wait_are_refused_when_a_refusal_comes() -> None:
+    proxy = Proxy()
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(proxy.guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            headers = {"authorization": ACME}
+            flood = [client.post(PATH, headers=headers) for _ in range(20 * BATCH)]
+            answers = await asyncio.gather(*flood)
+        assert {answer.status_code for answer in answers} == {429}
+        assert proxy.asked <= FLOOD + 2 * BATCH
+
+    proxy.run(main())
+
+
+def test_a_slow_client_causes_no_probes() -> None:
+    proxy = Proxy()
     proxy.refuses = False
-    passed = []
-    for _ in range(9):
-        passed.append([answer.status_code for answer in proxy.post(1500)].count(200))
-        proxy.now += TIMING.window_s
-    assert passed == [4, 8, 16, 32, 64, 128, 256, 512, 1500]
-
-
-def test_a_server_that_decides_slowly_is_asked_less() -> None:
-    proxy = Proxy()
-    proxy.post(FLOOD + 20)
-    proxy.now += TIMING.hold_s + 0.01
-    proxy.takes_s = 0.3
-    proxy.post(1)
-    proxy.takes_s, proxy.refuses = 0.0, False
-    assert proxy.post(1)[0].status_code == 429
-    proxy.now += 2 * 0.3 - 0.01
-    assert proxy.post(1)[0].status_code == 429
-    proxy.now += 0.02
-    assert [answer.status_code for answer in proxy.post(9)].count(200) == 4
-    proxy.now += 2 * 0.3 - 0.02
-    assert proxy.post(1)[0].status_code == 429
-    proxy.now += 0.03
-    assert [answer.status_code for answer in proxy.post(9)].count(200) == 8
+    for _ in range(3 * BATCH):
+        proxy.post(1)
+        proxy.now += LIGHT_S + 0.01
+    assert not proxy.probed.is_set()
 
 
 def test_a_named_time_that_is_shorter_is_kept() -> None:
