@@ -169,22 +169,30 @@ class FloodGuard:
 
     async def _probe(self, client: _Client, scope: Scope) -> None:
         """Send probes until no request of the client waits; each lets a batch go on."""
+        while client.sent >= BATCH or client.waiting:
+            # A probe that fails must not stop the requests.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(PROBE_S):
+                    await self._send_probe(scope)
+            client.sent = 0
+            client.wake(BATCH)
+            await asyncio.sleep(0)  # they are sent on and counted
+        client.probing = None
+
+    async def _send_probe(self, scope: Scope) -> None:
+        sent = False
 
         async def receive() -> Message:
+            nonlocal sent
+            if sent:  # Serve's proxy goes on to listen for a disconnect, which never comes
+                await asyncio.get_running_loop().create_future()
+            sent = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(_: Message) -> None:
             pass
 
-        while client.sent >= BATCH or client.waiting:
-            # A probe that fails must not stop the requests.
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(PROBE_S):
-                    await self._app({**scope, **PROBE}, receive, send)
-            client.sent = 0
-            client.wake(BATCH)
-            await asyncio.sleep(0)  # they are sent on and counted
-        client.probing = None
+        await self._app({**scope, **PROBE}, receive, send)
 
     def _note(self, client: _Client, start: Message, body: bytes) -> None:
         """Note a refusal that the server has sent to a client."""
