@@ -28,7 +28,7 @@ from ..tenants.keys import KEY
 log = logging.getLogger("ray.serve")
 
 FLOOD = 10  # refusals within about a second after which a client is refused here
-BATCH = 8  # requests of a client that are sent on before a probe tells that they have arrived
+BATCH = 4  # requests of a client that are sent on before a probe tells that they have arrived
 PROBE_S = 5.0  # a probe that takes longer counts as answered
 LIGHT_S = 0.25  # a client that sends nothing for so long needs no probe
 MOST_PAUSED = 1000  # refusals that wait at a time; further ones are answered at once
@@ -52,7 +52,7 @@ class FloodTiming:
     `report_s`: how long refusals are counted before the number is logged.
     """
 
-    hold_s: float = 0.25
+    hold_s: float = 0.5
     pause_s: float = 0.02
     report_s: float = 1.0
 
