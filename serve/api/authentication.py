@@ -13,7 +13,7 @@ from ..tenants.keys import TenantDirectory, tenant_of
 from .wire.http_errors import error_answer
 
 ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
-OPEN_PATHS = {"/", "/health", "/ready"}
+OPEN_PATHS = {"/", "/favicon.ico", "/health", "/ready"}
 OPEN_FOLDER = "/v1/files/"  # needs no key, because its links are signed
 
 

@@ -35,6 +35,7 @@ from ..settings.application import ApplicationSettings, IngressSettings
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
+from .cors import Cors
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
@@ -50,6 +51,7 @@ log = logging.getLogger("ray.serve")
 
 LARGE_BODY = 2**16  # bytes; a longer body is parsed in a thread, because it may take long
 PLAYGROUND = Path(__file__).with_name("playground.html")
+FAVICON = Path(__file__).with_name("favicon.svg")
 
 
 class Ingress:
@@ -82,6 +84,7 @@ class Ingress:
         self._live: IngressSettings | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
+        self._favicon = FAVICON.read_bytes()
         self._openapi = document(version("octet-serve"), self._needs_key)
         self._urls = ImageUrls(settings, lambda: self.live, metrics, timing.sweep_s)
         self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
@@ -124,10 +127,14 @@ class Ingress:
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
+                Route("/favicon.ico", self.favicon),
             ],
             exception_handlers=HANDLERS,
             middleware=[
-                Middleware(Authentication, mode=self._auth, directory=lambda: self._session.tenants)
+                Middleware(Cors, origins=lambda: self.live.allowed_origins),
+                Middleware(
+                    Authentication, mode=self._auth, directory=lambda: self._session.tenants
+                ),
             ],
         )
         app.router.redirect_slashes = False  # such a redirect would trust the Host header
@@ -232,6 +239,9 @@ class Ingress:
 
     async def playground(self, _: Request) -> Response:
         return HTMLResponse(self._playground)
+
+    async def favicon(self, _: Request) -> Response:
+        return Response(self._favicon, media_type="image/svg+xml")
 
     # -- one request --------------------------------------------------------------------------
 

@@ -47,6 +47,8 @@ from .warm_up import Phases, WarmUp, warm_sizes
 
 log = logging.getLogger("ray.serve")
 
+FILE_THREADS = 2  # that encode image files, beside the thread of the denoising loop
+
 ENCODER_ATTEMPTS = 3
 ENCODER_PAUSE_S = 0.5  # between two attempts to reach the text encoder
 WARM_UP = "warm-up"
@@ -115,7 +117,7 @@ class Generator:
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
         self._text_tokens = self._model.max_sequence_length  # until the encoder says how many
-        self._file_thread = ThreadPoolExecutor(1)
+        self._file_threads = ThreadPoolExecutor(FILE_THREADS)
         self._lock = SharedExclusiveLock()
         self._running: dict[Lease, _ImageCall] = {}
         self._stopped: list[StoppedImage] = []  # not yet reported
@@ -300,7 +302,7 @@ class Generator:
             file = encode_image(pixels, request, self._recipe.name)
             return file, time.monotonic() - began
 
-        return await asyncio.get_running_loop().run_in_executor(self._file_thread, encode)
+        return await asyncio.get_running_loop().run_in_executor(self._file_threads, encode)
 
     async def _embed(self, request: ImageRequest) -> PromptEmbeds:
         """Encode the request's prompts.

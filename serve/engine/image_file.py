@@ -12,6 +12,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..request import ImageRequest, OutputFormat
 
+# zlib's level. The usual 6 saves 13 % of the bytes and takes five times as long, more than a Turbo
+# model takes to generate the image (`bench/image_files.py`).
+PNG_LEVEL = 1
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90
 
@@ -42,7 +45,7 @@ def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: st
         chunks = PngInfo()
         chunks.add_text("Software", "Octet")
         chunks.add_itxt("parameters", parameters(request, precision))
-        image.save(file, "png", pnginfo=chunks)
+        image.save(file, "png", pnginfo=chunks, compress_level=PNG_LEVEL)
     elif request.output_format is OutputFormat.JPEG:
         image.save(file, "jpeg", quality=JPEG_QUALITY if quality is None else quality)
     else:

@@ -364,6 +364,7 @@ class IngressSettings(LiveSettings):
     models: dict[Name, LiveModelSettings] = Field(
         description="Live settings of each model, by its id."
     )
+    allowed_origins: tuple[str, ...] = ()
 
 
 def is_loopback(host: str) -> bool:
@@ -374,8 +375,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+ORIGIN = r"^(\*|https?://[^\s/?#]+)$"
+
+
 class HttpSettings(Frozen):
-    """The address at which the server listens for HTTP requests."""
+    """The address at which the server listens for HTTP requests, and who may call from browsers."""
 
     host: str = Field(
         default="127.0.0.1",
@@ -384,6 +388,11 @@ class HttpSettings(Frozen):
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         default=8000, description="TCP port to listen on."
+    )
+    allowed_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = Field(
+        default=(),
+        description="Origins of web pages that may call this server from a browser (CORS), such "
+        "as `https://app.example`; `*` allows all.",
     )
 
 
@@ -421,7 +430,7 @@ class Settings(ApplicationSettings, LiveSettings):
         """The part that running replicas get as `user_config`."""
         parts = self._part(LiveSettings, LiveModelSettings)
         models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
-        return IngressSettings(models=models, **parts)
+        return IngressSettings(models=models, allowed_origins=self.http.allowed_origins, **parts)
 
     def _part(self, cls: type[Frozen], model_cls: type[Frozen]) -> dict[str, Any]:
         """The settings that `cls` has, as plain data.

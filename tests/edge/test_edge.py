@@ -36,7 +36,7 @@ from starlette.routing import Route
 from serve.api.ingress import Ingress
 from serve.api.timing import IngressTiming
 from serve.api.wire.request import ImageGeneration
-from serve.settings.application import ResultSettings, Settings
+from serve.settings.application import HttpSettings, ResultSettings, Settings
 
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
@@ -182,7 +182,7 @@ def test_the_document_names_every_field_and_route(client: httpx.Client, edge: Ed
         for r in edge.ingress.__serve_build_asgi_app__().routes
         if isinstance(r, Route)
     }
-    assert document["paths"].keys() == routes - {"/", "/openapi.json"}
+    assert document["paths"].keys() == routes - {"/", "/favicon.ico", "/openapi.json"}
 
 
 # -- limits, ids, deadlines -----------------------------------------------------------------------
@@ -296,6 +296,50 @@ def test_a_call_is_cancelled_at_any_ingress(edge: Edge) -> None:
         deleted, cancelled = asyncio.run(main())
     assert deleted.json() == {"id": "elsewhere", "object": "request", "cancelled": True}
     assert (cancelled.status_code, cancelled.json()["error"]["code"]) == (499, "request_cancelled")
+
+
+def test_the_answer_states_the_tokens_of_all_images(client: httpx.Client) -> None:
+    body = {"prompt": "x", "n": 3, "size": "128x64"}
+    usage = client.post(GENERATE, json=body).json()["usage"]
+    assert usage == {
+        "input_tokens": 3 * 77,
+        "input_tokens_details": {"text_tokens": 3 * 77, "image_tokens": 0},
+        "output_tokens": 3 * (128 // 16) * (64 // 16),
+        "total_tokens": 3 * 77 + 3 * 32,
+    }
+    with openai.OpenAI(base_url=str(client.base_url) + "/v1", api_key="any") as official:
+        answer = official.images.generate(prompt="x", extra_body={"size": "128x64"})
+    assert answer.usage
+    assert answer.usage.total_tokens == 77 + 32
+
+
+def test_browsers_may_call_from_the_origins_that_the_settings_allow(
+    client: httpx.Client, edge: Edge, tune: Any
+) -> None:
+    origin = {"origin": "https://app.example"}
+    preflight = {
+        **origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-request-id",
+    }
+    allowed = "access-control-allow-origin"
+    assert client.options(GENERATE, headers=preflight).status_code == 405
+    assert allowed not in client.get("/v1/models", headers=origin).headers
+    tune(http=HttpSettings(allowed_origins=("https://app.example",)))
+    answer = client.options(GENERATE, headers=preflight)
+    assert answer.status_code == 200
+    assert answer.headers[allowed] == "https://app.example"
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    answer = client.post(GENERATE, headers=origin, json={"prompt": ""})  # errors too
+    assert (answer.status_code, answer.headers[allowed]) == (400, "https://app.example")
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    other = {**preflight, "origin": "https://evil.example"}
+    assert client.options(GENERATE, headers=other).status_code == 400
+
+
+def test_the_icon_is_served(client: httpx.Client) -> None:
+    answer = client.get("/favicon.ico")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
 
 
 def test_without_authentication_any_authorization_header_passes(client: httpx.Client) -> None:

@@ -119,7 +119,7 @@ def test_every_route_needs_a_key_except_the_open_ones(guarded: GuardedEdge) -> N
                 answer = without_key.request(method, given)
                 assert (answer.status_code == 401) != is_open(given), (method, given)
     opened = {path for path, _ in paths if is_open(path)}
-    assert opened == {"/", "/health", "/ready", "/v1/files/{name:path}"}
+    assert opened == {"/", "/favicon.ico", "/health", "/ready", "/v1/files/{name:path}"}
 
 
 @pytest.mark.parametrize(

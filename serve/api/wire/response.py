@@ -45,10 +45,10 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """The number of tokens of one image.
+    """The number of tokens of all images of a response.
 
-    Input tokens are the text tokens that the transformer reads, padding included. Output tokens are
-    the tokens of the image.
+    Input tokens are the text tokens that the transformer reads for each image, padding included.
+    Output tokens are the tokens of the images.
     """
 
     input_tokens: int
@@ -104,6 +104,7 @@ class ImagesResponse(BaseModel):
     size: str
     output_format: OutputFormat
     data: list[ImageItem]
+    usage: Usage
 
 
 class ErrorDetail(BaseModel):
@@ -177,6 +178,7 @@ def response(
         size=first.size,
         output_format=first.output_format,
         data=data,
+        usage=_usage(requests, results),
     )
     return answer.model_dump_json(exclude_none=True).encode()
 
@@ -187,14 +189,7 @@ def partial_image_event(request: ImageRequest, preview: PartialImage) -> Partial
 
 
 def completed_event(request: ImageRequest, result: ImageResult) -> CompletedEvent:
-    text_tokens = result.text_tokens
-    image_tokens = request.width * request.height // TOKEN_PX**2
-    usage = Usage(
-        input_tokens=text_tokens,
-        input_tokens_details=InputTokens(text_tokens=text_tokens),
-        output_tokens=image_tokens,
-        total_tokens=text_tokens + image_tokens,
-    )
+    usage = _usage([request], [result])
     fields = _image_fields(request, result.image)
     return CompletedEvent(usage=usage, **fields, **_generation_details(result))
 
@@ -212,6 +207,18 @@ def error_body(error: OctetError) -> dict[str, Any]:
     """Convert an error to the fields of an `ErrorResponse`, as plain data for JSON."""
     detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
     return ErrorResponse(error=detail).model_dump()
+
+
+def _usage(requests: Sequence[ImageRequest], results: Sequence[ImageResult]) -> Usage:
+    """The tokens of all images together."""
+    text_tokens = sum(result.text_tokens for result in results)
+    image_tokens = sum(request.width * request.height // TOKEN_PX**2 for request in requests)
+    return Usage(
+        input_tokens=text_tokens,
+        input_tokens_details=InputTokens(text_tokens=text_tokens),
+        output_tokens=image_tokens,
+        total_tokens=text_tokens + image_tokens,
+    )
 
 
 def _generation_details(result: ImageResult) -> dict[str, Any]:
