@@ -1,8 +1,9 @@
-"""What an Ingress refuses by itself: a tenant's unfinished and wrong requests, beyond its limits.
+"""What an Ingress refuses by itself, before it reads a body: requests beyond a tenant's limits.
 
-The Dispatcher decides on requests that are complete and valid. Bodies that never end and requests
-that are never valid do not reach it, so each Ingress bounds them for each tenant. These bounds are
-not exact: every Ingress has its own.
+The Dispatcher decides on requests that are complete and valid, and its decisions hold for all
+Ingresses together. Bodies that never end, requests that are never valid, and requests that the
+result cache could answer cost an Ingress something before. So each Ingress also bounds a tenant's
+requests by itself.
 """
 
 from __future__ import annotations
@@ -12,27 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..dispatch.client.refusals import retry_after
+from ..dispatch.client.refusals import rate_limit_headers, retry_after
+from ..dispatch.protocol import RateLimitStatus
 from ..dispatch.tenant_account import Gcra
-from ..errors import InvalidRequest, KeyInvalid, RateLimited
+from ..errors import RateLimited
 from ..tenants.keys import TenantAccess
-from ..tenants.tenant import BURST_S
 
 MOST_BYTES = 64 * 2**20  # of one tenant's unfinished bodies
 RETRY_S = 1.0  # until a tenant with too many unfinished bodies may try again
+ON_THE_WAY_S = 0.02  # the Dispatcher counts a request later than this file does
 
 
 @dataclass(slots=True)
 class _Tenant:
-    """The unfinished bodies of a tenant, and the rate of its wrong requests."""
+    """The unfinished bodies of a tenant, and the rate of its requests."""
 
     bodies: int = 0
     received: int = 0  # bytes
-    wrong: Gcra | None = None
+    requests: Gcra | None = None
 
 
 class TenantGate:
-    """Counts the bodies that are being read, and the wrong requests, of each tenant."""
+    """Counts the requests of each tenant at one Ingress, and the bodies that are being read."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,16 +42,15 @@ class TenantGate:
 
     @contextmanager
     def reading(self, name: str, access: TenantAccess) -> Iterator[Callable[[int], None]]:
-        """Let a tenant send a body in the block, which raises an error if the request is wrong.
+        """Count a request of a tenant, and let the tenant send its body in the block.
 
         Yields a function that is to be called with the size of each part of the body that has
-        arrived. This method and that function raise `RateLimited` if the tenant has
-        `max_requests` unfinished bodies, if these have more than `MOST_BYTES` together, or if it
-        sends more wrong requests than its request rate allows.
+        arrived. This method and that function raise `RateLimited` if the tenant's request rate is
+        used up, if the tenant has `max_requests` unfinished bodies, or if these have more than
+        `MOST_BYTES` together.
         """
         tenant, received = self._tenants.setdefault(name, _Tenant()), 0
-        if tenant.wrong and (wait_s := tenant.wrong.wait_s(1, self._clock())):
-            raise _refusal("too many of your requests were not valid", wait_s)
+        self._count_request(tenant, access)
         if access.max_requests is not None and tenant.bodies >= max(access.max_requests, 1):
             raise _refusal("you are sending more requests at a time than you may", RETRY_S)
 
@@ -63,22 +64,23 @@ class TenantGate:
         tenant.bodies += 1
         try:
             yield receive
-        except InvalidRequest as error:
-            if not isinstance(error, KeyInvalid):
-                self._count_wrong(tenant, access.requests_per_s)
-            raise
         finally:
             tenant.bodies -= 1
             tenant.received -= received
 
-    def _count_wrong(self, tenant: _Tenant, rate: float | None) -> None:
-        if rate is None:
-            tenant.wrong = None
+    def _count_request(self, tenant: _Tenant, access: TenantAccess) -> None:
+        if access.requests_per_s is None:
+            tenant.requests = None
             return
-        now, burst = self._clock(), max(rate * BURST_S, 1.0)
-        tenant.wrong = tenant.wrong or Gcra(rate, burst)
-        tenant.wrong.change(rate, burst, now)
-        tenant.wrong.take(1, now)
+        now, limits = self._clock(), (access.requests_per_s, access.request_burst)
+        requests = tenant.requests = tenant.requests or Gcra(*limits)
+        requests.change(*limits, now)
+        if wait_s := requests.wait_s(1, now):
+            error = _refusal("you have reached your rate limit", wait_s + ON_THE_WAY_S)
+            left = RateLimitStatus("requests", requests.burst, 0.0, requests.reset_s(now))
+            error.headers |= rate_limit_headers((left,))
+            raise error
+        requests.take(1, now)
 
 
 def _refusal(message: str, wait_s: float) -> RateLimited:

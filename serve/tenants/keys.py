@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .tenant import Tenant
+from .tenant import BURST_S, Tenant
 
 KEY = re.compile(r"octet_([a-z0-9-]{1,63})_[0-9a-f]{40}")
 KEY_BYTES = 20  # 160 random bits
@@ -28,7 +28,11 @@ KeyDigests = dict[
 
 
 class TenantAccess(NamedTuple):
-    """The part of a tenant that an Ingress needs; `digests`: SHA-256 of its keys, hexadecimal."""
+    """The part of a tenant that an Ingress needs.
+
+    `digests`: SHA-256 of its keys, hexadecimal. `request_burst`: requests that may come at once, if
+    there is a request rate.
+    """
 
     digests: tuple[str, ...]
     models: tuple[str, ...] | None = None  # None: all models
@@ -36,6 +40,7 @@ class TenantAccess(NamedTuple):
     operator: bool = False
     max_requests: int | None = None
     requests_per_s: float | None = None
+    request_burst: float = 1.0
 
 
 TenantDirectory = dict[str, TenantAccess]  # by tenant
@@ -51,6 +56,7 @@ def tenant_directory(tenants: Mapping[str, Tenant], keys: KeyDigests) -> TenantD
             tenant.operator,
             tenant.max_requests,
             tenant.requests_per_s,
+            tenant.request_burst or max((tenant.requests_per_s or 0.0) * BURST_S, 1.0),
         )
         for name, tenant in tenants.items()
     }

@@ -259,7 +259,7 @@ def test_the_request_rate_is_kept_and_reported_in_headers(guarded: GuardedEdge) 
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert refused.headers["x-should-retry"] == "true"
     wait_s = int(refused.headers["retry-after-ms"]) / 1000
-    assert 1 < wait_s <= 2.01
+    assert 1 < wait_s <= 2.03
     assert int(refused.headers["retry-after"]) == 2
     time.sleep(wait_s)
     assert guarded.generate("slow").status_code == 200  # after the time that the header named
@@ -292,7 +292,7 @@ def test_unfinished_bodies_count_as_open_requests(guarded: GuardedEdge) -> None:
 def test_wrong_requests_have_a_rate_too(guarded: GuardedEdge) -> None:
     answers = [guarded.generate("clumsy", {"prompt": ""}) for _ in range(12)]
     assert [answer.status_code for answer in answers] == [400] * 10 + [429] * 2
-    assert "not valid" in answers[-1].json()["error"]["message"]
+    assert code(answers[-1]) == (429, "rate_limit_exceeded")
     assert int(answers[-1].headers["retry-after-ms"]) > 0
 
 

@@ -1,4 +1,4 @@
-"""What an Ingress refuses by itself: unfinished and wrong requests beyond a tenant's limits."""
+"""What an Ingress refuses by itself: requests and bodies beyond a tenant's limits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from contextlib import ExitStack
 import pytest
 
 from serve.api.tenant_gate import MOST_BYTES, TenantGate
-from serve.errors import BodyTimeout, InvalidRequest, KeyInvalid, RateLimited
+from serve.errors import InvalidRequest, RateLimited
 from serve.tenants.keys import TenantAccess
 
 FREE = TenantAccess(())
-
-
-def fail(gate: TenantGate, access: TenantAccess, error: Exception) -> None:
-    with pytest.raises(type(error)), gate.reading("t", access):
-        raise error
 
 
 def test_a_tenant_has_as_many_unfinished_bodies_as_it_may_have_requests() -> None:
@@ -49,26 +44,31 @@ def test_any_number_of_small_bodies_may_come_at_once() -> None:
             bodies.enter_context(gate.reading("t", FREE))(1000)
 
 
-def test_wrong_requests_are_limited_by_the_request_rate() -> None:
+def test_every_request_counts_for_the_request_rate() -> None:
     now = [0.0]
-    gate, slow = TenantGate(lambda: now[0]), TenantAccess((), requests_per_s=0.2)
-    for _ in range(2):  # the burst: what the rate allows in ten seconds
-        fail(gate, slow, InvalidRequest("wrong"))
-    with pytest.raises(RateLimited) as refused, gate.reading("t", slow):
-        pass
-    assert refused.value.headers["retry-after"] == "6"
-    now[0] += 5.01
-    with gate.reading("t", slow):  # a right request counts at the Dispatcher
-        pass
-    fail(gate, slow, BodyTimeout("late"))
-    with pytest.raises(RateLimited), gate.reading("t", slow):
-        pass
-
-
-def test_a_revoked_key_and_a_tenant_without_a_rate_count_nothing() -> None:
-    gate, slow = TenantGate(), TenantAccess((), requests_per_s=0.2)
-    for _ in range(99):
-        fail(gate, slow, KeyInvalid("revoked"))
-        fail(gate, FREE, InvalidRequest("wrong"))
+    gate, slow = TenantGate(lambda: now[0]), TenantAccess((), requests_per_s=0.2, request_burst=2)
+    with pytest.raises(InvalidRequest), gate.reading("t", slow):
+        raise InvalidRequest("wrong")
     with gate.reading("t", slow):
         pass
+    with pytest.raises(RateLimited) as refused, gate.reading("t", slow):
+        pass
+    assert refused.value.headers["retry-after-ms"] == "5021"
+    assert refused.value.headers["x-ratelimit-limit-requests"] == "2"
+    assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
+    with gate.reading("other", slow):
+        pass
+    now[0] += 5.021
+    with gate.reading("t", slow):
+        pass
+
+
+def test_a_raised_rate_counts_at_once() -> None:
+    gate = TenantGate(lambda: 0.0)
+    with gate.reading("t", TenantAccess((), requests_per_s=0.1)):
+        pass
+    with gate.reading("t", TenantAccess((), requests_per_s=0.1, request_burst=5)):
+        pass
+    for _ in range(99):
+        with gate.reading("t", FREE):
+            pass
