@@ -14,10 +14,12 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from cluster.cost import CostCoefficients
 
@@ -39,6 +41,7 @@ from .cors import Cors
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
+from .request_log import RefusalLog
 from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
 from .timing import INGRESS_TIMING, IngressTiming
@@ -74,7 +77,7 @@ class Ingress:
         settings = ApplicationSettings.model_validate(application)
         self._models = settings.models
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
-        self._gate = TenantGate()
+        self._gate, self._refusal_log = TenantGate(), RefusalLog()
         self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher, timing.dispatch)
         streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
@@ -133,7 +136,10 @@ class Ingress:
             middleware=[
                 Middleware(Cors, origins=lambda: self.live.allowed_origins),
                 Middleware(
-                    Authentication, mode=self._auth, directory=lambda: self._session.tenants
+                    Authentication,
+                    mode=self._auth,
+                    directory=lambda: self._session.tenants,
+                    on_refusal=self._refused,
                 ),
             ],
         )
@@ -155,7 +161,7 @@ class Ingress:
                 large = len(body) > LARGE_BODY
                 parsed = await asyncio.to_thread(parse, *arguments) if large else parse(*arguments)
         except OctetError as error:
-            self._metrics.ended("", error.code, error.status)
+            self._refused(error, http.scope)
             raise
         return await self._generations.answer(parsed, tenant, request_id, http)
 
@@ -252,6 +258,12 @@ class Ingress:
             return self.live
         models = {name: model for name, model in self.live.models.items() if name in allowed}
         return self.live.model_copy(update={"models": models})
+
+    def _refused(self, error: OctetError, scope: Scope) -> None:
+        """Count and log a request that was refused before it was a request for images."""
+        self._metrics.ended("", error.code, error.status)
+        request_id = Headers(scope=scope).get("x-request-id")
+        self._refusal_log.refused(error, scope.get("tenant"), request_id)
 
     def _needs_key(self, path: str) -> bool:
         return not (self._open_to_all or is_open(path))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from ..request import ImageResult
 from .wire.request import GenerationRequest
 
 log = logging.getLogger("ray.serve")
+
+LINES_PER_S = 10
 
 
 class Outcome(NamedTuple):
@@ -65,6 +69,42 @@ def log_request(entry: RequestLogEntry) -> None:
             **{phase: round(value, 4) for phase, value in phases.items()},
         },
     )
+
+
+class RefusalLog:
+    """The log of requests that were refused before they were parsed, or because they are wrong.
+
+    After `LINES_PER_S` lines in a second, further ones are only counted; the next line says how
+    many.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._second, self._lines, self._left_out = -math.inf, 0, 0
+
+    def refused(self, error: OctetError, tenant: str | None, request_id: str | None) -> None:
+        """Log a refusal, without anything that the client has sent except its request id."""
+        if (second := math.floor(self._clock())) != self._second:
+            self._second, self._lines = second, 0
+        if self._lines == LINES_PER_S:
+            self._left_out += 1
+            return
+        self._lines += 1
+        left_out, self._left_out = self._left_out, 0
+        log.info(
+            "%s: %s",
+            request_id,
+            error.code,
+            extra={
+                "event": "refused",
+                "request": request_id,
+                "tenant": tenant,
+                "outcome": error.code,
+                "status": error.status,
+                "param": error.param,
+                "left_out": left_out,
+            },
+        )
 
 
 def outcome_of(error: BaseException) -> Outcome:

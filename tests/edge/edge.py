@@ -150,6 +150,11 @@ class Edge:
                 await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
             await asyncio.sleep(0.2)
 
+    @property
+    def up(self) -> bool:
+        """Return whether the server answers."""
+        return hasattr(self, "server") and self.server.started
+
     def wait_until_open(self, *request_ids: str, tenant: str = "anonymous") -> None:
         """Wait until the Dispatcher has admitted all of these requests of a tenant."""
         find = self.dispatcher.admission.find
@@ -164,7 +169,8 @@ def started(settings: Settings, timing: IngressTiming = INGRESS_TIMING) -> Itera
     """Start an edge; it answers until the block ends."""
     edge = Edge(settings, timing)
     edge.thread.start()
-    wait_for(lambda: bool(getattr(edge, "server", None) and edge.server.started))
+    wait_for(lambda: edge.up or not edge.thread.is_alive())
+    assert edge.up
     try:
         yield edge
     finally:
