@@ -33,6 +33,9 @@ class Cors:
         self._cors: ASGIApp = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the start comes before the live settings
+            await self._app(scope, receive, send)
+            return
         if (allowed := self._origins()) != self._allowed:
             self._allowed, self._cors = allowed, self._app
             if allowed:

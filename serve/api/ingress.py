@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from starlette.types import Scope
 from cluster.cost import CostCoefficients
 
 from ..dispatch.client.session import DispatchSession
-from ..dispatch.protocol import PoolStatus
+from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -48,7 +49,7 @@ from .timing import INGRESS_TIMING, IngressTiming
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
 from .wire.request import check_request_id, model_not_found, parse
-from .wire.response import CancelledRequest, ModelItem, ModelList
+from .wire.response import CancelledRequest, ModelItem, ModelList, RequestStatus
 
 log = logging.getLogger("ray.serve")
 
@@ -122,6 +123,7 @@ class Ingress:
             routes=[
                 Route("/v1/images/generations", self.generate, methods=["POST"]),
                 Route("/v1/requests/{id}", self.cancel, methods=["DELETE"]),
+                Route("/v1/requests/{id}", self.request_status),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model}", self.model),
                 Route("/v1/files/{name:path}", self.file),
@@ -170,18 +172,39 @@ class Ingress:
 
         The request's images stop before their next step, and their slots are free then.
         """
+        await self._ask_about(http, cancel=True)
+        return JSONResponse(CancelledRequest(id=http.path_params["id"]).model_dump())
+
+    async def request_status(self, http: Request) -> Response:
+        """Answer `GET /v1/requests/ID`: where an open request is, at whichever Ingress."""
+        state = await self._ask_about(http, cancel=False)
+        status = RequestStatus(
+            id=http.path_params["id"],
+            status="queued" if state.queued and not state.running else "in_progress",
+            queued=state.queued,
+            running=state.running,
+            queue_position=state.position,
+            age_s=round(state.age_s, 3),
+        )
+        return JSONResponse(status.model_dump())
+
+    async def _ask_about(self, http: Request, *, cancel: bool) -> CallState:
+        """The state of the tenant's open request that the path names.
+
+        Raises `NotFound` if there is none, and `Unavailable` if the Dispatcher does not know yet.
+        """
         request_id = http.path_params["id"]
         check_request_id(request_id)
-        try:
+        query = CallQuery(http.scope["tenant"], request_id, cancel)
+        answer = None
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._timing.dispatcher_s):
-                found = await self._session.cancel(http.scope["tenant"], request_id)
-        except TimeoutError:
-            found = None
-        if found is None:
-            raise Unavailable("the dispatcher is restarting: try again")
-        if not found:
+                answer = await self._session.ask(query)
+        if answer and answer.state:
+            return answer.state
+        if answer and answer.certain:
             raise NotFound(f"no open request has the id '{request_id}'")
-        return JSONResponse(CancelledRequest(id=request_id).model_dump())
+        raise Unavailable("the dispatcher is restarting: try again")
 
     async def models(self, http: Request) -> Response:
         offer = self._allowed(http.scope["tenant"])

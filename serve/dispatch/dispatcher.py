@@ -32,8 +32,9 @@ from .overview import overview
 from .protocol import (
     TIMING,
     AdmissionRequest,
-    Cancellation,
-    CancellationAnswer,
+    CallAnswer,
+    CallQuery,
+    CallState,
     Cancelled,
     DispatcherStatus,
     Heartbeat,
@@ -188,8 +189,8 @@ class Dispatcher:
             ]
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
-        for cancellation in update.cancellations:
-            self._cancel(session, cancellation)
+        for query in update.queries:
+            self._answer(session, query)
         return True
 
     def end_session(self, session: str) -> None:
@@ -317,17 +318,15 @@ class Dispatcher:
         self._grant()
         self._report_positions(queued)
 
-    def _cancel(self, session: str, wanted: Cancellation) -> None:
-        """Tell the Ingress that has a tenant's call to cancel it, and answer who asked for it.
-
-        During the recovery it is not known whether a call exists that was not found, because its
-        Ingress may not have reported yet.
-        """
-        call = self.admission.find(wanted.tenant, wanted.request_id)
+    def _answer(self, session: str, query: CallQuery) -> None:
+        """Tell an Ingress about a call, and tell the call's own Ingress to cancel it if asked."""
+        call, state = self.admission.find(query.tenant, query.request_id), None
         if call:
-            self.sessions.deliver([Cancelled(call.session, call.id)])
-        found = True if call else False if self.recovery.over else None
-        self.sessions.deliver([CancellationAnswer(session, wanted, found)])
+            queued, running, position = self.grants.images_of(call.session, call.id)
+            state = CallState(queued, running, position, time.monotonic() - call.opened)
+            if query.cancel:
+                self.sessions.deliver([Cancelled(call.session, call.id)])
+        self.sessions.deliver([CallAnswer(session, query, state, self.recovery.over)])
 
     def _make_room(self, request: AdmissionRequest) -> None:
         """Evict waiting images if the queue has no room for those of an admitted call."""

@@ -331,6 +331,22 @@ class Grants:
                 evicted.append((tenant, Refused(session, image_id, "evicted")))
         return evicted
 
+    def images_of(self, session: str, call_id: str) -> tuple[int, int, int | None]:
+        """The number of a call's waiting and running images, and the place of its first one.
+
+        The place is None if no image waits, or if `REPORTED_POSITIONS` images are before it.
+        """
+        holder = self._sessions[session]
+        waiting = [w for w in holder.waiting.values() if w.image.call_id == call_id]
+        running = sum(image.call_id == call_id for image in holder.running.values())
+        places = (
+            place
+            for pool in {pool for image in waiting for pool in image.pools}
+            for place, item in enumerate(islice(self.queue.order(pool), REPORTED_POSITIONS), 1)
+            if item.session == session and item.image.call_id == call_id
+        )
+        return len(waiting), running, min(places, default=None)
+
     def positions(self) -> list[Position]:
         """Return the changed queue positions of the images that want to report theirs.
 

@@ -3,10 +3,10 @@
 A *call* is one request of a client, for one or more images. A *session* is one Ingress replica's
 connection to the Dispatcher. The Ingress's end of the session gives calls and images their ids.
 
-    Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord, Cancellation: in a
+    Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord, CallQuery: in a
                              SessionUpdate
     Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded,
-                             CancellationAnswer: in a SessionMessage
+                             CallAnswer: in a SessionMessage
     Generator → Dispatcher   Heartbeat, StoppedImage; answered with a HeartbeatReply
     Ingress → Generator      Lease: the grant by which an image is generated
 
@@ -124,11 +124,12 @@ class Release(NamedTuple):
     cancelled: UsageRecord | None = None
 
 
-class Cancellation(NamedTuple):
-    """The wish of a tenant to cancel its open call with this request id."""
+class CallQuery(NamedTuple):
+    """A tenant's question for its open call with this request id; `cancel`: cancel it, too."""
 
     tenant: str
     request_id: str
+    cancel: bool
 
 
 class SessionUpdate(NamedTuple):
@@ -142,7 +143,7 @@ class SessionUpdate(NamedTuple):
     ended_calls: tuple[str, ...] = ()
     admissions: tuple[AdmissionRequest, ...] = ()
     retries: tuple[QueuedImage, ...] = ()  # further attempts at images of admitted calls
-    cancellations: tuple[Cancellation, ...] = ()
+    queries: tuple[CallQuery, ...] = ()
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -227,16 +228,30 @@ class Cancelled(NamedTuple):
     call_id: str
 
 
-class CancellationAnswer(NamedTuple):
-    """Whether the call that was to be cancelled was found at any Ingress.
+class CallState(NamedTuple):
+    """An open call: its `queued` and `running` images, and its age in seconds.
 
-    `found` is None right after the Dispatcher's start: a call that is not known then may be one
+    `position`: the place in the queue of its first queued image, 1 for the next; None if no image
+    is queued, or if the place is beyond those that are counted.
+    """
+
+    queued: int
+    running: int
+    position: int | None
+    age_s: float
+
+
+class CallAnswer(NamedTuple):
+    """The answer to a query; `state` is None if no Ingress has the call.
+
+    `certain`: False right after the Dispatcher's start. A call that is not found then may be one
     whose Ingress has not reported yet.
     """
 
     session: str
-    cancellation: Cancellation
-    found: bool | None
+    query: CallQuery
+    state: CallState | None
+    certain: bool = True
 
 
 class Recorded(NamedTuple):
@@ -247,9 +262,7 @@ class Recorded(NamedTuple):
     on_disk: bool
 
 
-DispatchEvent = (
-    AdmissionDecision | Granted | Refused | Position | Cancelled | CancellationAnswer | Recorded
-)
+DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | CallAnswer | Recorded
 
 
 class PoolStatus(NamedTuple):

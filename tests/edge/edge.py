@@ -89,7 +89,7 @@ class Edge:
     def __init__(self, settings: Settings, timing: IngressTiming) -> None:
         self.settings, self.port, self._timing = settings, free_port(), timing
         self.url = f"http://127.0.0.1:{self.port}"
-        self.painter, self.passed = Painter(), 0
+        self.painter, self.passed, self.up = Painter(), 0, False
         self.server: uvicorn.Server
         self.ingress: Ingress
         self.dispatcher: Dispatcher
@@ -118,16 +118,21 @@ class Edge:
             self._timing,
         )
         self.ingress = ingress
-        self.tune(self.settings)
         config = uvicorn.Config(
             ProxyGuard(FloodGuard(self._counted(ingress.__serve_build_asgi_app__()), LONG_HOLD)),
             port=self.port,
             log_level="error",
             ws="none",
+            lifespan="on",
         )
         self.server = uvicorn.Server(config)
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
-        await self.server.serve()
+        serving = asyncio.create_task(self.server.serve())
+        while not (self.server.started or serving.done()):  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
+        self.tune(self.settings)  # after the start, like Ray Serve
+        self.up = self.server.started
+        await serving
         heartbeat.cancel()
         if isinstance(ingress.reuse.cache, RedisCache):
             await ingress.reuse.cache.close()
@@ -149,11 +154,6 @@ class Edge:
                 stopped, self.painter.stopped = self.painter.stopped, []
                 await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
             await asyncio.sleep(0.2)
-
-    @property
-    def up(self) -> bool:
-        """Return whether the server answers."""
-        return hasattr(self, "server") and self.server.started
 
     def wait_until_open(self, *request_ids: str, tenant: str = "anonymous") -> None:
         """Wait until the Dispatcher has admitted all of these requests of a tenant."""

@@ -154,7 +154,7 @@ def test_answers_are_what_the_openapi_document_says(edge: Edge) -> None:
     document = schemathesis.openapi.from_url(f"{edge.url}/openapi.json")
     results = document.get_all_operations()
     operations = [found.ok() for found in results if isinstance(found, Ok)]
-    assert len(operations) == 8
+    assert len(operations) == 9
     statuses = set()
     for operation in operations:
         # Only a body can be wrong; the other routes take any text.
@@ -340,6 +340,27 @@ def test_browsers_may_call_from_the_origins_that_the_settings_allow(
 def test_the_icon_is_served(client: httpx.Client) -> None:
     answer = client.get("/favicon.ico")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
+
+
+def test_an_open_request_says_where_it_is(client: httpx.Client, edge: Edge) -> None:
+    assert client.get("/v1/requests/where").status_code == 404
+    with ThreadPoolExecutor(1) as pool, edge.painter.holding():
+        headers, body = {"x-request-id": "where"}, {"prompt": "held", "n": 2}
+        asked = pool.submit(client.post, GENERATE, json=body, headers=headers)
+        edge.wait_until_open("where")
+        wait_for(lambda: client.get("/v1/requests/where").json()["running"] == 2)
+        state = client.get("/v1/requests/where").json()
+        assert state.pop("age_s") >= 0
+        assert state == {
+            "id": "where",
+            "object": "request",
+            "status": "in_progress",
+            "queued": 0,
+            "running": 2,
+            "queue_position": None,
+        }
+    assert asked.result().status_code == 200
+    wait_for(lambda: client.get("/v1/requests/where").status_code == 404)
 
 
 def test_without_authentication_any_authorization_header_passes(client: httpx.Client) -> None:

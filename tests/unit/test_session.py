@@ -18,6 +18,8 @@ from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import (
     AdmissionRequest,
+    CallQuery,
+    CallState,
     Heartbeat,
     Lease,
     QueuedImage,
@@ -96,6 +98,15 @@ async def hold(session: DispatchSession, until: asyncio.Event | None = None, id:
         if until:
             await until.wait()
         return held.lease.pool
+
+
+async def state_of(
+    session: DispatchSession, request_id: str, *, tenant: str = "t", cancel: bool = False
+) -> CallState | None:
+    answer = await session.ask(CallQuery(tenant, request_id, cancel))
+    assert answer
+    assert answer.certain
+    return answer.state
 
 
 def usage(call: OpenCall, image: int = 0) -> UsageRecord:
@@ -543,30 +554,30 @@ def test_a_call_is_cancelled_at_its_own_ingress_and_by_its_own_tenant() -> None:
         await settle()
         tasks.append(asyncio.create_task(stay(other, "waits", waits)))
         await settle()
-        assert not await session.cancel("t", "unknown")
-        assert not await session.cancel("other", "runs")
+        assert not await state_of(session, "unknown", cancel=True)
+        assert not await state_of(session, "runs", tenant="other", cancel=True)
         await settle()
         assert not runs.cancelled
         for id, client in (("waits", waits), ("runs", runs)):
-            assert await session.cancel("t", id)
+            assert await state_of(session, id, cancel=True)
             await settle()
             assert client.cancelled
         for task in tasks:
             task.cancel()
         await settle()
-        assert not await session.cancel("t", "runs")
+        assert not await state_of(session, "runs", cancel=True)
 
     run(test)
 
 
-def test_cancellations_of_one_id_share_one_message() -> None:
+def test_queries_for_one_id_share_one_message() -> None:
     async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await settle()
-        asked = [session.cancel("t", "unknown") for _ in range(200)]
-        assert await asyncio.gather(*asked) == [False] * 200
+        asked = [state_of(session, "unknown", cancel=True) for _ in range(200)]
+        assert await asyncio.gather(*asked) == [None] * 200
         updates = [arguments[1] for method, arguments in handle.calls if method == "tell"]
-        assert [len(update.cancellations) for update in updates if update.cancellations] == [1]
-        assert await session.cancel("t", "unknown") is False  # asked anew
+        assert [len(update.queries) for update in updates if update.queries] == [1]
+        assert await state_of(session, "unknown", cancel=True) is None  # asked anew
 
     run(test)
 
@@ -582,13 +593,31 @@ def test_a_message_of_the_dispatcher_alone_causes_no_update() -> None:
     run(test)
 
 
+def test_the_state_of_a_call_is_known_at_every_ingress() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        other = DispatchSession(handle, PROMPT)
+        async with opened(session, "first", images=ONE * 2), opened(session, "second"):
+            state = await state_of(other, "second")
+            assert state
+            assert state[:3] == (1, 0, 3)
+            await dispatcher.report_replica(Heartbeat("p", "r", 1))
+            state = await state_of(other, "first")
+            assert state
+            assert state[:3] == (1, 1, 1)
+            assert state.age_s > 0
+        await settle()
+        assert await state_of(other, "first") is None
+
+    run(test)
+
+
 def test_a_cancellation_outlives_the_dispatcher() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await settle()
         client = Client()
         async with opened(session, "mine", client=client):
             handle.drop_messages()
-            cancelling = asyncio.create_task(session.cancel("t", "mine"))
+            cancelling = asyncio.create_task(state_of(session, "mine", cancel=True))
             await settle()
             assert not cancelling.done()
             handle.break_off(a_dispatcher("p"))

@@ -95,6 +95,15 @@ def _paths() -> dict[str, Any]:
             }
         },
         "/v1/requests/{id}": {
+            "get": {
+                "operationId": "readRequest",
+                "summary": "Read where an open request is, by its x-request-id",
+                "parameters": [_parameter("id", "path")],
+                "responses": {
+                    "200": _answer("The request is open", "RequestStatus"),
+                    **_errors(InvalidRequest, NotFound, Unavailable),
+                },
+            },
             "delete": {
                 "operationId": "cancelRequest",
                 "summary": "Cancel a request by its x-request-id",
@@ -103,7 +112,7 @@ def _paths() -> dict[str, Any]:
                     "200": _answer("The request is being cancelled", "CancelledRequest"),
                     **_errors(InvalidRequest, NotFound, Unavailable),
                 },
-            }
+            },
         },
         "/v1/models": {
             "get": {

@@ -139,6 +139,23 @@ class CancelledRequest(BaseModel):
     cancelled: Literal[True] = True
 
 
+class RequestStatus(BaseModel):
+    """The response to `GET /v1/requests/ID`: where an open request is."""
+
+    id: str
+    object: Literal["request"] = "request"
+    status: Annotated[
+        Literal["queued", "in_progress"],
+        Field(description="`queued` until an image of the request runs."),
+    ]
+    queued: Annotated[int, Field(description="Images that wait for a slot.")]
+    running: Annotated[int, Field(description="Images that are being generated.")]
+    queue_position: Annotated[
+        int | None, Field(description="Place in the queue of the first image; 1 is the next.")
+    ]
+    age_s: Annotated[float, Field(description="Seconds since the request was admitted.")]
+
+
 class ModelItem(BaseModel):
     """A model that is served."""
 

@@ -29,8 +29,8 @@ from ..protocol import (
     TIMING,
     AdmissionDecision,
     AdmissionRequest,
-    Cancellation,
-    CancellationAnswer,
+    CallAnswer,
+    CallQuery,
     Cancelled,
     DispatcherStatus,
     DispatchEvent,
@@ -50,7 +50,7 @@ from .refusals import EVICTED, NO_CAPACITY
 log = logging.getLogger("ray.serve")
 
 OF_CLOSED_CALLS = "cancelled", "reversed"  # records that no open call sends once more
-MOST_CANCELLATIONS = 1000  # that may wait for the Dispatcher's answer
+MOST_QUERIES = 1000  # that may wait for the Dispatcher's answer
 
 
 class DispatchSession:
@@ -73,9 +73,9 @@ class DispatchSession:
         self._usages: list[UsageRecord] = []  # that belong to no open call
         self._releases: list[Release] = []
         self._ended: list[str] = []
-        self._new_cancellations: set[Cancellation] = set()
-        # Cancellations that the Dispatcher has not answered; equal ones share an answer.
-        self._cancelling: dict[Cancellation, asyncio.Future[bool | None]] = {}
+        self._new_queries: set[CallQuery] = set()
+        # Queries that the Dispatcher has not answered; equal ones share an answer.
+        self._asked: dict[CallQuery, asyncio.Future[CallAnswer]] = {}
         self._status: DispatcherStatus | None = None
         self._status_at = 0.0
         self._changed = asyncio.Event()
@@ -130,20 +130,18 @@ class DispatchSession:
         self._changed.set()
         return call
 
-    async def cancel(self, tenant: str, request_id: str) -> bool | None:
-        """Cancel a tenant's call, whichever Ingress has it; return whether it was found.
+    async def ask(self, query: CallQuery) -> CallAnswer | None:
+        """Ask the Dispatcher about a tenant's call, whichever Ingress has it.
 
-        Returns None if that is not known, because the Dispatcher has just started or leaves many
-        cancellations without an answer.
+        Returns None if the Dispatcher leaves many queries without an answer.
         """
-        wanted = Cancellation(tenant, request_id)
-        if wanted not in self._cancelling:
-            if len(self._cancelling) >= MOST_CANCELLATIONS:
+        if query not in self._asked:
+            if len(self._asked) >= MOST_QUERIES:
                 return None
-            self._cancelling[wanted] = asyncio.get_running_loop().create_future()
-            self._new_cancellations.add(wanted)
+            self._asked[query] = asyncio.get_running_loop().create_future()
+            self._new_queries.add(query)
             self._changed.set()
-        return await asyncio.shield(self._cancelling[wanted])
+        return await asyncio.shield(self._asked[query])
 
     def status(self) -> tuple[DispatcherStatus | None, float]:
         """The Dispatcher's last status, and its age in seconds.
@@ -263,7 +261,7 @@ class DispatchSession:
         self._releases.clear()
         self._ended.clear()
         self._new_grants.clear()
-        self._new_cancellations.update(self._cancelling)
+        self._new_queries.update(self._asked)
         calls, running = [], []
         now = asyncio.get_running_loop().time()
         for call_id, call in self._calls.items():
@@ -306,9 +304,9 @@ class DispatchSession:
             case Cancelled(call_id=call_id):
                 if call := self._calls.get(call_id):
                     call.client.cancel()
-            case CancellationAnswer(cancellation=cancellation, found=found):
-                if cancelling := self._cancelling.pop(cancellation, None):
-                    cancelling.set_result(found)
+            case CallAnswer(query=query):
+                if asked := self._asked.pop(query, None):
+                    asked.set_result(event)
             case Recorded(call_id=call_id, on_disk=on_disk):
                 if call := self._calls.get(call_id):
                     self._hear_recorded(call, on_disk)
@@ -387,12 +385,12 @@ class DispatchSession:
                 for call in self._new_calls.values()
             ),
             retries=tuple(grant.image for grant in self._new_grants.values()),
-            cancellations=tuple(self._new_cancellations),
+            queries=tuple(self._new_queries),
         )
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
         self._releases.clear()
         self._ended.clear()
         self._usages.clear()
-        self._new_cancellations.clear()
+        self._new_queries.clear()
         return update
