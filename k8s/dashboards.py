@@ -70,6 +70,16 @@ OVERVIEW = [
     quantiles("Time to the full answer", "octet_request_seconds", "model"),
     quantiles("Time in the queue", "octet_queue_seconds", "pool"),
     one("Queued images", "short", most("octet_queue_images", "pool"), "{{pool}}"),
+    one("The Dispatcher's lag", "s", most("octet_dispatcher_lag_seconds"), "lag"),
+    one("The Dispatcher's messages", "ops", rate("octet_dispatcher_messages", "kind"), "{{kind}}"),
+    Panel(
+        "The Dispatcher's sessions",
+        "short",
+        (
+            (most("octet_dispatcher_sessions"), "connected Ingresses"),
+            (most("octet_dispatcher_recovering"), "recovering"),
+        ),
+    ),
     one("Longest wait in the queue", "s", most("octet_queue_oldest_seconds", "pool"), "{{pool}}"),
     one(
         "Queued work",

@@ -110,6 +110,21 @@ METRICS: dict[str, dict[str, Metric]] = {
             ("pool", "direction"),
         ),
     },
+    "The Dispatcher itself": {
+        "octet_dispatcher_lag_seconds": Metric(
+            "gauge", "How late its last periodic work began, because its event loop was busy."
+        ),
+        "octet_dispatcher_messages": Metric(
+            "counter",
+            "Messages: updates from Ingresses, heartbeats of Generators, and those sent to "
+            "Ingresses.",
+            ("kind",),
+        ),
+        "octet_dispatcher_sessions": Metric("gauge", "Ingresses that are connected."),
+        "octet_dispatcher_recovering": Metric(
+            "gauge", "1 after a start, until it knows what its Ingresses have."
+        ),
+    },
     "Tenants, at the Dispatcher": {
         "octet_tenant_calls": Metric(
             "gauge",

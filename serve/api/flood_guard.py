@@ -87,6 +87,16 @@ class _Client:
     probing: asyncio.Task[None] | None = None
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
+    @property
+    def is_probed(self) -> bool:
+        """Return whether a probe is on its way."""
+        return self.probing is not None and not self.probing.done()
+
+    @property
+    def must_wait(self) -> bool:
+        """Return whether a request must wait for a probe before it is sent on."""
+        return self.sent >= BATCH and self.is_probed
+
     def count(self, now: float) -> None:
         """Count a refusal."""
         self.level = min(max(self.level - (now - self.at) * FLOOD, 0.0) + 1, 2 * FLOOD)
@@ -129,7 +139,7 @@ class FloodGuard:
             return
         key = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
         client = self._client(key, scope["path"])
-        if client.sent >= BATCH and self._clock() >= client.held_until:
+        if client.must_wait and self._clock() >= client.held_until:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             client.waiting.append(turn)
             await turn
@@ -161,10 +171,10 @@ class FloodGuard:
     def _count_sent(self, client: _Client, scope: Scope) -> None:
         """Count a request that is sent on, and send a probe after the last one of a batch."""
         now = self._clock()
-        if client.probing is None and now - client.sent_at > LIGHT_S:
+        if not client.is_probed and now - client.sent_at > LIGHT_S:
             client.sent = 0
         client.sent, client.sent_at = client.sent + 1, now
-        if client.sent >= BATCH and client.probing is None:
+        if client.sent >= BATCH and not client.is_probed:
             client.probing = asyncio.create_task(self._probe(client, scope))
 
     async def _probe(self, client: _Client, scope: Scope) -> None:
@@ -177,7 +187,6 @@ class FloodGuard:
             client.sent = 0
             client.wake(BATCH)
             await asyncio.sleep(0)  # they are sent on and counted
-        client.probing = None
 
     async def _send_probe(self, scope: Scope) -> None:
         sent = False

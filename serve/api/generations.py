@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from starlette.requests import Request
@@ -16,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 from ..dispatch.client.open_call import CallClient, OpenCall
 from ..dispatch.client.refusals import rate_limit_headers
 from ..dispatch.client.session import DispatchSession
-from ..dispatch.protocol import QueuedImage
+from ..dispatch.protocol import QuarantinedRequest, QueuedImage
+from ..errors import ReplicaFailed
 from ..request import ImageRequest, ImageResult, OnProgress, Precision
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
@@ -30,6 +33,8 @@ from .single_flight import SharedGeneration
 from .wire.event_stream import EventStream, Frames, events
 from .wire.request import GenerationRequest, ignored_header
 from .wire.response import response
+
+QUARANTINED = "equal requests have killed replicas, so this one is refused for a while"
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
@@ -62,10 +67,10 @@ class _OpenRequest:
     tenant: str
     request_id: str
     http: Request
-    queued: Sequence[QueuedImage]
-    cache_key: str | None
     client: ClientCall
     cleanup: ExitStack
+    queued: Sequence[QueuedImage] = ()
+    cache_key: str | None = None
     cache_use: CacheUse = "off"
     error: BaseException | None = None  # the error with which the request ended
     results: Sequence[ImageResult] = ()
@@ -96,21 +101,38 @@ class GenerationHandler:
 
         Raises an `OctetError` for a request that is refused, cancelled or late, or that fails.
         """
-        if parsed.as_url:
-            self._urls.admit()
-        queued = [self._attempts.queued_image(image, parsed.options) for image in parsed.images]
-        cache_key = self._reuse.key(parsed, tenant, http.headers)
         client = ClientCall(parsed.timeout_s, shortened=parsed.shortened)
         with ExitStack() as cleanup:
-            request = _OpenRequest(
-                parsed, tenant, request_id, http, queued, cache_key, client, cleanup
-            )
+            request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup)
             cleanup.enter_context(self._counted(request))
-            if cache_key and (found := await client.run(self._reuse.find(cache_key, tenant))):
+            cleanup.enter_context(self._quarantining(request))
+            if parsed.as_url:
+                self._urls.admit()
+            request.queued = [self._attempts.queued_image(i, parsed.options) for i in parsed.images]
+            request.cache_key = key = self._reuse.key(parsed, tenant, http.headers)
+            if key and (found := await client.run(self._reuse.find(key, tenant))):
                 return await self._from_cache(request, found)
             if parsed.stream:
                 return await self._streamed(request)
             return await self._generated(request)
+
+    @contextmanager
+    def _quarantining(self, request: _OpenRequest) -> Iterator[None]:
+        """Have equal requests refused for a while if this one kills replicas in the block.
+
+        Raises `ReplicaFailed` if an earlier request did so.
+        """
+        id = request_digest(request.tenant, request.parsed.images)
+        if self._session.is_quarantined(id):
+            raise ReplicaFailed(QUARANTINED)
+        try:
+            yield
+        except ReplicaFailed as error:
+            request.error = error
+            raise
+        finally:
+            if isinstance(request.error, ReplicaFailed):
+                self._session.quarantine(QuarantinedRequest(id, request.tenant, request.request_id))
 
     @contextmanager
     def _counted(self, request: _OpenRequest) -> Iterator[None]:
@@ -317,6 +339,17 @@ class GenerationHandler:
         if call.eta_s is not None:
             headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
         return {**headers, "x-octet-cache": use}
+
+
+def request_digest(tenant: str, images: Sequence[ImageRequest]) -> str:
+    """The id of a request in quarantine: a digest of what its images have in common.
+
+    Seeds and file formats are left out, because they do not decide whether a replica survives.
+    """
+    left_out = {"id", "seed", "output_format", "output_compression"}
+    fields = {name: value for name, value in asdict(images[0]).items() if name not in left_out}
+    text = json.dumps([tenant, len(images), fields])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cache_miss(request: _OpenRequest) -> CacheUse:

@@ -48,8 +48,14 @@ from .tenant_gate import TenantGate
 from .timing import INGRESS_TIMING, IngressTiming
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
-from .wire.request import check_request_id, model_not_found, parse
-from .wire.response import CancelledRequest, ModelItem, ModelList, RequestStatus
+from .wire.request import SHOWN_CHARS, check_request_id, model_not_found, parse
+from .wire.response import (
+    CancelledRequest,
+    LiftedQuarantine,
+    ModelItem,
+    ModelList,
+    RequestStatus,
+)
 
 log = logging.getLogger("ray.serve")
 
@@ -129,6 +135,7 @@ class Ingress:
                 Route("/v1/files/{name:path}", self.file),
                 Route("/openapi.json", self.openapi),
                 Route("/v1/state", self.state),
+                Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
@@ -232,6 +239,15 @@ class Ingress:
                 return JSONResponse(await self._dispatcher.overview.remote())
         except (TimeoutError, RayError, RayServeException):
             raise Unavailable("the dispatcher is restarting: try again") from None
+
+    async def lift_quarantine(self, http: Request) -> Response:
+        """Answer `DELETE /v1/quarantine/ID`: an operator lets a request pass again."""
+        id = http.path_params["id"]
+        operator = self._access(http.scope["tenant"]).operator
+        if not (operator and self._session.is_quarantined(id)):
+            raise NotFound(f"no request in quarantine has the id '{id[:SHOWN_CHARS]}'")
+        self._session.lift_quarantine(id)
+        return JSONResponse(LiftedQuarantine(id=id).model_dump())
 
     async def health(self, _: Request) -> Response:
         """Answer `GET /health`, which shows that this process runs."""

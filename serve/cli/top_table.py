@@ -42,4 +42,10 @@ def overview_table(state: dict[str, Any]) -> Group:
     ]
     more = len(state["tenants"]) - SHOWN
     faults = [f"[red]{escape(f'{name}: {fault}')}[/]" for name, fault in state["faults"].items()]
-    return Group(pools, *reasons, tenants, f"and {more} more" if more > 0 else "", *faults)
+    quarantined = [
+        f"[yellow]{escape(r['tenant'])}: request {r['request_id']} has killed replicas and is "
+        f"refused; DELETE /v1/quarantine/{r['id']} lets it pass again[/]"
+        for r in state["quarantined"]
+    ]
+    extra = f"and {more} more" if more > 0 else ""
+    return Group(pools, *reasons, tenants, extra, *faults, *quarantined)

@@ -24,7 +24,7 @@ from ..tenants.files import KEYS, TENANTS
 from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger
 from .admission import Admission
-from .dispatcher_metrics import TenantMetrics
+from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
 from .metering import Metering
 from .node_watch import NodeWatch
@@ -48,6 +48,7 @@ from .protocol import (
     StoppedImage,
     Timing,
 )
+from .quarantine import Quarantine
 from .ray_default_scaling import RayDefaultScaling
 from .recovery import Recovery
 from .scaling import Scaling
@@ -93,8 +94,8 @@ class Dispatcher:
         self.admission = Admission(self.grants, max_queued=LiveSettings().max_queued)
         now = time.monotonic()
         self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, limits, now)
-        self.sessions = SessionStreams()
-        self._tenant_metrics = TenantMetrics()
+        self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
+        self.sessions = SessionStreams(self._metrics.messages)
         ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
         self.metering = Metering(
             self.admission,
@@ -111,6 +112,7 @@ class Dispatcher:
         self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
+        self._quarantine = Quarantine()
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
@@ -171,6 +173,7 @@ class Dispatcher:
     async def tell(self, session: str, update: SessionUpdate) -> bool:
         """Apply an Ingress's update. Returns False and ignores it if the session is not open."""
         now = time.monotonic()
+        self._metrics.messages["update"] += 1
         if not self.grants.heard_from(session, now):
             return False
         for usage in update.usages:
@@ -189,6 +192,12 @@ class Dispatcher:
             ]
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
+        for request in update.quarantined:
+            self._quarantine.add(request, now)
+        for id in update.lifted:
+            self._quarantine.lift(id)
+        if update.quarantined or update.lifted:
+            self.sessions.set_status(self._status())
         for query in update.queries:
             self._answer(session, query)
         return True
@@ -214,6 +223,7 @@ class Dispatcher:
         has stopped since its last heartbeat.
         """
         self.recovery.reached()
+        self._metrics.messages["heartbeat"] += 1
         now = time.monotonic()
         if self.grants.report_replica(heartbeat, now, running):
             self.sessions.set_status(self._status())
@@ -266,6 +276,7 @@ class Dispatcher:
             queued=self.grants.queue_depth,
             pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
             faults=dict(self._tenants.faults) if self._tenants else {},
+            quarantined=self._quarantine.present(time.monotonic()),
         )
 
     def _pool_status(self, pool: str) -> PoolStatus:
@@ -364,11 +375,13 @@ class Dispatcher:
         if self.recovery.over:
             self.sessions.deliver(self.grants.grant())
 
-    def _beat(self) -> None:
+    def _beat(self, lag_s: float) -> None:
         """Grant what can be granted, and send positions and status to the sessions."""
         self._grant()
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
+        recovering = not self.recovery.over
+        self._metrics.report(lag_s, len(self.sessions), recovering=recovering)
 
     # -- tenants --------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The Dispatcher's metrics of pools and tenants, as `serve.metric_catalogue` lists them.
+"""The Dispatcher's metrics of itself, pools and tenants, as `serve.metric_catalogue` lists them.
 
 The number of labels stays small, however many tenants there are. Only the `MOST_NAMED` tenants with
 the most recent use have labels of their own. All other tenants share the label `_other`. At most
@@ -21,6 +21,26 @@ MOST_NAMED, EVER_NAMED = 20, 100
 FADE = 0.999  # factor by which a tenant's recent use shrinks at each report
 QUEUE = "images", "work_seconds", "oldest_seconds"
 OTHER = "_other"  # not a valid tenant id
+
+
+class DispatcherMetrics:
+    """What the Dispatcher does itself; `messages` counts its messages by kind between reports."""
+
+    def __init__(self) -> None:
+        self.messages: Counter[str] = Counter()
+        self._messages = metric("octet_dispatcher_messages")
+        self._lag = metric("octet_dispatcher_lag_seconds")
+        self._sessions = metric("octet_dispatcher_sessions")
+        self._recovering = metric("octet_dispatcher_recovering")
+
+    def report(self, lag_s: float, sessions: int, *, recovering: bool) -> None:
+        """Report to Ray; called once per heartbeat."""
+        for kind, count in self.messages.items():
+            self._messages.inc(count, {"kind": kind})
+        self.messages.clear()
+        self._lag.set(lag_s)
+        self._sessions.set(sessions)
+        self._recovering.set(int(recovering))
 
 
 class PoolMetrics:

@@ -124,6 +124,18 @@ class Release(NamedTuple):
     cancelled: UsageRecord | None = None
 
 
+class QuarantinedRequest(NamedTuple):
+    """A request that has killed a replica in each of its attempts.
+
+    `id`: a digest of everything in it except its seed and the format of the file. `request_id`: the
+    id of the request that was the first to do so.
+    """
+
+    id: str
+    tenant: str
+    request_id: str
+
+
 class CallQuery(NamedTuple):
     """A tenant's question for its open call with this request id; `cancel`: cancel it, too."""
 
@@ -144,6 +156,8 @@ class SessionUpdate(NamedTuple):
     admissions: tuple[AdmissionRequest, ...] = ()
     retries: tuple[QueuedImage, ...] = ()  # further attempts at images of admitted calls
     queries: tuple[CallQuery, ...] = ()
+    quarantined: tuple[QuarantinedRequest, ...] = ()
+    lifted: tuple[str, ...] = ()  # ids of requests that an operator lets pass again
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -289,7 +303,8 @@ class PoolStatus(NamedTuple):
 class DispatcherStatus(NamedTuple):
     """The Dispatcher's state: open `calls` of clients, `queued` images and every pool.
 
-    `faults`: what is wrong in the tenants' files, by the file's name.
+    `faults`: what is wrong in the tenants' files, by the file's name. `quarantined`: the requests
+    that are refused because they have killed replicas.
     """
 
     draining: bool
@@ -297,11 +312,13 @@ class DispatcherStatus(NamedTuple):
     queued: int
     pools: dict[str, PoolStatus]
     faults: dict[str, str]
+    quarantined: tuple[QuarantinedRequest, ...]
 
     def as_json(self) -> dict[str, object]:
-        """The status as `GET /ready` and `GET /v1/state` show it."""
+        """The status as `GET /v1/state` shows it."""
         pools = {name: pool._asdict() for name, pool in self.pools.items()}
-        return {**self._asdict(), "pools": pools}
+        quarantined = [request._asdict() for request in self.quarantined]
+        return {**self._asdict(), "pools": pools, "quarantined": quarantined}
 
 
 class SessionMessage(NamedTuple):

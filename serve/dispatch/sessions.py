@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 
 from ..tenants.keys import TenantDirectory
@@ -24,7 +25,9 @@ class _Stream:
 class SessionStreams:
     """One stream for each open session; events that wait together are sent as one message."""
 
-    def __init__(self) -> None:
+    def __init__(self, messages: Counter[str]) -> None:
+        """`messages`: counts the messages that are sent, as `sent`."""
+        self._messages = messages
         self._streams: dict[str, _Stream] = {}
         self._tenants: TenantDirectory = {}
         self._status: DispatcherStatus | None = None
@@ -32,8 +35,8 @@ class SessionStreams:
     def __contains__(self, session: str) -> bool:
         return session in self._streams
 
-    def __iter__(self) -> Iterable[str]:
-        return iter(self._streams)
+    def __len__(self) -> int:
+        return len(self._streams)
 
     def open(self, session: str) -> _Stream:
         """Begin a session's stream; its first message holds the directory of tenants."""
@@ -59,6 +62,7 @@ class SessionStreams:
             status, stream.status = stream.status, None
             events, stream.events = stream.events, []
             if events or tenants is not None or status:
+                self._messages["sent"] += 1
                 yield SessionMessage(tuple(events), tenants, status)
 
     def deliver(self, events: Iterable[DispatchEvent]) -> None:

@@ -39,14 +39,14 @@ class Upkeep:
     async def run(
         self,
         end_session: Callable[[str], None],
-        then: Callable[[], None],
+        then: Callable[[float], None],
         may_decide: Callable[[float], bool],
     ) -> None:
         """Do the periodic work once per heartbeat, for ever.
 
         `end_session` is called for every session whose lease has expired. `then` is called at the
-        end of each round. `may_decide` says whether the number of replicas may be decided at a
-        time.
+        end of each round, with the seconds by which the round began too late. `may_decide` says
+        whether the number of replicas may be decided at a time.
         """
         heartbeat_s = self._timing.heartbeat_s
         before, was_late = time.monotonic(), False
@@ -61,7 +61,7 @@ class Upkeep:
             was_late = late
             self._metering.turn_month(month_of(time.time()))
             self.scale(now, decide=may_decide(now))
-            then()
+            then(max(now - last - heartbeat_s, 0.0))
             self._tenant_metrics.report(overview(self._admission, self._grants))
 
     def expire(self, now: float, end_session: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api.flood_guard import FloodGuard, FloodTiming
@@ -40,8 +41,9 @@ WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and
 class Painter:
     """A Generator that returns a plain colour.
 
-    The prompt "slow" takes half a second, "held" takes until the end of `holding`, and "broken"
-    fails. Every other image is done at once. A stopped image has had half of its steps.
+    The prompt "slow" takes half a second, "held" takes until the end of `holding`, "broken" fails,
+    and "deadly" kills the replica. Every other image is done at once. A stopped image has had half
+    of its steps.
     """
 
     def __init__(self) -> None:
@@ -63,11 +65,13 @@ class Painter:
     ) -> AsyncIterator[Any]:
         yield Acknowledgement.RECEIVED
         yield Acknowledgement.STARTED
+        self.begun += 1
         if options.progress:
             yield Progress(0, request.num_inference_steps)
         if request.prompt == "broken":
             raise ZeroDivisionError
-        self.begun += 1
+        if request.prompt == "deadly":
+            raise ActorDiedError
         if request.prompt in ("slow", "held"):
             try:
                 await asyncio.sleep(0.5 if request.prompt == "slow" else 0)

@@ -239,6 +239,30 @@ def test_request_ids_are_each_tenants_own(guarded: GuardedEdge) -> None:
         asyncio.run(main())
 
 
+def test_a_request_that_kills_replicas_is_refused_until_an_operator_lifts_it(
+    guarded: GuardedEdge,
+) -> None:
+    deadly = {"prompt": "deadly"}
+    assert code(guarded.generate("acme", deadly)) == (503, "replica_failed")
+    begun = guarded.edge.painter.begun
+    wait_for(lambda: "refused for a while" in guarded.generate("acme", deadly).text)
+    attempts = guarded.edge.painter.begun
+    again = guarded.generate("acme", {**deadly, "seed": 7, "output_format": "jpeg"})
+    assert code(again) == (503, "replica_failed")
+    assert guarded.edge.painter.begun == attempts >= begun
+    assert guarded.generate("acme", {"prompt": "another"}).status_code == 200
+    with guarded.client("boss") as boss, guarded.client("acme") as acme:
+        (entry,) = boss.get("/v1/state").json()["quarantined"]
+        assert entry["tenant"] == "acme"
+        path = f"/v1/quarantine/{entry['id']}"
+        assert acme.delete(path).status_code == 404
+        assert boss.delete("/v1/quarantine/unknown").status_code == 404
+        assert boss.delete(path).status_code == 200
+        wait_for(lambda: boss.get("/v1/state").json()["quarantined"] == [])
+    wait_for(lambda: "refused for a while" not in guarded.generate("acme", deadly).text)
+    assert guarded.edge.painter.begun > attempts
+
+
 def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
     with guarded.client("boss") as boss:
         wait_for(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))

@@ -164,6 +164,17 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
+        "/v1/quarantine/{id}": {
+            "delete": {
+                "operationId": "liftQuarantine",
+                "summary": "Let a request pass again that has killed replicas (operators only)",
+                "parameters": [_parameter("id", "path")],
+                "responses": {
+                    "200": _answer("The request passes again", "LiftedQuarantine"),
+                    **_errors(NotFound),
+                },
+            }
+        },
         "/health": {"get": _status("health", {200: "This process answers"})},
         "/ready": {
             "get": _status(

@@ -139,6 +139,14 @@ class CancelledRequest(BaseModel):
     cancelled: Literal[True] = True
 
 
+class LiftedQuarantine(BaseModel):
+    """The response to `DELETE /v1/quarantine/ID`."""
+
+    id: str
+    object: Literal["quarantine"] = "quarantine"
+    lifted: Literal[True] = True
+
+
 class RequestStatus(BaseModel):
     """The response to `GET /v1/requests/ID`: where an open request is."""
 

@@ -36,6 +36,7 @@ from ..protocol import (
     DispatchEvent,
     Granted,
     Position,
+    QuarantinedRequest,
     QueuedImage,
     Recorded,
     Refused,
@@ -73,6 +74,8 @@ class DispatchSession:
         self._usages: list[UsageRecord] = []  # that belong to no open call
         self._releases: list[Release] = []
         self._ended: list[str] = []
+        self._new_quarantined: list[QuarantinedRequest] = []
+        self._lifted: list[str] = []
         self._new_queries: set[CallQuery] = set()
         # Queries that the Dispatcher has not answered; equal ones share an answer.
         self._asked: dict[CallQuery, asyncio.Future[CallAnswer]] = {}
@@ -142,6 +145,21 @@ class DispatchSession:
             self._new_queries.add(query)
             self._changed.set()
         return await asyncio.shield(self._asked[query])
+
+    def quarantine(self, request: QuarantinedRequest) -> None:
+        """Have all Ingresses refuse equal requests for a while."""
+        self._new_quarantined.append(request)
+        self._changed.set()
+
+    def lift_quarantine(self, id: str) -> None:
+        """Let a request in quarantine pass again, at all Ingresses."""
+        self._lifted.append(id)
+        self._changed.set()
+
+    def is_quarantined(self, id: str) -> bool:
+        """Return whether a request is in quarantine."""
+        known = self._status.quarantined if self._status else ()
+        return any(request.id == id for request in known)
 
     def status(self) -> tuple[DispatcherStatus | None, float]:
         """The Dispatcher's last status, and its age in seconds.
@@ -386,6 +404,8 @@ class DispatchSession:
             ),
             retries=tuple(grant.image for grant in self._new_grants.values()),
             queries=tuple(self._new_queries),
+            quarantined=tuple(self._new_quarantined),
+            lifted=tuple(self._lifted),
         )
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
@@ -393,4 +413,6 @@ class DispatchSession:
         self._ended.clear()
         self._usages.clear()
         self._new_queries.clear()
+        self._new_quarantined.clear()
+        self._lifted.clear()
         return update
