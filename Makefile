@@ -63,7 +63,7 @@ check: install
 bench-engine: .venv/bench
 	$(BIN)/python -W ignore -m bench.engine $(if $(QUICK),--quick)
 
-# What tenants feel of each other; QUICK=1: less than 5 minutes.
+# What tenants feel of each other; QUICK=1: less than 8 minutes.
 bench-fairness: .venv/bench
 	$(BIN)/python -W ignore -m bench.fairness $(if $(QUICK),--quick)
 

@@ -340,7 +340,7 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less than 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="less than 8 minutes")
     quick = parser.parse_args().quick
     logging.disable(logging.WARNING)
     began = time.monotonic()
