@@ -1,6 +1,6 @@
 """Measure fairness between tenants, admission under overload, and the Dispatcher's throughput.
 
-    python -m bench.fairness [--quick]
+    python -m bench.fairness [--quick] [--only-floods]
 
 Runs on real Ray with real HTTP, against a server of its own on loopback. Most parts use Generators
 that only wait (`bench/timed.py`), with 8 slots, so that two cores are enough to measure dispatch.
@@ -28,7 +28,7 @@ from serve.cli.main import DEMO_SETTINGS
 from serve.deployments import APPLICATION, DISPATCHER
 from serve.settings.file import load_settings
 
-from .fairness_report import table
+from .fairness_report import floods, table
 from .fairness_server import BUDGETS, LIGHT, WEIGHTS, Bench, served
 from .machine import machine
 from .step_time import STEP_S
@@ -294,8 +294,8 @@ def _dispatcher_cpu_s() -> float:
     raise RuntimeError("no Dispatcher")
 
 
-def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
-    """Run all parts; `on_part` is called with the name of each before it begins."""
+def measure(quick: bool, only_floods: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
+    """Run all parts, or those with floods; `on_part` is called with the name of each."""
     found: dict[str, Any] = {"slots": SLOTS, "step_s": STEP_S}
     model = load_settings(DEMO_SETTINGS, {}).models[0]
     pools = tuple(
@@ -308,8 +308,9 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
         changes: dict[str, Any] = {"models": (timed,)}
         with served("bench.timed:build", Path(folder), **changes) as bench:
             # Early: after `hold_s` the Dispatcher would take the driver for a replica in excess.
-            on_part("the Dispatcher")
-            found["dispatcher"] = dispatcher(bench, 3.0 if quick else 5.0)
+            if not only_floods:
+                on_part("the Dispatcher")
+                found["dispatcher"] = dispatcher(bench, 3.0 if quick else 5.0)
             for part in ("flood", "shares", "budget_admitted"):
                 found[part] = {}
             generated: list[TimedRequest] = []
@@ -322,9 +323,13 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
                     cell, made = flood(bench, steps, seconds, times, calm)
                     found["flood"][replicas][times] = cell
                     generated = generated or made
+                if only_floods:
+                    continue
                 found["shares"][replicas] = shares(bench, *((5, 10.0) if quick else (8, 20.0)))
                 found["budget_admitted"][replicas] = budget(bench, BUDGETS[number])
             bench.ingresses(1)
+            if only_floods:
+                return found
             on_part("probes")
             found["probes"] = probes(bench, steps, seconds)
             on_part("overload")
@@ -341,14 +346,19 @@ def measure(quick: bool, on_part: Callable[[str], None]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than 8 minutes")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only-floods", action="store_true", help="only the parts with floods")
+    options = parser.parse_args()
     logging.disable(logging.WARNING)
     began = time.monotonic()
-    found = measure(quick, lambda part: print(f"{time.monotonic() - began:5.0f} s  {part}"))
+
+    def on_part(part: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {part}")
+
+    found = measure(options.quick, options.only_floods, on_part)
     found["machine"] = machine()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
+    print("\n".join(floods(found)) if options.only_floods else table(found))
 
 
 if __name__ == "__main__":

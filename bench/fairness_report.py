@@ -9,8 +9,8 @@ from cluster.cost import ImageShape, reference
 from cluster.structure import structure
 
 
-def table(found: dict[str, Any]) -> str:
-    """The results as Markdown tables, as bench/README.md shows them."""
+def floods(found: dict[str, Any]) -> list[str]:
+    """The results of the parts with floods, as the lines of a Markdown table."""
     lines = [
         f"{found['machine']}, {found['slots']} slots, {found['seconds']:.0f} s",
         "",
@@ -26,6 +26,12 @@ def table(found: dict[str, Any]) -> str:
             f"| {cell['flood_requests']}, {cell['flood_failed']} | {cell['refused_p99_ms']:.0f} |"
             for times, cell in cells.items()
         ]
+    return lines
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown tables, as bench/README.md shows them."""
+    lines = floods(found)
     fifo, over, demo = found["fifo"], found["overload"], found["demo"]
     lines.append(
         f"| plain Ray Serve, with as much of the flood as Octet generated | "
