@@ -101,7 +101,6 @@ class RefusalLog:
                 "tenant": tenant,
                 "outcome": error.code,
                 "status": error.status,
-                "param": error.param,
                 "left_out": left_out,
             },
         )

@@ -118,7 +118,13 @@ class Dispatcher:
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
         )
         nodes = NodeWatch(
-            pools, read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
+            pools,
+            read_nodes,
+            read_states,
+            self.grants,
+            self.scaling,
+            self.sessions.deliver,
+            lambda: self.sessions.set_status(self._status()),
         )
         self._tasks = [
             asyncio.create_task(work)
@@ -157,7 +163,7 @@ class Dispatcher:
         """
         self.recovery.reached()
         self.end_session(session)
-        stream = self.sessions.open(session)
+        stream = self.sessions.open(session, self._status())
         self.grants.open(session, time.monotonic())
         for image in running:
             self.grants.declare(session, image)

@@ -13,9 +13,9 @@ from .protocol import DispatcherStatus, DispatchEvent, SessionMessage
 class _Stream:
     """The events, directory of tenants and status that are still to be sent to one session."""
 
-    def __init__(self, tenants: TenantDirectory, status: DispatcherStatus | None) -> None:
+    def __init__(self, tenants: TenantDirectory, status: DispatcherStatus) -> None:
         self.tenants: TenantDirectory | None = tenants
-        self.status = status
+        self.status: DispatcherStatus | None = status
         self.events: list[DispatchEvent] = []
         self.changed = asyncio.Event()
         self.changed.set()
@@ -30,7 +30,6 @@ class SessionStreams:
         self._messages = messages
         self._streams: dict[str, _Stream] = {}
         self._tenants: TenantDirectory = {}
-        self._status: DispatcherStatus | None = None
 
     def __contains__(self, session: str) -> bool:
         return session in self._streams
@@ -38,9 +37,9 @@ class SessionStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, session: str) -> _Stream:
-        """Begin a session's stream; its first message holds the directory of tenants."""
-        stream = self._streams[session] = _Stream(self._tenants, self._status)
+    def open(self, session: str, status: DispatcherStatus) -> _Stream:
+        """Begin a session's stream; its first message holds the tenants and the status."""
+        stream = self._streams[session] = _Stream(self._tenants, status)
         return stream
 
     def close(self, session: str) -> None:
@@ -81,7 +80,6 @@ class SessionStreams:
 
     def set_status(self, status: DispatcherStatus) -> None:
         """Send the Dispatcher's status to every session."""
-        self._status = status
         for stream in self._streams.values():
             stream.status = status
             stream.changed.set()

@@ -280,25 +280,15 @@ def test_refusals_are_logged_without_what_the_client_sent(
     def logged(request_id: str) -> dict[str, Any]:
         wait_for(lambda: any(r.__dict__.get("request") == request_id for r in caplog.records))
         record = next(r for r in caplog.records if r.__dict__.get("request") == request_id)
-        return {name: record.__dict__[name] for name in ("tenant", "outcome", "status", "param")}
+        return {name: record.__dict__[name] for name in ("tenant", "outcome", "status")}
 
     time.sleep(1)  # at most ten lines a second
-    canary = {"prompt": "canary", "size": "canary"}
+    canary = {"prompt": "canary", "canary": 1}
     guarded.generate("acme", canary, headers={"x-request-id": "wrong"})
     httpx.post(guarded.edge.url + GENERATE, json=canary, headers={"x-request-id": "keyless"})
-    assert logged("wrong") == {
-        "tenant": "acme",
-        "outcome": "invalid_value",
-        "status": 400,
-        "param": "size",
-    }
-    assert logged("keyless") == {
-        "tenant": None,
-        "outcome": "invalid_api_key",
-        "status": 401,
-        "param": None,
-    }
-    assert "canary" not in caplog.text
+    assert logged("wrong") == {"tenant": "acme", "outcome": "invalid_value", "status": 400}
+    assert logged("keyless") == {"tenant": None, "outcome": "invalid_api_key", "status": 401}
+    assert "canary" not in str([record.__dict__ for record in caplog.records])
 
 
 def test_the_request_rate_is_kept_and_reported_in_headers(guarded: GuardedEdge) -> None:

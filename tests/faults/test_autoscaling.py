@@ -173,7 +173,7 @@ def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
         return ready["models"]["landscapes"][POOL] or dict.fromkeys(("replicas", "wanted"))
 
     # The pool sleeps: no replica runs, and the server is ready nevertheless.
-    assert httpx.get(f"{url}/ready", timeout=60).status_code == 200
+    wait_for(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200)
     assert pool()["replicas"] == pool()["wanted"] == 0
     assert landed() == {}
 
@@ -222,4 +222,4 @@ def test_no_request_fails_while_a_pool_scales_from_zero_and_back(
 
     # The load ends, and the pool scales back to no replica.
     wait_for(lambda: pool()["wanted"] == 0 and not generators())
-    assert httpx.get(f"{url}/ready", timeout=60).status_code == 200
+    wait_for(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200)
