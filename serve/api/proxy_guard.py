@@ -15,8 +15,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InvalidRequest, NotFound
+from ..errors import InvalidRequest, NotFound, Unavailable
 from .flood_guard import FloodGuard
+from .wire.http_errors import error_answer
 from .wire.request import check_request_id
 from .wire.response import error_body
 
@@ -52,6 +53,9 @@ class ProxyGuard:
     unhealthy, or its node is about to go, every response closes its connection. Otherwise clients
     and gateways that keep connections open would go on sending requests to this proxy.
 
+    A proxy that has just started answers every path with 404 until it has its routes. The guard
+    makes it a 503, after which clients try again.
+
     The answer to `GET /ready` is used again for `look_s`, so that many probes cost no Ingress
     anything. The header `age` says how old it is, in seconds.
     """
@@ -68,6 +72,7 @@ class ProxyGuard:
             return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        send = _retried_if_unrouted(send)
         if await self._is_leaving(scope):
             send = _closing(send)
         if scope["path"] == SERVES_ROUTES:
@@ -127,6 +132,28 @@ class ProxyGuard:
             with contextlib.suppress(Exception):
                 await self._app(asked, receive, send)
         return self._leaving
+
+
+def _retried_if_unrouted(send: Send) -> Send:
+    """Answer 503 in place of the 404 of a proxy that has just started and has no routes yet.
+
+    Octet's own 404s are JSON, and Serve's is plain text. A client tries again after a 503.
+    """
+    replaced = False
+
+    async def retried(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start" and message["status"] == 404:
+            kind = Headers(raw=list(message["headers"])).get("content-type", "")
+            if replaced := kind.startswith("text/plain"):
+                answer = error_answer(Unavailable("this proxy is starting: try again"))
+                headers = [*answer.raw_headers, (b"connection", b"close")]
+                await send({**message, "status": answer.status_code, "headers": headers})
+                await send({"type": "http.response.body", "body": answer.body})
+        if not replaced:
+            await send(message)
+
+    return retried
 
 
 def _closing(send: Send) -> Send:

@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -20,6 +20,7 @@ class Proxy:
             Route("/-/healthz", self._health),
             Route("/v1/models", self._models),
             Route("/ready", self._ready),
+            Route("/own", lambda _: JSONResponse({"own": True}, 404)),
         ]
         self.client = TestClient(ProxyGuard(Starlette(routes=routes), look_s))
 
@@ -68,3 +69,13 @@ def test_many_probes_ask_an_ingress_once() -> None:
     assert proxy.asked == 1
     proxy = Proxy(look_s=0.0)
     assert [proxy.client.get("/ready").text for _ in range(2)] == ["asked 1", "asked 2"]
+
+
+def test_a_proxy_without_routes_asks_clients_to_try_again() -> None:
+    proxy = Proxy(look_s=60.0)
+    answer = proxy.client.post("/unrouted")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["x-should-retry"] == "true"
+    assert answer.headers["connection"] == "close"
+    own = proxy.client.get("/own")
+    assert (own.status_code, own.json()) == (404, {"own": True})
