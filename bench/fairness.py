@@ -104,11 +104,11 @@ def probes(bench: Bench, steps: int, seconds: float) -> dict[str, float]:
     return {
         "probes_per_s": answered / max(a.done_at for a in answers),
         **{
-            f"p{share:.0%}".rstrip("%") + f"_{name}_s": percentile(
-                [a.latency_s for a in found if a.status == 200], share
+            f"p{percent}_{name}_s": percentile(
+                [a.latency_s for a in found if a.status == 200], percent / 100
             )
             for name, found in (("calm", calm), ("probed", answers))
-            for share in (0.5, 0.99)
+            for percent in (50, 99)
         },
     }
 

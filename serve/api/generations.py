@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
@@ -27,14 +25,13 @@ from .attempts import Attempts, usage_of
 from .client_call import ClientCall
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
+from .quarantine import QUARANTINED, request_digest
 from .request_log import OK, RequestLogEntry, log_request, outcome_of
 from .result_reuse import ResultReuse
 from .single_flight import SharedGeneration
 from .wire.event_stream import EventStream, Frames, events
 from .wire.request import GenerationRequest, ignored_header
 from .wire.response import response
-
-QUARANTINED = "equal requests have killed replicas, so this one is refused for a while"
 
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
@@ -122,8 +119,12 @@ class GenerationHandler:
 
         Raises `ReplicaFailed` if an earlier request did so.
         """
-        id = request_digest(request.tenant, request.parsed.images)
-        if self._session.is_quarantined(id):
+        tenant, images, quarantined = (
+            request.tenant,
+            request.parsed.images,
+            self._session.quarantined,
+        )
+        if quarantined and request_digest(tenant, images) in quarantined:
             raise ReplicaFailed(QUARANTINED)
         try:
             yield
@@ -132,7 +133,8 @@ class GenerationHandler:
             raise
         finally:
             if isinstance(request.error, ReplicaFailed):
-                self._session.quarantine(QuarantinedRequest(id, request.tenant, request.request_id))
+                id = request_digest(tenant, images)
+                self._session.quarantine(QuarantinedRequest(id, tenant, request.request_id))
 
     @contextmanager
     def _counted(self, request: _OpenRequest) -> Iterator[None]:
@@ -339,17 +341,6 @@ class GenerationHandler:
         if call.eta_s is not None:
             headers["x-octet-eta-s"] = f"{call.eta_s:.3f}"
         return {**headers, "x-octet-cache": use}
-
-
-def request_digest(tenant: str, images: Sequence[ImageRequest]) -> str:
-    """The id of a request in quarantine: a digest of what its images have in common.
-
-    Seeds and file formats are left out, because they do not decide whether a replica survives.
-    """
-    left_out = {"id", "seed", "output_format", "output_compression"}
-    fields = {name: value for name, value in asdict(images[0]).items() if name not in left_out}
-    text = json.dumps([tenant, len(images), fields])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cache_miss(request: _OpenRequest) -> CacheUse:

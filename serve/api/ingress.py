@@ -244,7 +244,7 @@ class Ingress:
         """Answer `DELETE /v1/quarantine/ID`: an operator lets a request pass again."""
         id = http.path_params["id"]
         operator = self._access(http.scope["tenant"]).operator
-        if not (operator and self._session.is_quarantined(id)):
+        if not (operator and id in self._session.quarantined):
             raise NotFound(f"no request in quarantine has the id '{id[:SHOWN_CHARS]}'")
         self._session.lift_quarantine(id)
         return JSONResponse(LiftedQuarantine(id=id).model_dump())

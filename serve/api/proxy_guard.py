@@ -106,7 +106,8 @@ class ProxyGuard:
                 await send(message)
 
             await self._app(scope, receive, keep)
-            self._ready, self._ready_at = messages, time.monotonic()
+            if messages and not messages[-1].get("more_body", False):  # else the client has gone
+                self._ready, self._ready_at = messages, time.monotonic()
             return
         start, *rest = self._ready
         headers = MutableHeaders(raw=list(start["headers"]))

@@ -1,4 +1,4 @@
-"""What an Ingress refuses by itself, before it reads a body: requests beyond a tenant's limits.
+"""Refusal of requests beyond a tenant's limits at one Ingress, before their bodies are read.
 
 The Dispatcher decides on requests that are complete and valid, and its decisions hold for all
 Ingresses together. Bodies that never end, requests that are never valid, and requests that the

@@ -118,13 +118,7 @@ class Dispatcher:
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
         )
         nodes = NodeWatch(
-            pools,
-            read_nodes,
-            read_states,
-            self.grants,
-            self.scaling,
-            self.sessions.deliver,
-            lambda: self.sessions.set_status(self._status()),
+            pools, read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
         )
         self._tasks = [
             asyncio.create_task(work)

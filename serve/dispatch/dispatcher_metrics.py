@@ -24,7 +24,7 @@ OTHER = "_other"  # not a valid tenant id
 
 
 class DispatcherMetrics:
-    """What the Dispatcher does itself; `messages` counts its messages by kind between reports."""
+    """The Dispatcher's own lag, messages and sessions; `messages` counts by kind until a report."""
 
     def __init__(self) -> None:
         self.messages: Counter[str] = Counter()

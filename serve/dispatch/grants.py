@@ -339,12 +339,12 @@ class Grants:
         holder = self._sessions[session]
         waiting = [w for w in holder.waiting.values() if w.image.call_id == call_id]
         running = sum(image.call_id == call_id for image in holder.running.values())
-        places = (
-            place
-            for pool in {pool for image in waiting for pool in image.pools}
-            for place, item in enumerate(islice(self.queue.order(pool), REPORTED_POSITIONS), 1)
-            if item.session == session and item.image.call_id == call_id
-        )
+        places = []
+        for pool in {pool for image in waiting for pool in image.pools}:
+            for place, item in enumerate(islice(self.queue.order(pool), REPORTED_POSITIONS), 1):
+                if item.session == session and item.image.call_id == call_id:
+                    places.append(place)
+                    break
         return len(waiting), running, min(places, default=None)
 
     def positions(self) -> list[Position]:

@@ -32,17 +32,14 @@ class NodeWatch:
         grants: Grants,
         scaling: Scaling,
         deliver: Callable[[Iterable[DispatchEvent]], None],
-        on_look: Callable[[], None],
     ) -> None:
         """`needs`: by pool, what one replica needs of a node.
 
         `read_nodes`: returns the cluster's nodes. `read_states`: returns the states of Ray Serve's
-        replicas. Both may block. `deliver`: sends events to their sessions. `on_look`: called after
-        each look at the nodes.
+        replicas. Both may block. `deliver`: sends events to their sessions.
         """
         self._needs, self._read_nodes, self._read_states = needs, read_nodes, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
-        self._on_look = on_look
         self._warned: set[str] = set()
 
     async def run(self, every_s: float) -> None:
@@ -70,7 +67,6 @@ class NodeWatch:
         )
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
-        self._on_look()
 
     async def look_at_excess(self) -> None:
         """Let replicas get images again that were in excess, but that Ray Serve does not stop."""

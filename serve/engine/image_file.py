@@ -12,8 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..request import ImageRequest, OutputFormat
 
-# zlib's level. The usual 6 saves 13 % of the bytes and takes five times as long, more than a Turbo
-# model takes to generate the image (`bench/image_files.py`).
+# zlib's level. The usual 6 saves 13 % of the bytes and takes five times as long
+# (`bench/image_files.py`).
 PNG_LEVEL = 1
 JPEG_QUALITY = 95
 WEBP_QUALITY = 90

@@ -44,7 +44,7 @@ NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
 
 
 class _Key(NamedTuple):
-    """What tells one record from all others."""
+    """The key of a record, which no other record has."""
 
     call: str
     image: int

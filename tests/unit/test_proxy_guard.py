@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from serve.api.proxy_guard import ProxyGuard
 
@@ -79,3 +80,20 @@ def test_a_proxy_without_routes_asks_clients_to_try_again() -> None:
     assert answer.headers["connection"] == "close"
     own = proxy.client.get("/own")
     assert (own.status_code, own.json()) == (404, {"own": True})
+
+
+def test_an_answer_that_broke_off_is_not_used_again() -> None:
+    """The first client disconnects, so Serve's proxy sends it nothing."""
+    sent: list[str] = []
+
+    async def breaks_off(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/ready" and not sent:
+            sent.append("nothing")
+            return
+        await PlainTextResponse("whole")(scope, receive, send)
+
+    guard = ProxyGuard(breaks_off, look_s=60.0)
+    client = TestClient(guard, raise_server_exceptions=False)
+    client.get("/ready")
+    assert client.get("/ready").text == "whole"
+    assert client.get("/ready").headers["age"] == "0"

@@ -138,6 +138,21 @@ def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
     assert len(harness.grants.grant()) == 2
 
 
+def three_replicas(decisions: Sequence[int]) -> ScalingHarness:
+    """A pool of three replicas, of which the policy wants these numbers, one after the other."""
+    wanted = iter(decisions)
+
+    class Scripted(Scaling):
+        @staticmethod
+        def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
+            return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
+
+    harness = ScalingHarness(scaling=Scripted)
+    for name in "abc":
+        harness.replica("fp8", name)
+    return harness
+
+
 @pytest.mark.parametrize(
     ("decisions", "expected"),
     [
@@ -149,16 +164,7 @@ def test_a_momentary_decision_takes_no_grants_from_replicas(
     decisions: list[int], expected: list[int]
 ) -> None:
     """Ray Serve may never have read the momentary decision, and then stops nothing."""
-    wanted = iter(decisions)
-
-    class Scripted(Scaling):
-        @staticmethod
-        def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
-            return ScalingDecision({"fp8": next(wanted), "fp16": 0}, state, {})
-
-    harness = ScalingHarness(scaling=Scripted)
-    for name in "abc":
-        harness.replica("fp8", name)
+    harness = three_replicas(decisions)
     staying = []
     for second in range(9):
         harness.scaling.decide(float(second))
@@ -173,16 +179,7 @@ def test_a_momentary_decision_takes_no_grants_from_replicas(
 def test_a_decision_that_ray_serve_never_carried_out_is_undone(
     stopping: int, wanted_later: int, slots: int
 ) -> None:
-    numbers = iter([1] * 8 + [wanted_later] * 5)
-
-    class Scripted(Scaling):
-        @staticmethod
-        def policy(_: Load, __: ScalingLimits, state: PolicyState, ___: float) -> ScalingDecision:
-            return ScalingDecision({"fp8": next(numbers), "fp16": 0}, state, {})
-
-    harness = ScalingHarness(scaling=Scripted)
-    for name in "abc":
-        harness.replica("fp8", name)
+    harness = three_replicas([1] * 8 + [wanted_later] * 5)
     found = []
     for second in range(13):
         harness.scaling.decide(float(second))

@@ -741,6 +741,27 @@ def test_who_is_told_that_nothing_is_charged_is_not_charged_later(tmp_path: Path
     run(test, usage_folder=str(tmp_path), timing=timing)
 
 
+def test_a_withdrawn_record_of_an_earlier_dispatcher_is_taken_back(tmp_path: Path) -> None:
+    """The Dispatcher dies after it has written the record, and the next one comes too late."""
+    timing = replace(PROMPT, record_s=0.2)
+
+    async def test(_: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        async with opened(session) as call:
+            handle.drop_messages()
+            recording = asyncio.create_task(call.record([usage(call)]))
+            await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 1)
+            handle.break_off(None)
+            with pytest.raises(UsageUnrecorded):
+                await recording
+        handle.target = fresh = a_dispatcher("p", usage_folder=str(tmp_path))
+        await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 2)
+        assert sum(record["work_s"] for record in read_usage(tmp_path)) == 0
+        assert fresh.metering.ledger
+        fresh.metering.ledger.close()
+
+    run(test, usage_folder=str(tmp_path), timing=timing)
+
+
 @contextmanager
 def held_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a ledger's folder, so that nothing can be written."""

@@ -1,4 +1,4 @@
-"""What an Ingress refuses by itself: requests and bodies beyond a tenant's limits."""
+"""Refusal of requests and bodies beyond a tenant's limits at one Ingress."""
 
 from __future__ import annotations
 

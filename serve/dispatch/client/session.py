@@ -79,6 +79,7 @@ class DispatchSession:
         self._new_queries: set[CallQuery] = set()
         # Queries that the Dispatcher has not answered; equal ones share an answer.
         self._asked: dict[CallQuery, asyncio.Future[CallAnswer]] = {}
+        self.quarantined: frozenset[str] = frozenset()  # ids of requests that are refused
         self._status: DispatcherStatus | None = None
         self._status_at = 0.0
         self._changed = asyncio.Event()
@@ -156,11 +157,6 @@ class DispatchSession:
         self._lifted.append(id)
         self._changed.set()
 
-    def is_quarantined(self, id: str) -> bool:
-        """Return whether a request is in quarantine."""
-        known = self._status.quarantined if self._status else ()
-        return any(request.id == id for request in known)
-
     def status(self) -> tuple[DispatcherStatus | None, float]:
         """The Dispatcher's last status, and its age in seconds.
 
@@ -198,9 +194,12 @@ class DispatchSession:
         self._changed.set()
 
     def withdraw(self, call: OpenCall) -> None:
-        """Take back the call's usage records, which may have been sent or even written."""
-        unsent = self._new_recordings.pop(call.request.call_id, None)
-        if call.recording and not unsent:
+        """Take back the call's usage records, which may have been sent or even written.
+
+        Records that wait to be sent may have been sent to an earlier Dispatcher.
+        """
+        self._new_recordings.pop(call.request.call_id, None)
+        if call.recording:
             self._usages += [usage.reversal() for usage in call.recording.usages]
             self._changed.set()
         call.recording = None
@@ -257,6 +256,7 @@ class DispatchSession:
                         self.tenants = message.tenants
                     if message.status:
                         self._status = message.status
+                        self.quarantined = frozenset(r.id for r in message.status.quarantined)
                         self._status_at = asyncio.get_running_loop().time()
                     for event in message.events:
                         self._hear(event)
@@ -384,6 +384,8 @@ class DispatchSession:
                 understood = False
             if not understood:  # `_listen` then opens a session that knows the whole state
                 self._usages += [u for u in update.usages if u.outcome in OF_CLOSED_CALLS]
+                self._new_quarantined += update.quarantined
+                self._lifted += update.lifted
                 with suppress(Exception):
                     self._stream.cancel()
 
