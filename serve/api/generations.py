@@ -119,11 +119,8 @@ class GenerationHandler:
 
         Raises `ReplicaFailed` if an earlier request did so.
         """
-        tenant, images, quarantined = (
-            request.tenant,
-            request.parsed.images,
-            self._session.quarantined,
-        )
+        tenant, images = request.tenant, request.parsed.images
+        quarantined = self._session.quarantined
         if quarantined and request_digest(tenant, images) in quarantined:
             raise ReplicaFailed(QUARANTINED)
         try:
