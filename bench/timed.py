@@ -3,12 +3,13 @@
 `build` puts the classes and the function below in the place of the Generator, the TextEncoder, the
 Ingress and the reference work. An image then takes `STEP_S` per step, however many images
 run at the same time. `fifo` is the same service on plain Ray Serve: one deployment, whose handle's
-queue is first come, first served.
+queue is first come, first served. `bare` makes the same hops as Octet, on plain Ray Serve too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import resource
 import time
@@ -19,8 +20,10 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
@@ -173,6 +176,44 @@ def fifo(slots: int) -> Any:
         max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0.1}
     )
     return ingress.bind(generator.bind())
+
+
+class BareDispatcher:
+    """Answers each call at once."""
+
+    async def admit(self, steps: int) -> int:
+        return steps
+
+
+class BareIngress:
+    """Calls the Dispatcher and then the Generator, through handles."""
+
+    def __init__(self, dispatcher: DeploymentHandle, generator: DeploymentHandle) -> None:
+        self._dispatcher, self._generator = dispatcher, generator
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return Starlette(routes=[Route("/", self.generate, methods=["POST"])])
+
+    async def generate(self, http: Request) -> Response:
+        asked = await http.json()
+        steps = await self._dispatcher.admit.remote(asked["num_inference_steps"])
+        image = await self._generator.generate.remote(steps)
+        return JSONResponse({"b64_json": base64.b64encode(image).decode()})
+
+
+def bare() -> Any:
+    """Plain Ray Serve with the same two hops as a generated image, and nothing else."""
+    few = {"num_cpus": 0.1}
+    dispatcher = ray_serve.deployment(BareDispatcher).options(
+        max_ongoing_requests=10_000, ray_actor_options=few
+    )
+    generator = ray_serve.deployment(FifoGenerator).options(
+        max_ongoing_requests=10_000, ray_actor_options=few
+    )
+    ingress = ray_serve.deployment(ray_serve.ingress()(BareIngress)).options(
+        max_ongoing_requests=10_000, ray_actor_options=few
+    )
+    return ingress.bind(dispatcher.bind(), generator.bind())
 
 
 # -- the Dispatcher alone -------------------------------------------------------------------------

@@ -18,6 +18,8 @@ class Handle:
 
     def __init__(self, target: Any) -> None:
         self.target = target
+        self.answering = asyncio.Event()  # while it is not set, answers of calls are held back
+        self.answering.set()
         self.streams: list[Stream] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
@@ -37,20 +39,30 @@ class Handle:
                 handle.calls.append((method, args))
                 result = getattr(handle.target, method)(*args)
                 if not hasattr(result, "__anext__"):
-                    return result
+                    return handle._answer(result)
                 handle.streams.append(Stream(result))
                 return handle.streams[-1]
 
         return Method()
 
+    async def _answer(self, work: Any) -> Any:
+        """The result of a call, which is lost if the replica dies before it is answered."""
+        called, result = self.target, await work
+        await self.answering.wait()
+        if self.target is not called:
+            raise ConnectionError("the replica died")
+        return result
+
     def drop_messages(self) -> None:
         """Lose all further messages of the replica, like when it dies before they arrive."""
+        self.answering.clear()
         for stream in self.streams:
             stream.dropping = True
 
     def break_off(self, fresh: Any) -> None:
         """Let the replica die and `fresh` take its place."""
         self.target = fresh
+        self.answering.set()
         for stream in self.streams:
             stream.cancel()
 

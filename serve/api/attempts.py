@@ -149,8 +149,17 @@ class Attempts:
 
     def _usage(self, request: ImageRequest, call: OpenCall, index: int, pool: str) -> UsageRecord:
         """The usage record of an image with its full charge; `pool`: where it was generated."""
-        work_s = call.request.images[index].work_s
-        return usage_of(call, index, request, self._pools.precision_of(pool), work_s)
+        return UsageRecord(
+            call=call.request.call_id,
+            image=index,
+            tenant=call.request.tenant,
+            request_id=call.request.request_id,
+            model=request.model,
+            precision=self._pools.precision_of(pool),
+            size=request.size,
+            steps=request.num_inference_steps,
+            work_s=call.request.images[index].work_s,
+        )
 
     async def _attempt(
         self,
@@ -245,20 +254,3 @@ class Attempts:
                 raise NotStarted(died=True) from None
             raise
         raise OctetError("a replica ended without an image")
-
-
-def usage_of(
-    call: OpenCall, index: int, request: ImageRequest, precision: str, work_s: float
-) -> UsageRecord:
-    """The usage record of image `index` of a call."""
-    return UsageRecord(
-        call=call.request.call_id,
-        image=index,
-        tenant=call.request.tenant,
-        request_id=call.request.request_id,
-        model=request.model,
-        precision=precision,
-        size=request.size,
-        steps=request.num_inference_steps,
-        work_s=work_s,
-    )

@@ -28,7 +28,8 @@ from ..tenants.keys import KEY
 log = logging.getLogger("ray.serve")
 
 FLOOD = 10  # refusals within about a second after which a client is refused here
-BATCH = 4  # requests of a client that are sent on before a probe tells that they have arrived
+BATCH = 4  # requests of a client that are sent on before it is known that they have arrived
+MOST_SENT = 32  # the same for a client whose requests are not refused
 PROBE_S = 5.0  # a probe that takes longer counts as answered
 LIGHT_S = 0.25  # a client that sends nothing for so long needs no probe
 MOST_PAUSED = 1000  # refusals that wait at a time; further ones are answered at once
@@ -74,8 +75,9 @@ class _Client:
     """A client's requests and refusals of late.
 
     `level`: how many refusals it got within about the last second. `held_until`: until then
-    `refusal` is its answer. `sent`: requests that were sent on since the last probe. `waiting`:
-    requests that wait until a probe has returned.
+    `refusal` is its answer. `sent`: requests that were sent on and may not have arrived yet; at
+    most `batch`. `rounds`: how many times all of them have arrived. `waiting`: requests that wait
+    until others have arrived.
     """
 
     level: float = 0.0
@@ -84,6 +86,8 @@ class _Client:
     refusal: _Refusal | None = None
     sent: int = 0
     sent_at: float = 0.0
+    batch: int = BATCH
+    rounds: int = 0
     probing: asyncio.Task[None] | None = None
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
@@ -95,7 +99,23 @@ class _Client:
     @property
     def must_wait(self) -> bool:
         """Return whether a request must wait for a probe before it is sent on."""
-        return self.sent >= BATCH and self.is_probed
+        return self.sent >= self.batch and self.is_probed
+
+    def answered(self, rounds: int, *, refused: bool) -> None:
+        """Note the answer to a request that was sent on in round `rounds`: so it has arrived.
+
+        A client whose requests are not refused may have more of them on the way at a time.
+        """
+        self.batch = BATCH if refused else min(self.batch + 1, MOST_SENT)
+        if rounds == self.rounds:  # otherwise it is known already
+            self.sent -= 1
+            self.wake(self.batch - self.sent)
+
+    def all_arrived(self) -> None:
+        """Note that all requests that were sent on have arrived."""
+        self.rounds += 1
+        self.sent = 0
+        self.wake(self.batch)
 
     def count(self, now: float) -> None:
         """Count a refusal."""
@@ -117,8 +137,10 @@ class FloodGuard:
     refusal named, but for `hold_s` at most, whatever the body of its request is.
 
     Before the first refusal comes, a sudden flood could fill the Ingress with requests, behind
-    which those of other clients would wait. So a client's requests are sent on in batches: after
-    each batch this guard sends a small request, and the next batch follows when that is answered.
+    which those of other clients would wait. So only a batch of a client's requests is on its way
+    at a time. When a batch is full, this guard sends a small request behind it, as a probe. Further
+    requests follow as soon as the probe or an earlier request is answered. Answers that are no
+    refusals let the batch grow.
     """
 
     def __init__(
@@ -147,15 +169,20 @@ class FloodGuard:
             await self._refuse(scope, send, client, key)
             return
         self._count_sent(client, scope)
+        rounds = client.rounds
         start: Message | None = None
 
         async def watching_send(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start":
-                start = message if message["status"] in REFUSALS else None
+                if message["status"] in REFUSALS:
+                    start = message
+                else:
+                    client.answered(rounds, refused=False)
             elif start is not None:
                 if not message.get("more_body", False):
                     self._note(client, start, message.get("body", b""))
+                client.answered(rounds, refused=True)
                 start = None
             await send(message)
 
@@ -172,20 +199,19 @@ class FloodGuard:
         """Count a request that is sent on, and send a probe after the last one of a batch."""
         now = self._clock()
         if not client.is_probed and now - client.sent_at > LIGHT_S:
-            client.sent = 0
+            client.all_arrived()
         client.sent, client.sent_at = client.sent + 1, now
-        if client.sent >= BATCH and not client.is_probed:
+        if client.sent >= client.batch and not client.is_probed:
             client.probing = asyncio.create_task(self._probe(client, scope))
 
     async def _probe(self, client: _Client, scope: Scope) -> None:
         """Send probes until no request of the client waits; each lets a batch go on."""
-        while client.sent >= BATCH or client.waiting:
+        while client.sent >= client.batch or client.waiting:
             # A probe that fails must not stop the requests.
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(PROBE_S):
                     await self._send_probe(scope)
-            client.sent = 0
-            client.wake(BATCH)
+            client.all_arrived()
             await asyncio.sleep(0)  # they are sent on and counted
 
     async def _send_probe(self, scope: Scope) -> None:

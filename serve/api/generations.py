@@ -21,7 +21,7 @@ from ..errors import ReplicaFailed
 from ..request import ImageRequest, ImageResult, OnProgress, Precision
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
-from .attempts import Attempts, usage_of
+from .attempts import Attempts
 from .client_call import ClientCall
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
@@ -33,6 +33,7 @@ from .wire.event_stream import EventStream, Frames, events
 from .wire.request import GenerationRequest, ignored_header
 from .wire.response import response
 
+LARGE_IMAGES = 2**16  # bytes; an answer with more of them is made in a thread
 CacheUse = Literal["hit", "miss", "shared", "off"]
 
 
@@ -86,9 +87,9 @@ class GenerationHandler:
         keep_alive_s: float,
     ) -> None:
         """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds."""
-        self._session, self._attempts = session, attempts
+        self.session, self._attempts = session, attempts
         self._keep_alive_s = keep_alive_s
-        self._urls, self._reuse, self._metrics = urls, reuse, metrics
+        self._urls, self.reuse, self._metrics = urls, reuse, metrics
         self._tasks: set[asyncio.Task[None]] = set()  # tasks that nobody awaits
 
     async def answer(
@@ -106,8 +107,8 @@ class GenerationHandler:
             if parsed.as_url:
                 self._urls.admit()
             request.queued = [self._attempts.queued_image(i, parsed.options) for i in parsed.images]
-            request.cache_key = key = self._reuse.key(parsed, tenant, http.headers)
-            if key and (found := await client.run(self._reuse.find(key, tenant))):
+            request.cache_key = key = self.reuse.key(parsed, tenant, http.headers)
+            if key and (found := await client.run(self.reuse.find(key, tenant))):
                 return await self._from_cache(request, found)
             if parsed.stream:
                 return await self._streamed(request)
@@ -120,7 +121,7 @@ class GenerationHandler:
         Raises `ReplicaFailed` if an earlier request did so.
         """
         tenant, images = request.tenant, request.parsed.images
-        quarantined = self._session.quarantined
+        quarantined = self.session.quarantined
         if quarantined and request_digest(tenant, images) in quarantined:
             raise ReplicaFailed(QUARANTINED)
         try:
@@ -131,7 +132,7 @@ class GenerationHandler:
         finally:
             if isinstance(request.error, ReplicaFailed):
                 id = request_digest(tenant, images)
-                self._session.quarantine(QuarantinedRequest(id, tenant, request.request_id))
+                self.session.quarantine(QuarantinedRequest(id, tenant, request.request_id))
 
     @contextmanager
     def _counted(self, request: _OpenRequest) -> Iterator[None]:
@@ -165,16 +166,17 @@ class GenerationHandler:
     # -- images from the result cache -----------------------------------------------------------
 
     async def _from_cache(self, request: _OpenRequest, found: CachedImages) -> Response:
-        parsed, call = request.parsed, await self._admitted_without_work(request)
+        parsed = request.parsed
+        usages = _free_usages(request, found.results, "hit")
+        to_store = parsed.as_url and not found.names  # which may fail, and nothing is recorded then
+        call = await self._admitted_without_work(request, () if to_store else usages)
 
         async def body() -> bytes:
-            names = list(found.names)
-            if parsed.as_url and not names:
-                names = await self._store(request, found.results)
+            names = await self.store(request, found.results) if to_store else found.names
             return await self._body(request, found.results, names)
 
         content = b"" if parsed.stream else await request.client.run(body())
-        await call.record(_free_usages(parsed, call, found.results, "hit"))
+        await (call.record(usages) if to_store else call.recorded())
         if not parsed.stream:
             return self._json_answer(request, call, "hit", content)
         frames = events(parsed.images[0], lambda _: _at_once(found.results[0]), self._keep_alive_s)
@@ -192,7 +194,6 @@ class GenerationHandler:
             call = await self._admitted_without_work(request)
         else:
             shared = self._begin(request)
-            call = shared.call
             await client.run(shared.admitted())
 
         async def body(shared: SharedGeneration) -> tuple[bytes, CachedImages]:
@@ -205,11 +206,12 @@ class GenerationHandler:
         request.results = found.results
         await shared.charged()
         if reused:
-            await call.record(_free_usages(request.parsed, call, found.results, reused))
+            await call.record(_free_usages(request, found.results, reused))
         else:
+            call, reused = shared.call, "shared" if shared.from_elsewhere else None
             self._metrics.predicted(call.eta_s, client.age_s)
             request.cleanup.callback(call.close)  # also if others still take part
-        if key := request.cache_key:
+        if (key := request.cache_key) and not shared.from_elsewhere:
             shared.cache(lambda: self._write_to_cache(key, request, found))
         return self._json_answer(request, call, reused or _cache_miss(request), content)
 
@@ -219,7 +221,7 @@ class GenerationHandler:
         Returns None if there is none, or if the Dispatcher refused it. This request then has to
         open a call of its own.
         """
-        in_flight = self._reuse.in_flight
+        in_flight = self.reuse.in_flight
         while request.cache_key and (shared := in_flight.get(request.cache_key)):
             request.cleanup.enter_context(shared.joined(request.client))
             if await request.client.run(shared.was_admitted()):
@@ -228,25 +230,10 @@ class GenerationHandler:
 
     def _begin(self, request: _OpenRequest) -> SharedGeneration:
         """Open a call for the images; from now on equal requests may join this one."""
-        key, in_flight = request.cache_key, self._reuse.in_flight
-
-        def on_closed(shared: SharedGeneration) -> None:
-            if key and in_flight.get(key) is shared:
-                del in_flight[key]
-
-        async def store(results: Sequence[ImageResult]) -> list[str]:
-            return await self._store(request, results)
-
-        shared = SharedGeneration(
-            request.client,
-            lambda client: self._open_call(request, request.queued, client),
-            self._attempts,
-            request.parsed.images,
-            store,
-            on_closed,
-        )
-        if key:
-            in_flight[key] = shared
+        steps = _Steps(self, request)
+        shared = SharedGeneration(request.client, steps, self._attempts, request.parsed.images)
+        if request.cache_key:
+            self.reuse.in_flight[request.cache_key] = shared
         request.cleanup.enter_context(shared.joined(request.client))
         return shared
 
@@ -254,7 +241,7 @@ class GenerationHandler:
         """Answer with the events of one image. A streamed image is never shared."""
         parsed, client = request.parsed, request.client
         (image,) = parsed.images
-        call = self._open_call(request, request.queued, client)
+        call = self.open_call(request, request.queued, client)
         request.cleanup.callback(call.close)
         await client.run(call.admitted())
 
@@ -278,44 +265,57 @@ class GenerationHandler:
 
     # -- parts of an answer ---------------------------------------------------------------------
 
-    def _open_call(
-        self, request: _OpenRequest, images: Sequence[QueuedImage], client: CallClient
+    def open_call(
+        self,
+        request: _OpenRequest,
+        images: Sequence[QueuedImage],
+        client: CallClient,
+        usages: Sequence[UsageRecord] = (),
+        result_key: str = "",
     ) -> OpenCall:
-        return self._session.open(
+        return self.session.open(
             request.tenant,
             request.request_id,
             images,
             request.parsed.timeout_s,
             client,
             request.client.age_s,
+            usages,
+            result_key,
         )
 
-    async def _admitted_without_work(self, request: _OpenRequest) -> OpenCall:
+    async def _admitted_without_work(
+        self, request: _OpenRequest, usages: Sequence[UsageRecord] = ()
+    ) -> OpenCall:
         """Open a call that needs no new images, because it gets cached or shared ones.
 
         The Dispatcher admits such a call too, because it counts for some of the tenant's limits.
+        `usages`: records that are written once the call is admitted.
         """
-        call = self._open_call(request, [], request.client)
+        call = self.open_call(request, [], request.client, usages)
         request.cleanup.callback(call.close)
         await request.client.run(call.admitted())
         return call
 
     async def _write_to_cache(self, key: str, request: _OpenRequest, found: CachedImages) -> None:
-        await self._reuse.remember(key, request.tenant, request.parsed.images, found)
+        await self.reuse.remember(key, request.tenant, request.parsed.images, found)
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _store(self, request: _OpenRequest, results: Sequence[ImageResult]) -> list[str]:
+    async def store(self, request: _OpenRequest, results: Sequence[ImageResult]) -> list[str]:
         return await self._urls.store(request.parsed.images, results, request.tenant)
 
     async def _body(
         self, request: _OpenRequest, results: Sequence[ImageResult], names: Sequence[str]
     ) -> bytes:
         urls = [self._urls.url(name, request.http) for name in names if request.parsed.as_url]
-        return await asyncio.to_thread(response, request.parsed.images, results, urls)
+        arguments = request.parsed.images, results, urls
+        if urls or sum(len(result.image) for result in results) < LARGE_IMAGES:
+            return response(*arguments)
+        return await asyncio.to_thread(response, *arguments)
 
     def _json_answer(
         self, request: _OpenRequest, call: OpenCall, use: CacheUse, body: bytes
@@ -340,6 +340,36 @@ class GenerationHandler:
         return {**headers, "x-octet-cache": use}
 
 
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """The `GenerationSteps` of a request."""
+
+    handler: GenerationHandler
+    request: _OpenRequest
+
+    def open_call(self, client: CallClient) -> OpenCall:
+        request = self.request
+        key = self.handler.reuse.shared_key(request.cache_key)
+        return self.handler.open_call(request, request.queued, client, result_key=key)
+
+    async def find(self) -> CachedImages | None:
+        key = self.request.cache_key
+        return await self.handler.reuse.find(key, self.request.tenant) if key else None
+
+    async def store(self, results: Sequence[ImageResult]) -> list[str]:
+        return await self.handler.store(self.request, results)
+
+    def free_usages(self, results: Sequence[ImageResult]) -> list[UsageRecord]:
+        return _free_usages(self.request, results, "shared")
+
+    def on_closed(self, shared: SharedGeneration) -> None:
+        key, reuse = self.request.cache_key, self.handler.reuse
+        if key and reuse.in_flight.get(key) is shared:
+            del reuse.in_flight[key]
+            if shared_key := reuse.shared_key(key):
+                self.handler.session.finish(shared_key)
+
+
 def _cache_miss(request: _OpenRequest) -> CacheUse:
     return "miss" if request.cache_key else "off"
 
@@ -349,17 +379,29 @@ async def _at_once(result: ImageResult) -> ImageResult:
 
 
 def _free_usages(
-    parsed: GenerationRequest,
-    call: OpenCall,
+    request: _OpenRequest,
     results: Sequence[ImageResult],
     outcome: Literal["hit", "shared"],
 ) -> list[UsageRecord]:
-    """The usage records of images that cost nothing, because they were cached or shared."""
+    """The usage records of images that cost nothing, because they were cached or shared.
+
+    Their field `call` is empty: the call fills it in.
+    """
 
     def usage(index: int, image: ImageRequest, result: ImageResult) -> UsageRecord:
         fp8 = result.precision.startswith("fp8")
-        precision = Precision.FP8 if fp8 else Precision.FP16
-        return usage_of(call, index, image, precision, 0.0)._replace(outcome=outcome)
+        return UsageRecord(
+            call="",
+            image=index,
+            tenant=request.tenant,
+            request_id=request.request_id,
+            model=image.model,
+            precision=Precision.FP8 if fp8 else Precision.FP16,
+            size=image.size,
+            steps=image.num_inference_steps,
+            work_s=0.0,
+            outcome=outcome,
+        )
 
-    pairs = zip(parsed.images, results, strict=True)
+    pairs = zip(request.parsed.images, results, strict=True)
     return [usage(i, image, result) for i, (image, result) in enumerate(pairs)]

@@ -39,6 +39,7 @@ from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
 from .cors import Cors
+from .early_body import BODY, PATH
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
@@ -127,7 +128,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(
             routes=[
-                Route("/v1/images/generations", self.generate, methods=["POST"]),
+                Route(PATH, self.generate, methods=["POST"]),
                 Route("/v1/requests/{id}", self.cancel, methods=["DELETE"]),
                 Route("/v1/requests/{id}", self.request_status),
                 Route("/v1/models", self.models),
@@ -330,6 +331,9 @@ class Ingress:
         stated = http.headers.get("content-length", "")
         if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
             raise too_large
+        if (early := http.scope.get(BODY)) is not None:
+            received(len(early))
+            return bytes(early)
         try:
             async with asyncio.timeout(body_s):
                 async for chunk in http.stream():

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest, NotFound, Unavailable
+from .early_body import EarlyBody
 from .flood_guard import FloodGuard
 from .wire.http_errors import error_answer
 from .wire.request import check_request_id
@@ -169,4 +170,4 @@ def _closing(send: Send) -> Send:
 
 def middlewares() -> list[Middleware]:
     """The middlewares that Ray Serve puts into its proxy."""
-    return [Middleware(ProxyGuard), Middleware(FloodGuard)]
+    return [Middleware(ProxyGuard), Middleware(FloodGuard), Middleware(EarlyBody)]

@@ -75,6 +75,10 @@ class ResultReuse:
         pixels = self._pixels[request.images[0].model]
         return cache_key(self._secret, tenant, pixels, request.images)
 
+    def shared_key(self, key: str | None) -> str:
+        """The key under which other Ingresses will find the images, too; empty if they will not."""
+        return key if key and self.cache and self.cache.shared else ""
+
     async def find(self, key: str, tenant: str) -> CachedImages | None:
         """The images that the cache has for a key; None if it has none."""
         if self.cache is None:

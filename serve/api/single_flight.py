@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..dispatch.client.open_call import CallClient, OpenCall
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult
+from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
 from .attempts import Attempts
 from .client_call import ClientCall
@@ -38,6 +39,25 @@ class Stage(Generic[T]):
             self._task.cancel()
 
 
+class GenerationSteps(Protocol):
+    """The steps of a shared generation that depend on the request for it."""
+
+    def open_call(self, client: CallClient) -> OpenCall:
+        """Open a call for the images."""
+
+    async def find(self) -> CachedImages | None:
+        """Look for the images in the result cache."""
+
+    async def store(self, results: Sequence[ImageResult]) -> list[str]:
+        """Store the images; return their names."""
+
+    def free_usages(self, results: Sequence[ImageResult]) -> list[UsageRecord]:
+        """The usage records of images that another Ingress has had generated."""
+
+    def on_closed(self, shared: SharedGeneration) -> None:
+        """Note that clients can no longer join; called perhaps more than once."""
+
+
 class SharedGeneration:
     """The images of one call, for all clients that ask for the same.
 
@@ -48,6 +68,10 @@ class SharedGeneration:
             │           │                                            │
             └───────────┴── an error: nobody joins any more ─────────┘
 
+    If another Ingress is generating the same images, the call follows that one: the stage `images`
+    waits for it and then takes the images from the result cache. If they are not there, it opens
+    another call and has them generated.
+
     The participants are the clients, and the task that writes the images to the result cache. When
     the last participant leaves, the stages are cancelled and the call is closed. For its call, this
     object is the `CallClient`.
@@ -56,27 +80,27 @@ class SharedGeneration:
     def __init__(
         self,
         first: ClientCall,
-        open_call: Callable[[CallClient], OpenCall],
+        steps: GenerationSteps,
         attempts: Attempts,
         requests: Sequence[ImageRequest],
-        store: Callable[[Sequence[ImageResult]], Awaitable[list[str]]],
-        on_closed: Callable[[SharedGeneration], None],
     ) -> None:
-        """`open_call` opens the call. `store` stores images and returns their names.
-
-        `on_closed` is called when clients can no longer join, perhaps more than once.
-        """
-        self._first, self._attempts, self._requests = first, attempts, requests
-        self._store, self._on_closed = store, on_closed
+        self._first, self._steps = first, steps
+        self._attempts, self._requests = attempts, requests
         self._participants = 0
         self._usages: list[UsageRecord] = []
+        self._found: CachedImages | None = None  # that another Ingress has had generated
         self._caching: asyncio.Task[None] | None = None
         self.unwanted = False
         self.admitted = Stage(lambda: self._or_close(self.call.admitted()))
-        self.images = Stage(lambda: self._or_close(self._generate()))
+        self.images = Stage(lambda: self._or_close(self._images()))
         self.names = Stage(self._names)
         self.charged = Stage(lambda: self._or_close(self.call.record(self._usages)))
-        self.call = open_call(self)
+        self.call = steps.open_call(self)
+
+    @property
+    def from_elsewhere(self) -> bool:
+        """Return whether another Ingress has had the images generated."""
+        return self._found is not None
 
     @property
     def finished(self) -> bool:
@@ -125,6 +149,17 @@ class SharedGeneration:
             self._caching = asyncio.create_task(write())
             self._caching.add_done_callback(lambda _: self._leave())
 
+    async def _images(self) -> list[ImageResult]:
+        while await self.call.leader_finished():
+            self._found = await self._steps.find()
+            if self._found:
+                self._usages += self._steps.free_usages(self._found.results)
+                return list(self._found.results)
+            self.call.close()
+            self.call = self._steps.open_call(self)
+            await self.call.admitted()
+        return await self._generate()
+
     async def _generate(self) -> list[ImageResult]:
         """Generate the call's images at the same time; the first error cancels the others."""
         try:
@@ -140,14 +175,17 @@ class SharedGeneration:
         return [image.result for image in images]
 
     async def _names(self) -> list[str]:
-        return await self._store(await self.images())
+        results = await self.images()
+        if self._found and self._found.names:
+            return list(self._found.names)
+        return await self._steps.store(results)
 
     async def _or_close(self, work: Awaitable[T]) -> T:
         """Await `work`; if it fails, no more clients may join."""
         try:
             return await work
         except BaseException:
-            self._on_closed(self)
+            self._steps.on_closed(self)
             raise
 
     def _leave(self, *, unwanted: bool = False) -> None:
@@ -158,4 +196,4 @@ class SharedGeneration:
         for stage in (self.admitted, self.images, self.names, self.charged):
             stage.cancel()
         self.call.close()
-        self._on_closed(self)
+        self._steps.on_closed(self)

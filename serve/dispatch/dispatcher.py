@@ -2,9 +2,10 @@
 
 The Dispatcher joins `Admission` and `Grants` with a clock and a network. Each Ingress opens a
 session: a stream on which the Dispatcher sends decisions and grants in batches. The Ingress sends
-its own updates in batches by `tell`. Each Generator reports its state by heartbeat. Other files do
-the rest: `metering` charges tenants, `scaling` decides how many replicas there should be,
-`node_watch` reads the cluster's nodes, and `upkeep` does the periodic work.
+its own updates in batches by `tell`, whose answer holds the events that they cause at once. Each
+Generator reports its state by heartbeat. Other files do the rest: `metering` charges tenants,
+`scaling` decides how many replicas there should be, `node_watch` reads the cluster's nodes, and
+`upkeep` does the periodic work.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .protocol import (
     CallState,
     Cancelled,
     DispatcherStatus,
+    DispatchEvent,
     Heartbeat,
     HeartbeatReply,
     Lease,
@@ -54,6 +56,7 @@ from .recovery import Recovery
 from .scaling import Scaling
 from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
+from .shared_results import SharedResults
 from .upkeep import Upkeep
 
 SCALINGS = {"queued-work": Scaling, "ray-default": RayDefaultScaling}  # by `autoscaling_policy`
@@ -112,7 +115,7 @@ class Dispatcher:
         self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
-        self._quarantine = Quarantine()
+        self._quarantine, self._results = Quarantine(), SharedResults()
         self._positions_due = False
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
@@ -170,12 +173,16 @@ class Dispatcher:
             if self.sessions.is_open(session, stream):
                 self.end_session(session)
 
-    async def tell(self, session: str, update: SessionUpdate) -> bool:
-        """Apply an Ingress's update. Returns False and ignores it if the session is not open."""
+    async def tell(self, session: str, update: SessionUpdate) -> tuple[DispatchEvent, ...] | None:
+        """Apply an Ingress's update.
+
+        Returns the events that now wait for this session, so that no message of the stream is
+        needed for them. Returns None, and ignores the update, if the session is not open.
+        """
         now = time.monotonic()
         self._metrics.messages["update"] += 1
         if not self.grants.heard_from(session, now):
-            return False
+            return None
         for usage in update.usages:
             self.metering.charge(session, usage)
         for release in update.releases:
@@ -190,6 +197,8 @@ class Dispatcher:
                 for early in self._early
                 if early[0] != session or early[1].call_id not in update.ended_calls
             ]
+        for result_key in update.finished_results:
+            self.sessions.deliver(self._results.finish(session, result_key))
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
         for request in update.quarantined:
@@ -200,7 +209,7 @@ class Dispatcher:
             self.sessions.set_status(self._status())
         for query in update.queries:
             self._answer(session, query)
-        return True
+        return self.sessions.take(session)
 
     def end_session(self, session: str) -> None:
         """Close a session: remove its images from the queue, free its slots, close its calls."""
@@ -208,6 +217,7 @@ class Dispatcher:
         self.admission.end_session(session, time.monotonic())
         self._early = [early for early in self._early if early[0] != session]
         self.sessions.close(session)
+        self.sessions.deliver(self._results.end_session(session))
 
     # -- Generators -----------------------------------------------------------------------------
 
@@ -306,6 +316,7 @@ class Dispatcher:
             if session in self.sessions:
                 waited_s = request.waited_s + time.monotonic() - came
                 self._open_calls(session, [request._replace(waited_s=waited_s)])
+        self.sessions.deliver(self._results.end_leaderless())
         self._grant()
 
     def _open_calls(self, session: str, requests: Iterable[AdmissionRequest]) -> None:
@@ -315,14 +326,19 @@ class Dispatcher:
             if not (self.recovery.over or request.accepted):
                 self._early.append((session, request, now))
                 continue
+            if self._results.must_follow(session, request) and not request.accepted:
+                request = request._replace(images=(), work_s=0.0, follows=True)
             decision = self.admission.open(session, request, now)
             if decision.refusal:
                 self._tenant_metrics.refused(request.tenant, decision.refusal)
             if not request.accepted:
-                self.sessions.deliver([decision])
+                self.sessions.deliver([decision._replace(follows=request.follows)])
             if not decision.refusal:
+                self._results.admitted(session, request)
                 if not request.accepted:
                     self._make_room(request)
+                for usage in request.usages:
+                    self.metering.charge(session, usage)
                 for image in request.images:
                     self._queue(session, image, request.tenant)
                 queued += request.images

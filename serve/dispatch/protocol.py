@@ -87,7 +87,10 @@ class AdmissionRequest(NamedTuple):
     `timeout_s`: seconds from the call's beginning to its deadline. `waited_s`: how many of them had
     passed when the request was sent, for example in the result cache's lookup. `work_s`: the work
     that the call may still be charged. `accepted`: an earlier Dispatcher has admitted the call
-    already, so this Dispatcher admits it without any check.
+    already, so this Dispatcher admits it without any check. `usages`: records that are written if
+    the call is admitted, because its images are there already. `result_key`: the key under which
+    its images will be in the result cache that all Ingresses share; empty if there is none.
+    `follows`: the accepted call waits for an equal call of another Ingress.
     """
 
     call_id: str
@@ -98,6 +101,9 @@ class AdmissionRequest(NamedTuple):
     work_s: float = 0.0
     accepted: bool = False
     waited_s: float = 0.0
+    usages: tuple[UsageRecord, ...] = ()
+    result_key: str = ""
+    follows: bool = False
 
 
 class RunningImage(NamedTuple):
@@ -153,6 +159,7 @@ class SessionUpdate(NamedTuple):
     usages: tuple[UsageRecord, ...] = ()
     releases: tuple[Release, ...] = ()
     ended_calls: tuple[str, ...] = ()
+    finished_results: tuple[str, ...] = ()  # result keys whose images are cached, or have failed
     admissions: tuple[AdmissionRequest, ...] = ()
     retries: tuple[QueuedImage, ...] = ()  # further attempts at images of admitted calls
     queries: tuple[CallQuery, ...] = ()
@@ -194,7 +201,8 @@ class AdmissionDecision(NamedTuple):
     call is expected to be done; for "timeout_too_short", the seconds that it takes on an idle
     server. `retry_after_s`: seconds until a refused call would be admitted, if that is known.
     `own_limit`: the call is refused because of its tenant's own share or limit, so calls of other
-    tenants may still be admitted.
+    tenants may still be admitted. `follows`: its images are not queued, because an equal call of
+    another Ingress has them generated; `ResultFinished` tells when that call is done.
     """
 
     session: str
@@ -204,6 +212,7 @@ class AdmissionDecision(NamedTuple):
     retry_after_s: float | None = None
     own_limit: bool = False
     rate_limits: tuple[RateLimitStatus, ...] = ()
+    follows: bool = False
 
 
 class Granted(NamedTuple):
@@ -237,6 +246,13 @@ class Position(NamedTuple):
 
 class Cancelled(NamedTuple):
     """A call was cancelled by another call of its tenant."""
+
+    session: str
+    call_id: str
+
+
+class ResultFinished(NamedTuple):
+    """The equal call that this one follows is done: its images are cached, or it has failed."""
 
     session: str
     call_id: str
@@ -276,7 +292,16 @@ class Recorded(NamedTuple):
     on_disk: bool
 
 
-DispatchEvent = AdmissionDecision | Granted | Refused | Position | Cancelled | CallAnswer | Recorded
+DispatchEvent = (
+    AdmissionDecision
+    | Granted
+    | Refused
+    | Position
+    | Cancelled
+    | ResultFinished
+    | CallAnswer
+    | Recorded
+)
 
 
 class PoolStatus(NamedTuple):

@@ -71,6 +71,13 @@ class SessionStreams:
                 stream.events.append(event)
                 stream.changed.set()
 
+    def take(self, session: str) -> tuple[DispatchEvent, ...]:
+        """Return the events that wait for a session, and take them from its stream."""
+        if (stream := self._streams.get(session)) is None:
+            return ()
+        events, stream.events = stream.events, []
+        return tuple(events)
+
     def set_tenants(self, tenants: TenantDirectory) -> None:
         """Send a changed directory of tenants to every session."""
         self._tenants = tenants

@@ -9,7 +9,9 @@ from ..deployments import APPLICATION, DISPATCHER, INGRESS
 from .application import Settings
 
 BUILD = "serve.app:build"
-LOGGING = {"encoding": "JSON"}  # for the application, and for Serve's own processes
+# For the application, and for Serve's own processes. Octet's own lines say how each request ended;
+# Serve's access log would add two more lines for each, also for probes.
+LOGGING = {"encoding": "JSON", "enable_access_log": False}
 
 
 class PolicyAdapter(NamedTuple):

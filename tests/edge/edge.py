@@ -14,6 +14,7 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.api.early_body import EarlyBody
 from serve.api.flood_guard import FloodGuard, FloodTiming
 from serve.api.ingress import Ingress
 from serve.api.proxy_guard import ProxyGuard
@@ -88,14 +89,19 @@ class Painter:
 
 
 class Edge:
-    """An Ingress behind uvicorn, in a thread of its own."""
+    """Ingresses behind uvicorn, in a thread of their own; `port`, `url` and `ingress`: the first.
 
-    def __init__(self, settings: Settings, timing: IngressTiming) -> None:
-        self.settings, self.port, self._timing = settings, free_port(), timing
-        self.url = f"http://127.0.0.1:{self.port}"
+    `urls`: one for each Ingress. All have the same Dispatcher and the same Generators.
+    """
+
+    def __init__(self, settings: Settings, timing: IngressTiming, ingresses: int = 1) -> None:
+        self.settings, self._timing = settings, timing
+        self._ports = [free_port() for _ in range(ingresses)]
+        self.urls = [f"http://127.0.0.1:{port}" for port in self._ports]
+        self.port, self.url = self._ports[0], self.urls[0]
         self.painter, self.passed, self.up = Painter(), 0, False
-        self.server: uvicorn.Server
-        self.ingress: Ingress
+        self._servers: list[uvicorn.Server] = []
+        self.ingresses: list[Ingress] = []
         self.dispatcher: Dispatcher
         self.loop: asyncio.AbstractEventLoop
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -113,33 +119,38 @@ class Edge:
         )
         for pool in pools:
             await dispatcher.report_replica(Heartbeat(pool, "r", 4))
-        ingress = Ingress.__new__(Ingress)
-        await ingress.__init__(  # type: ignore[misc]  # like Ray Serve
-            application.model_dump(mode="json"),
-            WORK,
-            Handle(dispatcher),
-            {pool: Handle(self.painter) for pool in pools},
-            self._timing,
-        )
-        self.ingress = ingress
-        config = uvicorn.Config(
-            ProxyGuard(FloodGuard(self._counted(ingress.__serve_build_asgi_app__()), LONG_HOLD)),
-            port=self.port,
-            log_level="error",
-            ws="none",
-            lifespan="on",
-        )
-        self.server = uvicorn.Server(config)
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
-        serving = asyncio.create_task(self.server.serve())
-        while not (self.server.started or serving.done()):  # noqa: ASYNC110 - no event tells
-            await asyncio.sleep(0.01)
+        serving = []
+        for port in self._ports:
+            ingress = Ingress.__new__(Ingress)
+            await ingress.__init__(  # type: ignore[misc]  # like Ray Serve
+                application.model_dump(mode="json"),
+                WORK,
+                Handle(dispatcher),
+                {pool: Handle(self.painter) for pool in pools},
+                self._timing,
+            )
+            self.ingresses.append(ingress)
+            app = EarlyBody(self._counted(ingress.__serve_build_asgi_app__()))
+            config = uvicorn.Config(
+                ProxyGuard(FloodGuard(app, LONG_HOLD)),
+                port=port,
+                log_level="error",
+                ws="none",
+                lifespan="on",
+            )
+            server = uvicorn.Server(config)
+            self._servers.append(server)
+            serving.append(asyncio.create_task(server.serve()))
+            while not (server.started or serving[-1].done()):  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.01)
         self.tune(self.settings)  # after the start, like Ray Serve
-        self.up = self.server.started
-        await serving
+        self.up = all(server.started for server in self._servers)
+        await asyncio.gather(*serving)
         heartbeat.cancel()
-        if isinstance(ingress.reuse.cache, RedisCache):
-            await ingress.reuse.cache.close()
+        for ingress in self.ingresses:
+            if isinstance(ingress.reuse.cache, RedisCache):
+                await ingress.reuse.cache.close()
         if dispatcher.metering.ledger:
             dispatcher.metering.ledger.close()
 
@@ -164,19 +175,31 @@ class Edge:
         find = self.dispatcher.admission.find
         wait_for(lambda: all(find(tenant, request_id) for request_id in request_ids))
 
+    @property
+    def ingress(self) -> Ingress:
+        return self.ingresses[0]
+
     def tune(self, settings: Settings) -> None:
-        self.ingress.reconfigure(settings.ingress_settings().model_dump(mode="json"))
+        for ingress in self.ingresses:
+            ingress.reconfigure(settings.ingress_settings().model_dump(mode="json"))
+
+    def stop(self) -> None:
+        """End all servers, once their requests are answered."""
+        for server in self._servers:
+            server.should_exit = True
+        self.thread.join()
 
 
 @contextmanager
-def started(settings: Settings, timing: IngressTiming = INGRESS_TIMING) -> Iterator[Edge]:
+def started(
+    settings: Settings, timing: IngressTiming = INGRESS_TIMING, ingresses: int = 1
+) -> Iterator[Edge]:
     """Start an edge; it answers until the block ends."""
-    edge = Edge(settings, timing)
+    edge = Edge(settings, timing, ingresses)
     edge.thread.start()
     wait_for(lambda: edge.up or not edge.thread.is_alive())
     assert edge.up
     try:
         yield edge
     finally:
-        edge.server.should_exit = True
-        edge.thread.join()
+        edge.stop()

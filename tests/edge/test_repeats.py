@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,6 +176,48 @@ def test_another_ingress_finds_the_cached_images(shared: Settings) -> None:
             path.rpartition("/")[2] == url.partition("?")[0].rpartition("/")[2]
         )  # not stored again
         assert other.painter.generated == 0
+
+
+def test_equal_requests_at_different_ingresses_are_one(
+    shared: Settings, redis_client: Redis
+) -> None:
+    with (
+        started(shared, ingresses=3) as edge,
+        ExitStack() as opened,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        clients = [opened.enter_context(httpx.Client(base_url=url)) for url in edge.urls]
+        names = [f"equal-{i}" for i in range(6)]
+        with edge.painter.holding():
+            asked = [pool.submit(post_held, clients[i % 3], name) for i, name in enumerate(names)]
+            edge.wait_until_open(*names)
+        answers = [answer.result() for answer in asked]
+        assert Counter(map(cache_use, answers)) == {"miss": 1, "shared": 5}
+        assert len({image(answer) for answer in answers}) == 1
+        assert edge.painter.begun == 1
+        wait_for(lambda: not any(ingress.reuse.in_flight for ingress in edge.ingresses))
+
+
+def test_a_follower_generates_the_image_if_its_leader_is_cancelled(
+    shared: Settings, redis_client: Redis
+) -> None:
+    with (
+        started(shared, ingresses=2) as edge,
+        ThreadPoolExecutor(2) as pool,
+        httpx.Client(base_url=edge.urls[0]) as one,
+        httpx.Client(base_url=edge.urls[1]) as other,
+    ):
+        with edge.painter.holding():
+            leader = pool.submit(post_held, one, "leader")
+            edge.wait_until_open("leader")
+            follower = pool.submit(post_held, other, "follower")
+            edge.wait_until_open("follower")
+            assert edge.painter.begun == 1
+            assert one.delete("/v1/requests/leader").status_code == 200
+            assert leader.result().status_code == 499
+            wait_for(lambda: edge.painter.begun == 2)
+        assert cache_use(follower.result()) == "miss"
+        wait_for(lambda: cache_use(post(one, prompt="held")) == "hit")
 
 
 def test_redis_knows_neither_prompts_nor_images(shared: Settings, redis_client: Redis) -> None:

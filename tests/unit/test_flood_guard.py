@@ -13,7 +13,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.api.flood_guard import BATCH, FLOOD, LIGHT_S, FloodGuard, FloodTiming
+from serve.api.flood_guard import (
+    BATCH,
+    FLOOD,
+    LIGHT_S,
+    MOST_SENT,
+    FloodGuard,
+    FloodTiming,
+)
 
 from ..wait import PATIENCE_S
 
@@ -34,7 +41,7 @@ def closed_loops() -> Iterator[None]:
 class Proxy:
     """A server behind the guard that refuses everybody while `refuses`.
 
-    `now`: its clock. `busy`: while it is not set, probes are not answered.
+    `now`: its clock. `busy`: while it is not set, nothing is answered but `other` clients.
     """
 
     def __init__(self, status: int = 429, wait_ms: int | None = 5000) -> None:
@@ -52,6 +59,8 @@ class Proxy:
 
     async def _answer(self, request: Request) -> Response:
         self.asked += 1
+        if "other" not in request.headers["authorization"]:
+            await self.busy.wait()
         if not self.refuses:
             return JSONResponse({})
         headers = {"x-request-id": request.headers.get("x-request-id", "none")}
@@ -107,7 +116,7 @@ def test_it_is_asked_again_after_a_short_time() -> None:
 
 
 def test_a_sudden_flood_is_sent_on_in_batches() -> None:
-    """Until the server has answered a probe, it has at most one batch of a client."""
+    """Until the server has answered anything, it has at most one batch of a client."""
     proxy = Proxy()
 
     async def main() -> None:
@@ -127,6 +136,45 @@ def test_a_sudden_flood_is_sent_on_in_batches() -> None:
             assert await asyncio.gather(*flood) == [200] * 3 * BATCH
 
     proxy.run(main())
+
+
+def test_answers_let_requests_go_on_without_a_probe() -> None:
+    """A client whose requests are answered quickly is not slowed down, and causes no probes."""
+    proxy = Proxy()
+    proxy.refuses = False
+    for _ in range(10 * BATCH):
+        proxy.post(1)
+    assert not proxy.probed.is_set()
+
+
+def test_the_batch_grows_with_answers_and_shrinks_with_a_refusal() -> None:
+    proxy = Proxy()
+
+    async def sent_at_a_time() -> int:
+        """Post many requests to a busy server; return how many reach it before any answer."""
+        transport = httpx.ASGITransport(proxy.guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            before = proxy.asked
+            proxy.busy.clear()
+            proxy.probed.clear()
+            headers = {"authorization": ACME}
+            posts = [
+                asyncio.create_task(client.post(PATH, headers=headers))
+                for _ in range(2 * MOST_SENT)
+            ]
+            await asyncio.wait_for(proxy.probed.wait(), PATIENCE_S)
+            sent = proxy.asked - before
+            proxy.busy.set()
+            await asyncio.gather(*posts)
+            return sent
+
+    proxy.refuses = False
+    proxy.post(MOST_SENT)
+    assert proxy.run(sent_at_a_time()) == MOST_SENT
+    proxy.refuses = True
+    proxy.post(1)
+    proxy.refuses = False
+    assert proxy.run(sent_at_a_time()) == BATCH
 
 
 def test_requests_that_wait_are_refused_when_a_refusal_comes() -> None:

@@ -17,14 +17,12 @@ from serve.dispatch.client.open_call import HeldSlot, OpenCall
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import (
-    AdmissionRequest,
     CallQuery,
     CallState,
     Heartbeat,
     Lease,
     QueuedImage,
     RunningImage,
-    SessionUpdate,
     StoppedImage,
 )
 from serve.errors import (
@@ -456,14 +454,40 @@ def test_a_drained_dispatcher_refuses_calls_but_not_further_attempts() -> None:
 
 
 def test_a_grant_without_a_waiting_call_is_given_back() -> None:
-    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await dispatcher.report_replica(Heartbeat("p", "r", 1))
         await settle()
-        image = queued_image("late", call_id="late")
-        late = AdmissionRequest("late", "t", "id", (image,), 60)
-        await dispatcher.tell(session.name, SessionUpdate(admissions=(late,)))
+        handle.answering.clear()
+        call = session.open("t", "id", ONE, 60, Client())
+        await settle()
+        assert dispatcher.grants.free_slots("p") == 0
+        call.close()
+        handle.answering.set()
         await settle()
         assert dispatcher.grants.free_slots("p") == 1
+
+    run(test)
+
+
+def test_a_grant_of_an_expired_session_does_not_count() -> None:
+    """The answer with the grant is late: the slot has another image by then."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await dispatcher.report_replica(Heartbeat("p", "r", 1))
+        other = DispatchSession(Handle(dispatcher), PROMPT)
+        await settle()
+        handle.answering.clear()
+        call = session.open("t", "late", ONE, 60, Client())
+        await settle()
+        dispatcher.end_session(session.name)
+        async with slot(other):
+            await settle()  # the first session is open again
+            handle.answering.set()
+            await settle()
+            (grant,) = call.grants.values()
+            assert not grant.granted.done()
+        await grant.granted
+        call.close()
 
     run(test)
 
@@ -674,6 +698,84 @@ def test_recorded_usage_is_on_disk(tmp_path: Path) -> None:
     run(test, usage_folder=str(tmp_path))
 
 
+@pytest.mark.parametrize("leader_returns", [True, False])
+def test_a_call_that_follows_another_outlives_the_dispatcher(*, leader_returns: bool) -> None:
+    """The second of two equal calls waits for the first one, also at the next Dispatcher."""
+    timing = replace(PROMPT, recovery_s=0.1)
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        other_handle = Handle(dispatcher)
+        other = DispatchSession(other_handle, timing)
+        leader = session.open("t", "leader", ONE, 60, Client(), result_key="k")
+        await leader.admitted()
+        follower = other.open("t", "follower", ONE, 60, Client(), result_key="k")
+        await follower.admitted()
+        assert dispatcher.grants.queue_depth == 1
+        fresh = a_dispatcher("p", timing=timing)
+        waiting = asyncio.create_task(follower.leader_finished())
+        other_handle.break_off(fresh)
+        if leader_returns:
+            handle.break_off(fresh)
+            await asyncio.sleep(2 * timing.recovery_s)
+            assert not waiting.done()
+            session.finish("k")
+        assert await waiting
+        assert fresh.grants.queue_depth == leader_returns
+        leader.close()
+        follower.close()
+
+    run(test, timing=timing)
+
+
+def test_records_of_a_call_without_work_are_sent_with_it(tmp_path: Path) -> None:
+    """A call whose images are there already costs one message to the Dispatcher."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        handle.calls.clear()
+        hit = usage_record("")._replace(work_s=0.0, outcome="hit")
+        call = session.open("t", "id", (), 60, Client(), usages=[hit])
+        await call.admitted()
+        await call.recorded()
+        assert [method for method, _ in handle.calls] == ["tell"]
+        (record,) = read_usage(tmp_path)
+        assert (record["call"], record["outcome"]) == (call.request.call_id, "hit")
+        call.close()
+        dispatcher.admission.draining = True
+        refused = session.open("t", "other", (), 60, Client(), usages=[hit])
+        with pytest.raises(Unavailable):
+            await refused.admitted()
+        refused.close()
+        await settle()
+        assert len(list(read_usage(tmp_path))) == 1
+
+    run(test, usage_folder=str(tmp_path))
+
+
+def test_records_sent_with_a_call_outlive_the_dispatcher(tmp_path: Path) -> None:
+    """The Dispatcher dies after the write, and before the Ingress has heard of the admission."""
+
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        await settle()
+        handle.drop_messages()
+        hit = usage_record("")._replace(work_s=0.0, outcome="hit")
+        call = session.open("t", "id", (), 60, Client(), usages=[hit])
+        await settle()
+        assert len(list(read_usage(tmp_path))) == 1
+        assert not call.decision.done()
+        assert dispatcher.metering.ledger
+        dispatcher.metering.ledger.close()  # like at the end of its process
+        fresh = a_dispatcher("p", usage_folder=str(tmp_path))
+        handle.break_off(fresh)
+        await call.admitted()
+        await call.recorded()
+        assert len(list(read_usage(tmp_path))) == 1
+        assert fresh.metering.ledger
+        fresh.metering.ledger.close()
+
+    run(test, usage_folder=str(tmp_path))
+
+
 def test_an_unconfirmed_record_is_sent_again_and_written_once(tmp_path: Path) -> None:
     """The Dispatcher dies between the write and its confirmation."""
 
@@ -877,11 +979,14 @@ def test_a_client_that_leaves_during_admission_leaves_nothing() -> None:
 
 
 def test_a_decision_without_a_waiting_call_ends_the_call() -> None:
-    async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
         await settle()
-        await dispatcher.tell(
-            session.name, SessionUpdate(admissions=(AdmissionRequest("late", "t", "id", (), 60),))
-        )
+        handle.answering.clear()
+        call = session.open("t", "id", (), 60, Client())
+        await settle()
+        assert dispatcher.admission.open_calls == 1
+        call.close()
+        handle.answering.set()
         await settle()
         assert dispatcher.admission.open_calls == 0
 

@@ -93,10 +93,11 @@ class PendingGrant:
 
 @dataclass(slots=True)
 class Recording:
-    """Usage records that are being written."""
+    """Usage records that the Dispatcher writes; `answered`: whether it has told the outcome."""
 
     usages: tuple[UsageRecord, ...]
     done: asyncio.Future[None]
+    answered: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -104,8 +105,10 @@ class OpenCall:
     """A client's call, from the request for its admission until `close`.
 
     `record_s`: how long `record` may take. `began`: the event loop's time when the client's request
-    began. `grants`: the call's images that wait or hold a slot, by
-    image id. `generated`: the charges of images that are done but not yet recorded.
+    began. `grants`: the call's images that wait or hold a slot, by image id. `recording`: the usage
+    records that were sent last. `generated`: the charges of images that are done but not yet
+    recorded. `leader_done`: set when the equal call is done that this one follows; None if this
+    call follows none.
     """
 
     session: CallSession
@@ -118,6 +121,7 @@ class OpenCall:
     recording: Recording | None = None
     generated: list[UsageRecord] = field(default_factory=list)
     closed: bool = False
+    leader_done: asyncio.Event | None = None
     eta_s: float | None = None
     rate_limits: tuple[RateLimitStatus, ...] = ()
 
@@ -130,6 +134,21 @@ class OpenCall:
         if error := refusal(decision):
             raise error
         self.eta_s, self.rate_limits = decision.eta_s, decision.rate_limits
+
+    async def leader_finished(self) -> bool:
+        """Wait until the equal call is done that this one follows.
+
+        Returns False, without waiting, if this call follows none.
+        """
+        if self.leader_done is None:
+            return False
+        await self.leader_done.wait()
+        return True
+
+    @property
+    def unanswered(self) -> Recording | None:
+        """The usage records that were sent, if the Dispatcher has not told their outcome."""
+        return self.recording if self.recording and not self.recording.answered else None
 
     @asynccontextmanager
     async def slot(
@@ -166,14 +185,24 @@ class OpenCall:
     async def record(self, usages: Sequence[UsageRecord]) -> None:
         """Have the Dispatcher write these usage records, and wait until they are on disk.
 
+        Their field `call` is filled in here. Raises `UsageUnrecorded` if they cannot be written, or
+        not within `record_s` seconds.
+        """
+        records = tuple(usage._replace(call=self.request.call_id) for usage in usages)
+        self.recording = Recording(records, asyncio.get_running_loop().create_future())
+        self.session.record(self)
+        await self.recorded()
+
+    async def recorded(self) -> None:
+        """Wait until the usage records are on disk that were sent by `record` or with the call.
+
         Raises `UsageUnrecorded` if they cannot be written, or not within `record_s` seconds.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.recording = Recording(tuple(usages), done)
-        self.session.record(self)
+        if self.recording is None:
+            raise RuntimeError("no usage records were sent")
         try:
             async with asyncio.timeout(self.record_s):
-                await done
+                await self.recording.done
         except TimeoutError:
             # The client hears that it is not charged, so a record that is written later must not
             # count.

@@ -41,11 +41,12 @@ from ..protocol import (
     Recorded,
     Refused,
     Release,
+    ResultFinished,
     RunningImage,
     SessionUpdate,
     Timing,
 )
-from .open_call import CallClient, OpenCall, PendingGrant
+from .open_call import CallClient, OpenCall, PendingGrant, Recording
 from .refusals import EVICTED, NO_CAPACITY
 
 log = logging.getLogger("ray.serve")
@@ -74,6 +75,7 @@ class DispatchSession:
         self._usages: list[UsageRecord] = []  # that belong to no open call
         self._releases: list[Release] = []
         self._ended: list[str] = []
+        self._finished: list[str] = []
         self._new_quarantined: list[QuarantinedRequest] = []
         self._lifted: list[str] = []
         self._new_queries: set[CallQuery] = set()
@@ -105,12 +107,18 @@ class DispatchSession:
         timeout_s: float,
         client: CallClient,
         waited_s: float = 0.0,
+        usages: Sequence[UsageRecord] = (),
+        result_key: str = "",
     ) -> OpenCall:
         """Ask the Dispatcher to admit a call and to queue its images.
 
         Returns at once; `OpenCall.admitted` waits for the decision. `timeout_s`: seconds from the
         call's beginning, `waited_s` seconds ago, to its deadline. `client` hears if the call is
-        cancelled. The caller must always close the call.
+        cancelled. `usages`: records that are written if the call is admitted, without a further
+        message; `OpenCall.recorded` waits for that. Their field `call` is filled in here.
+        `result_key`: under which the images will be in the result cache that all Ingresses share;
+        if the call is admitted, `finish` must be called for it. The caller must always close the
+        call.
         """
         loop = asyncio.get_running_loop()
         call_id = f"{self.name[:12]}-{next(self._numbers)}"
@@ -118,7 +126,17 @@ class DispatchSession:
             image._replace(id=str(next(self._numbers)), call_id=call_id) for image in images
         )
         work_s = sum(image.work_s for image in named)
-        request = AdmissionRequest(call_id, tenant, request_id, named, timeout_s, work_s)
+        records = tuple(usage._replace(call=call_id) for usage in usages)
+        request = AdmissionRequest(
+            call_id,
+            tenant,
+            request_id,
+            named,
+            timeout_s,
+            work_s,
+            usages=records,
+            result_key=result_key,
+        )
         call = OpenCall(
             self,
             request,
@@ -127,6 +145,8 @@ class DispatchSession:
             self._timing.record_s,
             began=loop.time() - waited_s,
         )
+        if records:
+            call.recording = Recording(records, loop.create_future())
         for image in named:
             call.grants[image.id] = PendingGrant(image, loop.create_future())
         self._grants.update(call.grants)
@@ -155,6 +175,11 @@ class DispatchSession:
     def lift_quarantine(self, id: str) -> None:
         """Let a request in quarantine pass again, at all Ingresses."""
         self._lifted.append(id)
+        self._changed.set()
+
+    def finish(self, result_key: str) -> None:
+        """Tell equal calls at other Ingresses to look for the images in the result cache now."""
+        self._finished.append(result_key)
         self._changed.set()
 
     def status(self) -> tuple[DispatcherStatus | None, float]:
@@ -199,8 +224,8 @@ class DispatchSession:
         Records that wait to be sent may have been sent to an earlier Dispatcher.
         """
         self._new_recordings.pop(call.request.call_id, None)
-        if call.recording:
-            self._usages += [usage.reversal() for usage in call.recording.usages]
+        if call.unanswered:
+            self._usages += [usage.reversal() for usage in call.unanswered.usages]
             self._changed.set()
         call.recording = None
 
@@ -223,7 +248,7 @@ class DispatchSession:
         call_id = call.request.call_id
         if self._calls.get(call_id) is not call:
             return
-        unrecorded = call_id in self._new_recordings or call.recording is None
+        unrecorded = call_id in self._new_recordings or call.unanswered is None
         if call.generated and unrecorded and call.client.unwanted:
             self._usages += [usage._replace(outcome="cancelled") for usage in call.generated]
         self._forget(call)
@@ -278,16 +303,17 @@ class DispatchSession:
         """
         self._releases.clear()
         self._ended.clear()
+        self._finished.clear()  # with the session all its result keys have ended
         self._new_grants.clear()
         self._new_queries.update(self._asked)
         calls, running = [], []
         now = asyncio.get_running_loop().time()
         for call_id, call in self._calls.items():
-            if call.recording:
-                self._new_recordings[call_id] = call
             if not call.decision.done():
                 self._new_calls[call_id] = call
                 continue
+            if call.unanswered:
+                self._new_recordings[call_id] = call
             for grant in call.grants.values():
                 if grant.pool:
                     image, tenant = grant.image, call.request.tenant
@@ -299,7 +325,7 @@ class DispatchSession:
                 for grant in call.grants.values()
                 if not grant.pool
             )
-            calls.append(call.request._replace(images=waiting, accepted=True))
+            calls.append(call.request._replace(images=waiting, accepted=True, usages=()))
         return calls, running
 
     def _hear(self, event: DispatchEvent) -> None:
@@ -315,13 +341,18 @@ class DispatchSession:
                     error = Evicted(EVICTED) if evicted else NoCapacity(NO_CAPACITY)
                     grant.granted.set_exception(error)
             case Position(image_id=image_id, position=position):
-                if grant := self._grants.get(image_id):
+                grant = self._grants.get(image_id)
+                # A position from the stream may be older than a grant from the answer to an update.
+                if grant and not grant.granted.done():
                     grant.position = position
                     if grant.on_position:
                         grant.on_position(position)
             case Cancelled(call_id=call_id):
                 if call := self._calls.get(call_id):
                     call.client.cancel()
+            case ResultFinished(call_id=call_id):
+                if (call := self._calls.get(call_id)) and call.leader_done:
+                    call.leader_done.set()
             case CallAnswer(query=query):
                 if asked := self._asked.pop(query, None):
                     asked.set_result(event)
@@ -335,9 +366,19 @@ class DispatchSession:
             self._ended.append(decision.call_id)
             self._changed.set()
         elif call and not call.decision.done():
+            if decision.follows:
+                self._follow(call)
             call.decision.set_result(decision)
             if decision.refusal:
                 self._forget(call)
+
+    def _follow(self, call: OpenCall) -> None:
+        """Note that the images of a call are not queued, because it follows an equal call."""
+        for image_id in call.grants:
+            del self._grants[image_id]
+        call.grants.clear()
+        call.request = call.request._replace(images=(), work_s=0.0, follows=True)
+        call.leader_done = asyncio.Event()
 
     def _hear_grant(self, image_id: str, pool: str) -> None:
         grant = self._grants.get(image_id)
@@ -349,9 +390,9 @@ class DispatchSession:
             grant.granted.set_result(pool)
 
     def _hear_recorded(self, call: OpenCall, on_disk: bool) -> None:
-        if call.recording is None:
+        if (recording := call.unanswered) is None:
             return
-        recording, call.recording = call.recording, None
+        recording.answered = True
         call.request = call.request._replace(work_s=0.0)
         if recording.done.done():
             return
@@ -372,17 +413,18 @@ class DispatchSession:
             self._changed.clear()
             if not self._open:
                 continue
-            update = self._collect()
+            update, stream, events = self._collect(), self._stream, None
             try:
-                understood = await self._dispatcher.tell.remote(self.name, update)
+                events = await self._dispatcher.tell.remote(self.name, update)
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) and task.cancelling():
                     raise  # this task was cancelled, and not the call
-                understood = False
             except Exception:  # Ray's errors have no common class; the cure is the same for all
                 log.warning("could not reach the dispatcher", exc_info=True)
-                understood = False
-            if not understood:  # `_listen` then opens a session that knows the whole state
+            if self._stream is stream:  # events of an earlier session do not count any more
+                for event in events or ():
+                    self._hear(event)
+            if events is None:  # `_listen` then opens a session that knows the whole state
                 self._usages += [u for u in update.usages if u.outcome in OF_CLOSED_CALLS]
                 self._new_quarantined += update.quarantined
                 self._lifted += update.lifted
@@ -392,7 +434,7 @@ class DispatchSession:
     def _collect(self) -> SessionUpdate:
         """Move everything that is new into one update."""
         now = asyncio.get_running_loop().time()
-        recordings = [call.recording for call in self._new_recordings.values() if call.recording]
+        recordings = [r for call in self._new_recordings.values() if (r := call.unanswered)]
         update = SessionUpdate(
             usages=(
                 *self._usages,
@@ -400,6 +442,7 @@ class DispatchSession:
             ),
             releases=tuple(self._releases),
             ended_calls=tuple(self._ended),
+            finished_results=tuple(self._finished),
             admissions=tuple(
                 call.request._replace(waited_s=now - call.began)
                 for call in self._new_calls.values()
@@ -413,6 +456,7 @@ class DispatchSession:
             sent.clear()
         self._releases.clear()
         self._ended.clear()
+        self._finished.clear()
         self._usages.clear()
         self._new_queries.clear()
         self._new_quarantined.clear()

@@ -28,9 +28,11 @@ class ResultCache(Protocol):
 
     No method raises an error: images that cannot be read count as not cached, and are generated.
     `needs_names`: whether images have to be in the result store before they are put into the cache.
+    `shared`: whether all Ingresses have the same cache.
     """
 
     needs_names: bool
+    shared: bool
 
     async def get(self, key: str, tenant: str, now: float) -> CachedImages | None:
         """The images of a key; None if they are not cached, or cannot be read in time.
@@ -58,6 +60,7 @@ class MemoryCache:
     """A `ResultCache` in the memory of one process; drops the least recently used images first."""
 
     needs_names = False
+    shared = False
 
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes`: the largest size of all images together."""

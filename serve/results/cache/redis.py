@@ -43,6 +43,7 @@ class RedisCache:
     """
 
     needs_names = True
+    shared = True
 
     def __init__(
         self,
