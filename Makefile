@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 # A few packages hold templates that are no Python; they are no error.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(1) || true
 
-.PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness \
+.PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness bench-path \
 	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean
 
 install: $(INSTALLED)
@@ -66,6 +66,10 @@ bench-engine: .venv/bench
 # What tenants feel of each other; QUICK=1: less than 8 minutes.
 bench-fairness: .venv/bench
 	$(BIN)/python -W ignore -m bench.fairness $(if $(QUICK),--quick)
+
+# What the way of a request costs, apart from generating; about 2 minutes.
+bench-path: .venv/bench
+	$(BIN)/python -W ignore -m bench.path
 
 # Policies in the simulator; QUICK=1: less than 3 minutes.
 bench-autoscaling: .venv/bench
