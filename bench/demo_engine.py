@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.cost import CostCoefficients, ImageShape
+from serve.engine.denoiser import Denoiser, to_pixels
 from serve.engine.denoising_loop import BUCKETS, bucket
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder, to_pixels
+from serve.engine.prompt_embeds import PromptEmbeds
+from serve.engine.prompt_encoder import PromptEncoder
 from serve.request import ImageRequest
 
 from .replay import Costs, Key

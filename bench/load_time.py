@@ -56,7 +56,7 @@ def load(folder: Path) -> dict[str, float]:
     """Load the transformer in this process; return seconds and peak bytes."""
     import torch
 
-    from serve.engine.fp8_checkpoint import load_transformer
+    from serve.engine.denoiser import load_transformer
     from serve.engine.precision import RECIPES
     from serve.models.checkpoints import verify
 
@@ -84,7 +84,7 @@ def measure(heads: int, repeats: int) -> dict[str, Any]:
     from serve.models.checkpoints import size_bytes, write_manifest
 
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["serve.engine.fp8_checkpoint", "serve.models.checkpoints"])
+    processes.set_forkserver_preload(["serve.engine.denoiser", "serve.models.checkpoints"])
     with (
         tempfile.TemporaryDirectory() as temporary,
         ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as fresh,

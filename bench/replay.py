@@ -13,9 +13,10 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
-from serve.engine.batching import BatchCandidate, next_batch
+from serve.engine.batching import BatchCandidate, StepTimes, next_batch
 
 # Size in pixels, rows and steps of an image. Static batching puts images with equal keys together.
 Key = tuple[int, int, int]
@@ -125,16 +126,27 @@ def static_batches(
 
 
 def between_steps(
-    trace: Sequence[RequestedImage], costs: Costs, slots: int, max_rows: int
+    trace: Sequence[RequestedImage],
+    costs: Costs,
+    slots: int,
+    max_rows: int,
+    *,
+    all_that_fit: bool = False,
 ) -> Finished:
     """Serve the images like the denoising loop, which forms a new batch before each step.
 
-    Images wait for one of the `slots` in order of arrival.
+    Images wait for one of the `slots` in order of arrival. `all_that_fit`: whether each batch is as
+    large as possible; otherwise the loop's own rule decides.
     """
     finished = [0.0] * len(trace)
     arriving = deque(range(len(trace)))
     running: dict[int, BatchCandidate] = {}
-    now = 0.0
+    now, times = 0.0, StepTimes()
+
+    def fitting(batch: list[BatchCandidate]) -> int:
+        rows = list(accumulate(image.rows for image in batch))
+        return times.fitting(batch[0].kind, [(r, costs.bucket(r)) for r in rows], now) + 1
+
     while arriving or running:
         if not running:
             now = max(now, trace[arriving[0]].arrives_s)
@@ -142,9 +154,11 @@ def between_steps(
             i = arriving.popleft()
             size, rows, steps = trace[i].key
             running[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
-        batch = next_batch(running.values(), max_rows)
+        batch = next_batch(running.values(), max_rows, len if all_that_fit else fitting)
         rows = costs.bucket(sum(image.rows for image in batch))
-        now += costs.step(trace[batch[0].arrival].size_px, rows)
+        step_s = costs.step(trace[batch[0].arrival].size_px, rows)
+        now += step_s
+        times.observe(batch[0].kind, rows, step_s, now)
         for image in batch:
             image.steps_left -= 1
             if not image.steps_left:

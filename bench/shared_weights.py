@@ -27,7 +27,7 @@ def hold(folder: Path, copied: bool) -> None:
     """Load the weights, print `ready`, and keep them until standard input ends."""
     import torch
 
-    from serve.engine.fp8_checkpoint import load_transformer
+    from serve.engine.denoiser import load_transformer
     from serve.engine.precision import RECIPES
 
     transformer = load_transformer(folder, RECIPES["fp8"], "cpu")

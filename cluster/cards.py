@@ -3,15 +3,22 @@
 Sources:
 
 - Memory is the lowest figure seen of what CUDA reports: the total of nvidia-smi less what the
-  driver keeps (github.com/modal-labs/modal-client pull request 2797 lists totals).
+  driver keeps (github.com/modal-labs/modal-client pull request 2797 lists totals). Those of the RTX
+  2080 Ti, 3060, 3090 and 4060 are in error messages of torch that their owners have published. No
+  such figure was found for the RTX 4070, 4080 and 5080: they are taken as 96.9 % of the memory on
+  the box, the lowest share that was seen.
 - Compute capabilities are those of NVIDIA's list of CUDA GPUs.
 - Rates are dense: they do not count on zeros in the weights. They come from NVIDIA's datasheets
-  (T4, A10, L4, L40S, A100, B200) and architecture white papers (RTX 4090 and 5090: with float32
-  accumulation). For the H100 and H200 NVIDIA states 989 (16 bit) and 1,979 (FP8) TFLOP/s. A large
-  bf16 product on random data reaches 800 of the 989, so 800 is used; FP8 is taken as twice that.
+  (T4, A10, L4, L40S, A100, B200) and architecture white papers (GeForce cards: with float32
+  accumulation). The white papers do not list the RTX 3060, 4060 and 4070: their rates are 512
+  operations per clock and multiprocessor, as of the listed cards, times multiprocessors and boost
+  clock. The clock of an RTX 4060 laptop GPU depends on its power limit; 2.37 GHz is the highest.
+  For the H100 and H200 NVIDIA states 989 (16 bit) and 1,979 (FP8) TFLOP/s. A large bf16 product on
+  random data reaches 800 of the 989, so 800 is used; FP8 is taken as twice that.
 - Prices are those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"), with
   exceptions. The T4's are Google Cloud's list prices. The A10's, and the A100-40's on demand, are
-  Lambda's. The A100-40's spot price is DataCrunch's. Prices differ between providers by factors of
+  Lambda's. The A100-40's spot price is DataCrunch's. There are none for cards that
+  people own rather than rent. Prices differ between providers by factors of
   two to four: set your own with `octet plan --prices FILE`.
 
 Pure: standard library only.
@@ -60,6 +67,50 @@ CARDS = {
     card.id: card
     for card in (
         Card("t4", "T4", ("T4",), 14.56, (7, 5), 65, None, 320, 0.35, 0.11),
+        Card(
+            *("rtx2080ti", "RTX 2080 Ti", ("GeForce-RTX-2080-Ti",), 10.76, (7, 5)),
+            *(53.8, None, 616, None, None),
+        ),
+        Card(
+            "rtx3060", "RTX 3060", ("GeForce-RTX-3060",), 11.75, (8, 6), 25.5, None, 360, None, None
+        ),
+        Card(
+            "rtx3090", "RTX 3090", ("GeForce-RTX-3090",), 23.69, (8, 6), 71.2, None, 936, None, None
+        ),
+        Card(
+            "rtx4060", "RTX 4060", ("GeForce-RTX-4060",), 7.75, (8, 9), 30.2, 60.5, 272, None, None
+        ),
+        Card(
+            *("rtx4060-laptop", "RTX 4060 Laptop GPU", ("GeForce-RTX-4060-Laptop-GPU",), 7.75),
+            *((8, 9), 29.1, 58.2, 256, None, None),
+        ),
+        Card(
+            "rtx4070",
+            "RTX 4070",
+            ("GeForce-RTX-4070",),
+            11.63,
+            (8, 9),
+            58.3,
+            116.6,
+            504,
+            None,
+            None,
+        ),
+        Card(
+            "rtx4080", "RTX 4080", ("GeForce-RTX-4080",), 15.5, (8, 9), 97.5, 194.9, 717, None, None
+        ),
+        Card(
+            "rtx5080",
+            "RTX 5080",
+            ("GeForce-RTX-5080",),
+            15.5,
+            (12, 0),
+            112.6,
+            225.1,
+            960,
+            None,
+            None,
+        ),
         Card("a10", "A10", ("A10",), 21.98, (8, 6), 125, None, 600, 0.75, None),
         Card("l4", "L4", ("L4",), 22.03, (8, 9), 121, 242, 300, 0.78, 0.44),
         Card("l40s", "L40S", ("L40S",), 44.31, (8, 9), 362, 733, 864, 1.40, 0.79),
@@ -89,16 +140,13 @@ OTHER_CAPABILITIES = {
     "A16": (8, 6),
     "A40": (8, 6),
     "RTX-A6000": (8, 6),
-    "GeForce-RTX-3090": (8, 6),
     "L40": (8, 9),
-    "GeForce-RTX-4080": (8, 9),
     "H20": (9, 0),
     "GH200": (9, 0),
     "GB200": (10, 0),
     "B300": (10, 3),
     "GB300": (10, 3),
     "RTX-PRO-6000": (12, 0),
-    "GeForce-RTX-5080": (12, 0),
 }
 # Compute capabilities of all known cards, by Ray's name.
 CAPABILITIES = {
@@ -116,13 +164,13 @@ def card_of_device(name: str, memory_gib: float) -> Card | None:
     """The card that the driver reports by this name and memory; None if it is unknown.
 
     Example: "NVIDIA A100-SXM4-40GB" with 39.4 GiB is `a100-40`. Memory is compared too, because
-    mobile cards, partitions and larger cards have the same name and are other cards.
+    partitions and larger cards have the same name and are other cards.
     """
     return next(
         (
             card
             for card in CARDS.values()
-            if re.search(rf"\b{card.name}\b", name)
+            if re.search(rf"\b{card.name}\b(?! (Ti|SUPER|D|Laptop)\b)", name)
             and abs(memory_gib / card.memory_gib - 1) < MEMORY_TOLERANCE
         ),
         None,

@@ -28,7 +28,7 @@ CLIP_PARAMETERS = 123_650_304 + 694_659_840
 T5_LINEAR_PARAMETERS, T5_PARAMETERS = 4_630_511_616, 4_762_310_656
 ENCODER_PEAK_GIB = 0.25  # 4 prompts of 256 tokens, and one layer of T5 converted to 16 bit
 
-CONTEXT_GIB = 0.5  # assumed: CUDA's context with torch's kernels loaded
+CONTEXT_GIB = 0.75  # assumed: CUDA's context with torch's kernels loaded; 0.6 to 0.9 by estimate
 WORKSPACE_GIB = 0.25  # assumed: workspaces of cuBLAS and cuDNN
 SLACK = 0.1  # assumed: fraction that the allocator holds beyond what steps and decodes need
 

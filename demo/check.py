@@ -215,8 +215,9 @@ def shuffled_share(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> 
 
 def main(seeds: int = 2, precision: str = "fp8") -> None:
     """Generate an image for every prompt and seed; exit with code 1 if under 90 % pass."""
+    from serve.engine.denoiser import Denoiser
     from serve.engine.precision import RECIPES
-    from serve.engine.sd3 import Denoiser, PromptEncoder
+    from serve.engine.prompt_encoder import PromptEncoder
 
     encoder, denoiser = PromptEncoder(MODEL), Denoiser.load(MODEL, RECIPES[precision])
     pictures, scenes, wrong = [], [], []
@@ -239,7 +240,7 @@ def generate(
     encoder: Any, denoiser: Any, prompt: str, seed: int, size_px: int = 128
 ) -> Image.Image:
     """Generate one image with the demo's defaults, by the operations that the server uses."""
-    from serve.engine.sd3 import to_pixels
+    from serve.engine.denoiser import to_pixels
 
     image = denoiser.begin(
         encoder.encode_prompts(["", prompt], TEXT_LENGTH),

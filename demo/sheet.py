@@ -19,8 +19,9 @@ HOURS, CELL_PX, GAP_PX = 4, 128, 4
 
 def main(out: Path = SHEET, seed: int = 1, model: Path = MODEL) -> None:
     """Write a sheet with one column per place and one row per hour; all images have one seed."""
+    from serve.engine.denoiser import Denoiser
     from serve.engine.precision import RECIPES
-    from serve.engine.sd3 import Denoiser, PromptEncoder
+    from serve.engine.prompt_encoder import PromptEncoder
 
     encoder, denoiser = PromptEncoder(model), Denoiser.load(model, RECIPES["fp8"])
     prompts = [p for p, scene in scene_prompts() if not scene.extras][: 7 * HOURS]

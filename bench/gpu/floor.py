@@ -13,14 +13,22 @@ from cluster.structure import TOKEN_PX, Structure
 
 
 class MeasuredRates(NamedTuple):
-    """Rates of a card: operations per second in 16 bit and FP8, and bytes read per second."""
+    """Rates of a card: operations per second in 16 bit and FP8, and bytes read per second.
+
+    `attention`: operations per second of attention with heads of width 64, by the fastest kernel.
+    Such narrow heads reach far less than large matrix products.
+    """
 
     bf16: float
     fp8: float
     bandwidth: float
+    attention: float
 
 
-NOMINAL_H100 = MeasuredRates(800e12, 1600e12, 3.35e12)
+# Published for the H100 SXM: matrix products of random numbers in bf16; cuDNN's attention (Shah et
+# al. 2024, FlashAttention-3, for heads of width 64); the memory's datasheet. 1,100 TFLOP/s in FP8
+# is an estimate.
+PUBLISHED_H100 = MeasuredRates(800e12, 1100e12, 3.35e12, 408e12)
 
 
 def flops(s: Structure, rows: int, side_px: int, text_tokens: int) -> tuple[float, float]:
@@ -56,14 +64,14 @@ def floor_s(
 ) -> float:
     """The least seconds that a step can take; the arguments are those of `flops`.
 
-    This is the sum of three times: the linear layers (in FP8 or 16 bit), attention (in 16 bit), and
-    reading AdaLN's weights. `adaln_bytes`: bytes of one of AdaLN's weights.
+    This is the sum of three times: the linear layers (in FP8 or 16 bit), attention, and reading
+    AdaLN's weights. `adaln_bytes`: bytes of one of AdaLN's weights.
     """
     linear, attention = flops(s, rows, side_px, text_tokens)
     d = s.width
     adaln_weights = d * d * (12 * s.layers + 3 * s.dual_layers - 4)
     return (
         linear / (rates.fp8 if fp8 else rates.bf16)
-        + attention / rates.bf16
+        + attention / rates.attention
         + adaln_bytes * adaln_weights / rates.bandwidth
     )

@@ -23,9 +23,10 @@ from torch import nn
 from cluster.footprint import TEXT_TOKENS
 from cluster.structure import TRANSFORMERS, config
 from serve.engine.compiled import compile_blocks
+from serve.engine.denoiser import Denoiser
 from serve.engine.fused_attention import fuse_qkv
 from serve.engine.precision import RECIPES, apply_recipe, fp8_layer
-from serve.engine.sd3 import Denoiser, PromptEmbeds
+from serve.engine.prompt_embeds import PromptEmbeds
 
 RESULTS = Path(__file__).parents[1] / "results"
 SHIFT = 3.0
@@ -118,10 +119,11 @@ class Bench:
             made = SD3Transformer2DModel.from_config(structure)
             apply_recipe(made, RECIPES["bf16"])
         made = fill(made.to_empty(device=self.device)).eval()
+        fuse_qkv(made)
         if way.torchao:
-            quantize_by_torchao(fuse_qkv(made))
+            quantize_by_torchao(made)
         else:
-            fuse_qkv(apply_recipe(made, RECIPES[way.recipe], self.device))
+            apply_recipe(made, RECIPES[way.recipe], self.device)
         if way.compiled:
             mode: Literal["default", "max-autotune"]
             mode = "max-autotune" if way.max_autotune else "default"

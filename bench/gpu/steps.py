@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
@@ -30,7 +31,7 @@ from cluster.structure import TOKEN_PX, Structure, config, structure
 from serve.engine.compiled import prefer_attention, preferred, time_attention
 from serve.engine.precision import RECIPES, Fp8Linear, fp8_layer, quantize_rows, store_in_fp8
 
-from .floor import NOMINAL_H100, MeasuredRates, floor_s
+from .floor import PUBLISHED_H100, MeasuredRates, floor_s
 from .model import BF16, RESULTS, WAYS, Bench, Way, fill, save
 
 MODELS = "sd3.5-large", "sd3.5-medium"
@@ -90,7 +91,21 @@ def rates(bench: Bench) -> MeasuredRates:
         bf16=2 * n**3 / bench.seconds(lambda: a @ b, 20),
         fp8=2 * n**3 / fp8_s,
         bandwidth=2 * source.nbytes / bench.seconds(lambda: target.copy_(source), 20),
+        attention=attention_rate(bench),
     )
+
+
+def attention_rate(bench: Bench) -> float:
+    """Operations per second of attention as in Large, for one request at the larger size."""
+    s = structure_of(bench, MODELS[0])
+    heads, tokens = s.width // s.head_width, (bench.sides[0] // TOKEN_PX) ** 2 + TEXT_TOKENS
+    q, k, v = torch.randn(
+        3, 2, heads, tokens, s.head_width, device=bench.device, dtype=torch.bfloat16
+    )
+    if bench.device == "cuda":
+        prefer_attention(preferred(attention_s(bench, MODELS[0])))
+    seconds = bench.seconds(lambda: F.scaled_dot_product_attention(q, k, v), 10)
+    return 4 * q.numel() * tokens / seconds
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -274,7 +289,7 @@ def report(found: dict[str, Any]) -> str:
     card = MeasuredRates(*found["rates"])
     lines.append(
         f"bf16 {card.bf16 / 1e12:.0f} TFLOP/s, FP8 {card.fp8 / 1e12:.0f} TFLOP/s, "
-        f"copy {card.bandwidth / 1e12:.2f} TB/s"
+        f"attention {card.attention / 1e12:.0f} TFLOP/s, copy {card.bandwidth / 1e12:.2f} TB/s"
     )
     head = "model         way                        side  req  ms/step  ÷ floor"
     lines.append(f"{head}  peak GiB, with a decode")
@@ -345,7 +360,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "machine": bench.machine(),
         "rates": card,
-        "nominal_h100": NOMINAL_H100,
+        "published_h100": PUBLISHED_H100,
         "footprint_gib": {m: footprint(structure(m), "fp8", 1, 1024**2).torch_peak for m in MODELS},
         "attention_s": {model: attention_s(bench, model) for model in MODELS},
         "steps": [],

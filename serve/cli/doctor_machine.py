@@ -42,8 +42,9 @@ class Finding:
 class Machine:
     """The cards, driver and software that were found on this machine.
 
-    `free_gib`: free memory of the device. `compile_error`: empty if torch.compile works. `nvcc`:
-    whether CUDA's compiler is on the path.
+    `free_gib`: free memory of the device. `fp8_error`: what is wrong with a small FP8 product;
+    empty if it works, or if the device has no FP8. `compile_error`: empty if torch.compile works.
+    `nvcc`: whether CUDA's compiler is on the path.
     """
 
     device: Device  # the first GPU, or the CPU
@@ -53,6 +54,7 @@ class Machine:
     torch: str
     torch_cuda: str | None
     driver: str | None
+    fp8_error: str
     compile_error: str
     disk_free_gib: float
     nvcc: bool
@@ -70,6 +72,8 @@ def look(models_folder: str | None) -> Machine:
     """
     import torch
 
+    from ..engine.precision import fp8_fault
+
     device = probe()
     free_gib = device.memory_gib
     if device.compute_capability:
@@ -86,6 +90,7 @@ def look(models_folder: str | None) -> Machine:
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         driver=driver,
+        fp8_error=(capability(device).fp8 == "native" and fp8_fault("cuda")) or "",
         compile_error=_compile_error(),
         disk_free_gib=_disk_free_gib(Path(models_folder or DEFAULT_MODELS_FOLDER).expanduser()),
         nvcc=shutil.which("nvcc") is not None,
@@ -131,6 +136,8 @@ def examine(machine: Machine, needs_gpu: bool = True) -> Iterator[Finding]:
         free = f"{machine.free_gib:.1f} of {device.memory_gib:.1f} GiB free"
         yield Finding("ok", f"{machine.gpus} × {device.name}, {free}")
         yield Finding("ok" if found.fp8 == "native" else "note", found.reason)
+        if machine.fp8_error:
+            yield Finding(problem, f"{machine.fp8_error}: FP8 pools cannot run on this card")
         card = card_of_device(device.name, device.memory_gib)
         yield (
             Finding("ok", f"the card is known as '{card.id}'; Ray labels it {card.ray_names[0]}")

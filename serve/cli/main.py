@@ -117,6 +117,28 @@ def pull(
 
 
 @app.command()
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A model as one safetensors file, such as sd3.5_large.safetensors."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to create, in diffusers' layout.")],
+    debug: Debug = False,
+) -> None:
+    """Convert a single-file checkpoint, in 16 bit or in scaled FP8, to a folder that Octet loads.
+
+    OUT holds the transformer, the VAE and the scheduler in bfloat16. Text encoders in FILE are left
+    out: the setting `text_encoders` names their own source.
+    """
+    with readable_errors(debug), console.status("converting"):
+        from ..engine.single_file import convert
+
+        convert(file, out)
+    gib = size_bytes(out) / 2**30
+    console.print(f"{out}: {gib:.2f} GiB", highlight=False)
+
+
+@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Model to convert: a folder, or HUB/ID@REVISION.")],
     out: Annotated[Path, typer.Argument(help="Folder to create for the FP8 checkpoint.")],

@@ -9,6 +9,11 @@ in a row is overdue. If any image is overdue, the one that was left out most oft
 the image with the fewest steps left leads, so that images with few steps do not wait for long ones.
 The leader and as many images of its kind as fit form the batch; they are added in the same order.
 
+More rows are not always better. A batch is padded to a fixed number of rows, and on a large card a
+step of large images takes almost twice as long with twice the rows. A larger batch then delays the
+images that could be done sooner, and gains nothing. So from the measured times of steps
+(`StepTimes`) the smallest batch is chosen that does almost as many rows per second as any.
+
 Bound: with at most n running images, no image is left out more than `PATIENCE` + n − 1 times in a
 row. The reason: only images that were left out as often or more lead before an overdue image. Each
 of these leads once and then counts from zero. Newcomers never catch up with the overdue image.
@@ -18,11 +23,16 @@ Pure: standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 PATIENCE = 4  # batches in a row that leave an image out before it is overdue
+ENOUGH = 0.99  # of the most rows per second that any batch would do
+WEIGHT = 0.2  # of the newest step in the mean of its kind
+FORGOTTEN_S = 300.0  # after which a time is measured anew
+MOST_TIMES = 1000
 CALM_S = 60.0  # time without an out-of-memory error after which batches may grow again
 
 
@@ -52,10 +62,13 @@ class BatchCandidate:
 T = TypeVar("T", bound=BatchCandidate)
 
 
-def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
+def next_batch(
+    running: Iterable[T], max_rows: int, fitting: Callable[[list[T]], int] = len
+) -> list[T]:
     """Choose the images that take the next step.
 
-    The `passed_over` of all images that are not chosen grows by 1. Raises `ValueError` if a single
+    `fitting`: how many images of the largest possible batch, from its beginning, take the step. The
+    `passed_over` of all images that are not chosen grows by 1. Raises `ValueError` if a single
     image has more than `max_rows` rows.
     """
     waiting = sorted(running, key=lambda image: image.order)
@@ -69,10 +82,44 @@ def next_batch(running: Iterable[T], max_rows: int) -> list[T]:
         if image.rows <= rows_left and (not batch or image.kind == batch[0].kind):
             batch.append(image)
             rows_left -= image.rows
-            image.passed_over = 0
-        else:
-            image.passed_over += 1
+    batch = batch[: fitting(batch)]
+    chosen = set(map(id, batch))
+    for image in waiting:
+        image.passed_over = 0 if id(image) in chosen else image.passed_over + 1
     return batch
+
+
+class StepTimes:
+    """The seconds of recent steps, by the kind of their images and their padded number of rows."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[Hashable, int], tuple[float, float]] = {}  # and when observed
+
+    def observe(self, kind: Hashable, padded: int, seconds: float, now: float) -> None:
+        """Note a step of `padded` rows."""
+        before = self.seconds(kind, padded, now)
+        if before is None and len(self._times) >= MOST_TIMES:
+            self._times.clear()
+        mean = seconds if before is None else before + WEIGHT * (seconds - before)
+        self._times[kind, padded] = mean, now
+
+    def seconds(self, kind: Hashable, padded: int, now: float) -> float | None:
+        """The mean seconds of recent steps; None if there were none within `FORGOTTEN_S`."""
+        mean, at = self._times.get((kind, padded), (0.0, -math.inf))
+        return mean if now - at < FORGOTTEN_S else None
+
+    def fitting(self, kind: Hashable, batches: Sequence[tuple[int, int]], now: float) -> int:
+        """The index of the batch that should run.
+
+        `batches`: the rows and padded rows of each possible batch, smallest first. This is the
+        largest one whose time is not known. If all times are known, it is the smallest one that
+        does at least `ENOUGH` of the most rows per second.
+        """
+        times = [self.seconds(kind, padded, now) for _, padded in batches]
+        if None in times:
+            return len(times) - 1 - times[::-1].index(None)
+        rates = [rows / t for (rows, _), t in zip(batches, times, strict=True) if t]
+        return next(i for i, rate in enumerate(rates) if rate >= ENOUGH * max(rates))
 
 
 class RowBudget:

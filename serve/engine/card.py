@@ -87,3 +87,9 @@ def take_card(settings: CardResources) -> ReplicaCard | None:
     Blocks while the promised memory is not free. Raises `OctetError` if the wait takes too long.
     """
     return ReplicaCard(settings) if device_for(settings) == "cuda" else None
+
+
+def check_device(device: str) -> None:
+    """Raise CUDA's error if a kernel on this device has failed."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()

@@ -11,6 +11,7 @@ compiler. The number of rows and of image tokens alone decide which code a call 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -31,6 +32,7 @@ Shape = tuple[int, int]  # rows, and image tokens of a row
 DEFAULT_COMPILED_FOLDER = "~/.cache/octet/compiled"
 MAX_SHAPES = 1024  # kinds of input after which torch stops compiling a function; its default is 8
 MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+MOST_COMPILERS = 32  # processes that compile at a time
 TRIALS = 10  # measurements of each attention kernel
 
 
@@ -38,13 +40,27 @@ def keep_compiled_code(folder: str | None) -> FileLock:
     """Make torch keep compiled code in a folder of this node, where later starts find it.
 
     Each version of torch has its own subfolder of `folder`; None means `DEFAULT_COMPILED_FOLDER`.
-    Returns a lock that the caller must hold while it compiles. Otherwise replicas that start at the
-    same time would all compile the same code.
+    torch compiles with as many processes as this one may use CPUs; by itself it would not see a
+    container's limit. Returns a lock that the caller must hold while it compiles. Otherwise
+    replicas that start at the same time would all compile the same code.
     """
     root = Path(folder or DEFAULT_COMPILED_FOLDER).expanduser() / torch.__version__
     root.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # overwrites a value that torch may have set
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(usable_cpus(), MOST_COMPILERS)))
     return FileLock(root / "compiling.lock")
+
+
+def usable_cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The number of CPUs that this process may use: those of its container, if it has a limit.
+
+    `limit`: the file in which Linux keeps the container's quota and period in microseconds.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        quota, period = map(int, limit.read_text().split())  # the quota may be "max"
+        cpus = min(cpus, math.ceil(quota / period))
+    return cpus
 
 
 class CompiledBlock(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import NonFiniteImage, Unavailable
+from .denoiser import Denoiser, DenoisingState, to_pixels
 from .preview import VAE_FACTOR
-from .sd3 import Denoiser, DenoisingState, to_pixels
 
 MEMORY_ATTEMPTS = 3  # attempts at an image alone, each after the allocator's cache was emptied
 MEMORY_PAUSE_S = 0.5  # between these attempts, in case the memory is taken only for a moment

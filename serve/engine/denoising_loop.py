@@ -28,18 +28,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..request import ImageRequest
-from .batching import BatchCandidate, RowBudget, next_batch
+from .batching import BatchCandidate, RowBudget, StepTimes, next_batch
 from .decoding import MEMORY_ATTEMPTS, MEMORY_PAUSE_S, Decoding, is_out_of_memory, no_memory
-from .sd3 import Denoiser, DenoisingState, PromptEmbeds
+from .denoiser import Denoiser, DenoisingState
+from .prompt_embeds import PromptEmbeds
 
 log = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 BUCKETS = 1, 2, 4, 8, 16, 32
 ROWS_OF_AN_IMAGE = 2  # rows of an image with guidance
@@ -106,6 +109,24 @@ class _NewImage:
     memory_failures: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _ThreadWork(Generic[T]):
+    """A function that one of the loop's threads is to call, and the future of its result."""
+
+    function: Callable[[], T]
+    done: Future[T]
+
+    def run(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.function()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(result)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _RunningImage(BatchCandidate):
     """An image that is being denoised; it takes no step before the time `not_before`."""
@@ -141,8 +162,8 @@ class DenoisingLoop:
         self._denoiser, self._on_broken = denoiser, on_broken
         self._memory_pause_s = memory_pause_s
         self._decoding = Decoding(denoiser, beside_steps, memory_pause_s)
-        self._budget = RowBudget(max_rows, ROWS_OF_AN_IMAGE)
-        self._inbox: queue.SimpleQueue[_NewImage | None] = queue.SimpleQueue()
+        self._budget, self._times = RowBudget(max_rows, ROWS_OF_AN_IMAGE), StepTimes()
+        self._inbox: queue.SimpleQueue[_NewImage | _ThreadWork[Any] | None] = queue.SimpleQueue()
         self._running: list[_RunningImage] = []
         self._arrivals = 0
         self._counts = LoopCounts()
@@ -169,6 +190,18 @@ class DenoisingLoop:
         self._inbox.put(_NewImage(request, embeds, previews, on_event, done))
         return done
 
+    def call(self, function: Callable[[], T], *, decoding: bool = False) -> Future[T]:
+        """Call a function in the thread that takes the steps, or in the one that decodes.
+
+        cuDNN keeps the plans that it has made by thread, so the warm-up runs in these threads.
+        """
+        work = _ThreadWork(function, Future())
+        if decoding:
+            self._inbox.put(_ThreadWork(lambda: self._decoding.submit(work.run), Future()))
+        else:
+            self._inbox.put(work)
+        return work.done
+
     def close(self) -> None:
         """End the loop's threads after the current step; unfinished images are dropped."""
         self._inbox.put(None)
@@ -194,7 +227,7 @@ class DenoisingLoop:
                 now = time.monotonic()
                 ready = [image for image in self._running if image.not_before <= now]
                 if ready:
-                    self._step(next_batch(ready, self._budget.rows(now)))
+                    self._step(next_batch(ready, self._budget.rows(now), self._fitting))
         except Exception:  # the device or this loop is broken, so no image can be finished
             log.exception("the denoising loop has ended")
             self._on_broken()
@@ -211,6 +244,9 @@ class DenoisingLoop:
                 return True
             if new is None:
                 return False
+            if isinstance(new, _ThreadWork):
+                new.run()
+                continue
             if new.done.cancelled():
                 continue
             try:
@@ -259,6 +295,14 @@ class DenoisingLoop:
             max_rows=PINNED_ROWS if request.deterministic else None,
         )
 
+    def _fitting(self, batch: list[_RunningImage]) -> int:
+        """How many images of the batch, from its beginning, should take the next step."""
+        batches = []
+        for images in range(1, len(batch) + 1):
+            part = batch[:images]
+            batches.append((sum(image.rows for image in part), _padded_rows(part)))
+        return self._times.fitting(batch[0].kind, batches, time.monotonic()) + 1
+
     # -- a step ---------------------------------------------------------------------------------
 
     def _step(self, batch: list[_RunningImage]) -> None:
@@ -293,6 +337,7 @@ class DenoisingLoop:
 
     def _stepped(self, batch: list[_RunningImage], rows: int, step_s: float) -> None:
         now = time.monotonic()
+        self._times.observe(batch[0].kind, _padded_rows(batch), step_s, now)
         self._counts.steps += 1
         self._counts.rows += rows
         self._counts.step_s += step_s

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: quantised once by `octet quantize`, loaded without the 16-bit weights.
+"""Writing of FP8 checkpoints, which are later loaded without the 16-bit weights.
 
 Two components are quantised and written as plain safetensors. The transformer has `Fp8Linear`
 layers, and its q, k and v layers are joined. T5 is in quanto's format. All other components are
@@ -18,28 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, T5EncoderModel
-from transformers.utils import logging
+from safetensors.torch import save_file
+from transformers import T5EncoderModel
 
 from ..models.checkpoints import CheckpointError, size_bytes, write_manifest
-from .fused_attention import fuse_qkv
-from .precision import E4M3, RECIPES, Recipe, apply_recipe, store_in_fp8
-
-logging.disable_progress_bar()  # a progress bar would fill every replica's log
-
-TRANSFORMER, T5 = "transformer", "text_encoder_3"
-METHODS = {TRANSFORMER: "octet-fp8-rowwise-fused", T5: "octet-quanto-fp8"}
-WEIGHTS = "fp8.safetensors"
-QUANTO_MAP = "quanto_map.json"
-
-
-def is_fp8(folder: Path, component: str) -> bool:
-    """Return whether a component of a checkpoint holds FP8 weights that `quantize` has written."""
-    config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
-    method = config.get("quantization_config", {}).get("quant_method")
-    return bool(method == METHODS[component])
+from .denoiser import load_transformer
+from .fp8_format import METHODS, QUANTO_MAP, T5, TRANSFORMER, WEIGHTS, is_fp8
+from .precision import RECIPES, Recipe, store_in_fp8
 
 
 def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
@@ -93,48 +78,6 @@ def compare(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> list[tu
         ("whole folder", size(folder, ""), size(out, "")),
         ("transformer loads in", load_time(folder), load_time(out)),
     ]
-
-
-def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
-    """Load the FP8 transformer onto a device.
-
-    From an FP8 checkpoint the weights are loaded without 16-bit copies. A 16-bit checkpoint is
-    quantised while it is loaded. If an FP8 checkpoint holds AdaLN in 16 bit but the recipe stores
-    AdaLN in 8 bit, AdaLN is converted. Raises `CheckpointError` if the checkpoint holds AdaLN in
-    8 bit but the recipe does not.
-    """
-    if not is_fp8(folder, TRANSFORMER):
-        transformer = SD3Transformer2DModel.from_pretrained(
-            folder / TRANSFORMER, use_safetensors=True, torch_dtype=torch.bfloat16
-        )
-        return fuse_qkv(apply_recipe(transformer, recipe, device)).eval()
-    config = SD3Transformer2DModel.load_config(folder / TRANSFORMER)
-    stored = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
-    if stored.adaln_8_bit and not recipe.adaln_8_bit:
-        raise CheckpointError(
-            f"{folder} holds AdaLN in 8 bit: set adaln_8_bit: true, or use the 16-bit checkpoint"
-        )
-    with torch.device("meta"):
-        transformer = fuse_qkv(apply_recipe(SD3Transformer2DModel.from_config(config), stored))
-    weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
-    transformer.load_state_dict(weights, assign=True)
-    return apply_recipe(transformer, recipe).eval()
-
-
-def load_t5(folder: Path, dtype: torch.dtype) -> Any:
-    """Load T5 from an FP8 checkpoint onto the CPU; T5 computes in `dtype`."""
-    from optimum.quanto import requantize
-
-    config = AutoConfig.from_pretrained(folder / T5)
-    del config.quantization_config
-    with torch.device("meta"):
-        t5 = T5EncoderModel(config).to(dtype).eval()
-    names = json.loads((folder / T5 / QUANTO_MAP).read_text(encoding="utf-8"))
-    stored = load_file(folder / T5 / WEIGHTS)
-    weights = {name: w if w.dtype is E4M3 else w.to(dtype) for name, w in stored.items()}
-    requantize(t5, weights, names, device=torch.device("cpu"))
-    t5.encoder.set_input_embeddings(t5.shared)
-    return t5
 
 
 def _quantize_t5(folder: Path, out: Path) -> None:

@@ -1,7 +1,9 @@
 """Attention with one matrix product for q, k and v together.
 
 Joining the three layers changes no result, even in row-wise FP8: each output channel keeps its
-weights and its scale. The separate layers are deleted, so that the weights are in memory only once.
+weights and gets its own scale. The separate layers are deleted, so that the weights are in memory
+only once. The layers are joined before they are quantised and moved to the card; joined there, they
+would leave gaps in the memory that torch's allocator has reserved.
 diffusers also has a fused attention processor for SD3. Octet cannot use that one, because it leaves
 out the norms of q and k, which SD3.5 has.
 """
@@ -16,11 +18,9 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .precision import Fp8Linear
-
 
 def fuse_qkv(transformer: nn.Module) -> nn.Module:
-    """Join the q, k and v layers of every attention module, in place."""
+    """Join the q, k and v layers of every attention module, in place; they must be in 16 bit."""
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.to_qkv = _joined(module.to_q, module.to_k, module.to_v)
@@ -34,12 +34,9 @@ def fuse_qkv(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
-def _joined(*layers: nn.Module) -> nn.Module:
+def _joined(*layers: nn.Linear) -> nn.Linear:
     """Join several linear layers into one with all their output channels."""
-    first = layers[0]
-    weight, bias = _cat(layers, "weight", 0), _cat(layers, "bias", 0)
-    if isinstance(first, Fp8Linear):
-        return type(first)(weight, _cat(layers, "weight_scale", 1), bias)
+    weight, bias = _cat(layers, "weight"), _cat(layers, "bias")
     with torch.device("meta"):
         joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     joined.weight = nn.Parameter(weight, requires_grad=False)
@@ -48,9 +45,9 @@ def _joined(*layers: nn.Module) -> nn.Module:
     return joined
 
 
-def _cat(layers: Sequence[nn.Module], name: str, dim: int) -> Any:
+def _cat(layers: Sequence[nn.Linear], name: str) -> Any:
     tensors: list[Any] = [getattr(layer, name) for layer in layers]
-    return None if tensors[0] is None else torch.cat([t.detach() for t in tensors], dim)
+    return None if tensors[0] is None else torch.cat([t.detach() for t in tensors])
 
 
 class FusedAttention:

@@ -37,12 +37,13 @@ from ..request import (
 )
 from ..settings.models import Pool, ServedModel
 from .card import device_for, take_card
+from .denoiser import DENOISER_COMPONENTS, Denoiser
 from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
 from .exclusive import SharedExclusiveLock
 from .generator_metrics import GeneratorMetrics
 from .image_file import encode_image
-from .precision import RECIPES, Recipe
-from .sd3 import DENOISER_COMPONENTS, Denoiser, PromptEmbeds
+from .precision import RECIPES, Recipe, fp8_fault
+from .prompt_embeds import PromptEmbeds
 from .warm_up import Phases, WarmUp, warm_sizes
 
 log = logging.getLogger("ray.serve")
@@ -125,6 +126,10 @@ class Generator:
         self._leaving = False  # the node is being drained
         phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
+        if self._recipe.fp8_linears and (
+            fault := await asyncio.to_thread(fp8_fault, device_for(self._pool))
+        ):
+            raise OctetError(f"an FP8 pool cannot run on {device.name}: {fault}")
         self._denoiser = await asyncio.to_thread(self._load, phases)
         warm_up = WarmUp(self._denoiser, self._pool, compiled_folder)
         warm_up.prepare()
@@ -149,7 +154,7 @@ class Generator:
         with phases.timed("text"):
             embeds = await self._embed(self._warm_up_request())
         with phases.timed("warm-up"):
-            attention = await asyncio.to_thread(warm_up.run, embeds)
+            attention = await asyncio.to_thread(warm_up.run, self._denoising, embeds)
             await self._result(self._warm_up_call())
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)

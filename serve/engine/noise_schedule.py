@@ -9,7 +9,32 @@ Pure: standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 TRAIN_STEPS = 1000
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# Fields that have no effect without `use_dynamic_shifting`.
+UNUSED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
+
+
+def shift_of(scheduler: Mapping[str, Any]) -> float:
+    """The shift of a scheduler's configuration, as diffusers writes it.
+
+    Raises `ValueError` if the configuration asks for another schedule than the one of this file.
+    """
+    kind = scheduler.get("_class_name", SCHEDULER)
+    if kind != SCHEDULER:
+        raise ValueError(f"_class_name '{kind}' must be {SCHEDULER}")
+    for name, value in scheduler.items():
+        if name.startswith("_") or name in UNUSED or name == "shift":
+            continue
+        if name == "num_train_timesteps":
+            if value != TRAIN_STEPS:
+                raise ValueError(f"num_train_timesteps {value} must be {TRAIN_STEPS}")
+        elif value:
+            raise ValueError(f"{name}: {value} is not supported")
+    return float(scheduler["shift"])
 
 
 def shifted(sigma: float, shift: float) -> float:

@@ -25,6 +25,7 @@ from cluster.capability import SixteenBit
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
+FP8_ERROR = 0.1  # the relative error of a product of random numbers is about 0.04
 ALIGNMENT = 16  # K and N of the matrix product are multiples of it; the CPU kernel does not check
 
 ADALN = "*.norm1*.linear"
@@ -171,6 +172,27 @@ class Fp8StoredLinear(Fp8Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def fp8_fault(device: str) -> str | None:
+    """Multiply small matrices by an `Fp8Linear` on a device; return what is wrong, or None.
+
+    A card may have FP8 by its number while torch has no row-wise product for it. The number of rows
+    is odd, as that of text tokens may be.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(333, 64, generator=generator).to(device, torch.bfloat16)
+    linear = nn.Linear(64, 96, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    linear.weight.copy_(torch.randn(96, 64, generator=generator))
+    exact = linear(x).float()
+    try:
+        noise = Fp8Linear.quantize(linear)(x).float() - exact
+        error = (noise.square().mean() / exact.square().mean()).sqrt().item()
+    except RuntimeError as failure:
+        return f"a small FP8 product fails: {[*str(failure).splitlines(), ''][0]}"
+    if not error < FP8_ERROR:  # also if it is not a number
+        return f"a small FP8 product is wrong by {100 * error:.0f} %"
+    return None
 
 
 def fp8_layer(name: str, recipe: Recipe) -> type[Fp8Linear] | None:

@@ -29,7 +29,8 @@ from ..models.checkpoints import open_checkpoint
 from ..settings.models import Encoder
 from .card import device_for, take_card
 from .precision import ENCODER_RECIPES
-from .sd3 import ENCODER_COMPONENTS, PromptEmbeds, PromptEncoder
+from .prompt_embeds import PromptEmbeds
+from .prompt_encoder import ENCODER_COMPONENTS, PromptEncoder
 
 log = logging.getLogger("ray.serve")
 

@@ -10,8 +10,11 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from typing import Literal
+
+import torch
 
 from ..settings.models import Pool
 from .compiled import (
@@ -24,13 +27,15 @@ from .compiled import (
     time_attention,
 )
 from .decoding import is_out_of_memory
-from .denoising_loop import bucket, buckets
+from .denoiser import Denoiser, DenoisingState
+from .denoising_loop import DenoisingLoop, bucket, buckets
 from .preview import VAE_FACTOR
-from .sd3 import Denoiser, DenoisingState, PromptEmbeds
+from .prompt_embeds import PromptEmbeds
 
 log = logging.getLogger("ray.serve")
 
 PATCH = 2  # latents along a side of a token
+LAYOUT_TRIALS = 3  # decodes in each memory layout of the VAE
 FLEXIBLE_PX = 256  # side of the images for which the flexible code is compiled
 
 
@@ -66,10 +71,32 @@ def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
     return [(int(width), int(height)) for width, height in named] or [(native_px, native_px)]
 
 
+def choose_layout(denoiser: Denoiser, latents: torch.Tensor) -> str:
+    """Give the VAE the memory layout in which it decodes faster on this card; returns its name.
+
+    Convolutions are faster with channels last, but CUDA's group norms copy such inputs.
+    """
+    took = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        denoiser.vae.to(memory_format=layout)
+        with denoiser.beside_steps():
+            denoiser.decode(latents)  # cuDNN chooses its kernels
+            denoiser.check_device()
+            began = time.perf_counter()
+            for _ in range(LAYOUT_TRIALS):
+                denoiser.decode(latents)
+            denoiser.check_device()
+        took[layout] = (time.perf_counter() - began) / LAYOUT_TRIALS
+    fastest = min(took, key=lambda layout: took[layout])
+    denoiser.vae.to(memory_format=fastest)
+    return str(fastest).removeprefix("torch.")
+
+
 class WarmUp:
     """The warm-up of one replica: call `prepare` after loading the model, then `run`.
 
-    Both methods block. `compiled_folder`: where compiled code is kept. `backend`: the backend of
+    Everything runs in the threads that will serve, because cuDNN keeps its plans by thread. Both
+    methods block. `compiled_folder`: where compiled code is kept. `backend`: the backend of
     `torch.compile`.
     """
 
@@ -101,20 +128,21 @@ class WarmUp:
             }
             compile_blocks(self._denoiser.transformer, warm, self._mode, self._backend)
 
-    def run(self, embeds: PromptEmbeds) -> str:
+    def run(self, loop: DenoisingLoop, embeds: PromptEmbeds) -> str:
         """Run every warm size with every number of rows once, and the flexible code.
 
-        Returns a text for the log that names the chosen attention kernels. `embeds`: two rows, as
-        for a request with guidance. If memory does not suffice for a shape, the shape is left out
-        and a warning is logged.
+        Returns a text for the log that names the chosen attention kernels, and on a card the memory
+        layout of the VAE. `loop`: the one that will serve. `embeds`: two rows, as for a request
+        with guidance. If memory does not suffice for a shape, the shape is left out and a warning
+        is logged.
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
         with self._compiling:
-            return self._run(embeds)
+            return self._run(loop, embeds)
 
-    def _run(self, embeds: PromptEmbeds) -> str:
-        attention = self._prefer_attention(embeds)
+    def _run(self, loop: DenoisingLoop, embeds: PromptEmbeds) -> str:
+        attention = loop.call(lambda: self._prefer_attention(embeds)).result()
         shapes = [(size, rows) for size in self._sizes for rows in self._rows]
         if self._mode != "off":
             warm = {width * height for width, height in self._sizes}
@@ -122,15 +150,21 @@ class WarmUp:
             # torch compiles separate code for one row.
             shapes += [((other, other), rows) for rows in {1, self._rows[-1]}]
         for (width, height), rows in shapes:
+            step = partial(self._step, embeds, width, height, rows)
             try:
-                self._step(embeds, width, height, rows)
+                loop.call(step).result()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 log.warning("warm-up: out of memory with %d rows of %dx%d", rows, width, height)
             self._denoiser.free_memory()
+        if self._denoiser.on_cuda:
+            latents = self._begin(embeds, *self._sizes[0]).latents
+            choose = partial(choose_layout, self._denoiser, latents)
+            layout = loop.call(choose, decoding=True).result()
+            attention = f"{attention}; VAE: {layout}"
         for width, height in self._sizes:
-            self._denoiser.decode(self._begin(embeds, width, height).latents)
+            loop.call(partial(self._decode, embeds, width, height), decoding=True).result()
         return attention
 
     def _prefer_attention(self, embeds: PromptEmbeds) -> str:
@@ -152,6 +186,10 @@ class WarmUp:
     def _step(self, embeds: PromptEmbeds, width: int, height: int, rows: int) -> None:
         rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])
         self._denoiser.denoise_step([self._begin(rows_of_one, width, height)], rows)
+
+    def _decode(self, embeds: PromptEmbeds, width: int, height: int) -> None:
+        with self._denoiser.beside_steps():
+            self._denoiser.decode(self._begin(embeds, width, height).latents)
 
     def _begin(self, embeds: PromptEmbeds, width: int, height: int) -> DenoisingState:
         return self._denoiser.begin(

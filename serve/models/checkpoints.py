@@ -35,6 +35,15 @@ class CheckpointError(Exception):
     """A checkpoint cannot be fetched or used; the message names it and says what to do."""
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a component's configuration. Raises `CheckpointError` if it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    return found
+
+
 def node_folder(source: Source, models_folder: str | None) -> Path:
     """The folder of a source's files on this node, whether or not they have been pulled."""
     if source.revision is None:

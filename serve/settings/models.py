@@ -298,8 +298,11 @@ class ServedModel(Frozen):
     text_encoder: Name = Field(
         description="The `id` of the text encoders that read the model's prompts."
     )
-    max_sequence_length: PositiveInt = Field(
-        default=256, description="Number of T5 tokens that a prompt is padded or cut to."
+    max_sequence_length: int = Field(
+        default=256,
+        ge=1,
+        le=512,
+        description="Number of T5 tokens that a prompt is padded or cut to.",
     )
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(
         description="Pools of replicas that serve the model, preferred pool first."

@@ -20,9 +20,11 @@ import pytest
 import torch
 
 from bench.load_time import measure
-from serve.engine.fp8_checkpoint import is_fp8, load_transformer, quantize
+from serve.engine.denoiser import DENOISER_COMPONENTS, Denoiser, load_transformer
+from serve.engine.fp8_checkpoint import quantize
+from serve.engine.fp8_format import is_fp8
 from serve.engine.precision import ENCODER_RECIPES, RECIPES
-from serve.engine.sd3 import DENOISER_COMPONENTS, ENCODER_COMPONENTS, Denoiser, PromptEncoder
+from serve.engine.prompt_encoder import ENCODER_COMPONENTS, PromptEncoder
 from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint, verify
 from serve.settings.models import Source
 

@@ -13,20 +13,22 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from serve.engine import warm_up
-from serve.engine.compiled import compile_blocks, keep_compiled_code, preferred
+from serve.engine.compiled import compile_blocks, keep_compiled_code, preferred, usable_cpus
+from serve.engine.denoiser import Denoiser
 from serve.engine.denoising_loop import DenoisingLoop
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, PromptEmbeds
-from serve.engine.warm_up import Phases, WarmUp
+from serve.engine.prompt_embeds import PromptEmbeds
+from serve.engine.warm_up import Phases, WarmUp, choose_layout
 from serve.request import ImageRequest
 from serve.settings.models import Pool
 
@@ -79,7 +81,19 @@ def test_compiled_blocks_compute_the_same_latents_as_eager_ones() -> None:
         assert torch.equal(latents(eager, px, images), latents(compiled, px, images))
 
 
-def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
+def in_thread(run: Callable[..., Any], threads: set[str]) -> Callable[..., Any]:
+    """The same function, which adds the name of the thread that calls it to `threads`."""
+
+    def called(*args: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return run(*args)
+
+    return called
+
+
+def test_after_the_warm_up_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other sizes than `warm_sizes`, other numbers of rows and a single row need no new code."""
     denoiser = shortened()
     del denoiser.transformer.transformer_blocks[1:]
@@ -88,14 +102,22 @@ def test_after_the_warm_up_nothing_is_compiled(tmp_path: Path) -> None:
     )
     warming = WarmUp(denoiser, pool, str(tmp_path), backend="eager")
     warming.prepare()
+    used: dict[str, set[str]] = {"denoise_step": set(), "decode": set()}
+    for name, threads in used.items():
+        run = getattr(denoiser, name)
+        monkeypatch.setattr(denoiser, name, in_thread(run, threads))
+    loop = DenoisingLoop(denoiser, max_rows=2, beside_steps=True)
     with keep_compiled_code(str(tmp_path)):  # as if another replica of this node were compiling
         run = contextvars.copy_context().run  # the way in which asyncio.to_thread calls a function
-        thread = threading.Thread(target=run, args=(warming.run, embeds()), daemon=True)
+        thread = threading.Thread(target=run, args=(warming.run, loop, embeds()), daemon=True)
         thread.start()
         thread.join(0.2)
         assert thread.is_alive()
         assert graphs() == 0
     thread.join()
+    # cuDNN keeps its plans by thread, so the warm-up is of use in the serving threads only.
+    assert used == {"denoise_step": {"denoising"}, "decode": {"decoding_0"}}
+    loop.close()
     made = graphs()
     # Code for two sizes in 1 and 2 rows each, and flexible code for one row and for several.
     assert 2 * 2 <= made <= 2 * 2 + 3
@@ -123,6 +145,35 @@ def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
         "max-autotune": "max-autotune",
     }
     assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
+
+
+@pytest.mark.parametrize("fast", [torch.channels_last, torch.contiguous_format])
+def test_the_vae_gets_the_layout_in_which_it_decodes_faster(
+    fast: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
+    weight = denoiser.vae.decoder.conv_in.weight
+
+    def decode(_: torch.Tensor) -> None:
+        if not weight.is_contiguous(memory_format=fast):
+            time.sleep(0.05)
+
+    monkeypatch.setattr(denoiser, "decode", decode)
+    assert choose_layout(denoiser, torch.zeros(1)) == str(fast).removeprefix("torch.")
+    assert weight.is_contiguous(memory_format=fast)
+
+
+@pytest.mark.parametrize(
+    ("limit", "cpus"), [("150000 100000", 2), ("max 100000", 3), ("", 3), (None, 3)]
+)
+def test_compilers_are_as_many_as_the_containers_cpus(
+    limit: str | None, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    file = tmp_path / "cpu.max"
+    if limit is not None:
+        file.write_text(limit)
+    assert usable_cpus(file) == cpus
 
 
 def test_an_attention_kernel_is_preferred_only_for_a_clear_gain() -> None:

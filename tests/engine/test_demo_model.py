@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from demo.check import MODEL, generate, scene_prompts, shows, shuffled_share
+from serve.engine.denoiser import Denoiser
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, PromptEncoder
+from serve.engine.prompt_encoder import PromptEncoder
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve.engine.denoiser import Denoiser
 from serve.engine.denoising_loop import (
     DenoisingLoop,
     GeneratedPixels,
@@ -23,7 +24,8 @@ from serve.engine.denoising_loop import (
     preview_steps,
 )
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, PromptEmbeds, PromptEncoder
+from serve.engine.prompt_embeds import PromptEmbeds
+from serve.engine.prompt_encoder import PromptEncoder
 from serve.errors import NonFiniteImage, Unavailable
 from serve.request import ImageRequest
 

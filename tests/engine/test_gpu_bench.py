@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import engine, packing, steps
+from bench.gpu import engine, packing, quick, steps
 from bench.gpu.model import FP8_EAGER, WAYS, Bench
 
 TINY = Bench("cpu", tiny=True)
@@ -59,6 +59,28 @@ def test_the_steps_script_measures_every_way(
     assert "ms/step" in printed
     if any(failed["way"] == "torchao row-wise compiled" for failed in found["failed"]):
         assert "No module named 'torchao'" in printed
+
+
+def test_the_quick_script_measures_every_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(quick.main, monkeypatch, tmp_path)
+    parts = [part.name for part in quick.Parts(TINY).in_order()]
+    assert [*found] == ["machine", *parts]
+    assert not [part for part in found.values() if isinstance(part, str)]  # an error, or left out
+    assert found["large_step"]["finite"]
+    assert found["large_step"]["kernels_ms"]["matrix product"] > 0
+    assert set(found["decode"]) == {"channels_last", "contiguous_format", "compiled"}
+    assert [cell["processes"] for cell in found["two_processes"]] == [1, 2]
+    assert "over_floor" in capsys.readouterr().out
+
+
+def test_the_quick_script_writes_what_it_has_when_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = run(quick.main, monkeypatch, tmp_path, "--minutes", "0.3")
+    assert isinstance(found["rates"], dict)
+    assert found["large_step"] == "left out: no time"
 
 
 def test_cells_that_the_remaining_time_cannot_hold_have_no_results() -> None:

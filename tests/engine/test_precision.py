@@ -23,11 +23,12 @@ from serve.engine.precision import (
     Fp8Linear,
     Fp8StoredLinear,
     apply_recipe,
+    fp8_fault,
     fp8_layer,
     quantize_rows,
     store_in_fp8,
 )
-from serve.engine.sd3 import PromptEncoder
+from serve.engine.prompt_encoder import PromptEncoder
 
 from ..builders import DEMO_MODEL, ROOT
 
@@ -44,6 +45,24 @@ def test_an_fp8_linear_has_about_29_db_of_signal_to_noise(k: int, n: int) -> Non
     with torch.no_grad():
         found = Fp8Linear.quantize(linear)(x)
         assert sqnr_db(linear(x), found) == pytest.approx(28.7, abs=1.0)
+
+
+def test_a_device_whose_fp8_product_fails_or_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert fp8_fault("cpu") is None
+
+    def missing(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("row-wise scaling is not supported\nhere")
+
+    multiply = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", missing)
+    assert fp8_fault("cpu") == "a small FP8 product fails: row-wise scaling is not supported"
+    for wrong in (0.0, 2.0, float("nan")):
+        monkeypatch.setattr(
+            torch, "_scaled_mm", lambda *a, wrong=wrong, **k: wrong * multiply(*a, **k)
+        )
+        assert "is wrong by" in str(fp8_fault("cpu"))
 
 
 REFERENCE = """
@@ -160,8 +179,9 @@ def test_joined_projections_are_exact_and_replace_the_single_ones(
         plain, fused = (SD3Transformer2DModel.from_config(config) for _ in range(2))
         for model in (plain, fused):
             model.load_state_dict(state)
-            apply_recipe(model, RECIPES[recipe])
         fuse_qkv(fused)
+        for model in (plain, fused):
+            apply_recipe(model, RECIPES[recipe])
         names = {n.rpartition(".")[2] for n, _ in fused.named_modules() if ".attn" in n}
         assert {"to_qkv", "to_added_qkv"} <= names
         assert not names & {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve.engine.sd3 import PromptEmbeds
+from serve.engine.prompt_embeds import PromptEmbeds
 from serve.engine.text_encoder import EmbeddingCache, TextEncoder, _nbytes
 
 from ..builders import DEMO_MODEL

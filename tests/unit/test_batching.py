@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.batching import CALM_S, PATIENCE, BatchCandidate, RowBudget, next_batch
+from serve.engine.batching import (
+    CALM_S,
+    FORGOTTEN_S,
+    MOST_TIMES,
+    PATIENCE,
+    BatchCandidate,
+    RowBudget,
+    StepTimes,
+    next_batch,
+)
 
 IMAGES = st.tuples(
     st.sampled_from("abc"),  # kind
@@ -22,11 +31,14 @@ def running(kind: str, rows: int, steps_left: int, arrival: int) -> BatchCandida
     )
 
 
-@given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8))
+@given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8), st.integers(0, 3))
 def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
-    images: list[tuple[str, int, int, int]], max_rows: int
+    images: list[tuple[str, int, int, int]], max_rows: int, fewer: int
 ) -> None:
-    """No image is passed over for more steps than the bound, until all are finished."""
+    """No image is passed over for more steps than the bound, until all are finished.
+
+    `fewer`: how many images of each batch are left out because it would be too large.
+    """
     arriving = sorted(images, key=lambda image: image[3])
     inside: list[BatchCandidate] = []
     given_steps: dict[int, int] = {}
@@ -38,7 +50,7 @@ def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
             inside.append(running(kind, rows, steps, len(given_steps)))
             given_steps[inside[-1].arrival] = waited[inside[-1].arrival] = 0
         most_inside = max(most_inside, len(inside))
-        batch = next_batch(inside, max_rows)
+        batch = next_batch(inside, max_rows, lambda batch: max(1, len(batch) - fewer))
         assert batch
         assert len({id(image) for image in batch}) == len(batch)
         assert len({image.kind for image in batch}) == 1
@@ -87,6 +99,47 @@ def test_the_first_image_bounds_the_batch() -> None:
         BatchCandidate(kind="p", rows=1, steps_left=5, arrival=i, max_rows=2) for i in range(4)
     ]
     assert next_batch([*pinned, running("a", 2, 9, 9)], 8) == pinned[:2]
+
+
+PADDED = {1: 1, 2: 2, 4: 4, 6: 8, 8: 8}
+
+
+def fitting(seconds: dict[int, float], rows: int) -> int:
+    """The rows of the batch that runs if images with guidance have so many rows together.
+
+    `seconds`: the known times of steps by padded rows.
+    """
+    times = StepTimes()
+    for padded, s in seconds.items():
+        times.observe("a", padded, s, 0.0)
+    options = range(2, rows + 1, 2)
+    return options[times.fitting("a", [(r, PADDED[r]) for r in options], 1.0)]
+
+
+def test_the_smallest_batch_that_is_almost_as_fast_as_any_runs() -> None:
+    large_images = {2: 1.0, 4: 1.99, 8: 3.97}  # twice the rows take almost twice as long
+    assert [fitting(large_images, rows) for rows in (2, 4, 6, 8)] == [2, 2, 2, 2]
+    small_images = {2: 1.0, 4: 1.2, 8: 1.9}
+    assert [fitting(small_images, rows) for rows in (2, 4, 6, 8)] == [2, 4, 4, 8]
+
+
+def test_times_that_are_not_known_are_measured() -> None:
+    assert fitting({}, 8) == 8
+    assert fitting({8: 4.0}, 8) == 4
+    assert fitting({8: 4.0, 4: 2.0}, 8) == 2
+
+
+def test_times_follow_the_machine_and_are_forgotten() -> None:
+    times = StepTimes()
+    times.observe("a", 2, 10.0, 0.0)  # the first step compiled its code
+    for i in range(40):
+        times.observe("a", 2, 1.0, float(i))
+    assert times.seconds("a", 2, 40.0) == pytest.approx(1.0, abs=0.01)
+    assert times.seconds("b", 2, 40.0) is None
+    assert times.seconds("a", 2, 39.0 + FORGOTTEN_S) is None
+    for kind in range(MOST_TIMES):
+        times.observe(kind, 2, 1.0, 41.0)
+    assert times.seconds("a", 2, 41.0) is None  # a client may ask for any number of sizes
 
 
 def test_a_budget_shrinks_and_comes_back() -> None:

@@ -45,10 +45,11 @@ def test_a_replica_takes_its_promised_memory_and_no_more() -> None:
     cuda = FakeCuda(others_gib=40)
     mine = claim(cuda, num_gpus=0.25)
     assert mine.promised_gib == 20
-    cuda.allocate(19.4)  # with the context of half a GiB
+    allowed_gib = 20 - CONTEXT_GIB
+    cuda.allocate(allowed_gib - 0.1)
     with pytest.raises(MemoryError):
         cuda.allocate(0.2)
-    assert mine.taken_bytes["allocated"] == round(19.4 * GIB)
+    assert mine.taken_bytes["allocated"] == round((allowed_gib - 0.1) * GIB)
     assert mine.taken_bytes["promised"] == 20 * GIB
 
 
@@ -81,7 +82,7 @@ def test_a_whole_card_or_several_can_be_claimed() -> None:
     for num_gpus in (1.0, 2.0):
         cuda = FakeCuda()
         assert claim(cuda, num_gpus).promised_gib == 80
-        assert cuda.cap == pytest.approx(79.5 * GIB, rel=0.001)
+        assert cuda.cap == pytest.approx((80 - CONTEXT_GIB) * GIB, rel=0.001)
 
 
 def test_less_memory_than_a_cuda_context_is_refused() -> None:

@@ -202,7 +202,7 @@ def test_more_memory_never_makes_it_worse(
 
 
 def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
-    groups = [CardGroup(card, 91) for card in CARDS.values()]
+    groups = [CardGroup(card, 53) for card in CARDS.values()]
     began = time.process_time()
     found = plan(groups, ALL, encoder_gib=ENCODER_GIB)
     assert time.process_time() - began < 1
@@ -212,11 +212,10 @@ def test_a_thousand_nodes_of_all_kinds_within_a_second() -> None:
 @pytest.mark.parametrize("model", TRANSFORMERS)
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_every_model_on_every_card_has_a_plan_or_a_reason(card: Card, model: str) -> None:
-    enough = card.id != "t4" or model == "sd3.5-medium"
-    if enough:
+    if card.memory_gib > 15 or model == "sd3.5-medium":
         assert plan([CardGroup(card, 2)], [planned(model)]).images_s[model] > 0
     else:
-        with pytest.raises(DoesNotFit, match=r"on t4: needs 20\.1 GiB"):
+        with pytest.raises(DoesNotFit, match=rf"on {card.id}: needs \d+\.\d GiB"):
             plan([CardGroup(card, 2)], [planned(model)])
 
 
@@ -230,13 +229,13 @@ def test_latency_targets_are_kept() -> None:
 def test_models_that_do_not_fit_are_explained_with_alternatives() -> None:
     with pytest.raises(DoesNotFit) as error:
         plan([CardGroup(CARDS["t4"], 4)], [LARGE])
-    assert "sd3.5-large on t4: needs 20.1 GiB in fp16, and 14.6 GiB are free" in str(error.value)
-    assert "another card: a10, l4" in str(error.value)
+    assert "sd3.5-large on t4: needs 20.3 GiB in fp16, and 14.6 GiB are free" in str(error.value)
+    assert "another card: rtx3090, rtx4080, rtx5080, a10, l4" in str(error.value)
 
     with pytest.raises(DoesNotFit, match="not all of them at once"):
         plan([CardGroup(CARDS["rtx4090"], 1)], [LARGE, TURBO])
 
-    with pytest.raises(DoesNotFit, match=r"text encoders need 7\.1 GiB"):
+    with pytest.raises(DoesNotFit, match=r"text encoders need 7\.3 GiB"):
         plan([CardGroup(CARDS["t4"], 1)], [MEDIUM], encoder_gib=ENCODER_GIB)
 
     one_step = replace(TURBO, shape=ImageShape(64, 64, 333, 1, 1), max_pixels=64 * 64)

@@ -97,7 +97,7 @@ def test_planned_settings_load_and_say_what_the_plan_says(tmp_path: Path) -> Non
     }
     (encoder,) = settings.text_encoders
     assert encoder.card == "h100"
-    assert encoder.memory_gib == pytest.approx(7.08, abs=0.02)
+    assert encoder.memory_gib == pytest.approx(7.33, abs=0.02)
     assert encoder.warm_prompts == before.text_encoders[0].warm_prompts
     assert [m.defaults for m in settings.models] == [m.defaults for m in before.models]
     on_a100 = {p.precision for m in settings.models for p in m.pools if p.card == "a100-80"}
@@ -140,7 +140,7 @@ def test_the_demo_is_planned_by_its_own_files() -> None:
     (option,) = found["cards"][0]["replicas"]
     assert option["gib"] < 1.5
     settings = load_settings(laptop, {})
-    assert 0.9 < encoder_gib(only_encoder(settings), settings) < 1.2
+    assert 0.9 < encoder_gib(only_encoder(settings), settings) < 1.4
 
 
 def test_a_plan_is_for_one_set_of_text_encoders() -> None:
@@ -214,7 +214,7 @@ def test_a_larger_share_gives_a_model_more_cards() -> None:
 def test_every_card_of_the_file_is_answered(model: str) -> None:
     for card in CARDS:
         result = octet_plan("--gpu", f"{card}:2", "--model", model)
-        fits = card != "t4" or model == "sd3.5-medium"
+        fits = CARDS[card].memory_gib > 15 or model == "sd3.5-medium"
         assert result.exit_code == (0 if fits else 2), result.output
 
 

@@ -27,6 +27,10 @@ def bucket(rows: int) -> int:
 COSTS = Costs({64: STEP_S, 128: {r: 4 * s for r, s in STEP_S.items()}}, {64: 0.5, 128: 2.0}, bucket)
 
 
+def all_that_fit(trace: list[RequestedImage], slots: int) -> list[float]:
+    return between_steps(trace, COSTS, slots, 8, all_that_fit=True)
+
+
 def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
     trace = [RequestedImage(10, 64, 2, 6)]
     assert one_at_a_time(trace, COSTS) == [16.5]
@@ -39,21 +43,40 @@ def test_equal_images_share_their_steps() -> None:
     trace = [RequestedImage(0, 64, 2, 6)] * 4
     together = 6 * STEP_S[8]
     assert static_batches(trace, COSTS, 4) == [together + 4 * 0.5] * 4
-    assert between_steps(trace, COSTS, 4, 8) == [together + i * 0.5 for i in (1, 2, 3, 4)]
+    assert all_that_fit(trace, 4) == [together + i * 0.5 for i in (1, 2, 3, 4)]
     assert max(one_at_a_time(trace, COSTS)) == 4 * 6.5
 
 
 def test_unequal_images_share_steps_only_when_batched_between_steps() -> None:
     trace = [RequestedImage(0, 64, 2, 6), RequestedImage(0, 64, 2, 2)]
-    long, short = between_steps(trace, COSTS, 4, 8)
+    long, short = all_that_fit(trace, 4)
     assert short == 2 * STEP_S[4] + 0.5
     assert long == short + 4 * STEP_S[2] + 0.5
     assert static_batches(trace, COSTS, 8) == [6.55, 9.05]
 
 
+@pytest.mark.parametrize(("gain", "faster"), [(1.02, 1.3), (2.0, 1.0)])
+def test_batches_that_gain_little_are_small(gain: float, faster: float) -> None:
+    """`gain`: rows per second in a large batch ÷ those of one image."""
+    step_s = {rows: rows * (1 if rows <= 2 else 1 / gain) for rows in (1, 2, 4, 8, 16)}
+    costs = Costs({64: step_s}, {64: 0.0}, bucket)
+    rng = random.Random(7)
+    trace = poisson(rng, 2000, 0.8 * gain / (2 * 20), lambda: (64, 2, rng.choice((10, 20, 30))))
+    mean_s = [
+        statistics.mean(
+            done - image.arrives_s
+            for image, done in zip(
+                trace, between_steps(trace, costs, 8, 16, all_that_fit=all_), strict=True
+            )
+        )
+        for all_ in (True, False)
+    ]
+    assert mean_s[0] / mean_s[1] > faster
+
+
 def test_slots_bound_the_images_that_run_together() -> None:
     trace = [RequestedImage(0, 64, 2, 4)] * 3
-    finished = between_steps(trace, COSTS, 2, 8)
+    finished = all_that_fit(trace, 2)
     assert finished[2] == pytest.approx(finished[1] + 4.5)
 
 

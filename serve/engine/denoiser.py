@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 in parts: prompt encoder, single denoising steps, and VAE decoder.
+"""SD3.5 without its text encoders: single denoising steps, and the VAE's decoder.
 
 `PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` of diffusers
 does, but divided as a server needs it. Text encoding is separate from image generation. Denoising
@@ -19,119 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-)
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from numpy.typing import NDArray
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from safetensors.torch import load_file
 
-from ..models.checkpoints import CheckpointError
-from . import fp8_checkpoint
+from ..models.checkpoints import CheckpointError, read_json
+from .card import check_device
+from .fp8_format import TRANSFORMER, WEIGHTS, is_fp8
 from .fused_attention import fuse_qkv
-from .noise_schedule import TRAIN_STEPS, sigmas
-from .precision import ENCODER_RECIPES, EncoderRecipe, Recipe, apply_recipe, store_in_fp8
+from .noise_schedule import TRAIN_STEPS, shift_of, sigmas
+from .precision import RECIPES, Recipe, apply_recipe
 from .preview import VAE_FACTOR, LatentToRgb
+from .prompt_embeds import PromptEmbeds
 
 DENOISER_COMPONENTS = "transformer", "vae", "scheduler"
-ENCODER_COMPONENTS = (
-    *("text_encoder", "text_encoder_2", "text_encoder_3"),
-    *("tokenizer", "tokenizer_2", "tokenizer_3"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PromptEmbeds:
-    """The embeddings of one or more prompts.
-
-    `tokens`: (prompts, text length, joint width). `pooled`: (prompts, pooled width).
-    """
-
-    tokens: torch.Tensor
-    pooled: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens.nbytes + self.pooled.nbytes
-
-
-class PromptEncoder:
-    """The text encoders CLIP-L, CLIP-G and T5 with their tokenizers.
-
-    The two CLIP encoders' hidden states before the last layer are concatenated along the width, and
-    padded to T5's width. T5's tokens are appended to these tokens. A model without T5 gets zeros in
-    place of T5's tokens, as in diffusers.
-    """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        folder: Path,
-        recipe: EncoderRecipe = ENCODER_RECIPES["fp32"],
-        device: str = "cpu",
-    ) -> None:
-        self.device = device
-        index = DiffusionPipeline.load_config(folder)
-        self.clip_tokenizers = [
-            CLIPTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2")
-        ]
-        self.clips = [
-            CLIPTextModelWithProjection.from_pretrained(
-                folder / part, use_safetensors=True, dtype=recipe.dtype
-            )
-            .to(device)
-            .eval()
-            for part in ("text_encoder", "text_encoder_2")
-        ]
-        self.t5, self.t5_tokenizer = None, None
-        if index.get("text_encoder_3", [None])[0] is not None:
-            self.t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_3")
-            self.t5 = _load_t5(folder, recipe).to(device)
-        joint = SD3Transformer2DModel.load_config(folder / "transformer")
-        self.joint_width = int(joint["joint_attention_dim"])
-
-    @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> PromptEmbeds:
-        """Encode prompts; returns one row for each.
-
-        For T5 each prompt is cut or padded to `max_sequence_length` tokens, for CLIP to a fixed
-        length.
-        """
-        hidden, pooled = [], []
-        for tokenizer, clip in zip(self.clip_tokenizers, self.clips, strict=True):
-            out = clip(
-                self._ids(tokenizer, prompts, tokenizer.model_max_length), output_hidden_states=True
-            )
-            hidden.append(out.hidden_states[-2])
-            pooled.append(out.text_embeds)
-        clip_tokens = torch.cat(hidden, dim=-1)
-        clip_tokens = torch.nn.functional.pad(
-            clip_tokens, (0, self.joint_width - clip_tokens.shape[-1])
-        )
-        if self.t5 is None:
-            shape = len(prompts), max_sequence_length, self.joint_width
-            t5_tokens = clip_tokens.new_zeros(shape)
-        else:
-            ids = self._ids(self.t5_tokenizer, prompts, max_sequence_length)
-            t5_tokens = self.t5(ids).last_hidden_state
-        return PromptEmbeds(torch.cat([clip_tokens, t5_tokens], dim=1), torch.cat(pooled, dim=-1))
-
-    def check_device(self) -> None:
-        """Raise CUDA's error if a kernel has failed; after that no later call could succeed."""
-        check_device(self.device)
-
-    def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids: torch.Tensor = tokens.input_ids
-        return ids.to(self.device)
 
 
 @dataclass(slots=True)
@@ -183,14 +85,19 @@ class Denoiser:
     def load(cls, folder: Path, recipe: Recipe, device: str = "cpu") -> Denoiser:
         """Load a model from a checkpoint folder, in the recipe's formats, onto a device.
 
-        Raises `CheckpointError` if the checkpoint holds FP8 weights that do not suit the recipe.
+        Raises `CheckpointError` if the checkpoint holds FP8 weights that do not suit the recipe, or
+        if it asks for a noise schedule that Octet does not have.
         """
         vae = AutoencoderKL.from_pretrained(
             folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
         )
-        schedule = FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
-        transformer = _load_transformer(folder, recipe, device)
-        return cls(transformer, vae, recipe, device, float(schedule["shift"]))
+        schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+        try:
+            shift = shift_of(schedule)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}/scheduler: {error}") from None
+        transformer = load_transformer(folder, recipe, device)
+        return cls(transformer, vae, recipe, device, shift)
 
     @torch.inference_mode()
     def __init__(
@@ -202,7 +109,7 @@ class Denoiser:
         """
         self.recipe, self.device, self.shift = recipe, device, shift
         self.transformer, self.vae = transformer, vae
-        # Faster on a CPU (bench/README.md); `bench.gpu.steps` compares both formats on a card.
+        # Faster on a CPU (bench/README.md). On a card the warm-up measures both formats.
         self.vae.to(device, memory_format=torch.channels_last).eval()
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
         self._latent_to_rgb = LatentToRgb(self.vae)
@@ -310,12 +217,6 @@ class Denoiser:
         return self._latent_to_rgb(latents, width, height)
 
 
-def check_device(device: str) -> None:
-    """Raise CUDA's error if a kernel on this device has failed."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
     """Concatenate rows, and append the first row `padding` times."""
     return torch.cat([*rows, *[rows[0][:1]] * padding])
@@ -327,29 +228,32 @@ def to_pixels(image: torch.Tensor) -> NDArray[np.uint8]:
     return levels.permute(1, 2, 0).cpu().numpy()
 
 
-def _load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
-    if recipe.fp8_linears:
-        return fp8_checkpoint.load_transformer(folder, recipe, device)
-    if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.TRANSFORMER):
+def load_transformer(folder: Path, recipe: Recipe, device: str) -> Any:
+    """Load a checkpoint's transformer in a recipe's formats onto a device.
+
+    The FP8 weights of an FP8 checkpoint are loaded without 16-bit copies; on a CPU they are mapped
+    from the file. A 16-bit checkpoint is quantised while it is loaded. If an FP8 checkpoint holds
+    AdaLN in 16 bit but the recipe stores AdaLN in 8 bit, AdaLN is converted. Raises
+    `CheckpointError` if the checkpoint holds FP8 weights, or AdaLN in 8 bit, but the recipe does
+    not.
+    """
+    if not is_fp8(folder, TRANSFORMER):
+        transformer = SD3Transformer2DModel.from_pretrained(
+            folder / TRANSFORMER, use_safetensors=True, torch_dtype=recipe.dtype
+        )
+        return apply_recipe(fuse_qkv(transformer), recipe, device).eval()
+    if not recipe.fp8_linears:
         raise CheckpointError(
             f"{folder} holds FP8 weights: {recipe.name} needs the original, a 16-bit checkpoint"
         )
-    transformer = SD3Transformer2DModel.from_pretrained(
-        folder / "transformer", use_safetensors=True, torch_dtype=recipe.dtype
-    )
-    return fuse_qkv(apply_recipe(transformer, recipe, device)).eval()
-
-
-def _load_t5(folder: Path, recipe: EncoderRecipe) -> Any:
-    if fp8_checkpoint.is_fp8(folder, fp8_checkpoint.T5):
-        if not recipe.t5_stored_in_fp8:
-            raise CheckpointError(
-                f"{folder} holds T5 in FP8: {recipe.name} needs the original checkpoint"
-            )
-        return fp8_checkpoint.load_t5(folder, recipe.dtype)
-    t5 = T5EncoderModel.from_pretrained(
-        folder / "text_encoder_3", use_safetensors=True, dtype=recipe.dtype
-    ).eval()
-    if recipe.t5_stored_in_fp8:
-        store_in_fp8(t5)
-    return t5
+    config = read_json(folder / TRANSFORMER / "config.json")
+    stored = RECIPES[config.pop("quantization_config").get("recipe", "fp8")]
+    if stored.adaln_8_bit and not recipe.adaln_8_bit:
+        raise CheckpointError(
+            f"{folder} holds AdaLN in 8 bit: set adaln_8_bit: true, or use the 16-bit checkpoint"
+        )
+    with torch.device("meta"):
+        transformer = apply_recipe(fuse_qkv(SD3Transformer2DModel.from_config(config)), stored)
+    weights = load_file(folder / TRANSFORMER / WEIGHTS, device=device)
+    transformer.load_state_dict(weights, assign=True)
+    return apply_recipe(transformer, recipe).eval()

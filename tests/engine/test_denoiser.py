@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from serve.engine.denoiser import Denoiser, DenoisingState
 from serve.engine.precision import RECIPES
-from serve.engine.sd3 import Denoiser, DenoisingState, PromptEncoder
+from serve.engine.prompt_encoder import PromptEncoder
 
 from ..builders import DEMO_MODEL
 
