@@ -10,7 +10,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(1) || true
 
 .PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness bench-path \
-	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu format clean
+	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu bench-gpu-wheels accept-gpu \
+	format clean
 
 install: $(INSTALLED)
 
@@ -83,12 +84,31 @@ bench-autoscaling-ray: .venv/bench
 bench-repeats: .venv/bench servers
 	$(BIN)/python -W ignore -m bench.repeats
 
-# On a machine with a GPU; writes bench/results/DATE-CARD.json.
+# On a machine with a GPU; writes bench/results/DATE-CARD.json. QUICK=1: less than 10 minutes, and
+# only what matters most. GPU_PYTHON names a Python that has torch and transformers already: the rest
+# comes from `make bench-gpu-wheels`, on any machine.
+ifdef QUICK
+bench-gpu: $(if $(GPU_PYTHON),,install)
+	PYTHONPATH=$(if $(GPU_PYTHON),build/gpu-packages) $(or $(GPU_PYTHON),$(BIN)/python) -W ignore \
+	  -m bench.gpu.quick
+else
 bench-gpu: install .venv/reference
 	PYTHONPATH=.venv/reference $(BIN)/python -W ignore -m bench.gpu.steps
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 512
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024
 	$(BIN)/python -W ignore -m bench.gpu.engine
+endif
+
+bench-gpu-wheels: install
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/gpu-packages \
+	  --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+	  --platform manylinux2014_x86_64 -c constraints.txt \
+	  diffusers importlib_metadata pydantic pydantic_core annotated_types typing_inspection
+	@du -sh build/gpu-packages
+
+# A card's owner runs this and sends back the JSON file that it names.
+accept-gpu: .venv/bench
+	$(BIN)/python -W ignore -m bench.gpu.accept $(if $(MODEL),--model $(MODEL))
 
 format: install
 	$(BIN)/ruff format .

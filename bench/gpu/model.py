@@ -186,13 +186,17 @@ class Bench:
         return found
 
 
-def save(folder: Path, part: str, found: dict[str, Any]) -> None:
-    """Save results under the name `part` in today's file for this card; other parts stay."""
+def save(folder: Path, part: str, found: dict[str, Any]) -> Path:
+    """Save results under the name `part` in today's file for this card; returns the file.
+
+    Other parts of the file stay.
+    """
     card = found["machine"]["device"].lower().replace("nvidia ", "").replace(" ", "-")
     file = folder / f"{date.today().isoformat()}-{card}.json"
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(before | {part: found}, indent=1) + "\n")
+    return file
 
 
 class _AllShapes(frozenset[tuple[int, int]]):

@@ -300,6 +300,22 @@ class Parts:
         return time.perf_counter() - began
 
 
+def measure(
+    parts: Parts, clock: Clock, on_part: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Measure the parts for which there is time; `on_part` gets all results after each of them."""
+    found: dict[str, Any] = {"machine": parts.bench.machine()}
+    for part in parts.in_order():
+        if clock.allows(part.usual_s):
+            began = time.monotonic()
+            guarded(found, part.name, part.measure)
+            print(f"{part.name}: {time.monotonic() - began:.0f} s", flush=True)
+        else:
+            found[part.name] = "left out: no time"
+        on_part(found)
+    return found
+
+
 def report(found: dict[str, Any]) -> str:
     """The results as short text for a terminal."""
     lines = [" ".join(f"{key} {value}" for key, value in found["machine"].items())]
@@ -326,16 +342,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
-    bench, clock = Bench.here(arguments.tiny), Clock(arguments.minutes)
-    found: dict[str, Any] = {"machine": bench.machine()}
-    for part in Parts(bench).in_order():
-        if clock.allows(part.usual_s):
-            began = time.monotonic()
-            guarded(found, part.name, part.measure)
-            print(f"{part.name}: {time.monotonic() - began:.0f} s", flush=True)
-        else:
-            found[part.name] = "left out: no time"
-        save(arguments.out, "quick", found)
+    parts, clock = Parts(Bench.here(arguments.tiny)), Clock(arguments.minutes)
+    found = measure(parts, clock, lambda found: save(arguments.out, "quick", found))
     print(report(found))
 
 

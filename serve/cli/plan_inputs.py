@@ -142,7 +142,7 @@ def encoder_gib(encoder: Encoder, settings: Settings) -> float:
     """
     readers = [m for m in settings.models if m.text_encoder == encoder.id]
     if any(structure_of(m, settings.models_folder).text_width == SD35_TEXT_WIDTH for m in readers):
-        weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision == "t5-quanto")
+        weights_gib = text_encoders_gib(t5_in_fp8=encoder.precision.startswith("t5-"))
         return weights_gib * (2 if encoder.precision == "fp32" else 1)
     folder = node_folder(encoder.source, settings.models_folder)
     parts = [part.name for part in folder.glob("text_encoder*")]

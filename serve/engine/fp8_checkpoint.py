@@ -86,7 +86,7 @@ def _quantize_t5(folder: Path, out: Path) -> None:
     t5 = T5EncoderModel.from_pretrained(
         folder / T5, use_safetensors=True, dtype=torch.bfloat16
     ).eval()
-    store_in_fp8(t5)
+    store_in_fp8(t5, "quanto")
     _save(t5, T5, folder, out, {})
     (out / T5 / QUANTO_MAP).write_text(json.dumps(quantization_map(t5)), encoding="utf-8")
 

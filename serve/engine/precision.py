@@ -7,21 +7,24 @@ tenant's outliers would change another tenant's image. `torch._scaled_mm` multip
 numbers. It uses the tensor cores of cards from compute capability 8.9 on; on a CPU the same code
 runs in software.
 
-The T5 encoder uses optimum-quanto, which stores weights in FP8 and computes in 16 bit. The
-transformer does not use optimum-quanto, because that library never uses FP8 tensor cores and its
-Marlin kernel leaves out biases.
+The T5 encoder stores its weights in FP8 and computes in 16 bit. optimum-quanto can do this too
+(`t5-quanto`), but it compiles a kernel for the card when it runs for the first time. The transformer does not use optimum-quanto, because that library never uses FP8 tensor cores and
+its Marlin kernel leaves out biases.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cluster.capability import SixteenBit
+
+T5Storage = Literal["fp8", "quanto"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max  # 448
@@ -79,13 +82,13 @@ RECIPES = {
 class EncoderRecipe:
     """The number formats of the text encoders.
 
-    `dtype`: the format of their arithmetic. `t5_stored_in_fp8`: whether T5's weights are stored in
-    FP8.
+    `dtype`: the format of their arithmetic. `t5`: how T5's weights are stored, if not in `dtype`:
+    in FP8 by this module, or by optimum-quanto.
     """
 
     name: str
     dtype: torch.dtype
-    t5_stored_in_fp8: bool = False
+    t5: T5Storage | None = None
 
     def on(self, sixteen_bit: SixteenBit) -> EncoderRecipe:
         """The same recipe, adapted to a device with this 16-bit format.
@@ -99,7 +102,8 @@ class EncoderRecipe:
 ENCODER_RECIPES = {
     recipe.name: recipe
     for recipe in (
-        EncoderRecipe("t5-quanto", torch.bfloat16, t5_stored_in_fp8=True),
+        EncoderRecipe("t5-fp8", torch.bfloat16, t5="fp8"),
+        EncoderRecipe("t5-quanto", torch.bfloat16, t5="quanto"),
         EncoderRecipe("bf16", torch.bfloat16),
         EncoderRecipe("fp32", torch.float32),
     )
@@ -143,7 +147,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def quantize(cls, linear: nn.Linear) -> Fp8Linear:
+    def quantize(cls, linear: nn.Linear) -> Self:
         """Quantise a linear layer. On the meta device this makes a layer of the same shapes."""
         weight, scale = quantize_rows(linear.weight.detach())
         bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
@@ -232,9 +236,28 @@ def _convert_own(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, buffer.to(dtype))
 
 
-def store_in_fp8(t5: nn.Module) -> None:
+def store_in_fp8(t5: nn.Module, how: T5Storage) -> None:
     """Store T5's weights in E4M3, in place; T5 goes on computing in its present dtype."""
+    if how == "fp8":
+        for name, linear in list(t5.named_modules()):
+            if isinstance(linear, nn.Linear):
+                t5.set_submodule(name, T5Fp8Linear(Fp8StoredLinear.quantize(linear)))
+        return
     from optimum.quanto import freeze, qfloat8_e4m3fn, quantize
 
     quantize(t5, weights=qfloat8_e4m3fn)
     freeze(t5)
+
+
+class T5Fp8Linear(nn.Module):
+    """A linear layer of T5 with its weights stored in FP8."""
+
+    # transformers converts T5's activations to the dtype of `weight`, if that is a tensor.
+    weight = None
+
+    def __init__(self, stored: Fp8StoredLinear) -> None:
+        super().__init__()
+        self.stored = stored
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stored(x)  # type: ignore[no-any-return]  # nn.Module's

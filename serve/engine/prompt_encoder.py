@@ -7,7 +7,6 @@ whose import takes seconds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,14 @@ from transformers.utils import logging
 from ..models.checkpoints import CheckpointError, read_json
 from .card import check_device
 from .fp8_format import QUANTO_MAP, T5, WEIGHTS, is_fp8
-from .precision import E4M3, ENCODER_RECIPES, EncoderRecipe, store_in_fp8
+from .precision import (
+    E4M3,
+    ENCODER_RECIPES,
+    EncoderRecipe,
+    Fp8StoredLinear,
+    T5Fp8Linear,
+    store_in_fp8,
+)
 from .prompt_embeds import PromptEmbeds
 
 logging.disable_progress_bar()  # a progress bar would fill every replica's log
@@ -120,29 +126,42 @@ def load_t5(folder: Path, recipe: EncoderRecipe) -> Any:
     Raises `CheckpointError` if the checkpoint holds T5 in FP8 but the recipe does not.
     """
     if is_fp8(folder, T5):
-        if not recipe.t5_stored_in_fp8:
+        if recipe.t5 is None:
             raise CheckpointError(
                 f"{folder} holds T5 in FP8: {recipe.name} needs the original checkpoint"
             )
-        return _from_fp8(folder, recipe.dtype)
+        return _from_fp8(folder, recipe)
     t5 = T5EncoderModel.from_pretrained(
         folder / T5, use_safetensors=True, dtype=recipe.dtype
     ).eval()
-    if recipe.t5_stored_in_fp8:
-        store_in_fp8(t5)
+    if recipe.t5:
+        store_in_fp8(t5, recipe.t5)
     return t5
 
 
-def _from_fp8(folder: Path, dtype: torch.dtype) -> Any:
-    from optimum.quanto import requantize
-
+def _from_fp8(folder: Path, recipe: EncoderRecipe) -> Any:
+    """Load T5 from an FP8 checkpoint, which is in quanto's format for both kinds of storage."""
     config = AutoConfig.from_pretrained(folder / T5)
     del config.quantization_config
     with torch.device("meta"):
-        t5 = T5EncoderModel(config).to(dtype).eval()
-    names = json.loads((folder / T5 / QUANTO_MAP).read_text(encoding="utf-8"))
+        t5 = T5EncoderModel(config).to(recipe.dtype).eval()
+    names = read_json(folder / T5 / QUANTO_MAP)
     stored = load_file(folder / T5 / WEIGHTS)
-    weights = {name: w if w.dtype is E4M3 else w.to(dtype) for name, w in stored.items()}
-    requantize(t5, weights, names, device=torch.device("cpu"))
+    weights = {n: w if w.dtype is E4M3 else w.to(recipe.dtype) for n, w in stored.items()}
+    if recipe.t5 == "quanto":
+        from optimum.quanto import requantize
+
+        requantize(t5, weights, names, device=torch.device("cpu"))
+    else:
+        for name in names:
+            numbers, scale = (stored.pop(f"{name}.weight.{part}") for part in ("_data", "_scale"))
+            for unused in [n for n in weights if n.startswith(f"{name}.")]:
+                del weights[unused]
+            layer = Fp8StoredLinear(numbers, scale.float().reshape(1, -1), None)
+            t5.set_submodule(name, T5Fp8Linear(layer))
+            weights |= {f"{name}.stored.{n}": t for n, t in layer.state_dict().items()}
+        t5.load_state_dict(weights, assign=True, strict=False)  # one embedding has two names
     t5.encoder.set_input_embeddings(t5.shared)
+    if missing := [name for name, tensor in t5.state_dict().items() if tensor.is_meta]:
+        raise CheckpointError(f"{folder / T5}: {missing[0]} is missing")
     return t5

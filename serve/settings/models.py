@@ -171,10 +171,10 @@ class Encoder(CardResources):
 
     id: Name = Field(description="Name of this set, which models give as their `text_encoder`.")
     source: Source = Field(description="Where the weights of the text encoders are.")
-    precision: Literal["fp32", "bf16", "t5-quanto"] = Field(
-        default="t5-quanto",
-        description="Number format of the text encoders; `t5-quanto` is bf16 with the weights of "
-        "T5 in FP8.",
+    precision: Literal["fp32", "bf16", "t5-fp8", "t5-quanto"] = Field(
+        default="t5-fp8",
+        description="Number format of the text encoders; `t5-fp8` and `t5-quanto` are bf16 with "
+        "the weights of T5 stored in FP8, by Octet or by optimum-quanto.",
     )
     cache_mib: PositiveInt = Field(
         default=512,

@@ -58,11 +58,12 @@ def test_an_fp8_checkpoint_generates_the_same_image_bit_for_bit(fp8_folder: Path
     assert torch.equal(*latents)
 
 
+@pytest.mark.parametrize("name", ["t5-fp8", "t5-quanto"])
 @pytest.mark.parametrize("sixteen_bit", ["bf16", "fp16"])
 def test_the_t5_of_a_checkpoint_is_like_one_quantised_at_load(
-    fp8_folder: Path, sixteen_bit: Literal["bf16", "fp16"]
+    fp8_folder: Path, sixteen_bit: Literal["bf16", "fp16"], name: str
 ) -> None:
-    recipe = ENCODER_RECIPES["t5-quanto"].on(sixteen_bit)
+    recipe = ENCODER_RECIPES[name].on(sixteen_bit)
     there, made = (PromptEncoder(folder, recipe) for folder in (DEMO_MODEL, fp8_folder))
     counts = []
     for encoder in (there, made):

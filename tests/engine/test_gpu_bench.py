@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import engine, packing, quick, steps
+from bench.gpu import accept, engine, packing, quick, steps
 from bench.gpu.model import FP8_EAGER, WAYS, Bench
+
+from ..builders import DEMO_MODEL
 
 TINY = Bench("cpu", tiny=True)
 
@@ -26,7 +28,7 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> An
     """Run a script and return the results that it writes."""
     monkeypatch.setattr("sys.argv", ["script", "--tiny", "--out", str(out), *args])
     main()
-    (file,) = out.iterdir()
+    (file,) = out.glob("*.json")
     (found,) = json.loads(file.read_text()).values()
     return found
 
@@ -54,7 +56,7 @@ def test_the_steps_script_measures_every_way(
     assert all(cell["finite"] for cell in found["steps"])
     assert all(25 < db < 32 for kinds in found["sqnr_db"].values() for db in kinds.values())
     assert all(ms > 0 for ms in found["t5_ms"].values())
-    assert found["t5_ms"].keys() == {"bf16", "quanto fp8"}
+    assert found["t5_ms"].keys() == {"bf16", "fp8", "quanto"}
     printed = capsys.readouterr().out
     assert "ms/step" in printed
     if any(failed["way"] == "torchao row-wise compiled" for failed in found["failed"]):
@@ -138,3 +140,25 @@ def test_the_packing_script_measures_every_cell(
     found = run(packing.main, monkeypatch, tmp_path, *arguments)
     assert [(c["processes"], c["slots"]) for c in found["cells"]] == [(1, 2), (2, 2)]
     assert all(c["images_s"] > 0 and c["latency_p99_s"] > 0 for c in found["cells"])
+
+
+def test_the_acceptance_compares_fp8_with_16_bit_on_real_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo model stands for the real weights; its FP8 images are close to those in 16 bit."""
+    sizes = ("--prompts", "2", "--side", "128", "--steps", "8", "--minutes", "0")
+    found = run(accept.main, monkeypatch, tmp_path, "--model", str(DEMO_MODEL), *sizes)
+    real = found["real_weights"]
+    assert real["prompts"] == 2
+    assert 0.8 < real["ssim_least"] <= real["ssim_median"] < 1
+    assert real["fp8"]["step_ms"] > 0
+    page = tmp_path / capsys.readouterr().out.split("page: ")[1].strip().rpartition("/")[2]
+    assert "ssim_median" in page.read_text()
+
+
+def test_the_acceptance_says_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    found = run(accept.main, monkeypatch, tmp_path, "--minutes", "0")
+    assert "set HF_TOKEN" in found["real_weights"]

@@ -189,8 +189,10 @@ def test_a_pool_bound_to_another_card_is_a_problem() -> None:
 
 def test_quanto_on_a_card_needs_nvcc() -> None:
     without = replace(H100, nvcc=False)
-    assert "with nvcc" in texts(examine_settings(settings("sd35.yaml"), without), "note")
-    assert "nvcc" not in texts(examine_settings(settings("sd35.yaml"), H100), "note")
+    quanto = settings("sd35.yaml", OCTET_TEXT_ENCODERS__0__PRECISION="t5-quanto")
+    assert "with nvcc" in texts(examine_settings(quanto, without), "note")
+    assert "nvcc" not in texts(examine_settings(quanto, H100), "note")
+    assert "nvcc" not in texts(examine_settings(settings("sd35.yaml"), without), "note")
 
 
 def test_a_taken_port_is_a_problem() -> None:
