@@ -28,6 +28,7 @@ CLIP_PARAMETERS = 123_650_304 + 694_659_840
 T5_LINEAR_PARAMETERS, T5_PARAMETERS = 4_630_511_616, 4_762_310_656
 ENCODER_PEAK_GIB = 0.25  # 4 prompts of 256 tokens, and one layer of T5 converted to 16 bit
 
+MODULATED_STEPS = 8  # whose modulation an image keeps: STEPS of serve/engine/modulation.py
 CONTEXT_GIB = 0.75  # assumed: CUDA's context with torch's kernels loaded; 0.6 to 0.9 by estimate
 WORKSPACE_GIB = 0.25  # assumed: workspaces of cuBLAS and cuDNN
 SLACK = 0.1  # assumed: fraction that the allocator holds beyond what steps and decodes need
@@ -46,7 +47,7 @@ class Footprint:
     vae: float
     step: float
     decode: float
-    waiting: float  # embeddings and latents of the running images
+    waiting: float  # embeddings and modulation of the running images
     context: float
     slack: float
 
@@ -68,8 +69,7 @@ def transformer_bytes(s: Structure, recipe: str) -> int:
     squares = 4 * layers + (4 * layers - 1) + 4 * dual
     feed_forwards = 2 * layers - 1
     main, main_outs = d * d * (squares + 8 * feed_forwards), d * (squares + 5 * feed_forwards)
-    adaln_outs = d * (6 * (layers - dual) + 9 * dual + 6 * (layers - 1) + 2)
-    adaln = adaln_outs * d
+    adaln = adaln_outs(s) * d
     others = sum(
         (
             s.patch_values * d + d,  # pos_embed
@@ -84,9 +84,15 @@ def transformer_bytes(s: Structure, recipe: str) -> int:
     )
     return (
         _linear_bytes(main, main_outs, in_8_bit=recipe.startswith("fp8"))
-        + _linear_bytes(adaln, adaln_outs, in_8_bit=recipe == "fp8-adaln8")
+        + _linear_bytes(adaln, adaln_outs(s), in_8_bit=recipe == "fp8-adaln8")
         + 2 * others
     )
+
+
+def adaln_outs(s: Structure) -> int:
+    """The outputs of AdaLN's linear layers in all blocks."""
+    plain = s.layers - s.dual_layers
+    return s.width * (6 * plain + 9 * s.dual_layers + 6 * (s.layers - 1) + 2)
 
 
 def _linear_bytes(weights: int, outs: int, *, in_8_bit: bool) -> int:
@@ -121,7 +127,7 @@ def footprint(
         vae=VAE_PARAMETERS * vae_width / GIB,
         step=step,
         decode=decode,
-        waiting=2 * rows * text_tokens * s.text_width / GIB,
+        waiting=2 * rows * (text_tokens * s.text_width + MODULATED_STEPS * adaln_outs(s)) / GIB,
         context=CONTEXT_GIB,
         slack=WORKSPACE_GIB + SLACK * (step + decode),
     )

@@ -2,13 +2,14 @@
 
 The operations of SD3.5's transformer are counted exactly, for text and image tokens separately;
 `cluster.cost` uses simpler sums. AdaLN's layers do little arithmetic on large weights, so they
-count by the time to read the weights.
+count by the time to read the weights, once in `MODULATED_STEPS` steps.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from cluster.footprint import MODULATED_STEPS, adaln_outs
 from cluster.structure import TOKEN_PX, Structure
 
 
@@ -68,8 +69,7 @@ def floor_s(
     AdaLN's weights. `adaln_bytes`: bytes of one of AdaLN's weights.
     """
     linear, attention = flops(s, rows, side_px, text_tokens)
-    d = s.width
-    adaln_weights = d * d * (12 * s.layers + 3 * s.dual_layers - 4)
+    adaln_weights = s.width * adaln_outs(s) / MODULATED_STEPS
     return (
         linear / (rates.fp8 if fp8 else rates.bf16)
         + attention / rates.attention

@@ -28,6 +28,7 @@ from ..models.checkpoints import CheckpointError, read_json
 from .card import check_device
 from .fp8_format import TRANSFORMER, WEIGHTS, is_fp8
 from .fused_attention import fuse_qkv
+from .modulation import STEPS, Modulation
 from .noise_schedule import TRAIN_STEPS, shift_of, sigmas
 from .precision import RECIPES, Recipe, apply_recipe
 from .preview import VAE_FACTOR, LatentToRgb
@@ -43,7 +44,8 @@ class DenoisingState:
     `latents`: the image so far. `velocity`: the transformer's output in the last step. Both are
     (1, 16, height_px/8, width_px/8) in float32. `embeds`: the prompt's row; with guidance two rows,
     first the negative prompt's, then the prompt's. `sigmas`: the noise level before the first step,
-    then the level after each step. `step`: the number of steps that are done.
+    then the level after each step. `step`: the number of steps that are done. `modulation`: that of
+    the steps from `modulated_from` on, (steps, rows, modulation width).
     """
 
     latents: torch.Tensor
@@ -52,6 +54,8 @@ class DenoisingState:
     sigmas: tuple[float, ...]
     step: int = 0
     velocity: torch.Tensor | None = None
+    modulation: torch.Tensor | None = None
+    modulated_from: int = 0
 
     @property
     def rows(self) -> int:
@@ -109,6 +113,7 @@ class Denoiser:
         """
         self.recipe, self.device, self.shift = recipe, device, shift
         self.transformer, self.vae = transformer, vae
+        self._modulation = Modulation(transformer)
         # Faster on a CPU (bench/README.md). On a card the warm-up measures both formats.
         self.vae.to(device, memory_format=torch.channels_last).eval()
         self.native_size_px = int(self.transformer.config.sample_size) * VAE_FACTOR
@@ -154,14 +159,10 @@ class Denoiser:
         own = [d.rows for d in batch]
         padding = max(rows - sum(own), 0)
         latents = _padded([d.latents for d in batch for _ in range(d.rows)], padding)
-        # Timesteps stay float32: rounding them to bf16 moves latents by up to 8e-2.
-        times = [d.sigmas[d.step] * TRAIN_STEPS for d in batch for _ in range(d.rows)]
-        times += times[:1] * padding
         velocity = self.transformer(
             hidden_states=latents.to(self.recipe.dtype),
-            timestep=torch.tensor(times, dtype=torch.float32, device=self.device),
             encoder_hidden_states=_padded([d.embeds.tokens for d in batch], padding),
-            pooled_projections=_padded([d.embeds.pooled for d in batch], padding),
+            pooled_projections=_padded([self._modulated(d) for d in batch], padding),
             return_dict=False,
         )[0].float()
         stepped = []  # applied to all images or to none: a failed step may be repeated
@@ -176,6 +177,21 @@ class Denoiser:
             self.on_cuda
         ):  # otherwise steps would pile up on the card before images can join and leave
             torch.cuda.current_stream().synchronize()
+
+    def _modulated(self, d: DenoisingState) -> torch.Tensor:
+        """The modulation (rows, modulation width) of an image's next step."""
+        ahead = d.step - d.modulated_from
+        if d.modulation is None or ahead >= len(d.modulation):
+            # Always for as many steps, so that these numbers do not depend on the image's length.
+            last = len(d.sigmas) - 2
+            levels = [d.sigmas[min(d.step + i, last)] * TRAIN_STEPS for i in range(STEPS)]
+            # Timesteps stay float32: rounding them to bf16 moves latents by up to 8e-2.
+            times = torch.tensor(levels, dtype=torch.float32, device=self.device)
+            found = self._modulation(
+                times.repeat_interleave(d.rows), d.embeds.pooled.repeat(STEPS, 1)
+            )
+            d.modulation, d.modulated_from, ahead = found.view(STEPS, d.rows, -1), d.step, 0
+        return d.modulation[ahead]
 
     @property
     def on_cuda(self) -> bool:

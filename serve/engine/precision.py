@@ -8,8 +8,9 @@ numbers. It uses the tensor cores of cards from compute capability 8.9 on; on a 
 runs in software.
 
 The T5 encoder stores its weights in FP8 and computes in 16 bit. optimum-quanto can do this too
-(`t5-quanto`), but it compiles a kernel for the card when it runs for the first time. The transformer does not use optimum-quanto, because that library never uses FP8 tensor cores and
-its Marlin kernel leaves out biases.
+(`t5-quanto`), but it compiles a kernel for the card when it runs for the first time. The
+transformer does not use optimum-quanto, because that library never uses FP8 tensor cores and its
+Marlin kernel leaves out biases.
 """
 
 from __future__ import annotations
