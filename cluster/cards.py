@@ -55,8 +55,8 @@ class Card:
     tflops: float
     fp8_tflops: float | None
     bandwidth_gb_s: float
-    on_demand_usd_h: float | None
-    spot_usd_h: float | None
+    on_demand_usd_h: float | None = None
+    spot_usd_h: float | None = None
 
     @property
     def has_fp8(self) -> bool:
@@ -68,49 +68,31 @@ CARDS = {
     for card in (
         Card("t4", "T4", ("T4",), 14.56, (7, 5), 65, None, 320, 0.35, 0.11),
         Card(
-            *("rtx2080ti", "RTX 2080 Ti", ("GeForce-RTX-2080-Ti",), 10.76, (7, 5)),
-            *(53.8, None, 616, None, None),
+            id="rtx2080ti",
+            name="RTX 2080 Ti",
+            ray_names=("GeForce-RTX-2080-Ti",),
+            memory_gib=10.76,
+            compute_capability=(7, 5),
+            tflops=53.8,
+            fp8_tflops=None,
+            bandwidth_gb_s=616,
         ),
+        Card("rtx3060", "RTX 3060", ("GeForce-RTX-3060",), 11.75, (8, 6), 25.5, None, 360),
+        Card("rtx3090", "RTX 3090", ("GeForce-RTX-3090",), 23.69, (8, 6), 71.2, None, 936),
+        Card("rtx4060", "RTX 4060", ("GeForce-RTX-4060",), 7.75, (8, 9), 30.2, 60.5, 272),
         Card(
-            "rtx3060", "RTX 3060", ("GeForce-RTX-3060",), 11.75, (8, 6), 25.5, None, 360, None, None
+            id="rtx4060-laptop",
+            name="RTX 4060 Laptop GPU",
+            ray_names=("GeForce-RTX-4060-Laptop-GPU",),
+            memory_gib=7.75,
+            compute_capability=(8, 9),
+            tflops=29.1,
+            fp8_tflops=58.2,
+            bandwidth_gb_s=256,
         ),
-        Card(
-            "rtx3090", "RTX 3090", ("GeForce-RTX-3090",), 23.69, (8, 6), 71.2, None, 936, None, None
-        ),
-        Card(
-            "rtx4060", "RTX 4060", ("GeForce-RTX-4060",), 7.75, (8, 9), 30.2, 60.5, 272, None, None
-        ),
-        Card(
-            *("rtx4060-laptop", "RTX 4060 Laptop GPU", ("GeForce-RTX-4060-Laptop-GPU",), 7.75),
-            *((8, 9), 29.1, 58.2, 256, None, None),
-        ),
-        Card(
-            "rtx4070",
-            "RTX 4070",
-            ("GeForce-RTX-4070",),
-            11.63,
-            (8, 9),
-            58.3,
-            116.6,
-            504,
-            None,
-            None,
-        ),
-        Card(
-            "rtx4080", "RTX 4080", ("GeForce-RTX-4080",), 15.5, (8, 9), 97.5, 194.9, 717, None, None
-        ),
-        Card(
-            "rtx5080",
-            "RTX 5080",
-            ("GeForce-RTX-5080",),
-            15.5,
-            (12, 0),
-            112.6,
-            225.1,
-            960,
-            None,
-            None,
-        ),
+        Card("rtx4070", "RTX 4070", ("GeForce-RTX-4070",), 11.63, (8, 9), 58.3, 116.6, 504),
+        Card("rtx4080", "RTX 4080", ("GeForce-RTX-4080",), 15.5, (8, 9), 97.5, 194.9, 717),
+        Card("rtx5080", "RTX 5080", ("GeForce-RTX-5080",), 15.5, (12, 0), 112.6, 225.1, 960),
         Card("a10", "A10", ("A10",), 21.98, (8, 6), 125, None, 600, 0.75, None),
         Card("l4", "L4", ("L4",), 22.03, (8, 9), 121, 242, 300, 0.78, 0.44),
         Card("l40s", "L40S", ("L40S",), 44.31, (8, 9), 362, 733, 864, 1.40, 0.79),

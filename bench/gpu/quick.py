@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,7 @@ class Parts:
             spent_us = event.self_device_time_total if cuda else event.self_cpu_time_total
             name = event.key.lower()
             kinds = (kind for kind, parts in KERNELS.items() if any(p in name for p in parts))
-            found[next(kinds, "other")] += spent_us / 1e3  # type: ignore[assignment]  # floats
+            found[next(kinds, "other")] += spent_us / 1e3
         return dict(found)
 
     def _batch(self, denoiser: Denoiser, side: int) -> list[DenoisingState]:
@@ -217,7 +218,7 @@ class Parts:
         if not fp8_here(self.bench):
             return {}
         width = structure_of(self.bench, LARGE).width
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for m in (64, 33) if self.bench.tiny else (8192, 2 * TEXT_TOKENS, TEXT_TOKENS):
             x = torch.randn(m, width, device=self.bench.device)
             w = torch.randn(4 * width, width, device=self.bench.device)
@@ -246,13 +247,15 @@ class Parts:
         """Milliseconds of a decode: in both memory layouts, and compiled."""
         denoiser, side = self._loaded(), self.bench.sides[0]
         latents = torch.randn(1, 16, side // 8, side // 8, device=self.bench.device)
-        found = {}
+        found: dict[str, float] = {}
         for layout in (torch.channels_last, torch.contiguous_format):
             denoiser.vae.to(memory_format=layout)
             name = str(layout).removeprefix("torch.")
             found[name] = 1e3 * self.bench.seconds(lambda: denoiser.decode(latents), 5)
         denoiser.vae.decoder.compile(backend=self.bench.backend)
-        found["compiled"] = 1e3 * self.bench.seconds(lambda: denoiser.decode(latents), 5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about caches in diffusers
+            found["compiled"] = 1e3 * self.bench.seconds(lambda: denoiser.decode(latents), 5)
         return found
 
     def memory(self) -> dict[str, float]:
@@ -301,11 +304,19 @@ class Parts:
 
 
 def measure(
-    parts: Parts, clock: Clock, on_part: Callable[[dict[str, Any]], object]
+    parts: Parts,
+    clock: Clock,
+    on_part: Callable[[dict[str, Any]], object],
+    names: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure the parts for which there is time; `on_part` gets all results after each of them."""
+    """Measure the parts for which there is time; `on_part` gets all results after each of them.
+
+    `names`: the parts to measure; by default all.
+    """
     found: dict[str, Any] = {"machine": parts.bench.machine()}
     for part in parts.in_order():
+        if names and part.name not in names:
+            continue
         if clock.allows(part.usual_s):
             began = time.monotonic()
             guarded(found, part.name, part.measure)
@@ -339,11 +350,12 @@ def _short(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit")
+    parser.add_argument("--part", action="append", help="measure only this part; repeatable")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
     parts, clock = Parts(Bench.here(arguments.tiny)), Clock(arguments.minutes)
-    found = measure(parts, clock, lambda found: save(arguments.out, "quick", found))
+    found = measure(parts, clock, lambda found: save(arguments.out, "quick", found), arguments.part)
     print(report(found))
 
 

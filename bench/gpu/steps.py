@@ -105,7 +105,7 @@ def attention_rate(bench: Bench) -> float:
     if bench.device == "cuda":
         prefer_attention(preferred(attention_s(bench, MODELS[0])))
     seconds = bench.seconds(lambda: F.scaled_dot_product_attention(q, k, v), 10)
-    return 4 * q.numel() * tokens / seconds
+    return float(4 * q.numel() * tokens / seconds)
 
 
 # -- steps ----------------------------------------------------------------------------------------

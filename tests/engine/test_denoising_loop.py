@@ -30,6 +30,7 @@ from serve.errors import NonFiniteImage, Unavailable
 from serve.request import ImageRequest
 
 from ..builders import DEMO_MODEL, image_request
+from ..wait import wait_for
 
 pytestmark = pytest.mark.usefixtures("no_denormals")
 REQUEST = image_request(model="landscapes", prompt="the sea at dawn", num_inference_steps=6, seed=1)
@@ -68,7 +69,7 @@ class Model:
         original = self.denoiser.transformer.forward
 
         def forward(**inputs: Any) -> Any:
-            rows = len(inputs["timestep"])
+            rows = len(inputs["hidden_states"])
             self.entered.append(rows)
             self.gate.wait()
             if rows > 1:  # leaves out PLUG, which has one row
@@ -124,8 +125,7 @@ class Model:
         self.gate.clear()
         entered = len(self.entered)
         first = self.loop.generate(PLUG, self.embeds(PLUG))
-        while len(self.entered) == entered:
-            time.sleep(0.001)
+        wait_for(lambda: len(self.entered) > entered)
         futures = [self.loop.generate(request, embeds) for request, embeds in work]
         self.gate.set()
         first.result(30)

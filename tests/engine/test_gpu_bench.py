@@ -63,17 +63,29 @@ def test_the_steps_script_measures_every_way(
         assert "No module named 'torchao'" in printed
 
 
+PARTS = [part.name for part in quick.Parts(TINY).in_order()]
+SLOW = "medium_step", "two_processes"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[part for part in PARTS if part not in SLOW], pytest.param(PARTS, marks=pytest.mark.long)],
+)
 def test_the_quick_script_measures_every_part(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = run(quick.main, monkeypatch, tmp_path)
-    parts = [part.name for part in quick.Parts(TINY).in_order()]
+    chosen = [argument for part in parts for argument in ("--part", part)]
+    found = run(quick.main, monkeypatch, tmp_path, *chosen)
     assert [*found] == ["machine", *parts]
     assert not [part for part in found.values() if isinstance(part, str)]  # an error, or left out
     assert found["large_step"]["finite"]
     assert found["large_step"]["kernels_ms"]["matrix product"] > 0
     assert set(found["decode"]) == {"channels_last", "contiguous_format", "compiled"}
-    assert [cell["processes"] for cell in found["two_processes"]] == [1, 2]
+    if "two_processes" in parts:
+        assert [cell["processes"] for cell in found["two_processes"]] == [1, 2]
     assert "over_floor" in capsys.readouterr().out
 
 

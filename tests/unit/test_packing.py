@@ -229,7 +229,7 @@ def test_latency_targets_are_kept() -> None:
 def test_models_that_do_not_fit_are_explained_with_alternatives() -> None:
     with pytest.raises(DoesNotFit) as error:
         plan([CardGroup(CARDS["t4"], 4)], [LARGE])
-    assert "sd3.5-large on t4: needs 20.3 GiB in fp16, and 14.6 GiB are free" in str(error.value)
+    assert "sd3.5-large on t4: needs 20.4 GiB in fp16, and 14.6 GiB are free" in str(error.value)
     assert "another card: rtx3090, rtx4080, rtx5080, a10, l4" in str(error.value)
 
     with pytest.raises(DoesNotFit, match="not all of them at once"):
