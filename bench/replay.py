@@ -145,7 +145,7 @@ def between_steps(
 
     def fitting(batch: list[BatchCandidate]) -> int:
         rows = list(accumulate(image.rows for image in batch))
-        return times.fitting(batch[0].kind, [(r, costs.bucket(r)) for r in rows], now) + 1
+        return times.fitting(batch[0].kind, [(r, costs.bucket(r)) for r in rows]) + 1
 
     while arriving or running:
         if not running:
@@ -158,7 +158,7 @@ def between_steps(
         rows = costs.bucket(sum(image.rows for image in batch))
         step_s = costs.step(trace[batch[0].arrival].size_px, rows)
         now += step_s
-        times.observe(batch[0].kind, rows, step_s, now)
+        times.observe(batch[0].kind, rows, step_s)
         for image in batch:
             image.steps_left -= 1
             if not image.steps_left:

@@ -23,15 +23,15 @@ Pure: standard library only.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 PATIENCE = 4  # batches in a row that leave an image out before it is overdue
 ENOUGH = 0.99  # of the most rows per second that any batch would do
-WEIGHT = 0.2  # of the newest step in the mean of its kind
-FORGOTTEN_S = 300.0  # after which a time is measured anew
+TRIALS, KEPT = 3, 5  # steps that are measured before their time is known, and that are kept
+FORGOTTEN = 1000  # steps of a replica after which a step no longer counts
 MOST_TIMES = 1000
 CALM_S = 60.0  # time without an out-of-memory error after which batches may grow again
 
@@ -93,29 +93,35 @@ class StepTimes:
     """The seconds of recent steps, by the kind of their images and their padded number of rows."""
 
     def __init__(self) -> None:
-        self._times: dict[tuple[Hashable, int], tuple[float, float]] = {}  # and when observed
+        self._steps = 0
+        # The seconds of the last steps of each kind, and the numbers of these steps.
+        self._times: dict[tuple[Hashable, int], deque[tuple[float, int]]] = {}
 
-    def observe(self, kind: Hashable, padded: int, seconds: float, now: float) -> None:
+    def observe(self, kind: Hashable, padded: int, seconds: float) -> None:
         """Note a step of `padded` rows."""
-        before = self.seconds(kind, padded, now)
-        if before is None and len(self._times) >= MOST_TIMES:
+        self._steps += 1
+        if (kind, padded) not in self._times and len(self._times) >= MOST_TIMES:
             self._times.clear()
-        mean = seconds if before is None else before + WEIGHT * (seconds - before)
-        self._times[kind, padded] = mean, now
+        times = self._times.setdefault((kind, padded), deque(maxlen=KEPT))
+        times.append((seconds, self._steps))
 
-    def seconds(self, kind: Hashable, padded: int, now: float) -> float | None:
-        """The mean seconds of recent steps; None if there were none within `FORGOTTEN_S`."""
-        mean, at = self._times.get((kind, padded), (0.0, -math.inf))
-        return mean if now - at < FORGOTTEN_S else None
+    def seconds(self, kind: Hashable, padded: int) -> float | None:
+        """The shortest of the recent steps; None if there were less than `TRIALS`.
 
-    def fitting(self, kind: Hashable, batches: Sequence[tuple[int, int]], now: float) -> int:
+        Single steps may be slow for any reason, such as the first one of a shape.
+        """
+        times = self._times.get((kind, padded), ())
+        recent = [seconds for seconds, step in times if self._steps - step < FORGOTTEN]
+        return min(recent) if len(recent) >= TRIALS else None
+
+    def fitting(self, kind: Hashable, batches: Sequence[tuple[int, int]]) -> int:
         """The index of the batch that should run.
 
         `batches`: the rows and padded rows of each possible batch, smallest first. This is the
         largest one whose time is not known. If all times are known, it is the smallest one that
         does at least `ENOUGH` of the most rows per second.
         """
-        times = [self.seconds(kind, padded, now) for _, padded in batches]
+        times = [self.seconds(kind, padded) for _, padded in batches]
         if None in times:
             return len(times) - 1 - times[::-1].index(None)
         rates = [rows / t for (rows, _), t in zip(batches, times, strict=True) if t]

@@ -301,7 +301,7 @@ class DenoisingLoop:
         for images in range(1, len(batch) + 1):
             part = batch[:images]
             batches.append((sum(image.rows for image in part), _padded_rows(part)))
-        return self._times.fitting(batch[0].kind, batches, time.monotonic()) + 1
+        return self._times.fitting(batch[0].kind, batches) + 1
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -337,7 +337,7 @@ class DenoisingLoop:
 
     def _stepped(self, batch: list[_RunningImage], rows: int, step_s: float) -> None:
         now = time.monotonic()
-        self._times.observe(batch[0].kind, _padded_rows(batch), step_s, now)
+        self._times.observe(batch[0].kind, _padded_rows(batch), step_s)
         self._counts.steps += 1
         self._counts.rows += rows
         self._counts.step_s += step_s

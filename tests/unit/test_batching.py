@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from serve.engine.batching import (
     CALM_S,
-    FORGOTTEN_S,
+    FORGOTTEN,
+    KEPT,
     MOST_TIMES,
     PATIENCE,
     BatchCandidate,
@@ -111,9 +112,10 @@ def fitting(seconds: dict[int, float], rows: int) -> int:
     """
     times = StepTimes()
     for padded, s in seconds.items():
-        times.observe("a", padded, s, 0.0)
+        for slower in (10.0, 1.0, 1.1):  # the first step compiled its code
+            times.observe("a", padded, slower * s)
     options = range(2, rows + 1, 2)
-    return options[times.fitting("a", [(r, PADDED[r]) for r in options], 1.0)]
+    return options[times.fitting("a", [(r, PADDED[r]) for r in options])]
 
 
 def test_the_smallest_batch_that_is_almost_as_fast_as_any_runs() -> None:
@@ -129,17 +131,22 @@ def test_times_that_are_not_known_are_measured() -> None:
     assert fitting({8: 4.0, 4: 2.0}, 8) == 2
 
 
-def test_times_follow_the_machine_and_are_forgotten() -> None:
+def test_times_are_known_after_some_steps_and_are_forgotten() -> None:
     times = StepTimes()
-    times.observe("a", 2, 10.0, 0.0)  # the first step compiled its code
-    for i in range(40):
-        times.observe("a", 2, 1.0, float(i))
-    assert times.seconds("a", 2, 40.0) == pytest.approx(1.0, abs=0.01)
-    assert times.seconds("b", 2, 40.0) is None
-    assert times.seconds("a", 2, 39.0 + FORGOTTEN_S) is None
+    for seconds in (9.0, 1.0, 1.2):
+        assert times.seconds("a", 2) is None
+        times.observe("a", 2, seconds)
+    assert times.seconds("a", 2) == 1.0
+    assert times.seconds("b", 2) is None
+    for _ in range(KEPT):
+        times.observe("a", 2, 3.0)
+    assert times.seconds("a", 2) == 3.0  # the machine has become slower
+    for _ in range(FORGOTTEN):
+        times.observe("b", 2, 1.0)
+    assert times.seconds("a", 2) is None
     for kind in range(MOST_TIMES):
-        times.observe(kind, 2, 1.0, 41.0)
-    assert times.seconds("a", 2, 41.0) is None  # a client may ask for any number of sizes
+        times.observe(kind, 2, 1.0)
+    assert len(times._times) <= MOST_TIMES  # a client may ask for any number of sizes
 
 
 def test_a_budget_shrinks_and_comes_back() -> None:
