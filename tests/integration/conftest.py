@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serve.engine.fp8_checkpoint import quantize
@@ -15,6 +16,9 @@ from serve.launch import RunningApplication, run_application
 
 from ..builders import DEMO_MODEL, laptop_settings
 from ..ports import free_port
+from ..wait import wait_for
+
+DAY_S = 86400.0
 
 # Ray reads this variable when it starts. Without it, Ray exports metrics every ten seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
@@ -55,6 +59,18 @@ def octet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplicati
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         application.__exit__(None, None, None)
+
+
+@pytest.fixture
+def patient(octet: RunningApplication, url: str) -> Iterator[None]:
+    """Let requests wait for a day: on a slow machine, some would be refused as too late."""
+    before = octet.settings
+    octet.apply(before.model_copy(update={"request_timeout_s": DAY_S}))
+    quick = {"prompt": "x", "num_inference_steps": 1, "size": "64x64", "timeout_s": DAY_S}
+    address = f"{url}/v1/images/generations"
+    wait_for(lambda: httpx.post(address, json=quick, timeout=120).status_code == 200)
+    yield
+    octet.apply(before)
 
 
 @pytest.fixture(scope="session")

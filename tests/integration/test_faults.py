@@ -18,7 +18,7 @@ import pytest
 from serve.launch import RunningApplication
 
 from ..wait import wait_for
-from .conftest import replica_logs, running
+from .conftest import DAY_S, replica_logs, running
 from .faulty import HUNGRY, IDLE
 
 GENERATE = "/v1/images/generations"
@@ -28,6 +28,7 @@ LONG = {
     "num_inference_steps": 100,
     "size": "256x256",
     "guidance_scale": IDLE,
+    "timeout_s": DAY_S,
 }
 
 
@@ -95,6 +96,7 @@ def test_requests_wait_for_the_restart_of_a_text_encoder_and_a_generator(
     wait_for(lambda: all_back(str(client.base_url)))
 
 
+@pytest.mark.usefixtures("patient")
 def test_when_the_dispatcher_dies_each_image_is_generated_exactly_once(
     url: str, octet: RunningApplication
 ) -> None:
@@ -116,6 +118,7 @@ def test_when_the_dispatcher_dies_each_image_is_generated_exactly_once(
     assert generated(ids) == {f"{id}/0": 1 for id in ids}
 
 
+@pytest.mark.usefixtures("patient")
 def test_when_an_ingress_dies_its_slots_are_freed_and_its_images_stopped(
     url: str, octet: RunningApplication, client: httpx.Client
 ) -> None:
