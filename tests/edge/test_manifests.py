@@ -415,7 +415,7 @@ def test_too_few_cards_and_a_node_wait_of_zero_are_reported(tmp_path: Path) -> N
     settings = (folder("mixed-gpu") / "settings.yaml").read_text()
     nodes = (folder("mixed-gpu") / "nodes.yaml").read_text()
     output = render(tmp_path, settings, nodes.replace("max_nodes: 8, spot", "max_nodes: 2, spot"))
-    assert "l4: the nodes have at most 2 cards, and replicas may take 7.698" in output
+    assert "l4: the nodes have at most 2 cards, and replicas may take 7.914" in output
     assert "h100:" not in output
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
     output = render(tmp_path, settings, few)
