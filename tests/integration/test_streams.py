@@ -27,7 +27,7 @@ from serve.launch import RunningApplication
 from serve.usage.ledger import read_usage
 
 from ..wait import wait_for
-from .conftest import replica_logs, running
+from .conftest import DAY_S, replica_logs, running
 from .faulty import IDLE
 
 GENERATE = "/v1/images/generations"
@@ -209,6 +209,7 @@ def test_a_client_that_hangs_up_pays_for_the_steps_that_were_done(
     assert 0 < record["steps"] < LONG["num_inference_steps"]
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_image_is_finished_for_a_hundred_clients_that_hang_up(
     url: str, octet: RunningApplication
 ) -> None:
@@ -221,7 +222,7 @@ def test_no_image_is_finished_for_a_hundred_clients_that_hang_up(
 
     async def stay(client: httpx.AsyncClient, number: int, leaves_after_s: float) -> None:
         stream = number % 2 == 0
-        body = {**LONG, "stream": stream, "progress": stream}
+        body = {**LONG, "stream": stream, "progress": stream, "timeout_s": DAY_S}
         headers = {"x-request-id": f"hang-up-{number}"}
         try:
             async with asyncio.timeout(leaves_after_s):
