@@ -17,9 +17,9 @@ Sources:
   random data reaches 800 of the 989, so 800 is used; FP8 is taken as twice that.
 - Prices are those of one large provider in March 2026 (deploybase.ai, "RunPod GPU pricing"), with
   exceptions. The T4's are Google Cloud's list prices. The A10's, and the A100-40's on demand, are
-  Lambda's. The A100-40's spot price is DataCrunch's. There are none for cards that
-  people own rather than rent. Prices differ between providers by factors of
-  two to four: set your own with `octet plan --prices FILE`.
+  Lambda's. The A100-40's spot price is DataCrunch's. There are none for cards that people own
+  rather than rent. Prices differ between providers by factors of two to four: set your own with
+  `octet plan --prices FILE`.
 
 Pure: standard library only.
 """

@@ -121,7 +121,7 @@ def real_weights(bench: Bench, folder: Path, prompts: int, side: int, steps: int
         return {"bf16": in_bf16, "fp8": "left out: the card has no FP8"}
     eight_bit, in_fp8 = generated(bench, folder, "fp8", embeds, side, steps)
     alike = [
-        ssim(_batch(a), _batch(b), data_range=255.0).item()  # type: ignore[union-attr]
+        ssim(_batch(a), _batch(b), data_range=255.0).item()  # type: ignore[union-attr]  # one tensor
         for a, b in zip(exact, eight_bit, strict=True)
     ]
     return {
@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
     arguments = parser.parse_args()
     bench, folder = Bench.here(arguments.tiny), weights(arguments.model)
-    quick = measure(Parts(bench), Clock(arguments.minutes), lambda found: None)
+    quick = measure(
+        Parts(bench), Clock(arguments.minutes), lambda found: save(arguments.out, "accept", found)
+    )
     found: dict[str, Any] = {"machine": quick.pop("machine"), "quick": quick}
     try:
         found["machine"]["driver"] = driver_version()

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from serve.engine.compiled import ATTENTION
 from serve.engine.denoiser import Denoiser, DenoisingState
 from serve.engine.precision import quantize_rows
 
-from .floor import floor_s
+from .floor import MeasuredRates, floor_s
 from .model import BF16, FP8, FP8_EAGER, RESULTS, Bench, save
 from .steps import MODELS, Clock, fp8_here, guarded, rates, structure_of
 
@@ -69,9 +69,14 @@ class Parts:
             self.way = BF16
         self._large: Denoiser | None = None
 
+    @cached_property
+    def rates(self) -> MeasuredRates:
+        """The card's rates, measured once: every part's least time follows from them."""
+        return rates(self.bench)
+
     def in_order(self) -> list[Part]:
         return [
-            Part("rates", 15, lambda: rates(self.bench)._asdict()),
+            Part("rates", 15, lambda: self.rates._asdict()),
             Part("large_step", 120, self.large_step),
             Part("attention", 20, self.attention),
             Part("products", 20, self.products),
@@ -124,7 +129,7 @@ class Parts:
             2,
             side,
             TEXT_TOKENS,
-            rates(self.bench),
+            self.rates,
             fp8=self.way is not BF16,
         )
         return {
@@ -278,21 +283,15 @@ class Parts:
         """Images/s of Medium in one process and in two, with one slot each: `bench.gpu.packing`."""
         self._large = None
         self.bench.free()
-        out = Path(os.environ.get("TMPDIR", "/tmp")) / f"octet-packing-{os.getpid()}"  # noqa: S108
-        command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing", "--out", str(out)]
-        command += ["--processes", "1", "2", "--slots", "1"]
-        command += [
-            "--side",
-            str(self.bench.sides[-1]),
-            "--seconds",
-            "2" if self.bench.tiny else "10",
-        ]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing"]
+        command += ["--processes", "1", "2", "--slots", "1", "--side", str(self.bench.sides[-1])]
+        command += ["--seconds", "2" if self.bench.tiny else "10"]
         command += ["--tiny", "--steps", "1"] if self.bench.tiny else []
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603 - this interpreter
-        (file,) = out.iterdir()
-        (found,) = json.loads(file.read_text()).values()
-        file.unlink()
-        out.rmdir()
+        with tempfile.TemporaryDirectory() as out:
+            command += ["--out", out]
+            subprocess.run(command, check=True, capture_output=True)  # noqa: S603 - this interpreter
+            (file,) = Path(out).iterdir()
+            (found,) = json.loads(file.read_text()).values()
         return found["cells"]
 
     def _once(self, work: Callable[[], object]) -> float:
