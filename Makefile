@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 # A few packages hold templates that are no Python; they are no error.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(1) || true
 
-.PHONY: install servers demo demo-check test test-long check bench-engine bench-fairness bench-path \
+.PHONY: install servers demo demo-check test test-long check check-kernels bench-engine bench-fairness bench-path \
 	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
@@ -27,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 .venv/reference: $(INSTALLED)
 	$(PIP_INSTALL) --no-deps --target $@ torchao
 	@$(call COMPILE,$@)
+
+# Triton generates the CUDA code that `check-kernels` counts. It takes 700 MB, so nothing else has it.
+.venv/triton: $(INSTALLED)
+	$(PIP_INSTALL) --no-deps --target $@ triton
 
 # matplotlib, for the plots of the measurements.
 .venv/bench: $(INSTALLED)
@@ -59,6 +63,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The CUDA kernels of a transformer block, counted without a GPU; about 2 minutes.
+check-kernels: .venv/triton
+	PYTHONPATH=.venv/triton $(BIN)/python -W ignore -m bench.gpu.kernels
+	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/engine/test_kernels.py
 
 # QUICK=1: less than 4 minutes.
 bench-engine: .venv/bench

@@ -33,12 +33,17 @@ SHIFT = 3.0
 TINY = {"num_layers": 2, "num_attention_heads": 2, "dual_attention_layers": [0]}
 TINY_VAE = {"block_out_channels": [32, 32, 32, 32]}
 
+# Who chooses the kernels of compiled code: Octet, or torch by itself. `combined`: Octet's, and
+# independent ones combined into one, which torch calls experimental.
+Kernels = Literal["Octet", "torch", "combined"]
+
 
 @dataclass(frozen=True)
 class Way:
     """A way to run a transformer.
 
-    `torchao`: whether torchao's row-wise FP8 is used instead of Octet's.
+    `torchao`: whether torchao's row-wise FP8 is used instead of Octet's. `kernels`: who chooses the
+    kernels of compiled code.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Way:
     compiled: bool = False
     max_autotune: bool = False
     torchao: bool = False
+    kernels: Kernels = "Octet"
 
 
 _WAYS = (
@@ -55,6 +61,8 @@ _WAYS = (
     Way("fp8 eager", "fp8"),
     Way("torchao row-wise compiled", "bf16", compiled=True, torchao=True),
     Way("fp8-adaln8 compiled", "fp8-adaln8", compiled=True),
+    Way("fp8 torch's kernels", "fp8", compiled=True, kernels="torch"),
+    Way("fp8 combined kernels", "fp8", compiled=True, kernels="combined"),
     Way("fp8 max-autotune", "fp8", compiled=True, max_autotune=True),
 )
 WAYS = {way.name: way for way in _WAYS}
@@ -129,6 +137,7 @@ class Bench:
             mode = "max-autotune" if way.max_autotune else "default"
             exact = _AllShapes() if warm is None else warm
             compile_blocks(made, exact, mode, self.backend)
+            choose_kernels(way.kernels)
         return made
 
     @torch.no_grad()
@@ -204,6 +213,18 @@ class _AllShapes(frozenset[tuple[int, int]]):
 
     def __contains__(self, _: object) -> bool:
         return True
+
+
+def choose_kernels(choice: Kernels) -> None:
+    """Make this thread's compiler choose kernels so, for blocks of the last `compile_blocks`."""
+    from torch._inductor import config
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    config.combo_kernels = choice == "combined"
+    if choice == "torch":
+        config.inductor_choices_class = None
+    V.set_choices_handler((config.inductor_choices_class or InductorChoices)())
 
 
 @torch.no_grad()

@@ -100,10 +100,17 @@ def compile_blocks(
     """
     torch._dynamo.config.recompile_limit = MAX_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = MAX_SHAPES
+    torch._inductor.config.inductor_choices_class = _whole_rows
     blocks: Any = transformer.transformer_blocks
     for i, block in enumerate(blocks):
         blocks[i] = CompiledBlock(block, warm, mode, backend)
     return transformer
+
+
+def _whole_rows() -> Any:
+    from .whole_rows import WholeRows  # its imports take long, and only a compiler needs them
+
+    return WholeRows()
 
 
 # -- attention ------------------------------------------------------------------------------------

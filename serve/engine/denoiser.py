@@ -173,9 +173,8 @@ class Denoiser:
         for d, next_latents, v in stepped:
             d.latents, d.velocity = next_latents, v
             d.step += 1
-        if (
-            self.on_cuda
-        ):  # otherwise steps would pile up on the card before images can join and leave
+        # Otherwise steps would pile up on the card before images can join and leave.
+        if self.on_cuda:
             torch.cuda.current_stream().synchronize()
 
     def _modulated(self, d: DenoisingState) -> torch.Tensor:

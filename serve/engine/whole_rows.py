@@ -1,0 +1,35 @@
+"""Kernels that read a row of numbers once, instead of once for each thing that they compute of it.
+
+Quantising a row needs its largest number first. torch by itself keeps rows of up to 1,024 numbers
+in a kernel's registers. The rows of SD3.5 are longer, so its kernels would read each row twice,
+compute GELU twice, and write the normalised row to memory in between. `python -m bench.gpu.kernels`
+counts what the generated code reads and writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
+
+LONGEST_ROW = (
+    16384  # the longest one in SD3.5 Large has 9,728 numbers; kernels pad to powers of two
+)
+
+
+class WholeRows(InductorChoices):
+    """torch's choices of kernels, except that rows of up to `LONGEST_ROW` numbers are read once."""
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """Whether a reduction keeps its whole row in registers."""
+        short = V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
+        if short and features.get_reduction_hint() is ReductionHint.INNER:
+            return not cooperative_reduction
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+    def uuid(self) -> str:
+        """What stands for these choices in the key of compiled code that is kept."""
+        return f"whole rows up to {LONGEST_ROW}"
