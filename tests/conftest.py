@@ -26,5 +26,9 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 def laptop() -> Settings:
     """The demo's settings with a fixed number of one replica per pool."""
     return laptop_settings(
-        {"OCTET_HTTP__PORT": str(free_port()), "OCTET_MODELS__0__POOLS__0__REPLICAS": "1"}
+        {
+            "OCTET_HTTP__PORT": str(free_port()),
+            "OCTET_MODELS__0__POOLS__0__REPLICAS": "1",
+            "OCTET_MODELS__0__POOLS__1__MIN_REPLICAS": "1",
+        }
     )

@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 VAE_FACTOR = 8
-TEST_IMAGE_PX = 128
-PATCHES = 2, 4, 8, 16  # patches along a side of a test image, from coarse to fine
+TEST_IMAGE_PX = 64
+PATCHES = 2, 4, 8  # patches along a side of a test image, from coarse to fine
 TEST_IMAGES = 4  # for each number of patches
 
 

@@ -39,6 +39,7 @@ SETTINGS = {
     "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": "2",
     "OCTET_MODELS__0__POOLS__0__NUM_GPUS": "0.5",
     "OCTET_MODELS__0__POOLS__1__NUM_GPUS": "0.5",
+    "OCTET_MODELS__0__POOLS__1__MIN_REPLICAS": "1",
 }
 FP8, FP16 = "Generator-landscapes-fp8", "Generator-landscapes-fp16"
 

@@ -48,6 +48,7 @@ def octet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplicati
         {
             "OCTET_HTTP__PORT": str(free_port()),
             "OCTET_MODELS__0__POOLS__0__REPLICAS": "1",
+            "OCTET_MODELS__0__POOLS__1__MIN_REPLICAS": "1",
             "OCTET_MODELS__0__POOLS__0__SOURCE__LOCATION": str(fp8),
         }
     )
