@@ -299,7 +299,9 @@ def measure(quick: bool, only_floods: bool, on_part: Callable[[str], None]) -> d
     found: dict[str, Any] = {"slots": SLOTS, "step_s": STEP_S}
     model = load_settings(DEMO_SETTINGS, {}).models[0]
     pools = tuple(
-        pool.model_copy(update={"slots": SLOTS}) for pool in model.pools if pool.precision == "fp16"
+        pool.model_copy(update={"slots": SLOTS, "min_replicas": 1})
+        for pool in model.pools
+        if pool.precision == "fp16"
     )
     timed = model.model_copy(update={"pools": pools})
     seconds, steps = (20.0 if quick else 60.0), 20

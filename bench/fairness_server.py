@@ -55,7 +55,11 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
         keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
     for name in BUDGETS:
         keys[name] = add_tenant(folder / "tenants", name, {"monthly_work": 10 * 4 * STEP_S})
-    settings = load_settings(DEMO_SETTINGS, {"OCTET_HTTP__PORT": str(free_port())}).model_copy(
+    environ = {
+        "OCTET_HTTP__PORT": str(free_port()),
+        "OCTET_MODELS__0__POOLS__1__MIN_REPLICAS": "1",
+    }
+    settings = load_settings(DEMO_SETTINGS, environ).model_copy(
         update={
             "auth": "keys",
             "data_folder": str(folder),

@@ -105,6 +105,8 @@ def plan(
         groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
         if ray:
             groups, notes = planning.cards_of(nodes_of_cluster(ray), reserve_gib)
+        if encoders_on_cpu:
+            notes += planning.cpu_encoder_notes(planned_models)
         if prices:
             groups = planning.with_prices(groups, prices)
         encoder_gib = text_encoders_gib()

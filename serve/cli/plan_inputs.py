@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.cards import CARDS, Card
-from cluster.cost import ImageShape
+from cluster.cost import PROMPT_CORE_S, ImageShape
 from cluster.footprint import (
     CONTEXT_GIB,
     ENCODER_PEAK_GIB,
@@ -72,6 +72,18 @@ def cards_of(nodes: Iterable[Node], reserved_gib: float) -> tuple[list[CardGroup
         else:
             counts[card] = counts.get(card, 0) + int(node.num_gpus)
     return [CardGroup(card, count, reserved_gib) for card, count in counts.items()], left_out
+
+
+def cpu_encoder_notes(planned_models: Iterable[PlannedModel]) -> list[str]:
+    """A note about what a new prompt costs if CPUs encode it, for models that use SD3.5's T5."""
+    if not any(m.structure.text_width == SD35_TEXT_WIDTH for m in planned_models):
+        return []
+    times = ", ".join(f"{PROMPT_CORE_S / cores:.0f} s on {cores} cores" for cores in (2, 8, 32))
+    return [
+        f"Text encoders on CPUs: a new prompt takes {times} (measured on 2, the others by "
+        "proportion; `python -m bench.t5` measures this machine). Prompts that were encoded "
+        "before, and warm_prompts, cost nothing."
+    ]
 
 
 def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[PlannedModel]:

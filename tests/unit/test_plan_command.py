@@ -139,8 +139,18 @@ def test_the_demo_is_planned_by_its_own_files() -> None:
     found = as_json("--gpu", "l4", "--config", str(laptop), "--encoders-on-cpu")
     (option,) = found["cards"][0]["replicas"]
     assert option["gib"] < 1.5
+    assert found["notes"] == []  # its T5 is small
     settings = load_settings(laptop, {})
     assert 0.9 < encoder_gib(only_encoder(settings), settings) < 1.4
+
+
+def test_text_encoders_on_cpus_come_with_the_price_of_a_new_prompt() -> None:
+    (note,), without = (
+        as_json("--gpu", "rtx4060", "--model", "sd3.5-medium", "--encoders-on-cpu")["notes"],
+        as_json(*ONE_H100)["notes"],
+    )
+    assert "a new prompt takes 56 s on 2 cores, 14 s on 8 cores" in note
+    assert without == []
 
 
 def test_a_plan_is_for_one_set_of_text_encoders() -> None:
