@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readab
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 APPLY = signal.SIGUSR1
 LOOK_S = 1.0
+SINGLE_FILE = re.compile(r"([^@]+@[0-9a-f]{40})/(.+\.safetensors)")
 DEMO_SETTINGS = Path(__file__).parents[2] / "examples" / "laptop.yaml"
 
 app = typer.Typer(
@@ -90,17 +92,26 @@ def pull(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model to download: HUB/ID@REVISION, or a model's id in --config. Default: all "
-            "models of --config."
+            help="Model to download: HUB/ID@REVISION, one file of it as "
+            "HUB/ID@REVISION/FILE.safetensors, or a model's id in --config. Default: all models of "
+            "--config."
         ),
     ] = None,
     config: ConfigOption = None,
     debug: Debug = False,
 ) -> None:
-    """Download weights from the hub into this node's models folder, so that replicas start fast."""
+    """Download weights from the hub into this node's models folder, so that replicas start fast.
+
+    A single file is also converted to a folder; name that folder as `source` in the settings.
+    """
     with readable_errors(debug):
         settings = load_settings(config) if config else None
         models_folder = settings.models_folder if settings else None
+        if model and (file := SINGLE_FILE.fullmatch(model)):
+            from ..engine.single_file import pull_single_file
+
+            _print_pulled(model, pull_single_file(_source(file[1]), file[2], models_folder))
+            return
         if settings and model is None:
             sources = {s for m in settings.models for s in _sources(settings, m).values()}
         elif settings and model in (served := {m.id: m for m in settings.models}):
@@ -112,8 +123,12 @@ def pull(
         for source in sorted(sources, key=lambda s: s.location):
             folder = fetch(source, models_folder)
             verify(folder)
-            gib = size_bytes(folder) / 2**30
-            console.print(f"{source.location}: {gib:.2f} GiB in {folder}", highlight=False)
+            _print_pulled(source.location, folder)
+
+
+def _print_pulled(what: str, folder: Path) -> None:
+    gib = size_bytes(folder) / 2**30
+    console.print(f"{what}: {gib:.2f} GiB in {folder}", highlight=False)
 
 
 @app.command()
@@ -134,8 +149,7 @@ def convert(
         from ..engine.single_file import convert
 
         convert(file, out)
-    gib = size_bytes(out) / 2**30
-    console.print(f"{out}: {gib:.2f} GiB", highlight=False)
+    _print_pulled(file.name, out)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.structure import config
 
-from ..models.checkpoints import CheckpointError, write_manifest
+from ..models.checkpoints import CheckpointError, download_file, node_folder, write_manifest
+from ..settings.models import Source
 from .noise_schedule import SCHEDULER, TRAIN_STEPS
 
 TRANSFORMER, VAE = "model.diffusion_model.", "first_stage_model."
@@ -44,6 +46,21 @@ INDEX = {
 }
 
 Tensors = dict[str, torch.Tensor]
+
+
+def pull_single_file(source: Source, name: str, models_folder: str | None) -> Path:
+    """Download a single-file checkpoint from the hub and convert it; returns the converted folder.
+
+    The file itself is not kept. `name`: its path in the repository. Raises `CheckpointError` if it
+    cannot be fetched, or is not an SD3.5 model.
+    """
+    repository = node_folder(source, models_folder)
+    out = repository.with_name(f"{repository.name}-{Path(name).stem}")
+    if not out.exists():
+        download = out.with_name(f"{out.name}.download")
+        convert(download_file(source, name, download), out)
+        shutil.rmtree(download)
+    return out
 
 
 def convert(file: Path, out: Path) -> None:

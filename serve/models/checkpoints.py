@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,29 +86,41 @@ def pull(source: Source, models_folder: str | None) -> Path:
     with FileLock(f"{target}.lock"):
         if not on_this_node(source, models_folder):
             part = target.with_name(f"{target.name}.part")
-            _download(source, part)
+            _download(source, part, PULLED)
             write_manifest(part, {"location": source.location, "revision": source.revision})
             part.rename(target)
     return target
 
 
-def _download(source: Source, folder: Path) -> None:
-    """Download a source into a folder, and check its large files against the hub's digests.
+def download_file(source: Source, name: str, folder: Path) -> Path:
+    """Download the file `name` of a hub repository into a folder; returns its path.
 
-    Raises `CheckpointError` if the download fails or a digest differs.
+    Raises `CheckpointError` if the download fails, or if the repository has no such file.
+    """
+    _download(source, folder, [name])
+    return folder / name
+
+
+def _download(source: Source, folder: Path, patterns: Sequence[str]) -> None:
+    """Download the files of a source that match a pattern, and check them by the hub's digests.
+
+    Raises `CheckpointError` if the download fails or a digest differs, and if the repository has no
+    file that matches the first pattern.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
     location, page = source.location, f"https://huggingface.co/{source.location}"
     try:
         info = HfApi().model_info(location, revision=source.revision, files_metadata=True)
-        snapshot_download(
-            location,
-            revision=source.revision,
-            local_dir=folder,
-            allow_patterns=PULLED,
-            ignore_patterns=NOT_PULLED,
-        )
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        if patterns[0] in names:
+            snapshot_download(
+                location,
+                revision=source.revision,
+                local_dir=folder,
+                allow_patterns=[*patterns],
+                ignore_patterns=NOT_PULLED,
+            )
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{location} is gated: accept its licence at {page}, then log in with "
@@ -124,6 +136,12 @@ def _download(source: Source, folder: Path) -> None:
     except Exception as error:  # includes errors of the HTTP library that the hub client uses
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{location} cannot be fetched: {reason}") from error
+    if patterns[0] not in names:
+        single = ", ".join(n for n in names if n.endswith(".safetensors") and "/" not in n)
+        raise CheckpointError(
+            f"{location} has no {patterns[0]}; files to pull by "
+            f"`octet pull {location}@{source.revision}/FILE`: {single or 'none'}"
+        )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # state of the hub client
     stated = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs}
     found = digests(folder, _files(folder))

@@ -29,6 +29,7 @@ from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint,
 from serve.settings.models import Source
 
 from ..builders import DEMO_MODEL, ROOT
+from .stability import saved, stabilitys_model, tiny_models
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -329,6 +330,33 @@ def test_pulled_weights_load_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     changed(folder / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint(source, str(models), DENOISER_COMPONENTS)
+
+
+def test_a_single_file_is_pulled_and_converted_once(hub: Hub, tmp_path: Path) -> None:
+    saved(stabilitys_model(tiny_models()), tmp_path)
+    hub.files = {
+        "sd3.5_tiny.safetensors": (tmp_path / "model.safetensors").read_bytes(),
+        "README.md": b"x",
+    }
+    models, model = tmp_path / "models", f"org/model@{REVISION}/sd3.5_tiny.safetensors"
+    for _ in range(2):
+        code, output = octet_pull(hub, models, model)
+        assert code == 0, output
+    assert hub.served == ["sd3.5_tiny.safetensors"]
+    (folder,) = (models / "org--model").iterdir()
+    assert str(folder) in output.replace("\n", "")
+    verify(folder)
+    assert Denoiser.load(folder, RECIPES["bf16"])
+
+
+def test_a_repository_without_a_folder_of_weights_names_its_files(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"sd3.5_tiny.safetensors": b"x", "text_encoders/clip_g.safetensors": b"x"}
+    for model in (f"org/model@{REVISION}", f"org/model@{REVISION}/other.safetensors"):
+        code, output = octet_pull(hub, tmp_path / "models", model)
+        assert code == 1
+        assert "sd3.5_tiny.safetensors" in output
+        assert "clip_g" not in output
+        assert "Traceback" not in output
 
 
 def test_pulling_a_gated_model_explains_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
