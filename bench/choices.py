@@ -35,14 +35,14 @@ def transformer(recipe: str, joined: bool = True) -> Any:
     return apply_recipe(fuse_qkv(made) if joined else made, RECIPES[recipe]).eval()
 
 
-def step(model: Any, images: int) -> Callable[[], object]:
+def step(model: Any, images: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     """A call of the transformer with random inputs for `images` images with guidance."""
     rows = 2 * images
     inputs = {
-        "hidden_states": torch.randn(rows, 16, 16, 16).bfloat16(),
+        "hidden_states": torch.randn(rows, 16, 16, 16, dtype=dtype),
         "timestep": torch.full((rows,), 500.0),
-        "encoder_hidden_states": torch.randn(rows, 109, 128).bfloat16(),
-        "pooled_projections": torch.randn(rows, 128).bfloat16(),
+        "encoder_hidden_states": torch.randn(rows, 109, 128, dtype=dtype),
+        "pooled_projections": torch.randn(rows, 128, dtype=dtype),
     }
     return lambda: model(**inputs, return_dict=False)
 
@@ -88,7 +88,15 @@ def main() -> None:
                 step(transformer(recipe, joined=False), images),
                 step(transformer(recipe), images),
             )
-    for dtype in (torch.bfloat16, torch.float32):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for images in (1, 4):
+        compare(
+            f"float32 in place of bfloat16: a step of {images}",
+            step(transformer("bf16"), images),
+            step(transformer("fp32"), images, fp32),
+        )
+    compare("float32 in place of bfloat16: a decode", decode(True, bf16), decode(True, fp32))
+    for dtype in (bf16, fp32):
         name = str(dtype).removeprefix("torch.")
         compare(f"channels last: a decode in {name}", decode(False, dtype), decode(True, dtype))
     if arguments.compiled:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.cost import CostCoefficients, ImageShape
-from serve.engine.denoiser import Denoiser, to_pixels
+from serve.engine.denoiser import Denoiser, load_transformer, to_pixels
 from serve.engine.denoising_loop import BUCKETS, bucket
 from serve.engine.precision import RECIPES
 from serve.engine.prompt_embeds import PromptEmbeds
@@ -188,14 +188,15 @@ def in_stream(engine: Engine, costs: Costs) -> Costs:
 
 
 def bare_pipeline(engine: Engine) -> Callable[[Key, int], object]:
-    """A function that runs diffusers' pipeline on the same weights and embeddings.
+    """A function that runs diffusers' pipeline on weights and embeddings like the engine's.
 
-    It takes the key of an image and the number of images to generate in one call.
+    It takes the key of an image and the number of images to generate in one call. The transformer
+    is loaded again, because a `Denoiser` takes the layers out of its own that compute AdaLN.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline(
-        transformer=engine.denoiser.transformer,
+        transformer=load_transformer(MODEL, engine.denoiser.recipe, engine.denoiser.device),
         vae=engine.denoiser.vae,
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler"),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),

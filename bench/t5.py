@@ -12,13 +12,13 @@ import copy
 import math
 import statistics
 import time
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import T5Config, T5EncoderModel
 
 from cluster.structure import config
-from serve.engine.precision import store_in_fp8
+from serve.engine.precision import T5Storage, store_in_fp8
 
 from .machine import machine
 
@@ -52,14 +52,17 @@ def main() -> None:
     with torch.inference_mode():
         exact = original(ids).last_hidden_state
     print(f"{machine()}, torch {torch.__version__}\n")
-    print("| T5-XXL | s per prompt | GiB | signal to noise, dB |\n|---|---|---|---|")
-    for how in ("bf16", "fp8", "quanto"):
-        t5 = copy.deepcopy(original).to(torch.bfloat16)
-        if how != "bf16":
-            store_in_fp8(t5, how)  # type: ignore[arg-type]  # one of the two
-        seconds, stored, db = measure(t5, ids, exact)
-        gib = ALL_LAYERS * stored / 2**30
-        print(f"| {how} | {ALL_LAYERS * seconds:.1f} | {gib:.2f} | {db:.1f} |", flush=True)
+    columns = "T5-XXL stored in", "computed in", "s per prompt", "GiB", "signal to noise, dB"
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for how in (None, *get_args(T5Storage)):
+            t5 = copy.deepcopy(original).to(dtype)
+            if how:
+                store_in_fp8(t5, how)
+            seconds, stored, db = measure(t5, ids, exact)
+            found = f"{ALL_LAYERS * seconds:.1f} | {ALL_LAYERS * stored / 2**30:.2f} | {db:.1f}"
+            print(f"| {how or name} | {name} | {found} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 FP8 tensor cores exist from compute capability 8.9 (Ada, Hopper, Blackwell) on. An A100 has 8.0 and
 an RTX 3090 has 8.6: neither has FP8 tensor cores. bfloat16 arithmetic exists from 8.0 on; older
 cards use float16. A CPU can run the FP8 layers slowly ("emulated"). Emulation is meant for demos
-and tests, so it is off unless the settings allow it.
+and tests, so it is off unless the settings allow it. CPUs without bfloat16 instructions compute in
+float32 instead of 16 bit, because bfloat16 takes them many times as long.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from typing import Literal
 
 from .cards import BF16_SINCE, FP8_SINCE
 
-SixteenBit = Literal["bf16", "fp16"]
+SixteenBit = Literal["bf16", "fp16", "fp32"]  # what a device runs where 16 bit is asked for
 Fp8 = Literal["native", "emulated", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU as its driver reports it, or a CPU, whose `compute_capability` is None."""
+    """A GPU as its driver reports it, or a CPU, whose `compute_capability` is None.
+
+    `cpu_bf16`: whether the machine's CPU has bfloat16 instructions.
+    """
 
     name: str
     compute_capability: tuple[int, int] | None
     memory_gib: float
+    cpu_bf16: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,11 @@ def capability(device: Device, *, allow_emulated_fp8: bool = False) -> Capabilit
     """
     found = device.compute_capability
     if found is None:
-        if allow_emulated_fp8:
-            return Capability("emulated", "bf16", f"{device.name}: a CPU; FP8 emulation is allowed")
-        return Capability("none", "bf16", f"{device.name}: a CPU; FP8 emulation is not allowed")
-    sixteen_bit: SixteenBit = "bf16" if found >= BF16_SINCE else "fp16"
+        sixteen_bit: SixteenBit = "bf16" if device.cpu_bf16 else "fp32"
+        fp8: Fp8 = "emulated" if allow_emulated_fp8 else "none"
+        allowed = "allowed" if allow_emulated_fp8 else "not allowed"
+        return Capability(fp8, sixteen_bit, f"{device.name}: a CPU; FP8 emulation is {allowed}")
+    sixteen_bit = "bf16" if found >= BF16_SINCE else "fp16"
     version, needed = f"{found[0]}.{found[1]}", f"{FP8_SINCE[0]}.{FP8_SINCE[1]}"
     if found >= FP8_SINCE:
         return Capability("native", sixteen_bit, f"{device.name}: capability {version} has FP8")
@@ -69,4 +75,7 @@ def probe(device: str = "cuda") -> Device:
             properties.total_memory / 2**30,
         )
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", None, pages / 2**30)
+    # oneDNN is the library that computes on CPUs.
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
+    bf16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Device("cpu", None, pages / 2**30, bf16)

@@ -93,7 +93,7 @@ class Denoiser:
         if it asks for a noise schedule that Octet does not have.
         """
         vae = AutoencoderKL.from_pretrained(
-            folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype
+            folder / "vae", use_safetensors=True, torch_dtype=recipe.vae_dtype(device)
         )
         schedule = read_json(folder / "scheduler" / "scheduler_config.json")
         try:

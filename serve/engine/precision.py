@@ -58,13 +58,14 @@ class Recipe:
     fp8_linears: bool = False
     adaln_8_bit: bool = False
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The VAE's format: that of the recipe, but float32 instead of float16.
+    def vae_dtype(self, device: str) -> torch.dtype:
+        """The VAE's format on a device: that of the recipe on a card, but never float16.
 
-        The VAE's decoder overflows in float16.
+        The VAE's decoder overflows in float16. CPUs run it in float32, which is much faster where
+        they have no bfloat16 instructions.
         """
-        return torch.float32 if self.dtype is torch.float16 else self.dtype
+        on_card = torch.device(device).type == "cuda" and self.dtype is not torch.float16
+        return self.dtype if on_card else torch.float32
 
 
 RECIPES = {
@@ -95,9 +96,11 @@ class EncoderRecipe:
         """The same recipe, adapted to a device with this 16-bit format.
 
         On a device without bfloat16 the encoders compute in float32, because T5 is inaccurate in
-        float16.
+        float16. Encoders that are not stored in FP8 stay in bfloat16 on a CPU: in float32 they
+        would take twice the memory.
         """
-        return self if sixteen_bit == "bf16" else replace(self, dtype=torch.float32)
+        keeps = sixteen_bit == "bf16" or (sixteen_bit == "fp32" and self.t5 is None)
+        return self if keeps else replace(self, dtype=torch.float32)
 
 
 ENCODER_RECIPES = {

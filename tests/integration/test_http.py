@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from cluster.capability import capability, probe
 from demo.check import shows
 from demo.landscapes import Scene
 from serve.launch import RunningApplication
@@ -27,6 +28,7 @@ from .conftest import DAY_S, replica_logs, running
 from .faulty import IDLE
 
 GENERATE = "/v1/images/generations"
+SIXTEEN_BIT = capability(probe("cpu")).sixteen_bit
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_the_answer_says_how_the_images_were_made(client: httpx.Client) -> None:
     assert [item["seed"] for item in answer["data"]] == [10, 11]
     for item in answer["data"]:
         assert picture(item).size == (192, 128)
-        assert (item["precision"], item["emulated"]) in [("fp8", True), ("bf16", False)]
+        assert (item["precision"], item["emulated"]) in [("fp8", True), (SIXTEEN_BIT, False)]
         assert item["timings"].keys() == {"queue_s", "text_s", "denoise_s", "decode_s", "encode_s"}
         assert item["timings"]["denoise_s"] > 0
 
@@ -94,7 +96,7 @@ def test_precision_is_honoured(client: httpx.Client) -> None:
         for p in ("fp8", "fp16")
     )
     assert (fp8["precision"], fp8["emulated"]) == ("fp8", True)
-    assert (sixteen["precision"], sixteen["emulated"]) == ("bf16", False)
+    assert (sixteen["precision"], sixteen["emulated"]) == (SIXTEEN_BIT, False)
     assert fp8["b64_json"] != sixteen["b64_json"]
 
 
@@ -287,7 +289,7 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
             answers = await asyncio.gather(*(client.post(GENERATE, json=body) for _ in range(2)))
             return {item["precision"] for a in answers for item in a.json()["data"]}
 
-    assert asyncio.run(main()) == {"fp8", "bf16"}
+    assert asyncio.run(main()) == {"fp8", SIXTEEN_BIT}
 
 
 CANARY = "canary-5e1b"

@@ -30,5 +30,12 @@ def test_a_cpu_emulates_only_when_allowed() -> None:
     assert capability(cpu, allow_emulated_fp8=True).fp8 == "emulated"
 
 
+@pytest.mark.parametrize(("bf16", "runs"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_without_bfloat16_computes_in_float32(bf16: bool, runs: str) -> None:
+    for emulate in (False, True):
+        cpu = Device("cpu", None, 16.0, cpu_bf16=bf16)
+        assert capability(cpu, allow_emulated_fp8=emulate).sixteen_bit == runs
+
+
 def test_this_machine_is_probed() -> None:
     assert probe().memory_gib > 1

@@ -1,0 +1,29 @@
+"""Tests of the ways to generate images that `bench.engine` compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.demo_engine import Engine, bare_pipeline
+
+
+def test_diffusers_pipeline_generates_the_same_pictures_as_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pipeline rounds its noise to bfloat16, so the pictures are close but not equal."""
+    engine, key, seed = Engine.demo("bf16"), (64, 2, 8), 5
+    image = engine.begin(key, seed)
+    noise = image.latents.clone()
+    for _ in range(key[2]):
+        engine.denoiser.denoise_step([image])
+    pixels: Any = engine.denoiser.decode(image.latents)[0].movedim(0, -1).numpy()
+
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise.to(torch.bfloat16))
+    result: Any = bare_pipeline(engine)(key, 1)
+    difference = np.abs(result.images[0] - pixels.clip(0, 1)).mean()
+    assert difference < 0.02
+    assert pixels.std() > 0.1
