@@ -105,6 +105,8 @@ bench-gpu: install .venv/reference
 	PYTHONPATH=.venv/reference $(BIN)/python -W ignore -m bench.gpu.steps
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 512
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024
+	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together
+	-$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together --mps
 	$(BIN)/python -W ignore -m bench.gpu.engine
 endif
 

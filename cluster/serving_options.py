@@ -4,11 +4,12 @@ Each replica holds its own copy of the weights; the slots of a replica share one
 slots both fill the gaps in which the card waits for its host. Slots also share the reading of the
 weights. A card that runs this model alone generates, in images/s:
 
-    min(1 / g, replicas / (g + h))
+    kept · min(1 / g, replicas / (g + h))
 
 g is the time that the card works for one image, and h is the time that the host works for it, both
-in seconds. An option is allowed only if images are finished within the latency target while all
-slots are taken. By Little's law an image then takes replicas · slots ÷ images/s.
+in seconds. `kept` is 1 for one replica, and `KEPT` for several. An option is allowed only if images
+are finished within the latency target while all slots are taken. By Little's law an image then
+takes replicas · slots ÷ images/s.
 
 Pure: imports the standard library and pure files only.
 """
@@ -28,6 +29,9 @@ from .structure import Structure
 MAX_REPLICAS = 8  # of one model on one card
 SLOTS = 1, 2, 4, 8  # with guidance, they fill the numbers of rows that the engine has code for
 FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
+# The part of a card's time that is left when several replicas take turns on it: the least that
+# packing aims at. `bench.gpu.packing` measures it.
+KEPT = 0.9
 MIN_SPEEDUP = 1.02  # an option that takes more memory must be faster by more than this
 # Where no latency target is given, an image may take this many times its time alone on the card.
 DEFAULT_LATENCY_FACTOR = 4.0
@@ -175,6 +179,8 @@ def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> li
         card_s, host_s = times(planned, recipe, card, slots)
         for replicas in range(1, MAX_REPLICAS + 1):
             images_s = min(1 / card_s, replicas / (card_s + host_s))
+            if replicas > 1:
+                images_s *= KEPT
             option = ServingOption(
                 planned.model, recipe, replicas, slots, gib, cards.parts(gib), images_s, estimated
             )

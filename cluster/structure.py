@@ -22,6 +22,9 @@ TRANSFORMERS = {
     "sd3.5-large-turbo": "large",
     "sd3.5-medium": "medium",
 }
+# Default steps and rows (2 with guidance) of an image. They are those of the model cards; those of
+# Medium are from diffusers' documentation.
+USUAL_IMAGES = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
 
 class Structure(NamedTuple):

@@ -243,6 +243,7 @@ def _check(
         "usage_folder": settings.usage_folder,
         "models_folder": settings.models_folder,
         "compiled_folder": settings.compiled_folder,
+        "mps_folder": settings.mps_folder,
     }
     read = {
         "signing_key_file": settings.signing_key_file,

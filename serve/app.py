@@ -93,6 +93,7 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         ).bind(
             encoder.model_dump(mode="json"),
             settings.models_folder,
+            settings.mps_folder,
             sorted(
                 {m.max_sequence_length for m in settings.models if m.text_encoder == encoder.id}
             ),
@@ -118,6 +119,7 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
             work[model.id],
             settings.models_folder,
             settings.compiled_folder,
+            settings.mps_folder,
             text_encoders[model.text_encoder],
             dispatcher,
         )

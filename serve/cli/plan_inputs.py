@@ -22,7 +22,7 @@ from cluster.footprint import (
 )
 from cluster.placement import Node
 from cluster.serving_options import CardGroup, PlannedModel
-from cluster.structure import TRANSFORMERS, structure
+from cluster.structure import TRANSFORMERS, USUAL_IMAGES, structure
 
 from ..errors import SettingsError, did_you_mean
 from ..launch import LaunchError
@@ -32,9 +32,6 @@ from ..settings.application import Settings
 from ..settings.models import Encoder, Model
 
 SD35_TEXT_WIDTH = 4096
-# Default steps and rows (2 with guidance) of an image. They are those of the model cards; those of
-# Medium are from diffusers' documentation.
-USUAL = {"sd3.5-large": (40, 2), "sd3.5-large-turbo": (4, 1), "sd3.5-medium": (28, 2)}
 
 
 def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
@@ -97,7 +94,7 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Pla
         model, _, share = text.partition("=")
         if model not in TRANSFORMERS:
             raise SettingsError(f"--model '{text}': {did_you_mean(model, TRANSFORMERS)}")
-        usual_steps, rows = USUAL[model]
+        usual_steps, rows = USUAL_IMAGES[model]
         width, height = _size(size)
         shape = ImageShape(width, height, TEXT_TOKENS, rows, steps or usual_steps)
         planned_models.append(

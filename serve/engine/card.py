@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster import mps
 from cluster.card_memory import WAIT_S, CardFull, claim
 from cluster.telemetry import CardTelemetry, NoTelemetry
 
@@ -71,6 +73,19 @@ class ReplicaCard:
         except NoTelemetry as error:
             log.warning("no readings of card %s: %s", uuid, error)
             return None
+
+
+def share_card(settings: CardResources, mps_folder: str | None) -> None:
+    """Let this process share its card by NVIDIA's MPS, if the settings ask for it.
+
+    Must be called before this process uses CUDA. May block. Raises `OctetError` if MPS does not
+    start on this node.
+    """
+    if mps_folder and 0 < settings.num_gpus < 1:
+        try:
+            mps.join(Path(mps_folder), settings.num_gpus)
+        except mps.MpsError as error:
+            raise OctetError(f"mps_folder: {error}") from None
 
 
 def device_for(settings: CardResources) -> str:

@@ -36,7 +36,7 @@ from ..request import (
     Timings,
 )
 from ..settings.models import Pool, ServedModel
-from .card import device_for, take_card
+from .card import device_for, share_card, take_card
 from .denoiser import DENOISER_COMPONENTS, Denoiser
 from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
 from .exclusive import SharedExclusiveLock
@@ -101,6 +101,7 @@ class Generator:
         work: Sequence[float],
         models_folder: str | None,
         compiled_folder: str | None,
+        mps_folder: str | None,
         text_encoder: Any,
         dispatcher: Any,
     ) -> None:
@@ -113,6 +114,7 @@ class Generator:
         self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
         self._models_folder, self._work = models_folder, CostCoefficients(*work)
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
+        await asyncio.to_thread(share_card, self._pool, mps_folder)
         device = probe(device_for(self._pool))
         found = capability(device, allow_emulated_fp8=emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)

@@ -27,7 +27,7 @@ from cluster.capability import capability, probe
 
 from ..models.checkpoints import open_checkpoint
 from ..settings.models import Encoder
-from .card import device_for, take_card
+from .card import device_for, share_card, take_card
 from .precision import ENCODER_RECIPES
 from .prompt_embeds import PromptEmbeds
 from .prompt_encoder import ENCODER_COMPONENTS, PromptEncoder
@@ -138,7 +138,11 @@ class TextEncoder:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self, encoder: dict[str, Any], models_folder: str | None, lengths: list[int]
+        self,
+        encoder: dict[str, Any],
+        models_folder: str | None,
+        mps_folder: str | None,
+        lengths: list[int],
     ) -> None:
         """`encoder`: the fields of an `Encoder` of the settings.
 
@@ -146,6 +150,7 @@ class TextEncoder:
         """
         settings = Encoder.model_validate(encoder)
         self._batch_size = settings.batch_size
+        await asyncio.to_thread(share_card, settings, mps_folder)
         self._card = await asyncio.to_thread(take_card, settings)
         self._encoder = await asyncio.to_thread(self._load, settings, models_folder)
         warm = [(prompt, length) for prompt in settings.warm_prompts for length in lengths]

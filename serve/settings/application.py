@@ -137,6 +137,12 @@ class ApplicationSettings(Frozen):
         description="Folder on each node for compiled code, so that later starts find it; null: "
         "~/.cache/octet/compiled.",
     )
+    mps_folder: str | None = Field(
+        default=None,
+        description="Folder on each node for the pipes of NVIDIA's MPS, by which replicas that "
+        "share a card run on it at the same time; null: they take turns. With MPS a fault of one "
+        "replica can end its neighbours.",
+    )
     data_folder: str | None = Field(
         default=None,
         description="Folder for usage records and for images that are answered as URLs (with "

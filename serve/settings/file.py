@@ -23,7 +23,14 @@ from .application import Settings
 ENVIRONMENT_PREFIX = "OCTET_"
 NO_SETTINGS = {"OCTET_KEY"}  # the API key that commands send, not a setting
 PATHS = (  # keys whose values are paths
-    *("models_folder", "compiled_folder", "data_folder", "usage_folder", "tenants_folder"),
+    *(
+        "models_folder",
+        "compiled_folder",
+        "mps_folder",
+        "data_folder",
+        "usage_folder",
+        "tenants_folder",
+    ),
     *("signing_key_file", "redis_password_file"),
 )
 

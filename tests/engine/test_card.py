@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from cluster.capability import probe
 from cluster.telemetry import CardTelemetry
-from serve.engine.card import READINGS, ReplicaCard, device_for, take_card
+from serve.engine.card import READINGS, ReplicaCard, device_for, share_card, take_card
 from serve.errors import OctetError
 from serve.metric_catalogue import ALL
 from serve.settings.models import CardResources
@@ -86,3 +87,13 @@ def test_only_a_replica_that_takes_a_gpu_has_a_card(monkeypatch: pytest.MonkeyPa
     assert device_for(CardResources()) == "cpu"
     assert take_card(CardResources()) is None
     assert probe(device_for(CardResources())).compute_capability is None
+
+
+def test_only_replicas_that_share_a_card_use_mps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for num_gpus, folder in ((0.0, str(tmp_path)), (1.0, str(tmp_path)), (0.5, None)):
+        share_card(CardResources(num_gpus=num_gpus), folder)
+    with pytest.raises(OctetError, match="mps_folder: this node has no nvidia-cuda-mps-control"):
+        share_card(PART, str(tmp_path))

@@ -11,6 +11,7 @@ import torch
 
 from bench.gpu import accept, engine, packing, quick, steps
 from bench.gpu.model import FP8_EAGER, WAYS, Bench
+from cluster.structure import TRANSFORMERS
 
 from ..builders import DEMO_MODEL
 
@@ -152,6 +153,19 @@ def test_the_packing_script_measures_every_cell(
     found = run(packing.main, monkeypatch, tmp_path, *arguments)
     assert [(c["processes"], c["slots"]) for c in found["cells"]] == [(1, 2), (2, 2)]
     assert all(c["images_s"] > 0 and c["latency_p99_s"] > 0 for c in found["cells"])
+
+
+@pytest.mark.long
+def test_the_packing_script_measures_models_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = "--together", "--side", "64", "--seconds", "2", "--slots", "1"
+    found = run(packing.main, monkeypatch, tmp_path, *arguments)
+    (cell,) = found["cells"]
+    assert cell["alone"].keys() == cell["beside"].keys() == TRANSFORMERS.keys()
+    # Three processes on a few cores: together they do more than one alone, and each less.
+    assert all(cell["beside"][m]["images_s"] < cell["alone"][m]["images_s"] for m in TRANSFORMERS)
+    assert 0 < cell["kept"] < 3
 
 
 def test_the_acceptance_compares_fp8_with_16_bit_on_real_weights(
