@@ -64,7 +64,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The CUDA kernels of a transformer block, counted without a GPU; about 2 minutes.
+# The CUDA kernels of a transformer block, counted without a GPU; about 3 minutes.
 check-kernels: .venv/triton
 	PYTHONPATH=.venv/triton $(BIN)/python -W ignore -m bench.gpu.kernels
 	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/engine/test_kernels.py
@@ -105,8 +105,8 @@ bench-gpu: install .venv/reference
 	PYTHONPATH=.venv/reference $(BIN)/python -W ignore -m bench.gpu.steps
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 512
 	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024
-	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together
-	-$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together --mps
+	$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together --seconds 60
+	-$(BIN)/python -W ignore -m bench.gpu.packing --side 1024 --together --seconds 60 --mps
 	$(BIN)/python -W ignore -m bench.gpu.engine
 endif
 

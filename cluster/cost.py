@@ -119,8 +119,10 @@ def estimated(structure: Structure, rates: CardRates) -> CostCoefficients:
 def reference(structure: Structure, recipe: str, card: Card | None) -> CostCoefficients:
     """The coefficients of a model in a recipe on a card, or on a CPU if `card` is None.
 
-    Measured coefficients are preferred to estimated ones.
+    Measured coefficients are preferred to estimated ones. A CPU that computes in float32, because
+    it has no bfloat16, begins with the coefficients of bfloat16.
     """
+    recipe = "bf16" if recipe == "fp32" else recipe
     measured = REFERENCES.get((structure, recipe, card.id if card else "cpu"))
     return measured or estimated(structure, rates(recipe, card))
 

@@ -4,7 +4,7 @@ Without it, processes that share a card take turns, and never overlap. With it, 
 process can end its neighbours on the card. So replicas use it only if the settings ask for it.
 
 The service is a daemon of the node, which its first replica starts. Processes find it by a folder
-with its pipes.
+with its pipes. It stays when they end: it may also serve programs that are not Octet's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
-# With n processes on a card, each may use 2/n of it, as NVIDIA's documentation advises: room for
-# bursts, while none can take the whole card from the others.
-ROOM = 2.0
 ANSWER_S = 30.0
 
 
@@ -25,11 +22,10 @@ class MpsError(Exception):
     """The daemon does not start; the message says why."""
 
 
-def join(folder: Path, fraction: float, environ: MutableMapping[str, str] = os.environ) -> None:
+def join(folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
     """Let this process use its card through the daemon of `folder`; start the daemon if needed.
 
-    Must be called before this process uses CUDA. `fraction`: the part of the card that Ray has
-    reserved for this process. Raises `MpsError` if the daemon does not start.
+    Must be called before this process uses CUDA. Raises `MpsError` if the daemon does not start.
     """
     from filelock import FileLock
 
@@ -41,7 +37,6 @@ def join(folder: Path, fraction: float, environ: MutableMapping[str, str] = os.e
     except OSError as error:
         raise MpsError(f"{folder}: {error.strerror or error}") from None
     environ.update(_pipes(folder))
-    environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(round(100 * min(1, ROOM * fraction)))
 
 
 def stop(folder: Path) -> None:
@@ -58,19 +53,23 @@ def _start(folder: Path) -> None:
     # Ray shows a replica only its own card, but the daemon serves all cards of the node.
     environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | _pipes(folder)
     try:
-        subprocess.run(  # noqa: S603 - NVIDIA's program
+        done = subprocess.run(  # noqa: S603 - NVIDIA's program
             [CONTROL, "-d"],
             env=environ,
             timeout=ANSWER_S,
-            check=True,
+            check=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     except FileNotFoundError:
         raise MpsError(f"this node has no {CONTROL}, which comes with NVIDIA's driver") from None
-    except subprocess.SubprocessError as error:
-        raise MpsError(f"{CONTROL} does not start: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise MpsError(f"{CONTROL} does not start within {ANSWER_S:.0f} s") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise MpsError(f"{CONTROL} does not start: {said}; see {folder}/control.log")
 
 
 def _told(folder: Path, command: str) -> bool:

@@ -4,7 +4,7 @@ Each replica holds its own copy of the weights; the slots of a replica share one
 slots both fill the gaps in which the card waits for its host. Slots also share the reading of the
 weights. A card that runs this model alone generates, in images/s:
 
-    kept · min(1 / g, replicas / (g + h))
+    min(kept / g, replicas / (g + h))
 
 g is the time that the card works for one image, and h is the time that the host works for it, both
 in seconds. `kept` is 1 for one replica, and `KEPT` for several. An option is allowed only if images
@@ -29,8 +29,8 @@ from .structure import Structure
 MAX_REPLICAS = 8  # of one model on one card
 SLOTS = 1, 2, 4, 8  # with guidance, they fill the numbers of rows that the engine has code for
 FRACTIONS = 10_000  # Ray counts GPUs in ten-thousandths
-# The part of a card's time that is left when several replicas take turns on it: the least that
-# packing aims at. `bench.gpu.packing` measures it.
+# The part of a card's time that is left when several replicas of a model take turns on it. This is
+# an assumption, the goal of packing; `bench.gpu.packing` measures it.
 KEPT = 0.9
 MIN_SPEEDUP = 1.02  # an option that takes more memory must be faster by more than this
 # Where no latency target is given, an image may take this many times its time alone on the card.
@@ -178,9 +178,8 @@ def all_options(planned: PlannedModel, cards: CardGroup, terms: PlanTerms) -> li
         gib = footprint(planned.structure, recipe, slots, planned.max_pixels, tokens).total
         card_s, host_s = times(planned, recipe, card, slots)
         for replicas in range(1, MAX_REPLICAS + 1):
-            images_s = min(1 / card_s, replicas / (card_s + host_s))
-            if replicas > 1:
-                images_s *= KEPT
+            kept = KEPT if replicas > 1 else 1.0
+            images_s = min(kept / card_s, replicas / (card_s + host_s))
             option = ServingOption(
                 planned.model, recipe, replicas, slots, gib, cards.parts(gib), images_s, estimated
             )

@@ -5,10 +5,13 @@ Ingresses and the Dispatcher run, and `card` for nodes with cards. Each kind of 
 `nodes.yaml` becomes a copy of one of the two.
 
 The rest is the config that `serve_config` makes, as for `octet serve`. Here the config also names
-the address of the HTTP proxies, the nodes of Ingresses and Dispatcher, and the smallest number of
-replicas of each pool. That number matters because KubeRay moves traffic to a new cluster as soon as
-its application counts as running. With the number stated, the application counts as running only
-when that many replicas are warm.
+the address of the HTTP proxies, and the nodes of Ingresses and Dispatcher. Ingresses are spread
+over the front pods. Ray Serve would put all of them into one pod, and a front pod without a replica
+has no HTTP proxy and never becomes ready.
+
+The config also states the smallest number of replicas of each pool. That matters because KubeRay
+moves traffic to a new cluster as soon as its application counts as running. With the number stated,
+it counts as running only when that many replicas are warm.
 """
 
 from __future__ import annotations
@@ -137,7 +140,7 @@ def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
         **{key: service[key] for key in ("apiVersion", "kind", "metadata")},
         "spec": {
             "rayClusterDeletionDelaySeconds": grace_s,
-            "serveConfigV2": _text(serve_config_v2(settings)),
+            "serveConfigV2": _text(serve_config_v2(settings, kinds)),
             "rayClusterConfig": {
                 "workerGroupSpecs": [
                     _worker_group(kind, patterns["card" if kind.card else "front"], grace_s)
@@ -156,11 +159,12 @@ def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
     return {"rayservice.yaml": MADE + _text(patch), "settings.yaml": MADE + _text(config_map)}
 
 
-def serve_config_v2(settings: Settings) -> dict[str, Any]:
+def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, Any]:
     """The config that `serve_config` makes, with what a cluster of pods needs in addition.
 
     The module's docstring lists the additions.
     """
+    front_pods = sum(kind.min_nodes for kind in kinds if not kind.card)
     config = serve_config(settings)
     (application,) = config["applications"]
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
@@ -168,6 +172,7 @@ def serve_config_v2(settings: Settings) -> dict[str, Any]:
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
     }
+    deployments[INGRESS]["max_replicas_per_node"] = ceil(settings.ingress.replicas / front_pods)
     deployments[DISPATCHER]["ray_actor_options"] = {
         "num_cpus": settings.dispatcher_num_cpus,
         "label_selector": FRONT,

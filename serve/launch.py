@@ -19,10 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 from typing import Any
-
-from cluster import mps
 
 from .deployments import APPLICATION, DISPATCHER, generator_deployment
 from .dispatch.protocol import DispatcherStatus
@@ -240,8 +237,6 @@ def run_application(
         finally:
             on_news("stopping")
             ray.shutdown()  # ends Serve and every replica with it
-            if settings.mps_folder:
-                mps.stop(Path(settings.mps_folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 
 import pytest
 
@@ -17,6 +18,9 @@ from .ports import free_port
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
+# Nothing of a test stays in the user's cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="tests-of-octet-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 # `serve.launch` sets these too, but Ray reads them when it is imported, and tests import it first.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

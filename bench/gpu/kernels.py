@@ -80,7 +80,7 @@ CALLED = re.compile(
 
 
 class Kernel(NamedTuple):
-    """A kernel that Triton compiled.
+    """A kernel that Triton compiled, and how often the block calls it.
 
     `gb`: gigabytes of the tensors that it reads and writes, each counted once. `loads`, `stores`:
     how often its code names a tensor to read or to write it; a tensor that is read twice counts
@@ -90,6 +90,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
+    calls: int
     gb: float
     loads: int
     stores: int
@@ -108,8 +109,8 @@ class Block(NamedTuple):
     kernels: list[Kernel]
 
     def total(self, what: str) -> float:
-        """The sum of a field of all kernels."""
-        return float(sum(getattr(kernel, what) for kernel in self.kernels))
+        """The sum of a field over all calls of kernels."""
+        return float(sum(kernel.calls * getattr(kernel, what) for kernel in self.kernels))
 
 
 # -- a card that is not there ---------------------------------------------------------------------
@@ -267,14 +268,16 @@ def generated(s: Structure, choice: Kernels) -> str:
 
 def read(code: str, folder: Path) -> Block:
     """Compile the kernels in generated code, and count them; `folder` takes their files."""
+    called = Counter(CALLED.findall(code))
     calls: Counter[str] = Counter()
-    for name in CALLED.findall(code):
-        calls[next((kind for kind, prefix in KINDS.items() if name.startswith(prefix)), OTHER)] += 1
+    for name, times in called.items():
+        kind = next((kind for kind, prefix in KINDS.items() if name.startswith(prefix)), OTHER)
+        calls[kind] += times
     sources = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.S)
-    return Block(calls, [_compiled(name, source, folder) for name, source in sources])
+    return Block(calls, [_compiled(name, called[name], source, folder) for name, source in sources])
 
 
-def _compiled(name: str, source: str, folder: Path) -> Kernel:
+def _compiled(name: str, calls: int, source: str, folder: Path) -> Kernel:
     file = folder / f"{name}.py"
     file.write_text(source)
     spec = importlib.util.spec_from_file_location(name, file)
@@ -288,6 +291,7 @@ def _compiled(name: str, source: str, folder: Path) -> Kernel:
     assert gb
     return Kernel(
         name,
+        calls,
         float(gb[1]),
         source.count("tl.load("),
         source.count("tl.store("),

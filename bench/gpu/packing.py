@@ -10,7 +10,8 @@ start. In each cell of the table, some of them generate images at the same time 
 Without `--together` 1, 2 and 4 processes hold the same model. With it, Large, Large Turbo and
 Medium have a process each, and each of them is measured alone and beside the others, with its usual
 steps and guidance. `kept` is the sum of the parts of its own rate that each model keeps beside the
-others: 1 if the processes lose nothing to each other. Text encoders are left out, because they are
+others: 1 if the processes lose nothing to each other. Give each cell time for some images of the
+slowest model (`--seconds 60`). Text encoders are left out, because they are
 seldom busy. `--mps`: with NVIDIA's MPS.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 from cluster import mps
 from cluster.structure import TRANSFORMERS, USUAL_IMAGES
 from serve.engine.compiled import prefer_attention, preferred
-from serve.engine.denoising_loop import DenoisingLoop, bucket
+from serve.engine.denoising_loop import DenoisingLoop, StepDone, bucket
 
 from ..demo_engine import Engine
 from ..replay import percentile
@@ -46,26 +47,29 @@ def generate_for(
 ) -> dict[str, Any]:
     """Generate images in all slots for `seconds`; return images/s and latencies.
 
-    `steps`, `rows`: of each image.
-
-    A slot's rate counts from the end of its first image to the end of its last. So an image that is
-    unfinished when the time is over does not lower the rate.
+    `steps`, `rows`: of each image. The rate counts the steps of all images, also of those that are
+    unfinished at the end. So processes that are asked at the same time are all busy for as long as
+    they count, however long their images take.
     """
-    loop = DenoisingLoop(engine.denoiser, 2 * slots)
+    loop = DenoisingLoop(engine.denoiser, rows * slots)
     key = engine.sizes[0], rows, steps
     end = time.monotonic() + seconds
-    rates: list[float] = []
     latencies: list[float] = []
+    done = 0
+
+    def note(event: object) -> None:  # called in the loop's thread only
+        nonlocal done
+        done += isinstance(event, StepDone) and time.monotonic() < end
 
     def one_slot(seed: int) -> None:
-        done: list[float] = []
-        while len(done) < 2 or time.monotonic() < end:
-            began = time.monotonic()
-            loop.generate(engine.request(key, seed), engine.embeds(rows)).result()
-            done.append(time.monotonic())
-            if len(done) > 1:
-                latencies.append(done[-1] - began)
-        rates.append((len(done) - 1) / (done[-1] - done[0]))
+        while (left_s := end - (began := time.monotonic())) > 0:
+            image = loop.generate(engine.request(key, seed), engine.embeds(rows), 0, note)
+            try:
+                image.result(timeout=left_s)
+            except TimeoutError:
+                image.cancel()
+                return
+            latencies.append(time.monotonic() - began)
 
     threads = [threading.Thread(target=one_slot, args=(seed,)) for seed in range(slots)]
     for thread in threads:
@@ -73,13 +77,13 @@ def generate_for(
     for thread in threads:
         thread.join()
     loop.close()
-    return {"images_s": sum(rates), "latencies_s": latencies}
+    return {"images_s": done / steps / seconds, "latencies_s": sorted(latencies)}
 
 
 def run_replica(bench: Bench, arguments: argparse.Namespace) -> None:
     """The program of a process: answer each line of slots and seconds with the results."""
     if arguments.mps_folder:
-        mps.join(arguments.mps_folder, arguments.fraction)
+        mps.join(arguments.mps_folder)
     prefer_attention(preferred(attention_s(bench, arguments.model)))
     way = FP8_EAGER if arguments.tiny else FP8
     engine = Engine(bench.denoiser(arguments.model, way), bench.embeds(2), [arguments.side])
@@ -98,7 +102,7 @@ def run_replica(bench: Bench, arguments: argparse.Namespace) -> None:
 class Replica:
     """A process with a model, seen from its parent.
 
-    `fraction`: its part of the card. `mps_folder`: where MPS has its pipes; None: no MPS.
+    `mps_folder`: where MPS has its pipes; None: no MPS.
     """
 
     def __init__(
@@ -107,12 +111,11 @@ class Replica:
         model: str,
         steps: int,
         rows: int,
-        fraction: float,
         mps_folder: str | None,
     ) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.packing", "--replica"]
         command += ["--model", model, "--side", str(arguments.side)]
-        command += ["--steps", str(steps), "--rows", str(rows), "--fraction", str(fraction)]
+        command += ["--steps", str(steps), "--rows", str(rows)]
         command += ["--slots", *map(str, arguments.slots)]
         command += ["--tiny"] if arguments.tiny else []
         command += ["--mps-folder", mps_folder] if mps_folder else []
@@ -140,34 +143,23 @@ class Replica:
 def generate(replicas: Sequence[Replica], slots: int, seconds: float) -> list[dict[str, Any]]:
     """Let these processes generate images at the same time, with `slots` slots each.
 
-    Returns images/s and latencies for each process.
+    Returns images/s and sorted latencies for each process.
     """
     for replica in replicas:
         replica.ask(slots, seconds)
-    found = []
-    for replica in replicas:
-        result = replica.answer()
-        latencies = sorted(result["latencies_s"])
-        found.append(
-            {
-                "images": len(latencies),
-                "images_s": result["images_s"],
-                "latencies_s": latencies,
-                "latency_p50_s": percentile(latencies, 0.5),
-                "latency_p99_s": percentile(latencies, 0.99),
-            }
-        )
-    return found
+    return [replica.answer() for replica in replicas]
+
+
+def at(latencies: Sequence[float], share: float) -> float | None:
+    """A percentile of sorted latencies; None if no image was finished."""
+    return percentile(latencies, share) if latencies else None
 
 
 def equal_processes(arguments: argparse.Namespace, mps_folder: str | None) -> dict[str, Any]:
     """Measure 1, 2 and 4 processes with the same model; prints the table."""
 
     def replica() -> Replica:
-        fraction = 1 / max(arguments.processes)
-        return Replica(
-            arguments, arguments.model, arguments.steps, arguments.rows, fraction, mps_folder
-        )
+        return Replica(arguments, arguments.model, arguments.steps, arguments.rows, mps_folder)
 
     first = replica()  # starts alone, so that the others find its compiled code
     peaks = [first.answer()]
@@ -175,24 +167,22 @@ def equal_processes(arguments: argparse.Namespace, mps_folder: str | None) -> di
     peaks += [other.answer() for other in others]
     replicas, cells = [first, *others], []
     print(f"{arguments.model}, {arguments.side}², {arguments.steps} steps")
-    print("processes  slots  images/s  p50 s  p99 s")
+    print("processes  slots  images/s   p50 s   p99 s")
     for n in arguments.processes:
         for slots in arguments.slots:
             found = generate(replicas[:n], slots, arguments.seconds)
             latencies = sorted(latency for each in found for latency in each["latencies_s"])
-            images_s = sum(each["images_s"] for each in found)
-            p50, p99 = percentile(latencies, 0.5), percentile(latencies, 0.99)
-            cells.append(
-                {
-                    "processes": n,
-                    "slots": slots,
-                    "images": len(latencies),
-                    "images_s": images_s,
-                    "latency_p50_s": p50,
-                    "latency_p99_s": p99,
-                }
-            )
-            print(f"{n:9} {slots:6} {images_s:9.2f} {p50:6.2f} {p99:6.2f}", flush=True)
+            cell = {
+                "processes": n,
+                "slots": slots,
+                "images": len(latencies),
+                "images_s": sum(each["images_s"] for each in found),
+                "latency_p50_s": at(latencies, 0.5),
+                "latency_p99_s": at(latencies, 0.99),
+            }
+            cells.append(cell)
+            numbers = [cell[name] for name in ("images_s", "latency_p50_s", "latency_p99_s")]
+            print(f"{n:9} {slots:6}  " + " ".join(map(_number, numbers)), flush=True)
     for each in replicas:
         each.close()
     return {
@@ -208,27 +198,34 @@ def together(arguments: argparse.Namespace, mps_folder: str | None) -> dict[str,
     replicas, peaks = {}, {}
     for model in TRANSFORMERS:  # one after the other, so that each finds compiled code
         steps, rows = (1, 1) if arguments.tiny else USUAL_IMAGES[model]
-        replica = Replica(arguments, model, steps, rows, 1 / len(TRANSFORMERS), mps_folder)
+        replica = Replica(arguments, model, steps, rows, mps_folder)
         replicas[model], peaks[model] = replica, replica.answer()["peak_gib"]
     cells = []
-    print(f"{arguments.side}²\nslots  model               alone/s  beside/s  part  p99 s  beside")
+    print(f"{arguments.side}²\nslots  model               alone/s beside/s    part   p99 s  beside")
     for slots in arguments.slots:
-        alone = {m: generate([r], slots, arguments.seconds)[0] for m, r in replicas.items()}
-        each = generate([*replicas.values()], slots, arguments.seconds)
-        beside = dict(zip(replicas, each, strict=True))
-        parts = {m: beside[m]["images_s"] / alone[m]["images_s"] for m in replicas}
-        for m, part in parts.items():
-            rates = f"{alone[m]['images_s']:8.3f} {beside[m]['images_s']:9.3f} {part:5.2f}"
-            p99s = f"{alone[m]['latency_p99_s']:6.2f} {beside[m]['latency_p99_s']:7.2f}"
-            print(f"{slots:5}  {m:18} {rates} {p99s}")
-        kept = sum(parts.values())
+        alone = [generate([replica], slots, arguments.seconds)[0] for replica in replicas.values()]
+        beside = generate([*replicas.values()], slots, arguments.seconds)
+        kept, models = 0.0, {}
+        for model, own, shared in zip(replicas, alone, beside, strict=True):
+            part = shared["images_s"] / own["images_s"]
+            kept += part
+            models[model] = found = {
+                "alone_images_s": own["images_s"],
+                "beside_images_s": shared["images_s"],
+                "part": part,
+                "alone_p99_s": at(own["latencies_s"], 0.99),
+                "beside_p99_s": at(shared["latencies_s"], 0.99),
+            }
+            print(f"{slots:5}  {model:18} " + " ".join(map(_number, found.values())))
         print(f"{slots:5}  kept: {kept:.2f}", flush=True)
-        for found in (*alone.values(), *beside.values()):
-            del found["latencies_s"]
-        cells.append({"slots": slots, "kept": kept, "alone": alone, "beside": beside})
+        cells.append({"slots": slots, "kept": kept, "models": models})
     for replica in replicas.values():
         replica.close()
     return {"peak_gib": peaks, "cells": cells}
+
+
+def _number(value: float | None) -> str:
+    return "      –" if value is None else f"{value:7.3f}"
 
 
 def main() -> None:
@@ -244,8 +241,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each cell")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU")
-    for hidden, kind in (("--fraction", float), ("--mps-folder", Path)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--mps-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--replica", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     bench = Bench.here(arguments.tiny)
@@ -256,9 +252,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mps_folder = folder if arguments.mps else None
         measure = together if arguments.together else equal_processes
-        found = measure(arguments, mps_folder)
-        if mps_folder:
-            mps.stop(Path(mps_folder))
+        try:
+            found = measure(arguments, mps_folder)
+        finally:
+            if mps_folder:
+                mps.stop(Path(mps_folder))
     what = "together" if arguments.together else arguments.model
     name = " ".join(["packing", what, str(arguments.side), *(["mps"] if arguments.mps else [])])
     save(arguments.out, name, {"machine": machine, "side": arguments.side, **found})

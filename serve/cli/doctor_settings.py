@@ -83,6 +83,8 @@ def _cannot_run(model: Model, pool: Pool, settings: Settings, machine: Machine) 
         return found.reason
     if pool.precision == "fp16" and not pool.allow_fp8_nodes and found.fp8 == "native":
         return "allow_fp8_nodes is false, and the card here has FP8"
+    if not pool.num_gpus:
+        return ""
     recipe = _recipe(pool, found.sixteen_bit)
     return _cannot_hold(pool, machine, _weights_gib(model, recipe, settings))
 

@@ -230,7 +230,7 @@ def _source(model: str) -> Source:
     except ValueError:
         raise SettingsError(
             f"'{model}' is neither a folder nor HUB/ID@REVISION with the 40 hexadecimal digits of "
-            "a commit"
+            "a commit (one file of it: HUB/ID@REVISION/FILE.safetensors)"
         ) from None
 
 

@@ -77,9 +77,9 @@ def cpu_encoder_notes(planned_models: Iterable[PlannedModel]) -> list[str]:
         return []
     times = ", ".join(f"{PROMPT_CORE_S / cores:.0f} s on {cores} cores" for cores in (2, 8, 32))
     return [
-        f"Text encoders on CPUs: a new prompt takes {times} (measured on 2, the others by "
-        "proportion; `python -m bench.t5` measures this machine). Prompts that were encoded "
-        "before, and warm_prompts, cost nothing."
+        f"Text encoders on CPUs: a new prompt takes about {times} in t5-fp8 (measured on 2 slow "
+        "cores, the others by proportion; `python -m bench.t5` measures yours). Prompts that were "
+        "encoded before, and warm_prompts, cost nothing."
     ]
 
 

@@ -83,7 +83,7 @@ def share_card(settings: CardResources, mps_folder: str | None) -> None:
     """
     if mps_folder and 0 < settings.num_gpus < 1:
         try:
-            mps.join(Path(mps_folder), settings.num_gpus)
+            mps.join(Path(mps_folder).expanduser())
         except mps.MpsError as error:
             raise OctetError(f"mps_folder: {error}") from None
 

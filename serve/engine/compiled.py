@@ -11,56 +11,26 @@ compiler. The number of rows and of image tokens alone decide which code a call 
 
 from __future__ import annotations
 
-import math
-import os
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Mode = Literal["default", "max-autotune"]
 Shape = tuple[int, int]  # rows, and image tokens of a row
 
-DEFAULT_COMPILED_FOLDER = "~/.cache/octet/compiled"
 MAX_SHAPES = 1024  # kinds of input after which torch stops compiling a function; its default is 8
 MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-MOST_COMPILERS = 32  # processes that compile at a time
+# Rows up to this length are read once: see `whole_rows`. The longest one in SD3.5 Large has 9,728
+# numbers, and kernels pad to powers of two.
+LONGEST_ROW = 16384
 TRIALS = 10  # measurements of each attention kernel
-
-
-def keep_compiled_code(folder: str | None) -> FileLock:
-    """Make torch keep compiled code in a folder of this node, where later starts find it.
-
-    Each version of torch has its own subfolder of `folder`; None means `DEFAULT_COMPILED_FOLDER`.
-    torch compiles with as many processes as this one may use CPUs; by itself it would not see a
-    container's limit. Returns a lock that the caller must hold while it compiles. Otherwise
-    replicas that start at the same time would all compile the same code.
-    """
-    root = Path(folder or DEFAULT_COMPILED_FOLDER).expanduser() / torch.__version__
-    root.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # overwrites a value that torch may have set
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(usable_cpus(), MOST_COMPILERS)))
-    return FileLock(root / "compiling.lock")
-
-
-def usable_cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """The number of CPUs that this process may use: those of its container, if it has a limit.
-
-    `limit`: the file in which Linux keeps the container's quota and period in microseconds.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        quota, period = map(int, limit.read_text().split())  # the quota may be "max"
-        cpus = min(cpus, math.ceil(quota / period))
-    return cpus
 
 
 class CompiledBlock(nn.Module):
@@ -110,7 +80,7 @@ def compile_blocks(
 def _whole_rows() -> Any:
     from .whole_rows import WholeRows  # its imports take long, and only a compiler needs them
 
-    return WholeRows()
+    return WholeRows(LONGEST_ROW)
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -24,11 +24,18 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from cluster.structure import config
 
-from ..models.checkpoints import CheckpointError, download_file, node_folder, write_manifest
+from ..models.checkpoints import (
+    CheckpointError,
+    download_file,
+    node_folder,
+    verify,
+    write_manifest,
+)
 from ..settings.models import Source
 from .noise_schedule import SCHEDULER, TRAIN_STEPS
 
@@ -51,15 +58,23 @@ Tensors = dict[str, torch.Tensor]
 def pull_single_file(source: Source, name: str, models_folder: str | None) -> Path:
     """Download a single-file checkpoint from the hub and convert it; returns the converted folder.
 
-    The file itself is not kept. `name`: its path in the repository. Raises `CheckpointError` if it
-    cannot be fetched, or is not an SD3.5 model.
+    The file itself is not kept. `name`: its path in the repository. An interrupted download
+    continues where it ended. Raises `CheckpointError` if the file cannot be fetched, or is not an
+    SD3.5 model, or if a folder that is there already has been damaged.
     """
     repository = node_folder(source, models_folder)
-    out = repository.with_name(f"{repository.name}-{Path(name).stem}")
-    if not out.exists():
-        download = out.with_name(f"{out.name}.download")
-        convert(download_file(source, name, download), out)
-        shutil.rmtree(download)
+    short = name.removesuffix(".safetensors").replace("/", "--")
+    out = repository.with_name(f"{repository.name}-{short}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            download = out.with_name(f"{out.name}.download")
+            file = download_file(source, name, download)
+            try:
+                convert(file, out)
+            finally:
+                shutil.rmtree(download)
+    verify(out)
     return out
 
 

@@ -7,25 +7,28 @@ shape once.
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from ..settings.models import Pool
 from .compiled import (
+    LONGEST_ROW,
     Mode,
     Shape,
     compile_blocks,
-    keep_compiled_code,
     prefer_attention,
     preferred,
     time_attention,
 )
+from .compiled_code import CompiledCode, keep_compiled_code
 from .decoding import is_out_of_memory
 from .denoiser import Denoiser, DenoisingState
 from .denoising_loop import DenoisingLoop, bucket, buckets
@@ -112,7 +115,8 @@ class WarmUp:
         self._rows = buckets(bucket(2 * pool.slots))
         self._mode = compile_mode(pool, denoiser)
         self._compiled_folder = compiled_folder
-        self._compiling: AbstractContextManager[object] = nullcontext()
+        self._warm: set[Shape] = set()
+        self._root: Path | None = None  # of compiled code; None: nothing is compiled
 
     def prepare(self) -> None:
         """Replace the transformer's blocks by compiled ones, unless the settings say otherwise.
@@ -120,13 +124,13 @@ class WarmUp:
         This must be called before the first step.
         """
         if self._mode != "off":
-            self._compiling = keep_compiled_code(self._compiled_folder)
-            warm: set[Shape] = {
+            self._root = keep_compiled_code(self._compiled_folder)
+            self._warm = {
                 (rows, width * height // (VAE_FACTOR * PATCH) ** 2)
                 for rows in self._rows
                 for width, height in self._sizes
             }
-            compile_blocks(self._denoiser.transformer, warm, self._mode, self._backend)
+            compile_blocks(self._denoiser.transformer, self._warm, self._mode, self._backend)
 
     def run(self, loop: DenoisingLoop, embeds: PromptEmbeds) -> str:
         """Run every warm size with every number of rows once, and the flexible code.
@@ -138,8 +142,24 @@ class WarmUp:
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
-        with self._compiling:
+        root = self._root
+        compiling = CompiledCode(root, self._kind(embeds)).compiling() if root else nullcontext()
+        with compiling:
             return self._run(loop, embeds)
+
+    def _kind(self, embeds: PromptEmbeds) -> dict[str, Any]:
+        """Everything on which this replica's compiled code depends."""
+        denoiser = self._denoiser
+        config = {k: v for k, v in denoiser.transformer.config.items() if not k.startswith("_")}
+        return {
+            "card": torch.cuda.get_device_name() if denoiser.on_cuda else platform.machine(),
+            "structure": config,
+            "recipe": denoiser.recipe.name,
+            "mode": self._mode,
+            "shapes": sorted(self._warm),
+            "text_tokens": embeds.tokens.shape[1],
+            "whole_rows": LONGEST_ROW,
+        }
 
     def _run(self, loop: DenoisingLoop, embeds: PromptEmbeds) -> str:
         attention = loop.call(lambda: self._prefer_attention(embeds)).result()

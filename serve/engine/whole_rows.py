@@ -14,22 +14,23 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-LONGEST_ROW = (
-    16384  # the longest one in SD3.5 Large has 9,728 numbers; kernels pad to powers of two
-)
-
 
 class WholeRows(InductorChoices):
-    """torch's choices of kernels, except that rows of up to `LONGEST_ROW` numbers are read once."""
+    """torch's choices of kernels, except that rows of up to `longest` numbers are read once."""
 
-    @staticmethod
-    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+
+    def should_use_persistent_reduction(  # type: ignore[override]  # torch's is a static method
+        self, features: Any, cooperative_reduction: bool
+    ) -> bool:
         """Whether a reduction keeps its whole row in registers."""
-        short = V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW)
-        if short and features.get_reduction_hint() is ReductionHint.INNER:
-            return not cooperative_reduction
+        along_rows = features.get_reduction_hint() is ReductionHint.INNER
+        short = V.graph.sizevars.statically_known_leq(features.reduction_numel, self._longest)
+        if along_rows and short and not cooperative_reduction:
+            return True
         return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
     def uuid(self) -> str:
         """What stands for these choices in the key of compiled code that is kept."""
-        return f"whole rows up to {LONGEST_ROW}"
+        return f"whole rows up to {self._longest}"

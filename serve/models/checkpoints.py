@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..atomic_file import replace_file
 from ..settings.models import Source
+from .verified import Digests, VerifiedFiles
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
@@ -27,8 +28,6 @@ DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
 # format; these are left out.
 PULLED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 NOT_PULLED = ["*.fp16*", "text_encoders/*"]
-
-Files = dict[str, str]  # path in the folder → SHA-256 in hexadecimal
 
 
 class CheckpointError(Exception):
@@ -86,9 +85,11 @@ def pull(source: Source, models_folder: str | None) -> Path:
     with FileLock(f"{target}.lock"):
         if not on_this_node(source, models_folder):
             part = target.with_name(f"{target.name}.part")
-            _download(source, part, PULLED)
-            write_manifest(part, {"location": source.location, "revision": source.revision})
+            _download(source, part)
+            made_from = {"location": source.location, "revision": source.revision}
+            files = write_manifest(part, made_from)
             part.rename(target)
+            VerifiedFiles(target).remember(files)
     return target
 
 
@@ -97,30 +98,84 @@ def download_file(source: Source, name: str, folder: Path) -> Path:
 
     Raises `CheckpointError` if the download fails, or if the repository has no such file.
     """
-    _download(source, folder, [name])
+    from huggingface_hub import hf_hub_download
+
+    info = _information(source)
+    if name not in _names(info):
+        raise CheckpointError(f"{source.location} has no file {name}. {_single_files(info)}")
+    with _explained(source):
+        hf_hub_download(source.location, name, revision=source.revision, local_dir=folder)
+    _check(source, info, folder, [name])
     return folder / name
 
 
-def _download(source: Source, folder: Path, patterns: Sequence[str]) -> None:
-    """Download the files of a source that match a pattern, and check them by the hub's digests.
+def _download(source: Source, folder: Path) -> None:
+    """Download a source into a folder, and check its large files against the hub's digests.
 
-    Raises `CheckpointError` if the download fails or a digest differs, and if the repository has no
-    file that matches the first pattern.
+    Raises `CheckpointError` if the download fails or a digest differs.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    info = _information(source)
+    with _explained(source):
+        snapshot_download(
+            source.location,
+            revision=source.revision,
+            local_dir=folder,
+            allow_patterns=PULLED,
+            ignore_patterns=NOT_PULLED,
+        )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # state of the hub client
+    names = _files(folder)
+    if not names:
+        raise CheckpointError(
+            f"{source.location} holds no model in diffusers' layout. {_single_files(info)}"
+        )
+    _check(source, info, folder, names)
+
+
+def _information(source: Source) -> Any:
+    """What the hub says about a repository and its files."""
+    from huggingface_hub import HfApi
+
+    with _explained(source):
+        return HfApi().model_info(source.location, revision=source.revision, files_metadata=True)
+
+
+def _names(info: Any) -> list[str]:
+    return [sibling.rfilename for sibling in info.siblings or []]
+
+
+def _single_files(info: Any) -> str:
+    """A sentence that names the files of a repository that may be whole models."""
+    names = [n for n in _names(info) if n.endswith(".safetensors") and "text_encoder" not in n]
+    if not names:
+        return "It has no safetensors file either."
+    return "If one of these files is a whole model, pull it as HUB/ID@REVISION/FILE: " + ", ".join(
+        names
+    )
+
+
+def _check(source: Source, info: Any, folder: Path, names: Iterable[str]) -> None:
+    """Compare files with the digests that the hub states; delete a file that differs."""
+    stated = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs}
+    for name, digest in digests(folder, [name for name in names if name in stated]).items():
+        if digest != stated[name]:
+            (folder / name).unlink()
+            raise CheckpointError(
+                f"{source.location}: the SHA-256 of {name} is not the one that the hub states: "
+                "pull again"
+            )
+
+
+@contextlib.contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turn errors of the hub's client into `CheckpointError`s that say what to do."""
+    from huggingface_hub import errors
 
     location, page = source.location, f"https://huggingface.co/{source.location}"
     try:
-        info = HfApi().model_info(location, revision=source.revision, files_metadata=True)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        if patterns[0] in names:
-            snapshot_download(
-                location,
-                revision=source.revision,
-                local_dir=folder,
-                allow_patterns=[*patterns],
-                ignore_patterns=NOT_PULLED,
-            )
+        yield
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{location} is gated: accept its licence at {page}, then log in with "
@@ -136,36 +191,27 @@ def _download(source: Source, folder: Path, patterns: Sequence[str]) -> None:
     except Exception as error:  # includes errors of the HTTP library that the hub client uses
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{location} cannot be fetched: {reason}") from error
-    if patterns[0] not in names:
-        single = ", ".join(n for n in names if n.endswith(".safetensors") and "/" not in n)
-        raise CheckpointError(
-            f"{location} has no {patterns[0]}; files to pull by "
-            f"`octet pull {location}@{source.revision}/FILE`: {single or 'none'}"
-        )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # state of the hub client
-    stated = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs}
-    found = digests(folder, _files(folder))
-    for name in found.keys() & stated.keys():
-        if found[name] != stated[name]:
-            (folder / name).unlink()
-            raise CheckpointError(
-                f"{location}: the SHA-256 of {name} is not the one that the hub states: pull again"
-            )
 
 
-def write_manifest(folder: Path, made_from: dict[str, Any]) -> None:
-    """Write the manifest of a folder as it is now; `made_from`: where its files come from."""
-    manifest = {"made_from": made_from, "files": digests(folder, _files(folder))}
+def write_manifest(folder: Path, made_from: dict[str, Any]) -> Digests:
+    """Write the manifest of a folder as it is now; returns the digests of its files.
+
+    `made_from`: where its files come from.
+    """
+    files = digests(folder, _files(folder))
+    manifest = {"made_from": made_from, "files": files}
     replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode(), mode=0o644)
+    return files
 
 
 def verify(folder: Path, components: Iterable[str] | None = None) -> None:
     """Raise `CheckpointError` if the files of these components differ from the manifest.
 
-    Without `components`, all files are verified. A folder without a manifest passes.
+    Without `components`, all files are verified. A folder without a manifest passes. A file that
+    this node has verified before is not read again unless it has changed.
     """
     try:
-        stated: Files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        stated: Digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return
     except (ValueError, KeyError) as error:
@@ -177,7 +223,8 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
     if differing:
         state = "missing" if min(differing) in expected else "not in the manifest"
         raise CheckpointError(f"{folder / min(differing)}: {state}")
-    for name, digest in digests(folder, present).items():
+    found = VerifiedFiles(folder).digests(present, lambda names: digests(folder, names))
+    for name, digest in found.items():
         if digest != expected[name]:
             raise CheckpointError(
                 f"{folder / name}: its SHA-256 is not the one in the manifest: delete the folder, "
@@ -185,7 +232,7 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
             )
 
 
-def digests(folder: Path, names: Iterable[str]) -> Files:
+def digests(folder: Path, names: Iterable[str]) -> Digests:
     """The SHA-256 of each file, by name.
 
     The files are hashed in threads, because hashing releases Python's global lock.

@@ -236,7 +236,7 @@ def test_labels_of_nodes_and_selectors_of_pools_agree(overlay: str) -> None:
             }
             assert by_ray == {kind.name for kind in kinds if fits(need, kind.node)}
             assert by_ray
-    config = serve_config_v2(settings)
+    config = serve_config_v2(settings, kinds)
     for one in config["applications"][0]["deployments"]:
         if selector := one.get("ray_actor_options", {}).get("label_selector"):
             held = [k for k in kinds if matches(selector, labels[k.name]) and k.min_nodes]
@@ -420,7 +420,7 @@ def test_too_few_cards_and_a_node_wait_of_zero_are_reported(tmp_path: Path) -> N
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
     output = render(tmp_path, settings, few)
     assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 7" in output
-    assert "h100: the nodes have at most 8 CPUs, and replicas may take 13" in output
+    assert "h100: the nodes have at most 8 CPUs, and replicas may take 9" in output
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
     assert "node_wait_s 0: nodes are added only when" in render(tmp_path, impatient, nodes)
 

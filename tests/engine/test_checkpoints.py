@@ -343,7 +343,7 @@ def test_a_single_file_is_pulled_and_converted_once(hub: Hub, tmp_path: Path) ->
         code, output = octet_pull(hub, models, model)
         assert code == 0, output
     assert hub.served == ["sd3.5_tiny.safetensors"]
-    (folder,) = (models / "org--model").iterdir()
+    (folder,) = (each for each in (models / "org--model").iterdir() if each.is_dir())
     assert str(folder) in output.replace("\n", "")
     verify(folder)
     assert Denoiser.load(folder, RECIPES["bf16"])

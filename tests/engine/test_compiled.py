@@ -23,7 +23,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from serve.engine import warm_up
-from serve.engine.compiled import compile_blocks, keep_compiled_code, preferred, usable_cpus
+from serve.engine.compiled import compile_blocks, preferred
+from serve.engine.compiled_code import CompiledCode, usable_cpus
 from serve.engine.denoiser import Denoiser
 from serve.engine.denoising_loop import DenoisingLoop
 from serve.engine.precision import RECIPES
@@ -107,7 +108,8 @@ def test_after_the_warm_up_nothing_is_compiled(
         run = getattr(denoiser, name)
         monkeypatch.setattr(denoiser, name, in_thread(run, threads))
     loop = DenoisingLoop(denoiser, max_rows=2, beside_steps=True)
-    with keep_compiled_code(str(tmp_path)):  # as if another replica of this node were compiling
+    code = CompiledCode(tmp_path / torch.__version__, warming._kind(embeds()))
+    with code.compiling():  # as if another replica of this node and kind were compiling
         run = contextvars.copy_context().run  # the way in which asyncio.to_thread calls a function
         thread = threading.Thread(target=run, args=(warming.run, loop, embeds()), daemon=True)
         thread.start()
@@ -115,6 +117,7 @@ def test_after_the_warm_up_nothing_is_compiled(
         assert thread.is_alive()
         assert graphs() == 0
     thread.join()
+    assert code.complete
     # cuDNN keeps its plans by thread, so the warm-up is of use in the serving threads only.
     assert used == {"denoise_step": {"denoising"}, "decode": {"decoding_0"}}
     loop.close()
@@ -130,6 +133,40 @@ def test_after_the_warm_up_nothing_is_compiled(
     ):
         latents(denoiser, px, images, guided)
     assert graphs() == made
+
+
+def test_replicas_wait_for_each_other_only_while_code_is_missing(tmp_path: Path) -> None:
+    code, same = CompiledCode(tmp_path, {"card": "a"}), CompiledCode(tmp_path, {"card": "a"})
+    other = CompiledCode(tmp_path, {"card": "b"})
+    order: list[str] = []
+
+    def second() -> None:
+        with same.compiling():
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with pytest.raises(RuntimeError, match="no memory"), code.compiling():
+        raise RuntimeError("no memory")
+    assert not code.complete
+    with code.compiling():
+        thread.start()
+        with other.compiling():  # another kind does not wait
+            order.append("other")
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["other", "first", "second"]
+    assert code.complete
+    with code.compiling():  # complete: nobody waits any more
+        second()
+    assert order[-1] == "second"
+
+
+def test_a_volume_that_cannot_be_written_only_costs_the_mark(tmp_path: Path) -> None:
+    code = CompiledCode(tmp_path / "missing", {"card": "a"})
+    with code.compiling():
+        pass
+    assert not code.complete
 
 
 def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
@@ -230,7 +267,7 @@ START = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
-from serve.engine.compiled import keep_compiled_code
+from serve.engine.compiled_code import keep_compiled_code
 keep_compiled_code(sys.argv[1])
 torch.compile(torch.nn.Linear(16, 16))(torch.ones(2, 16))
 print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxgraph_cache_miss")}))

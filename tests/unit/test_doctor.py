@@ -218,3 +218,12 @@ def test_the_nodes_of_a_cluster_are_examined() -> None:
     assert "pool sd3.5-large-fp16: 1 of the nodes" in texts(findings, "ok")
     assert "text encoder sd35: 1 of the nodes" in texts(findings, "ok")
     assert texts(findings, "problem") == "pool sd3.5-large-turbo-fp8: none of the nodes can hold it"
+
+
+def test_a_cpu_without_bfloat16_is_examined_like_any_other() -> None:
+    slow = replace(LAPTOP, device=Device("cpu", None, 16.0, cpu_bf16=False))
+    found, usual = (
+        texts(examine_settings(settings("laptop.yaml"), machine), "note")
+        for machine in (slow, LAPTOP)
+    )
+    assert found == usual

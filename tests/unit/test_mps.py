@@ -16,7 +16,7 @@ from cluster.mps import MpsError
 PROGRAM = """#!/bin/sh
 cd "$CUDA_MPS_PIPE_DIRECTORY" || exit 1
 if [ "$1" = -d ]; then
-  [ -e broken ] && exit 1
+  [ -e broken ] && echo "no permission" >&2 && exit 1
   sleep 0.2
   echo "cards:$CUDA_VISIBLE_DEVICES" >> starts
   touch daemon
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_replicas_of_a_node_share_one_daemon_that_serves_all_cards(folder: Path) -> None:
     program = (
         "import sys, pathlib, os; from cluster import mps;"
-        f"mps.join(pathlib.Path({str(folder)!r}), 0.3);"
+        f"mps.join(pathlib.Path({str(folder)!r}));"
         "print(os.environ['CUDA_MPS_PIPE_DIRECTORY'])"
     )
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"}
@@ -60,26 +60,17 @@ def test_replicas_of_a_node_share_one_daemon_that_serves_all_cards(folder: Path)
     mps.stop(folder)  # there is none any more
 
 
-@pytest.mark.parametrize(("fraction", "percent"), [(0.2, "40"), (0.25, "50"), (0.75, "100")])
-def test_a_replica_may_use_twice_its_part_of_the_card(
-    folder: Path, fraction: float, percent: str
-) -> None:
-    environ: dict[str, str] = {}
-    mps.join(folder, fraction, environ)
-    assert environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == percent
-
-
 def test_a_node_that_cannot_start_the_daemon_says_why(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.mkdir()
     (folder / "broken").touch()
-    with pytest.raises(MpsError, match="does not start"):
-        mps.join(folder, 0.5, {})
+    with pytest.raises(MpsError, match="does not start: no permission; see"):
+        mps.join(folder, {})
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MpsError, match="has no nvidia-cuda-mps-control"):
-        mps.join(folder, 0.5, {})
+        mps.join(folder, {})
     with pytest.raises(MpsError, match="File exists"):
-        mps.join(folder / "broken", 0.5, {})
+        mps.join(folder / "broken", {})
     mps.stop(folder)
     mps.stop(folder / "nothing")
