@@ -164,7 +164,6 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
 
     The module's docstring lists the additions.
     """
-    front_pods = sum(kind.min_nodes for kind in kinds if not kind.card)
     config = serve_config(settings)
     (application,) = config["applications"]
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
@@ -172,7 +171,7 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
     }
-    deployments[INGRESS]["max_replicas_per_node"] = ceil(settings.ingress.replicas / front_pods)
+    deployments[INGRESS]["max_replicas_per_node"] = ingresses_per_pod(settings, kinds)
     deployments[DISPATCHER]["ray_actor_options"] = {
         "num_cpus": settings.dispatcher_num_cpus,
         "label_selector": FRONT,
@@ -196,8 +195,17 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
     }
 
 
+def ingresses_per_pod(settings: Settings, kinds: Iterable[NodeKind]) -> int:
+    """How many Ingresses a front pod may hold, so that the smallest number of them fills all pods.
+
+    These are the front pods that always run.
+    """
+    pods = sum(kind.min_nodes for kind in kinds if not kind.card)
+    return ceil(settings.ingress.least / pods)
+
+
 def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
-    """A sentence for each shortage of cards or CPUs on one kind of node.
+    """A sentence for each shortage of cards, CPUs or front pods.
 
     A shortage means that replicas may take more of them than the nodes can have.
     """
@@ -226,6 +234,13 @@ def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
                     f"{where}: the nodes have at most {available} {unit}, and replicas may take "
                     f"{needed:.4g}"
                 )
+    each = ingresses_per_pod(settings, kinds)
+    places = each * sum(kind.max_nodes for kind in kinds if not kind.card)
+    if settings.ingress.replicas > places:
+        found.append(
+            f"nodes without a card: they hold at most {places} Ingresses, {each} each, and there "
+            f"may be {settings.ingress.replicas}"
+        )
     return found
 
 
@@ -296,7 +311,9 @@ def _worker_group(kind: NodeKind, pattern: dict[str, Any], grace_s: int) -> dict
     group = copy.deepcopy(pattern)
     pod = group["template"]["spec"]
     pod["terminationGracePeriodSeconds"] = grace_s
-    (container,) = pod["containers"]
+    (container,), (pull,) = pod["containers"], pod["initContainers"]
+    if not kind.card:  # no replica loads weights here: reading all of them would take minutes
+        pull["command"][-1] = pull["command"][-1].replace("octet pull", "octet pull --no-verify")
     patience_s = str(grace_s - LEAVE_S // 2)
     container["lifecycle"]["preStop"]["exec"]["command"][-1] = patience_s
     memory = f"{kind.memory_gib:g}Gi"

@@ -123,6 +123,10 @@ def test_components_can_be_added(component: str, tmp_path: Path) -> None:
     assert more
     assert [fault for one in more for fault in faults(one)] == []
 
+    if component == "kueue":  # which refuses clusters that Ray's autoscaler changes
+        (service,) = (one for one in more if one["kind"] == "RayService")
+        assert service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] is False
+
 
 # -- the application ------------------------------------------------------------------------------
 
@@ -241,6 +245,35 @@ def test_labels_of_nodes_and_selectors_of_pools_agree(overlay: str) -> None:
         if selector := one.get("ray_actor_options", {}).get("label_selector"):
             held = [k for k in kinds if matches(selector, labels[k.name]) and k.min_nodes]
             assert held, one["name"]
+
+
+@over_all
+def test_each_front_pod_that_always_runs_gets_an_ingress(overlay: str) -> None:
+    config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
+    (ingress,) = (
+        one for one in config["applications"][0]["deployments"] if one["name"] == "Ingress"
+    )
+    kinds = read_nodes(folder(overlay) / "nodes.yaml")
+    pods_ = sum(kind.min_nodes for kind in kinds if not kind.card)
+    least, most = settings_of(overlay).ingress.least, ingress["max_replicas_per_node"]
+    # So many on a pod that the smallest number fits on the pods that are there, and not one more.
+    assert most * pods_ >= least > (most - 1) * pods_
+    assert least >= pods_
+
+
+@over_all
+def test_only_pods_with_cards_read_all_weights_at_their_start(overlay: str) -> None:
+    for group in worker_groups(overlay):
+        (pull,) = group["template"]["spec"]["initContainers"]
+        has_card = group["labels"]["octet/role"] == "card"
+        assert ("--no-verify" in pull["command"][-1]) is not has_card
+
+
+@over_all
+def test_the_head_is_not_moved_to_save_a_node(overlay: str) -> None:
+    head = ray_service(overlay)["rayClusterConfig"]["headGroupSpec"]["template"]["metadata"]
+    assert head["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert head["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
 
 
 # -- pods -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import httpx
@@ -308,7 +309,8 @@ def test_redis_may_hang_and_die_under_load(shared: Settings, redis: RedisServer)
         finally:
             redis.resume()
         assert {status for status, _ in answers} == {200}
-        late = [s for s in took if s > ANSWER_S]
+        # Most requests do not ask Redis any more. One that waited for it takes that much longer.
+        late = [s for s in took if s > median(took) + ANSWER_S]
         assert len(late) <= 3 * FAILURES * 8
         assert len(late) < len(took) / 4
         wait_for(lambda: load(edge, 0.2)[0][200, "hit"] > 0)

@@ -32,6 +32,11 @@ from serve.engine.prompt_encoder import PromptEncoder
 
 from ..builders import DEMO_MODEL, ROOT
 
+SMALL_T5 = T5Config(
+    vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+    feed_forward_proj="gated-gelu",
+)  # fmt: skip
+
 
 def sqnr_db(exact: torch.Tensor, found: torch.Tensor) -> float:
     noise = (exact - found.float()).pow(2).mean()
@@ -226,11 +231,7 @@ def test_t5_in_fp8_is_unchanged_by_saving_and_loading(tmp_path: Path) -> None:
     from optimum.quanto import quantization_map, requantize
 
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    t5 = T5EncoderModel(config).eval()
+    t5 = T5EncoderModel(SMALL_T5).eval()
     ids = torch.arange(32)[None]
     with torch.inference_mode():
         exact = t5(ids).last_hidden_state
@@ -240,7 +241,7 @@ def test_t5_in_fp8_is_unchanged_by_saving_and_loading(tmp_path: Path) -> None:
         state = {name: tensor.clone() for name, tensor in t5.state_dict().items()}
         save_file(state, tmp_path / "t5.safetensors")
         with torch.device("meta"):
-            again = T5EncoderModel(config).eval()
+            again = T5EncoderModel(SMALL_T5).eval()
         requantize(again, load_file(tmp_path / "t5.safetensors"), quantization_map(t5))
         reloaded = again(ids).last_hidden_state
     assert sqnr_db(exact, stored) > 20
@@ -252,15 +253,11 @@ def test_t5_in_fp8_is_unchanged_by_saving_and_loading(tmp_path: Path) -> None:
 
 def test_t5_stored_by_octet_is_as_exact_as_by_quanto() -> None:
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    state = T5EncoderModel(config).state_dict()
+    state = T5EncoderModel(SMALL_T5).state_dict()
     found: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for how in ("exact", "fp8", "quanto"):
-            t5 = T5EncoderModel(config).to(torch.bfloat16).eval()
+            t5 = T5EncoderModel(SMALL_T5).to(torch.bfloat16).eval()
             t5.load_state_dict(state)
             if how != "exact":
                 store_in_fp8(t5, how)  # type: ignore[arg-type]  # one of the two
@@ -277,7 +274,25 @@ def test_with_t5_in_fp8_text_encoders_run_in_bfloat16_or_else_in_float32(name: s
     for on_card, dtype in (
         (recipe.on("bf16"), torch.bfloat16),
         (recipe.on("fp16"), torch.float32),
+        (recipe.on("fp32"), torch.float32),
     ):
         found = PromptEncoder(DEMO_MODEL, on_card).encode_prompts(["a city at night"], 32)
         assert found.tokens.dtype is dtype
         assert sqnr_db(exact.tokens, found.tokens) > 20
+
+
+def test_encoders_that_are_not_stored_in_fp8_keep_their_memory_on_a_cpu_without_bfloat16() -> None:
+    assert ENCODER_RECIPES["bf16"].on("fp32").dtype is torch.bfloat16
+    assert ENCODER_RECIPES["fp32"].on("fp32").dtype is torch.float32
+
+
+def test_the_vae_runs_in_the_recipes_format_on_a_card_only_and_never_in_float16() -> None:
+    on_card = {name: recipe.vae_dtype("cuda") for name, recipe in RECIPES.items()}
+    assert on_card == {
+        "fp8": torch.bfloat16,
+        "fp8-adaln8": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float32,
+        "fp32": torch.float32,
+    }
+    assert {recipe.vae_dtype("cpu") for recipe in RECIPES.values()} == {torch.float32}
