@@ -307,7 +307,7 @@ def octet_pull(hub: Hub, models: Path, model: str = f"org/model@{REVISION}") -> 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr

@@ -168,7 +168,7 @@ def test_other_prompts_change_no_embedding_and_warm_prompts_are_kept() -> None:
 
     async def embeds(together: bool) -> list[torch.Tensor]:
         encoder = TextEncoder.__new__(TextEncoder)
-        await encoder.__init__(settings, None, [32])  # type: ignore[misc]  # as Ray Serve does
+        await encoder.__init__(settings, None, None, [32])  # type: ignore[misc]  # as Ray Serve does
         assert all(encoder._cache._pinned.values())
         assert encoder._cache._pinned.keys() == {("", 32), ("blurry", 32)}
         prompts = ["the sea", "dunes at noon", "a city"]

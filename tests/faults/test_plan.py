@@ -40,8 +40,11 @@ TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
 
 def planned_model(model: str, steps: int, rows: int) -> PlannedModel:
-    """A model with images of up to 3 · 1024² px, for which a T4 has no room."""
-    shape = ImageShape(1024, 1024, 333, rows, steps)
+    """A model with small images, for which a card gets several replicas.
+
+    Images may have up to 3 · 1024² px, for which a T4 has no room.
+    """
+    shape = ImageShape(256, 256, 333, rows, steps)
     return PlannedModel(model, structure(model), shape, max_pixels=3 * 1024**2)
 
 
