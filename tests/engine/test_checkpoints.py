@@ -25,6 +25,7 @@ from serve.engine.fp8_checkpoint import quantize
 from serve.engine.fp8_format import is_fp8
 from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.prompt_encoder import ENCODER_COMPONENTS, PromptEncoder
+from serve.engine.single_file import pull_single_file
 from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint, verify
 from serve.settings.models import Source
 
@@ -338,14 +339,14 @@ def test_a_single_file_is_pulled_and_converted_once(hub: Hub, tmp_path: Path) ->
         "sd3.5_tiny.safetensors": (tmp_path / "model.safetensors").read_bytes(),
         "README.md": b"x",
     }
-    models, model = tmp_path / "models", f"org/model@{REVISION}/sd3.5_tiny.safetensors"
-    for _ in range(2):
-        code, output = octet_pull(hub, models, model)
-        assert code == 0, output
-    assert hub.served == ["sd3.5_tiny.safetensors"]
+    models, name = tmp_path / "models", "sd3.5_tiny.safetensors"
+    code, output = octet_pull(hub, models, f"org/model@{REVISION}/{name}")
+    assert code == 0, output
+    assert hub.served == [name]
     (folder,) = (each for each in (models / "org--model").iterdir() if each.is_dir())
     assert str(folder) in output.replace("\n", "")
-    verify(folder)
+    source = Source(location="org/model", revision=REVISION)
+    assert pull_single_file(source, name, str(models)) == folder  # without the hub
     assert Denoiser.load(folder, RECIPES["bf16"])
 
 
