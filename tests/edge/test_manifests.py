@@ -452,7 +452,8 @@ def test_too_few_cards_and_a_node_wait_of_zero_are_reported(tmp_path: Path) -> N
     assert "h100:" not in output
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
     output = render(tmp_path, settings, few)
-    assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 7" in output
+    assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 5" in output
+    assert "they hold at most 2 Ingresses, 2 each, and there may be 4" in output
     assert "h100: the nodes have at most 8 CPUs, and replicas may take 9" in output
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
     assert "node_wait_s 0: nodes are added only when" in render(tmp_path, impatient, nodes)
