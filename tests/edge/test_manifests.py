@@ -453,8 +453,13 @@ def test_too_few_cards_and_a_node_wait_of_zero_are_reported(tmp_path: Path) -> N
     few = nodes.replace("cpus: 4", "cpus: 1").replace("cpus: 12", "cpus: 2")
     output = render(tmp_path, settings, few)
     assert "nodes without a card: the nodes have at most 4 CPUs, and replicas may take 5" in output
-    assert "they hold at most 2 Ingresses, 2 each, and there may be 4" in output
     assert "h100: the nodes have at most 8 CPUs, and replicas may take 9" in output
+    output = render(
+        tmp_path,
+        settings,
+        nodes.replace("min_nodes: 2, max_nodes: 4", "min_nodes: 2, max_nodes: 3"),
+    )
+    assert "they hold at most 3 Ingresses, 1 each, and there may be 4" in output
     impatient = settings.replace("node_wait_s: 900", "node_wait_s: 0")
     assert "node_wait_s 0: nodes are added only when" in render(tmp_path, impatient, nodes)
 
