@@ -111,7 +111,7 @@ bench-gpu: install .venv/reference
 endif
 
 bench-gpu-wheels: install
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/gpu-packages \
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target build/gpu-packages \
 	  --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 	  --platform manylinux2014_x86_64 -c constraints.txt \
 	  diffusers importlib_metadata pydantic pydantic_core annotated_types typing_inspection
