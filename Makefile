@@ -9,8 +9,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 # A few packages hold templates that are no Python; they are no error.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(1) || true
 
-.PHONY: install servers demo demo-check test test-long check check-kernels bench-engine bench-fairness bench-path \
-	bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu bench-gpu-wheels accept-gpu \
+.PHONY: install servers demo demo-check test test-long check check-kernels \
+	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
 install: $(INSTALLED)

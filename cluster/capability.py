@@ -3,9 +3,9 @@
 FP8 tensor cores exist from compute capability 8.9 (Ada, Hopper, Blackwell) on. An A100 has 8.0 and
 an RTX 3090 has 8.6: neither has FP8 tensor cores. bfloat16 arithmetic exists from 8.0 on; older
 cards use float16. A CPU can run the FP8 layers slowly ("emulated"). Emulation is meant for demos
-and tests, so it is off unless the settings allow it. CPUs for which torch has
-no fast bfloat16 (those with AVX2 only, such as most laptops') compute in float32 instead of 16 bit,
-because bfloat16 takes them many times as long.
+and tests, so it is off unless the settings allow it. CPUs for which torch has no fast bfloat16
+(those with AVX2 only, such as most laptops') compute in float32 instead of 16 bit, because bfloat16
+takes them several times as long.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Without `--together` 1, 2 and 4 processes hold the same model. With it, Large, L
 Medium have a process each, and each of them is measured alone and beside the others, with its usual
 steps and guidance. `kept` is the sum of the parts of its own rate that each model keeps beside the
 others: 1 if the processes lose nothing to each other. Give each cell time for some images of the
-slowest model (`--seconds 60`). Text encoders are left out, because they are
-seldom busy. `--mps`: with NVIDIA's MPS.
+slowest model (`--seconds 60`). Text encoders are left out, because they are seldom busy. `--mps`:
+with NVIDIA's MPS.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class CompiledCode:
 
     @property
     def complete(self) -> bool:
-        """Whether a replica of this kind has compiled all its code."""
+        """True once a replica of this kind has compiled all its code."""
         return self._mark.is_file()
 
     @contextmanager

@@ -36,6 +36,7 @@ from ..models.checkpoints import (
     verify,
     write_manifest,
 )
+from ..models.verified import VerifiedFiles
 from ..settings.models import Source
 from .noise_schedule import SCHEDULER, TRAIN_STEPS
 
@@ -100,8 +101,9 @@ def convert(file: Path, out: Path) -> None:
     scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": TRAIN_STEPS, "shift": SHIFT}
     _write(part / "scheduler" / "scheduler_config.json", scheduler)
     _write(part / "model_index.json", INDEX)
-    write_manifest(part, {"converted": file.name})
+    files = write_manifest(part, {"converted": file.name})
     part.rename(out)
+    VerifiedFiles(out).remember(files)
 
 
 def read(file: Path, prefix: str) -> Tensors:

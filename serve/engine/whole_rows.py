@@ -24,7 +24,7 @@ class WholeRows(InductorChoices):
     def should_use_persistent_reduction(  # type: ignore[override]  # torch's is a static method
         self, features: Any, cooperative_reduction: bool
     ) -> bool:
-        """Whether a reduction keeps its whole row in registers."""
+        """Return whether a reduction keeps its whole row in registers."""
         along_rows = features.get_reduction_hint() is ReductionHint.INNER
         short = V.graph.sizevars.statically_known_leq(features.reduction_numel, self._longest)
         if along_rows and short and not cooperative_reduction:
@@ -32,5 +32,5 @@ class WholeRows(InductorChoices):
         return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
     def uuid(self) -> str:
-        """What stands for these choices in the key of compiled code that is kept."""
+        """Return the name of these choices, which becomes part of the key of kept code."""
         return f"whole rows up to {self._longest}"

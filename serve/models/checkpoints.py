@@ -85,9 +85,9 @@ def pull(source: Source, models_folder: str | None) -> Path:
     with FileLock(f"{target}.lock"):
         if not on_this_node(source, models_folder):
             part = target.with_name(f"{target.name}.part")
-            _download(source, part)
+            files = _download(source, part)
             made_from = {"location": source.location, "revision": source.revision}
-            files = write_manifest(part, made_from)
+            write_manifest(part, made_from, files)
             part.rename(target)
             VerifiedFiles(target).remember(files)
     return target
@@ -105,14 +105,15 @@ def download_file(source: Source, name: str, folder: Path) -> Path:
         raise CheckpointError(f"{source.location} has no file {name}. {_single_files(info)}")
     with _explained(source):
         hf_hub_download(source.location, name, revision=source.revision, local_dir=folder)
-    _check(source, info, folder, [name])
+    _check(source, info, folder, digests(folder, [name]))
     return folder / name
 
 
-def _download(source: Source, folder: Path) -> None:
+def _download(source: Source, folder: Path) -> Digests:
     """Download a source into a folder, and check its large files against the hub's digests.
 
-    Raises `CheckpointError` if the download fails or a digest differs.
+    Returns the digests of all files. Raises `CheckpointError` if the download fails or a digest
+    differs.
     """
     from huggingface_hub import snapshot_download
 
@@ -131,11 +132,13 @@ def _download(source: Source, folder: Path) -> None:
         raise CheckpointError(
             f"{source.location} holds no model in diffusers' layout. {_single_files(info)}"
         )
-    _check(source, info, folder, names)
+    found = digests(folder, names)
+    _check(source, info, folder, found)
+    return found
 
 
 def _information(source: Source) -> Any:
-    """What the hub says about a repository and its files."""
+    """Ask the hub about a repository: returns its files, with their sizes and digests."""
     from huggingface_hub import HfApi
 
     with _explained(source):
@@ -156,11 +159,11 @@ def _single_files(info: Any) -> str:
     )
 
 
-def _check(source: Source, info: Any, folder: Path, names: Iterable[str]) -> None:
-    """Compare files with the digests that the hub states; delete a file that differs."""
+def _check(source: Source, info: Any, folder: Path, found: Digests) -> None:
+    """Compare digests of files with those that the hub states; delete a file that differs."""
     stated = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs}
-    for name, digest in digests(folder, [name for name in names if name in stated]).items():
-        if digest != stated[name]:
+    for name, digest in found.items():
+        if digest != stated.get(name, digest):
             (folder / name).unlink()
             raise CheckpointError(
                 f"{source.location}: the SHA-256 of {name} is not the one that the hub states: "
@@ -193,12 +196,14 @@ def _explained(source: Source) -> Iterator[None]:
         raise CheckpointError(f"{location} cannot be fetched: {reason}") from error
 
 
-def write_manifest(folder: Path, made_from: dict[str, Any]) -> Digests:
+def write_manifest(
+    folder: Path, made_from: dict[str, Any], files: Digests | None = None
+) -> Digests:
     """Write the manifest of a folder as it is now; returns the digests of its files.
 
-    `made_from`: where its files come from.
+    `made_from`: where its files come from. `files`: their digests, if they are known already.
     """
-    files = digests(folder, _files(folder))
+    files = files or digests(folder, _files(folder))
     manifest = {"made_from": made_from, "files": files}
     replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode(), mode=0o644)
     return files
