@@ -14,7 +14,7 @@ from typing import Any
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 
 from .ray_policy import Decision, newest_report
-from .report import ScalingReport, is_reported
+from .report import ScalingReport, is_reported, publish, published
 
 log = logging.getLogger("ray.serve")
 
@@ -28,8 +28,9 @@ def replicas(contexts: Mapping[Any, Any]) -> Decision:
     found: dict[Any, float] = {}
     states: dict[Any, dict[str, Any]] = {}
     try:
-        at_least = newest_report(contexts).at_least
-        requests = _mean_requests(contexts)
+        if report := newest_report(contexts):
+            publish(ScalingReport(at_least=report.at_least, requests=_mean_requests(contexts)))
+        at_least, requests = published().at_least, published().requests
         for deployment, context in contexts.items():
             least = at_least.get(deployment.name, 0.0)
             if requests and not is_reported(context.raw_metrics):

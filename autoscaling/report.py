@@ -4,6 +4,10 @@ Ray Serve passes a replica's numbers on to an autoscaling policy as one flat dic
 (`record_autoscaling_stats`). This file is the only one that knows how a report is written into such
 a dictionary and read from it.
 
+Serve calls the policy of every application in one process, and shows each policy only the
+deployments of its own application. So the policy of the Dispatcher's application publishes the
+report here for the others.
+
 Pure: standard library only.
 """
 
@@ -57,3 +61,17 @@ class ScalingReport:
 def is_reported(names: Iterable[str]) -> bool:
     """Return whether any of these names is that of a number in a report."""
     return any(name.startswith((WANTED, AT_LEAST, REQUESTS)) for name in names)
+
+
+_published = ScalingReport()
+
+
+def publish(report: ScalingReport) -> None:
+    """Keep the Dispatcher's newest report for the policies of all applications of this process."""
+    global _published
+    _published = report
+
+
+def published() -> ScalingReport:
+    """The report that was published last; an empty one before the first."""
+    return _published

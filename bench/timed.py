@@ -33,8 +33,8 @@ from serve.dispatch.protocol import Heartbeat, Lease, QueuedImage, StoppedImage
 from serve.engine.exclusive import SharedExclusiveLock
 from serve.errors import OctetError
 from serve.request import Acknowledgement, ImageRequest, ImageResult, StreamOptions, Timings
-from serve.settings.application import ApplicationSettings
-from serve.settings.models import Pool, ServedModel
+from serve.settings.application import CatalogueSettings
+from serve.settings.serve_config import PoolArguments
 from serve.usage.record import UsageRecord
 
 from .step_time import STEP_S
@@ -49,18 +49,20 @@ class TimedGenerator:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self, model: dict[str, Any], pool: dict[str, Any], *others: Any
+        self, arguments: dict[str, Any], text_encoder: Any, dispatcher: Any
     ) -> None:
-        """The arguments of `Generator`; the last of `others` is the Dispatcher's handle."""
-        settings = Pool.model_validate(pool)
-        self._slots, self._precision = settings.slots, settings.precision
-        self._pool = ServedModel.model_validate(model).pool_name(settings)
-        self._dispatcher = others[-1]
+        """The arguments of `Generator`."""
+        given = PoolArguments.model_validate(arguments)
+        self._slots, self._precision = given.pool.slots, given.pool.precision
+        self._pool, self._dispatcher = given.name, dispatcher
         self._running: set[Lease] = set()
         self._stopped: list[StoppedImage] = []
         self._leaving = False
         self._lock = SharedExclusiveLock()
         self._heartbeat = asyncio.create_task(self._report())
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ignore the reference pool: the unit of work is `STEP_S`."""
 
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
@@ -118,6 +120,9 @@ class TimedTextEncoder:
     def __init__(self, *_: Any) -> None:
         pass
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        pass
+
 
 class TimedIngress(Ingress):
     """An Ingress whose refusals say in a header how long the handler took."""
@@ -132,13 +137,13 @@ class TimedIngress(Ingress):
             raise
 
 
-def units(settings: ApplicationSettings) -> Mapping[str, CostCoefficients]:
+def units(settings: CatalogueSettings) -> Mapping[str, CostCoefficients]:
     """The reference work of each model: `STEP_S` per step, and nothing else."""
     return {model.id: CostCoefficients(0, STEP_S, 0, 0, 0) for model in settings.models}
 
 
 def build(args: dict[str, Any]) -> Any:
-    """Build the application of `serve.app` with the stand-ins of this file."""
+    """Build an application of `serve.app` with the stand-ins of this file."""
     return application(args, Parts(TimedGenerator, TimedTextEncoder, TimedIngress, units))
 
 

@@ -165,9 +165,19 @@ class LearnedCost:
         default `reference`. `usual`: an image from which `speed` is predicted until the first image
         is observed.
         """
-        self.reference, self._unit = reference, unit or reference
+        self.reference, self._usual = reference, usual
         self._factors = [1.0] * len(reference)
-        self._first = self._unit.work_s(usual) / reference.work_s(usual) if usual else 1.0
+        self.unit = unit or reference
+
+    @property
+    def unit(self) -> CostCoefficients:
+        """The coefficients of the reference replica; setting them begins to learn `speed` anew."""
+        return self._unit
+
+    @unit.setter
+    def unit(self, unit: CostCoefficients) -> None:
+        self._unit, usual = unit, self._usual
+        self._first = unit.work_s(usual) / self.coefficients.work_s(usual) if usual else 1.0
         self._unit_s = self._busy_s = 0.0
 
     @property

@@ -10,8 +10,8 @@ over the front pods. Ray Serve would put all of them into one pod, and a front p
 has no HTTP proxy and never becomes ready.
 
 The config also states the smallest number of replicas of each pool. That matters because KubeRay
-moves traffic to a new cluster as soon as its application counts as running. With the number stated,
-it counts as running only when that many replicas are warm.
+moves traffic to a new cluster as soon as its applications count as running. With the number stated,
+a pool's application counts as running only when that many replicas are warm.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pydantic import (
 
 from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Node, NodeRequirement, fits
-from serve.deployments import DISPATCHER, INGRESS, generator_deployment
+from serve.deployments import DISPATCHER, INGRESS
 from serve.errors import SettingsError, did_you_mean
 from serve.settings.application import Settings
 from serve.settings.models import Frozen, Resources
-from serve.settings.serve_config import LOGGING, autoscaling_config, serve_config
+from serve.settings.serve_config import LOGGING, serve_config
 
 BASE = Path(__file__).with_name("base") / "rayservice.yaml"
 MADE = "# Made by octet k8s render.\n"
@@ -164,9 +164,9 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
 
     The module's docstring lists the additions.
     """
-    config = serve_config(settings)
-    (application,) = config["applications"]
-    deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
+    config = serve_config(settings, pools_start_empty=False)
+    front, *_ = config["applications"]
+    deployments = {deployment["name"]: deployment for deployment in front["deployments"]}
     deployments[INGRESS]["ray_actor_options"] = {
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
@@ -176,17 +176,6 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
         "num_cpus": settings.dispatcher_num_cpus,
         "label_selector": FRONT,
     }
-    application["deployments"] += [
-        {
-            "name": generator_deployment(model.pool_name(pool)),
-            "autoscaling_config": autoscaling_config(
-                settings.autoscaling_policy, pool.least, pool.replicas
-            ),
-        }
-        for model in settings.models
-        for pool in model.pools
-        if pool.least
-    ]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": settings.http.port},  # noqa: S104 - all addresses of the pod

@@ -1,9 +1,9 @@
-"""The composition root: makes a Ray Serve application from settings.
+"""The composition root: makes Ray Serve applications from their arguments.
 
 Only this file connects the deployments with each other. Ray Serve's declarative config names the
-function `serve.app:build`; the demo, the tests and KubeRay all start the application in this way.
-Ray Serve hashes the arguments of `build` into every deployment's version, so a changed argument
-restarts all replicas. The arguments therefore hold only settings that replicas need to restart for.
+function `serve.app:build` for every application; the demo, the tests and KubeRay all start them in
+this way. `serve.settings.serve_config` says which applications there are, and writes their
+arguments.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
 from cluster.cost import CostCoefficients
 from cluster.placement import Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
-from .deployments import DISPATCHER, INGRESS, generator_deployment, text_encoder_deployment
+from .deployments import (
+    APPLICATION,
+    DISPATCHER,
+    INGRESS,
+    generator_deployment,
+    text_encoder_deployment,
+)
 from .dispatch.dispatcher import Dispatcher
 from .models.reference_work import units
-from .models.replica_bounds import scaling_limits
-from .settings.application import ApplicationSettings
-from .settings.models import Pool, Resources
-from .settings.serve_config import autoscaling_config
+from .settings.application import CatalogueSettings, FrontSettings
+from .settings.serve_config import ApplicationArguments, EncoderArguments, PoolArguments
 
 # Requests wait only in the Dispatcher's queue: no deployment may queue them a second time.
 UNBOUNDED = 10_000
@@ -48,24 +53,38 @@ class Parts(NamedTuple):
     generator: str | type[Any] = "serve.engine.generator.Generator"
     text_encoder: str | type[Any] = "serve.engine.text_encoder.TextEncoder"
     ingress: type[Ingress] = Ingress
-    units: Callable[[ApplicationSettings], Mapping[str, CostCoefficients]] = units
+    units: Callable[[CatalogueSettings], Mapping[str, CostCoefficients]] = units
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Make the application from `args`, which are `ApplicationSettings` as plain data."""
+    """Make an application from `args`, which are `ApplicationArguments` as plain data."""
     return application(args, Parts())
 
 
 def application(args: dict[str, Any], parts: Parts) -> serve.Application:
-    """Connect `parts` with each other, as `args` says.
+    """Make the application that `args` describes, out of `parts`.
 
-    The Ingress calls the Dispatcher and the Generators. Each pool has a deployment of Generators of
-    its own. A Generator calls the Dispatcher and the TextEncoder of its model. The Ingress and the
-    Dispatcher also need a `user_config`, which `serve.settings.serve_config` writes.
+    Its deployments also need the options that `serve.settings.serve_config` writes for them, such
+    as `user_config`.
     """
-    settings = ApplicationSettings.model_validate(args)
-    needs = {model.pool_name(pool): pool.need for model in settings.models for pool in model.pools}
-    work = {model: list(unit) for model, unit in parts.units(settings).items()}
+    found = ApplicationArguments.model_validate(args)
+    if found.pool:
+        return _pool(found.pool, parts)
+    if found.text_encoder:
+        return _text_encoder(found.text_encoder, parts)
+    if found.front:
+        return _front(found.front, parts)
+    raise ValueError("args: give one of front, pool and text_encoder")
+
+
+def pool_handle(pool: str) -> DeploymentHandle:
+    """A handle of a pool's Generators, whether or not the pool is deployed already."""
+    name = generator_deployment(pool)
+    return DeploymentHandle(name, name)
+
+
+def _front(settings: FrontSettings, parts: Parts) -> serve.Application:
+    """Ingresses and the Dispatcher; each Ingress calls the Dispatcher and the Generators."""
     dispatcher = serve.deployment(Dispatcher, name=DISPATCHER).options(
         max_ongoing_requests=UNBOUNDED,
         # Waiting at the end would be useless: the Dispatcher's streams never end by themselves,
@@ -75,66 +94,50 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         # Ray Serve calls `record_autoscaling_stats` only on deployments that it autoscales.
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
-        needs,
-        scaling_limits(settings),
         settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
         settings.usage_path,
     )  # fmt: skip
-    text_encoders = {
-        encoder.id: _deployment(parts.text_encoder, text_encoder_deployment(encoder.id)).options(
-            **_size(encoder, settings.autoscaling_policy),
-            max_ongoing_requests=UNBOUNDED,
-            graceful_shutdown_timeout_s=settings.drain_timeout_s,
-            ray_actor_options={
-                **encoder.ray_actor_options,
-                **_placed(card_selectors(encoder.card) if encoder.card else []),
-            },
-        ).bind(
-            encoder.model_dump(mode="json"),
-            settings.models_folder,
-            settings.mps_folder,
-            sorted(
-                {m.max_sequence_length for m in settings.models if m.text_encoder == encoder.id}
-            ),
-        )
-        for encoder in settings.text_encoders
-    }  # fmt: skip
-    generators = {
-        model.pool_name(pool): _deployment(
-            parts.generator, generator_deployment(model.pool_name(pool))
-        ).options(
-            **_pool_size(pool, settings.autoscaling_policy),
-            max_ongoing_requests=pool.slots,
-            ray_actor_options={
-                **pool.ray_actor_options,
-                **_placed(selectors(needs[model.pool_name(pool)])),
-            },
-            request_router_config=PROMPT_ROUTER,
-            graceful_shutdown_timeout_s=settings.drain_timeout_s,
-        ).bind(
-            model.model_dump(mode="json"),
-            pool.model_dump(mode="json"),
-            settings.emulate_fp8,
-            work[model.id],
-            settings.models_folder,
-            settings.compiled_folder,
-            settings.mps_folder,
-            text_encoders[model.text_encoder],
-            dispatcher,
-        )
-        for model in settings.models
-        for pool in model.pools
-    }  # fmt: skip
     ingress = serve.deployment(serve.ingress()(parts.ingress), name=INGRESS).options(
-        **_size(settings.ingress, settings.autoscaling_policy),
         max_ongoing_requests=UNBOUNDED,
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options=settings.ingress.ray_actor_options,
     )
     bound: serve.Application = ingress.bind(
-        settings.model_dump(mode="json"), work, dispatcher, generators
+        settings.model_dump(mode="json"), dispatcher, pool_handle, parts.units
     )
+    return bound
+
+
+def _pool(arguments: PoolArguments, parts: Parts) -> serve.Application:
+    """A pool's Generators, which call the Dispatcher and the text encoders of their model."""
+    pool = arguments.pool
+    encoder = text_encoder_deployment(arguments.model.text_encoder)
+    bound: serve.Application = _deployment(
+        parts.generator, generator_deployment(arguments.name)
+    ).options(
+        max_ongoing_requests=pool.slots,
+        ray_actor_options={**pool.ray_actor_options, **_placed(selectors(pool.need))},
+        request_router_config=PROMPT_ROUTER,
+    ).bind(
+        arguments.model_dump(mode="json"),
+        DeploymentHandle(encoder, encoder),
+        DeploymentHandle(DISPATCHER, APPLICATION),
+    )  # fmt: skip
+    return bound
+
+
+def _text_encoder(arguments: EncoderArguments, parts: Parts) -> serve.Application:
+    """A set of text encoders."""
+    encoder = arguments.encoder
+    bound: serve.Application = _deployment(
+        parts.text_encoder, text_encoder_deployment(encoder.id)
+    ).options(
+        max_ongoing_requests=UNBOUNDED,
+        ray_actor_options={
+            **encoder.ray_actor_options,
+            **_placed(card_selectors(encoder.card) if encoder.card else []),
+        },
+    ).bind(arguments.model_dump(mode="json"))  # fmt: skip
     return bound
 
 
@@ -142,27 +145,6 @@ def _deployment(part: str | type[Any], name: str) -> Any:
     """A deployment of a class, or of a class that only its replicas import."""
     decorate = serve.deployment(name=name)
     return decorate(part)
-
-
-def _size(resources: Resources, policy: str) -> dict[str, Any]:
-    """Ray Serve's option for the number of replicas.
-
-    The number is fixed, or it follows the pools within the bounds of `resources`. `policy`: the
-    setting `autoscaling_policy`.
-    """
-    if resources.least == resources.replicas:
-        return {"num_replicas": resources.replicas}
-    return {"autoscaling_config": autoscaling_config(policy, resources.least, resources.replicas)}
-
-
-def _pool_size(pool: Pool, policy: str) -> dict[str, Any]:
-    """Ray Serve's option for a pool's number of replicas, which begins at zero.
-
-    With a larger smallest number, a start would wait for replicas even if no node can hold them.
-    The autoscaling policy starts the pool's `min_replicas` instead. `initial_replicas` is not set,
-    because Ray Serve would go back to that number with every new version.
-    """
-    return {"autoscaling_config": autoscaling_config(policy, 0, pool.replicas)}
 
 
 def _placed(selectors: list[Selector]) -> dict[str, Any]:

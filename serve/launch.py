@@ -1,6 +1,6 @@
-"""Running the application on a Ray of its own on this machine: `octet serve`, the demo, the tests.
+"""Running Octet on a Ray of its own on this machine: `octet serve`, the demo, the tests.
 
-The application is deployed through Serve's declarative config, as `serve run` and KubeRay do it.
+Its applications are deployed through Serve's declarative config, as `serve run` and KubeRay do it.
 The Ray that is started here has an address, a temporary folder and a token of its own, so it never
 meets another Ray of this machine.
 """
@@ -25,7 +25,7 @@ from .deployments import APPLICATION, DISPATCHER, generator_deployment
 from .dispatch.protocol import DispatcherStatus
 from .errors import SettingsError
 from .settings.application import Settings
-from .settings.serve_config import BUILD, LOGGING, serve_config
+from .settings.serve_config import BUILD, LOGGING, serve_config, versions
 
 OBJECT_STORE_BYTES = 256 * 2**20
 POLL_S = 0.25
@@ -34,6 +34,9 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end must not start another Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # On a busy machine an HTTP proxy takes longer to start than the 5 s after which Ray Serve would
+    # kill it and give up.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
     # Fill one card after the other, as the packing plan expects, and never move a replica to free a
     # node: the moved replica would have to load its model again.
@@ -69,17 +72,19 @@ class RunningApplication:
         self.settings = self._deploy(settings)
         self.url = f"http://{settings.http.host}:{settings.http.port}"
 
-    def apply(self, settings: Settings) -> bool:
-        """Apply changed settings without waiting; return whether replicas restart for them.
+    def apply(self, settings: Settings) -> list[str]:
+        """Apply changed settings without waiting; return the applications whose replicas restart.
 
-        Changed live settings reach the running replicas; any other change restarts all of them.
-        Raises `SettingsError` if the HTTP address has changed, because only a new start can change
-        it.
+        A new pool and a new set of text encoders count too, because their replicas start. Changed
+        live settings reach the running replicas. Raises `SettingsError` if the HTTP address has
+        changed, because only a new start can change it.
         """
         if settings.http != self.settings.http:
             raise SettingsError("http: a change needs a restart")
-        before, self.settings = self.settings, self._deploy(settings)
-        return self.settings.application_settings() != before.application_settings()
+        before = versions(self.settings)
+        self.settings = self._deploy(settings)
+        after = versions(self.settings)
+        return [name for name, version in after.items() if before.get(name) != version]
 
     def wait(self, on_news: Callable[[str], None] = lambda _: None) -> None:
         """Wait until every pool that should have a replica, and that a node can hold, has one.
@@ -90,31 +95,26 @@ class RunningApplication:
         """
         from ray import serve
 
+        names = list(versions(self.settings))
         served_since: float | None = None
         while True:
-            application = serve.status().applications.get(APPLICATION)
-            awaited = []
-            if application is not None:
-                if failed := _failed(application):
-                    raise LaunchError("\n".join(failed))
-                states = application.deployments.items()
-                awaited = [name for name, d in states if d.status != "HEALTHY"]
-                if application.status == "RUNNING":
-                    pools = self.status().pools
-                    empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
-                    coming = {name for name in empty if pools[name].placeable}
-                    if self._served(empty, coming):
-                        served_since = served_since or time.monotonic()
-                        if not coming or time.monotonic() - served_since > OTHERS_S:
-                            if empty:
-                                on_news(
-                                    f"going on without {_generators(empty)}: no room on any node"
-                                )
-                            return
-                    on_news(f"waiting for {_generators(empty)}")
-                    awaited = []
-            if awaited or application is None:
-                on_news("waiting for " + (", ".join(awaited) or "the application"))
+            applications = serve.status().applications
+            if failed := [line for found in applications.values() for line in _failed(found)]:
+                raise LaunchError("\n".join(failed))
+            running = {name for name, found in applications.items() if found.status == "RUNNING"}
+            if awaited := [name for name in names if name not in running]:
+                on_news(f"waiting for {', '.join(awaited)}")
+            else:
+                pools = self.status().pools
+                empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
+                coming = {name for name in empty if pools[name].placeable}
+                if self._served(empty, coming):
+                    served_since = served_since or time.monotonic()
+                    if not coming or time.monotonic() - served_since > OTHERS_S:
+                        if empty:
+                            on_news(f"going on without {_generators(empty)}: no room on any node")
+                        return
+                on_news(f"waiting for {_generators(empty)}")
             time.sleep(POLL_S)
 
     def known_status(self) -> DispatcherStatus | None:

@@ -130,8 +130,6 @@ def a_dispatcher(
     needs = {p: NodeRequirement("fp16", 1, float(p == "elsewhere")) for p in pools}
     alive = [Node("n", num_cpus=1)] if nodes is None else nodes
     dispatcher = Dispatcher(
-        needs,
-        limits or ScalingLimits({pool: PoolBounds("m", 0, 9, 4) for pool in pools}),
         "queued-work",
         tenants_folder,
         usage_folder,
@@ -139,5 +137,6 @@ def a_dispatcher(
         lambda: {INGRESS: {"RUNNING": ingresses}},
         timing,
     )
-    dispatcher.reconfigure({"max_queued": max_queued})
+    limits = limits or ScalingLimits({pool: PoolBounds("m", 0, 9, 4) for pool in pools})
+    dispatcher.apply(needs, limits, max_queued)
     return dispatcher

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -78,32 +79,37 @@ class Attempts:
 
     def __init__(
         self,
-        models: Iterable[ServedModel],
-        work: Mapping[str, CostCoefficients],
-        generators: Mapping[str, Any],
+        pool_handle: Callable[[str], Any],
         metrics: IngressMetrics,
         timing: Timing = TIMING,
     ) -> None:
-        """`work`: the reference work of each model, by its id.
-
-        `generators`: a Ray Serve handle of each pool's Generators, by the pool's name.
-        """
+        """`pool_handle`: returns a Ray Serve handle of the Generators of the named pool."""
         # Ray cancels a call that was submitted in the context of a request whose client has gone,
         # even a shielded one. Others may wait for the same image, so calls are made outside it.
         self._context = contextvars.copy_context()
-        self._models = {model.id: model for model in models}
-        self._pools = PoolChoice(self._models.values())
-        self._work, self._generators = work, generators
+        self._models: dict[str, ServedModel] = {}
+        self._work: Mapping[str, CostCoefficients] = {}
+        self._pools = PoolChoice()
+        self._pool_handle = functools.cache(lambda pool: pool_handle(pool).options(stream=True))
         self._metrics, self._timing = metrics, timing
+
+    def set_models(
+        self, models: Iterable[ServedModel], work: Mapping[str, CostCoefficients]
+    ) -> None:
+        """Serve these models from now on; `work`: the reference work of each, by its id."""
+        self._models, self._work = {model.id: model for model in models}, work
+        self._pools.set_models(self._models.values())
 
     def queued_image(self, request: ImageRequest, options: StreamOptions) -> QueuedImage:
         """Describe the request for the Dispatcher's queue: its pools and its predicted work.
 
-        Raises `InvalidRequest` if the model is not served in the request's precision.
+        Raises `InvalidRequest` if the model is not served in the request's precision, and
+        `ModelNotFound` if it is not served any more.
         """
+        pools = self._pools.allowed(request)
         shape = shape_of(request, self._models[request.model].max_sequence_length)
         work_s = round(self._work[request.model].work_s(shape), 6)
-        return QueuedImage(self._pools.allowed(request), work_s, options.progress)
+        return QueuedImage(pools, work_s, options.progress)
 
     async def generate(
         self,
@@ -225,7 +231,7 @@ class Attempts:
         `REPLICA_LOST` if a replica died after it had started the image. Raises `RayTaskError` if
         the Generator itself raised an error.
         """
-        generate = self._generators[lease.pool].generate
+        generate = self._pool_handle(lease.pool).generate
         stream = self._context.copy().run(generate.remote, request, lease, options, alone)
         started = False
         try:

@@ -17,7 +17,7 @@ from ..request import ImageRequest, ImageResult
 from ..results.from_settings import open_links, open_store
 from ..results.spool import Spool
 from ..results.store import new_name
-from ..settings.application import ApplicationSettings, IngressSettings
+from ..settings.application import FrontSettings, Settings
 from .ingress_metrics import IngressMetrics
 
 log = logging.getLogger("ray.serve")
@@ -31,8 +31,8 @@ class ImageUrls:
 
     def __init__(
         self,
-        settings: ApplicationSettings,
-        live: Callable[[], IngressSettings],
+        settings: FrontSettings,
+        live: Callable[[], Settings],
         metrics: IngressMetrics,
         sweep_s: float,
     ) -> None:

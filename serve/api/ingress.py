@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
-from ..settings.application import ApplicationSettings, IngressSettings
+from ..settings.application import CatalogueSettings, FrontSettings, Settings
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
@@ -70,29 +70,26 @@ class Ingress:
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,
-        application: dict[str, Any],
-        work: Mapping[str, Sequence[float]],
+        front: dict[str, Any],
         dispatcher: Any,
-        generators: Mapping[str, Any],
+        pool_handle: Callable[[str], Any],
+        units: Callable[[CatalogueSettings], Mapping[str, CostCoefficients]],
         timing: IngressTiming = INGRESS_TIMING,
     ) -> None:
-        """`application`: the fields of an `ApplicationSettings`.
+        """`front`: the fields of `FrontSettings`. `dispatcher`: the handle of the Dispatcher.
 
-        `work`: the coefficients of each model's reference work. `dispatcher`: the Ray Serve handle
-        of the Dispatcher. `generators`: the handle of each pool's Generators.
+        `pool_handle`: returns the handle of a pool's Generators. `units`: returns the reference
+        work of each model. The models come with `reconfigure`.
         """
         self._timing = timing
-        settings = ApplicationSettings.model_validate(application)
-        self._models = settings.models
+        settings = FrontSettings.model_validate(front)
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
         self._gate, self._refusal_log = TenantGate(), RefusalLog()
-        self._dispatcher = dispatcher
+        self._dispatcher, self._units = dispatcher, units
         self._session = DispatchSession(dispatcher, timing.dispatch)
-        streams = {pool: handle.options(stream=True) for pool, handle in generators.items()}
-        units = {model: CostCoefficients(*unit) for model, unit in work.items()}
         self._metrics = metrics = IngressMetrics()
-        attempts = Attempts(settings.models, units, streams, metrics, timing.dispatch)
-        self._live: IngressSettings | None = None
+        self._attempts = Attempts(pool_handle, metrics, timing.dispatch)
+        self._live: Settings | None = None
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._favicon = FAVICON.read_bytes()
@@ -100,19 +97,22 @@ class Ingress:
         self._urls = ImageUrls(settings, lambda: self.live, metrics, timing.sweep_s)
         self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
         self._generations = GenerationHandler(
-            self._session, attempts, self._urls, self.reuse, metrics, timing.keep_alive_s
+            self._session, self._attempts, self._urls, self.reuse, metrics, timing.keep_alive_s
         )
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply the live settings.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply the models and the live settings of `user_config`, which are all settings.
 
         Ray Serve calls this before the first request and whenever the settings change.
         """
-        self._live = IngressSettings.model_validate(user_config)
+        settings = Settings.model_validate(user_config)
+        await self.reuse.set_models(settings)
+        self._attempts.set_models(settings.models, self._units(settings))
+        self._live = settings
 
     @property
-    def live(self) -> IngressSettings:
-        """The present live settings."""
+    def live(self) -> Settings:
+        """The present settings."""
         if self._live is None:
             raise RuntimeError("the Ingress got no user_config")
         return self._live
@@ -144,7 +144,7 @@ class Ingress:
             ],
             exception_handlers=HANDLERS,
             middleware=[
-                Middleware(Cors, origins=lambda: self.live.allowed_origins),
+                Middleware(Cors, origins=lambda: self.live.http.allowed_origins),
                 Middleware(
                     Authentication,
                     mode=self._auth,
@@ -216,12 +216,12 @@ class Ingress:
 
     async def models(self, http: Request) -> Response:
         offer = self._allowed(http.scope["tenant"])
-        models = [ModelItem(id=name, created=self._started) for name in offer.models]
+        models = [ModelItem(id=model.id, created=self._started) for model in offer.models]
         return JSONResponse(ModelList(data=models).model_dump())
 
     async def model(self, http: Request) -> Response:
         name, offer = http.path_params["model"], self._allowed(http.scope["tenant"])
-        if name not in offer.models:
+        if name not in {model.id for model in offer.models}:
             raise model_not_found(name, offer)
         return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
 
@@ -265,7 +265,7 @@ class Ingress:
         known = found.pools if found else {}
         models = {
             model.id: {name: known.get(name) for name in map(model.pool_name, model.pools)}
-            for model in self._models
+            for model in self.live.models
         }
         served = all(
             any(pool and _can_serve(pool) for pool in pools.values()) for pools in models.values()
@@ -291,12 +291,12 @@ class Ingress:
 
     # -- one request --------------------------------------------------------------------------
 
-    def _allowed(self, tenant: str) -> IngressSettings:
-        """The live settings with only the models that a tenant may use."""
+    def _allowed(self, tenant: str) -> Settings:
+        """The settings with only the models that a tenant may use."""
         allowed = self._access(tenant).models
         if allowed is None:
             return self.live
-        models = {name: model for name, model in self.live.models.items() if name in allowed}
+        models = tuple(model for model in self.live.models if model.id in allowed)
         return self.live.model_copy(update={"models": models})
 
     def _refused(self, error: OctetError, scope: Scope) -> None:

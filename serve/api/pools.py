@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..dispatch.protocol import Pools
-from ..errors import InvalidRequest, NonFiniteImage, OctetError
+from ..errors import InvalidRequest, ModelNotFound, NonFiniteImage, OctetError
 from ..request import ImageRequest, Precision
 from ..settings.models import ServedModel
 
 
 class PoolChoice:
-    """The pools of all served models."""
+    """The pools of all served models, which may change while images are generated."""
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
+    def __init__(self) -> None:
+        self._models: dict[str, ServedModel] = {}
+        self._precisions: dict[str, str] = {}  # also of pools that are gone
+
+    def set_models(self, models: Iterable[ServedModel]) -> None:
+        """Choose among the pools of these models from now on."""
         self._models = {model.id: model for model in models}
-        self._precisions = {
-            model.pool_name(pool): pool.precision
-            for model in self._models.values()
-            for pool in model.pools
-        }
+        for model in self._models.values():
+            self._precisions |= {model.pool_name(p): p.precision for p in model.pools}
 
     def allowed(self, request: ImageRequest) -> Pools:
         """The pools of the request's model and precision.
 
-        Raises `InvalidRequest` if the model is not served in that precision.
+        Raises `InvalidRequest` if the model is not served in that precision, and `ModelNotFound` if
+        it is not served any more.
         """
         return self._with_precision(request.model, request.precision)
 
@@ -38,7 +41,7 @@ class PoolChoice:
             return ()
         try:
             return self._with_precision(request.model, Precision.FP16)
-        except InvalidRequest:
+        except (InvalidRequest, ModelNotFound):
             return ()
 
     def precision_of(self, pool: str) -> str:
@@ -46,7 +49,8 @@ class PoolChoice:
         return self._precisions[pool]
 
     def _with_precision(self, model_id: str, precision: Precision) -> Pools:
-        model = self._models[model_id]
+        if (model := self._models.get(model_id)) is None:
+            raise ModelNotFound(f"model '{model_id}' is not served any more", param="model")
         pools = tuple(
             model.pool_name(pool)
             for pool in model.pools

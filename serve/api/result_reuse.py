@@ -7,6 +7,7 @@ answered with an image from before the change.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -21,7 +22,7 @@ from .. import engine
 from ..errors import StoreFailed
 from ..request import ImageRequest
 from ..results.cache.memory import CachedImages, MemoryCache, ResultCache, cache_key
-from ..settings.application import ApplicationSettings, CacheSettings, IngressSettings
+from ..settings.application import CacheSettings, CatalogueSettings, FrontSettings, Settings
 from ..settings.models import CardResources, ServedModel, Source
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
@@ -39,8 +40,8 @@ class ResultReuse:
 
     def __init__(
         self,
-        settings: ApplicationSettings,
-        live: Callable[[], IngressSettings],
+        settings: FrontSettings,
+        live: Callable[[], Settings],
         urls: ImageUrls,
         metrics: IngressMetrics,
     ) -> None:
@@ -50,9 +51,17 @@ class ResultReuse:
         """
         self.in_flight: dict[str, SharedGeneration] = {}
         self._live, self._urls, self._metrics = live, urls, metrics
-        self._pixels = {model.id: pixel_digest(settings, model) for model in settings.models}
+        self._pixels: dict[str, str] = {}  # by model
         self._secret = urls.key or secrets.token_bytes(32)
         self.cache = self._open(settings.cache) if settings.cache else None
+
+    async def set_models(self, settings: Settings) -> None:
+        """Reuse results of the models of `settings` from now on."""
+
+        def digests() -> dict[str, str]:
+            return {model.id: pixel_digest(settings, model) for model in settings.models}
+
+        self._pixels = await asyncio.to_thread(digests)  # it reads folders
 
     def _open(self, settings: CacheSettings) -> ResultCache:
         if settings.redis_url is None:
@@ -70,9 +79,9 @@ class ResultReuse:
         bypassed = {"no-cache", "no-store"} & {
             part.strip().lower() for part in headers.get("cache-control", "").split(",")
         }
-        if self.cache is None or not request.seeded or bypassed:
+        pixels = self._pixels.get(request.images[0].model)  # None: the model has just gone
+        if self.cache is None or not request.seeded or bypassed or pixels is None:
             return None
-        pixels = self._pixels[request.images[0].model]
         return cache_key(self._secret, tenant, pixels, request.images)
 
     def shared_key(self, key: str | None) -> str:
@@ -120,7 +129,7 @@ class ResultReuse:
             await self.cache.put(key, found, time.monotonic(), age_s)
 
 
-def pixel_digest(settings: ApplicationSettings, model: ServedModel) -> str:
+def pixel_digest(settings: CatalogueSettings, model: ServedModel) -> str:
     """A digest of everything that decides a model's pixels, apart from the request.
 
     This includes the engine's code, versions of libraries, settings of precision, and the revisions

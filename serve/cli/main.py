@@ -315,13 +315,13 @@ def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
     """
     try:
         settings = read()
-        restarts = octet.apply(settings)
+        starting = octet.apply(settings)
     except Exception as error:  # also any of Ray's errors while its controller restarts
         complain(f"octet: settings not applied: {error}")
     else:
         _warn_about_access(settings)
-        note = ": replicas restart with them; /ready shows when they are back"
-        console.print(f"settings applied{note if restarts else ''}", soft_wrap=True)
+        note = f": replicas of {', '.join(starting)} start; /ready shows when they are there"
+        console.print(f"settings applied{note if starting else ''}", soft_wrap=True)
 
 
 def _next_signal(events: SimpleQueue[int]) -> int | None:

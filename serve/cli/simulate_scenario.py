@@ -119,21 +119,20 @@ def scenario_of_settings(
     as slow as if the others were always busy. Raises `SettingsError` if the settings do not have
     the model.
     """
-    application = settings.application_settings()
-    served = {m.id: m for m in application.models}
+    served = {m.id: m for m in settings.models}
     if model is not None and model not in served:
         raise SettingsError(f"--model '{model}': {did_you_mean(model, served)}")
-    chosen = served[model] if model else application.models[0]
-    limits = scaling_limits(application)
-    unit = cost_of(chosen, chosen.pools[0], application.models_folder)
+    chosen = served[model] if model else settings.models[0]
+    limits = scaling_limits(settings)
+    unit = cost_of(chosen, chosen.pools[0], settings.models_folder)
     pools = {chosen.pool_name(pool): pool for pool in chosen.pools}
     simulated = {
         name: _simulated_pool(
-            chosen, pools[name], limits.pools[name], application.models_folder, node_s, start_s
+            chosen, pools[name], limits.pools[name], settings.models_folder, node_s, start_s
         )
         for name in preferred(chosen.id, limits)
     }
-    return Scenario(simulated, unit, PolicyTuning(**settings.autoscaling.model_dump()))
+    return Scenario(simulated, unit, limits.tuning)
 
 
 def _simulated_pool(

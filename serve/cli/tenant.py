@@ -145,7 +145,7 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
     with readable_errors(debug):
         if config is None:
             raise SettingsError("whose images? Name a settings file with --config")
-        settings = load_settings(config).application_settings()
+        settings = load_settings(config)
         if settings.usage_path is None:
             raise SettingsError(
                 f"{config}: it has no data_folder, so no images or records are kept"

@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from autoscaling.load import PolicyTuning, ScalingLimits
+from autoscaling.load import ScalingLimits
 from cluster.placement import Node, NodeRequirement
 from cluster.ray_nodes import living_nodes
 
-from ..settings.application import AutoscalingSettings, LiveSettings
+from ..models.replica_bounds import scaling_limits
+from ..settings.application import LiveSettings, Settings
 from ..tenants.files import KEYS, TENANTS
 from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger
@@ -70,8 +71,6 @@ class Dispatcher:
 
     def __init__(
         self,
-        pools: Mapping[str, NodeRequirement],
-        limits: ScalingLimits,
         autoscaling_policy: str = "queued-work",
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
@@ -81,22 +80,21 @@ class Dispatcher:
     ) -> None:
         """Start the Dispatcher and its background tasks; needs a running event loop.
 
-        `pools`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. `read_nodes` returns the cluster's nodes, and `read_states` the states of Ray
-        Serve's replicas; both may block. Without `tenants_folder` any tenant may call.
-        `usage_folder` also holds copies of the last valid tenants. Without it usage is counted in
-        memory only, and is lost when this process ends. Raises `SettingsError`, `OSError` or
+        The Dispatcher knows no pools before `reconfigure` names them. `read_nodes` returns the
+        cluster's nodes, and `read_states` the states of Ray Serve's replicas; both may block.
+        Without `tenants_folder` any tenant may call. `usage_folder` also holds copies of the last
+        valid tenants. Without it usage is counted in memory only, and is lost when this process
+        ends. Raises `SettingsError`, `OSError` or
         `ValueError` if a folder cannot be read or holds a wrong file.
         """
         self._timing = timing
         self.grants = Grants(
-            list(pools),
             session_lease_s=timing.session_lease_s,
             replica_lease_s=timing.replica_lease_s,
         )
         self.admission = Admission(self.grants, max_queued=LiveSettings().max_queued)
         now = time.monotonic()
-        self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, limits, now)
+        self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, now)
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
         self.sessions = SessionStreams(self._metrics.messages)
         ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
@@ -120,27 +118,44 @@ class Dispatcher:
         upkeep = Upkeep(
             self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
         )
-        nodes = NodeWatch(
-            pools, read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
+        self._nodes = NodeWatch(
+            read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
         )
         self._tasks = [
             asyncio.create_task(work)
             for work in (
                 upkeep.run(self.end_session, self._beat, self._may_decide),
-                nodes.run(timing.nodes_s),
+                self._nodes.run(timing.nodes_s),
                 self._watch_tenants(),
                 self.metering.run(),
             )
         ]
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply the queue's length and the autoscaling settings of `LiveSettings`.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply the pools and the live settings of `user_config`, which are all settings.
 
         Ray Serve calls this at the start and whenever the settings change.
         """
-        self.admission.max_queued = user_config["max_queued"]
-        settings = AutoscalingSettings.model_validate(user_config.get("autoscaling", {}))
-        self.scaling.tune(PolicyTuning(**settings.model_dump()))
+        settings = Settings.model_validate(user_config)
+        needs = {
+            model.pool_name(pool): pool.need for model in settings.models for pool in model.pools
+        }
+        self.apply(needs, scaling_limits(settings), settings.max_queued)
+
+    def apply(
+        self, needs: Mapping[str, NodeRequirement], limits: ScalingLimits, max_queued: int
+    ) -> None:
+        """Serve these pools from now on, with these limits.
+
+        `needs`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
+        may have. Images that wait only for pools that are no longer there are refused.
+        """
+        self.admission.max_queued = max_queued
+        self.grants.set_pools(needs)
+        self.scaling.set_limits(limits)
+        self._nodes.set_needs(needs)
+        self.sessions.deliver(self.grants.refuse())
+        self.sessions.set_status(self._status())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the scaling report, which Ray Serve fetches for `autoscaling.ray_policy`."""

@@ -17,7 +17,7 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -107,19 +107,15 @@ class _Excess(NamedTuple):
 class Grants:
     """The queue, the slots and the leases of all sessions."""
 
-    def __init__(
-        self, pools: Sequence[str], *, session_lease_s: float, replica_lease_s: float
-    ) -> None:
-        """`pools`: each model's pools in order of preference.
-
-        `session_lease_s`, `replica_lease_s`: how long a session or a replica may be silent.
-        """
+    def __init__(self, *, session_lease_s: float, replica_lease_s: float) -> None:
+        """`session_lease_s`, `replica_lease_s`: how long a session or a replica may be silent."""
         self.queue: FairQueue[WaitingImage] = FairQueue()
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
         self.draining: frozenset[str] = frozenset()  # ids of nodes that are about to go
         self._sessions: dict[str, _Session] = {}
-        self._replicas: dict[str, dict[str, _Replica]] = {pool: {} for pool in pools}
+        self._replicas: dict[str, dict[str, _Replica]] = {}  # of each pool
+        self._removed: frozenset[str] = frozenset()  # pools that were there once
         self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
         self._excess: dict[str, _Excess] = {}
         self._running: dict[str, int] = {}  # granted slots by pool
@@ -209,7 +205,7 @@ class Grants:
                 if now - replica.last_heard > self.replica_lease_s:
                     del replicas[name]
         for pool, excess in list(self._excess.items()):
-            if now - excess.since > EXCESS_S:
+            if pool in self._removed or now - excess.since > EXCESS_S:
                 del self._excess[pool]
         for lease, (since, _) in list(self._stopped.items()):
             if now - since > UNSETTLED_S:
@@ -369,6 +365,18 @@ class Grants:
 
     # -- pools ----------------------------------------------------------------------------------
 
+    def set_pools(self, pools: Iterable[str]) -> None:
+        """Set the pools that there are now: each model's pools in order of preference.
+
+        A new pool counts as placeable until `set_placeable` says more.
+        """
+        before, self._replicas = self._replicas, {}
+        for pool in pools:
+            self._replicas[pool] = before.get(pool, {})
+        self._removed = (self._removed | before.keys()) - self._replicas.keys()
+        if self._placeable is not None:
+            self._placeable |= self._replicas.keys() - before.keys()
+
     def set_placeable(self, pools: Iterable[str]) -> None:
         """Set the pools of which a replica fits on a node that exists or may still be added."""
         self._placeable = frozenset(pools)
@@ -378,8 +386,16 @@ class Grants:
         return self._placeable is None or pool in self._placeable
 
     def possible(self, pools: Pools) -> bool:
-        """Return whether any of the pools has a living replica, or could have one on a node."""
-        return any(self.replicas(pool) or self.placeable(pool) for pool in pools)
+        """Return whether any of the pools has a living replica, or could have one on a node.
+
+        A pool that nobody has named yet may be new: its Ingress has heard of it earlier.
+        """
+        return any(
+            self.placeable(pool) or self.replicas(pool)
+            if pool in self._replicas
+            else pool not in self._removed
+            for pool in pools
+        )
 
     def free_slots(self, pool: str) -> int:
         """The number of free slots on the staying replicas.

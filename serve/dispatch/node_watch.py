@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
 
@@ -26,28 +27,37 @@ class NodeWatch:
 
     def __init__(
         self,
-        needs: Mapping[str, NodeRequirement],
         read_nodes: Callable[[], Iterable[Node]],
         read_states: Callable[[], ReplicaStates],
         grants: Grants,
         scaling: Scaling,
         deliver: Callable[[Iterable[DispatchEvent]], None],
     ) -> None:
-        """`needs`: by pool, what one replica needs of a node.
+        """`read_nodes`: returns the cluster's nodes.
 
-        `read_nodes`: returns the cluster's nodes. `read_states`: returns the states of Ray Serve's
-        replicas. Both may block. `deliver`: sends events to their sessions.
+        `read_states`: returns the states of Ray Serve's replicas. Both may block. `deliver`: sends
+        events to their sessions.
         """
-        self._needs, self._read_nodes, self._read_states = needs, read_nodes, read_states
+        self._needs: Mapping[str, NodeRequirement] = {}
+        self._read_nodes, self._read_states = read_nodes, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
         self._warned: set[str] = set()
+        self._changed = asyncio.Event()  # the pools have changed since the last look
+
+    def set_needs(self, needs: Mapping[str, NodeRequirement]) -> None:
+        """Set the pools: by pool, what one replica needs of a node."""
+        self._needs = needs
+        self._changed.set()
 
     async def run(self, every_s: float) -> None:
-        """Look at the nodes every `every_s` seconds, for ever."""
+        """Look at the nodes every `every_s` seconds and when the pools change, for ever."""
+        await self._changed.wait()
         while True:
+            self._changed.clear()
             await self.look()
             await self.look_at_excess()
-            await asyncio.sleep(every_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), every_s)
 
     async def look(self) -> None:
         """Look at the nodes once. If Ray does not answer, the last known state stays."""

@@ -9,10 +9,9 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from statistics import fmean
 
-from autoscaling.load import Demand, Load, PolicyTuning, ScalingLimits, Supply
+from autoscaling.load import Demand, Load, ScalingLimits, Supply
 from autoscaling.policy import PolicyState, decide
 from autoscaling.report import ScalingReport
 
@@ -32,23 +31,31 @@ class Scaling:
 
     policy = staticmethod(decide)
 
-    def __init__(
-        self, grants: Grants, admission: Admission, limits: ScalingLimits, began: float
-    ) -> None:
-        self.limits = limits
-        # Replicas wanted, of every pool and every follower.
-        self.replicas: Mapping[str, int] = {n: p.min_replicas for n, p in limits.pools.items()}
+    def __init__(self, grants: Grants, admission: Admission, began: float) -> None:
+        self.limits = ScalingLimits({})
+        self.replicas: Mapping[str, int] = {}  # wanted, of every pool and every follower
         self.reasons: dict[str, str] = {}  # why each pool's number last changed
-        self.placeable = frozenset(limits.pools)  # pools that fit on a node that is there
+        self.placeable: frozenset[str] = frozenset()  # pools that fit on a node that is there
         self._grants, self._admission, self._began = grants, admission, began
         self._state = PolicyState(at=began)
         self._settled = False  # whether replicas from before this process have had time to report
         self._recent: dict[str, list[tuple[float, int]]] = {}  # by pool: what was wanted lately
         self._all_since: dict[str, float] = {}  # by pool: since when all its replicas are wanted
 
-    def tune(self, tuning: PolicyTuning) -> None:
-        """Change the policy's tuning from the next decision on."""
-        self.limits = replace(self.limits, tuning=tuning)
+    def set_limits(self, limits: ScalingLimits) -> None:
+        """Use these pools, bounds and tuning from the next decision on.
+
+        A new pool wants its smallest number of replicas, and counts as placeable, until then.
+        """
+        new = limits.pools.keys() - self.limits.pools.keys()
+        self.placeable |= new
+        first = {pool: limits.pools[pool].min_replicas for pool in new}
+        known = {*limits.pools, *limits.followers}
+        self.replicas = {n: r for n, r in self.replicas.items() if n in known} | first
+        for notes in (self.reasons, self._recent, self._all_since):
+            for pool in notes.keys() - known:
+                del notes[pool]
+        self.limits = limits
 
     def decide(self, now: float) -> Mapping[str, str]:
         """Decide how many replicas each pool should have.

@@ -1,10 +1,8 @@
-"""The replicas of the application's deployments, as Ray Serve's controller knows them."""
+"""The replicas of all deployments, as Ray Serve's controller knows them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from ..deployments import APPLICATION
 
 ReplicaStates = Mapping[str, Mapping[str, int]]  # replicas by deployment and Serve's state
 
@@ -16,8 +14,8 @@ def replica_states() -> ReplicaStates:
     """
     from ray import serve
 
-    deployments = serve.status().applications[APPLICATION].deployments
     return {
         name: {str(getattr(state, "value", state)): n for state, n in found.replica_states.items()}
-        for name, found in deployments.items()
+        for application in serve.status().applications.values()
+        for name, found in application.deployments.items()
     }

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +19,13 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.capability import Capability, capability, probe
 from cluster.cards import card_of_device
-from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, LearnedCost, reference
+from cluster.cost import UNKNOWN_GPU, ImageShape, LearnedCost, reference
 from cluster.structure import Structure
 
 from ..dispatch.protocol import TIMING, Heartbeat, Lease, StoppedImage
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..models.checkpoints import open_checkpoint
+from ..models.reference_work import cost_of
 from ..ray_errors import REPLICA_LOST
 from ..request import (
     Acknowledgement,
@@ -35,7 +36,8 @@ from ..request import (
     StreamOptions,
     Timings,
 )
-from ..settings.models import Pool, ServedModel
+from ..settings.models import Pool
+from ..settings.serve_config import LivePoolSettings, PoolArguments
 from .card import device_for, share_card, take_card
 from .denoiser import DENOISER_COMPONENTS, Denoiser
 from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
@@ -94,29 +96,17 @@ class Generator:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self,
-        model: dict[str, Any],
-        pool: dict[str, Any],
-        emulate_fp8: bool,
-        work: Sequence[float],
-        models_folder: str | None,
-        compiled_folder: str | None,
-        mps_folder: str | None,
-        text_encoder: Any,
-        dispatcher: Any,
+        self, arguments: dict[str, Any], text_encoder: Any, dispatcher: Any
     ) -> None:
-        """`model`, `pool`: the fields of a `ServedModel` and a `Pool`.
-
-        `emulate_fp8`: whether FP8 may be computed in software. `work`: the coefficients of the
-        model's reference work. `text_encoder`, `dispatcher`: Ray Serve handles.
-        """
+        """`arguments`: the fields of a `PoolArguments`; the others are Ray Serve handles."""
         began = time.monotonic()
-        self._model, self._pool = ServedModel.model_validate(model), Pool.model_validate(pool)
-        self._models_folder, self._work = models_folder, CostCoefficients(*work)
+        given = PoolArguments.model_validate(arguments)
+        self._name, self._model, self._pool = given.name, given.model, given.pool
+        self._models_folder = given.models_folder
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
-        await asyncio.to_thread(share_card, self._pool, mps_folder)
+        await asyncio.to_thread(share_card, self._pool, given.mps_folder)
         device = probe(device_for(self._pool))
-        found = capability(device, allow_emulated_fp8=emulate_fp8)
+        found = capability(device, allow_emulated_fp8=given.emulate_fp8)
         self._recipe = choose_recipe(self._pool, found)
         self._emulated = self._recipe.fp8_linears and found.fp8 == "emulated"
         self._text_tokens = self._model.max_sequence_length  # until the encoder says how many
@@ -133,7 +123,7 @@ class Generator:
         ):
             raise OctetError(f"an FP8 pool cannot run on {device.name}: {fault}")
         self._denoiser = await asyncio.to_thread(self._load, phases)
-        warm_up = WarmUp(self._denoiser, self._pool, compiled_folder)
+        warm_up = WarmUp(self._denoiser, self._pool, given.compiled_folder)
         warm_up.prepare()
         self._denoising = DenoisingLoop(
             self._denoiser,
@@ -149,10 +139,9 @@ class Generator:
                 self._recipe.name,
                 card if device.compute_capability else None,
             ),
-            self._work,
-            replace(self._warm_up_call().shape, steps=USUAL_STEPS),
+            usual=replace(self._warm_up_call().shape, steps=USUAL_STEPS),
         )
-        self._metrics = GeneratorMetrics(self._model.pool_name(self._pool))
+        self._metrics = GeneratorMetrics(self._name)
         with phases.timed("text"):
             embeds = await self._embed(self._warm_up_request())
         with phases.timed("warm-up"):
@@ -161,7 +150,18 @@ class Generator:
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
         self._start_s = time.monotonic() - began
-        self._heartbeat = asyncio.create_task(self._report())
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take the unit of work from the model's present reference pool.
+
+        Ray Serve calls this before the first image, and whenever a `LivePoolSettings` changes. The
+        first call also begins the heartbeats.
+        """
+        pool = LivePoolSettings.model_validate(user_config).reference
+        self._cost.unit = cost_of(self._model, pool, self._models_folder)
+        if self._heartbeat is None:
+            self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
@@ -199,7 +199,7 @@ class Generator:
             del self._running[lease]
             if not call.done:
                 done = replace(call.shape, steps=call.step)
-                took_s = self._work.work_s(done) if call.step else 0.0
+                took_s = self._cost.unit.work_s(done) if call.step else 0.0
                 self._stopped.append(StoppedImage(lease, call.step, took_s))
         self._metrics.generated(result.timings)
         log.info("generated %s", request.id)
@@ -212,7 +212,8 @@ class Generator:
         """
         if self._card:
             await asyncio.to_thread(self._card.check)
-        if self._heartbeat.done() or not self._denoising.alive:
+        beating = self._heartbeat is None or not self._heartbeat.done()
+        if not (beating and self._denoising.alive):
             raise RuntimeError("the heartbeat or the denoising loop has stopped")
 
     # -- one image ------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ class Generator:
             for c in running
         )
         return Heartbeat(
-            pool=self._model.pool_name(self._pool),
+            pool=self._name,
             replica=self._replica,
             slots=len(running) if self._lock.exclusive else self._pool.slots,
             running_work_s=work_s,

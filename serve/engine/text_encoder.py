@@ -27,6 +27,7 @@ from cluster.capability import capability, probe
 
 from ..models.checkpoints import open_checkpoint
 from ..settings.models import Encoder
+from ..settings.serve_config import EncoderArguments, LiveEncoderSettings
 from .card import device_for, share_card, take_card
 from .precision import ENCODER_RECIPES
 from .prompt_embeds import PromptEmbeds
@@ -43,21 +44,27 @@ class EmbeddingCache:
     """A cache of the embeddings of single prompts.
 
     `encode`: encodes prompts; it runs in a thread, for at most `batch_size` prompts at a time.
-    `max_bytes`: how much is cached, apart from the embeddings of the `pinned` keys, which are never
+    `max_bytes`: how much is cached, apart from the embeddings of pinned keys, which are never
     dropped.
     """
 
-    def __init__(
-        self, encode: Encode, max_bytes: int, batch_size: int, pinned: Collection[Key] = ()
-    ) -> None:
+    def __init__(self, encode: Encode, max_bytes: int, batch_size: int) -> None:
         self._encode, self._max_bytes, self._batch_size = encode, max_bytes, batch_size
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
-        self._pinned: dict[Key, PromptEmbeds | None] = dict.fromkeys(pinned)
+        self._pinned: dict[Key, PromptEmbeds | None] = {}
         self._kept: OrderedDict[Key, PromptEmbeds] = OrderedDict()
         self._kept_bytes = 0
         self._pending: dict[Key, asyncio.Future[PromptEmbeds]] = {}  # waiting or being encoded
         self._waiting: Counter[Key] = Counter()
         self._encoding: asyncio.Task[None] | None = None
+
+    async def pin(self, keys: Collection[Key]) -> None:
+        """Never drop the embeddings of `keys` from now on, and encode those that are missing.
+
+        Embeddings that were pinned before, and are not in `keys`, are forgotten.
+        """
+        self._pinned = {key: self._pinned.get(key) for key in keys}
+        await asyncio.gather(*(self.get(*key) for key in keys))
 
     async def get(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """Return the embedding of a prompt, one row; encode the prompt if it is not cached.
@@ -138,26 +145,24 @@ class TextEncoder:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
-        self,
-        encoder: dict[str, Any],
-        models_folder: str | None,
-        mps_folder: str | None,
-        lengths: list[int],
+        self, arguments: dict[str, Any]
     ) -> None:
-        """`encoder`: the fields of an `Encoder` of the settings.
-
-        `lengths`: the `max_sequence_length` of every model that uses this deployment.
-        """
-        settings = Encoder.model_validate(encoder)
-        self._batch_size = settings.batch_size
-        await asyncio.to_thread(share_card, settings, mps_folder)
+        """`arguments`: the fields of an `EncoderArguments`."""
+        given = EncoderArguments.model_validate(arguments)
+        settings = given.encoder
+        self._batch_size, self._warm_prompts = settings.batch_size, settings.warm_prompts
+        await asyncio.to_thread(share_card, settings, given.mps_folder)
         self._card = await asyncio.to_thread(take_card, settings)
-        self._encoder = await asyncio.to_thread(self._load, settings, models_folder)
-        warm = [(prompt, length) for prompt in settings.warm_prompts for length in lengths]
-        self._cache = EmbeddingCache(
-            self._encode, settings.cache_mib * 2**20, self._batch_size, pinned=warm
-        )
-        await asyncio.gather(*(self._cache.get(*key) for key in warm))
+        self._encoder = await asyncio.to_thread(self._load, settings, given.models_folder)
+        self._cache = EmbeddingCache(self._encode, settings.cache_mib * 2**20, self._batch_size)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Encode the `warm_prompts` for the models of the present settings.
+
+        Ray Serve calls this before the first request, and whenever a `LiveEncoderSettings` changes.
+        """
+        lengths = LiveEncoderSettings.model_validate(user_config).max_sequence_lengths
+        await self._cache.pin([(p, length) for p in self._warm_prompts for length in lengths])
 
     async def encode(self, prompts: list[str], max_sequence_length: int) -> PromptEmbeds:
         """Return the embeddings of the prompts, one row each, on the CPU."""

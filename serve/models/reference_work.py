@@ -16,7 +16,7 @@ from cluster.structure import TRANSFORMERS, Structure, structure
 
 from ..errors import SettingsError
 from ..request import ImageRequest
-from ..settings.application import ApplicationSettings
+from ..settings.application import CatalogueSettings
 from ..settings.models import Pool, ServedModel
 from .checkpoints import node_folder
 
@@ -25,11 +25,11 @@ CLIP_TOKENS = 77  # text tokens of CLIP, which the transformer reads before thos
 log = logging.getLogger("ray.serve")
 
 
-def units(application: ApplicationSettings) -> dict[str, CostCoefficients]:
+def units(settings: CatalogueSettings) -> dict[str, CostCoefficients]:
     """The cost of images on the reference replica of each model, by model id."""
     return {
-        model.id: cost_of(model, model.pools[0], application.models_folder)
-        for model in application.models
+        model.id: cost_of(model, model.pools[0], settings.models_folder)
+        for model in settings.models
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from autoscaling.load import Follower, PoolBounds, ScalingLimits
+from autoscaling.load import Follower, PolicyTuning, PoolBounds, ScalingLimits
 from cluster.cards import CARDS
 from cluster.cost import CostCoefficients, ImageShape
 
 from ..deployments import INGRESS, text_encoder_deployment
-from ..settings.application import ApplicationSettings
+from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
 from .reference_work import cost_of, units
 
@@ -16,37 +16,37 @@ USUAL_IMAGE = ImageShape(width_px=1024, height_px=1024, text_tokens=333, rows=2,
 REQUESTS_PER_INGRESS = 200  # open requests for each Ingress; most of them only wait
 
 
-def scaling_limits(application: ApplicationSettings) -> ScalingLimits:
-    """The bounds of every pool, by its name, and of the deployments that follow the pools.
+def scaling_limits(settings: Settings) -> ScalingLimits:
+    """The bounds of every pool and of the deployments that follow the pools, and the tuning.
 
     The speed of a pool's replicas is computed here. The computed speed holds until the replicas
     report their real one.
     """
-    work = units(application)
+    work = units(settings)
     pools = {
-        model.pool_name(pool): _pool_bounds(model, pool, work[model.id], application)
-        for model in application.models
+        model.pool_name(pool): _pool_bounds(model, pool, work[model.id], settings)
+        for model in settings.models
         for pool in model.pools
     }
-    used = {model.text_encoder for model in application.models}
+    used = {model.text_encoder for model in settings.models}
     followers = {
         text_encoder_deployment(encoder.id): Follower(
             encoder.least,
             encoder.replicas,
             pools=tuple(
                 model.pool_name(pool)
-                for model in application.models
+                for model in settings.models
                 if model.text_encoder == encoder.id
                 for pool in model.pools
             ),
         )
-        for encoder in application.text_encoders
+        for encoder in settings.text_encoders
         if encoder.least < encoder.replicas and encoder.id in used
     }
-    ingress = application.ingress
+    ingress = settings.ingress
     if ingress.least < ingress.replicas:
         followers[INGRESS] = Follower(ingress.least, ingress.replicas, each=REQUESTS_PER_INGRESS)
-    return ScalingLimits(pools, followers)
+    return ScalingLimits(pools, followers, PolicyTuning(**settings.autoscaling.model_dump()))
 
 
 def replicas_per_card(pool: Pool) -> int:
@@ -55,9 +55,9 @@ def replicas_per_card(pool: Pool) -> int:
 
 
 def _pool_bounds(
-    model: ServedModel, pool: Pool, unit: CostCoefficients, application: ApplicationSettings
+    model: ServedModel, pool: Pool, unit: CostCoefficients, settings: Settings
 ) -> PoolBounds:
-    here = cost_of(model, pool, application.models_folder)
+    here = cost_of(model, pool, settings.models_folder)
     alone = unit.work_s(USUAL_IMAGE) / here.work_s(USUAL_IMAGE)
     return PoolBounds(
         model.id,

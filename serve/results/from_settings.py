@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..settings.application import ApplicationSettings
+from ..settings.application import FrontSettings
 from .disk import DiskStore
 from .links import Links, read_key, shared_key
 from .store import ResultStore
@@ -13,7 +13,7 @@ from .store import ResultStore
 log = logging.getLogger("ray.serve")
 
 
-def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultStore:
+def open_store(settings: FrontSettings, *, drain: bool = True) -> ResultStore:
     """Open the result store of the settings: a folder, or a bucket behind a spool.
 
     `drain`: whether the spool also repeats failed uploads, and uploads images that earlier
@@ -33,7 +33,7 @@ def open_store(settings: ApplicationSettings, *, drain: bool = True) -> ResultSt
     return Spool(bucket, folder / "spool", settings.s3.spool_bytes, drain=drain)
 
 
-def open_links(settings: ApplicationSettings) -> Links:
+def open_links(settings: FrontSettings) -> Links:
     """The signer of links to images.
 
     The key is in `signing_key_file` if the settings name that file, else in the data folder. Raises

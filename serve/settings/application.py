@@ -1,17 +1,22 @@
 """The settings of the application, checked once and then frozen; `serve.settings.file` reads them.
 
-The settings file holds three kinds of keys, in one list for the reader's sake. Their class tells
+The settings file holds four kinds of keys, in one list for the reader's sake. Their class tells
 them apart:
 
-- `ApplicationSettings` are the arguments of `serve.app.build`. A change restarts all replicas.
-- `IngressSettings` reach running replicas as their `user_config`. A change restarts nothing.
+- `CatalogueSettings` are the models, pools and text encoders. Each pool and each set of text
+  encoders is a Ray Serve application of its own, so a change restarts only its own replicas.
+- `FrontSettings` are for Ingresses and the Dispatcher. A change restarts these.
+- `LiveSettings` reach running replicas. A change restarts nothing.
 - `HttpSettings` are for the process that starts the replicas.
+
+Ingresses and the Dispatcher get all settings as their `user_config`, which Ray Serve hands to
+running replicas. So they learn of a new model without a restart.
 """
 
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     ConfigDict,
@@ -25,7 +30,7 @@ from pydantic import (
 
 from autoscaling.load import PolicyTuning
 
-from .models import Encoder, Frozen, LiveModelSettings, Model, Name, Resources, ServedModel, Share
+from .models import Encoder, Frozen, Model, Resources, Share
 
 _TUNING = PolicyTuning()
 
@@ -106,10 +111,10 @@ class CacheSettings(Frozen):
         return self
 
 
-class ApplicationSettings(Frozen):
-    """The arguments of `serve.app.build`; a change of any of them restarts all replicas."""
+class CatalogueSettings(Frozen):
+    """The models with their pools, the text encoders, and what their replicas need of a node."""
 
-    models: Annotated[tuple[ServedModel, ...], Field(min_length=1)] = Field(
+    models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(
         description="Models to serve; the first is the default of requests that name none."
     )
     text_encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)] = Field(
@@ -119,13 +124,6 @@ class ApplicationSettings(Frozen):
         default=False,
         description="Whether an FP8 pool may run without FP8 tensor cores, with emulated "
         "arithmetic; meant for demos on a CPU.",
-    )
-    ingress: Resources = Field(
-        default=Resources(num_cpus=0.5),
-        description="Resources and number of the Ingress replicas, which answer HTTP requests.",
-    )
-    dispatcher_num_cpus: Share = Field(
-        default=0.5, description="CPU cores that Ray reserves for the Dispatcher."
     )
     models_folder: str | None = Field(
         default=None,
@@ -142,6 +140,50 @@ class ApplicationSettings(Frozen):
         description="Folder on each node for the pipes of NVIDIA's MPS, by which replicas that "
         "share a card run on it at the same time; null: they take turns. With MPS a fault of one "
         "replica can end its neighbours.",
+    )
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> CatalogueSettings:
+        for kind, names in (
+            ("model", [m.id for m in self.models]),
+            ("text encoder", [e.id for e in self.text_encoders]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{kind} '{min(twice)}' is defined twice")
+        encoders = {encoder.id for encoder in self.text_encoders}
+        for model in self.models:
+            if model.text_encoder not in encoders:
+                raise ValueError(
+                    f"model '{model.id}': text_encoder '{model.text_encoder}' is none of "
+                    f"{sorted(encoders)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_has_hardware(self) -> CatalogueSettings:
+        for model in self.models:
+            for pool in model.pools:
+                if pool.precision == "fp8" and not pool.num_gpus and not self.emulate_fp8:
+                    raise ValueError(
+                        f"model '{model.id}': its fp8 pool takes no GPU, and a CPU has no FP8 "
+                        "tensor cores: set num_gpus, or emulate_fp8 for a demo"
+                    )
+        return self
+
+
+class FrontSettings(Frozen):
+    """The settings of Ingresses and the Dispatcher; a change of any of them restarts these.
+
+    An exception is the number of Ingresses, which changes without a restart.
+    """
+
+    ingress: Resources = Field(
+        default=Resources(num_cpus=0.5),
+        description="Resources and number of the Ingress replicas, which answer HTTP requests.",
+    )
+    dispatcher_num_cpus: Share = Field(
+        default=0.5, description="CPU cores that Ray reserves for the Dispatcher."
     )
     data_folder: str | None = Field(
         default=None,
@@ -179,11 +221,6 @@ class ApplicationSettings(Frozen):
         description="Folder with the tenants and the digests of their keys; used with `auth: "
         "keys`.",
     )
-    drain_timeout_s: PositiveFloat = Field(
-        default=300.0,
-        description="Longest time, in seconds, that a stopping replica or server waits for its "
-        "open requests to finish.",
-    )
     autoscaling_policy: Literal["queued-work", "ray-default"] = Field(
         default="queued-work",
         description="What decides on the number of replicas: `queued-work` is Octet's policy, "
@@ -196,25 +233,7 @@ class ApplicationSettings(Frozen):
         return self.usage_folder or (f"{self.data_folder}/usage" if self.data_folder else None)
 
     @model_validator(mode="after")
-    def _names_fit(self) -> ApplicationSettings:
-        for kind, names in (
-            ("model", [m.id for m in self.models]),
-            ("text encoder", [e.id for e in self.text_encoders]),
-        ):
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"{kind} '{min(twice)}' is defined twice")
-        encoders = {encoder.id for encoder in self.text_encoders}
-        for model in self.models:
-            if model.text_encoder not in encoders:
-                raise ValueError(
-                    f"model '{model.id}': text_encoder '{model.text_encoder}' is none of "
-                    f"{sorted(encoders)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _an_ingress_runs(self) -> ApplicationSettings:
+    def _an_ingress_runs(self) -> FrontSettings:
         if not self.ingress.least:
             raise ValueError(
                 "ingress: min_replicas must be at least 1, because an Ingress receives the requests"
@@ -222,7 +241,7 @@ class ApplicationSettings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _usage_is_kept(self) -> ApplicationSettings:
+    def _usage_is_kept(self) -> FrontSettings:
         if self.auth == "keys" and self.usage_path is None:
             raise ValueError(
                 "auth keys: set data_folder or usage_folder, where the tenants' usage is recorded "
@@ -231,7 +250,7 @@ class ApplicationSettings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _images_can_wait(self) -> ApplicationSettings:
+    def _images_can_wait(self) -> FrontSettings:
         if self.s3 and self.data_folder is None:
             raise ValueError(
                 "s3: set data_folder, where images wait while the bucket cannot be reached"
@@ -239,23 +258,12 @@ class ApplicationSettings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _repeated_images_are_kept(self) -> ApplicationSettings:
+    def _repeated_images_are_kept(self) -> FrontSettings:
         if self.cache and self.cache.redis_url and self.data_folder is None:
             raise ValueError(
                 "cache: redis_url needs a store for the images: set data_folder, and s3 too if "
                 "Ingresses run on several nodes"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fp8_has_hardware(self) -> ApplicationSettings:
-        for model in self.models:
-            for pool in model.pools:
-                if pool.precision == "fp8" and not pool.num_gpus and not self.emulate_fp8:
-                    raise ValueError(
-                        f"model '{model.id}': its fp8 pool takes no GPU, and a CPU has no FP8 "
-                        "tensor cores: set num_gpus, or emulate_fp8 for a demo"
-                    )
         return self
 
 
@@ -359,18 +367,14 @@ class LiveSettings(Frozen):
         description="How long images that are answered as URLs are kept, and how long their links "
         "work.",
     )
+    drain_timeout_s: PositiveFloat = Field(
+        default=300.0,
+        description="Longest time, in seconds, that a stopping replica or server waits for its "
+        "open requests to finish.",
+    )
     autoscaling: AutoscalingSettings = Field(
         default=AutoscalingSettings(), description="Tuning of Octet's autoscaling policy."
     )
-
-
-class IngressSettings(LiveSettings):
-    """The `user_config` of the Ingress: all live settings."""
-
-    models: dict[Name, LiveModelSettings] = Field(
-        description="Live settings of each model, by its id."
-    )
-    allowed_origins: tuple[str, ...] = ()
 
 
 def is_loopback(host: str) -> bool:
@@ -402,12 +406,9 @@ class HttpSettings(Frozen):
     )
 
 
-class Settings(ApplicationSettings, LiveSettings):
+class Settings(CatalogueSettings, FrontSettings, LiveSettings):
     """All settings of a settings file."""
 
-    models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(
-        description="Models to serve; the first is the default of requests that name none."
-    )
     http: HttpSettings = Field(
         default=HttpSettings(), description="Address at which the server listens for requests."
     )
@@ -427,24 +428,3 @@ class Settings(ApplicationSettings, LiveSettings):
                 "auth: keys, or auth: none-on-any-address behind a gateway of your own"
             )
         return self
-
-    def application_settings(self) -> ApplicationSettings:
-        """The part that is passed to `serve.app.build`."""
-        return ApplicationSettings.model_validate(self._part(ApplicationSettings, ServedModel))
-
-    def ingress_settings(self) -> IngressSettings:
-        """The part that running replicas get as `user_config`."""
-        parts = self._part(LiveSettings, LiveModelSettings)
-        models = {m.id: part for m, part in zip(self.models, parts.pop("models"), strict=True)}
-        return IngressSettings(models=models, allowed_origins=self.http.allowed_origins, **parts)
-
-    def _part(self, cls: type[Frozen], model_cls: type[Frozen]) -> dict[str, Any]:
-        """The settings that `cls` has, as plain data.
-
-        Each model in them has only the keys of `model_cls`.
-        """
-        part = self.model_dump(mode="json", include=set(cls.model_fields))
-        models = [
-            m.model_dump(mode="json", include=set(model_cls.model_fields)) for m in self.models
-        ]
-        return {**part, "models": models}

@@ -10,10 +10,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, get_type_hints
 
 from ..request import ModelLimits
-from .application import ApplicationSettings, LiveSettings, Settings
+from .application import CatalogueSettings, FrontSettings, LiveSettings, Settings
 from .models import LiveModelSettings
+from .serve_config import NUMBERS
 
-REPLICAS, NOTHING, SERVER = "every replica", "nothing", "`octet serve`"
+NOTHING = "nothing"
+RESTARTS = {  # by the key that holds the changed one
+    "models[]": "the model's replicas",
+    "models[].pools[]": "the pool's replicas",
+    "text_encoders[]": "its replicas",
+}
 UNITS = {
     "_s": "s",
     "_px": "px",
@@ -28,6 +34,11 @@ UNITS = {
     "_gpus": "GPUs",
     "_steps": "steps",
     "_length": "tokens",
+}
+EXCEPTIONS = {
+    **dict.fromkeys(("models", "pools", "text_encoders"), "what changes"),
+    **dict.fromkeys(("emulate_fp8", "compiled_folder"), "pools"),
+    "autoscaling_policy": "every replica",
 }
 
 
@@ -55,7 +66,7 @@ def groups() -> dict[str, list[Setting]]:
                 "required" if name in required else _default(value),
                 next((unit for end, unit in UNITS.items() if name.endswith(end)), ""),
                 _meaning(value, schema["$defs"]).replace("|", "\\|"),
-                restarts or _restarts(group, name),
+                NOTHING if name in NUMBERS else restarts or _restarts(group, name),
             )
             for name, value in part["properties"].items()
         ]
@@ -89,8 +100,7 @@ def _groups(
     for name, value in part["properties"].items():
         for inner, suffix in _inner(value, definitions):
             key = f"{group}.{name}{suffix}" if group else f"{name}{suffix}"
-            # A model's keys differ in what they restart.
-            changed = "" if name == "models" else restarts or _restarts(group, name)
+            changed = "" if key in RESTARTS else restarts or _restarts(group, name)
             yield from _groups(inner, definitions, key, changed)
 
 
@@ -137,13 +147,18 @@ def _restarts(group: str, name: str) -> str:
 
     `group`: the key that holds it, "" for the top level. The class that declares the key decides.
     """
-    if group:
-        return NOTHING if name in LiveModelSettings.model_fields else REPLICAS
-    if name == "models":
-        return f"{REPLICAS}; `defaults` and `limits` {NOTHING}"
-    if name in LiveSettings.model_fields:
+    if name in LiveModelSettings.model_fields:
         return NOTHING
-    return REPLICAS if name in ApplicationSettings.model_fields else SERVER
+    if group:
+        return EXCEPTIONS.get(name, RESTARTS[group])
+    for part, restarts in (
+        (LiveSettings, NOTHING),
+        (FrontSettings, "Ingresses and Dispatcher"),
+        (CatalogueSettings, "pools and text encoders"),
+    ):
+        if name in part.model_fields:
+            return EXCEPTIONS.get(name, restarts)
+    return "`octet serve`"
 
 
 def _type(value: dict[str, Any]) -> str:

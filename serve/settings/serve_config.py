@@ -1,17 +1,36 @@
-"""Settings as Ray Serve's declarative config (`serveConfigV2` on KubeRay)."""
+"""Settings as Ray Serve's declarative config (`serveConfigV2` on KubeRay).
+
+Ray Serve gives all deployments of an application one version, a digest of the application's
+`args`: if they change, all its replicas restart. So each pool is an application of its own, with
+its own `args`, and a change of one pool restarts only this pool. Each set of text encoders is an
+application too. Ingresses and the Dispatcher are the front application, the only one with a route.
+
+Numbers of replicas, and everything else that running replicas can be told, are not in `args` but in
+the config of the deployment.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..deployments import APPLICATION, DISPATCHER, INGRESS
-from .application import Settings
+from pydantic import PositiveInt
+
+from ..deployments import (
+    APPLICATION,
+    DISPATCHER,
+    INGRESS,
+    generator_deployment,
+    text_encoder_deployment,
+)
+from .application import FrontSettings, Settings
+from .models import Encoder, Frozen, Model, Pool, Resources, ServedModel
 
 BUILD = "serve.app:build"
-# For the application, and for Serve's own processes. Octet's own lines say how each request ended;
+# For the applications, and for Serve's own processes. Octet's own lines say how each request ended;
 # Serve's access log would add two more lines for each, also for probes.
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
+NUMBERS = {"replicas", "min_replicas"}  # of replicas: no arguments, because they change live
 
 
 class PolicyAdapter(NamedTuple):
@@ -31,33 +50,173 @@ ADAPTERS = {  # by the setting `autoscaling_policy`
 }
 
 
-def serve_config(settings: Settings, import_path: str = BUILD) -> dict[str, Any]:
-    """The application as Ray Serve's declarative config.
+class PoolArguments(Frozen):
+    """What one replica of a pool is started with.
 
-    A change of `args` restarts every replica; a change of a `user_config` restarts none.
+    `model` has no other pool than this one: the others may change without a restart of this one.
     """
-    live = settings.ingress_settings()
-    application = {
+
+    name: str
+    model: ServedModel
+    emulate_fp8: bool
+    models_folder: str | None
+    compiled_folder: str | None
+    mps_folder: str | None
+
+    @property
+    def pool(self) -> Pool:
+        (pool,) = self.model.pools
+        return pool
+
+
+class EncoderArguments(Frozen):
+    """What one replica of a set of text encoders is started with."""
+
+    encoder: Encoder
+    models_folder: str | None
+    mps_folder: str | None
+
+
+class ApplicationArguments(Frozen):
+    """The arguments of `serve.app.build`: those of the one application that it is to make."""
+
+    front: FrontSettings | None = None
+    pool: PoolArguments | None = None
+    text_encoder: EncoderArguments | None = None
+
+
+class LivePoolSettings(Frozen):
+    """The `user_config` of a pool. `reference`: the model's first pool, the unit of its work."""
+
+    reference: Pool
+
+
+class LiveEncoderSettings(Frozen):
+    """The `user_config` of a set of text encoders.
+
+    `max_sequence_lengths`: the numbers of T5 tokens that the models ask for.
+    """
+
+    max_sequence_lengths: tuple[PositiveInt, ...]
+
+
+def serve_config(
+    settings: Settings, import_path: str = BUILD, *, pools_start_empty: bool = True
+) -> dict[str, Any]:
+    """All applications as Ray Serve's declarative config; the front application comes first.
+
+    `import_path`: the function that makes each of them. `pools_start_empty`: whether Ray Serve lets
+    each pool begin with no replica. It then waits for none, even if no node can hold one, and the
+    autoscaling policy starts the pool's `min_replicas`.
+    """
+    found = [
+        _front(settings),
+        *(_encoder(settings, encoder) for encoder in settings.text_encoders),
+        *(
+            _pool(settings, model, pool, 0 if pools_start_empty else pool.least)
+            for model in settings.models
+            for pool in model.pools
+        ),
+    ]
+    for application in found:
+        application["import_path"] = import_path
+        application["logging_config"] = LOGGING
+        application["autoscaling_policy"] = {
+            "policy_function": ADAPTERS[settings.autoscaling_policy].function
+        }
+    return {"applications": found}
+
+
+def versions(settings: Settings) -> dict[str, Any]:
+    """What Ray Serve's version of each application depends on, by the application's name.
+
+    An application whose version changes gets new replicas.
+    """
+    return {
+        application["name"]: (application["args"], application["autoscaling_policy"])
+        for application in serve_config(settings)["applications"]
+    }
+
+
+def _front(settings: Settings) -> dict[str, Any]:
+    arguments = settings.model_dump(
+        mode="json", include=set(FrontSettings.model_fields), exclude={"ingress": NUMBERS}
+    )
+    # As the operator wrote them: what was left out has the same default in the replicas.
+    live = settings.model_dump(mode="json", exclude_unset=True)
+    return {
         "name": APPLICATION,
         "route_prefix": "/",
-        "import_path": import_path,
-        "args": settings.application_settings().model_dump(mode="json"),
+        "args": {"front": arguments},
         "deployments": [
-            {"name": INGRESS, "user_config": live.model_dump(mode="json")},
             {
-                "name": DISPATCHER,
-                "user_config": live.model_dump(mode="json", include={"max_queued", "autoscaling"}),
+                "name": INGRESS,
+                **_size(settings.ingress, settings.autoscaling_policy),
+                "graceful_shutdown_timeout_s": settings.drain_timeout_s,
+                "user_config": live,
             },
+            {"name": DISPATCHER, "user_config": live},
         ],
-        "logging_config": LOGGING,
-        "autoscaling_policy": {"policy_function": ADAPTERS[settings.autoscaling_policy].function},
     }
-    return {"applications": [application]}
 
 
-def autoscaling_config(policy: str, least: int, most: int) -> dict[str, float]:
-    """Ray Serve's `autoscaling_config` of a deployment with `least` to `most` replicas.
+def _encoder(settings: Settings, encoder: Encoder) -> dict[str, Any]:
+    arguments = {
+        "encoder": encoder.model_dump(mode="json", exclude=NUMBERS),
+        "models_folder": settings.models_folder,
+        "mps_folder": settings.mps_folder,
+    }
+    lengths = {m.max_sequence_length for m in settings.models if m.text_encoder == encoder.id}
+    return _application(
+        text_encoder_deployment(encoder.id),
+        {"text_encoder": arguments},
+        **_size(encoder, settings.autoscaling_policy),
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        user_config={"max_sequence_lengths": sorted(lengths)},
+    )
+
+
+def _pool(settings: Settings, model: Model, pool: Pool, least: int) -> dict[str, Any]:
+    """The application of a pool, which Ray Serve counts as running with `least` replicas."""
+    served = model.model_dump(mode="json", include=set(ServedModel.model_fields))
+    arguments = {
+        "name": model.pool_name(pool),
+        "model": {**served, "pools": [pool.model_dump(mode="json", exclude=NUMBERS)]},
+        "emulate_fp8": settings.emulate_fp8,
+        "models_folder": settings.models_folder,
+        "compiled_folder": settings.compiled_folder,
+        "mps_folder": settings.mps_folder,
+    }
+    reference = model.pools[0].model_dump(mode="json", exclude=NUMBERS)
+    return _application(
+        generator_deployment(model.pool_name(pool)),
+        {"pool": arguments},
+        # `initial_replicas` is not set: Ray Serve would go back to it with every new version.
+        autoscaling_config=_autoscaling(settings.autoscaling_policy, least, pool.replicas),
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        user_config={"reference": reference},
+    )
+
+
+def _application(name: str, arguments: dict[str, Any], **deployment: Any) -> dict[str, Any]:
+    """An application without a route, whose only deployment has the same name."""
+    return {
+        "name": name,
+        "route_prefix": None,
+        "args": arguments,
+        "deployments": [{"name": name, **deployment}],
+    }
+
+
+def _size(resources: Resources, policy: str) -> dict[str, Any]:
+    """Ray Serve's option for a number of replicas that is fixed, or that follows the pools.
 
     `policy`: the setting `autoscaling_policy`.
     """
+    if resources.least == resources.replicas:
+        return {"num_replicas": resources.replicas}
+    return {"autoscaling_config": _autoscaling(policy, resources.least, resources.replicas)}
+
+
+def _autoscaling(policy: str, least: int, most: int) -> dict[str, float]:
     return {"min_replicas": least, "max_replicas": most, **ADAPTERS[policy].delays}

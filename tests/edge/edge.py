@@ -14,6 +14,7 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.cost import CostCoefficients
 from serve.api.early_body import EarlyBody
 from serve.api.flood_guard import FloodGuard, FloodTiming
 from serve.api.ingress import Ingress
@@ -28,7 +29,8 @@ from serve.request import (
     StreamOptions,
 )
 from serve.results.cache.redis import RedisCache
-from serve.settings.application import Settings
+from serve.settings.application import CatalogueSettings, Settings
+from serve.settings.serve_config import serve_config
 
 from ..builders import image_result
 from ..in_process import Handle, a_dispatcher
@@ -36,7 +38,18 @@ from ..ports import free_port
 from ..wait import wait_for
 
 LONG_HOLD = FloodTiming(hold_s=60.0)  # so that no test depends on the machine's speed
-WORK = {"landscapes": [0.001, 0.0002, 0.0, 0.0, 0.0]}  # seconds of an image and of a step
+WORK = CostCoefficients(0.001, 0.0002, 0.0, 0.0, 0.0)  # seconds of an image and of a step
+
+
+def units(settings: CatalogueSettings) -> dict[str, CostCoefficients]:
+    """The reference work of each model."""
+    return {model.id: WORK for model in settings.models}
+
+
+def front(settings: Settings) -> dict[str, Any]:
+    """The arguments with which Ray Serve starts an Ingress."""
+    arguments: dict[str, Any] = serve_config(settings)["applications"][0]["args"]["front"]
+    return arguments
 
 
 class Painter:
@@ -108,14 +121,14 @@ class Edge:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        application = self.settings.application_settings()
-        pools = [m.pool_name(p) for m in application.models for p in m.pools]
-        keyed = application.auth == "keys"
+        settings = self.settings
+        pools = [m.pool_name(p) for m in settings.models for p in m.pools]
+        keyed = settings.auth == "keys"
         self.dispatcher = dispatcher = a_dispatcher(
             *pools,
             max_queued=100,
-            tenants_folder=application.tenants_folder if keyed else None,
-            usage_folder=f"{application.data_folder}/usage" if keyed else None,
+            tenants_folder=settings.tenants_folder if keyed else None,
+            usage_folder=f"{settings.data_folder}/usage" if keyed else None,
         )
         for pool in pools:
             await dispatcher.report_replica(Heartbeat(pool, "r", 4))
@@ -124,10 +137,10 @@ class Edge:
         for port in self._ports:
             ingress = Ingress.__new__(Ingress)
             await ingress.__init__(  # type: ignore[misc]  # like Ray Serve
-                application.model_dump(mode="json"),
-                WORK,
+                front(settings),
                 Handle(dispatcher),
-                {pool: Handle(self.painter) for pool in pools},
+                lambda _pool: Handle(self.painter),
+                units,
                 self._timing,
             )
             self.ingresses.append(ingress)
@@ -144,7 +157,7 @@ class Edge:
             serving.append(asyncio.create_task(server.serve()))
             while not (server.started or serving[-1].done()):  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0.01)
-        self.tune(self.settings)  # after the start, like Ray Serve
+        await self._tune(self.settings)  # after the start, like Ray Serve
         self.up = all(server.started for server in self._servers)
         await asyncio.gather(*serving)
         heartbeat.cancel()
@@ -180,8 +193,12 @@ class Edge:
         return self.ingresses[0]
 
     def tune(self, settings: Settings) -> None:
+        """Give all Ingresses these settings; called from another thread."""
+        asyncio.run_coroutine_threadsafe(self._tune(settings), self.loop).result()
+
+    async def _tune(self, settings: Settings) -> None:
         for ingress in self.ingresses:
-            ingress.reconfigure(settings.ingress_settings().model_dump(mode="json"))
+            await ingress.reconfigure(settings.model_dump(mode="json", exclude_unset=True))
 
     def stop(self) -> None:
         """End all servers, once their requests are answered."""

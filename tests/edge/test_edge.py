@@ -41,7 +41,7 @@ from serve.settings.application import HttpSettings, ResultSettings, Settings
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
 from ..wait import wait_for
-from .edge import WORK, Edge, started
+from .edge import Edge, front, started, units
 
 GENERATE = "/v1/images/generations"
 HASTY = IngressTiming(body_s=0.5, keep_alive_s=0.1, sweep_s=0.2)
@@ -274,11 +274,10 @@ def test_a_quiet_stream_sends_keep_alive_comments(client: httpx.Client) -> None:
 def test_a_call_is_cancelled_at_any_ingress(edge: Edge) -> None:
     async def another_ingress_deletes() -> httpx.Response:
         other = Ingress.__new__(Ingress)
-        application = edge.settings.application_settings().model_dump(mode="json")
         await other.__init__(  # type: ignore[misc]  # like Ray Serve
-            application, WORK, Handle(edge.dispatcher), {}
+            front(edge.settings), Handle(edge.dispatcher), Handle, units
         )
-        other.reconfigure(edge.settings.ingress_settings().model_dump(mode="json"))
+        await other.reconfigure(edge.settings.model_dump(mode="json"))
         transport = httpx.ASGITransport(other.__serve_build_asgi_app__())
         async with httpx.AsyncClient(transport=transport, base_url="http://other") as client:
             return await client.delete("/v1/requests/elsewhere")

@@ -107,7 +107,8 @@ def generate(
             await dispatcher.report_replica(Heartbeat(pool, "r", 1))
         handles = {pool: Handle(generator) for pool, generator in generators.items()}
         work = {model.id: CostCoefficients(1, 0, 0, 0, 0) for model in settings.models}
-        attempts = Attempts(settings.models, work, handles, IngressMetrics(), timing)
+        attempts = Attempts(handles.__getitem__, IngressMetrics(), timing)
+        attempts.set_models(settings.models, work)
         request = replace(REQUEST, precision=precision)
         images = [attempts.queued_image(request, StreamOptions())]
         session = DispatchSession(Handle(dispatcher), timing)

@@ -31,7 +31,7 @@ from .edge import WORK, Edge, started
 
 GENERATE = "/v1/images/generations"
 A_HILL = {"prompt": "a hill"}
-PRICE = WORK["landscapes"][0] + 28 * WORK["landscapes"][1]
+PRICE = WORK[0] + 28 * WORK[1]
 # The images take 4 · 0.021 s.
 LONG = {
     "prompt": "a hill",

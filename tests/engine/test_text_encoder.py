@@ -48,7 +48,9 @@ def run(
     async def main() -> None:
         encoder = Encoder()
         async with asyncio.timeout(5):
-            await test(EmbeddingCache(encoder.encode, rows * ROW_BYTES, 4, pinned), encoder)
+            cache = EmbeddingCache(encoder.encode, rows * ROW_BYTES, 4)
+            await cache.pin(pinned)
+            await test(cache, encoder)
 
     asyncio.run(main())
 
@@ -154,6 +156,16 @@ def test_pinned_prompts_stay_in_the_cache() -> None:
     run(test, rows=1, pinned=[("", 32)])
 
 
+def test_prompts_that_are_pinned_later_are_encoded_then() -> None:
+    async def test(cache: EmbeddingCache, encoder: Encoder) -> None:
+        await cache.pin([("", 32), ("", 64)])
+        await cache.get("a", 32)
+        await cache.get("", 64)
+        assert encoder.prompts == ["", "", "a"]
+
+    run(test, rows=1, pinned=[("", 32)])
+
+
 def test_other_prompts_change_no_embedding_and_warm_prompts_are_kept() -> None:
     """The demo model's encoder gets prompts one by one, and then all in one batch.
 
@@ -168,7 +180,9 @@ def test_other_prompts_change_no_embedding_and_warm_prompts_are_kept() -> None:
 
     async def embeds(together: bool) -> list[torch.Tensor]:
         encoder = TextEncoder.__new__(TextEncoder)
-        await encoder.__init__(settings, None, None, [32])  # type: ignore[misc]  # as Ray Serve does
+        arguments = {"encoder": settings, "models_folder": None, "mps_folder": None}
+        await encoder.__init__(arguments)  # type: ignore[misc]  # as Ray Serve does
+        await encoder.reconfigure({"max_sequence_lengths": [32]})
         assert all(encoder._cache._pinned.values())
         assert encoder._cache._pinned.keys() == {("", 32), ("blurry", 32)}
         prompts = ["the sea", "dunes at noon", "a city"]

@@ -31,7 +31,8 @@ class AdmissionHarness:
         pools: Pools = P,
         **tenants: Tenant,
     ) -> None:
-        self.grants = Grants(pools, session_lease_s=1e9, replica_lease_s=1e9)
+        self.grants = Grants(session_lease_s=1e9, replica_lease_s=1e9)
+        self.grants.set_pools(pools)
         self.admission = Admission(self.grants, max_queued=max_queued)
         others = ["t", "other", "flood", "light", "third", "late", "a", "b", "c"]
         others += [f"other{i}" for i in range(9)]
@@ -248,7 +249,8 @@ def test_the_eta_includes_the_wait_for_a_slot() -> None:
 
 def test_the_eta_is_that_of_the_pool_that_will_generate_the_image() -> None:
     """The slower pool is preferred and gets the image while it has a free slot."""
-    grants = Grants(("slow", "fast"), session_lease_s=1e9, replica_lease_s=1e9)
+    grants = Grants(session_lease_s=1e9, replica_lease_s=1e9)
+    grants.set_pools(("slow", "fast"))
     admission = Admission(grants, max_queued=100)
     grants.open("s", 0)
     grants.report_replica(Heartbeat("slow", "r", 1, speed=0.5), 0)

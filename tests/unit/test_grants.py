@@ -25,7 +25,8 @@ USAGE = usage_record()
 
 def grants(**pools: int) -> Grants:
     """Grants with one session "s" at time 0 and one replica per pool with the given slots."""
-    book = Grants(AUTO, session_lease_s=10, replica_lease_s=5)
+    book = Grants(session_lease_s=10, replica_lease_s=5)
+    book.set_pools(AUTO)
     book.open("s", 0)
     for pool, slots in pools.items():
         book.report_replica(Heartbeat(pool.replace("_", "-"), "r", slots), 0)
@@ -230,6 +231,28 @@ def test_positions_follow_the_fair_order() -> None:
     assert [o.position for o in book.positions()] == [2]
 
 
+def test_pools_come_and_go_while_images_wait_and_run() -> None:
+    book = grants(m_fp8=1)
+    submit(book, waiting_image("runs", (FP8,)), waiting_image("waits", (FP8,)))
+    (running,) = book.grant()
+    book.set_placeable(AUTO)
+    # An Ingress may have heard of a new pool earlier.
+    submit(book, waiting_image("new", ("new",)), waiting_image("both", (FP8, "new")))
+    assert not book.grant()
+    assert not book.refuse()
+    book.set_pools(["new", FP16])
+    assert [one.image_id for one in book.refuse()] == ["waits"]
+    assert book.report_replica(Heartbeat("new", "r", 2), 1)
+    assert not book.report_replica(Heartbeat(FP8, "r", 2), 1)
+    assert {one.image_id: one.pool for one in book.grant()} == {"new": "new", "both": "new"}
+    assert book.release("s", Release(running.image_id, took_s=1.0), 2) is None
+    assert book.submit("s", waiting_image("late", (FP8,)), "t", 2) == Refused("s", "late")
+    book.set_pools([FP8])
+    assert book.free_slots(FP8) == 0
+    assert book.report_replica(Heartbeat(FP8, "r", 2), 3)
+    assert book.free_slots(FP8) == 2
+
+
 class GrantsMachine(RuleBasedStateMachine):
     """Any order of submits, releases, deaths, restarts, drains and shrinking pools.
 
@@ -238,7 +261,8 @@ class GrantsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = Grants(AUTO, session_lease_s=10, replica_lease_s=5)
+        self.book = Grants(session_lease_s=10, replica_lease_s=5)
+        self.book.set_pools(AUTO)
         self.now = 0.0
         self.count = 0
         self.waiting: dict[str, tuple[str, tuple[str, ...], str]] = {}  # in order of arrival

@@ -68,7 +68,7 @@ def test_texts_do_not_run_into_each_other(prompt: str, negative: str) -> None:
 
 
 def test_other_weights_give_another_pixel_digest(tmp_path: Path) -> None:
-    settings = laptop_settings().application_settings()
+    settings = laptop_settings()
     (model,) = settings.models
     before = pixel_digest(settings, model)
     more = [pool.model_copy(update={"replicas": 9, "slots": 1}) for pool in model.pools]

@@ -13,7 +13,7 @@ from autoscaling import ray_default
 from autoscaling.load import Follower, Load, PolicyTuning, PoolBounds, ScalingLimits
 from autoscaling.policy import PolicyState, ScalingDecision
 from autoscaling.ray_policy import replicas
-from autoscaling.report import ScalingReport
+from autoscaling.report import ScalingReport, publish
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
 from serve.dispatch.protocol import (
@@ -33,16 +33,24 @@ BOTH = ("fp8", "fp16")
 POOLS = {"fp8": PoolBounds("m", 0, 4, 2), "fp16": PoolBounds("m", 0, 2, 2)}
 
 
+@pytest.fixture(autouse=True)
+def _nothing_published() -> None:
+    """Begin like a new process of Ray Serve's controller."""
+    publish(ScalingReport())
+
+
 class ScalingHarness:
     """An Admission, its Grants and a Scaling, with replicas that send heartbeats."""
 
     def __init__(
         self, limits: ScalingLimits | None = None, scaling: type[Scaling] = Scaling
     ) -> None:
-        self.grants = Grants(list(POOLS), session_lease_s=1e9, replica_lease_s=1e9)
+        self.grants = Grants(session_lease_s=1e9, replica_lease_s=1e9)
+        self.grants.set_pools(POOLS)
         self.admission = Admission(self.grants, max_queued=1000)
         limits = limits or ScalingLimits(POOLS, tuning=PolicyTuning(hold_s=2))
-        self.scaling = scaling(self.grants, self.admission, limits, 0.0)
+        self.scaling = scaling(self.grants, self.admission, 0.0)
+        self.scaling.set_limits(limits)
         self.grants.open("s", 0)
         self.calls = 0
 
@@ -269,7 +277,7 @@ def test_tuning_changes_what_is_decided_from_then_on() -> None:
     harness.open_call(0.5, work_s=0.01)
     harness.scaling.decide(1.0)
     assert harness.scaling.replicas["fp8"] == 1
-    harness.scaling.tune(PolicyTuning(warm_reserve=2))
+    harness.scaling.set_limits(ScalingLimits(POOLS, tuning=PolicyTuning(warm_reserve=2)))
     harness.scaling.decide(2.0)
     assert harness.scaling.replicas["fp8"] == 3
 
@@ -359,6 +367,18 @@ def test_minimum_replicas_never_reduce_a_deployment() -> None:
     assert replicas(contexts(target=0, current=0, least__pool=[(1.0, 0.0)]))[0] == {}
     decided = contexts(target=5, least__pool=[(1.0, 2.0)], replicas__pool=[(2.0, 3.0)])
     assert replicas(decided)[0] == {Deployment("pool"): 3.0}
+
+
+def test_the_policies_of_other_applications_take_what_the_dispatchers_has_published() -> None:
+    pool = {Deployment("pool"): contexts()[Deployment("pool")]}
+    assert replicas(pool) == ({}, {})
+    replicas(contexts(replicas__pool=[(1.0, 4.0)]))
+    assert replicas(pool) == ({Deployment("pool"): 4.0}, {})
+    # Without a Dispatcher the numbers stay: it may have moved to another node.
+    replicas({Deployment("Dispatcher"): Context(0, 1)})
+    assert replicas(pool) == ({Deployment("pool"): 4.0}, {})
+    ray_default.replicas(contexts(requests__pool=[(1.0, 6.0)]))
+    assert ray_default.replicas(pool)[0] == {Deployment("pool"): 3.0}
 
 
 def test_without_numbers_every_deployment_keeps_its_replicas() -> None:

@@ -9,8 +9,15 @@ import yaml
 
 from serve.errors import SettingsError
 from serve.settings import reference
-from serve.settings.application import ApplicationSettings, IngressSettings, Settings
+from serve.settings.application import Settings
 from serve.settings.file import load_settings
+from serve.settings.serve_config import (
+    ApplicationArguments,
+    LiveEncoderSettings,
+    LivePoolSettings,
+    serve_config,
+    versions,
+)
 
 from ..builders import ROOT
 
@@ -173,41 +180,74 @@ def test_settings_are_frozen() -> None:
         settings.http.port = 1
 
 
-LIVE = {
-    "OCTET_HTTP__PORT": "1234",
-    "OCTET_MAX_QUEUED": "7",
-    "OCTET_REQUEST_TIMEOUT_S": "9",
-    "OCTET_IGNORE_UNKNOWN_FIELDS": "true",
-    "OCTET_PUBLIC_URL": "https://images.example",
-    "OCTET_RESULTS__MAX_BYTES": "1000",
-    "OCTET_MODELS__0__DEFAULTS__WIDTH": "64",
-    "OCTET_MODELS__0__LIMITS__MAX_IMAGES": "2",
+MODEL, POOL = "OCTET_MODELS__0__", "OCTET_MODELS__0__POOLS__0__"
+RESTARTING = {  # the applications of examples/laptop.yaml that get new replicas by a change
+    "OCTET_MAX_QUEUED": ("7", set()),
+    "OCTET_IGNORE_UNKNOWN_FIELDS": ("true", set()),
+    "OCTET_RESULTS__MAX_BYTES": ("1000", set()),
+    "OCTET_DRAIN_TIMEOUT_S": ("9", set()),
+    "OCTET_INGRESS__REPLICAS": ("3", set()),
+    f"{MODEL}DEFAULTS__WIDTH": ("64", set()),
+    f"{MODEL}LIMITS__MAX_IMAGES": ("2", set()),
+    f"{POOL}REPLICAS": ("3", set()),
+    f"{POOL}MIN_REPLICAS": ("0", set()),
+    f"{POOL}SLOTS": ("2", {"Generator-landscapes-fp8"}),
+    f"{MODEL}MAX_SEQUENCE_LENGTH": (
+        "16",
+        {"Generator-landscapes-fp8", "Generator-landscapes-fp16"},
+    ),
+    "OCTET_TEXT_ENCODERS__0__REPLICAS": ("2", set()),
+    "OCTET_TEXT_ENCODERS__0__CACHE_MIB": ("64", {"TextEncoder-landscapes"}),
+    "OCTET_DATA_FOLDER": ("/data", {"octet"}),
+    "OCTET_INGRESS__NUM_CPUS": ("1", {"octet"}),
 }
 
 
-@pytest.mark.parametrize("name", LIVE)
-def test_live_settings_are_no_arguments_of_the_application(name: str) -> None:
-    """A changed argument of the application restarts every replica."""
-    plain, tuned = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: LIVE[name]})
-    assert tuned != plain
-    assert tuned.application_settings() == plain.application_settings()
-    assert (tuned.ingress_settings() == plain.ingress_settings()) == (name == "OCTET_HTTP__PORT")
+@pytest.mark.parametrize("name", RESTARTING)
+def test_a_change_gives_new_replicas_only_to_the_applications_that_need_them(name: str) -> None:
+    value, expected = RESTARTING[name]
+    before, after = load_settings(LAPTOP, {}), load_settings(LAPTOP, {name: value})
+    assert serve_config(after) != serve_config(before)
+    assert {one for one, v in versions(after).items() if v != versions(before)[one]} == expected
 
 
-def test_other_settings_are_not_live() -> None:
-    plain, other = load_settings(LAPTOP, {}), load_settings(LAPTOP, {"OCTET_EMULATE_FP8": "true"})
-    assert other.ingress_settings() == plain.ingress_settings()
-    bigger = load_settings(LAPTOP, {"OCTET_MODELS__0__POOLS__0__REPLICAS": "3"})
-    assert bigger.ingress_settings() == plain.ingress_settings()
-    assert bigger.application_settings() != plain.application_settings()
+def test_a_new_model_pool_or_text_encoder_changes_no_other_application(tmp_path: Path) -> None:
+    def add(data: dict[str, Any]) -> None:
+        (model,) = data["models"]
+        new = {**model, "id": "new", "text_encoder": "other", "max_sequence_length": 16}
+        data["models"] = [new, model]
+        # The first pool is the unit of the model's work, which running replicas are told.
+        new_pool = {"precision": "fp16", "card": "a100-80", "num_gpus": 1}
+        model["pools"] = [new_pool, {**model["pools"][0]}]
+        data["text_encoders"] += [{**data["text_encoders"][0], "id": "other"}]
+
+    before = load_settings(write(tmp_path, lambda _: None), {})
+    after = load_settings(write(tmp_path, add), {})
+    old, new = versions(before), versions(after)
+    assert new.keys() - old.keys() == {
+        *("Generator-new-fp8", "Generator-new-fp16", "TextEncoder-other"),
+        "Generator-landscapes-fp16-a100-80",
+    }
+    assert old.keys() - new.keys() == {"Generator-landscapes-fp16"}
+    assert all(old[name] == new[name] for name in old.keys() & new.keys())
 
 
-def test_application_and_ingress_settings_survive_json() -> None:
+def test_replicas_are_given_what_the_settings_say() -> None:
     settings = load_settings(EXAMPLES / "sd35.yaml", {})
-    application, tuning = settings.application_settings(), settings.ingress_settings()
-    assert ApplicationSettings.model_validate(application.model_dump(mode="json")) == application
-    assert IngressSettings.model_validate(tuning.model_dump(mode="json")) == tuning
-    assert list(tuning.models) == [m.id for m in settings.models]
+    for application in serve_config(settings)["applications"]:
+        arguments = ApplicationArguments.model_validate(application["args"])
+        for deployment in application["deployments"]:
+            live = deployment["user_config"]
+            if pool := arguments.pool:
+                (model,) = (m for m in settings.models if m.id == pool.model.id)
+                (own,) = (p for p in model.pools if model.pool_name(p) == pool.name)
+                most = deployment["autoscaling_config"]["max_replicas"]
+                assert pool.pool.model_copy(update={"replicas": most}) == own
+                assert LivePoolSettings.model_validate(live).reference.card == model.pools[0].card
+            elif arguments.text_encoder:
+                assert LiveEncoderSettings.model_validate(live).max_sequence_lengths == (256,)
+            else:
+                assert Settings.model_validate(live) == settings
 
 
 def test_the_reference_in_the_docs_is_the_one_of_the_classes() -> None:
@@ -224,8 +264,12 @@ def test_the_reference_has_every_key_of_the_classes() -> None:
         assert set(keys_in(data)) <= found
     restarts = {s.key: s.restarts for s in groups[""]}
     assert restarts["max_queued"] == "nothing"
-    assert restarts["s3"] == "every replica"
+    assert restarts["s3"] == "Ingresses and Dispatcher"
+    assert restarts["emulate_fp8"] == "pools"
+    assert restarts["autoscaling_policy"] == "every replica"
     assert restarts["http"] == "`octet serve`"
+    restarts = {s.key: s.restarts for s in groups["models[].pools[]"]}
+    assert (restarts["slots"], restarts["replicas"]) == ("the pool's replicas", "nothing")
 
 
 def keys_in(data: Any, prefix: str = "") -> Iterator[str]:

@@ -81,7 +81,7 @@ def test_limits_follow_from_settings() -> None:
         "OCTET_MODELS__0__POOLS__1__CARD": "a100-80",
         "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": "1",
     }
-    limits = scaling_limits(load_settings(SD35, environ).application_settings())
+    limits = scaling_limits(load_settings(SD35, environ))
     fp8, fp16 = limits.pools["sd3.5-large-fp8-h100"], limits.pools["sd3.5-large-fp16-a100-80"]
     assert (fp8.min_replicas, fp8.max_replicas, fp16.min_replicas) == (1, 2, 1)
     assert fp8.speed == pytest.approx(1 / 3)  # three share a card
@@ -89,7 +89,7 @@ def test_limits_follow_from_settings() -> None:
     assert fp8.usd_h > 0
     assert limits.followers["Ingress"].max_replicas == 3
     assert set(limits.followers["TextEncoder-sd35"].pools) == set(limits.pools)
-    assert not scaling_limits(load_settings(LAPTOP, {}).application_settings()).followers
+    assert not scaling_limits(load_settings(LAPTOP, {})).followers
 
 
 def test_replicas_that_share_a_card_share_its_time() -> None:

@@ -25,7 +25,7 @@ from serve.request import OutputFormat, Precision, StreamOptions
 from ..builders import laptop_settings
 
 SETTINGS = laptop_settings()
-LIVE = SETTINGS.ingress_settings()
+LIVE = SETTINGS
 
 
 def body(**fields: object) -> bytes:

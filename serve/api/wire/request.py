@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
 from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
-from ...settings.application import IngressSettings
+from ...settings.application import Settings
 
 RANDOM_SEEDS = 2**32  # seeds that the server chooses are below this: short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -94,7 +94,7 @@ class GenerationRequest:
 
 def parse(
     body: bytes,
-    live: IngressSettings,
+    live: Settings,
     request_id: str = "request",
     default_timeout_s: float | None = None,
 ) -> GenerationRequest:
@@ -112,8 +112,9 @@ def parse(
         raise _explain(error) from None
     unknown = tuple(asked.model_extra or ())
     _check_fields(unknown, live)
-    name = next(iter(live.models), "") if asked.model is None else asked.model
-    model = live.models.get(name)
+    models = {model.id: model for model in live.models}
+    name = next(iter(models), "") if asked.model is None else asked.model
+    model = models.get(name)
     if model is None:
         raise model_not_found(name, live)
     defaults, limits = model.defaults, model.limits
@@ -196,9 +197,9 @@ def ignored_header(fields: Sequence[str]) -> dict[str, str]:
     return {"x-octet-ignored": names[:1000]} if fields else {}
 
 
-def model_not_found(name: str, live: IngressSettings) -> ModelNotFound:
+def model_not_found(name: str, live: Settings) -> ModelNotFound:
     """The error for an unknown model; its message suggests the model with the nearest name."""
-    nearest = did_you_mean(name, live.models)
+    nearest = did_you_mean(name, [model.id for model in live.models])
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 
 
@@ -218,7 +219,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _check_fields(unknown: Sequence[str], live: IngressSettings) -> None:
+def _check_fields(unknown: Sequence[str], live: Settings) -> None:
     """Raise `InvalidRequest` for unknown fields, unless the settings allow them."""
     if unknown and not live.ignore_unknown_fields:
         nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
