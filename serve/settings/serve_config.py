@@ -30,6 +30,8 @@ BUILD = "serve.app:build"
 # For the applications, and for Serve's own processes. Octet's own lines say how each request ended;
 # Serve's access log would add two more lines for each, also for probes.
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
+# Settings as the operator wrote them; what was left out has the same default in the replicas.
+AS_WRITTEN: dict[str, Any] = {"mode": "json", "exclude_unset": True}
 NUMBERS = {"replicas", "min_replicas"}  # of replicas: no arguments, because they change live
 
 
@@ -140,10 +142,9 @@ def versions(settings: Settings) -> dict[str, Any]:
 
 def _front(settings: Settings) -> dict[str, Any]:
     arguments = settings.model_dump(
-        mode="json", include=set(FrontSettings.model_fields), exclude={"ingress": NUMBERS}
+        **AS_WRITTEN, include=set(FrontSettings.model_fields), exclude={"ingress": NUMBERS}
     )
-    # As the operator wrote them: what was left out has the same default in the replicas.
-    live = settings.model_dump(mode="json", exclude_unset=True)
+    live = settings.model_dump(**AS_WRITTEN)
     return {
         "name": APPLICATION,
         "route_prefix": "/",
@@ -162,7 +163,7 @@ def _front(settings: Settings) -> dict[str, Any]:
 
 def _encoder(settings: Settings, encoder: Encoder) -> dict[str, Any]:
     arguments = {
-        "encoder": encoder.model_dump(mode="json", exclude=NUMBERS),
+        "encoder": encoder.model_dump(**AS_WRITTEN, exclude=NUMBERS),
         "models_folder": settings.models_folder,
         "mps_folder": settings.mps_folder,
     }
@@ -178,16 +179,16 @@ def _encoder(settings: Settings, encoder: Encoder) -> dict[str, Any]:
 
 def _pool(settings: Settings, model: Model, pool: Pool, least: int) -> dict[str, Any]:
     """The application of a pool, which Ray Serve counts as running with `least` replicas."""
-    served = model.model_dump(mode="json", include=set(ServedModel.model_fields))
+    served = model.model_dump(**AS_WRITTEN, include=set(ServedModel.model_fields))
     arguments = {
         "name": model.pool_name(pool),
-        "model": {**served, "pools": [pool.model_dump(mode="json", exclude=NUMBERS)]},
+        "model": {**served, "pools": [pool.model_dump(**AS_WRITTEN, exclude=NUMBERS)]},
         "emulate_fp8": settings.emulate_fp8,
         "models_folder": settings.models_folder,
         "compiled_folder": settings.compiled_folder,
         "mps_folder": settings.mps_folder,
     }
-    reference = model.pools[0].model_dump(mode="json", exclude=NUMBERS)
+    reference = model.pools[0].model_dump(**AS_WRITTEN, exclude=NUMBERS)
     return _application(
         generator_deployment(model.pool_name(pool)),
         {"pool": arguments},

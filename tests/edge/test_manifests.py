@@ -140,14 +140,17 @@ def imported(path: str) -> Any:
 @pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 def test_ray_serve_accepts_the_config_and_every_name_in_it_exists(overlay: str) -> None:
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
-    (application,) = ServeDeploySchema.model_validate(config).applications
-    assert imported(application.import_path) is app.build
-    policy = config["applications"][0]["autoscaling_policy"]["policy_function"]
-    assert callable(imported(policy))
+    applications = ServeDeploySchema.model_validate(config).applications
     assert callable(imported(ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]))
-    bound = app.build(application.args)
-    deployed = {d.name for d in deployments(bound)}
-    assert {d.name for d in application.deployments} <= deployed
+    for application in applications:
+        assert imported(application.import_path) is app.build
+        assert callable(imported(application.autoscaling_policy["policy_function"]))
+        deployed = {d.name for d in deployments(app.build(application.args))}
+        assert {d.name for d in application.deployments} == deployed
+    settings = settings_of(overlay)
+    assert len(applications) == 1 + len(settings.text_encoders) + sum(
+        len(model.pools) for model in settings.models
+    )
     assert config["proxy_location"] == "EveryNode"
 
 
@@ -166,16 +169,16 @@ def test_an_application_counts_as_running_when_every_model_has_a_replica(overlay
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
     least = {
         one["name"]: one["autoscaling_config"]["min_replicas"]
-        for one in config["applications"][0]["deployments"]
-        if "autoscaling_config" in one
+        for application in config["applications"]
+        for one in application["deployments"]
+        if one["name"].startswith("Generator-")
     }
     assert least == {
         f"Generator-{model.pool_name(pool)}": pool.least
         for model in settings.models
         for pool in model.pools
-        if pool.least
     }
-    served = {name.removeprefix("Generator-") for name in least}
+    served = {name.removeprefix("Generator-") for name in least if least[name]}
     assert all(served & {m.pool_name(p) for p in m.pools} for m in settings.models)
 
 
@@ -202,20 +205,21 @@ def test_pools_and_nodes_are_those_of_the_plan(overlay: str) -> None:
         for p in planned_pools(plan(groups, planned_models_of(settings), encoder_gib=gib))
     }
     config = yaml.safe_load(ray_service(overlay)["serveConfigV2"])
-    args = config["applications"][0]["args"]
-    found = {
-        (model["id"], pool["card"], pool["precision"]): (
-            pool["replicas"],
-            pool["slots"],
-            pool["num_gpus"],
-            pool["memory_gib"],
+    ingress, _ = config["applications"][0]["deployments"]
+    deployed = Settings.model_validate(ingress["user_config"])
+    found: dict[Any, Any] = {
+        (model.id, pool.card, pool.precision): (
+            pool.replicas,
+            pool.slots,
+            pool.num_gpus,
+            pool.memory_gib,
         )
-        for model in args["models"]
-        for pool in model["pools"]
+        for model in deployed.models
+        for pool in model.pools
     }
-    for encoder in args["text_encoders"]:
-        key = None, encoder["card"], ""
-        found[key] = encoder["replicas"], 1, encoder["num_gpus"], encoder["memory_gib"]
+    for encoder in deployed.text_encoders:
+        key = None, encoder.card, ""
+        found[key] = encoder.replicas, 1, encoder.num_gpus, encoder.memory_gib
     assert found == planned
     for group in cards.values():
         (container,) = group["template"]["spec"]["containers"]

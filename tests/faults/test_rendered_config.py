@@ -2,8 +2,8 @@
 
 The nodes have the overlay's labels and fake cards, and replicas only wait (`bench.timed`), so that
 two cores are enough. The S3 protocol, Redis, keys and Ray's REST API with its token are real. While
-clients send requests, a node leaves, a changed serveConfigV2 replaces every replica, and a pool
-wakes. No request may fail.
+clients send requests, a node leaves, models and pools come and go, a changed serveConfigV2 replaces
+every replica, and a pool wakes. No request may fail.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ class Operator:
         answer = self._client.put("/api/serve/applications/", json=config)
         assert answer.status_code == 200, answer.text
 
-    def status(self) -> str:
-        applications = self._client.get("/api/serve/applications/").json()["applications"]
-        return str(applications["octet"]["status"]) if "octet" in applications else "none"
+    def running(self, config: dict[str, Any]) -> bool:
+        """Return whether all applications of this config run, and no others are there."""
+        found = self._client.get("/api/serve/applications/").json()["applications"]
+        wanted = {application["name"] for application in config["applications"]}
+        return found.keys() == wanted and {one["status"] for one in found.values()} == {"RUNNING"}
 
     def close(self) -> None:
         self._client.close()
@@ -102,8 +104,20 @@ def config_of(settings: Settings) -> dict[str, Any]:
     kinds = read_nodes(OVERLAY / "nodes.yaml")
     config = copy.deepcopy(serve_config_v2(settings, kinds))
     config["http_options"]["host"] = "127.0.0.1"
-    config["applications"][0]["import_path"] = "bench.timed:build"
+    for application in config["applications"]:
+        application["import_path"] = "bench.timed:build"
     return config
+
+
+def changed_catalogue(settings: Settings) -> Settings:
+    """Another number of slots for Large's first pool, a new model on the A100, and no Medium."""
+    large, medium = settings.models
+    first, *others = large.pools
+    pools = (first.model_copy(update={"slots": first.slots + 1}), *others)
+    (pool,) = (p for p in medium.pools if p.card == "a100-80")
+    new = {"id": "new", "pools": (pool.model_copy(update={"min_replicas": 1}),)}
+    models = large.model_copy(update={"pools": pools}), medium.model_copy(update=new)
+    return settings.model_copy(update={"models": models})
 
 
 class Clients:
@@ -190,9 +204,10 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     key = add_tenant(folder / "tenants", "acme", {})
     operator = Operator()
 
-    # KubeRay sends traffic to a cluster when its application runs. The pools are ready by then.
-    operator.deploy(config_of(servers))
-    wait_for(lambda: operator.status() == "RUNNING")
+    # KubeRay sends traffic to a cluster when its applications run. The pools are ready by then.
+    config = config_of(servers)
+    operator.deploy(config)
+    wait_for(lambda: operator.running(config))
     large, medium = "Generator-sd3.5-large", "Generator-sd3.5-medium"
     h100 = Counter({"h100": 1})
     assert landed().items() >= {f"{large}-fp8-h100": h100, f"{medium}-fp8-h100": h100}.items()
@@ -239,9 +254,21 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     # KubeRay makes a new front pod in its place. An Ingress finds a place only there: one a pod.
     new = add_node_of(cluster, kinds["front"])
 
-    # A changed serveConfigV2 replaces every replica.
+    # Models and pools come, change and go; every other replica stays.
+    wait_for(lambda: len(nodes_of("Ingress")) == 2)
     before = {*nodes_of("")}
-    operator.deploy(config_of(servers.model_copy(update={"drain_timeout_s": 200.0})))
+    config = config_of(changed_catalogue(servers))
+    operator.deploy(config)
+    wait_for(lambda: operator.running(config) and not nodes_of(medium))
+    body = {"prompt": "dunes", "model": "new"}
+    assert client.post("/v1/images/generations", json=body).status_code == 200
+    gone = {name.split("#")[1] for name in before - {*nodes_of("")}}
+    assert gone == {f"{large}-fp8-h100", f"{medium}-fp8-h100"}
+
+    # Settings that every replica is started with replace them all.
+    before = {*nodes_of("")}
+    folders = {"models_folder": str(folder / "m"), "data_folder": str(folder / "d")}
+    operator.deploy(config_of(servers.model_copy(update=folders)))
     wait_for(lambda: not before & {*nodes_of("")} and len(nodes_of("Ingress")) == 2)
 
     # A sleeping pool wakes for a request that needs it, on the node that is meant for the pool.

@@ -44,7 +44,7 @@ def replicas() -> dict[int, str]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has ended meanwhile
             title = " ".join(process.cmdline())
-            if match := re.search(r"ServeReplica:octet:([\w-]+)", title):
+            if match := re.search(r"ServeReplica:[\w.-]+:([\w-]+)", title):
                 found[process.pid] = match[1]
     return found
 

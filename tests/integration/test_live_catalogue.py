@@ -76,7 +76,7 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
     def second() -> httpx.Response:
         return httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
 
-    wait_for(lambda: FIRST <= replicas().keys())
+    wait_for(lambda: replicas().keys() >= FIRST)
     at_first = replicas()
     with clients(url) as answers:
         assert octet.apply(with_second_model(before, slots=4)) == [SECOND]
