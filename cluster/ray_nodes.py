@@ -9,6 +9,8 @@ from ray._private.state import actors, state
 
 from .placement import Node
 
+FOR_GOOD_S = 10 * 365 * 24 * 3600.0
+
 
 def living_nodes() -> list[Node]:
     """The living nodes.
@@ -48,6 +50,14 @@ def drain(node_id: str, seconds: float) -> None:
     )
     if not accepted:
         raise RuntimeError(f"node {node_id[:8]}: Ray refuses to drain it: {why}")
+
+
+def drain_for_good(node_id: str) -> None:
+    """Drain a node without a time at which it ends. Ray cannot undo this.
+
+    Raises `RuntimeError` if Ray refuses.
+    """
+    drain(node_id, FOR_GOOD_S)
 
 
 def actors_on(node_id: str) -> list[str]:

@@ -80,6 +80,7 @@ OVERVIEW = [
             (most("octet_dispatcher_recovering"), "recovering"),
         ),
     ),
+    one("Cordoned nodes", "short", most("octet_nodes_cordoned", "node"), "{{node}}"),
     one("Longest wait in the queue", "s", most("octet_queue_oldest_seconds", "pool"), "{{pool}}"),
     one(
         "Queued work",

@@ -99,6 +99,12 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "The card {{ $labels.uuid }} reports a fault: Xid {{ $labels.xid }}, or errors of its "
         "memory (ECC).",
     ),
+    "OctetNodeCordoned": (
+        f"{most('octet_nodes_cordoned', 'node')} > 0",
+        "0m",
+        "warning",
+        "The node {{ $labels.node }} gets no new work.",
+    ),
     "OctetOutOfMemory": (
         happened("octet_engine_out_of_memory", "15m", "pool"),
         "0m",

@@ -152,6 +152,9 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_tenant_refused": Metric(
             "counter", "Refused requests, by the error's code.", ("tenant", "code")
         ),
+        "octet_nodes_cordoned": Metric(
+            "gauge", "1 for each node that gets no new work, by Ray's id of it.", ("node",)
+        ),
         "octet_tenants_file_faults": Metric(
             "gauge",
             "1 while a file of tenants or keys cannot be used, so its last valid contents are.",

@@ -120,12 +120,14 @@ def a_dispatcher(
     usage_folder: str | None = None,
     limits: ScalingLimits | None = None,
     nodes: list[Node] | None = None,
+    drained: list[str] | None = None,
     ingresses: int = 0,
     timing: Timing = PROMPT,
 ) -> Dispatcher:
     """A Dispatcher of pools that fit on its only node; a pool named "elsewhere" does not.
 
-    The caller may change `nodes` while the Dispatcher runs.
+    The caller may change `nodes` while the Dispatcher runs. `drained` gets the ids of the nodes
+    that the Dispatcher wants Ray to drain.
     """
     needs = {p: NodeRequirement("fp16", 1, float(p == "elsewhere")) for p in pools}
     alive = [Node("n", num_cpus=1)] if nodes is None else nodes
@@ -134,6 +136,7 @@ def a_dispatcher(
         tenants_folder,
         usage_folder,
         lambda: alive,
+        drained.append if drained is not None else lambda _node: None,
         lambda: {INGRESS: {"RUNNING": ingresses}},
         timing,
     )

@@ -197,6 +197,7 @@ class Attempts:
                     await asyncio.sleep(self._timing.retry_pause_s)
                     return None
             history.lost += 1
+            slot.lost = True
             log.warning("%s: attempt %d lost its replica of %s", request.id, history.lost, pool)
             if last:
                 raise ReplicaFailed(f"the replica died in each of {ATTEMPTS} attempts") from None

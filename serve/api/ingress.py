@@ -49,12 +49,13 @@ from .tenant_gate import TenantGate
 from .timing import INGRESS_TIMING, IngressTiming
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
-from .wire.request import SHOWN_CHARS, check_request_id, model_not_found, parse
+from .wire.request import SHOWN_CHARS, check_request_id, model_not_found, parse, reason_of
 from .wire.response import (
     CancelledRequest,
     LiftedQuarantine,
     ModelItem,
     ModelList,
+    NodeCordon,
     RequestStatus,
 )
 
@@ -137,6 +138,8 @@ class Ingress:
                 Route("/openapi.json", self.openapi),
                 Route("/v1/state", self.state),
                 Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
+                Route("/v1/nodes/{id}/cordon", self.cordon, methods=["PUT"]),
+                Route("/v1/nodes/{id}/cordon", self.uncordon, methods=["DELETE"]),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
@@ -233,8 +236,7 @@ class Ingress:
 
     async def state(self, http: Request) -> Response:
         """Answer `GET /v1/state` with pools, queue and tenants, but only to an operator."""
-        if not self._access(http.scope["tenant"]).operator:
-            raise NotFound("GET /v1/state: Not Found")
+        self._check_operator(http)
         try:
             async with asyncio.timeout(self._timing.dispatcher_s):
                 return JSONResponse(await self._dispatcher.overview.remote())
@@ -249,6 +251,38 @@ class Ingress:
             raise NotFound(f"no request in quarantine has the id '{id[:SHOWN_CHARS]}'")
         self._session.lift_quarantine(id)
         return JSONResponse(LiftedQuarantine(id=id).model_dump())
+
+    async def cordon(self, http: Request) -> Response:
+        """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
+        self._check_operator(http)
+        body = await self._body(http, lambda _: None)
+        return await self._change_node(http, "cordon", reason_of(body))
+
+    async def uncordon(self, http: Request) -> Response:
+        """Answer `DELETE /v1/nodes/ID/cordon`: an operator lets a node get work again."""
+        self._check_operator(http)
+        return await self._change_node(http, "uncordon")
+
+    async def _change_node(self, http: Request, method: str, *arguments: str) -> Response:
+        """Call the Dispatcher's `cordon` or `uncordon` for the node that the path names.
+
+        Raises `NotFound` if there is no such node, and `Unavailable` without a Dispatcher.
+        """
+        id = http.path_params["id"]
+        try:
+            async with asyncio.timeout(self._timing.dispatcher_s):
+                node = await getattr(self._dispatcher, method).remote(id, *arguments)
+        except (TimeoutError, RayError, RayServeException):
+            raise Unavailable("the dispatcher is restarting: try again") from None
+        if node is None:
+            which = "node" if method == "cordon" else "cordoned node"
+            raise NotFound(f"'{id[:SHOWN_CHARS]}' does not begin the id of exactly one {which}")
+        return JSONResponse(NodeCordon(node=node, cordoned=method == "cordon").model_dump())
+
+    def _check_operator(self, http: Request) -> None:
+        """Raise the `NotFound` of an unknown path if the caller is no operator."""
+        if not self._access(http.scope["tenant"]).operator:
+            raise NotFound(f"{http.method} {http.url.path}: Not Found")
 
     async def health(self, _: Request) -> Response:
         """Answer `GET /health`, which shows that this process runs."""

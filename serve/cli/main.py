@@ -23,7 +23,7 @@ from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..settings.models import Model, Source
 from ..tenants.files import TENANTS, read_keys, read_tenants
-from . import bench, doctor, k8s, plan, simulate, tenant, top, usage
+from . import bench, doctor, k8s, node, plan, simulate, tenant, top, usage
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -44,6 +44,7 @@ app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(k8s.app, name="k8s")
+app.add_typer(node.app, name="node")
 app.command("usage")(usage.usage)
 app.command("top")(top.top)
 

@@ -12,7 +12,7 @@ SHOWN = 30  # tenants in the table: those with the most running and queued image
 
 
 def overview_table(state: dict[str, Any]) -> Group:
-    """Tables of pools and tenants; `state` is the answer of `GET /v1/state`."""
+    """Tables of pools, tenants and nodes; `state` is the answer of `GET /v1/state`."""
     head = f"{state['calls']} requests open, {state['queued']} images queued"
     pools = Table(title=head + (" · draining" if state["draining"] else ""), title_justify="left")
     for name in ("pool", "ready / wanted", "slots used", "work left", "speed"):
@@ -47,5 +47,18 @@ def overview_table(state: dict[str, Any]) -> Group:
         f"refused; DELETE /v1/quarantine/{r['id']} lets it pass again[/]"
         for r in state["quarantined"]
     ]
+    nodes = Table()
+    for name in ("node", "card", "replicas", "state"):
+        nodes.add_column(name, justify="right" if name == "replicas" else "left")
+    for row in state["nodes"]:
+        draining = "draining" if row["draining"] else ""
+        cordoned = f"[red]cordoned: {escape(row['cordoned'])}[/]" if row["cordoned"] else draining
+        nodes.add_row(row["node"][:12], row["card"], str(row["replicas"]), cordoned)
+    here = {row["node"] for row in state["nodes"]}
+    gone = [
+        f"[red]{escape(one['node'][:12])}, which is gone, is cordoned: {escape(one['reason'])}[/]"
+        for one in state["cordoned"]
+        if one["node"] not in here
+    ]
     extra = f"and {more} more" if more > 0 else ""
-    return Group(pools, *reasons, tenants, extra, *faults, *quarantined)
+    return Group(pools, *reasons, tenants, extra, nodes, *gone, *faults, *quarantined)

@@ -18,7 +18,7 @@ from typing import Any
 
 from autoscaling.load import ScalingLimits
 from cluster.placement import Node, NodeRequirement
-from cluster.ray_nodes import living_nodes
+from cluster.ray_nodes import drain_for_good, living_nodes
 
 from ..models.replica_bounds import scaling_limits
 from ..settings.application import LiveSettings, Settings
@@ -26,11 +26,13 @@ from ..tenants.files import KEYS, TENANTS
 from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger
 from .admission import Admission
+from .cordoning import Cordoning, read_cordons
+from .cordons import Cordons
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
 from .metering import Metering
 from .node_watch import NodeWatch
-from .overview import overview
+from .overview import nodes_overview, overview
 from .protocol import (
     TIMING,
     AdmissionRequest,
@@ -75,17 +77,18 @@ class Dispatcher:
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
+        drain: Callable[[str], None] = drain_for_good,
         read_states: Callable[[], ReplicaStates] = replica_states,
         timing: Timing = TIMING,
     ) -> None:
         """Start the Dispatcher and its background tasks; needs a running event loop.
 
         The Dispatcher knows no pools before `reconfigure` names them. `read_nodes` returns the
-        cluster's nodes, and `read_states` the states of Ray Serve's replicas; both may block.
-        Without `tenants_folder` any tenant may call. `usage_folder` also holds copies of the last
-        valid tenants. Without it usage is counted in memory only, and is lost when this process
-        ends. Raises `SettingsError`, `OSError` or
-        `ValueError` if a folder cannot be read or holds a wrong file.
+        cluster's nodes, `drain` lets Ray place nothing new on a node, and `read_states` returns the
+        states of Ray Serve's replicas; all may block. Without `tenants_folder` any tenant may call.
+        `usage_folder` also holds copies of the last valid tenants, and the cordoned nodes. Without
+        it usage is counted in memory only, and all of this is lost when this process ends. Raises
+        `SettingsError`, `OSError` or `ValueError` if a folder cannot be read or holds a wrong file.
         """
         self._timing = timing
         self.grants = Grants(
@@ -114,12 +117,29 @@ class Dispatcher:
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._quarantine, self._results = Quarantine(), SharedResults()
+        folder = Path(usage_folder).expanduser() if usage_folder else None
+        self._cordons = Cordons(read_cordons(folder))
         self._positions_due = False
         upkeep = Upkeep(
-            self.grants, self.admission, self.metering, self.scaling, self._tenant_metrics, timing
+            self.grants,
+            self.admission,
+            self.metering,
+            self.scaling,
+            self._cordons,
+            self._tenant_metrics,
+            timing,
         )
         self._nodes = NodeWatch(
-            read_nodes, read_states, self.grants, self.scaling, self.sessions.deliver
+            read_nodes,
+            drain,
+            read_states,
+            self.grants,
+            self.scaling,
+            self._cordons,
+            self.sessions.deliver,
+        )
+        self._cordoning = Cordoning(
+            self._cordons, self._nodes, folder, lambda: self.sessions.set_status(self._status())
         )
         self._tasks = [
             asyncio.create_task(work)
@@ -127,6 +147,7 @@ class Dispatcher:
                 upkeep.run(self.end_session, self._beat, self._may_decide),
                 self._nodes.run(timing.nodes_s),
                 self._watch_tenants(),
+                self._cordoning.run(timing.heartbeat_s),
                 self.metering.run(),
             )
         ]
@@ -250,6 +271,9 @@ class Dispatcher:
         self.recovery.reached()
         self._metrics.messages["heartbeat"] += 1
         now = time.monotonic()
+        heartbeat = heartbeat._replace(slots=self._cordons.heard(heartbeat, now))
+        if heartbeat.node in self._cordons.cordoned and heartbeat.node not in self.grants.draining:
+            self._nodes.look_again()
         if self.grants.report_replica(heartbeat, now, running):
             self.sessions.set_status(self._status())
         for report in stopped:
@@ -257,7 +281,8 @@ class Dispatcher:
                 self.metering.stopped(report.lease.session, usage, report)
         self._grant()
         orphans = tuple(lease for lease in running if not self.grants.holds(lease))
-        return HeartbeatReply(orphans, heartbeat.node in self.grants.draining)
+        leaving = heartbeat.node in self.grants.draining
+        return HeartbeatReply(orphans, leaving, self._cordons.careful(heartbeat, now))
 
     # -- operators ------------------------------------------------------------------------------
 
@@ -266,11 +291,20 @@ class Dispatcher:
         return self._status()
 
     async def overview(self) -> dict[str, Any]:
-        """Return what `octet top` shows: all fields of `state`, and a row for each tenant."""
+        """Return what `octet top` shows: all fields of `state`, and rows of tenants and nodes."""
         return {
             **self._status().as_json(),
             "tenants": overview(self.admission, self.grants),
+            "nodes": nodes_overview(self._nodes.nodes.values(), self.grants, self._cordons),
         }
+
+    async def cordon(self, node: str, reason: str) -> str | None:
+        """Give a node no new work; see `Cordoning.cordon`."""
+        return await self._cordoning.cordon(node, reason)
+
+    async def uncordon(self, node: str) -> str | None:
+        """Let a node get work again; see `Cordoning.uncordon`."""
+        return await self._cordoning.uncordon(node)
 
     async def drain(self) -> int:
         """Refuse new calls from now on. Returns the number of open calls and images together.
@@ -302,6 +336,7 @@ class Dispatcher:
             pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
             faults=dict(self._tenants.faults) if self._tenants else {},
             quarantined=self._quarantine.present(time.monotonic()),
+            cordoned=tuple(self._cordons.cordoned.values()),
         )
 
     def _pool_status(self, pool: str) -> PoolStatus:
@@ -412,7 +447,8 @@ class Dispatcher:
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
         recovering = not self.recovery.over
-        self._metrics.report(lag_s, len(self.sessions), recovering=recovering)
+        cordoned = self._cordons.cordoned
+        self._metrics.report(lag_s, len(self.sessions), cordoned, recovering=recovering)
 
     # -- tenants --------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ the most recent use have labels of their own. All other tenants share the label 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..metric_catalogue import metric
@@ -32,8 +32,11 @@ class DispatcherMetrics:
         self._lag = metric("octet_dispatcher_lag_seconds")
         self._sessions = metric("octet_dispatcher_sessions")
         self._recovering = metric("octet_dispatcher_recovering")
+        self._cordoned = metric("octet_nodes_cordoned")
 
-    def report(self, lag_s: float, sessions: int, *, recovering: bool) -> None:
+    def report(
+        self, lag_s: float, sessions: int, cordoned: Iterable[str], *, recovering: bool
+    ) -> None:
         """Report to Ray; called once per heartbeat."""
         for kind, count in self.messages.items():
             self._messages.inc(count, {"kind": kind})
@@ -41,6 +44,8 @@ class DispatcherMetrics:
         self._lag.set(lag_s)
         self._sessions.set(sessions)
         self._recovering.set(int(recovering))
+        for node in cordoned:
+            self._cordoned.set(1, {"node": node})
 
 
 class PoolMetrics:

@@ -86,6 +86,13 @@ class _Unsettled(NamedTuple):
     cancelled: UsageRecord | None
 
 
+class GoneReplica(NamedTuple):
+    """A replica that is gone: its last heartbeat, and the calls whose images died with it."""
+
+    heartbeat: Heartbeat
+    lost_calls: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class _Replica:
     heartbeat: Heartbeat
@@ -119,6 +126,7 @@ class Grants:
         self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
         self._excess: dict[str, _Excess] = {}
         self._running: dict[str, int] = {}  # granted slots by pool
+        self._gone: list[GoneReplica] = []  # not yet returned by `expire_replicas`
         self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
         self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # reported before their release
@@ -186,6 +194,8 @@ class Grants:
             self._leave_queue(waiting)
         elif running := holder.running.pop(release.image_id, None):
             self._free(running)
+            if release.lost:
+                self._note_death(Lease(session, running.image_id, running.pool), running.call_id)
             if release.took_s is not None:
                 self._settle(running, release.took_s)
                 return None
@@ -198,12 +208,21 @@ class Grants:
             return "awaited"
         return None
 
-    def expire(self, now: float) -> list[str]:
-        """Drop sessions and replicas that have fallen silent; returns the names of the sessions."""
+    def expire_replicas(self, now: float) -> list[GoneReplica]:
+        """Drop the replicas that have fallen silent; return all that have gone since the last call.
+
+        A replica that died while it ran images is among them even if its silence is still short.
+        """
+        gone, self._gone = self._gone, []
         for replicas in self._replicas.values():
             for name, replica in list(replicas.items()):
                 if now - replica.last_heard > self.replica_lease_s:
                     del replicas[name]
+                    gone.append(GoneReplica(replica.heartbeat))
+        return gone
+
+    def expire(self, now: float) -> list[str]:
+        """Drop sessions that have fallen silent; returns their names."""
         for pool, excess in list(self._excess.items()):
             if pool in self._removed or now - excess.since > EXCESS_S:
                 del self._excess[pool]
@@ -377,6 +396,11 @@ class Grants:
         if self._placeable is not None:
             self._placeable |= self._replicas.keys() - before.keys()
 
+    @property
+    def pools(self) -> list[str]:
+        """The names of the pools that there are now."""
+        return list(self._replicas)
+
     def set_placeable(self, pools: Iterable[str]) -> None:
         """Set the pools of which a replica fits on a node that exists or may still be added."""
         self._placeable = frozenset(pools)
@@ -465,6 +489,22 @@ class Grants:
 
     def _free(self, running: RunningImage) -> None:
         self._running[running.pool] -= 1
+
+    def _note_death(self, lease: Lease, call_id: str) -> None:
+        """Drop the replica that ran this image of a call, because it has died.
+
+        A replica that did not report the image before its death is dropped when it is silent.
+        """
+        replicas = self._replicas.get(lease.pool, {})
+        for name, replica in list(replicas.items()):
+            if lease in replica.running:
+                others = (
+                    self._sessions[one.session].running[one.image_id].call_id
+                    for one in replica.running
+                    if self.holds(one)
+                )
+                self._gone.append(GoneReplica(replica.heartbeat, frozenset({call_id, *others})))
+                del replicas[name]
 
     def _leave_queue(self, waiting: WaitingImage) -> None:
         self.queue.remove(waiting)

@@ -10,8 +10,9 @@ from contextlib import suppress
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
 
+from .cordons import Cordons
 from .grants import Grants
-from .protocol import DispatchEvent
+from .protocol import CordonedNode, DispatchEvent
 from .scaling import Scaling
 from .serve_status import ReplicaStates
 
@@ -23,41 +24,55 @@ class NodeWatch:
 
     Grants and scaling learn where replicas could be placed and which nodes are being drained.
     Sessions learn which of their waiting images are refused, because no pool is possible any more.
+    Cordoned nodes are drained.
     """
 
     def __init__(
         self,
         read_nodes: Callable[[], Iterable[Node]],
+        drain: Callable[[str], None],
         read_states: Callable[[], ReplicaStates],
         grants: Grants,
         scaling: Scaling,
+        cordons: Cordons,
         deliver: Callable[[Iterable[DispatchEvent]], None],
     ) -> None:
         """`read_nodes`: returns the cluster's nodes.
 
-        `read_states`: returns the states of Ray Serve's replicas. Both may block. `deliver`: sends
-        events to their sessions.
+        `drain`: lets Ray place nothing new on a node. `read_states`: returns the states of Ray
+        Serve's replicas. These three may block. `deliver`: sends events to their sessions.
         """
         self._needs: Mapping[str, NodeRequirement] = {}
-        self._read_nodes, self._read_states = read_nodes, read_states
+        self._read_nodes, self._drain, self._read_states = read_nodes, drain, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
+        self._cordons = cordons
+        self.nodes: dict[str, Node] = {}  # living nodes, by id
         self._warned: set[str] = set()
-        self._changed = asyncio.Event()  # the pools have changed since the last look
+        self._changed = asyncio.Event()  # pools or cordons have changed since the last look
 
     def set_needs(self, needs: Mapping[str, NodeRequirement]) -> None:
         """Set the pools: by pool, what one replica needs of a node."""
         self._needs = needs
+        self.look_again()
+
+    def end_drain(self, node: str) -> None:
+        """Let the replicas of a node get images again, unless Ray drains it."""
+        self._grants.draining -= {node}
+
+    def look_again(self) -> None:
+        """Look at the nodes at once."""
         self._changed.set()
 
     async def run(self, every_s: float) -> None:
-        """Look at the nodes every `every_s` seconds and when the pools change, for ever."""
+        """Look at the nodes every `every_s` seconds and when something has changed, for ever."""
         await self._changed.wait()
         while True:
             self._changed.clear()
             await self.look()
             await self.look_at_excess()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), every_s)
+                async with asyncio.timeout(every_s):
+                    await self._changed.wait()
 
     async def look(self) -> None:
         """Look at the nodes once. If Ray does not answer, the last known state stays."""
@@ -67,16 +82,46 @@ class NodeWatch:
             log.warning("could not read the cluster's nodes; trying again", exc_info=True)
             return
         self._warn(nodes)
-        alive = {node.id for node in nodes}
+        self.nodes = {node.id: node for node in nodes}
         # A drained node stays drained after it is gone: its replicas may still report themselves.
-        gone = {node for node in self._grants.draining if node not in alive}
-        self._grants.draining = frozenset({node.id for node in nodes if node.draining} | gone)
-        staying = [node for node in nodes if not node.draining]
+        gone = {node for node in self._grants.draining if node not in self.nodes}
+        cordoned = self._cordons.cordoned.keys() & self.nodes.keys()
+        draining = {node.id for node in nodes if node.draining}
+        self._grants.draining = frozenset(draining | cordoned | gone)
+        staying = self._staying()
         self._scaling.placeable = frozenset(
             pool for pool, need in self._needs.items() if any(fits(need, n) for n in staying)
         )
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
+        for node in cordoned - draining:
+            try:
+                await asyncio.to_thread(self._drain, node)
+            except Exception:  # Ray's errors have no common class
+                log.warning("node %s: could not drain it; trying again", node[:8], exc_info=True)
+
+    def to_cordon(self, now: float) -> list[CordonedNode]:
+        """The nodes that are to be cordoned now, because their cards fail.
+
+        A node that a pool cannot do without is not among them: images are tried again on a card
+        that may fail, but without any card they would be refused.
+        """
+        found = []
+        for due in self._cordons.due(now):
+            others = [node for node in self._staying() if node.id != due.node]
+            lost = [
+                pool
+                for pool, need in self._needs.items()
+                if any(replica.node == due.node for replica in self._grants.replicas(pool))
+                and not any(fits(need, node) for node in others)
+                and not self._scaling.limits.tuning.node_wait_s
+            ]
+            if not lost:
+                found.append(due)
+            elif due.node not in self._warned:
+                self._warned.add(due.node)
+                log.error("%s; its node stays, because no other can hold %s", due.reason, lost)
+        return found
 
     async def look_at_excess(self) -> None:
         """Let replicas get images again that were in excess, but that Ray Serve does not stop."""
@@ -89,6 +134,10 @@ class NodeWatch:
             return
         stopping = {name: found.get("STOPPING", 0) for name, found in states.items()}
         self._scaling.restore(stopping, time.monotonic())
+
+    def _staying(self) -> list[Node]:
+        """The living nodes that are not about to go."""
+        return [node for node in self.nodes.values() if node.id not in self._grants.draining]
 
     def _warn(self, nodes: Iterable[Node]) -> None:
         for node, warning in unknown_cards(nodes).items():

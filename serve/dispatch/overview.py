@@ -1,13 +1,18 @@
-"""Overview of tenants: their open work and their usage, as rows for people and metrics.
+"""Overviews of tenants and nodes, as rows for people and metrics.
 
 Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TypedDict
 
+from cluster.placement import Node
+
 from .admission import Admission
+from .cordons import Cordons
 from .grants import Grants
 
 
@@ -43,3 +48,28 @@ def overview(admission: Admission, grants: Grants) -> list[TenantRow]:
             }
         )
     return sorted(rows, key=lambda row: (-row["queued"], -row["running"], row["tenant"]))
+
+
+class NodeRow(TypedDict):
+    """One living node; `cordoned`: why the node gets no new work, empty if it does."""
+
+    node: str
+    card: str
+    replicas: int
+    draining: bool
+    cordoned: str
+
+
+def nodes_overview(nodes: Iterable[Node], grants: Grants, cordons: Cordons) -> list[NodeRow]:
+    """A row for every living node, with the number of its Generators."""
+    replicas = Counter(r.node for pool in grants.pools for r in grants.replicas(pool))
+    return [
+        {
+            "node": node.id,
+            "card": node.card.id if node.card else "",
+            "replicas": replicas[node.id],
+            "draining": node.id in grants.draining,
+            "cordoned": cordons.cordoned[node.id].reason if node.id in cordons.cordoned else "",
+        }
+        for node in nodes
+    ]

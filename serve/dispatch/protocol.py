@@ -122,12 +122,13 @@ class Release(NamedTuple):
     `took_s`: the work that the image took. None if that is not known yet, because the image was
     stopped or its replica was lost; a Generator that stops an image reports its work. `cancelled`:
     the full charge of an image that its client cancelled. The tenant then pays in proportion to the
-    steps that were done.
+    steps that were done. `lost`: whether the replica died while it ran the image.
     """
 
     image_id: str
     took_s: float | None = None
     cancelled: UsageRecord | None = None
+    lost: bool = False
 
 
 class QuarantinedRequest(NamedTuple):
@@ -325,6 +326,17 @@ class PoolStatus(NamedTuple):
     reason: str
 
 
+class CordonedNode(NamedTuple):
+    """A node that gets no new work.
+
+    `node`: Ray's id of it. `cards`: the UUIDs of the cards for which it is cordoned.
+    """
+
+    node: str
+    reason: str
+    cards: tuple[str, ...] = ()
+
+
 class DispatcherStatus(NamedTuple):
     """The Dispatcher's state: open `calls` of clients, `queued` images and every pool.
 
@@ -338,12 +350,19 @@ class DispatcherStatus(NamedTuple):
     pools: dict[str, PoolStatus]
     faults: dict[str, str]
     quarantined: tuple[QuarantinedRequest, ...]
+    cordoned: tuple[CordonedNode, ...]
 
     def as_json(self) -> dict[str, object]:
         """The status as `GET /v1/state` shows it."""
         pools = {name: pool._asdict() for name, pool in self.pools.items()}
         quarantined = [request._asdict() for request in self.quarantined]
-        return {**self._asdict(), "pools": pools, "quarantined": quarantined}
+        cordoned = [node._asdict() for node in self.cordoned]
+        return {
+            **self._asdict(),
+            "pools": pools,
+            "quarantined": quarantined,
+            "cordoned": cordoned,
+        }
 
 
 class SessionMessage(NamedTuple):
@@ -386,7 +405,8 @@ class Heartbeat(NamedTuple):
 
     `running_work_s`: the work left of its running images, in seconds of this replica. `speed`: how
     many seconds of a reference replica's work this replica does in one second. `node`: Ray's id of
-    its node. `start_s`: how long this replica took to start, in seconds.
+    its node. `start_s`: how long this replica took to start, in seconds. `card`: the UUID of its
+    card, empty on a CPU. `fault`: what the driver says is wrong with the card, empty if nothing.
     """
 
     pool: str
@@ -396,6 +416,8 @@ class Heartbeat(NamedTuple):
     speed: float = 1.0
     node: str = ""
     start_s: float = 0.0
+    card: str = ""
+    fault: str = ""
 
 
 class HeartbeatReply(NamedTuple):
@@ -403,7 +425,9 @@ class HeartbeatReply(NamedTuple):
 
     `orphans`: those leases that the replica runs, but that no session holds. `leaving`: the
     replica's node is being drained, so Ray Serve must route no new images to this replica.
+    `one_at_a_time`: the replica's card has had a fault, so only one image may run on it.
     """
 
     orphans: tuple[Lease, ...] = ()
     leaving: bool = False
+    one_at_a_time: bool = False

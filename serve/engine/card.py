@@ -53,6 +53,16 @@ class ReplicaCard:
         self._xids = make_metric("octet_card_xids")
         self._memory = make_metric("octet_replica_memory_bytes")
 
+    @property
+    def uuid(self) -> str:
+        """The UUID by which CUDA names the card."""
+        return str(self._tags["uuid"])
+
+    @property
+    def fault(self) -> str:
+        """What the last `check` found wrong with the card, empty if nothing."""
+        return self._telemetry.broken if self._telemetry else ""
+
     def check(self) -> None:
         """Update the card's metrics. Raises `RuntimeError` if the card is broken. May block."""
         for kind, taken in self._claim.taken_bytes.items():

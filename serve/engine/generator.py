@@ -116,6 +116,7 @@ class Generator:
         self._stopped: list[StoppedImage] = []  # not yet reported
         self._orphans: dict[Lease, float] = {}  # leases that no session holds, and since when
         self._leaving = False  # the node is being drained
+        self._careful = False  # the card has had a fault: one image at a time
         phases = Phases()
         self._card = await asyncio.to_thread(take_card, self._pool)
         if self._recipe.fp8_linears and (
@@ -177,7 +178,7 @@ class Generator:
         """
         yield Acknowledgement.RECEIVED
         call = self._new_call(request, options)
-        call.task = asyncio.create_task(self._in_turn(call, alone))
+        call.task = asyncio.create_task(self._in_turn(call, alone or self._careful))
         call.task.add_done_callback(lambda _: call.events.put_nowait(None))
         self._running[lease] = call
         try:
@@ -378,6 +379,8 @@ class Generator:
             speed=self._cost.speed,
             node=self._node,
             start_s=self._start_s,
+            card=self._card.uuid if self._card else "",
+            fault=self._card.fault if self._card else "",
         )
 
     def record_routing_stats(self) -> dict[str, bool]:
@@ -401,7 +404,7 @@ class Generator:
                     heartbeat, list(self._running), stopped
                 )
                 del self._stopped[: len(stopped)]
-                self._leaving = reply.leaving
+                self._leaving, self._careful = reply.leaving, reply.one_at_a_time
                 self._drop(reply.orphans, time.monotonic())
             except Exception:  # go on after any error, because a silent replica counts as lost
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)

@@ -182,6 +182,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         {'ray_octet_tenants_file_faults{file="keys.json"}': "1 0 0 1 0 0 0 0 0"},
         9,
     ),
+    "OctetNodeCordoned": (
+        {'ray_octet_nodes_cordoned{node="n"}': "1x9"},
+        {'ray_octet_nodes_cordoned{node="n"}': "_x9"},
+        9,
+    ),
     "OctetSpoolFilling": (
         {
             'ray_octet_spool_bytes{NodeAddress="n"}': "6x9",

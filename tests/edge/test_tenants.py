@@ -19,8 +19,10 @@ import openai
 import pytest
 import yaml
 from starlette.routing import Route
+from typer.testing import CliRunner
 
 from serve.api.authentication import is_open
+from serve.cli.main import app
 from serve.settings.application import Settings
 from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
 from serve.usage.ledger import read_usage
@@ -269,6 +271,27 @@ def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
         assert boss.get("/v1/state").json()["pools"]["landscapes-fp8"]["slots"] == 4
     with guarded.client("acme") as client:
         assert code(client.get("/v1/state")) == (404, "not_found")
+
+
+def test_operators_cordon_nodes_with_the_command(guarded: GuardedEdge) -> None:
+    url, boss = guarded.edge.url, guarded.keys["boss"]
+
+    def octet(*arguments: str, key: str = boss) -> str:
+        result = CliRunner().invoke(app, [*arguments, "--key", key], env={"COLUMNS": "160"})
+        return f"{result.exit_code} {result.output}"
+
+    assert "0 n is cordoned" in octet("node", "cordon", "n", "--url", url, "--reason", "noise")
+    assert "cordoned: noise" in octet("top", url, "--once")
+    assert "0 n is no longer cordoned" in octet("node", "uncordon", "n", "--url", url)
+    assert "noise" not in octet("top", url, "--once")
+    assert "1 octet: " in octet("node", "uncordon", "n", "--url", url)
+    assert "does not begin the id of exactly one node" in octet("node", "cordon", "x", "--url", url)
+    said = octet("node", "cordon", "n", "--url", url, key=guarded.keys["acme"])
+    assert "the key is not an operator's" in said
+    with guarded.client("boss") as client:
+        for body in (b"[]", b'{"reason": 1}', b'{"why": "x"}', b"{"):
+            answer = client.put("/v1/nodes/n/cordon", content=body)
+            assert code(answer) == (400, "invalid_value")
 
 
 # -- limits ---------------------------------------------------------------------------------------

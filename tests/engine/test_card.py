@@ -64,9 +64,11 @@ def test_a_broken_card_makes_its_replica_unhealthy() -> None:
     card = ReplicaCard(PART, NamedCuda(), CardTelemetry(BARE, nvml), make_metric=metrics.make)
     nvml.xids.append(31)  # an error of a program, after which the card still works
     card.check()
+    assert (card.uuid, card.fault) == (BARE, "")
     nvml.xids.append(79)
     with pytest.raises(RuntimeError, match="Xid 79"):
         card.check()
+    assert card.fault == "the driver reports Xid 79"
     assert metrics.values["octet_card_xids", BARE, "79", NAME] == 1
 
 

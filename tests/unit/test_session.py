@@ -498,9 +498,13 @@ def test_a_generator_learns_which_leases_no_session_holds() -> None:
         await dispatcher.report_replica(beat)
         async with slot(session) as held:
             ghost = held.lease._replace(session="gone")
-            assert await dispatcher.report_replica(beat, [held.lease, ghost]) == ((ghost,), False)
+            assert await dispatcher.report_replica(beat, [held.lease, ghost]) == (
+                (ghost,),
+                False,
+                False,
+            )
         await settle()
-        assert await dispatcher.report_replica(beat, [held.lease]) == ((held.lease,), False)
+        assert (await dispatcher.report_replica(beat, [held.lease])).orphans == (held.lease,)
 
     run(test)
 

@@ -175,6 +175,21 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
+        "/v1/nodes/{id}/cordon": {
+            method: {
+                "operationId": f"{name}Node",
+                "summary": f"{text} (operators only)",
+                "parameters": [_parameter("id", "path")],
+                "responses": {
+                    "200": _answer("What holds now", "NodeCordon"),
+                    **_errors(NotFound, Unavailable),
+                },
+            }
+            for method, name, text in (
+                ("put", "cordon", "Give a node no new work"),
+                ("delete", "uncordon", "Let a node get work again"),
+            )
+        },
         "/health": {"get": _status("health", {200: "This process answers"})},
         "/ready": {
             "get": _status(

@@ -177,6 +177,21 @@ def _check_streaming(asked: ImageGeneration, n: int) -> None:
         )
 
 
+def reason_of(body: bytes) -> str:
+    """The `reason` in the body of an operator's request; a default text for an empty body.
+
+    Raises `InvalidRequest` if the body is not {"reason": TEXT}.
+    """
+    try:
+        found = from_json(body) if body else {}
+        reason = found.get("reason", "by an operator")
+        if not isinstance(reason, str) or found.keys() - {"reason"}:
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise InvalidRequest('the body must be {"reason": TEXT}, or empty') from None
+    return reason[:200]
+
+
 def check_request_id(given: str) -> None:
     """Raise `InvalidRequest` if a client's `x-request-id` does not match `REQUEST_ID`."""
     if not REQUEST_ID.fullmatch(given):

@@ -147,6 +147,14 @@ class LiftedQuarantine(BaseModel):
     lifted: Literal[True] = True
 
 
+class NodeCordon(BaseModel):
+    """The response to `PUT` and `DELETE /v1/nodes/ID/cordon`."""
+
+    node: Annotated[str, Field(description="Ray's whole id of the node.")]
+    object: Literal["node"] = "node"
+    cordoned: bool
+
+
 class RequestStatus(BaseModel):
     """The response to `GET /v1/requests/ID`: where an open request is."""
 

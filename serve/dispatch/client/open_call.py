@@ -66,12 +66,13 @@ class HeldSlot:
 
     `took_s`: the work that the image took; 0 if nothing was generated; None if that is not known.
     `cancelled`: the image's full charge, if the client cancelled the image. The tenant then pays in
-    proportion to the steps that were done.
+    proportion to the steps that were done. `lost`: whether the replica died while it ran the image.
     """
 
     lease: Lease
     took_s: float | None = None
     cancelled: UsageRecord | None = None
+    lost: bool = False
 
 
 @dataclass(slots=True)
@@ -177,10 +178,10 @@ class OpenCall:
             slot = HeldSlot(Lease(self.session.name, image_id, await pending.granted))
             yield slot
         finally:
-            self.session.release(
-                self,
-                Release(image_id, slot.took_s, slot.cancelled) if slot else Release(image_id, 0.0),
-            )
+            release = Release(image_id, 0.0)
+            if slot:
+                release = Release(image_id, slot.took_s, slot.cancelled, slot.lost)
+            self.session.release(self, release)
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:
         """Have the Dispatcher write these usage records, and wait until they are on disk.
