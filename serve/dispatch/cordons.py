@@ -4,8 +4,10 @@ A *fault* of a card is an error that the driver reports (Xid, ECC), or the death
 while images ran there. With `FAULTS` faults within `WINDOW_S` the card's node is to be *cordoned*.
 Until then a card with a fault runs one image at a time, so that the next fault costs only that one.
 
-A request can kill replicas, too. If a call was on two different cards when their replicas died, the
-call is the cause, and both cards are forgiven.
+A request can kill replicas, too. So the calls whose images ran there are *suspects*. A suspect is
+cleared when one of its images is generated, which the last attempt does on another card if it can.
+A call that was there when `DEATHS` replicas died is the cause, and the cards are forgiven. Only
+faults without suspects count.
 
 Ray cannot take one card of a node out of service, so the whole node is cordoned. The card is
 remembered: a node that comes with it later, such as a new pod on the same machine, is cordoned
@@ -18,6 +20,7 @@ Pure: imports the standard library and pure files only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -25,15 +28,17 @@ from .protocol import CordonedNode, Heartbeat
 
 FAULTS = 2
 WINDOW_S = 600.0
+DIED = "a replica died on it"
+DEATHS = 3  # as many as an image has attempts
 
 
 class CardFault(NamedTuple):
-    """A fault of a card: when, on which node, and the calls whose images ran there."""
+    """A fault of a card: when, on which node, and the calls that may be its cause."""
 
     at: float
     node: str
     what: str
-    calls: frozenset[str] = frozenset()
+    suspects: frozenset[str] = frozenset()
 
 
 class Cordons:
@@ -75,19 +80,25 @@ class Cordons:
 
         `heartbeat`: the replica's last one.
         """
-        card, died = _card(heartbeat), frozenset(calls)
-        for other, faults in self._faults.items():
-            guilty = [fault for fault in faults if other != card and fault.calls & died]
-            if guilty:
-                self._faults[other] = [fault for fault in faults if fault not in guilty]
-                return
-        self._add(card, CardFault(now, heartbeat.node, "a replica died on it", died))
+        suspects = frozenset(calls)
+        self._add(_card(heartbeat), CardFault(now, heartbeat.node, DIED, suspects))
+        deaths = Counter(
+            call for faults in self._faults.values() for fault in faults for call in fault.suspects
+        )
+        guilty = {call for call in suspects if deaths[call] >= DEATHS}
+        for card, faults in self._faults.items():
+            self._faults[card] = [fault for fault in faults if not fault.suspects & guilty]
+
+    def generated(self, call: str) -> None:
+        """Note that an image of a call was generated: the call kills no replicas."""
+        for card, faults in self._faults.items():
+            self._faults[card] = [f._replace(suspects=f.suspects - {call}) for f in faults]
 
     def due(self, now: float) -> list[CordonedNode]:
         """The nodes that should be cordoned now, because a card of theirs has too many faults."""
         found = []
         for card in list(self._faults):
-            recent = self._recent(card, now)
+            recent = [fault for fault in self._recent(card, now) if not fault.suspects]
             if len(recent) >= FAULTS:
                 node, whats = recent[-1].node, ", ".join(dict.fromkeys(f.what for f in recent))
                 reason = f"card {card}: {whats} ({len(recent)} faults in {WINDOW_S / 60:.0f} min)"

@@ -222,6 +222,8 @@ class Dispatcher:
         for usage in update.usages:
             self.metering.charge(session, usage)
         for release in update.releases:
+            if release.took_s and (image := self.grants.running_image(session, release.image_id)):
+                self._cordons.generated(image.call_id)
             report = self.grants.release(session, release, now)
             if release.cancelled:
                 self.metering.cancelled(session, release.cancelled, report)

@@ -299,6 +299,11 @@ class Grants:
         """Let all replicas of the pool get new grants again, because Ray Serve stops none."""
         self._excess.pop(pool, None)
 
+    def running_image(self, session: str, image_id: str) -> RunningImage | None:
+        """The running image of this id; None if the session holds no slot for it."""
+        holder = self._sessions.get(session)
+        return holder.running.get(image_id) if holder else None
+
     def holds(self, lease: Lease) -> bool:
         """Return whether the lease's session is open and still holds a slot for the image."""
         session = self._sessions.get(lease.session)

@@ -384,11 +384,11 @@ class Generator:
         )
 
     def record_routing_stats(self) -> dict[str, bool]:
-        """Tell the router whether this replica's node is being drained; called by Ray Serve.
+        """Tell the router which images this replica should not get; called by Ray Serve.
 
         `serve.engine.routing` reads the answer.
         """
-        return {"leaving": self._leaving}
+        return {"leaving": self._leaving, "careful": self._careful}
 
     async def _report(self) -> None:
         """Send heartbeats to the Dispatcher as long as the denoising loop runs."""

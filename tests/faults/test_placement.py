@@ -54,7 +54,7 @@ def die(cluster: Any, node: Any, *deployments: str) -> None:
     pids = [
         process.pid
         for process in psutil.Process().children(recursive=True)
-        if any(f"octet:{name}" in " ".join(process.cmdline()) for name in deployments)
+        if any(f"ServeReplica:{name}:" in " ".join(process.cmdline()) for name in deployments)
     ]
     cluster.remove_node(node, allow_graceful=False)
     for pid in pids:
@@ -66,6 +66,15 @@ def dead_generators() -> int:
     """The number of Generators that have died so far."""
     actors = ray._private.state.actors().values()
     return sum(a["State"] == "DEAD" and "#Generator-" in (a["Name"] or "") for a in actors)
+
+
+def nodes_of(deployment: str) -> set[str]:
+    """The nodes of a deployment's living replicas."""
+    return {
+        actor["Address"]["NodeID"]
+        for actor in ray._private.state.actors().values()
+        if actor["State"] == "ALIVE" and f"#{deployment}#" in (actor["Name"] or "")
+    }
 
 
 class Client:
@@ -177,4 +186,13 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
     octet.apply(load_settings(ROOT / "examples" / "laptop.yaml", {**environ, **strict}))
     wait_for(lambda: client.ask("fp16") == (503, "no_capacity"))
     wait_for(lambda: landed() == {FP8: Counter({FP8_CARD: 2})})
+    assert client.ask() == (200, "fp8")
+
+    # An operator cordons the node. Its replicas move to another, and nothing fails meanwhile.
+    (node,) = nodes_of(FP8)
+    add_card(cluster, FP8_CARD)
+    cordon = f"{octet.url}/v1/nodes/{node[:16]}/cordon"
+    assert httpx.put(cordon, json={"reason": "noise"}, timeout=60).json()["node"] == node
+    wait_for(lambda: client.ask() == (200, "fp8") and node not in nodes_of(FP8))
+    wait_for(lambda: client.pool("landscapes-fp8")["replicas"] == 2)
     assert client.ask() == (200, "fp8")
