@@ -4,6 +4,9 @@
 Ingresses and the Dispatcher run, and `card` for nodes with cards. Each kind of node in an overlay's
 `nodes.yaml` becomes a copy of one of the two.
 
+The head gets its size from how many nodes and replicas there may be, and pods get the container
+images that the command names.
+
 The rest is the config that `serve_config` makes, as for `octet serve`. Here the config also names
 the address of the HTTP proxies, and the nodes of Ingresses and Dispatcher. Ingresses are spread
 over the front pods. Ray Serve would put all of them into one pod, and a front pod without a replica
@@ -17,10 +20,11 @@ a pool's application counts as running only when that many replicas are warm.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from math import ceil
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import (
@@ -49,6 +53,9 @@ GPU = "nvidia.com/gpu"
 # Seconds that a pod has for leaving, in addition to drain_timeout_s: Ray must learn that the pod
 # leaves, and the HTTP proxies must stop sending requests.
 LEAVE_S = 120
+PULL_S = 1800  # for the first pull of the weights
+JOIN = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"
+DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 SPOT_TAINTS = (
     ("cloud.google.com/gke-spot", "true"),
     ("kubernetes.azure.com/scalesetpriority", "spot"),
@@ -124,7 +131,31 @@ def read_nodes(file: Path) -> tuple[NodeKind, ...]:
     return kinds
 
 
-def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
+class Images(NamedTuple):
+    """The container images of the pods with cards, and of all others; None: the kustomization's."""
+
+    card: str | None = None
+    cpu: str | None = None
+
+    def check_digests(self, kinds: Iterable[NodeKind]) -> None:
+        """Raise `SettingsError` unless each image that pods use is given by its digest."""
+        used = {"--cpu-image": self.cpu}
+        if any(kind.card for kind in kinds):
+            used["--image"] = self.card
+        for option, image in used.items():
+            if image is None or not DIGEST.fullmatch(image):
+                raise SettingsError(
+                    f"{option} {image or 'is missing'}: expected NAME@sha256: and 64 hexadecimal "
+                    "digits, because a tag may come to mean another image"
+                )
+
+
+AS_KUSTOMIZED = Images()
+
+
+def rendered(
+    settings: Settings, kinds: Iterable[NodeKind], images: Images = AS_KUSTOMIZED
+) -> dict[str, str]:
     """The texts of the rendered files, by file name.
 
     `rayservice.yaml` is a patch of the base's RayService. `settings.yaml` holds the settings as a
@@ -142,10 +173,12 @@ def rendered(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, str]:
             "rayClusterDeletionDelaySeconds": grace_s,
             "serveConfigV2": _text(serve_config_v2(settings, kinds)),
             "rayClusterConfig": {
+                "autoscalerOptions": _autoscaler(settings, cluster["autoscalerOptions"]),
+                "headGroupSpec": _head(settings, kinds, cluster["headGroupSpec"], images.cpu),
                 "workerGroupSpecs": [
-                    _worker_group(kind, patterns["card" if kind.card else "front"], grace_s)
+                    _worker_group(kind, patterns["card" if kind.card else "front"], grace_s, images)
                     for kind in kinds
-                ]
+                ],
             },
         },
     }
@@ -295,10 +328,46 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
         yield f"text encoder {encoder.id}", encoder.need
 
 
-def _worker_group(kind: NodeKind, pattern: dict[str, Any], grace_s: int) -> dict[str, Any]:
+def _autoscaler(settings: Settings, pattern: dict[str, Any]) -> dict[str, Any]:
+    """The environment of Ray's autoscaler.
+
+    A pod that has not joined the cluster by the time that a node and the first pull of the weights
+    may take is given up, and another one asked for.
+    """
+    joined_s = ceil(settings.autoscaling.node_wait_s) + PULL_S
+    return {"env": [*pattern["env"], {"name": JOIN, "value": str(joined_s)}]}
+
+
+def _head(
+    settings: Settings, kinds: Iterable[NodeKind], pattern: dict[str, Any], image: str | None
+) -> dict[str, Any]:
+    """The head's containers: their image, and CPUs and memory for the largest cluster.
+
+    Ray's control store and Serve's controller hold a record of every node and replica, and ask each
+    replica for its health and metrics. The sizes are a rule of thumb, not measured on a cluster.
+    """
+    nodes = sum(kind.max_nodes for kind in kinds)
+    pools = [pool for model in settings.models for pool in model.pools]
+    replicas = sum(part.replicas for part in (settings.ingress, *settings.text_encoders, *pools))
+    memory = f"{ceil(4 + (replicas + nodes) / 50)}Gi"
+    (container,) = copy.deepcopy(pattern["template"]["spec"]["containers"])
+    container["resources"] = {
+        "requests": {"cpu": str(ceil(1 + (replicas + nodes) / 100)), "memory": memory},
+        "limits": {"memory": memory},
+    }
+    container["image"] = image or container["image"]
+    return {"template": {"spec": {"containers": [container]}}}
+
+
+def _worker_group(
+    kind: NodeKind, pattern: dict[str, Any], grace_s: int, images: Images
+) -> dict[str, Any]:
     """A worker group of pods for a kind of node; a pod has `grace_s` seconds to end."""
     group = copy.deepcopy(pattern)
     pod = group["template"]["spec"]
+    if image := images.card if kind.card else images.cpu:
+        for one in (*pod["containers"], *pod["initContainers"]):
+            one["image"] = image
     pod["terminationGracePeriodSeconds"] = grace_s
     (container,), (pull,) = pod["containers"], pod["initContainers"]
     if not kind.card:  # no replica loads weights here: reading all of them would take minutes

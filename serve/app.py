@@ -90,6 +90,7 @@ def _front(settings: FrontSettings, parts: Parts) -> serve.Application:
         # Waiting at the end would be useless: the Dispatcher's streams never end by themselves,
         # and the Ingresses' sessions outlive it.
         graceful_shutdown_timeout_s=0.5,
+        health_check_period_s=1,  # no image starts until its death is noticed
         ray_actor_options={"num_cpus": settings.dispatcher_num_cpus},
         # Ray Serve calls `record_autoscaling_stats` only on deployments that it autoscales.
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},

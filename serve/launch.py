@@ -38,6 +38,11 @@ ENVIRONMENT = {
     # kill it and give up.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.api.proxy_guard:middlewares",
+    # A node that does not answer counts as dead after 4 × (1 s + 2 s), not after 65 s. Until then a
+    # Dispatcher on it is missed by everybody.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
     # Fill one card after the other, as the packing plan expects, and never move a replica to free a
     # node: the moved replica would have to load its model again.
     "RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1",

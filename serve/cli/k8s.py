@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from k8s.render import read_nodes, rendered, too_few
+from k8s.render import Images, read_nodes, rendered, too_few
 
 from ..launch import LaunchError
 from ..settings.file import load_settings
@@ -31,12 +31,26 @@ def render(
         Path,
         typer.Option(help="Folder of a Kustomize overlay with a nodes.yaml; see k8s/overlays/."),
     ],
+    image: Annotated[
+        str | None,
+        typer.Option(help="Container image of pods with cards; default: the kustomization's."),
+    ] = None,
+    cpu_image: Annotated[
+        str | None,
+        typer.Option(help="Container image of the head and of pods without a card."),
+    ] = None,
+    require_digests: Annotated[
+        bool, typer.Option("--require-digests", help="Refuse images that are not given by digest.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write the manifests for CONFIG into OVERLAY/rendered; then run kubectl apply -k OVERLAY."""
     with readable_errors(debug):
         settings, kinds = load_settings(config), read_nodes(overlay / "nodes.yaml")
-        files = rendered(settings, kinds)
+        images = Images(image, cpu_image)
+        if require_digests:
+            images.check_digests(kinds)
+        files = rendered(settings, kinds, images)
         folder = overlay / "rendered"
         folder.mkdir(exist_ok=True)
         for name, text in files.items():

@@ -20,10 +20,11 @@ from cluster.packing import plan
 from cluster.placement import fits, selectors
 from cluster.pools import planned_pools
 from cluster.serving_options import CardGroup
-from k8s.render import LEAVE_S, NodeKind, read_nodes, rendered, serve_config_v2
+from k8s.render import LEAVE_S, Images, NodeKind, read_nodes, rendered, serve_config_v2
 from serve import app
 from serve.cli.main import app as cli
 from serve.cli.plan_inputs import encoder_gib, only_encoder, planned_models_of
+from serve.errors import SettingsError
 from serve.launch import ENVIRONMENT
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
@@ -319,6 +320,79 @@ def test_ray_pods_are_as_octet_serve_sets_ray_up(overlay: str) -> None:
             assert drain_s < int(patience_s) < pod["terminationGracePeriodSeconds"] - 30
     head = ray_service(overlay)["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
     assert (head["num-cpus"], head["num-gpus"]) == ("0", "0")
+
+
+@over_all
+def test_the_head_has_room_for_the_largest_cluster_and_the_right_to_it(overlay: str) -> None:
+    settings = settings_of(overlay)
+    small, large = (
+        rendered(
+            settings,
+            [
+                kind.model_copy(update={"min_nodes": nodes, "max_nodes": nodes})
+                for kind in nodes_of(overlay)
+            ],
+        )
+        for nodes in (1, 1000)
+    )
+    sizes = []
+    for files in (small, large):
+        (head,) = head_of(files)["template"]["spec"]["containers"]
+        sizes.append(int(head["resources"]["limits"]["memory"].removesuffix("Gi")))
+    assert sizes[1] > sizes[0] + 10
+    head = ray_service(overlay)["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    assert ("PriorityClass", head["priorityClassName"]) in {
+        (one["kind"], one["metadata"]["name"]) for one in built(overlay)
+    }
+    (container,) = head["containers"]
+    assert container["ports"]  # the whole container, because a patch replaces the list
+
+
+@over_all
+def test_rays_autoscaler_waits_as_long_for_a_pod_as_the_settings_say(overlay: str) -> None:
+    options = ray_service(overlay)["rayClusterConfig"]["autoscalerOptions"]
+    env = {one["name"]: one["value"] for one in options["env"]}
+    wait_s = settings_of(overlay).autoscaling.node_wait_s
+    assert int(env["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"]) == wait_s + 1800
+    assert env["AUTOSCALER_CONSERVE_GPU_NODES"] == "1"
+
+
+DIGEST = "@sha256:" + 64 * "0"
+
+
+def test_images_are_given_by_digest_where_that_is_required() -> None:
+    settings, kinds = settings_of("mixed-gpu"), nodes_of("mixed-gpu")
+    by_digest = Images(f"r.example/octet{DIGEST}", f"r.example/octet-cpu{DIGEST}")
+    by_digest.check_digests(kinds)
+    Images(cpu=by_digest.cpu).check_digests([kind for kind in kinds if not kind.card])
+    for images, words in (
+        (Images(), "--cpu-image is missing"),
+        (by_digest._replace(card="r.example/octet:1.0"), "--image r.example/octet:1.0: expected"),
+        (by_digest._replace(card="octet@sha256:12"), "64 hexadecimal digits"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            images.check_digests(kinds)
+    files = rendered(settings, kinds, by_digest)
+    cluster = yaml.safe_load(files["rayservice.yaml"])["spec"]["rayClusterConfig"]
+    groups = [head_of(files), *cluster["workerGroupSpecs"]]
+    found = [
+        {one["image"] for key in ("containers", "initContainers") for one in pod.get(key, ())}
+        for pod in (group["template"]["spec"] for group in groups)
+    ]
+    assert found[0] == {by_digest.cpu}
+    for kind, images_of_pod in zip(kinds, found[1:], strict=True):
+        assert images_of_pod == {by_digest.card if kind.card else by_digest.cpu}
+
+
+def head_of(files: dict[str, str]) -> dict[str, Any]:
+    head: dict[str, Any] = yaml.safe_load(files["rayservice.yaml"])["spec"]["rayClusterConfig"][
+        "headGroupSpec"
+    ]
+    return head
+
+
+def nodes_of(overlay: str) -> list[NodeKind]:
+    return list(read_nodes(ROOT / "k8s" / "overlays" / overlay / "nodes.yaml"))
 
 
 @over_all
