@@ -7,6 +7,8 @@ the environment of every node that runs a proxy.
 from __future__ import annotations
 
 import contextlib
+import gc
+import math
 import time
 import uuid
 
@@ -34,6 +36,10 @@ SERVES_OWN = {
 SERVES_ROUTES = "/-/routes"  # Serve's proxy would show all routes to everybody
 READY = "/ready"
 LOOK_S = 1.0
+# Serve ends a proxy 30 s after its node was drained at the earliest, if it has no open request. By
+# then Kubernetes sends it no new connections, because its readiness probe has failed for long.
+ACCEPT_S = 20.0
+SERVERS = {("asyncio.base_events", "Server"), ("uvloop.loop", "Server")}  # listeners of event loops
 # A request for Serve's own health path, which answers 503 when this proxy's node is about to go.
 HEALTH = {
     "method": "GET",
@@ -52,7 +58,9 @@ class ProxyGuard:
 
     The guard also asks Serve's own path /-/healthz whether this proxy works. If the proxy is
     unhealthy, or its node is about to go, every response closes its connection. Otherwise clients
-    and gateways that keep connections open would go on sending requests to this proxy.
+    and gateways that keep connections open would go on sending requests to this proxy. After
+    `accept_s` of that, the proxy accepts no more connections. Serve ends it some seconds later, and
+    would cut off a connection that had come just before its end.
 
     A proxy that has just started answers every path with 404 until it has its routes. The guard
     makes it a 503, after which clients try again.
@@ -61,10 +69,14 @@ class ProxyGuard:
     anything. The header `age` says how old it is, in seconds.
     """
 
-    def __init__(self, app: ASGIApp, look_s: float = LOOK_S) -> None:
-        """`look_s`: seconds for which the answers of Serve's health path and of /ready count."""
-        self._app, self._look_s = app, look_s
+    def __init__(self, app: ASGIApp, look_s: float = LOOK_S, accept_s: float = ACCEPT_S) -> None:
+        """`look_s`: seconds for which the answers of Serve's health path and of /ready count.
+
+        `accept_s`: seconds for which a proxy that is about to go accepts connections.
+        """
+        self._app, self._look_s, self._accept_s = app, look_s, accept_s
         self._leaving, self._look_at = False, 0.0
+        self._leaving_since: float | None = None
         self._ready: list[Message] = []  # the messages of the last answer
         self._ready_at = -look_s
 
@@ -76,6 +88,7 @@ class ProxyGuard:
         send = _retried_if_unrouted(send)
         if await self._is_leaving(scope):
             send = _closing(send)
+            self._stop_accepting(scope)
         if scope["path"] == SERVES_ROUTES:
             error = NotFound("/-/routes: Not Found")
             return await JSONResponse(error_body(error), error.status)(scope, receive, send)
@@ -117,6 +130,21 @@ class ProxyGuard:
         for message in ({**start, "headers": headers.raw}, *rest):
             await send(message)
 
+    def _stop_accepting(self, scope: Scope) -> None:
+        """Close the listening socket if this proxy has been leaving for `accept_s`."""
+        now = time.monotonic()
+        if self._leaving_since is None:
+            self._leaving_since = now
+        if now - self._leaving_since >= self._accept_s:
+            self._leaving_since = math.inf  # once
+            _, port = scope["server"]
+            for found in gc.get_objects():  # Serve gives nobody its server
+                kind = type(found)
+                if (kind.__module__, kind.__name__) in SERVERS and any(
+                    socket.getsockname()[1] == port for socket in found.sockets
+                ):
+                    found.close()
+
     async def _is_leaving(self, scope: Scope) -> bool:
         """Return whether Serve's health path answers 503; asks it once in `look_s` s at most."""
         if (now := time.monotonic()) >= self._look_at:
@@ -129,6 +157,8 @@ class ProxyGuard:
             async def send(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
+                    if not self._leaving:
+                        self._leaving_since = None
 
             # Even if asking fails for any reason, the request itself may still be answered.
             with contextlib.suppress(Exception):

@@ -1,7 +1,12 @@
 """The guard in Serve's proxy while the proxy's node drains; test_edge has its other tests."""
 
 import asyncio
+import http.client
+import threading
+from typing import Any
 
+import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -11,11 +16,14 @@ from starlette.types import Receive, Scope, Send
 
 from serve.api.proxy_guard import ProxyGuard
 
+from ..ports import free_port
+from ..wait import wait_for
+
 
 class Proxy:
     """A stand-in for Serve's proxy; `look_s`: seconds between two checks of its health."""
 
-    def __init__(self, look_s: float) -> None:
+    def __init__(self, look_s: float, accept_s: float = 60.0) -> None:
         self.health, self.checks, self.asked = 200, 0, 0
         routes = [
             Route("/-/healthz", self._health),
@@ -23,7 +31,8 @@ class Proxy:
             Route("/ready", self._ready),
             Route("/own", lambda _: JSONResponse({"own": True}, 404)),
         ]
-        self.client = TestClient(ProxyGuard(Starlette(routes=routes), look_s))
+        self.app = ProxyGuard(Starlette(routes=routes), look_s, accept_s)
+        self.client = TestClient(self.app)
 
     def _health(self, request: Request) -> Response:
         self.checks += 1
@@ -52,6 +61,33 @@ def test_answers_close_connections_when_the_node_leaves() -> None:
     assert proxy.client.get("/-/routes").headers["connection"] == "close"
     proxy.health = 200  # the drain was called off
     assert proxy.connection() is None
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_leaving_proxy_serves_its_connections_and_accepts_no_others(loop: Any) -> None:
+    proxy, port = Proxy(look_s=0.0, accept_s=0.0), free_port()
+    server = uvicorn.Server(uvicorn.Config(proxy.app, port=port, loop=loop, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started)
+    kept = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(2)]
+
+    def answer(connection: http.client.HTTPConnection) -> tuple[int, str | None]:
+        connection.request("GET", "/v1/models", headers={"accept": "y"})
+        found = connection.getresponse()
+        found.read()
+        return found.status, found.headers.get("connection")
+
+    try:
+        assert [answer(connection) for connection in kept] == [(200, None)] * 2
+        proxy.health = 503
+        assert answer(kept[0]) == (200, "close")
+        with pytest.raises(ConnectionRefusedError):
+            http.client.HTTPConnection("127.0.0.1", port).connect()
+        assert answer(kept[1]) == (200, "close")
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def test_health_is_checked_at_intervals() -> None:
