@@ -1,6 +1,7 @@
 """Grafana dashboards of Octet's metrics: `python -m k8s.dashboards` writes them into k8s/grafana.
 
-The dashboards need no plugins. At the top of each dashboard its data source can be chosen.
+The dashboards need no plugins. At the top of each dashboard its data source can be chosen, and on
+Kubernetes the namespace and the cluster.
 """
 
 from __future__ import annotations
@@ -10,12 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .queries import mean, most, quantile, rate, total
+from serve.metric_catalogue import exported
+
+from .queries import CLUSTER, Queries
 
 OUT = Path(__file__).with_name("grafana")
 WIDTH, HEIGHT, PER_ROW = 8, 8, 3
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 QUANTILES = (0.5, 0.9, 0.99)
+# Variables at the top of a dashboard, by the label that they select.
+ANY = exported("octet_pool_replicas")  # a metric that every cluster has
+VARIABLES = dict(zip(CLUSTER, ("namespace", "cluster"), strict=True))
+CHOSEN = ",".join(f'{label}=~"${variable}"' for label, variable in VARIABLES.items())
+CHOICE = Queries(CHOSEN)
+mean, most, quantile, rate, total = (
+    CHOICE.mean,
+    CHOICE.most,
+    CHOICE.quantile,
+    CHOICE.rate,
+    CHOICE.total,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,12 @@ def quantiles(title: str, histogram: str, by: str = "", text: str = "") -> Panel
     legend = f"{{{{{by}}}}} " if by else ""
     shown = tuple((quantile(q, histogram, by), f"{legend}p{100 * q:g}") for q in QUANTILES)
     return Panel(title, "s", shown, text=text)
+
+
+def pods(series: str) -> str:
+    """The number of Octet's pods in a state, by kube-state-metrics; `PODS` selects the pods."""
+    chosen = series.replace("PODS", 'namespace=~"$namespace",pod=~"$cluster.*"')
+    return f"sum ({chosen})"
 
 
 def one(title: str, unit: str, query: str, legend: str, text: str = "", **more: bool) -> Panel:
@@ -225,6 +246,19 @@ ENGINE = [
         stacked=True,
     ),
     one("Images", "ops", rate("octet_engine_images", "pool, outcome"), "{{pool}} {{outcome}}"),
+    Panel(
+        "Cold starts, on Kubernetes",
+        "short",
+        (
+            (pods('kube_pod_status_phase{PODS,phase="Pending"}'), "pods that wait or pull"),
+            (
+                pods('kube_pod_init_container_status_running{PODS,container="pull"}'),
+                "pods that pull",
+            ),
+            (most("octet_pool_replicas", "pool, state"), "{{pool}} {{state}}"),
+        ),
+        text="Wanted replicas need a pod, its weights, and then a start of their own.",
+    ),
     one("Out of memory", "ops", rate("octet_engine_out_of_memory", "pool"), "{{pool}}"),
     one(
         "Start time",
@@ -267,9 +301,30 @@ def dashboard(uid: str) -> dict[str, Any]:
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [{**source, "query": "prometheus"}]},
+        "templating": {
+            "list": [
+                {**source, "query": "prometheus"},
+                *(_variable(label, name) for label, name in VARIABLES.items()),
+            ]
+        },
         "links": [{"type": "dashboards", "tags": ["octet"], "title": "Octet", "asDropdown": True}],
         "panels": [_panel(panel, i) for i, panel in enumerate(panels)],
+    }
+
+
+def _variable(label: str, name: str) -> dict[str, Any]:
+    """A choice of the values that a label has; all of them, also none, at first."""
+    return {
+        "name": name,
+        "label": name.capitalize(),
+        "type": "query",
+        "datasource": SOURCE,
+        "query": f"label_values({ANY}, {label})",
+        "includeAll": True,
+        "allValue": ".*",
+        "multi": True,
+        "current": {"text": "All", "value": "$__all"},
+        "refresh": 2,
     }
 
 

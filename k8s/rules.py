@@ -1,26 +1,52 @@
-"""Prometheus alerts: `python -m k8s.rules` writes them into k8s/prometheus.
+"""Prometheus alerts: `python -m k8s.rules [--runbook URL]` writes them into k8s/prometheus.
 
-Each alert's runbook is a heading of docs/runbook.md. The error budget counts requests answered with
-5xx; requests that the client got wrong or abandoned do not count. Each of the two budget alerts
-looks at two windows, as in the Site Reliability Workbook (chapter 5, "Alerting on SLOs").
+Each alert's runbook is a heading of docs/runbook.md; `--runbook` says under which address people
+find that page. Every alert is raised for each cluster by itself.
+
+The error budget counts requests answered with 5xx; requests that the client got wrong or abandoned
+do not count. The latency budget counts a model's requests that took longer than `SLOW_S`. Each
+budget has an alert for three rates at which it burns, which look at a long and a short window, as
+in the Site Reliability Workbook (chapter 5, "Alerting on SLOs"). With few requests a single one
+would raise an alert, so the long window must hold at least `LEAST` of them.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from .queries import happened, increase, most, name, rate
+from .queries import CLUSTER, Queries
 
 RULES = Path(__file__).parent / "prometheus" / "rules.yaml"
 RUNBOOK = "docs/runbook.md"
 OBJECTIVE = 0.995  # share of requests answered without 5xx, over 30 days
-# Burn rates: multiples of the rate that uses up the budget in exactly 30 days. At these rates the
-# budget is gone in two days and in five days.
-FAST, SLOW = 14.4, 6.0
-WINDOWS = "5m", "30m", "1h", "6h"
+FAST_ENOUGH = 0.95  # share of a model's requests that take at most SLOW_S, over 30 days
+SLOW_S = 37.779  # a bucket of the histogram
+LEAST = 50  # requests
+Q = Queries(apart=CLUSTER)
+POOLS, STARTS = Q.name("octet_pool_replicas"), Q.name("octet_engine_start_seconds")
+
+
+class Burn(NamedTuple):
+    """How fast a budget burns: `rate` is a multiple of what uses it up in exactly 30 days."""
+
+    rate: float
+    long: str
+    short: str
+    pending: str
+    severity: str
+    gone: str
+
+
+BURNS = {  # by the ending of the alert's name
+    "Fast": Burn(14.4, "1h", "5m", "2m", "critical", "in two days"),
+    "Slow": Burn(6.0, "6h", "30m", "15m", "warning", "in five days"),
+    "Creeping": Burn(1.0, "3d", "6h", "1h", "warning", "before the month ends"),
+}
+WINDOWS = tuple(dict.fromkeys(w for burn in BURNS.values() for w in (burn.long, burn.short)))
 
 
 def errors(window: str) -> str:
@@ -28,114 +54,193 @@ def errors(window: str) -> str:
     return f"octet:errors:ratio_rate{window}"
 
 
-def burns(long: str, short: str, burn_rate: float) -> str:
-    """A condition: the error budget burns faster than `burn_rate` over both windows.
+def slow(window: str) -> str:
+    """The name of the recorded metric: the share of a model's slow requests over a window."""
+    return f"octet:slow:ratio_rate{window}"
 
-    `long`, `short`: two of `WINDOWS`.
-    """
-    limit = f"{burn_rate * (1 - OBJECTIVE):.4g}"
-    return f"{errors(long)} > {limit} and {errors(short)} > {limit}"
 
+def recorded() -> dict[str, str]:
+    """The expressions of the recorded metrics, by their names."""
+    found = {}
+    for window in WINDOWS:
+        everything = Q.rate("octet_requests", window=window)
+        failed = Q.rate("octet_requests", window=window, status="5..")
+        found[errors(window)] = f"({failed} or 0 * {everything}) / {everything}"
+    for window in WINDOWS:
+        within, everything = (
+            Q.bucket_rate("octet_request_seconds", "model", window, le=le)
+            for le in (f"{SLOW_S}", "+Inf")
+        )
+        found[slow(window)] = f"1 - {within} / {everything}"
+    return found
+
+
+def burns(budget: str, burn: Burn) -> str:
+    """A condition: a budget burns at this rate over both windows; `budget`: `errors` or `slow`."""
+    share, allowed, by = {
+        "errors": (errors, 1 - OBJECTIVE, ""),
+        "slow": (slow, 1 - FAST_ENOUGH, "model"),
+    }[budget]
+    limit = f"{burn.rate * allowed:.4g}"
+    requests = Q.increase("octet_requests", burn.long, by, model_not="")
+    if budget == "errors":
+        requests = Q.increase("octet_requests", burn.long)
+    return (
+        f"{share(burn.long)} > {limit} and {share(burn.short)} > {limit} and {requests} >= {LEAST}"
+    )
+
+
+def mounted(claim: str) -> str:
+    """How much of the volumes of a claim is free, as a share of their size."""
+    free, size = (
+        f'kubelet_volume_stats_{of}{{persistentvolumeclaim=~"{claim}"}}'
+        for of in ("available_bytes", "capacity_bytes")
+    )
+    return f"{free} / {size}"
+
+
+BUDGETS: dict[str, tuple[str, str, str, str]] = {
+    f"OctetErrorBudget{name}": (
+        burns("errors", burn),
+        burn.pending,
+        burn.severity,
+        "{{ $value | humanizePercentage }} of requests are answered with 5xx: at this rate the "
+        f"month's error budget is used up {burn.gone}.",
+    )
+    for name, burn in BURNS.items()
+} | {
+    f"OctetLatencyBudget{name}": (
+        burns("slow", burn),
+        burn.pending,
+        burn.severity,
+        f"{{{{ $value | humanizePercentage }}}} of the requests for {{{{ $labels.model }}}} take "
+        f"longer than {SLOW_S:.0f} s: at this rate the month's latency budget is used up "
+        f"{burn.gone}.",
+    )
+    for name, burn in BURNS.items()
+}
 
 ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, summary
-    "OctetErrorBudgetFast": (
-        burns("1h", "5m", FAST),
-        "2m",
-        "critical",
-        "{{ $value | humanizePercentage }} of requests are answered with 5xx: at this rate the "
-        "month's error budget is used up in two days.",
-    ),
-    "OctetErrorBudgetSlow": (
-        burns("6h", "30m", SLOW),
-        "15m",
-        "warning",
-        "{{ $value | humanizePercentage }} of requests are answered with 5xx: at this rate the "
-        "month's error budget is used up in five days.",
-    ),
+    **BUDGETS,
     "OctetNoDispatcher": (
-        f"absent({name('octet_pool_replicas')})",
+        # In no cluster, or not in one that had it within the hour and still has nodes.
+        f"absent({POOLS}) or count{Q.by()} (max_over_time({POOLS}[1h])) "
+        f"and count{Q.by()} (ray_node_cpu_count) unless count{Q.by()} ({POOLS})",
         "2m",
         "critical",
         "No Dispatcher reports its pools: no new image can start.",
     ),
     "OctetUsageUnrecorded": (
-        happened("octet_requests", "10m", outcome="usage_unrecorded"),
+        Q.happened("octet_requests", "10m", outcome="usage_unrecorded"),
         "0m",
         "critical",
         "{{ $value | humanize }} images were generated and not delivered, because usage records "
         "cannot be written.",
     ),
     "OctetOldestWait": (
-        f"{most('octet_queue_oldest_seconds', 'pool')} > 60",
+        f"{Q.most('octet_queue_oldest_seconds', 'pool')} > 60",
         "2m",
         "warning",
         "The oldest queued image of {{ $labels.pool }} has waited {{ $value | humanize }} s.",
     ),
     "OctetReplicasNotReady": (
-        f"{most('octet_pool_replicas', 'pool', state='starting')} > 0",
+        f"{Q.most('octet_pool_replicas', 'pool', state='starting')} > 0",
         "15m",
         "warning",
         "{{ $value }} replicas of {{ $labels.pool }} are wanted and have not become ready for 15 "
         "minutes.",
     ),
     "OctetManyStarts": (
-        f"{increase('octet_pool_decisions', '1h', 'pool', direction='up')} > 20",
+        f"{Q.increase('octet_pool_decisions', '1h', 'pool', direction='up')} > 20",
         "0m",
         "warning",
         "{{ $labels.pool }} was scaled up {{ $value | humanize }} times within an hour: its "
         "replicas keep starting cold.",
     ),
     "OctetSlowStart": (
-        f"max by (pool) (sum by (pool, replica) ({name('octet_engine_start_seconds')})) > 600",
+        f"max{Q.by('pool')} (sum{Q.by('pool, replica')} ({STARTS})) > 600",
         "0m",
         "warning",
         "A replica of {{ $labels.pool }} took {{ $value | humanizeDuration }} to start.",
     ),
     "OctetGpuFault": (
-        f"{happened('octet_card_xids', '10m', 'uuid, xid')} or "
-        f"max by (uuid) (delta({name('octet_card_ecc_errors')}[10m])) > 0",
+        f"{Q.happened('octet_card_xids', '10m', 'uuid, xid')} or "
+        f"max{Q.by('uuid')} (delta({Q.name('octet_card_ecc_errors')}[10m])) > 0",
         "0m",
         "critical",
         "The card {{ $labels.uuid }} reports a fault: Xid {{ $labels.xid }}, or errors of its "
         "memory (ECC).",
     ),
     "OctetNodeCordoned": (
-        f"{most('octet_nodes_cordoned', 'node')} > 0",
+        f"{Q.most('octet_nodes_cordoned', 'node')} > 0",
         "0m",
         "warning",
         "The node {{ $labels.node }} gets no new work.",
     ),
     "OctetOutOfMemory": (
-        happened("octet_engine_out_of_memory", "15m", "pool"),
+        Q.happened("octet_engine_out_of_memory", "15m", "pool"),
         "0m",
         "warning",
         "{{ $value | humanize }} steps of {{ $labels.pool }} ran out of memory and were repeated "
         "in smaller batches.",
     ),
     "OctetNonFiniteImages": (
-        f"{rate('octet_engine_images', 'pool', '15m', outcome='non_finite')} / "
-        f"{rate('octet_engine_images', 'pool', '15m')} > 0.01",
+        f"{Q.rate('octet_engine_images', 'pool', '15m', outcome='non_finite')} / "
+        f"{Q.rate('octet_engine_images', 'pool', '15m')} > 0.01",
         "5m",
         "warning",
         "{{ $value | humanizePercentage }} of the images of {{ $labels.pool }} have non-finite "
         "numbers.",
     ),
     "OctetTenantsFile": (
-        f"{most('octet_tenants_file_faults', 'file')} > 0",
+        f"{Q.most('octet_tenants_file_faults', 'file')} > 0",
         "1m",
         "warning",
         "{{ $labels.file }} has a fault: the tenants as they were before it are served.",
     ),
     "OctetSpoolFilling": (
-        f"{most('octet_spool_bytes', 'NodeAddress')} / "
-        f"{most('octet_spool_limit_bytes', 'NodeAddress')} > 0.5",
+        f"{Q.most('octet_spool_bytes', 'NodeAddress')} / "
+        f"{Q.most('octet_spool_limit_bytes', 'NodeAddress')} > 0.5",
         "5m",
         "warning",
         "The spool on {{ $labels.NodeAddress }} is {{ $value | humanizePercentage }} full: the "
         "bucket is unreachable or too slow.",
     ),
+    "OctetServiceNotReady": (
+        'kuberay_service_condition_ready{condition="false"} == 1',
+        "10m",
+        "critical",
+        "KubeRay finds no pod that serves the RayService {{ $labels.name }}.",
+    ),
+    "OctetUpgradeStuck": (
+        'kuberay_service_condition_upgrade_in_progress{condition="true"} == 1',
+        "2h",
+        "warning",
+        "The second cluster of the RayService {{ $labels.name }} has not taken over for two hours.",
+    ),
+    "OctetGcsRedisDown": (
+        'kube_statefulset_status_replicas_ready{statefulset="octet-gcs-redis"} < 1',
+        "5m",
+        "critical",
+        "The Redis that keeps the head's state has no ready pod: a lost head could not come back.",
+    ),
+    "OctetVolumeFilling": (
+        f"{mounted('octet-.*')} < 0.1",
+        "10m",
+        "warning",
+        "{{ $value | humanizePercentage }} of the volume {{ $labels.persistentvolumeclaim }} is "
+        "left.",
+    ),
+    "OctetPullFailing": (
+        'kube_pod_init_container_status_running{container="pull"} == 1 or '
+        'kube_pod_init_container_status_waiting_reason{container="pull",'
+        'reason!="PodInitializing"} == 1',
+        "1h",
+        "warning",
+        "The pod {{ $labels.pod }} has not finished pulling its image or weights for an hour.",
+    ),
     "OctetRedisDown": (
-        f"{increase('octet_cache_failures', '5m')} > 10",
+        f"{Q.increase('octet_cache_failures', '5m')} > 10",
         "2m",
         "warning",
         "Redis did not answer {{ $value | humanize }} times within 5 minutes: images of repeated "
@@ -144,16 +249,12 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
 }
 
 
-def groups() -> list[dict[str, Any]]:
-    """The groups of rules: recorded shares of errors, and alerts."""
-    recorded = [
-        {
-            "record": errors(window),
-            "expr": f"({rate('octet_requests', window=window, status='5..')} or vector(0)) / "
-            f"{rate('octet_requests', window=window)}",
-        }
-        for window in WINDOWS
-    ]
+def groups(runbook: str = RUNBOOK) -> list[dict[str, Any]]:
+    """The groups of rules: recorded shares of requests, and alerts.
+
+    `runbook`: the address of the runbook.
+    """
+    records = [{"record": record, "expr": expr} for record, expr in recorded().items()]
     alerts = [
         {
             "alert": alert,
@@ -162,15 +263,15 @@ def groups() -> list[dict[str, Any]]:
             "labels": {"severity": severity},
             "annotations": {
                 "summary": summary,
-                "runbook_url": f"{RUNBOOK}#{alert.lower()}",
+                "runbook_url": f"{runbook}#{alert.lower()}",
             },
         }
         for alert, (expr, pending, severity, summary) in ALERTS.items()
     ]
-    return [{"name": "octet-slo", "rules": recorded}, {"name": "octet-alerts", "rules": alerts}]
+    return [{"name": "octet-slo", "rules": records}, {"name": "octet-alerts", "rules": alerts}]
 
 
-def files() -> dict[Path, str]:
+def files(runbook: str = RUNBOOK) -> dict[Path, str]:
     """The texts of the files, by path.
 
     One file holds the rules for Prometheus, the other the same rules for the Prometheus operator.
@@ -179,10 +280,10 @@ def files() -> dict[Path, str]:
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": "octet"},
-        "spec": {"groups": groups()},
+        "spec": {"groups": groups(runbook)},
     }
     documents: dict[Path, Any] = {
-        RULES: {"groups": groups()},
+        RULES: {"groups": groups(runbook)},
         RULES.with_name("prometheus-rule.yaml"): rule,
     }
     return {
@@ -193,5 +294,7 @@ def files() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    for path, text in files().items():
+    arguments = argparse.ArgumentParser(description="Write Octet's alerts for Prometheus.")
+    arguments.add_argument("--runbook", default=RUNBOOK, help="address of the runbook")
+    for path, text in files(arguments.parse_args().runbook).items():
         path.write_text(text, encoding="utf-8")

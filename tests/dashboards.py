@@ -11,9 +11,9 @@ WINDOW = "30s"
 
 
 def queries() -> list[str]:
-    """All queries of the dashboards, with a fixed interval for rates."""
+    """All queries of the dashboards, with a fixed interval for rates, for all clusters."""
     return [
-        query.replace("$__rate_interval", WINDOW)
+        re.sub(r"\$(namespace|cluster)", ".*", query).replace("$__rate_interval", WINDOW)
         for _, panels in dashboards.DASHBOARDS.values()
         for panel in panels
         for query, _ in panel.queries
