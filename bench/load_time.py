@@ -1,6 +1,11 @@
-"""Measure the time and the peak memory of loading an FP8 replica's transformer.
+"""Measure the time and the peak memory of loading an FP8 replica's transformer, and whole starts.
 
     python -m bench.load_time [--heads 12] [--repeats 5]
+    python -m bench.load_time --starts
+
+With `--starts`, fresh processes load the demo model as a Generator does, with compiled blocks and
+with copies on the node's disk, and print the seconds of each phase: the first one on a node that
+has nothing yet, the second on the same node. Without it:
 
 Makes a random model with SD3.5 Medium's structure (24 layers, dual attention in the first 13, heads
 of 64) at a reduced width, once in bfloat16 and once as `octet quantize` writes it. Fresh processes,
@@ -15,6 +20,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -23,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 SD35_MEDIUM_HEADS = 24
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 def random_model(folder: Path, heads: int) -> None:
@@ -105,6 +112,63 @@ def measure(heads: int, repeats: int) -> dict[str, Any]:
     return {kind: {"file_bytes": sizes[kind], **medians[kind]} for kind in folders}
 
 
+def start(folder: str) -> dict[str, float]:
+    """Start like a Generator of the demo model; return the seconds of each phase.
+
+    `folder`: everything that a node keeps for later starts.
+    """
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+    began = time.monotonic()
+    import torch
+
+    from serve.engine.denoiser import DENOISER_COMPONENTS, Denoiser
+    from serve.engine.denoising_loop import DenoisingLoop
+    from serve.engine.precision import RECIPES
+    from serve.engine.prompt_embeds import PromptEmbeds
+    from serve.engine.warm_up import Phases, WarmUp
+    from serve.models.checkpoints import open_checkpoint
+    from serve.settings.models import Pool, Source
+
+    phases = Phases()
+    phases.seconds["import"] = time.monotonic() - began
+    pool = Pool(precision="fp8", slots=1, compile="default", warm_sizes=("128x128",))
+    found = open_checkpoint(
+        Source(location=f"{folder}/shared"),
+        None,
+        DENOISER_COMPONENTS,
+        f"{folder}/disk",
+        phases.timed,
+    )
+    with phases.timed("load"):
+        denoiser = Denoiser.load(found, RECIPES["fp8"], "cpu")
+    warm_up = WarmUp(denoiser, pool, f"{folder}/compiled")
+    warm_up.prepare()
+    loop = DenoisingLoop(denoiser, max_rows=2)
+    config = denoiser.transformer.config
+    embeds = PromptEmbeds(
+        torch.randn(2, 32, config.joint_attention_dim),
+        torch.randn(2, config.pooled_projection_dim),
+    )
+    warm_up.run(loop, embeds, phases)
+    loop.close()
+    return phases.seconds
+
+
+def measure_starts() -> dict[str, dict[str, float]]:
+    """The phases of a start on a new node, and of the next one on the same node."""
+    from serve.models.checkpoints import write_manifest
+
+    processes = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as fresh,
+    ):
+        shared = Path(folder) / "shared"
+        shutil.copytree(DEMO_MODEL, shared)
+        write_manifest(shared, {})
+        return {name: fresh.submit(start, folder).result() for name in ("cold", "warm")}
+
+
 def _peak_bytes() -> int:
     """The largest resident set of this program in bytes.
 
@@ -120,7 +184,19 @@ def main() -> None:
         "--heads", type=int, default=12, help="attention heads; 24 is the width of SD3.5 Medium"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--starts", action="store_true", help="phases of whole starts")
     arguments = parser.parse_args()
+    if arguments.starts:
+        from .machine import machine
+
+        print(f"demo model, compiled, {machine()}\n")
+        starts = measure_starts()
+        print("| start | " + " | ".join([*starts["cold"], "sum"]) + " |")
+        print("|---" * (len(starts["cold"]) + 2) + "|")
+        for name, phases in starts.items():
+            seconds = [f"{phases[phase]:.2f}" for phase in starts["cold"]]
+            print(f"| {name} | " + " | ".join([*seconds, f"{sum(phases.values()):.2f}"]) + " |")
+        return
     found = measure(arguments.heads, arguments.repeats)
     width = arguments.heads / SD35_MEDIUM_HEADS
     print(f"SD3.5 Medium's structure at {width:g} of its width, {platform.machine()}, ", end="")

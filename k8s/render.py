@@ -274,7 +274,9 @@ def _check(
         raise SettingsError(
             "auth none: pods are reached from outside: set auth to keys or none-on-any-address"
         )
-    (front,) = patterns["front"]["template"]["spec"]["containers"]
+    front, card = (
+        patterns[role]["template"]["spec"]["containers"][0] for role in ("front", "card")
+    )
     ports = {port["name"]: port["containerPort"] for port in front["ports"]}
     if settings.http.port != ports["serve"]:
         raise SettingsError(
@@ -284,6 +286,7 @@ def _check(
         "data_folder": settings.data_folder,
         "usage_folder": settings.usage_folder,
         "models_folder": settings.models_folder,
+        "local_models_folder": settings.local_models_folder,
         "compiled_folder": settings.compiled_folder,
         "mps_folder": settings.mps_folder,
     }
@@ -295,7 +298,7 @@ def _check(
     for key, path in {**written, **read}.items():
         mounts = (
             PurePosixPath(mount["mountPath"])
-            for mount in front["volumeMounts"]
+            for mount in (card if key == "local_models_folder" else front)["volumeMounts"]
             if key in read or not mount.get("readOnly")
         )
         if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):

@@ -182,7 +182,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         ),
         "octet_engine_start_seconds": Metric(
             "gauge",
-            "Seconds of the phases of this replica's start: checkpoint, load, text, warm-up.",
+            "Seconds of the phases of this replica's start: import, pull, copy, verify, load, "
+            "text, lock (waiting for another that compiles the same code), warm-up.",
             ("pool", "phase"),
         ),
         "octet_engine_speed": Metric(

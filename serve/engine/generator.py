@@ -38,6 +38,7 @@ from ..request import (
 )
 from ..settings.models import Pool
 from ..settings.serve_config import LivePoolSettings, PoolArguments
+from . import BEGAN
 from .card import device_for, share_card, take_card
 from .denoiser import DENOISER_COMPONENTS, Denoiser
 from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
@@ -50,6 +51,7 @@ from .warm_up import Phases, WarmUp, warm_sizes
 
 log = logging.getLogger("ray.serve")
 
+IMPORT_S = time.monotonic() - BEGAN  # what loading torch and diffusers took this process
 FILE_THREADS = 2  # that encode image files, beside the thread of the denoising loop
 
 ENCODER_ATTEMPTS = 3
@@ -103,6 +105,7 @@ class Generator:
         given = PoolArguments.model_validate(arguments)
         self._name, self._model, self._pool = given.name, given.model, given.pool
         self._models_folder = given.models_folder
+        self._local_models_folder = given.local_models_folder
         self._text_encoder, self._dispatcher = text_encoder, dispatcher
         await asyncio.to_thread(share_card, self._pool, given.mps_folder)
         device = probe(device_for(self._pool))
@@ -118,6 +121,7 @@ class Generator:
         self._leaving = False  # the node is being drained
         self._careful = False  # the card has had a fault: one image at a time
         phases = Phases()
+        phases.seconds["import"] = IMPORT_S
         self._card = await asyncio.to_thread(take_card, self._pool)
         if self._recipe.fp8_linears and (
             fault := await asyncio.to_thread(fp8_fault, device_for(self._pool))
@@ -145,8 +149,8 @@ class Generator:
         self._metrics = GeneratorMetrics(self._name)
         with phases.timed("text"):
             embeds = await self._embed(self._warm_up_request())
+        attention = await asyncio.to_thread(warm_up.run, self._denoising, embeds, phases)
         with phases.timed("warm-up"):
-            attention = await asyncio.to_thread(warm_up.run, self._denoising, embeds)
             await self._result(self._warm_up_call())
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
@@ -336,8 +340,13 @@ class Generator:
 
     def _load(self, phases: Phases) -> Denoiser:
         source = self._pool.source or self._model.source
-        with phases.timed("checkpoint"):
-            folder = open_checkpoint(source, self._models_folder, DENOISER_COMPONENTS)
+        folder = open_checkpoint(
+            source,
+            self._models_folder,
+            DENOISER_COMPONENTS,
+            self._local_models_folder,
+            phases.timed,
+        )
         with phases.timed("load"):
             return Denoiser.load(folder, self._recipe, device_for(self._pool))
 

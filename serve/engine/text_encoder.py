@@ -26,7 +26,6 @@ import torch
 from cluster.capability import capability, probe
 
 from ..models.checkpoints import open_checkpoint
-from ..settings.models import Encoder
 from ..settings.serve_config import EncoderArguments, LiveEncoderSettings
 from .card import device_for, share_card, take_card
 from .precision import ENCODER_RECIPES
@@ -153,7 +152,7 @@ class TextEncoder:
         self._batch_size, self._warm_prompts = settings.batch_size, settings.warm_prompts
         await asyncio.to_thread(share_card, settings, given.mps_folder)
         self._card = await asyncio.to_thread(take_card, settings)
-        self._encoder = await asyncio.to_thread(self._load, settings, given.models_folder)
+        self._encoder = await asyncio.to_thread(self._load, given)
         self._cache = EmbeddingCache(self._encode, settings.cache_mib * 2**20, self._batch_size)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -180,9 +179,12 @@ class TextEncoder:
             await asyncio.to_thread(self._card.check)
         await asyncio.to_thread(self._encoder.check_device)
 
-    def _load(self, settings: Encoder, models_folder: str | None) -> PromptEncoder:
+    def _load(self, given: EncoderArguments) -> PromptEncoder:
+        settings = given.encoder
         device = device_for(settings)
-        folder = open_checkpoint(settings.source, models_folder, ENCODER_COMPONENTS)
+        folder = open_checkpoint(
+            settings.source, given.models_folder, ENCODER_COMPONENTS, given.local_models_folder
+        )
         recipe = ENCODER_RECIPES[settings.precision].on(capability(probe(device)).sixteen_bit)
         return PromptEncoder(folder, recipe, device)
 

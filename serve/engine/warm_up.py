@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -132,20 +132,24 @@ class WarmUp:
             }
             compile_blocks(self._denoiser.transformer, self._warm, self._mode, self._backend)
 
-    def run(self, loop: DenoisingLoop, embeds: PromptEmbeds) -> str:
+    def run(self, loop: DenoisingLoop, embeds: PromptEmbeds, phases: Phases) -> str:
         """Run every warm size with every number of rows once, and the flexible code.
 
         Returns a text for the log that names the chosen attention kernels, and on a card the memory
         layout of the VAE. `loop`: the one that will serve. `embeds`: two rows, as for a request
-        with guidance. If memory does not suffice for a shape, the shape is left out and a warning
-        is logged.
+        with guidance. `phases`: gets the phases `lock`, the wait for another replica that compiles
+        the same code, and `warm-up`. If memory does not suffice for a shape, the shape is left out
+        and a warning is logged.
         """
         if self._mode == "off" and not self._denoiser.on_cuda:
             return "torch's choice"
         root = self._root
-        compiling = CompiledCode(root, self._kind(embeds)).compiling() if root else nullcontext()
-        with compiling:
-            return self._run(loop, embeds)
+        with ExitStack() as compiling:
+            if root:
+                with phases.timed("lock"):
+                    compiling.enter_context(CompiledCode(root, self._kind(embeds)).compiling())
+            with phases.timed("warm-up"):
+                return self._run(loop, embeds)
 
     def _kind(self, embeds: PromptEmbeds) -> dict[str, Any]:
         """Everything on which this replica's compiled code depends."""

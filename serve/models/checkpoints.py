@@ -13,14 +13,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..atomic_file import replace_file
 from ..settings.models import Source
+from .local_copy import WrongDigest, local_copy
 from .verified import Digests, VerifiedFiles
+
+Timed = Callable[[str], contextlib.AbstractContextManager[None]]  # measures a phase by its name
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
@@ -57,14 +60,61 @@ def on_this_node(source: Source, models_folder: str | None) -> bool:
     return (folder / (MANIFEST if source.revision else "model_index.json")).is_file()
 
 
-def open_checkpoint(source: Source, models_folder: str | None, components: Iterable[str]) -> Path:
-    """Return the folder of a source, after pulling it if needed and verifying `components`.
+def open_checkpoint(
+    source: Source,
+    models_folder: str | None,
+    components: Iterable[str],
+    local_folder: str | None = None,
+    timed: Timed = lambda _: contextlib.nullcontext(),
+) -> Path:
+    """Return a folder with the verified `components` of a source, after pulling it if needed.
 
-    Raises `CheckpointError` if the source cannot be pulled, or its files differ from the manifest.
+    `local_folder`: a folder on a disk of this node, to which the components are copied first if
+    they have a manifest. `timed`: measures the phases `pull`, `copy` and `verify`. Raises
+    `CheckpointError` if the source cannot be pulled or copied, or its files differ from the
+    manifest.
     """
-    folder = pull(source, models_folder)
-    verify(folder, components)
+    components = tuple(components)
+    with timed("pull"):
+        folder = pull(source, models_folder)
+    if local_folder and (folder / MANIFEST).is_file():
+        with timed("copy"):
+            folder = _local(folder, components, Path(local_folder).expanduser())
+    with timed("verify"):
+        verify(folder, components)
     return folder
+
+
+def _local(folder: Path, components: tuple[str, ...], root: Path) -> Path:
+    """A copy of a checkpoint's components on this node's disk."""
+    wanted = tuple(f"{component}/" for component in components)
+    stated = {name: digest for name, digest in _stated(folder).items() if name.startswith(wanted)}
+    stated |= {name: digest for name, digest in _stated(folder).items() if "/" not in name}
+    try:
+        return local_copy(folder, MANIFEST, stated, root)
+    except WrongDigest as error:
+        raise _wrong_digest(folder / str(error)) from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be copied to {root}: {error}") from None
+
+
+def _wrong_digest(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: its SHA-256 is not the one in the manifest: delete the folder, and pull or "
+        "quantise it again"
+    )
+
+
+def _stated(folder: Path) -> Digests:
+    """The digests in a folder's manifest.
+
+    Raises `FileNotFoundError` without a manifest, and `CheckpointError` if it is none.
+    """
+    try:
+        found: Digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest") from error
+    return found
 
 
 def pull(source: Source, models_folder: str | None) -> Path:
@@ -216,11 +266,9 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
     this node has verified before is not read again unless it has changed.
     """
     try:
-        stated: Digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        stated = _stated(folder)
     except FileNotFoundError:
         return
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: not a manifest") from error
     wanted = ("",) if components is None else tuple(f"{c}/" for c in components)
     expected = {name: digest for name, digest in stated.items() if name.startswith(wanted)}
     present = [name for name in _files(folder) if name.startswith(wanted)]
@@ -231,10 +279,7 @@ def verify(folder: Path, components: Iterable[str] | None = None) -> None:
     found = VerifiedFiles(folder).digests(present, lambda names: digests(folder, names))
     for name, digest in found.items():
         if digest != expected[name]:
-            raise CheckpointError(
-                f"{folder / name}: its SHA-256 is not the one in the manifest: delete the folder, "
-                "and pull or quantise it again"
-            )
+            raise _wrong_digest(folder / name)
 
 
 def digests(folder: Path, names: Iterable[str]) -> Digests:

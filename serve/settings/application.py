@@ -130,6 +130,11 @@ class CatalogueSettings(Frozen):
         description="Folder on each node for weights that are pulled from the hub; null: "
         "~/.cache/octet/models.",
     )
+    local_models_folder: str | None = Field(
+        default=None,
+        description="Folder on a disk of each node, to which weights are copied before they are "
+        "loaded, so that each is read once from a volume that nodes share; null: no copies.",
+    )
     compiled_folder: str | None = Field(
         default=None,
         description="Folder on each node for compiled code, so that later starts find it; null: "

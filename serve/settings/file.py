@@ -25,6 +25,7 @@ NO_SETTINGS = {"OCTET_KEY"}  # the API key that commands send, not a setting
 PATHS = (  # keys whose values are paths
     *(
         "models_folder",
+        "local_models_folder",
         "compiled_folder",
         "mps_folder",
         "data_folder",

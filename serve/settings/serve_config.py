@@ -62,6 +62,7 @@ class PoolArguments(Frozen):
     model: ServedModel
     emulate_fp8: bool
     models_folder: str | None
+    local_models_folder: str | None = None
     compiled_folder: str | None
     mps_folder: str | None
 
@@ -76,6 +77,7 @@ class EncoderArguments(Frozen):
 
     encoder: Encoder
     models_folder: str | None
+    local_models_folder: str | None = None
     mps_folder: str | None
 
 
@@ -165,6 +167,7 @@ def _encoder(settings: Settings, encoder: Encoder) -> dict[str, Any]:
     arguments = {
         "encoder": encoder.model_dump(**AS_WRITTEN, exclude=NUMBERS),
         "models_folder": settings.models_folder,
+        "local_models_folder": settings.local_models_folder,
         "mps_folder": settings.mps_folder,
     }
     lengths = {m.max_sequence_length for m in settings.models if m.text_encoder == encoder.id}
@@ -185,6 +188,7 @@ def _pool(settings: Settings, model: Model, pool: Pool, least: int) -> dict[str,
         "model": {**served, "pools": [pool.model_dump(**AS_WRITTEN, exclude=NUMBERS)]},
         "emulate_fp8": settings.emulate_fp8,
         "models_folder": settings.models_folder,
+        "local_models_folder": settings.local_models_folder,
         "compiled_folder": settings.compiled_folder,
         "mps_folder": settings.mps_folder,
     }

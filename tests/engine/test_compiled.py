@@ -109,15 +109,20 @@ def test_after_the_warm_up_nothing_is_compiled(
         monkeypatch.setattr(denoiser, name, in_thread(run, threads))
     loop = DenoisingLoop(denoiser, max_rows=2, beside_steps=True)
     code = CompiledCode(tmp_path / torch.__version__, warming._kind(embeds()))
+    phases = Phases()
     with code.compiling():  # as if another replica of this node and kind were compiling
         run = contextvars.copy_context().run  # the way in which asyncio.to_thread calls a function
-        thread = threading.Thread(target=run, args=(warming.run, loop, embeds()), daemon=True)
+        thread = threading.Thread(
+            target=run, args=(warming.run, loop, embeds(), phases), daemon=True
+        )
         thread.start()
         thread.join(0.2)
         assert thread.is_alive()
         assert graphs() == 0
     thread.join()
     assert code.complete
+    assert phases.seconds["lock"] > 0.1
+    assert phases.seconds["warm-up"] > 0
     # cuDNN keeps its plans by thread, so the warm-up is of use in the serving threads only.
     assert used == {"denoise_step": {"denoising"}, "decode": {"decoding_0"}}
     loop.close()

@@ -300,5 +300,5 @@ def test_metrics_count_images_charges_replicas_and_phases(url: str) -> None:
         assert found["octet_engine_phase_seconds_count"][f"{pool}/{phase}"] > 0
     assert found["octet_queue_seconds_count"][pool] > 0
     assert found["octet_engine_speed"][pool] > 0
-    for phase in ("checkpoint", "load", "warm-up"):
+    for phase in ("import", "pull", "verify", "load", "warm-up"):
         assert found["octet_engine_start_seconds"][f"{pool}/{phase}"] > 0
