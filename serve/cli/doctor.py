@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +11,30 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..errors import OctetError
+from ..settings.application import Settings
 from ..settings.file import load_settings
-from .doctor_machine import examine, look
+from ..settings.serve_config import pool_arguments
+from .doctor_machine import Finding, examine, look
 from .doctor_settings import examine_cluster, examine_settings, needs_gpu
 from .plan_inputs import nodes_of_cluster
 from .terminal import Debug, readable_errors
+
+
+def _examine_code(settings: Settings) -> Iterator[Finding]:
+    """A note for each pool whose code this machine would have to compile at the first start."""
+    for arguments in pool_arguments(settings):
+        pool = arguments.pool
+        if pool.compile == "off" or (pool.compile == "auto" and not pool.num_gpus):
+            continue
+        from ..engine.precompile import is_compiled  # loads torch and diffusers
+
+        with suppress(OctetError):  # the pool cannot run here, which another finding says
+            if is_compiled(arguments) is False:
+                yield Finding(
+                    "note",
+                    f"the code of pool {arguments.name} is not compiled here: run octet compile",
+                )
 
 
 def doctor(
@@ -37,7 +58,9 @@ def doctor(
         else:
             machine = look(settings.models_folder if settings else None)
             findings = list(examine(machine, needs_gpu(settings) if settings else True))
-            findings += examine_settings(settings, machine) if settings else []
+            if settings:
+                findings += examine_settings(settings, machine)
+                findings += _examine_code(settings)
     signs = {"ok": "[green]ok     [/]", "note": "[yellow]note   [/]", "problem": "[red]problem[/]"}
     out = Console(highlight=False, soft_wrap=True)
     for finding in findings:

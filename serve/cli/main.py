@@ -23,7 +23,7 @@ from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..settings.models import Model, Source
 from ..tenants.files import TENANTS, read_keys, read_tenants
-from . import bench, doctor, k8s, node, plan, simulate, tenant, top, usage
+from . import bench, compile_pools, doctor, k8s, node, plan, simulate, tenant, top, usage
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -40,6 +40,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
+app.command("compile")(compile_pools.compile_pools)
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.add_typer(tenant.app, name="tenant")

@@ -76,11 +76,16 @@ def keep_compiled_code(folder: str | None) -> Path:
     compiles with as many processes as this one may use CPUs; by itself it would not see a
     container's limit.
     """
-    root = Path(folder or DEFAULT_FOLDER).expanduser() / torch.__version__
+    root = code_folder(folder)
     root.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)  # overwrites a value that torch may have set
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(usable_cpus(), MOST_COMPILERS)))
     return root
+
+
+def code_folder(folder: str | None) -> Path:
+    """The subfolder of `folder` for this version of torch."""
+    return Path(folder or DEFAULT_FOLDER).expanduser() / torch.__version__
 
 
 def usable_cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

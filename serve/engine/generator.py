@@ -358,7 +358,7 @@ class Generator:
 
         The request uses the text encoder, the transformer's kernels and the VAE.
         """
-        width, height = warm_sizes(self._pool, self._denoiser)[0]
+        width, height = warm_sizes(self._pool, self._denoiser.native_size_px)[0]
         return ImageRequest(
             id=WARM_UP,
             model=self._model.id,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
@@ -60,16 +60,29 @@ class Phases:
         return f"{sum(self.seconds.values()):.1f} s: {parts}"
 
 
-def compile_mode(pool: Pool, denoiser: Denoiser) -> Literal["off"] | Mode:
+def chosen_mode(pool: Pool, *, on_cuda: bool) -> Literal["off"] | Mode:
     """The mode in which blocks are compiled; `auto` compiles on a card but not on a CPU."""
     if pool.compile == "auto":
-        return "default" if denoiser.on_cuda else "off"
+        return "default" if on_cuda else "off"
     return pool.compile
 
 
-def warm_sizes(pool: Pool, denoiser: Denoiser) -> list[tuple[int, int]]:
-    """The (width, height) in px of the warm images; the model's own size if none is set."""
-    native_px = denoiser.native_size_px
+def card_name(*, on_cuda: bool) -> str:
+    """The name of what compiled code runs on: the card, or the kind of CPU."""
+    return torch.cuda.get_device_name() if on_cuda else platform.machine()
+
+
+def warm_shapes(pool: Pool, native_px: int, rows: Iterable[int]) -> set[Shape]:
+    """The shapes that get code of their own: each warm size with each number of rows."""
+    tokens = [w * h // (VAE_FACTOR * PATCH) ** 2 for w, h in warm_sizes(pool, native_px)]
+    return {(n, each) for n in rows for each in tokens}
+
+
+def warm_sizes(pool: Pool, native_px: int) -> list[tuple[int, int]]:
+    """The (width, height) in px of the warm images; the model's own size if none is set.
+
+    `native_px`: the side of the model's own size.
+    """
     named = [size.split("x") for size in pool.warm_sizes]
     return [(int(width), int(height)) for width, height in named] or [(native_px, native_px)]
 
@@ -111,9 +124,9 @@ class WarmUp:
         backend: str = "inductor",
     ) -> None:
         self._denoiser, self._backend = denoiser, backend
-        self._sizes = warm_sizes(pool, denoiser)
+        self._pool, self._sizes = pool, warm_sizes(pool, denoiser.native_size_px)
         self._rows = buckets(bucket(2 * pool.slots))
-        self._mode = compile_mode(pool, denoiser)
+        self._mode = chosen_mode(pool, on_cuda=denoiser.on_cuda)
         self._compiled_folder = compiled_folder
         self._warm: set[Shape] = set()
         self._root: Path | None = None  # of compiled code; None: nothing is compiled
@@ -125,11 +138,7 @@ class WarmUp:
         """
         if self._mode != "off":
             self._root = keep_compiled_code(self._compiled_folder)
-            self._warm = {
-                (rows, width * height // (VAE_FACTOR * PATCH) ** 2)
-                for rows in self._rows
-                for width, height in self._sizes
-            }
+            self._warm = warm_shapes(self._pool, self._denoiser.native_size_px, self._rows)
             compile_blocks(self._denoiser.transformer, self._warm, self._mode, self._backend)
 
     def run(self, loop: DenoisingLoop, embeds: PromptEmbeds, phases: Phases) -> str:
@@ -156,7 +165,7 @@ class WarmUp:
         denoiser = self._denoiser
         config = {k: v for k, v in denoiser.transformer.config.items() if not k.startswith("_")}
         return {
-            "card": torch.cuda.get_device_name() if denoiser.on_cuda else platform.machine(),
+            "card": card_name(on_cuda=denoiser.on_cuda),
             "structure": config,
             "recipe": denoiser.recipe.name,
             "mode": self._mode,

@@ -131,6 +131,15 @@ def serve_config(
     return {"applications": found}
 
 
+def pool_arguments(settings: Settings) -> list[PoolArguments]:
+    """What the replicas of each pool are started with."""
+    found = (
+        ApplicationArguments.model_validate(application["args"]).pool
+        for application in serve_config(settings)["applications"]
+    )
+    return [arguments for arguments in found if arguments]
+
+
 def versions(settings: Settings) -> dict[str, Any]:
     """What Ray Serve's version of each application depends on, by the application's name.
 

@@ -7,6 +7,7 @@ compiler and less time.
 from __future__ import annotations
 
 import contextvars
+import functools
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from typer.testing import CliRunner
 
-from serve.engine import warm_up
+from serve.cli.main import app
+from serve.engine import precompile, warm_up
 from serve.engine.compiled import compile_blocks, preferred
 from serve.engine.compiled_code import CompiledCode, usable_cpus
 from serve.engine.denoiser import Denoiser
@@ -33,7 +36,8 @@ from serve.engine.warm_up import Phases, WarmUp, choose_layout
 from serve.request import ImageRequest
 from serve.settings.models import Pool
 
-from ..builders import DEMO_MODEL
+from ..builders import DEMO_MODEL, ROOT
+from ..ports import free_port
 
 TOKENS = 109  # text tokens of each prompt of the demo model
 
@@ -175,9 +179,8 @@ def test_a_volume_that_cannot_be_written_only_costs_the_mark(tmp_path: Path) -> 
 
 
 def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
-    on_cpu = Denoiser.load(DEMO_MODEL, RECIPES["bf16"])
     modes = {
-        mode: warm_up.compile_mode(Pool(precision="fp16", compile=mode), on_cpu)
+        mode: warm_up.chosen_mode(Pool(precision="fp16", compile=mode), on_cuda=False)
         for mode in get_args(Pool.model_fields["compile"].annotation)
     }
     assert modes == {
@@ -186,7 +189,39 @@ def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
         "default": "default",
         "max-autotune": "max-autotune",
     }
-    assert warm_up.warm_sizes(Pool(precision="fp16"), on_cpu) == [(128, 128)]
+    assert warm_up.warm_sizes(Pool(precision="fp16"), 128) == [(128, 128)]
+
+
+def test_code_is_compiled_ahead_and_its_mark_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command compiles for examples/laptop.yaml; torch's compiler is replaced by its eager one.
+
+    `octet doctor` says what is missing before, and what is there afterwards.
+    """
+    monkeypatch.setattr(precompile, "WarmUp", functools.partial(warm_up.WarmUp, backend="eager"))
+    pool = "OCTET_MODELS__0__POOLS__0__"
+    for name, value in {
+        f"{pool}COMPILE": "default",
+        f"{pool}SLOTS": "1",
+        "OCTET_COMPILED_FOLDER": str(tmp_path),
+        "OCTET_HTTP__PORT": str(free_port()),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def octet(command: str) -> str:
+        result = CliRunner().invoke(app, [command, str(ROOT / "examples" / "laptop.yaml")])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert "code of pool landscapes-fp8 is not compiled here: run octet compile" in octet("doctor")
+    said = octet("compile")
+    assert "landscapes-fp8: compiled in" in said
+    assert "landscapes-fp16: nothing to compile here" in said
+    assert "landscapes-fp8: compiled already" in octet("compile")
+    assert "not compiled here" not in octet("doctor")
+    monkeypatch.setenv(f"{pool}SLOTS", "2")  # other numbers of rows need other code
+    assert "is not compiled here" in octet("doctor")
 
 
 @pytest.mark.parametrize("fast", [torch.channels_last, torch.contiguous_format])
