@@ -60,7 +60,7 @@ def quantiles(title: str, histogram: str, by: str = "", text: str = "") -> Panel
 
 def pods(series: str) -> str:
     """The number of Octet's pods in a state, by kube-state-metrics; `PODS` selects the pods."""
-    chosen = series.replace("PODS", 'namespace=~"$namespace",pod=~"$cluster.*"')
+    chosen = series.replace("PODS", 'namespace=~"$namespace",pod=~"octet-.*"')
     return f"sum ({chosen})"
 
 

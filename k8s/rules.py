@@ -225,15 +225,15 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "The Redis that keeps the head's state has no ready pod: a lost head could not come back.",
     ),
     "OctetVolumeFilling": (
-        f"{mounted('octet-.*')} < 0.1",
+        f"{mounted('(data-)?octet-.*')} < 0.1",
         "10m",
         "warning",
         "{{ $value | humanizePercentage }} of the volume {{ $labels.persistentvolumeclaim }} is "
         "left.",
     ),
     "OctetPullFailing": (
-        'kube_pod_init_container_status_running{container="pull"} == 1 or '
-        'kube_pod_init_container_status_waiting_reason{container="pull",'
+        'kube_pod_init_container_status_running{pod=~"octet-.*",container="pull"} == 1 or '
+        'kube_pod_init_container_status_waiting_reason{pod=~"octet-.*",container="pull",'
         'reason!="PodInitializing"} == 1',
         "1h",
         "warning",

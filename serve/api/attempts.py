@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from cluster.cost import CostCoefficients
 
@@ -197,11 +197,17 @@ class Attempts:
                     await asyncio.sleep(self._timing.retry_pause_s)
                     return None
             history.lost += 1
-            slot.lost = True
+            slot.lost = isinstance(error, ActorDiedError)  # other errors may pass
             log.warning("%s: attempt %d lost its replica of %s", request.id, history.lost, pool)
             if last:
                 raise ReplicaFailed(f"the replica died in each of {ATTEMPTS} attempts") from None
             self._metrics.retried(pool, "replica_lost")
+        except DeploymentUnavailableError:
+            # The pool has just been removed, or added again: the image's other pools come first.
+            slot.took_s = 0.0
+            history.pools = moved_last(pool, history.pools)
+            log.warning("%s: %s is not there; queueing again", request.id, pool)
+            await asyncio.sleep(self._timing.retry_pause_s)
         except RayServeException:
             slot.took_s = 0.0
             raise Unavailable(f"{pool} cannot be reached") from None

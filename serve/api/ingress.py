@@ -91,6 +91,7 @@ class Ingress:
         self._metrics = metrics = IngressMetrics()
         self._attempts = Attempts(pool_handle, metrics, timing.dispatch)
         self._live: Settings | None = None
+        self._awaited: set[str] = set()  # models without which this server is not ready
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._favicon = FAVICON.read_bytes()
@@ -107,6 +108,9 @@ class Ingress:
         Ray Serve calls this before the first request and whenever the settings change.
         """
         settings = Settings.model_validate(user_config)
+        names = {model.id for model in settings.models}
+        # A model that comes later does not make a server unready which serves the others.
+        self._awaited = names if self._live is None else self._awaited & names
         await self.reuse.set_models(settings)
         self._attempts.set_models(settings.models, self._units(settings))
         self._live = settings
@@ -254,13 +258,13 @@ class Ingress:
 
     async def cordon(self, http: Request) -> Response:
         """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
-        self._check_operator(http)
+        self._check_may_cordon(http)
         body = await self._body(http, lambda _: None)
         return await self._change_node(http, "cordon", reason_of(body))
 
     async def uncordon(self, http: Request) -> Response:
         """Answer `DELETE /v1/nodes/ID/cordon`: an operator lets a node get work again."""
-        self._check_operator(http)
+        self._check_may_cordon(http)
         return await self._change_node(http, "uncordon")
 
     async def _change_node(self, http: Request, method: str, *arguments: str) -> Response:
@@ -279,6 +283,15 @@ class Ingress:
             raise NotFound(f"'{id[:SHOWN_CHARS]}' does not begin the id of exactly one {which}")
         return JSONResponse(NodeCordon(node=node, cordoned=method == "cordon").model_dump())
 
+    def _check_may_cordon(self, http: Request) -> None:
+        """Raise `NotFound` unless the caller may take nodes out of service.
+
+        Without keys everybody is an operator. Then only callers of this machine may do so.
+        """
+        if self._auth == "none-on-any-address":
+            raise NotFound(f"{http.method} {http.url.path}: Not Found")
+        self._check_operator(http)
+
     def _check_operator(self, http: Request) -> None:
         """Raise the `NotFound` of an unknown path if the caller is no operator."""
         if not self._access(http.scope["tenant"]).operator:
@@ -291,6 +304,8 @@ class Ingress:
     async def ready(self, _: Request) -> Response:
         """Answer `GET /ready`: 200 if every model can be served and new requests are taken.
 
+        A model that was added later counts from its first replica on.
+
         A model can be served if one of its pools has a replica. A pool that may be scaled to zero
         is enough without one, if a node could hold a replica. The answer costs no message to the
         Dispatcher: it comes from the status that the Dispatcher has sent last.
@@ -301,8 +316,15 @@ class Ingress:
             model.id: {name: known.get(name) for name in map(model.pool_name, model.pools)}
             for model in self.live.models
         }
+        self._awaited |= {
+            model
+            for model, pools in models.items()
+            if any(pool and _can_serve(pool) for pool in pools.values())
+        }
         served = all(
-            any(pool and _can_serve(pool) for pool in pools.values()) for pools in models.values()
+            any(pool and _can_serve(pool) for pool in pools.values())
+            for model, pools in models.items()
+            if model in self._awaited
         )
         status = "draining" if found and found.draining else "ready" if served else "starting"
         details: dict[str, Any] = {}

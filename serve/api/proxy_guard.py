@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
+import os
 import time
 import uuid
 
@@ -39,6 +39,7 @@ LOOK_S = 1.0
 # Serve ends a proxy 30 s after its node was drained at the earliest, if it has no open request. By
 # then Kubernetes sends it no new connections, because its readiness probe has failed for long.
 ACCEPT_S = 20.0
+DRAINING = b"This node is being drained."  # Serve's answer on a node that is about to go
 SERVERS = {("asyncio.base_events", "Server"), ("uvloop.loop", "Server")}  # listeners of event loops
 # A request for Serve's own health path, which answers 503 when this proxy's node is about to go.
 HEALTH = {
@@ -59,8 +60,9 @@ class ProxyGuard:
     The guard also asks Serve's own path /-/healthz whether this proxy works. If the proxy is
     unhealthy, or its node is about to go, every response closes its connection. Otherwise clients
     and gateways that keep connections open would go on sending requests to this proxy. After
-    `accept_s` of that, the proxy accepts no more connections. Serve ends it some seconds later, and
-    would cut off a connection that had come just before its end.
+    `accept_s` on a node that is about to go, the proxy accepts no more connections. Serve ends it
+    some seconds later, and would cut off a connection that had come just before its end. If the
+    node stays after all, the proxy's process ends, so that Serve starts one that accepts again.
 
     A proxy that has just started answers every path with 404 until it has its routes. The guard
     makes it a 503, after which clients try again.
@@ -76,7 +78,8 @@ class ProxyGuard:
         """
         self._app, self._look_s, self._accept_s = app, look_s, accept_s
         self._leaving, self._look_at = False, 0.0
-        self._leaving_since: float | None = None
+        self._draining_since: float | None = None
+        self._deaf = False  # the proxy accepts no more connections
         self._ready: list[Message] = []  # the messages of the last answer
         self._ready_at = -look_s
 
@@ -88,7 +91,7 @@ class ProxyGuard:
         send = _retried_if_unrouted(send)
         if await self._is_leaving(scope):
             send = _closing(send)
-            self._stop_accepting(scope)
+        self._stop_accepting(scope)
         if scope["path"] == SERVES_ROUTES:
             error = NotFound("/-/routes: Not Found")
             return await JSONResponse(error_body(error), error.status)(scope, receive, send)
@@ -131,19 +134,21 @@ class ProxyGuard:
             await send(message)
 
     def _stop_accepting(self, scope: Scope) -> None:
-        """Close the listening socket if this proxy has been leaving for `accept_s`."""
-        now = time.monotonic()
-        if self._leaving_since is None:
-            self._leaving_since = now
-        if now - self._leaving_since >= self._accept_s:
-            self._leaving_since = math.inf  # once
-            _, port = scope["server"]
-            for found in gc.get_objects():  # Serve gives nobody its server
-                kind = type(found)
-                if (kind.__module__, kind.__name__) in SERVERS and any(
-                    socket.getsockname()[1] == port for socket in found.sockets
-                ):
-                    found.close()
+        """Close the listening socket if this proxy's node has been draining for `accept_s`."""
+        if self._draining_since is None:
+            if self._deaf:
+                os._exit(1)
+            return
+        if self._deaf or time.monotonic() - self._draining_since < self._accept_s:
+            return
+        self._deaf = True
+        address = tuple(scope["server"])
+        for found in gc.get_objects():  # Serve gives nobody its server
+            kind = type(found)
+            if (kind.__module__, kind.__name__) in SERVERS and any(
+                _port(socket.getsockname()) == address[1] for socket in found.sockets
+            ):
+                found.close()
 
     async def _is_leaving(self, scope: Scope) -> bool:
         """Return whether Serve's health path answers 503; asks it once in `look_s` s at most."""
@@ -157,13 +162,21 @@ class ProxyGuard:
             async def send(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     self._leaving = message["status"] == 503
-                    if not self._leaving:
-                        self._leaving_since = None
+                # A proxy without routes or replicas answers 503 as well, and stays.
+                elif self._leaving and DRAINING in message.get("body", b""):
+                    self._draining_since = self._draining_since or time.monotonic()
+                else:
+                    self._draining_since = None
 
             # Even if asking fails for any reason, the request itself may still be answered.
             with contextlib.suppress(Exception):
                 await self._app(asked, receive, send)
         return self._leaving
+
+
+def _port(address: object) -> int | None:
+    """The port of a socket's address; None for a socket without one."""
+    return int(address[1]) if isinstance(address, tuple) else None
 
 
 def _retried_if_unrouted(send: Send) -> Send:

@@ -39,7 +39,7 @@ class Cordoning:
         """Cordon the nodes whose cards fail, for ever."""
         while True:
             await asyncio.sleep(every_s)
-            for due in self._nodes.to_cordon(time.monotonic()):
+            if due := self._nodes.to_cordon(time.monotonic()):
                 await self._cordon(due)
 
     async def cordon(self, node: str, reason: str) -> str | None:
@@ -102,19 +102,20 @@ def read_cordons(folder: Path | None) -> list[CordonedNode]:
 def change_cordons(
     file: Path, *, add: CordonedNode | None = None, remove: CordonedNode | None = None
 ) -> None:
-    """Add a cordoned node to the file, or remove one, and with it all that share its cards.
+    """Add a cordoned node to the file, or remove one; other entries with its cards go.
 
-    What another cluster has written stays. Raises `OSError` if the file cannot be written, and
-    `ValueError` if it is not such a file.
+    What another cluster has written about other cards stays. Raises `OSError` if the file cannot be
+    written, and `ValueError` if it is not such a file.
     """
-    kept = read_cordons(file.parent)
-    if remove:
-        cards = set(remove.cards)
-        kept = [one for one in kept if one.node != remove.node and not cards & set(one.cards)]
-    if add:
-        kept = [*(one for one in kept if one.node != add.node), add]
-    text = json.dumps([one._asdict() for one in kept], indent=1)
-    replace_file(file, text.encode(), sync=True)
+    from filelock import FileLock
+
+    with FileLock(f"{file}.lock"):
+        kept = read_cordons(file.parent)
+        for gone in (one for one in (add, remove) if one):
+            cards = set(gone.cards)
+            kept = [one for one in kept if one.node != gone.node and not cards & set(one.cards)]
+        text = json.dumps([one._asdict() for one in (*kept, *([add] if add else []))], indent=1)
+        replace_file(file, text.encode(), sync=True)
 
 
 def _only_one(beginning: str, ids: Iterable[str]) -> str | None:

@@ -11,8 +11,9 @@ Generator reports its state by heartbeat. Other files do the rest: `metering` ch
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..tenants.watched_files import TenantFiles
 from ..usage.ledger import UsageLedger
 from .admission import Admission
 from .cordoning import Cordoning, read_cordons
-from .cordons import Cordons
+from .cordons import Cordons, card_or_node
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
 from .metering import Metering
@@ -61,6 +62,8 @@ from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
 from .shared_results import SharedResults
 from .upkeep import Upkeep
+
+log = logging.getLogger("ray.serve")
 
 SCALINGS = {"queued-work": Scaling, "ray-default": RayDefaultScaling}  # by `autoscaling_policy`
 
@@ -125,7 +128,6 @@ class Dispatcher:
             self.admission,
             self.metering,
             self.scaling,
-            self._cordons,
             self._tenant_metrics,
             timing,
         )
@@ -161,20 +163,26 @@ class Dispatcher:
         needs = {
             model.pool_name(pool): pool.need for model in settings.models for pool in model.pools
         }
-        self.apply(needs, scaling_limits(settings), settings.max_queued)
+        encoders = [encoder.need for encoder in settings.text_encoders]
+        self.apply(needs, scaling_limits(settings), settings.max_queued, encoders)
 
     def apply(
-        self, needs: Mapping[str, NodeRequirement], limits: ScalingLimits, max_queued: int
+        self,
+        needs: Mapping[str, NodeRequirement],
+        limits: ScalingLimits,
+        max_queued: int,
+        encoders: Sequence[NodeRequirement] = (),
     ) -> None:
         """Serve these pools from now on, with these limits.
 
         `needs`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. Images that wait only for pools that are no longer there are refused.
+        may have. `encoders`: what a replica of each set of text encoders needs of a node. Images
+        that wait only for pools that are no longer there are refused.
         """
         self.admission.max_queued = max_queued
         self.grants.set_pools(needs)
         self.scaling.set_limits(limits)
-        self._nodes.set_needs(needs)
+        self._nodes.set_needs(needs, encoders)
         self.sessions.deliver(self.grants.refuse())
         self.sessions.set_status(self._status())
 
@@ -222,11 +230,14 @@ class Dispatcher:
         for usage in update.usages:
             self.metering.charge(session, usage)
         for release in update.releases:
-            if release.took_s and (image := self.grants.running_image(session, release.image_id)):
-                self._cordons.generated(image.call_id)
+            if self._cordons.suspicious and release.took_s:
+                self._clear_suspect(session, release.image_id)
             report = self.grants.release(session, release, now)
             if release.cancelled:
                 self.metering.cancelled(session, release.cancelled, report)
+        for dead in self.grants.dead():
+            log.warning("a replica of %s died on %s", dead.heartbeat.pool, dead.heartbeat.node[:8])
+            self._cordons.died(dead.heartbeat, dead.calls, now)
         for call_id in update.ended_calls:
             self.admission.end(session, call_id, now)
         if self._early:
@@ -357,6 +368,13 @@ class Dispatcher:
 
     # -- calls and images -----------------------------------------------------------------------
 
+    def _clear_suspect(self, session: str, image_id: str) -> None:
+        """Note on which card an image was generated, if its replica has reported it."""
+        if image := self.grants.running_image(session, image_id):
+            on = self.grants.runs_on(Lease(session, image_id, image.pool))
+            if on:
+                self._cordons.generated(image.call_id, card_or_node(on))
+
     def _may_decide(self, now: float) -> bool:
         """Return whether every living replica has had time to report itself."""
         return now >= self.recovery.ended_at + self._timing.replica_lease_s
@@ -449,7 +467,7 @@ class Dispatcher:
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
         recovering = not self.recovery.over
-        cordoned = self._cordons.cordoned
+        cordoned = self._cordons.cordoned.keys() & self._nodes.nodes.keys()
         self._metrics.report(lag_s, len(self.sessions), cordoned, recovering=recovering)
 
     # -- tenants --------------------------------------------------------------------------------

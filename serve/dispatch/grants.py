@@ -39,6 +39,7 @@ from .protocol import (
 
 UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
 COUNTED_S = 600.0  # a session that comes back later than that may count its images again
+UNKNOWN_S = 10.0  # for this time, a pool that is not in the settings may still be on its way
 EXCESS_S = 600.0  # Ray Serve stops no replica in excess later than that
 REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
 
@@ -86,11 +87,11 @@ class _Unsettled(NamedTuple):
     cancelled: UsageRecord | None
 
 
-class GoneReplica(NamedTuple):
-    """A replica that is gone: its last heartbeat, and the calls whose images died with it."""
+class DeadReplica(NamedTuple):
+    """A replica that has died: its last heartbeat, and the calls whose images died with it."""
 
     heartbeat: Heartbeat
-    lost_calls: frozenset[str] = frozenset()
+    calls: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -122,11 +123,12 @@ class Grants:
         self.draining: frozenset[str] = frozenset()  # ids of nodes that are about to go
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {}  # of each pool
-        self._removed: frozenset[str] = frozenset()  # pools that were there once
+        self._removed: frozenset[str] = frozenset()  # pools that are no longer there
+        self._unknown: dict[str, float] = {}  # pools that nobody has named yet, and since when
         self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
         self._excess: dict[str, _Excess] = {}
         self._running: dict[str, int] = {}  # granted slots by pool
-        self._gone: list[GoneReplica] = []  # not yet returned by `expire_replicas`
+        self._dead: list[DeadReplica] = []  # not yet returned by `dead`
         self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
         self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # reported before their release
@@ -173,6 +175,9 @@ class Grants:
             return None
         if not self.possible(image.pools):
             return Refused(session, image.id)
+        for pool in image.pools:
+            if pool not in self._replicas and pool not in self._removed:
+                self._unknown.setdefault(pool, now)
         waiting = WaitingImage(image, tenant, session, now - image.waited_s)
         self.queue.add(waiting)
         holder.waiting[image.id] = waiting
@@ -208,21 +213,28 @@ class Grants:
             return "awaited"
         return None
 
-    def expire_replicas(self, now: float) -> list[GoneReplica]:
-        """Drop the replicas that have fallen silent; return all that have gone since the last call.
+    def dead(self) -> list[DeadReplica]:
+        """The replicas that have died while they ran images, since the last call."""
+        dead, self._dead = self._dead, []
+        return dead
 
-        A replica that died while it ran images is among them even if its silence is still short.
-        """
-        gone, self._gone = self._gone, []
+    def expire_replicas(self, now: float) -> None:
+        """Drop the replicas that have fallen silent."""
         for replicas in self._replicas.values():
             for name, replica in list(replicas.items()):
                 if now - replica.last_heard > self.replica_lease_s:
                     del replicas[name]
-                    gone.append(GoneReplica(replica.heartbeat))
-        return gone
+
+    def runs_on(self, lease: Lease) -> Heartbeat | None:
+        """The last heartbeat of the replica that runs an image; None if none has reported it."""
+        replicas = self._replicas.get(lease.pool, {}).values()
+        return next((r.heartbeat for r in replicas if lease in r.running), None)
 
     def expire(self, now: float) -> list[str]:
         """Drop sessions that have fallen silent; returns their names."""
+        late = {pool for pool, since in self._unknown.items() if now - since > UNKNOWN_S}
+        self._removed |= late
+        self._unknown = {p: at for p, at in self._unknown.items() if p not in late}
         for pool, excess in list(self._excess.items()):
             if pool in self._removed or now - excess.since > EXCESS_S:
                 del self._excess[pool]
@@ -398,6 +410,7 @@ class Grants:
         for pool in pools:
             self._replicas[pool] = before.get(pool, {})
         self._removed = (self._removed | before.keys()) - self._replicas.keys()
+        self._unknown = {p: at for p, at in self._unknown.items() if p not in self._replicas}
         if self._placeable is not None:
             self._placeable |= self._replicas.keys() - before.keys()
 
@@ -417,7 +430,8 @@ class Grants:
     def possible(self, pools: Pools) -> bool:
         """Return whether any of the pools has a living replica, or could have one on a node.
 
-        A pool that nobody has named yet may be new: its Ingress has heard of it earlier.
+        A pool that nobody has named yet may be new: its Ingress has heard of it earlier. After
+        `UNKNOWN_S` it counts as removed.
         """
         return any(
             self.placeable(pool) or self.replicas(pool)
@@ -508,7 +522,7 @@ class Grants:
                     for one in replica.running
                     if self.holds(one)
                 )
-                self._gone.append(GoneReplica(replica.heartbeat, frozenset({call_id, *others})))
+                self._dead.append(DeadReplica(replica.heartbeat, frozenset({call_id, *others})))
                 del replicas[name]
 
     def _leave_queue(self, waiting: WaitingImage) -> None:

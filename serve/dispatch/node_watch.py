@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
 
-from .cordons import Cordons
+from .cordons import WINDOW_S, Cordons
 from .grants import Grants
 from .protocol import CordonedNode, DispatchEvent
 from .scaling import Scaling
@@ -43,6 +44,8 @@ class NodeWatch:
         Serve's replicas. These three may block. `deliver`: sends events to their sessions.
         """
         self._needs: Mapping[str, NodeRequirement] = {}
+        self._encoders: tuple[NodeRequirement, ...] = ()
+        self._cordoned_at = -math.inf  # the last time that a node was cordoned by itself
         self._read_nodes, self._drain, self._read_states = read_nodes, drain, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
         self._cordons = cordons
@@ -50,9 +53,11 @@ class NodeWatch:
         self._warned: set[str] = set()
         self._changed = asyncio.Event()  # pools or cordons have changed since the last look
 
-    def set_needs(self, needs: Mapping[str, NodeRequirement]) -> None:
-        """Set the pools: by pool, what one replica needs of a node."""
-        self._needs = needs
+    def set_needs(
+        self, needs: Mapping[str, NodeRequirement], encoders: Sequence[NodeRequirement] = ()
+    ) -> None:
+        """Set what one replica of each pool, and of each set of text encoders, needs of a node."""
+        self._needs, self._encoders = needs, tuple(encoders)
         self.look_again()
 
     def end_drain(self, node: str) -> None:
@@ -82,7 +87,9 @@ class NodeWatch:
             log.warning("could not read the cluster's nodes; trying again", exc_info=True)
             return
         self._warn(nodes)
-        self.nodes = {node.id: node for node in nodes}
+        before, self.nodes = self.nodes.keys(), {node.id: node for node in nodes}
+        for node in before - self.nodes.keys():
+            self._cordons.gone(node)
         # A drained node stays drained after it is gone: its replicas may still report themselves.
         gone = {node for node in self._grants.draining if node not in self.nodes}
         cordoned = self._cordons.cordoned.keys() & self.nodes.keys()
@@ -95,33 +102,42 @@ class NodeWatch:
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
         for node in cordoned - draining:
+            if node not in self._cordons.cordoned:  # an operator has changed his mind meanwhile
+                continue
             try:
                 await asyncio.to_thread(self._drain, node)
             except Exception:  # Ray's errors have no common class
                 log.warning("node %s: could not drain it; trying again", node[:8], exc_info=True)
 
-    def to_cordon(self, now: float) -> list[CordonedNode]:
-        """The nodes that are to be cordoned now, because their cards fail.
+    def to_cordon(self, now: float) -> CordonedNode | None:
+        """The node that is to be cordoned now, because a card of it fails; None if there is none.
 
-        A node that a pool cannot do without is not among them: images are tried again on a card
-        that may fail, but without any card they would be refused.
+        At most one within `WINDOW_S`: what looks like the failure of many cards is more likely to
+        be one of the network. A node without which a pool or a text encoder could not be placed is
+        not cordoned: images are tried again on a card that may fail, but without any card they
+        would be refused.
         """
-        found = []
+        if now - self._cordoned_at < WINDOW_S:
+            return None
         for due in self._cordons.due(now):
-            others = [node for node in self._staying() if node.id != due.node]
-            lost = [
-                pool
-                for pool, need in self._needs.items()
-                if any(replica.node == due.node for replica in self._grants.replicas(pool))
-                and not any(fits(need, node) for node in others)
-                and not self._scaling.limits.tuning.node_wait_s
+            if (node := self.nodes.get(due.node)) is None:
+                continue
+            others = [
+                other
+                for other in self._staying()
+                if other.id != node.id and other.id not in self._cordons.cordoned
             ]
-            if not lost:
-                found.append(due)
-            elif due.node not in self._warned:
-                self._warned.add(due.node)
-                log.error("%s; its node stays, because no other can hold %s", due.reason, lost)
-        return found
+            needed = any(
+                fits(need, node) and not any(fits(need, other) for other in others)
+                for need in (*self._needs.values(), *self._encoders)
+            )
+            if not needed or self._scaling.limits.tuning.node_wait_s:
+                self._cordoned_at = now
+                return due
+            if node.id not in self._warned:
+                self._warned.add(node.id)
+                log.error("%s; its node stays, because no other could take its place", due.reason)
+        return None
 
     async def look_at_excess(self) -> None:
         """Let replicas get images again that were in excess, but that Ray Serve does not stop."""

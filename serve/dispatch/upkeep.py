@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from ..usage.ledger import month_of
 from .admission import Admission
-from .cordons import Cordons
 from .dispatcher_metrics import PoolMetrics, TenantMetrics
 from .grants import Grants
 from .metering import Metering
@@ -29,12 +28,11 @@ class Upkeep:
         admission: Admission,
         metering: Metering,
         scaling: Scaling,
-        cordons: Cordons,
         tenant_metrics: TenantMetrics,
         timing: Timing,
     ) -> None:
         self._grants, self._admission = grants, admission
-        self._metering, self._scaling, self._cordons = metering, scaling, cordons
+        self._metering, self._scaling = metering, scaling
         self._tenant_metrics, self._pool_metrics = tenant_metrics, PoolMetrics()
         self._timing = timing
 
@@ -71,10 +69,7 @@ class Upkeep:
 
         Also lets what was learned from past calls fade.
         """
-        for replica in self._grants.expire_replicas(now):
-            if replica.lost_calls:
-                log.warning("a replica died on node %s", replica.heartbeat.node[:8])
-                self._cordons.died(replica.heartbeat, replica.lost_calls, now)
+        self._grants.expire_replicas(now)
         for session in self._grants.expire(now):
             log.warning("session %s fell silent: its slots are free", session)
             end_session(session)

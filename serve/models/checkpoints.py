@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from ..atomic_file import replace_file
 from ..settings.models import Source
 from .local_copy import WrongDigest, local_copy
 from .verified import Digests, VerifiedFiles
+
+log = logging.getLogger("ray.serve")
 
 Timed = Callable[[str], contextlib.AbstractContextManager[None]]  # measures a phase by its name
 
@@ -78,8 +81,20 @@ def open_checkpoint(
     with timed("pull"):
         folder = pull(source, models_folder)
     if local_folder and (folder / MANIFEST).is_file():
+        root = Path(local_folder).expanduser()
         with timed("copy"):
-            folder = _local(folder, components, Path(local_folder).expanduser())
+            copy = _local(folder, components, root)
+        with timed("verify"):
+            try:
+                verify(copy, components)
+                return copy
+            except CheckpointError as error:
+                if copy == folder:
+                    raise
+                log.warning("%s: copying it again", error)
+                shutil.rmtree(copy)
+        with timed("copy"):
+            folder = _local(folder, components, root)
     with timed("verify"):
         verify(folder, components)
     return folder

@@ -16,10 +16,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..atomic_file import replace_file
 from .verified import Digests, VerifiedFiles
 
 CHUNK_BYTES = 16 * 2**20
-SPARE = 1.05  # of the bytes that are to be copied, so that the disk does not become full
+KEPT_FREE = 0.15  # part of the disk: Kubernetes evicts pods from a node whose disk is 90 % full
 
 log = logging.getLogger("ray.serve")
 
@@ -34,18 +35,25 @@ def local_copy(folder: Path, manifest: str, stated: Digests, root: Path) -> Path
     `manifest`: the name of the checkpoint's manifest, which is copied too. `stated`: the digests of
     the files that are wanted. `root`: the folder on the node's disk. While one process copies, the
     others of the node wait. Returns `folder` itself, with a warning in the log, if the disk has no
-    room for the copy. Raises `WrongDigest` if a file differs from its digest, and `OSError` if a
-    file cannot be read or written.
+    room for the copy or cannot be written. Raises `WrongDigest` if a file differs from its digest,
+    and `OSError` if a file of `folder` cannot be read.
     """
     from filelock import FileLock
 
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     target = root / f"{folder.name}-{name}"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a read-only disk
+        log.warning("no copies of weights: %s; reading %s", error, folder)
+        return folder
     with FileLock(f"{target}.lock"):
+        for part in target.rglob("*.part"):  # of a process that was killed
+            part.unlink()
         missing = [name for name in stated if not _is_copy(target / name, folder / name)]
         needed = sum((folder / name).stat().st_size for name in missing)
-        if needed * SPARE > shutil.disk_usage(root).free:
+        disk = shutil.disk_usage(root)
+        if needed > disk.free - KEPT_FREE * disk.total:
             log.warning(
                 "%s has no room for %.1f GiB of weights: reading %s", root, needed / 2**30, folder
             )
@@ -55,8 +63,9 @@ def local_copy(folder: Path, manifest: str, stated: Digests, root: Path) -> Path
             for name in wrong:
                 (target / name).unlink()
             raise WrongDigest(wrong[0])
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(folder / manifest, target / manifest)
+        text = (folder / manifest).read_bytes()
+        if not (target / manifest).exists() or (target / manifest).read_bytes() != text:
+            replace_file(target / manifest, text, mode=0o644)
         VerifiedFiles(target).remember(copied)
     return target
 

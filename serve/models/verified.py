@@ -39,22 +39,35 @@ class VerifiedFiles:
 
         If the node's digests cannot be kept, all files are hashed.
         """
+        return self._locked(list(names), hashed)
+
+    def remember(self, digests: Digests) -> None:
+        """Keep the digests of files that this process has just hashed or written.
+
+        What was known of these files before is forgotten, even if they look the same.
+        """
+
+        def stated(names: Iterable[str]) -> Digests:
+            return {name: digests[name] for name in names}
+
+        self._locked(list(digests), stated, anew=True)
+
+    def _locked(
+        self, names: list[str], hashed: Callable[[Iterable[str]], Digests], *, anew: bool = False
+    ) -> Digests:
         from filelock import FileLock
 
-        names = list(names)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self._file}.lock"):
-                return self._digests(names, hashed)
+                return self._digests(names, hashed, anew=anew)
         except OSError:  # such as a disk without room
             return hashed(names)
 
-    def remember(self, digests: Digests) -> None:
-        """Keep the digests of files that this process has just hashed."""
-        self.digests(digests, lambda names: {name: digests[name] for name in names})
-
-    def _digests(self, names: list[str], hashed: Callable[[Iterable[str]], Digests]) -> Digests:
-        known = self._read()
+    def _digests(
+        self, names: list[str], hashed: Callable[[Iterable[str]], Digests], *, anew: bool
+    ) -> Digests:
+        known = {n: found for n, found in self._read().items() if not (anew and n in names)}
         states = {name: self._state(name) for name in names}
         found = {n: known[n][1] for n in names if n in known and known[n][0] == states[n]}
         if new := [name for name in names if name not in found]:

@@ -60,8 +60,8 @@ def test_every_alert_has_a_section_in_the_runbook() -> None:
 
 
 OTHERS = (  # of kube-state-metrics
-    'kube_pod_status_phase{namespace="x",pod="x",phase="Pending"}',
-    'kube_pod_init_container_status_running{namespace="x",pod="x",container="pull"}',
+    'kube_pod_status_phase{namespace="x",pod="octet-x",phase="Pending"}',
+    'kube_pod_init_container_status_running{namespace="x",pod="octet-x",container="pull"}',
 )
 
 
@@ -177,8 +177,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         20,
     ),
     "OctetPullFailing": (
-        {'kube_pod_init_container_status_running{container="pull",pod="p"}': "1x70"},
-        {'kube_pod_init_container_status_running{container="other",pod="p"}': "1x70"},
+        {'kube_pod_init_container_status_running{container="pull",pod="octet-a"}': "1x70"},
+        {'kube_pod_init_container_status_running{container="pull",pod="other"}': "1x70"},
         70,
     ),
     "OctetNoDispatcher": ({"up": "1x9"}, {'ray_octet_pool_replicas{pool="p"}': "0x9"}, 9),

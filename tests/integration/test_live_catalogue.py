@@ -101,6 +101,14 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
         assert second().status_code == 404
         wait_for(lambda: SECOND not in replicas())
         assert replicas() == at_first
+
+        # The model comes back. The Ingress has a handle of its earlier pool.
+        assert octet.apply(with_second_model(before, slots=4)) == [SECOND]
+        wait_for(lambda: models() == ["landscapes", "second"])
+        assert second().status_code == 200
+        assert octet.apply(before) == []
+        wait_for(lambda: SECOND not in replicas())
+        assert replicas() == at_first
         count = answers[200]
         wait_for(lambda: answers[200] > count + 4)
     assert set(answers) == {200}

@@ -85,7 +85,7 @@ def test_a_damaged_file_is_named_and_not_kept(source: Source, tmp_path: Path) ->
 def test_a_full_disk_is_left_alone(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    usage = SimpleNamespace(free=1000)
+    usage = SimpleNamespace(total=100_000, free=16_000)  # less than 15 % would stay free
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     folder = open_checkpoint(source, None, PARTS, str(tmp_path / "disk"))
     assert str(folder) == source.location
@@ -107,3 +107,21 @@ def test_a_copy_that_was_interrupted_is_made_again(source: Source, tmp_path: Pat
     assert (folder / "vae" / "weights").read_bytes() == b"vae" * 1000
     shutil.rmtree(folder)
     assert open_checkpoint(source, None, PARTS, local) == folder
+
+
+def test_a_damaged_copy_is_made_again(source: Source, tmp_path: Path) -> None:
+    local = str(tmp_path / "disk")
+    folder = open_checkpoint(source, None, PARTS, local)
+    weights = folder / "vae" / "weights"
+    state = weights.stat()
+    weights.write_bytes(b"VAE" * 1000)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))  # as after a power cut
+    shutil.rmtree(tmp_path / "cache")
+    assert open_checkpoint(source, None, PARTS, local) == folder
+    assert weights.read_bytes() == b"vae" * 1000
+
+
+def test_a_disk_that_cannot_be_written_is_left_alone(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = open_checkpoint(source, None, PARTS, str(tmp_path / "file" / "disk"))
+    assert str(folder) == source.location

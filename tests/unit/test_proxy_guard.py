@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import socket
 import threading
 from typing import Any
 
@@ -25,6 +26,7 @@ class Proxy:
 
     def __init__(self, look_s: float, accept_s: float = 60.0) -> None:
         self.health, self.checks, self.asked = 200, 0, 0
+        self.said = "success"  # the body of Serve's answer
         routes = [
             Route("/-/healthz", self._health),
             Route("/v1/models", self._models),
@@ -37,7 +39,7 @@ class Proxy:
     def _health(self, request: Request) -> Response:
         self.checks += 1
         assert not request.headers
-        return PlainTextResponse("", self.health)
+        return PlainTextResponse(self.said, self.health)
 
     async def _ready(self, _: Request) -> Response:
         self.asked += 1
@@ -70,7 +72,7 @@ def test_a_leaving_proxy_serves_its_connections_and_accepts_no_others(loop: Any)
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_for(lambda: server.started)
-    kept = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(2)]
+    kept = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(3)]
 
     def answer(connection: http.client.HTTPConnection) -> tuple[int, str | None]:
         connection.request("GET", "/v1/models", headers={"accept": "y"})
@@ -79,11 +81,14 @@ def test_a_leaving_proxy_serves_its_connections_and_accepts_no_others(loop: Any)
         return found.status, found.headers.get("connection")
 
     try:
-        assert [answer(connection) for connection in kept] == [(200, None)] * 2
-        proxy.health = 503
+        assert [answer(connection) for connection in kept] == [(200, None)] * 3
+        proxy.health, proxy.said = 503, "No replicas are available yet."
+        assert answer(kept[2]) == (200, "close")
+        socket.create_connection(("127.0.0.1", port)).close()  # it still accepts
+        proxy.said = "This node is being drained."
         assert answer(kept[0]) == (200, "close")
         with pytest.raises(ConnectionRefusedError):
-            http.client.HTTPConnection("127.0.0.1", port).connect()
+            socket.create_connection(("127.0.0.1", port))
         assert answer(kept[1]) == (200, "close")
     finally:
         server.should_exit = True
