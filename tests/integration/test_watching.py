@@ -17,7 +17,7 @@ SILENT = {
     *(name for name in ALL if "card" in name or "spool" in name),
     *("octet_replica_memory_bytes", "octet_cache_failures", "octet_engine_out_of_memory"),
     *("octet_retried", "octet_pool_decisions"),
-    *("octet_tenant_refused", "octet_tenants_file_faults"),
+    *("octet_tenant_refused", "octet_tenants_file_faults", "octet_nodes_cordoned"),
 }
 # Alerts that the earlier tests cause on the same server.
 PROVOKED = {"OctetOutOfMemory", "OctetUsageUnrecorded"}
