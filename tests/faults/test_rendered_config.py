@@ -14,6 +14,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,10 +60,17 @@ class Operator:
         assert answer.status_code == 200, answer.text
 
     def running(self, config: dict[str, Any]) -> bool:
-        """Return whether all applications of this config run, and no others are there."""
+        """Return whether all applications of this config run, and no others stay.
+
+        A removed pool whose replica had no node yet is `DELETING` for up to `drain_timeout_s`. The
+        answer is made by Serve's controller and takes it long, so it is asked for once a second.
+        """
+        time.sleep(1)
         found = self._client.get("/api/serve/applications/").json()["applications"]
         wanted = {application["name"] for application in config["applications"]}
-        return found.keys() == wanted and {one["status"] for one in found.values()} == {"RUNNING"}
+        states = {name: one["status"] for name, one in found.items()}
+        staying = {name for name, status in states.items() if status != "DELETING"}
+        return staying == wanted and {states[name] for name in staying} == {"RUNNING"}
 
     def close(self) -> None:
         self._client.close()
