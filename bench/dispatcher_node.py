@@ -60,6 +60,11 @@ class Round(NamedTuple):
     charged: Counter[int]
 
 
+def role_of(deployment: str) -> str:
+    """The role of a deployment's nodes; the Ingress has one of its own, which stays."""
+    return "ingress" if deployment == INGRESS else front_or_card(deployment)
+
+
 def kill_node(nodes: list[Any], how: signal.Signals) -> list[psutil.Process]:
     """Send a signal to all processes of the Dispatcher's node; return them."""
     ((node_id, pid),) = replicas_of(DISPATCHER).values()
@@ -129,7 +134,6 @@ def main() -> int:
             cluster.add("ingress", 4)
             cluster.add("card", 8)
             nodes = [cluster.add("front", 1), cluster.add("front", 1)]
-            role_of = lambda name: "ingress" if name == INGRESS else front_or_card(name)  # noqa: E731
             cluster.deploy(settings, role_of, "HeadOnly", {})
             for number in range(rounds):
                 how = signal.SIGSTOP if number % 2 else signal.SIGKILL

@@ -82,9 +82,8 @@ def burns(budget: str, burn: Burn) -> str:
         "slow": (slow, 1 - FAST_ENOUGH, "model"),
     }[budget]
     limit = f"{burn.rate * allowed:.4g}"
-    requests = Q.increase("octet_requests", burn.long, by, model_not="")
-    if budget == "errors":
-        requests = Q.increase("octet_requests", burn.long)
+    valid = {"model_not": ""} if by else {}  # invalid requests have no model
+    requests = Q.increase("octet_requests", burn.long, by, **valid)
     return (
         f"{share(burn.long)} > {limit} and {share(burn.short)} > {limit} and {requests} >= {LEAST}"
     )

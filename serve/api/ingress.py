@@ -316,16 +316,13 @@ class Ingress:
             model.id: {name: known.get(name) for name in map(model.pool_name, model.pools)}
             for model in self.live.models
         }
-        self._awaited |= {
+        servable = {
             model
             for model, pools in models.items()
             if any(pool and _can_serve(pool) for pool in pools.values())
         }
-        served = all(
-            any(pool and _can_serve(pool) for pool in pools.values())
-            for model, pools in models.items()
-            if model in self._awaited
-        )
+        self._awaited |= servable
+        served = self._awaited <= servable
         status = "draining" if found and found.draining else "ready" if served else "starting"
         details: dict[str, Any] = {}
         if self._open_to_all:

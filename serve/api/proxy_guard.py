@@ -142,11 +142,11 @@ class ProxyGuard:
         if self._deaf or time.monotonic() - self._draining_since < self._accept_s:
             return
         self._deaf = True
-        address = tuple(scope["server"])
+        _, port = scope["server"]
         for found in gc.get_objects():  # Serve gives nobody its server
             kind = type(found)
             if (kind.__module__, kind.__name__) in SERVERS and any(
-                _port(socket.getsockname()) == address[1] for socket in found.sockets
+                _port(socket.getsockname()) == port for socket in found.sockets
             ):
                 found.close()
 

@@ -1,8 +1,9 @@
 """Reuse of results: from the result cache, or from equal requests that are still open.
 
 A repeated request costs no work. The key of a request in the cache depends on everything that
-decides the pixels. So after a change of the model, recipe, libraries or engine, no request is
-answered with an image from before the change.
+decides the pixels. So after a change of the model, recipe, libraries or engine, no image that was
+cached before is used. While a rolling update replaces the replicas, those that still have the old
+model generate images, and these are cached like new ones.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ class Dispatcher:
         self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, now)
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
         self.sessions = SessionStreams(self._metrics.messages)
-        ledger = UsageLedger(Path(usage_folder).expanduser(), time.time()) if usage_folder else None
+        folder = Path(usage_folder).expanduser() if usage_folder else None
+        ledger = UsageLedger(folder, time.time()) if folder else None
         self.metering = Metering(
             self.admission,
             ledger,
@@ -113,14 +114,12 @@ class Dispatcher:
         )
         self._tenants: TenantFiles | None = None
         if tenants_folder:
-            copies = Path(usage_folder).expanduser() if usage_folder else None
-            self._tenants = TenantFiles(Path(tenants_folder).expanduser(), copies)
+            self._tenants = TenantFiles(Path(tenants_folder).expanduser(), folder)
             self._apply_tenants(self._tenants)
         self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._quarantine, self._results = Quarantine(), SharedResults()
-        folder = Path(usage_folder).expanduser() if usage_folder else None
         self._cordons = Cordons(read_cordons(folder))
         self._positions_due = False
         upkeep = Upkeep(

@@ -60,7 +60,7 @@ class ReplicaCard:
 
     @property
     def fault(self) -> str:
-        """What the last `check` found wrong with the card, empty if nothing."""
+        """The fault of the card that the last `check` found, in words; empty without one."""
         return self._telemetry.broken if self._telemetry else ""
 
     def check(self) -> None:

@@ -53,7 +53,7 @@ ADAPTERS = {  # by the setting `autoscaling_policy`
 
 
 class PoolArguments(Frozen):
-    """What one replica of a pool is started with.
+    """The arguments with which a replica of a pool starts.
 
     `model` has no other pool than this one: the others may change without a restart of this one.
     """
@@ -73,7 +73,7 @@ class PoolArguments(Frozen):
 
 
 class EncoderArguments(Frozen):
-    """What one replica of a set of text encoders is started with."""
+    """The arguments with which a replica of a set of text encoders starts."""
 
     encoder: Encoder
     models_folder: str | None
@@ -132,7 +132,7 @@ def serve_config(
 
 
 def pool_arguments(settings: Settings) -> list[PoolArguments]:
-    """What the replicas of each pool are started with."""
+    """The arguments with which the replicas of each pool start."""
     found = (
         ApplicationArguments.model_validate(application["args"]).pool
         for application in serve_config(settings)["applications"]
@@ -141,7 +141,7 @@ def pool_arguments(settings: Settings) -> list[PoolArguments]:
 
 
 def versions(settings: Settings) -> dict[str, Any]:
-    """What Ray Serve's version of each application depends on, by the application's name.
+    """The parts of each application on which its version in Ray Serve depends, by its name.
 
     An application whose version changes gets new replicas.
     """
