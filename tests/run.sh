@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Run all tests in three lanes at a time; print the 15 slowest.
 # Two lanes hold the tests that mostly wait for processes and clocks. The engine's tests only
-# compute; they have the lowest priority, so they use what the others leave of two cores.
+# compute; they have the lowest priority, so they use what the others leave of two cores. Ray gives
+# its workers a low priority too, unless told otherwise; then the unit tests would starve them.
 set -u
 python=$1
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 RAY_worker_niceness=0
 
 lane() {
   local failed=0 lower

@@ -24,6 +24,7 @@ import torch
 from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
+from serve.cli import doctor_machine
 from serve.cli.main import app
 from serve.engine import precompile, warm_up
 from serve.engine.compiled import compile_blocks, preferred
@@ -195,15 +196,19 @@ def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
 def test_code_is_compiled_ahead_and_its_mark_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command compiles for examples/laptop.yaml; torch's compiler is replaced by its eager one.
+    """The command compiles for examples/laptop.yaml, with few blocks and torch's eager backend.
 
     `octet doctor` says what is missing before, and what is there afterwards.
     """
+    denoiser = shortened()
+    monkeypatch.setattr(Denoiser, "load", lambda *_: denoiser)
+    monkeypatch.setattr(doctor_machine, "_compile_error", lambda: "")  # it takes 10 s
     monkeypatch.setattr(precompile, "WarmUp", functools.partial(warm_up.WarmUp, backend="eager"))
     pool = "OCTET_MODELS__0__POOLS__0__"
     for name, value in {
         f"{pool}COMPILE": "default",
         f"{pool}SLOTS": "1",
+        f"{pool}WARM_SIZES": '["64x64"]',
         "OCTET_COMPILED_FOLDER": str(tmp_path),
         "OCTET_HTTP__PORT": str(free_port()),
     }.items():
