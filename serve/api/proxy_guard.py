@@ -36,9 +36,11 @@ SERVES_OWN = {
 SERVES_ROUTES = "/-/routes"  # Serve's proxy would show all routes to everybody
 READY = "/ready"
 LOOK_S = 1.0
-# Serve ends a proxy 30 s after its node was drained at the earliest, if it has no open request. By
-# then Kubernetes sends it no new connections, because its readiness probe has failed for long.
-ACCEPT_S = 20.0
+# Serve ends a proxy at the earliest so long after its node was drained, if it has no open request.
+# After two thirds of that Kubernetes sends the proxy no new connections, because its readiness
+# probe has failed for long.
+MIN_DRAINING_S = float(os.environ.get("RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S", "30"))
+ACCEPT_S = MIN_DRAINING_S * 2 / 3
 DRAINING = b"This node is being drained."  # Serve's answer on a node that is about to go
 SERVERS = {("asyncio.base_events", "Server"), ("uvloop.loop", "Server")}  # listeners of event loops
 # A request for Serve's own health path, which answers 503 when this proxy's node is about to go.

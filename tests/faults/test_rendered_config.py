@@ -8,13 +8,9 @@ every replica, and a pool wakes. No request may fail.
 
 from __future__ import annotations
 
-import copy
 import os
-import secrets
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,98 +19,19 @@ from typing import Any
 import boto3
 import httpx
 import pytest
-import yaml
 
 from bench.timed import FILE
-from k8s.render import NodeKind, read_nodes, serve_config_v2
+from k8s.render import NodeKind, read_nodes
 from serve.settings.application import Settings
 from serve.tenants.files import add_tenant
 
-from ..builders import DEMO_MODEL, ROOT
-from ..ports import free_port
+from ..overlay import OVERLAY, Clients, Operator, config_of, on_this_machine
 from ..redis_server import RedisServer
 from ..s3 import a_bucket, s3_server
 from ..wait import wait_for
 from .conftest import DASHBOARD_PORT, add_node, landed
 
-# Replicas find S3's credentials in the environment, as in a pod. Ray's nodes inherit it from here.
-os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
-os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
-PORT = free_port()
-URL = f"http://127.0.0.1:{PORT}"
-OVERLAY = ROOT / "k8s" / "overlays" / "mixed-gpu"
 NODES = "front", "front", "h100", "a100"
-
-
-class Operator:
-    """The requests that KubeRay's operator sends to a cluster."""
-
-    def __init__(self) -> None:
-        token = {"authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{DASHBOARD_PORT}", headers=token, timeout=60
-        )
-
-    def deploy(self, config: dict[str, Any]) -> None:
-        answer = self._client.put("/api/serve/applications/", json=config)
-        assert answer.status_code == 200, answer.text
-
-    def running(self, config: dict[str, Any]) -> bool:
-        """Return whether all applications of this config run, and no others stay.
-
-        A removed pool whose replica had no node yet is `DELETING` for up to `drain_timeout_s`. The
-        answer is made by Serve's controller and takes it long, so it is asked for once a second.
-        """
-        time.sleep(1)
-        found = self._client.get("/api/serve/applications/").json()["applications"]
-        wanted = {application["name"] for application in config["applications"]}
-        states = {name: one["status"] for name, one in found.items()}
-        staying = {name for name, status in states.items() if status != "DELETING"}
-        return staying == wanted and {states[name] for name in staying} == {"RUNNING"}
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def on_this_machine(folder: Path, s3: dict[str, Any], redis_url: str) -> Settings:
-    """The overlay's settings: its pools and nodes, with a small model and other addresses."""
-    data = yaml.safe_load((OVERLAY / "settings.yaml").read_text())
-    source = {"location": str(DEMO_MODEL)}
-    for model in data["models"]:
-        model.update(
-            source=source,
-            max_sequence_length=32,
-            defaults={"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 3.0},
-            limits={"min_size_px": 64, "max_size_px": 256},
-        )
-        for pool in model["pools"]:
-            pool["num_cpus"] = 0.1
-    (encoder,) = data["text_encoders"]
-    encoder.update(source=source, precision="fp32", num_cpus=0.1)
-    (folder / "key").write_bytes(secrets.token_bytes(32))
-    data.update(
-        http={"port": PORT},
-        emulate_fp8=True,
-        dispatcher_num_cpus=0.1,
-        ingress={**data["ingress"], "num_cpus": 0.1},
-        s3=s3,
-        cache={"redis_url": redis_url},
-        signing_key_file=str(folder / "key"),
-        tenants_folder=str(folder / "tenants"),
-        data_folder=str(folder / "data"),
-        models_folder=str(folder / "models"),
-        compiled_folder=str(folder / "compiled"),
-    )
-    return Settings.model_validate(data)
-
-
-def config_of(settings: Settings) -> dict[str, Any]:
-    kinds = read_nodes(OVERLAY / "nodes.yaml")
-    config = copy.deepcopy(serve_config_v2(settings, kinds))
-    config["http_options"]["host"] = "127.0.0.1"
-    for application in config["applications"]:
-        application["import_path"] = "bench.timed:build"
-    return config
 
 
 def changed_catalogue(settings: Settings) -> Settings:
@@ -126,52 +43,6 @@ def changed_catalogue(settings: Settings) -> Settings:
     new = {"id": "new", "pools": (pool.model_copy(update={"min_replicas": 1}),)}
     models = large.model_copy(update={"pools": pools}), medium.model_copy(update=new)
     return settings.model_copy(update={"models": models})
-
-
-class Clients:
-    """Clients that each send one request after the other, until `end`.
-
-    `answers`: how often the clients got each answer: `ok`, or the text of an error. Every request
-    has a connection of its own, so that all proxies get requests.
-
-    The proxies of this machine share one port, and the kernel still gives connections to a proxy
-    that leaves, or that has just started; a Service of Kubernetes would not. Such a connection is
-    reset when the proxy ends, or answered with 503 before the proxy has its routes. The client then
-    sends its request again, as OpenAI's client does; `resets` counts these.
-    """
-
-    def __init__(self, key: str, number: int) -> None:
-        self.answers: Counter[str] = Counter()
-        self.closed = 0  # answers with which a proxy that leaves closed its connection
-        self.resets = 0
-        self._key, self._ended = key, threading.Event()
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(number)]
-        for thread in self._threads:
-            thread.start()
-
-    def _ask(self) -> None:
-        headers = {"authorization": f"Bearer {self._key}"}
-        url, body = f"{URL}/v1/images/generations", {"prompt": "dunes"}
-        while not self._ended.wait(0.5):
-            try:
-                answer = httpx.post(url, json=body, headers=headers, timeout=120)
-                if "this proxy is starting" in answer.text:
-                    self.resets += 1
-                    continue
-                said = "ok" if answer.status_code == 200 else answer.text
-                self.closed += answer.headers.get("connection") == "close"
-            except (httpx.ReadError, httpx.ConnectError):
-                self.resets += 1
-                continue
-            except httpx.HTTPError as error:
-                said = repr(error)
-            self.answers[said] += 1
-
-    def end(self) -> Counter[str]:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-        return self.answers
 
 
 @pytest.fixture
@@ -210,7 +81,8 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     ids = [add_node_of(cluster, kinds[name]) for name in NODES]
     (folder / "tenants").mkdir()
     key = add_tenant(folder / "tenants", "acme", {})
-    operator = Operator()
+    operator = Operator(DASHBOARD_PORT)
+    url = f"http://127.0.0.1:{servers.http.port}"
 
     # KubeRay sends traffic to a cluster when its applications run. The pools are ready by then.
     config = config_of(servers)
@@ -224,7 +96,7 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     # A front pod is ready, and counts for the disruption budget, only if it has an HTTP proxy. Ray
     # Serve starts proxies only on nodes with replicas.
     assert set(nodes_of("Ingress").values()) == set(ids[:2])
-    client = httpx.Client(base_url=URL, timeout=120)
+    client = httpx.Client(base_url=url, timeout=120)
     assert client.post("/v1/images/generations", json={"prompt": "dunes"}).status_code == 401
     client.headers["authorization"] = f"Bearer {key}"
 
@@ -235,7 +107,7 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     images = []
     for answer in answers:
         link = answer.json()["data"][0]["url"]
-        found = httpx.get(f"{URL}{link}" if link.startswith("/") else link, follow_redirects=True)
+        found = httpx.get(f"{url}{link}" if link.startswith("/") else link, follow_redirects=True)
         images.append(found.content)
     assert images == [FILE, FILE]
     assert servers.s3
@@ -244,7 +116,7 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
     ).Bucket(servers.s3.bucket)
     assert {one.key.split("/")[1] for one in bucket.objects.all()} == {"acme"}
 
-    clients = Clients(key, 2)
+    clients = Clients(url, key, 2)
     request.addfinalizer(clients.end)
     # The node of the Dispatcher leaves with the command that a pod runs before it ends.
     (dispatcher,) = nodes_of("Dispatcher").values()
