@@ -154,7 +154,7 @@ class RayPods:
 class RenderedCluster:
     """The overlay's cluster: `kubernetes` and `pods` run, and nothing is deployed yet.
 
-    `key`: an API key of a tenant. `operator`: Ray's REST API.
+    `key`: an operator's API key. `operator`: Ray's REST API.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class RenderedCluster:
     ) -> None:
         self.kubernetes, self.pods, self.settings, self.folder = kubernetes, pods, settings, folder
         (folder / "tenants").mkdir()
-        self.key = add_tenant(folder / "tenants", "acme", {})
+        self.key = add_tenant(folder / "tenants", "acme", {"operator": True})
         self.operator = Operator(pods.dashboard_port)
         self.url = f"http://127.0.0.1:{settings.http.port}"
 

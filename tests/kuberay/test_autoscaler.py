@@ -96,6 +96,17 @@ def test_pods_come_and_go_with_the_work_and_no_request_fails(
     assert kubernetes.running() == FIRST
     assert kubernetes.created - created == Counter({HEAD: 1, "a100": 1})
 
+    # A node is cordoned. Another pod takes over its work, and its own pod goes when it is idle.
+    (card,) = kubernetes.names("h100")
+    created = kubernetes.created.copy()
+    url = f"{rendered.url}/v1/nodes/{pods.nodes()[card]}/cordon"
+    answer = httpx.put(url, json={"reason": "a test"}, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    wait_for(lambda: card not in kubernetes.names("h100"))
+    wait_for(lambda: operator.running(config))
+    assert kubernetes.running() == FIRST
+    assert kubernetes.created - created == Counter({"h100": 1})
+
     # A machine is drained, whose pod had work. Another pod takes the work over.
     (card,) = kubernetes.names("h100")
     created = kubernetes.created.copy()
