@@ -176,7 +176,13 @@ def rendered(
                 "autoscalerOptions": _autoscaler(settings, cluster["autoscalerOptions"]),
                 "headGroupSpec": _head(settings, kinds, cluster["headGroupSpec"], images.cpu),
                 "workerGroupSpecs": [
-                    _worker_group(kind, patterns["card" if kind.card else "front"], grace_s, images)
+                    _worker_group(
+                        kind,
+                        patterns["card" if kind.card else "front"],
+                        grace_s,
+                        images,
+                        loads=_loads(settings, kind),
+                    )
                     for kind in kinds
                 ],
             },
@@ -331,6 +337,13 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
         yield f"text encoder {encoder.id}", encoder.need
 
 
+def _loads(settings: Settings, kind: NodeKind) -> bool:
+    """Return whether a replica that loads weights may run on nodes of this kind."""
+    needs = dict(_needs(settings))
+    del needs[INGRESS], needs[DISPATCHER]
+    return any(fits(need, kind.node) for need in needs.values())
+
+
 def _autoscaler(settings: Settings, pattern: dict[str, Any]) -> dict[str, Any]:
     """The environment of Ray's autoscaler.
 
@@ -363,9 +376,12 @@ def _head(
 
 
 def _worker_group(
-    kind: NodeKind, pattern: dict[str, Any], grace_s: int, images: Images
+    kind: NodeKind, pattern: dict[str, Any], grace_s: int, images: Images, *, loads: bool
 ) -> dict[str, Any]:
-    """A worker group of pods for a kind of node; a pod has `grace_s` seconds to end."""
+    """A worker group of pods for a kind of node; a pod has `grace_s` seconds to end.
+
+    `loads`: whether a replica that loads weights may run there.
+    """
     group = copy.deepcopy(pattern)
     pod = group["template"]["spec"]
     if image := images.card if kind.card else images.cpu:
@@ -373,8 +389,8 @@ def _worker_group(
             one["image"] = image
     pod["terminationGracePeriodSeconds"] = grace_s
     (container,), (pull,) = pod["containers"], pod["initContainers"]
-    if not kind.card:  # no replica loads weights here: reading all of them would take minutes
-        pull["command"][-1] = pull["command"][-1].replace("octet pull", "octet pull --no-verify")
+    if not loads:
+        pull["command"][-1] = pull["command"][-1].replace("octet pull", "octet pull --structures")
     patience_s = str(grace_s - LEAVE_S // 2)
     container["lifecycle"]["preStop"]["exec"]["command"][-1] = patience_s
     memory = f"{kind.memory_gib:g}Gi"

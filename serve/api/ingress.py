@@ -34,6 +34,7 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
+from ..models.structures import unknown_structures
 from ..settings.application import CatalogueSettings, FrontSettings, Settings
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
@@ -91,6 +92,7 @@ class Ingress:
         self._metrics = metrics = IngressMetrics()
         self._attempts = Attempts(pool_handle, metrics, timing.dispatch)
         self._live: Settings | None = None
+        self._unknown: set[str] = set()  # models whose structure is not known yet
         self._awaited: set[str] = set()  # models without which this server is not ready
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
@@ -112,8 +114,13 @@ class Ingress:
         # A model that comes later does not make a server unready which serves the others.
         self._awaited = names if self._live is None else self._awaited & names
         await self.reuse.set_models(settings)
-        self._attempts.set_models(settings.models, self._units(settings))
+        await self._set_work(settings)
         self._live = settings
+
+    async def _set_work(self, settings: Settings) -> None:
+        """Serve the models of `settings`, with their reference work as it is known by now."""
+        self._unknown = await asyncio.to_thread(unknown_structures, settings)
+        self._attempts.set_models(settings.models, self._units(settings))
 
     @property
     def live(self) -> Settings:
@@ -125,10 +132,16 @@ class Ingress:
     async def check_health(self) -> None:
         """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
 
-        These are the tasks of the session with the Dispatcher and of the stored images.
+        These are the tasks of the session with the Dispatcher and of the stored images. This is
+        also the time to find out whether weights that were not there have been pulled: the work of
+        their model is then known.
         """
         self._session.check()
         self._urls.check()
+        if self._unknown and self._unknown != await asyncio.to_thread(
+            unknown_structures, self.live
+        ):
+            await self._set_work(self.live)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(

@@ -14,7 +14,8 @@ from cluster.placement import Node, fits, unknown_cards
 from ..errors import SettingsError
 from ..launch import check_port
 from ..models.checkpoints import node_folder, on_this_node
-from ..models.reference_work import CLIP_TOKENS, structure_of
+from ..models.reference_work import CLIP_TOKENS
+from ..models.structures import structure_of
 from ..settings.application import Settings
 from ..settings.models import CardResources, Encoder, Model, Pool, Source
 from .doctor_machine import Finding, Machine, Verdict

@@ -19,6 +19,7 @@ from ..errors import SettingsError
 from ..launch import RunningApplication, run_application
 from ..models.checkpoints import node_folder, on_this_node, size_bytes, verify
 from ..models.checkpoints import pull as fetch
+from ..models.structures import pull_structure
 from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..settings.models import Model, Source
@@ -100,13 +101,14 @@ def pull(
         ),
     ] = None,
     config: ConfigOption = None,
-    check: Annotated[
+    structures: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify",
-            help="Read files that are there already, and compare them with their digests.",
+            "--structures",
+            help="Download only the small files that describe the models of --config. A node "
+            "without Generators needs no more.",
         ),
-    ] = True,
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Download weights from the hub into this node's models folder, so that replicas start fast.
@@ -116,6 +118,13 @@ def pull(
     with readable_errors(debug):
         settings = load_settings(config) if config else None
         models_folder = settings.models_folder if settings else None
+        if structures:
+            if settings is None or model:
+                raise SettingsError("--structures: give --config and no MODEL")
+            for served_model in settings.models:
+                there = pull_structure(served_model.source, models_folder)
+                console.print(f"{served_model.id}: {there}", highlight=False)
+            return
         if model and (file := SINGLE_FILE.fullmatch(model)):
             from ..engine.single_file import pull_single_file
 
@@ -131,8 +140,7 @@ def pull(
             raise SettingsError("no model is given: name MODEL, or a settings file with --config")
         for source in sorted(sources, key=lambda s: s.location):
             folder = fetch(source, models_folder)
-            if check:
-                verify(folder)
+            verify(folder)
             _print_pulled(source.location, folder)
 
 

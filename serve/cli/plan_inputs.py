@@ -27,7 +27,8 @@ from cluster.structure import TRANSFORMERS, USUAL_IMAGES, structure
 from ..errors import SettingsError, did_you_mean
 from ..launch import LaunchError
 from ..models.checkpoints import node_folder, size_bytes
-from ..models.reference_work import CLIP_TOKENS, structure_of
+from ..models.reference_work import CLIP_TOKENS
+from ..models.structures import structure_of
 from ..settings.application import Settings
 from ..settings.models import Encoder, Model
 

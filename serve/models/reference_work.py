@@ -7,18 +7,17 @@ work can be a price. A real replica learns its speed: the seconds of work that i
 
 from __future__ import annotations
 
-import json
 import logging
 
 from cluster.cards import CARDS
 from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, reference
-from cluster.structure import TRANSFORMERS, Structure, structure
+from cluster.structure import structure
 
 from ..errors import SettingsError
 from ..request import ImageRequest
 from ..settings.application import CatalogueSettings
 from ..settings.models import Pool, ServedModel
-from .checkpoints import node_folder
+from .structures import structure_of
 
 CLIP_TOKENS = 77  # text tokens of CLIP, which the transformer reads before those of T5
 
@@ -61,24 +60,3 @@ def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
         rows=1 + request.guided,
         steps=request.num_inference_steps,
     )
-
-
-def structure_of(model: ServedModel, models_folder: str | None) -> Structure:
-    """The structure of a model: from its files on this node, else by its name on the hub.
-
-    Raises `SettingsError` if the files do not describe an SD3.5 transformer, or if there are no
-    files on this node and the name is not a known one.
-    """
-    file = node_folder(model.source, models_folder) / "transformer" / "config.json"
-    if file.is_file():
-        try:
-            return Structure.of(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError):
-            raise SettingsError(f"{file}: not the configuration of an SD3.5 transformer") from None
-    name = model.source.location.rpartition("/")[2].replace("stable-diffusion-", "sd")
-    if name not in TRANSFORMERS:
-        raise SettingsError(
-            f"model '{model.id}': the structure of {model.source.location} is not known before "
-            f"`octet pull`; known by name are {', '.join(TRANSFORMERS)}"
-        )
-    return structure(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,9 @@ from ..wait import wait_for
 
 LONG_HOLD = FloodTiming(hold_s=60.0)  # so that no test depends on the machine's speed
 WORK = CostCoefficients(0.001, 0.0002, 0.0, 0.0, 0.0)  # seconds of an image and of a step
+
+
+Units = Callable[[CatalogueSettings], dict[str, CostCoefficients]]
 
 
 def units(settings: CatalogueSettings) -> dict[str, CostCoefficients]:
@@ -107,8 +110,10 @@ class Edge:
     `urls`: one for each Ingress. All have the same Dispatcher and the same Generators.
     """
 
-    def __init__(self, settings: Settings, timing: IngressTiming, ingresses: int = 1) -> None:
-        self.settings, self._timing = settings, timing
+    def __init__(
+        self, settings: Settings, timing: IngressTiming, ingresses: int, units: Units
+    ) -> None:
+        self.settings, self._timing, self._units = settings, timing, units
         self._ports = [free_port() for _ in range(ingresses)]
         self.urls = [f"http://127.0.0.1:{port}" for port in self._ports]
         self.port, self.url = self._ports[0], self.urls[0]
@@ -140,7 +145,7 @@ class Edge:
                 front(settings),
                 Handle(dispatcher),
                 lambda _pool: Handle(self.painter),
-                units,
+                self._units,
                 self._timing,
             )
             self.ingresses.append(ingress)
@@ -209,10 +214,13 @@ class Edge:
 
 @contextmanager
 def started(
-    settings: Settings, timing: IngressTiming = INGRESS_TIMING, ingresses: int = 1
+    settings: Settings,
+    timing: IngressTiming = INGRESS_TIMING,
+    ingresses: int = 1,
+    units: Units = units,
 ) -> Iterator[Edge]:
     """Start an edge; it answers until the block ends."""
-    edge = Edge(settings, timing, ingresses)
+    edge = Edge(settings, timing, ingresses, units)
     edge.thread.start()
     wait_for(lambda: edge.up or not edge.thread.is_alive())
     assert edge.up

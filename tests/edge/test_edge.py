@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +34,21 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.routing import Route
 
+from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
 from serve.api.timing import IngressTiming
 from serve.api.wire.request import ImageGeneration
-from serve.settings.application import HttpSettings, ResultSettings, Settings
+from serve.models import reference_work
+from serve.models.checkpoints import node_folder
+from serve.settings.application import (
+    CatalogueSettings,
+    HttpSettings,
+    ResultSettings,
+    Settings,
+)
+from serve.settings.models import Source
 
+from ..builders import DEMO_MODEL
 from ..in_process import Handle
 from ..s3 import ENDPOINT, FaultProxy, a_bucket, s3_server
 from ..wait import wait_for
@@ -501,3 +512,27 @@ def test_an_image_that_cannot_be_kept_is_503(edge: Edge, client: httpx.Client) -
         asyncio.run(edge.ingress.check_health())
     finally:
         images.with_name("away").rename(images)
+
+
+def test_the_work_of_a_model_is_counted_anew_when_its_files_have_come(
+    laptop: Settings, tmp_path: Path
+) -> None:
+    counted = []
+
+    def count(settings: CatalogueSettings) -> dict[str, CostCoefficients]:
+        counted.append(reference_work.units(settings))
+        return counted[-1]
+
+    (model,) = laptop.models
+    unknown = model.model_copy(update={"source": Source(location="org/own", revision=40 * "0")})
+    folders = {"models_folder": str(tmp_path), "data_folder": str(tmp_path / "data")}
+    settings = laptop.model_copy(update={"models": (unknown,), **folders})
+    with started(settings, units=count) as edge:
+        asyncio.run(edge.ingress.check_health())
+        assert len(counted) == 1
+        there = node_folder(unknown.source, str(tmp_path))
+        shutil.copytree(DEMO_MODEL / "transformer", there / "transformer")
+        for _ in range(2):
+            asyncio.run(edge.ingress.check_health())
+    first, second = counted
+    assert first != second == reference_work.units(laptop)

@@ -267,11 +267,11 @@ def test_each_front_pod_that_always_runs_gets_an_ingress(overlay: str) -> None:
 
 
 @over_all
-def test_only_pods_with_cards_read_all_weights_at_their_start(overlay: str) -> None:
+def test_only_pods_whose_replicas_load_weights_pull_them(overlay: str) -> None:
     for group in worker_groups(overlay):
         (pull,) = group["template"]["spec"]["initContainers"]
-        has_card = group["labels"]["octet/role"] == "card"
-        assert ("--no-verify" in pull["command"][-1]) is not has_card
+        loads = group["labels"]["octet/role"] == "card" or overlay == "dev-cpu"
+        assert ("--structures" in pull["command"][-1]) is not loads
 
 
 @over_all

@@ -27,9 +27,10 @@ from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.prompt_encoder import ENCODER_COMPONENTS, PromptEncoder
 from serve.engine.single_file import pull_single_file
 from serve.models.checkpoints import MANIFEST, CheckpointError, open_checkpoint, verify
+from serve.models.structures import structure_of
 from serve.settings.models import Source
 
-from ..builders import DEMO_MODEL, ROOT
+from ..builders import DEMO_MODEL, ROOT, laptop_settings
 from .stability import saved, stabilitys_model, tiny_models
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -290,7 +291,7 @@ def hub() -> Iterator[Hub]:
     hub.server_close()
 
 
-def octet_pull(hub: Hub, models: Path, model: str = f"org/model@{REVISION}") -> tuple[int, str]:
+def octet_pull(hub: Hub, models: Path, what: str = f"org/model@{REVISION}") -> tuple[int, str]:
     file = models.with_suffix(".yaml")
     text = (ROOT / "examples" / "laptop.yaml").read_text()
     source = f"{{ location: org/model, revision: {REVISION} }}"
@@ -298,7 +299,7 @@ def octet_pull(hub: Hub, models: Path, model: str = f"org/model@{REVISION}") -> 
     file.write_text(f"models_folder: {models}\n{text}")
     program = "from serve.cli.main import main; main()"
     done = subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-W", "ignore", "-c", program, "pull", model, "--config", str(file)],
+        [sys.executable, "-W", "ignore", "-c", program, "pull", what, "--config", str(file)],
         env={
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
@@ -331,6 +332,23 @@ def test_pulled_weights_load_without_the_hub(hub: Hub, tmp_path: Path) -> None:
     changed(folder / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="SHA-256"):
         open_checkpoint(source, str(models), DENOISER_COMPONENTS)
+
+
+def test_a_node_without_generators_pulls_the_structure_alone(hub: Hub, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    code, output = octet_pull(hub, models, "--structures")
+    assert code == 0, output
+    assert hub.served == ["transformer/config.json"]
+    (model,) = laptop_settings().models
+    unknown = model.model_copy(update={"source": Source(location="org/model", revision=REVISION)})
+    assert structure_of(unknown, str(models)) == structure_of(model, None)
+
+    # The weights are still pulled as a whole, and the structure is not fetched again.
+    assert octet_pull(hub, models)[0] == 0
+    assert hub.served.count("vae/diffusion_pytorch_model.safetensors") == 1
+    served = len(hub.served)
+    assert octet_pull(hub, models, "--structures")[0] == 0
+    assert len(hub.served) == served
 
 
 def test_a_single_file_is_pulled_and_converted_once(hub: Hub, tmp_path: Path) -> None:
