@@ -149,7 +149,7 @@ class Spool:
             self._store.put(unquote(file.name), image, request_id)
         except OctetError as error:
             self._pause()
-            log.warning("%s stays in the spool: %s", file.name, error)
+            log.warning("%s stays in the spool: %s", file.name, error.__cause__ or error)
             return False
         finally:
             self._busy.discard(file)
