@@ -15,9 +15,10 @@ from serve.launch import RunningApplication
 from serve.settings.application import Settings
 
 from ..wait import wait_for
+from .faulty import TIMED
 
 FIRST = {"Generator-landscapes-fp8", "Generator-landscapes-fp16"}
-SECOND = "Generator-second-fp16"
+SECOND = f"Generator-{TIMED}-fp16"
 
 
 def replicas() -> dict[str, set[int]]:
@@ -57,10 +58,13 @@ def clients(url: str) -> Iterator[Counter[int]]:
 
 
 def with_second_model(settings: Settings, slots: int) -> Settings:
-    """The settings with a second model: a copy of the first one's 16-bit pool, with `slots`."""
+    """The settings with a second model: a copy of the first one's 16-bit pool, with `slots`.
+
+    Its Generators only wait, see `faulty`.
+    """
     (model,) = settings.models
     pool = model.pools[1].model_copy(update={"min_replicas": 1, "slots": slots})
-    copy: Any = {"id": "second", "pools": (pool,), "max_sequence_length": 16}
+    copy: Any = {"id": TIMED, "pools": (pool,), "max_sequence_length": 16}
     return settings.model_copy(update={"models": (model, model.model_copy(update=copy))})
 
 
@@ -68,7 +72,7 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
     octet: RunningApplication, url: str
 ) -> None:
     before = octet.settings
-    body = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64", "model": "second"}
+    body = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64", "model": TIMED}
 
     def models() -> list[str]:
         return [one["id"] for one in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
@@ -80,17 +84,17 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
     at_first = replicas()
     with clients(url) as answers:
         assert octet.apply(with_second_model(before, slots=4)) == [SECOND]
-        wait_for(lambda: models() == ["landscapes", "second"])
+        wait_for(lambda: models() == ["landscapes", TIMED])
         assert second().status_code == 200  # it waits for the first replica of its pool
         ready = httpx.get(f"{url}/ready", timeout=60).json()
-        assert (ready["status"], [*ready["models"]]) == ("ready", ["landscapes", "second"])
+        assert (ready["status"], [*ready["models"]]) == ("ready", ["landscapes", TIMED])
         added = replicas()
         (old,) = added.pop(SECOND)
         assert added == at_first
 
         # Another number of slots takes a new replica of this pool alone.
         assert octet.apply(with_second_model(before, slots=2)) == [SECOND]
-        wait_for(lambda: octet.status().pools["second-fp16"].slots == 2)
+        wait_for(lambda: octet.status().pools[f"{TIMED}-fp16"].slots == 2)
         wait_for(lambda: len(replicas()[SECOND]) == 1)
         resized = replicas()
         assert resized.pop(SECOND) != {old}
@@ -104,7 +108,7 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
 
         # The model comes back. The Ingress has a handle of its earlier pool.
         assert octet.apply(with_second_model(before, slots=4)) == [SECOND]
-        wait_for(lambda: models() == ["landscapes", "second"])
+        wait_for(lambda: models() == ["landscapes", TIMED])
         assert second().status_code == 200
         assert octet.apply(before) == []
         wait_for(lambda: SECOND not in replicas())
