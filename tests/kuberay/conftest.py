@@ -207,9 +207,11 @@ def rendered() -> Iterator[RenderedCluster]:
         )
         kubernetes = SmallKubernetes(ray_cluster, pods.start, pods.leave, certificate)
         pods.api_environment["KUBERNETES_SERVICE_PORT_HTTPS"] = str(kubernetes.port)
+        cluster = RenderedCluster(kubernetes, pods, settings, folder)
         kubernetes.run()
         try:
-            yield RenderedCluster(kubernetes, pods, settings, folder)
+            yield cluster
         finally:
+            cluster.operator.close()
             kubernetes.close()
             redis.close()

@@ -44,6 +44,7 @@ def test_pods_come_and_go_with_the_work_and_no_request_fails(
     config = config_of(with_short_waits(rendered.settings))
     headers = {"authorization": f"Bearer {rendered.key}"}
     background = ThreadPoolExecutor()
+    request.addfinalizer(background.shutdown)
 
     def on_a100() -> httpx.Response:
         """Ask for an image of the pool that sleeps, and whose card no pod has."""
