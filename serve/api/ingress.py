@@ -114,13 +114,13 @@ class Ingress:
         # A model that comes later does not make a server unready which serves the others.
         self._awaited = names if self._live is None else self._awaited & names
         await self.reuse.set_models(settings)
-        await self._set_work(settings)
+        self._unknown, work = await asyncio.to_thread(self._read_work, settings)
+        self._attempts.set_models(settings.models, work)
         self._live = settings
 
-    async def _set_work(self, settings: Settings) -> None:
-        """Serve the models of `settings`, with their reference work as it is known by now."""
-        self._unknown = await asyncio.to_thread(unknown_structures, settings)
-        self._attempts.set_models(settings.models, self._units(settings))
+    def _read_work(self, settings: Settings) -> tuple[set[str], Mapping[str, CostCoefficients]]:
+        """The models whose structure is not known yet, and the work of all; reads files."""
+        return unknown_structures(settings), self._units(settings)
 
     @property
     def live(self) -> Settings:
@@ -138,10 +138,14 @@ class Ingress:
         """
         self._session.check()
         self._urls.check()
-        if self._unknown and self._unknown != await asyncio.to_thread(
-            unknown_structures, self.live
-        ):
-            await self._set_work(self.live)
+        if not self._unknown:
+            return
+        settings = self.live
+        if self._unknown != await asyncio.to_thread(unknown_structures, settings):
+            unknown, work = await asyncio.to_thread(self._read_work, settings)
+            if settings is self.live:  # and no other settings have come meanwhile
+                self._unknown = unknown
+                self._attempts.set_models(settings.models, work)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(

@@ -160,7 +160,7 @@ class RenderedCluster:
     def __init__(
         self, kubernetes: SmallKubernetes, pods: RayPods, settings: Settings, folder: Path
     ) -> None:
-        self.kubernetes, self.pods, self.settings, self.folder = kubernetes, pods, settings, folder
+        self.kubernetes, self.pods, self.settings = kubernetes, pods, settings
         (folder / "tenants").mkdir()
         self.key = add_tenant(folder / "tenants", "acme", {"operator": True})
         self.operator = Operator(pods.dashboard_port)
