@@ -1,13 +1,15 @@
 """The work of an image: its predicted seconds on one reference replica.
 
-    work = constant + steps · (step + rows · (token · n + token2 · n²)) + pixel · pixels
+    work = constant + steps · (step + rows · (token · n + token2 · n²)) + pixel · pixels · vae
 
-n is the number of tokens of image and text together; rows is 2 with guidance, else 1. The five
-coefficients (`CostCoefficients`) belong to a model, a recipe and a card. `REFERENCES` holds the
-measured ones. Others are estimated from the arithmetic of SD3.5's transformer and the card's peak
-rates. The estimate assumes that the fraction `EFFICIENCY` of the peak is reached. A block of width
-d takes 24 · d² floating-point operations for the linear layers of a token, and 4 · d for each pair
-of tokens. A block that attends to the image a second time takes 8 · d² and 4 · d more.
+n is the number of tokens of image and text together; rows is 2 with guidance, else 1. vae is 1 for
+an image that is only decoded, and 1 + `ENCODE_COST` for an edit, whose picture is encoded first.
+The five coefficients (`CostCoefficients`) belong to a model, a recipe and a card. `REFERENCES`
+holds the measured ones. Others are estimated from the arithmetic of SD3.5's transformer and the
+card's peak rates. The estimate assumes that the fraction `EFFICIENCY` of the peak is reached. A
+block of width d takes 24 · d² floating-point operations for the linear layers of a token, and 4 · d
+for each pair of tokens. A block that attends to the image a second time takes 8 · d² and 4 · d
+more.
 
 A replica learns its real cost from the images that it generates: see `LearnedCost`.
 
@@ -23,6 +25,8 @@ from cluster.cards import CARDS, Card
 from cluster.structure import TOKEN_PX, Structure
 
 VAE_FLOPS_PER_PIXEL = 1.0e7  # of SD3.5's VAE: 10.5 TFLOP for 1024 × 1024
+# Encoding a picture, as a part of decoding one: 4.88 of 10.47 TFLOP for 1024 × 1024 pixels.
+ENCODE_COST = 0.47
 EFFICIENCY = 0.5  # fraction of a card's peak rate that is reached
 UNKNOWN_GPU = CARDS["rtx4090"]  # its rates stand in for those of a card that is not listed
 # Seconds of one core for a prompt of 256 tokens in t5-fp8: `python -m bench.t5` on two cores, which
@@ -55,13 +59,18 @@ def rates(recipe: str, card: Card | None) -> CardRates:
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """The properties of an image on which its work depends; `rows` is 2 with guidance, else 1."""
+    """The properties of an image on which its work depends.
+
+    `rows` is 2 with guidance, else 1. `steps` are those that run. `edit`: whether a picture of the
+    same size is encoded first.
+    """
 
     width_px: int
     height_px: int
     text_tokens: int
     rows: int
     steps: int
+    edit: bool = False
 
     @property
     def pixels(self) -> int:
@@ -92,7 +101,8 @@ class CostCoefficients(NamedTuple):
     def parts(self, shape: ImageShape) -> tuple[float, ...]:
         """The seconds that each coefficient adds to the work of an image, in the fields' order."""
         row_steps, n = shape.steps * shape.rows, shape.tokens
-        amounts = 1, shape.steps, row_steps * n, row_steps * n * n, shape.pixels
+        vae_pixels = shape.pixels * (1 + ENCODE_COST * shape.edit)
+        amounts = 1, shape.steps, row_steps * n, row_steps * n * n, vae_pixels
         return tuple(c * amount for c, amount in zip(self, amounts, strict=True))
 
     def work_s(self, shape: ImageShape) -> float:

@@ -254,6 +254,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     """
     name = name[:100]  # comparing takes time that grows with its square
     inside = [k for k in known if len(name) > 2 and (name in k or (k in name and len(k) > 2))]
+    inside.sort(key=lambda k: abs(len(k) - len(name)))
     near = inside or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 

@@ -13,7 +13,7 @@ LATENCY_S = tuple(round(0.005 * 1.6**i, 3) for i in range(24))
 LOOKUP_S = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.15, 0.3, 1.0, 3.0)
 RATIOS = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
 CARD = ("card", "uuid")
-PHASES = "text, denoise, decode, encode"
+PHASES = "text, latents (edits only), denoise, decode, encode"
 NVML = "readings that a card or partition does not offer are missing"
 
 
@@ -61,6 +61,18 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Time that an answer took, divided by the time that was predicted at its admission.",
             (),
             RATIOS,
+        ),
+    },
+    "Pictures to edit, at an Ingress": {
+        "octet_edit_bytes": Metric(
+            "gauge",
+            "Bytes of bodies, pictures and masks that are held for open requests.",
+        ),
+        "octet_edit_read_seconds": Metric(
+            "histogram",
+            "Seconds to read the picture and mask of a request, with the wait for other tenants.",
+            (),
+            LATENCY_S,
         ),
     },
     "Result store and result cache, at an Ingress": {

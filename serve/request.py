@@ -62,11 +62,28 @@ class ModelLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """How an image is made from a picture that the client has sent.
+
+    `strength`: the part of the denoising steps that run, above 0 and at most 1; the more, the less
+    is left of the picture. `image_sha256`, `mask_sha256`: digests of the pixels that were read from
+    the picture and its mask, by which equal requests are known. The pixels themselves travel beside
+    the request (`serve/edit_pixels.py`).
+    """
+
+    strength: float
+    image_sha256: str
+    mask_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """One image to generate.
 
     `deterministic`: whether the image must be the same bit for bit, whatever else is in the batch.
-    `output_compression`: the quality of a JPEG or WebP file, 0 to 100.
+    `output_compression`: the quality of a JPEG or WebP file, 0 to 100. `edit`: None unless the
+    image is made from a picture. An edit may have any size; it is generated on a canvas that is a
+    little larger, and cropped.
 
     Raises `InvalidRequest`, which names the field, if no model can ever generate one of the values.
     `check` compares the request with the limits of one model.
@@ -85,13 +102,14 @@ class ImageRequest:
     output_format: OutputFormat = OutputFormat.PNG
     output_compression: int | None = None
     deterministic: bool = False
+    edit: Edit | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise InvalidRequest("prompt is empty: describe the image", param="prompt")
-        if self.width % SIZE_MULTIPLE_PX or self.height % SIZE_MULTIPLE_PX:
+        if self.edit is None and self.canvas != (self.width, self.height):
             raise InvalidRequest(
                 f"size '{self.size}': width and height must be multiples of {SIZE_MULTIPLE_PX}",
                 param="size",
@@ -108,6 +126,10 @@ class ImageRequest:
             )
         if self.output_compression is not None:
             self._check_compression(self.output_compression)
+        if self.edit and not 0 < self.edit.strength <= 1:
+            raise InvalidRequest(
+                f"strength {self.edit.strength:g} must be above 0 and at most 1", param="strength"
+            )
 
     def _check_compression(self, quality: int) -> None:
         if not 0 <= quality <= 100:
@@ -127,6 +149,30 @@ class ImageRequest:
         return f"{self.width}x{self.height}"
 
     @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height in px that the model generates: the size, rounded up to whole tokens."""
+        width, height = (
+            -(-side // SIZE_MULTIPLE_PX) * SIZE_MULTIPLE_PX for side in (self.width, self.height)
+        )
+        return width, height
+
+    @property
+    def first_step(self) -> int:
+        """The number of steps that are left out at the beginning, because a picture is given.
+
+        Computed as in diffusers' image-to-image pipelines, in floating-point numbers.
+        """
+        if self.edit is None:
+            return 0
+        steps = self.num_inference_steps
+        return int(max(steps - min(steps * self.edit.strength, steps), 0))
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that run: `num_inference_steps`, for an edit usually fewer."""
+        return self.num_inference_steps - self.first_step
+
+    @property
     def guided(self) -> bool:
         """Return whether classifier-free guidance is on: two transformer rows instead of one."""
         return self.guidance_scale > 1
@@ -134,13 +180,13 @@ class ImageRequest:
     def check(self, limits: ModelLimits) -> None:
         """Raise `InvalidRequest` where this request is outside a model's limits."""
         low, high = limits.min_size_px, limits.max_size_px
-        if not (low <= self.width <= high and low <= self.height <= high):
+        if min(self.width, self.height) < low or max(self.canvas) > high:
             raise InvalidRequest(
                 f"size '{self.size}': {self.model} generates images with sides from {low} to "
                 f"{high} px",
                 param="size",
             )
-        if self.width * self.height > limits.max_pixels:
+        if math.prod(self.canvas) > limits.max_pixels:
             raise InvalidRequest(
                 f"size '{self.size}': {self.model} generates at most {limits.max_pixels} pixels",
                 param="size",
@@ -150,6 +196,12 @@ class ImageRequest:
                 f"num_inference_steps {self.num_inference_steps} must be between 1 and "
                 f"{limits.max_steps}",
                 param="num_inference_steps",
+            )
+        if self.edit and not self.steps:
+            raise InvalidRequest(
+                f"strength {self.edit.strength:g} is too small: not one of "
+                f"{self.num_inference_steps} steps would run",
+                param="strength",
             )
         if self.guidance_scale > limits.max_guidance_scale:
             raise InvalidRequest(
@@ -217,10 +269,12 @@ class Timings:
     """Seconds that each stage of one image took.
 
     `queue_s`: from the request to the grant of the last attempt. `text_s`: encoding the prompt.
-    `decode_s`: turning latents into pixels. `encode_s`: turning pixels into an image file.
+    `latents_s`: turning the pixels of an edit into latents. `decode_s`: turning latents into
+    pixels. `encode_s`: turning pixels into an image file.
     """
 
     queue_s: float = 0.0
+    latents_s: float = 0.0
     text_s: float
     denoise_s: float
     decode_s: float

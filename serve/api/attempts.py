@@ -24,8 +24,9 @@ from cluster.cost import CostCoefficients
 
 from ..dispatch.client.open_call import HeldSlot, OpenCall
 from ..dispatch.protocol import TIMING, Lease, Pools, QueuedImage, Timing
+from ..edit_pixels import EditPixels
 from ..errors import NoCapacity, OctetError, ReplicaFailed, Unavailable
-from ..models.reference_work import shape_of
+from ..models.reference_work import shape_of, text_tokens
 from ..ray_errors import REPLICA_LOST
 from ..request import (
     Acknowledgement,
@@ -107,8 +108,8 @@ class Attempts:
         `ModelNotFound` if it is not served any more.
         """
         pools = self._pools.allowed(request)
-        shape = shape_of(request, self._models[request.model].max_sequence_length)
-        work_s = round(self._work[request.model].work_s(shape), 6)
+        tokens = text_tokens(self._models[request.model].max_sequence_length)
+        work_s = round(self._work[request.model].work_s(shape_of(request, tokens)), 6)
         return QueuedImage(pools, work_s, options.progress)
 
     async def generate(
@@ -118,18 +119,19 @@ class Attempts:
         index: int = 0,
         options: StreamOptions = StreamOptions(),  # noqa: B008 - immutable
         on_progress: OnProgress = lambda _: None,
+        edited: EditPixels | None = None,
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `on_progress` is called with the progress and previews that `options` ask for. Raises an
-        `OctetError` if no pool can generate the image or its last attempt failed, and
-        `RayTaskError` for an unexpected error of the Generator.
+        `edited`: the picture of an edit. `on_progress` is called with the progress and previews
+        that `options` ask for. Raises an `OctetError` if no pool can generate the image or its last
+        attempt failed, and `RayTaskError` for an unexpected error of the Generator.
         """
         began = time.monotonic()
         history = _AttemptHistory(call.request.images[index].pools)
 
         def on_position(place: int) -> None:
-            on_progress(Progress(0, request.num_inference_steps, queue_position=place))
+            on_progress(Progress(0, request.steps, queue_position=place))
 
         while True:
             try:
@@ -138,7 +140,9 @@ class Attempts:
                     queue_s = time.monotonic() - began
                     self._metrics.queued(slot.lease.pool, queue_s)
                     try:
-                        result = await self._attempt(request, slot, history, options, on_progress)
+                        result = await self._attempt(
+                            request, slot, history, options, on_progress, edited
+                        )
                     except asyncio.CancelledError:
                         if call.client.unwanted and slot.took_s is None:
                             slot.cancelled = self._usage(request, call, index, slot.lease.pool)
@@ -163,7 +167,7 @@ class Attempts:
             model=request.model,
             precision=self._pools.precision_of(pool),
             size=request.size,
-            steps=request.num_inference_steps,
+            steps=request.steps,
             work_s=call.request.images[index].work_s,
         )
 
@@ -174,6 +178,7 @@ class Attempts:
         history: _AttemptHistory,
         options: StreamOptions,
         on_progress: OnProgress,
+        edited: EditPixels | None,
     ) -> ImageResult | None:
         """Make one attempt at an image.
 
@@ -182,7 +187,9 @@ class Attempts:
         """
         pool, last = slot.lease.pool, history.lost == ATTEMPTS - 1
         try:
-            result = await self._on_replica(request, slot.lease, options, on_progress, alone=last)
+            result = await self._on_replica(
+                request, slot.lease, options, on_progress, edited, alone=last
+            )
             slot.took_s = result.work_s
             return result
         except (NotStarted, *REPLICA_LOST) as error:
@@ -228,6 +235,7 @@ class Attempts:
         lease: Lease,
         options: StreamOptions,
         on_progress: OnProgress,
+        edited: EditPixels | None,
         *,
         alone: bool,
     ) -> ImageResult:
@@ -239,7 +247,8 @@ class Attempts:
         the Generator itself raised an error.
         """
         generate = self._pool_handle(lease.pool).generate
-        stream = self._context.copy().run(generate.remote, request, lease, options, alone)
+        arguments = request, lease, options, alone, *((edited,) if edited else ())
+        stream = self._context.copy().run(generate.remote, *arguments)
         started = False
         try:
             try:

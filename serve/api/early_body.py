@@ -11,7 +11,8 @@ import asyncio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-PATH = "/v1/images/generations"
+from .wire.paths import GENERATIONS
+
 BODY = "octet.body"  # the key of the body in the ASGI scope, which Ray Serve sends as it is
 SMALL_BODY = 2**14  # bytes
 WAIT_S = 0.05
@@ -28,7 +29,7 @@ class EarlyBody:
         self._app, self._wait_s = app, wait_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == PATH and _is_small(scope):
+        if scope["type"] == "http" and scope["path"] == GENERATIONS and _is_small(scope):
             try:
                 async with asyncio.timeout(self._wait_s):
                     first = await receive()

@@ -23,6 +23,7 @@ from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
 from .attempts import Attempts
 from .client_call import ClientCall
+from .edit_uploads import EditUploads
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .quarantine import QUARANTINED, request_digest
@@ -75,7 +76,7 @@ class _OpenRequest:
 
 
 class GenerationHandler:
-    """Handles `POST /v1/images/generations` after authentication and parsing."""
+    """Handles requests for images, new or edited, after authentication and parsing."""
 
     def __init__(
         self,
@@ -83,10 +84,12 @@ class GenerationHandler:
         attempts: Attempts,
         urls: ImageUrls,
         reuse: ResultReuse,
+        uploads: EditUploads,
         metrics: IngressMetrics,
         keep_alive_s: float,
     ) -> None:
         """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds."""
+        self._uploads = uploads
         self.session, self._attempts = session, attempts
         self._keep_alive_s = keep_alive_s
         self._urls, self.reuse, self._metrics = urls, reuse, metrics
@@ -104,6 +107,8 @@ class GenerationHandler:
             request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup)
             cleanup.enter_context(self._counted(request))
             cleanup.enter_context(self._quarantining(request))
+            if parsed.edited:
+                cleanup.enter_context(self._uploads.holding())(parsed.edited.nbytes)
             if parsed.as_url:
                 self._urls.admit()
             request.queued = [self._attempts.queued_image(i, parsed.options) for i in parsed.images]
@@ -231,7 +236,10 @@ class GenerationHandler:
     def _begin(self, request: _OpenRequest) -> SharedGeneration:
         """Open a call for the images; from now on equal requests may join this one."""
         steps = _Steps(self, request)
-        shared = SharedGeneration(request.client, steps, self._attempts, request.parsed.images)
+        parsed = request.parsed
+        shared = SharedGeneration(
+            request.client, steps, self._attempts, parsed.images, parsed.edited
+        )
         if request.cache_key:
             self.reuse.in_flight[request.cache_key] = shared
         request.cleanup.enter_context(shared.joined(request.client))
@@ -246,7 +254,9 @@ class GenerationHandler:
         await client.run(call.admitted())
 
         async def generate(on_progress: OnProgress) -> ImageResult:
-            work = self._attempts.generate(image, call, 0, parsed.options, on_progress)
+            work = self._attempts.generate(
+                image, call, 0, parsed.options, on_progress, parsed.edited
+            )
             try:
                 result, usage = await client.run(work)
                 await call.record([usage])
@@ -398,7 +408,7 @@ def _free_usages(
             model=image.model,
             precision=Precision.FP8 if fp8 else Precision.FP16,
             size=image.size,
-            steps=image.num_inference_steps,
+            steps=image.steps,
             work_s=0.0,
             outcome=outcome,
         )

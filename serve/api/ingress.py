@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,19 @@ from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
 from .cors import Cors
-from .early_body import BODY, PATH
+from .early_body import BODY
+from .edit_uploads import EditUploads
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .request_log import RefusalLog
 from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
-from .timing import INGRESS_TIMING, IngressTiming
+from .timing import BODY_BYTES_PER_S, INGRESS_TIMING, IngressTiming
+from .wire.edit import parse_edit
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
+from .wire.paths import EDITS, GENERATIONS, VARIATIONS
 from .wire.request import SHOWN_CHARS, check_request_id, model_not_found, parse, reason_of
 from .wire.response import (
     CancelledRequest,
@@ -100,8 +104,15 @@ class Ingress:
         self._openapi = document(version("octet-serve"), self._needs_key)
         self._urls = ImageUrls(settings, lambda: self.live, metrics, timing.sweep_s)
         self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
+        self._uploads = EditUploads(lambda: self.live.edits.max_held_bytes, metrics)
         self._generations = GenerationHandler(
-            self._session, self._attempts, self._urls, self.reuse, metrics, timing.keep_alive_s
+            self._session,
+            self._attempts,
+            self._urls,
+            self.reuse,
+            self._uploads,
+            metrics,
+            timing.keep_alive_s,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -138,6 +149,7 @@ class Ingress:
         """
         self._session.check()
         self._urls.check()
+        self._metrics.held(self._uploads.held)
         if not self._unknown:
             return
         settings = self.live
@@ -150,7 +162,9 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(
             routes=[
-                Route(PATH, self.generate, methods=["POST"]),
+                Route(GENERATIONS, self.generate, methods=["POST"]),
+                Route(EDITS, self.edit, methods=["POST"]),
+                Route(VARIATIONS, self.vary, methods=["POST"]),
                 Route("/v1/requests/{id}", self.cancel, methods=["DELETE"]),
                 Route("/v1/requests/{id}", self.request_status),
                 Route("/v1/models", self.models),
@@ -189,7 +203,7 @@ class Ingress:
             access = self._access(tenant)
             with self._gate.reading(tenant, access) as received:
                 check_request_id(request_id)
-                body = await self._body(http, received)
+                body = await self._body(http, received, self.live.max_body_bytes)
                 self._authenticate_again(http)
                 arguments = body, self._allowed(tenant), request_id, access.timeout_s
                 large = len(body) > LARGE_BODY
@@ -198,6 +212,35 @@ class Ingress:
             self._refused(error, http.scope)
             raise
         return await self._generations.answer(parsed, tenant, request_id, http)
+
+    async def edit(self, http: Request) -> Response:
+        tenant: str = http.scope["tenant"]
+        request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
+        try:
+            access, limit = self._access(tenant), self._max_edit_bytes()
+            with self._gate.reading(tenant, access) as received, self._uploads.holding() as hold:
+
+                def receive(size: int) -> None:
+                    received(size)
+                    hold(size)
+
+                check_request_id(request_id)
+                body = await self._body(http, receive, limit)
+                self._authenticate_again(http)
+                kind = http.headers.get("content-type", "")
+                arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
+                parsed = await self._uploads.read(tenant, partial(parse_edit, *arguments))
+        except OctetError as error:
+            self._refused(error, http.scope)
+            raise
+        del body, arguments  # they may be large, and the request may be open for long
+        return await self._generations.answer(parsed, tenant, request_id, http)
+
+    def _max_edit_bytes(self) -> int:
+        return self.live.edits.max_body_bytes(self.live.max_body_bytes)
+
+    async def vary(self, http: Request) -> Response:
+        raise NotFound(f"{VARIATIONS} does not exist any more: use {EDITS}")
 
     async def cancel(self, http: Request) -> Response:
         """Answer `DELETE /v1/requests/ID`: cancel an open request at whichever Ingress has it.
@@ -276,7 +319,7 @@ class Ingress:
     async def cordon(self, http: Request) -> Response:
         """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
         self._check_may_cordon(http)
-        body = await self._body(http, lambda _: None)
+        body = await self._body(http, lambda _: None, self.live.max_body_bytes)
         return await self._change_node(http, "cordon", reason_of(body))
 
     async def uncordon(self, http: Request) -> Response:
@@ -394,9 +437,13 @@ class Ingress:
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
 
-    async def _body(self, http: Request, received: Callable[[int], None]) -> bytes:
-        """Read a request's body; `received` is called with the size of each part of it."""
-        body, limit, body_s = bytearray(), self.live.max_body_bytes, self._timing.body_s
+    async def _body(self, http: Request, received: Callable[[int], None], limit: int) -> bytes:
+        """Read a request's body; `received` is called with the size of each part of it.
+
+        Raises `BodyTooLarge` beyond `limit` bytes, and `BodyTimeout` for a body that comes too
+        slowly.
+        """
+        body, body_s = bytearray(), self._timing.body_s
         too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
         stated = http.headers.get("content-length", "")
         if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
@@ -405,14 +452,18 @@ class Ingress:
             received(len(early))
             return bytes(early)
         try:
-            async with asyncio.timeout(body_s):
+            async with asyncio.timeout(body_s) as deadline:
+                first = deadline.when() or 0.0
                 async for chunk in http.stream():
                     received(len(chunk))
                     body += chunk
                     if len(body) > limit:
                         raise too_large
+                    deadline.reschedule(first + len(body) / BODY_BYTES_PER_S)
         except TimeoutError:
-            raise BodyTimeout(f"the body did not arrive in {body_s:g} s") from None
+            raise BodyTimeout(
+                f"the body did not arrive in {body_s + len(body) / BODY_BYTES_PER_S:.1f} s"
+            ) from None
         return bytes(body)
 
 

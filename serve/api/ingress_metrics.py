@@ -17,6 +17,7 @@ class IngressMetrics:
         self._repeats = metric("octet_cache_requests")
         self._lookup = metric("octet_cache_lookup_seconds")
         self._cache_failures = metric("octet_cache_failures")
+        self._held, self._reading = metric("octet_edit_bytes"), metric("octet_edit_read_seconds")
 
     def ended(self, model: str, outcome: str, status: int) -> None:
         self._requests.inc(tags={"model": model, "outcome": outcome, "status": str(status)})
@@ -46,6 +47,12 @@ class IngressMetrics:
 
     def looked_up(self, seconds: float, *, hit: bool) -> None:
         self._lookup.observe(seconds, {"result": "hit" if hit else "miss"})
+
+    def held(self, size: int) -> None:
+        self._held.set(size)
+
+    def read_picture(self, seconds: float) -> None:
+        self._reading.observe(seconds)
 
     def cache_failed(self) -> None:
         self._cache_failures.inc()

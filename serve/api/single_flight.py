@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..dispatch.client.open_call import CallClient, OpenCall
+from ..edit_pixels import EditPixels
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult
 from ..results.cache.memory import CachedImages
@@ -83,9 +84,11 @@ class SharedGeneration:
         steps: GenerationSteps,
         attempts: Attempts,
         requests: Sequence[ImageRequest],
+        edited: EditPixels | None = None,
     ) -> None:
+        """`edited`: the picture of an edit."""
         self._first, self._steps = first, steps
-        self._attempts, self._requests = attempts, requests
+        self._attempts, self._requests, self._edited = attempts, requests, edited
         self._participants = 0
         self._usages: list[UsageRecord] = []
         self._found: CachedImages | None = None  # that another Ingress has had generated
@@ -165,7 +168,9 @@ class SharedGeneration:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._attempts.generate(request, self.call, i))
+                    group.create_task(
+                        self._attempts.generate(request, self.call, i, edited=self._edited)
+                    )
                     for i, request in enumerate(self._requests)
                 ]
         except BaseExceptionGroup as several:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from ..dispatch.protocol import TIMING, Timing
 
+BODY_BYTES_PER_S = 125_000  # a slow mobile connection
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressTiming:
     """The times that an Ingress waits, in seconds.
 
     `dispatcher_s`: for the Dispatcher's answer to a call, such as a cancellation.
-    `body_s`: for a request body to arrive.
+    `body_s`: for a request body to arrive; longer for one of more than a megabyte or so, if it
+    comes with at least `BODY_BYTES_PER_S`.
     `keep_alive_s`: without an event, before an event stream sends a comment.
     `sweep_s`: between two sweeps that delete old stored images.
     `dispatch`: the timing of the session with the Dispatcher.

@@ -1,9 +1,9 @@
-"""Decoding of latents to pixels: finished images, and previews of others.
+"""The VAE's work beside the steps: finished images, previews of others, and pictures to edit.
 
-On a card a separate thread decodes, on its own CUDA stream, while the next denoising steps run.
-On a CPU the denoising loop's thread decodes between two steps, because two threads that compute on
-a CPU slow each other down by more than they save. Images are decoded one by one, because the VAE
-rounds differently when several images share a call.
+On a card a separate thread decodes and encodes, on its own CUDA stream, while the next denoising
+steps run. On a CPU the denoising loop's thread does so between two steps, because two threads that
+compute on a CPU slow each other down by more than they save. Images are decoded and encoded one by
+one, because the VAE rounds differently when several images share a call.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..edit_pixels import EditPixels
 from ..errors import NonFiniteImage, Unavailable
-from .denoiser import Denoiser, DenoisingState, to_pixels
+from .denoiser import Denoiser, DenoisingState, EditLatents, to_pixels
 from .preview import VAE_FACTOR
+
+T = TypeVar("T")
 
 MEMORY_ATTEMPTS = 3  # attempts at an image alone, each after the allocator's cache was emptied
 MEMORY_PAUSE_S = 0.5  # between these attempts, in case the memory is taken only for a moment
@@ -26,7 +30,7 @@ NO_MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, th
 
 
 class Decoding:
-    """Decodes finished images and previews.
+    """Decodes finished images and previews, and encodes the pictures of edits.
 
     `beside_steps`: whether to decode in a separate thread, in parallel with the denoising steps; by
     default only on a card. `memory_pause_s`: how long that thread waits before it tries again after
@@ -40,7 +44,7 @@ class Decoding:
         memory_pause_s: float = MEMORY_PAUSE_S,
     ) -> None:
         self._denoiser, self._memory_pause_s = denoiser, memory_pause_s
-        self.out_of_memory = 0  # decodes that ran out of memory
+        self.out_of_memory = 0  # calls of the VAE that ran out of memory
         self._thread: ThreadPoolExecutor | None = None
         if denoiser.on_cuda if beside_steps is None else beside_steps:
             self._thread = ThreadPoolExecutor(
@@ -58,15 +62,27 @@ class Decoding:
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def picture(self, image: DenoisingState) -> NDArray[np.uint8]:
+    def picture(self, image: DenoisingState, edited: EditPixels | None = None) -> NDArray[np.uint8]:
         """Decode a finished image to pixels (height_px, width_px, 3).
 
-        Raises `NonFiniteImage` if the latents or the decoded image hold non-finite numbers,
-        `Unavailable` if memory ran out in each of several attempts, or what the VAE raises.
+        `edited`: the picture of an edit, of which the pixels stay that its mask keeps. Raises
+        `NonFiniteImage` if the latents or the decoded image hold non-finite numbers, `Unavailable`
+        if memory ran out in each of several attempts, or what the VAE raises.
         """
+        height, width = (VAE_FACTOR * side for side in image.latents.shape[-2:])
+        pixels = self._in_memory(lambda: self._picture(image.latents), width, height)
+        return edited.finished(pixels) if edited else pixels
+
+    def latents(self, edited: EditPixels, seed: int) -> EditLatents:
+        """Encode the picture of an edit. Raises the errors of `picture`."""
+        height, width, _ = edited.image.shape
+        return self._in_memory(lambda: self._latents(edited, seed), width, height)
+
+    def _in_memory(self, work: Callable[[], T], width: int, height: int) -> T:
+        """Do work for an image of this size in px, in several attempts if memory runs out."""
         for attempt in range(1, MEMORY_ATTEMPTS + 1):
             try:
-                return self._picture(image.latents)
+                return work()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -75,13 +91,13 @@ class Decoding:
             self._denoiser.free_memory()
             if self._thread and attempt < MEMORY_ATTEMPTS:  # a pause here holds up no step
                 time.sleep(self._memory_pause_s)
-        height, width = (VAE_FACTOR * side for side in image.latents.shape[-2:])
         raise no_memory(width, height)
 
-    def preview(self, image: DenoisingState) -> NDArray[np.uint8]:
+    def preview(self, image: DenoisingState, edited: EditPixels | None = None) -> NDArray[np.uint8]:
         """An approximation of the pixels that `picture` will return."""
         with self._denoiser.beside_steps():
-            return to_pixels(self._denoiser.preview(image.estimate))
+            pixels = to_pixels(self._denoiser.preview(image.estimate))
+        return edited.finished(pixels) if edited else pixels
 
     def _picture(self, latents: torch.Tensor) -> NDArray[np.uint8]:
         precision = self._denoiser.recipe.name
@@ -92,6 +108,14 @@ class Decoding:
             if not picture.isfinite().all():
                 raise NonFiniteImage(f"the VAE produced non-finite numbers in {precision}")
             return to_pixels(picture)
+
+    def _latents(self, edited: EditPixels, seed: int) -> EditLatents:
+        with self._denoiser.beside_steps():
+            found = self._denoiser.encode(edited, seed)
+            if not found.image.isfinite().all():
+                precision = self._denoiser.recipe.name
+                raise NonFiniteImage(f"the VAE produced non-finite numbers in {precision}")
+            return found
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,9 +1,10 @@
-"""SD3.5 without its text encoders: single denoising steps, and the VAE's decoder.
+"""SD3.5 without its text encoders: single denoising steps, and the VAE.
 
 `PromptEncoder` and `Denoiser` together do what `StableDiffusion3Pipeline.__call__` of diffusers
-does, but divided as a server needs it. Text encoding is separate from image generation. Denoising
-is done one step at a time, for a batch of images that may each be at another step and have another
-guidance. This code never calls the pipeline; only the tests do, to compare results.
+does, and its image-to-image and inpainting pipelines, but divided as a server needs it. Text
+encoding is separate from image generation. Denoising is done one step at a time, for a batch of
+images that may each be at another step and have another guidance. This code never calls the
+pipeline; only the tests do, to compare results.
 
 Weights come from a checkpoint folder (`serve.models.checkpoints`). They are read from safetensors
 files only, and no code from the hub is ever run.
@@ -19,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from ..edit_pixels import EditPixels
 from ..models.checkpoints import CheckpointError, read_json
+from ..request import SIZE_MULTIPLE_PX
 from .card import check_device
 from .fp8_format import TRANSFORMER, WEIGHTS, is_fp8
 from .fused_attention import fuse_qkv
@@ -37,6 +41,30 @@ from .prompt_embeds import PromptEmbeds
 DENOISER_COMPONENTS = "transformer", "vae", "scheduler"
 
 
+@dataclass(frozen=True, slots=True)
+class EditLatents:
+    """The picture of an edit as the denoising steps need it.
+
+    `image`: the picture's latents. `noise`: that of the seed. Both are (1, 16, height_px/8,
+    width_px/8) in float32. `repainted`: (1, 1, height_px/8, width_px/8), 1 where the mask lets the
+    model repaint and 0 where the picture is kept; None without a mask.
+    """
+
+    image: torch.Tensor
+    noise: torch.Tensor
+    repainted: torch.Tensor | None
+
+    def at(self, level: float) -> torch.Tensor:
+        """The picture's latents with noise of this level: 0 is none, 1 is noise alone."""
+        return level * self.noise + (1 - level) * self.image
+
+    def blended(self, latents: torch.Tensor, level: float) -> torch.Tensor:
+        """Replace the latents that the mask keeps by those of the picture at a noise level."""
+        if self.repainted is None:
+            return latents
+        return self.repainted * latents + (1 - self.repainted) * self.at(level)
+
+
 @dataclass(slots=True)
 class DenoisingState:
     """An image between two steps: its latents, and everything that its next step needs.
@@ -45,7 +73,8 @@ class DenoisingState:
     (1, 16, height_px/8, width_px/8) in float32. `embeds`: the prompt's row; with guidance two rows,
     first the negative prompt's, then the prompt's. `sigmas`: the noise level before the first step,
     then the level after each step. `step`: the number of steps that are done. `modulation`: that of
-    the steps from `modulated_from` on, (steps, rows, modulation width).
+    the steps from `modulated_from` on, (steps, rows, modulation width). `first_step`: the value
+    with which `step` began; above 0 for an edit. `edit`: the picture of an edit.
     """
 
     latents: torch.Tensor
@@ -56,6 +85,8 @@ class DenoisingState:
     velocity: torch.Tensor | None = None
     modulation: torch.Tensor | None = None
     modulated_from: int = 0
+    first_step: int = 0
+    edit: EditLatents | None = None
 
     @property
     def rows(self) -> int:
@@ -66,6 +97,10 @@ class DenoisingState:
         return len(self.sigmas) - 1 - self.step
 
     @property
+    def steps_done(self) -> int:
+        return self.step - self.first_step
+
+    @property
     def finished(self) -> bool:
         return not self.steps_left
 
@@ -74,11 +109,12 @@ class DenoisingState:
         """The finished latents as the last step predicts them; before any step, the latents.
 
         The prediction is x − σ · v, with latents x, noise level σ and velocity v, because v
-        predicts noise − image.
+        predicts noise − image. What a mask keeps is that of the picture.
         """
         if self.velocity is None:
             return self.latents
-        return self.latents - self.sigmas[self.step] * self.velocity
+        predicted = self.latents - self.sigmas[self.step] * self.velocity
+        return self.edit.blended(predicted, 0.0) if self.edit else predicted
 
 
 class Denoiser:
@@ -133,20 +169,61 @@ class Denoiser:
         num_inference_steps: int,
         guidance_scale: float,
         seed: int,
+        first_step: int = 0,
+        edit: EditLatents | None = None,
     ) -> DenoisingState:
         """Begin an image with the noise of its seed.
 
-        The noise is generated in float32 on the CPU, so it is the same for every precision.
+        The noise is generated in float32 on the CPU, so it is the same for every precision. An
+        `edit` begins at `first_step`, with its picture at the noise level of that step.
         """
-        generator = torch.Generator("cpu").manual_seed(seed)
-        shape = 1, self.transformer.config.in_channels, height // VAE_FACTOR, width // VAE_FACTOR
-        noise = torch.randn(shape, generator=generator)
+        schedule = sigmas(num_inference_steps, self.shift)
+        if edit:
+            latents = edit.at(schedule[first_step])
+        else:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            latents = torch.randn(self._latent_shape(width, height), generator=generator)
         rows = PromptEmbeds(
             embeds.tokens.to(self.device, self.recipe.dtype),
             embeds.pooled.to(self.device, self.recipe.dtype),
         )
-        schedule = sigmas(num_inference_steps, self.shift)
-        return DenoisingState(noise.to(self.device), rows, guidance_scale, schedule)
+        return DenoisingState(
+            latents.to(self.device),
+            rows,
+            guidance_scale,
+            schedule,
+            step=first_step,
+            first_step=first_step,
+            edit=edit,
+        )
+
+    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The shape of the latents of an image, whose sides are in px."""
+        channels: int = self.transformer.config.in_channels
+        return 1, channels, height // VAE_FACTOR, width // VAE_FACTOR
+
+    @torch.inference_mode()
+    def encode(self, pixels: EditPixels, seed: int) -> EditLatents:
+        """Encode the picture of an edit; its edges are repeated up to the size of the canvas.
+
+        The latents are sampled from what the VAE predicts. The seed's first random numbers are for
+        that, and the next are the noise, as in diffusers' pipelines. A latent is repainted if any
+        of its pixels is. (diffusers looks at one pixel of the 64, and so loses thin lines.)
+        """
+        image = _on_canvas(torch.tensor(pixels.image).movedim(-1, 0)[None] / 127.5 - 1)
+        height, width = image.shape[-2:]
+        posterior = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = self._latent_shape(width, height)
+        sampled, noise = (torch.randn(shape, generator=generator).to(self.device) for _ in range(2))
+        config = self.vae.config
+        latents = posterior.mean.float() + posterior.std.float() * sampled
+        latents = (latents - config.shift_factor) * config.scaling_factor
+        mask = None
+        if (repainted := pixels.repainted) is not None:
+            mask = _on_canvas(torch.tensor(repainted)[None, None].float())
+            mask = F.max_pool2d(mask, VAE_FACTOR).to(self.device)
+        return EditLatents(latents, noise, mask)
 
     @torch.inference_mode()
     def denoise_step(self, batch: Sequence[DenoisingState], rows: int = 0) -> None:
@@ -154,7 +231,8 @@ class Denoiser:
 
         All images must have the same size and text length, because SD3 has no attention mask. The
         call is padded to `rows` rows if the batch has fewer. Guidance and Euler's step
-        x += (sigma_next − sigma) · v are computed in float32.
+        x += (sigma_next − sigma) · v are computed in float32. After the step of an edit with a mask
+        what the mask keeps is that of the picture, at the noise level that the step has reached.
         """
         own = [d.rows for d in batch]
         padding = max(rows - sum(own), 0)
@@ -169,7 +247,11 @@ class Denoiser:
         for d, v in zip(batch, velocity[: sum(own)].split(own), strict=True):
             # A copy also without guidance: a view would keep the velocities of the whole batch.
             v = v[:1] + d.guidance_scale * (v[1:] - v[:1]) if d.rows == 2 else v.clone()
-            stepped.append((d, d.latents + (d.sigmas[d.step + 1] - d.sigmas[d.step]) * v, v))
+            level, next_level = d.sigmas[d.step], d.sigmas[d.step + 1]
+            next_latents = d.latents + (next_level - level) * v
+            if d.edit:
+                next_latents = d.edit.blended(next_latents, next_level)
+            stepped.append((d, next_latents, v))
         for d, next_latents, v in stepped:
             d.latents, d.velocity = next_latents, v
             d.step += 1
@@ -235,6 +317,16 @@ class Denoiser:
 def _padded(rows: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
     """Concatenate rows, and append the first row `padding` times."""
     return torch.cat([*rows, *[rows[0][:1]] * padding])
+
+
+def _on_canvas(image: torch.Tensor) -> torch.Tensor:
+    """Repeat the right and lower edges of an image (1, channels, height_px, width_px).
+
+    Both sides are multiples of `SIZE_MULTIPLE_PX` then.
+    """
+    height, width = image.shape[-2:]
+    padding = 0, -width % SIZE_MULTIPLE_PX, 0, -height % SIZE_MULTIPLE_PX
+    return F.pad(image, padding, mode="replicate")
 
 
 def to_pixels(image: torch.Tensor) -> NDArray[np.uint8]:

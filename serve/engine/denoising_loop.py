@@ -2,8 +2,8 @@
 
 One thread owns the transformer. Before each step it takes in the images that have arrived and drops
 those that are no longer wanted. `batching` chooses the images that take the next step together.
-`decoding` decodes the images whose steps are done. Each image has its own size, steps, guidance and
-seed.
+`decoding` decodes the images whose steps are done, and encodes the picture of an edit before its
+first step. Each image has its own size, steps, guidance and seed.
 
 A batch is padded to one of a few fixed numbers of rows, its *bucket*. The reason is that matrix
 products with another number of rows round differently. If all steps of an image run in the same
@@ -34,10 +34,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..edit_pixels import EditPixels
 from ..request import ImageRequest
 from .batching import BatchCandidate, RowBudget, StepTimes, next_batch
 from .decoding import MEMORY_ATTEMPTS, MEMORY_PAUSE_S, Decoding, is_out_of_memory, no_memory
-from .denoiser import Denoiser, DenoisingState
+from .denoiser import Denoiser, DenoisingState, EditLatents
 from .prompt_embeds import PromptEmbeds
 
 log = logging.getLogger("ray.serve")
@@ -52,12 +53,14 @@ PINNED_ROWS = ROWS_OF_AN_IMAGE
 class GeneratedPixels(NamedTuple):
     """A finished image; `pixels`: (height_px, width_px, 3).
 
-    `denoise_s`: seconds from the image's start to its last step, including steps of other images.
-    `decode_s`: seconds of the VAE. `busy_s`: the seconds that the image cost the replica. These are
-    its share of each of its steps, in proportion to its rows in the batch, and `decode_s`.
+    `latents_s`: seconds of encoding the picture of an edit. `denoise_s`: seconds from the image's
+    first step to its last, including steps of other images. `decode_s`: seconds of decoding.
+    `busy_s`: the seconds that the image cost the replica. These are its share of each of its steps,
+    in proportion to its rows in the batch, and the seconds of the VAE.
     """
 
     pixels: NDArray[np.uint8]
+    latents_s: float
     denoise_s: float
     decode_s: float
     busy_s: float
@@ -98,7 +101,8 @@ class LoopCounts:
 class _NewImage:
     """An image that has been requested.
 
-    `memory_failures`: how many attempts in a row have run out of memory.
+    `edited`: the picture of an edit; `latents` is None until it is encoded. `latents_s`: seconds
+    that this took. `memory_failures`: how many attempts in a row have run out of memory.
     """
 
     request: ImageRequest
@@ -106,6 +110,9 @@ class _NewImage:
     previews: int
     on_event: OnEvent
     done: Future[GeneratedPixels]
+    edited: EditPixels | None = None
+    latents: EditLatents | None = None
+    latents_s: float = 0.0
     memory_failures: int = 0
 
 
@@ -178,16 +185,18 @@ class DenoisingLoop:
         embeds: PromptEmbeds,
         previews: int = 0,
         on_event: OnEvent = lambda _: None,
+        edited: EditPixels | None = None,
     ) -> Future[GeneratedPixels]:
         """Generate an image, which joins the others before their next step.
 
         Cancelling the returned future drops the image before its next step. `previews`: how many
         previews to make. `on_event` is called in the loop's threads for each step and preview; it
-        must not block or raise. The future raises `NonFiniteImage` if the result holds non-finite
-        numbers, `Unavailable` if memory ran out, or what the model raised.
+        must not block or raise. `edited`: the picture of an edit. The future raises
+        `NonFiniteImage` if the result holds non-finite numbers, `Unavailable` if memory ran out, or
+        what the model raised.
         """
         done: Future[GeneratedPixels] = Future()
-        self._inbox.put(_NewImage(request, embeds, previews, on_event, done))
+        self._inbox.put(_NewImage(request, embeds, previews, on_event, done, edited))
         return done
 
     def call(self, function: Callable[[], T], *, decoding: bool = False) -> Future[T]:
@@ -249,6 +258,9 @@ class DenoisingLoop:
                 continue
             if new.done.cancelled():
                 continue
+            if new.edited and new.latents is None:
+                self._decoding.submit(partial(self._encode, new, new.edited))
+                continue
             try:
                 image = self._begin(new)
             except Exception as error:
@@ -275,23 +287,27 @@ class DenoisingLoop:
 
     def _begin(self, new: _NewImage) -> _RunningImage:
         request, began = new.request, time.monotonic()
+        width, height = request.canvas
         state = self._denoiser.begin(
             new.embeds,
-            width=request.width,
-            height=request.height,
+            width=width,
+            height=height,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             seed=request.seed,
+            first_step=request.first_step,
+            edit=new.latents,
         )
         self._arrivals += 1
         return _RunningImage(
             new=new,
             state=state,
             began=began,
-            kind=(request.size, new.embeds.tokens.shape[1], request.deterministic),
+            kind=(request.canvas, new.embeds.tokens.shape[1], request.deterministic),
             rows=state.rows,
             steps_left=state.steps_left,
             arrival=self._arrivals,
+            busy_s=new.latents_s,
             max_rows=PINNED_ROWS if request.deterministic else None,
         )
 
@@ -346,10 +362,11 @@ class DenoisingLoop:
             image.busy_s += step_s * image.rows / rows
             image.steps_left = image.state.steps_left
             image.new.memory_failures = 0
-            image.new.on_event(StepDone(image.state.step, now - image.began))
-            previews = preview_steps(image.request.num_inference_steps, image.new.previews)
-            if image.state.step in previews:
-                index, state = previews.index(image.state.step), replace(image.state)
+            step = image.state.steps_done
+            image.new.on_event(StepDone(step, now - image.began))
+            previews = preview_steps(image.request.steps, image.new.previews)
+            if step in previews:
+                index, state = previews.index(step), replace(image.state)
                 self._decoding.submit(partial(self._preview, image, index, state))
             if image.state.finished:
                 self._decoding.submit(partial(self._decode, image, now - image.began))
@@ -376,29 +393,47 @@ class DenoisingLoop:
 
     # -- work that `decoding` runs ---------------------------------------------------------------
 
+    def _encode(self, new: _NewImage, edited: EditPixels) -> None:
+        """Encode the picture of an edit, and let the image join the others then."""
+        if new.done.cancelled():
+            return
+        began = time.monotonic()
+        try:
+            new.latents = self._decoding.latents(edited, new.request.seed)
+        except Exception as error:
+            self._failed_in_vae(new, error)
+        else:
+            new.latents_s = time.monotonic() - began
+            self._inbox.put(new)
+
+    def _failed_in_vae(self, new: _NewImage, error: Exception) -> None:
+        try:
+            self._denoiser.check_device()
+        except Exception:  # the device is broken, so no image can be finished
+            log.exception("the device has failed")
+            self._on_broken()
+        _settle(new, error)
+
     def _decode(self, image: _RunningImage, denoise_s: float) -> None:
         if image.new.done.cancelled():
             return
         began = time.monotonic()
         try:
-            pixels = self._decoding.picture(image.state)
+            pixels = self._decoding.picture(image.state, image.new.edited)
         except Exception as error:
-            try:
-                self._denoiser.check_device()
-            except Exception:  # the device is broken, so no image can be finished
-                log.exception("the device has failed")
-                self._on_broken()
-            _settle(image.new, error)
+            self._failed_in_vae(image.new, error)
         else:
             decode_s = time.monotonic() - began
-            busy_s = image.busy_s + decode_s
-            _settle(image.new, GeneratedPixels(pixels, denoise_s, decode_s, busy_s))
+            generated = GeneratedPixels(
+                pixels, image.new.latents_s, denoise_s, decode_s, image.busy_s + decode_s
+            )
+            _settle(image.new, generated)
 
     def _preview(self, image: _RunningImage, index: int, state: DenoisingState) -> None:
         if image.new.done.cancelled():
             return
         try:
-            pixels = self._decoding.preview(state)
+            pixels = self._decoding.preview(state, image.new.edited)
         except Exception:  # the image itself goes on
             log.warning("no preview of %s", image.request.id, exc_info=True)
         else:

@@ -23,9 +23,10 @@ from cluster.cost import UNKNOWN_GPU, ImageShape, LearnedCost, reference
 from cluster.structure import Structure
 
 from ..dispatch.protocol import TIMING, Heartbeat, Lease, StoppedImage
+from ..edit_pixels import EditPixels
 from ..errors import NonFiniteImage, OctetError, Unavailable
 from ..models.checkpoints import open_checkpoint
-from ..models.reference_work import cost_of
+from ..models.reference_work import cost_of, shape_of
 from ..ray_errors import REPLICA_LOST
 from ..request import (
     Acknowledgement,
@@ -79,13 +80,15 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
 class _ImageCall:
     """One call of `generate`: its image, and the events that are to be streamed.
 
-    `step`: the number of steps that are done. `shape`: the sizes on which the image's work depends.
+    `shape`: the sizes on which the image's work depends. `edited`: the picture of an edit. `step`:
+    the number of steps that are done.
     """
 
     request: ImageRequest
     options: StreamOptions
     events: asyncio.Queue[Acknowledgement | StepDone | PreviewPixels | None]
     shape: ImageShape
+    edited: EditPixels | None = None
     step: int = 0
     done: bool = False
     task: asyncio.Task[ImageResult] | None = None
@@ -169,19 +172,25 @@ class Generator:
             self._heartbeat = asyncio.create_task(self._report())
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
+        self,
+        request: ImageRequest,
+        lease: Lease,
+        options: StreamOptions,
+        alone: bool,
+        edited: EditPixels | None = None,
     ) -> AsyncIterator[Acknowledgement | StreamItem | ImageResult]:
         """Generate an image; yield the two acknowledgements, progress, and the finished image.
 
         Progress and previews are yielded only if `options` ask for them. `alone`: wait until no
-        other image runs on this replica, and let none start. Raises `NonFiniteImage` if the result
-        holds non-finite numbers. Raises `Unavailable` if memory or the text encoder is missing.
+        other image runs on this replica, and let none start. `edited`: the picture of an edit.
+        Raises `NonFiniteImage` if the result holds non-finite numbers. Raises `Unavailable` if
+        memory or the text encoder is missing.
 
         Closing the stream stops the image before its next step. A caller that was killed cannot
         close the stream, so the image is also stopped when no session holds its lease any more.
         """
         yield Acknowledgement.RECEIVED
-        call = self._new_call(request, options)
+        call = self._new_call(request, options, edited)
         call.task = asyncio.create_task(self._in_turn(call, alone or self._careful))
         call.task.add_done_callback(lambda _: call.events.put_nowait(None))
         self._running[lease] = call
@@ -223,15 +232,11 @@ class Generator:
 
     # -- one image ------------------------------------------------------------------------------
 
-    def _new_call(self, request: ImageRequest, options: StreamOptions) -> _ImageCall:
-        shape = ImageShape(
-            width_px=request.width,
-            height_px=request.height,
-            text_tokens=self._text_tokens,
-            rows=1 + request.guided,
-            steps=request.num_inference_steps,
-        )
-        return _ImageCall(request, options, asyncio.Queue(), shape)
+    def _new_call(
+        self, request: ImageRequest, options: StreamOptions, edited: EditPixels | None = None
+    ) -> _ImageCall:
+        shape = shape_of(request, self._text_tokens)
+        return _ImageCall(request, options, asyncio.Queue(), shape, edited)
 
     async def _in_turn(self, call: _ImageCall, alone: bool) -> ImageResult:
         async with self._lock.held(exclusively=alone):
@@ -248,7 +253,7 @@ class Generator:
         call.shape = replace(call.shape, text_tokens=self._text_tokens)
         # Cancelling this coroutine cancels the future, which the loop sees before its next step.
         generation = self._denoising.generate(
-            request, embeds, call.options.partial_images, self._event_sender(call)
+            request, embeds, call.options.partial_images, self._event_sender(call), call.edited
         )
         generated: GeneratedPixels = await asyncio.wrap_future(generation)
         file, encode_s = await self._file(generated.pixels, request)
@@ -263,6 +268,7 @@ class Generator:
             work_s=generated.busy_s * self._cost.speed,
             timings=Timings(
                 text_s=text_s,
+                latents_s=generated.latents_s,
                 denoise_s=generated.denoise_s,
                 decode_s=generated.decode_s,
                 encode_s=encode_s,

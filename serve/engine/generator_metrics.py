@@ -42,7 +42,14 @@ class GeneratorMetrics:
     def generated(self, timings: Timings) -> None:
         """Count a finished image, and observe how long each of its phases took."""
         self.ended("drawn")
-        for phase in ("text", "denoise", "decode", "encode"):
+        phases = [
+            "text",
+            "denoise",
+            "decode",
+            "encode",
+            *(["latents"] if timings.latents_s else []),
+        ]
+        for phase in phases:
             self._phases.observe(getattr(timings, f"{phase}_s"), {**self._pool, "phase": phase})
 
     def report(self, counts: LoopCounts, speed: float, coefficients: CostCoefficients) -> None:

@@ -19,22 +19,28 @@ JPEG_QUALITY = 95
 WEBP_QUALITY = 90
 
 
-def parameters(request: ImageRequest, precision: str) -> str:
-    """The JSON body that generates the same image again when sent to /v1/images/generations."""
-    return json.dumps(
-        {
-            "model": request.model,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "size": request.size,
-            "seed": request.seed,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "precision": "fp8" if precision == "fp8" else "fp16",
-            "deterministic": request.deterministic,
-        },
-        ensure_ascii=False,
-    )
+def parameters(request: ImageRequest, precision: str) -> tuple[str, str]:
+    """The keyword and the text of the PNG chunk that says how an image was generated.
+
+    The text of `parameters` is the JSON body that generates the same image again when sent to
+    /v1/images/generations. The text of `edit_parameters` holds the fields that do so for an edit,
+    together with the same picture and mask. Neither of these is in the file, nor are their digests.
+    """
+    body: dict[str, object] = {
+        "model": request.model,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "size": request.size,
+        "seed": request.seed,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "precision": "fp8" if precision == "fp8" else "fp16",
+        "deterministic": request.deterministic,
+    }
+    if request.edit:
+        body["strength"] = request.edit.strength
+    keyword = "edit_parameters" if request.edit else "parameters"
+    return keyword, json.dumps(body, ensure_ascii=False)
 
 
 def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: str) -> bytes:
@@ -44,7 +50,7 @@ def encode_image(pixels: NDArray[np.uint8], request: ImageRequest, precision: st
     if request.output_format is OutputFormat.PNG:
         chunks = PngInfo()
         chunks.add_text("Software", "Octet")
-        chunks.add_itxt("parameters", parameters(request, precision))
+        chunks.add_itxt(*parameters(request, precision))
         image.save(file, "png", pnginfo=chunks, compress_level=PNG_LEVEL)
     elif request.output_format is OutputFormat.JPEG:
         image.save(file, "jpeg", quality=JPEG_QUALITY if quality is None else quality)

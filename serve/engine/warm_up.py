@@ -16,8 +16,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from ..edit_pixels import EditPixels
 from ..settings.models import Pool
 from .compiled import (
     LONGEST_ROW,
@@ -197,7 +199,7 @@ class WarmUp:
             layout = loop.call(choose, decoding=True).result()
             attention = f"{attention}; VAE: {layout}"
         for width, height in self._sizes:
-            loop.call(partial(self._decode, embeds, width, height), decoding=True).result()
+            loop.call(partial(self._encode_and_decode, width, height), decoding=True).result()
         return attention
 
     def _prefer_attention(self, embeds: PromptEmbeds) -> str:
@@ -220,9 +222,11 @@ class WarmUp:
         rows_of_one = PromptEmbeds(embeds.tokens[: min(rows, 2)], embeds.pooled[: min(rows, 2)])
         self._denoiser.denoise_step([self._begin(rows_of_one, width, height)], rows)
 
-    def _decode(self, embeds: PromptEmbeds, width: int, height: int) -> None:
+    def _encode_and_decode(self, width: int, height: int) -> None:
+        """Do what the VAE does for an edit of this size."""
         with self._denoiser.beside_steps():
-            self._denoiser.decode(self._begin(embeds, width, height).latents)
+            picture = EditPixels(np.zeros((height, width, 3), np.uint8))
+            self._denoiser.decode(self._denoiser.encode(picture, seed=0).image)
 
     def _begin(self, embeds: PromptEmbeds, width: int, height: int) -> DenoisingState:
         return self._denoiser.begin(

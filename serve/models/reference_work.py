@@ -47,16 +47,26 @@ def cost_of(model: ServedModel, pool: Pool, models_folder: str | None) -> CostCo
     return reference(known, recipe, card if pool.num_gpus else None)
 
 
-def shape_of(request: ImageRequest, max_sequence_length: int) -> ImageShape:
+def shape_of(request: ImageRequest, text_tokens: int) -> ImageShape:
     """The properties of a request on which its work depends.
 
-    The number of tokens is known before the prompt is encoded, because every prompt is padded or
-    cut to `max_sequence_length` T5 tokens.
+    `text_tokens`: the number of text tokens that the transformer reads, with padding.
     """
+    width, height = request.canvas
     return ImageShape(
-        width_px=request.width,
-        height_px=request.height,
-        text_tokens=CLIP_TOKENS + max_sequence_length,
+        width_px=width,
+        height_px=height,
+        text_tokens=text_tokens,
         rows=1 + request.guided,
-        steps=request.num_inference_steps,
+        steps=request.steps,
+        edit=request.edit is not None,
     )
+
+
+def text_tokens(max_sequence_length: int) -> int:
+    """The number of text tokens of a request for a model.
+
+    It is known before the prompt is encoded, because every prompt is padded or cut to
+    `max_sequence_length` T5 tokens.
+    """
+    return CLIP_TOKENS + max_sequence_length

@@ -341,6 +341,40 @@ class AutoscalingSettings(Frozen):
     )
 
 
+class EditSettings(Frozen):
+    """What clients may send for an edit, and how much of it an Ingress holds at a time."""
+
+    max_image_bytes: PositiveInt = Field(
+        default=25_000_000,
+        description="Largest picture to edit, in bytes. Gateways before the server must let bodies "
+        "of this size pass.",
+    )
+    max_mask_bytes: PositiveInt = Field(default=4_000_000, description="Largest mask, in bytes.")
+    max_pixels: PositiveInt = Field(
+        default=25_000_000,
+        description="Most pixels of a picture or mask as it is sent; reading one takes up to 20 "
+        "bytes of memory for each.",
+    )
+    max_held_bytes: PositiveInt = Field(
+        default=256_000_000,
+        description="Bytes of bodies, pictures and masks that an Ingress holds for open requests; "
+        "beyond them edits are refused with 503 `unavailable`.",
+    )
+
+    def max_body_bytes(self, others: int) -> int:
+        """The largest body: the files, a third more for base64, and `others` bytes."""
+        return (self.max_image_bytes + self.max_mask_bytes) * 4 // 3 + others
+
+    @model_validator(mode="after")
+    def _one_body_can_be_held(self) -> EditSettings:
+        if self.max_held_bytes < (least := self.max_body_bytes(0)):
+            raise ValueError(
+                f"max_held_bytes {self.max_held_bytes} must be at least {least}, for one request "
+                "with max_image_bytes and max_mask_bytes"
+            )
+        return self
+
+
 class LiveSettings(Frozen):
     """Live settings: they may change while requests are served, and restart nothing."""
 
@@ -355,7 +389,11 @@ class LiveSettings(Frozen):
         "of requests without one.",
     )
     max_body_bytes: PositiveInt = Field(
-        default=1_000_000, description="Largest request body, in bytes."
+        default=1_000_000,
+        description="Largest request body, in bytes; for an edit without the picture and mask.",
+    )
+    edits: EditSettings = Field(
+        default=EditSettings(), description="Limits of the pictures that clients send for edits."
     )
     ignore_unknown_fields: bool = Field(
         default=False,

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import uvicorn
 from PIL import Image
 from ray.exceptions import ActorDiedError
@@ -22,6 +23,7 @@ from serve.api.proxy_guard import ProxyGuard
 from serve.api.timing import INGRESS_TIMING, IngressTiming
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
+from serve.edit_pixels import EditPixels
 from serve.request import (
     Acknowledgement,
     ImageRequest,
@@ -56,7 +58,7 @@ def front(settings: Settings) -> dict[str, Any]:
 
 
 class Painter:
-    """A Generator that returns a plain colour.
+    """A Generator that returns a plain colour, and for an edit the picture in that colour.
 
     The prompt "slow" takes half a second, "held" takes until the end of `holding`, "broken" fails,
     and "deadly" kills the replica. Every other image is done at once. A stopped image has had half
@@ -78,13 +80,18 @@ class Painter:
             self._held = False
 
     async def generate(
-        self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
+        self,
+        request: ImageRequest,
+        lease: Lease,
+        options: StreamOptions,
+        alone: bool,
+        edited: EditPixels | None = None,
     ) -> AsyncIterator[Any]:
         yield Acknowledgement.RECEIVED
         yield Acknowledgement.STARTED
         self.begun += 1
         if options.progress:
-            yield Progress(0, request.num_inference_steps)
+            yield Progress(0, request.steps)
         if request.prompt == "broken":
             raise ZeroDivisionError
         if request.prompt == "deadly":
@@ -100,7 +107,13 @@ class Painter:
                 raise
         self.generated += 1
         file = io.BytesIO()
-        Image.new("RGB", (8, 8), f"#{request.seed % 2**24:06x}").save(file, request.output_format)
+        colour = f"#{request.seed % 2**24:06x}"
+        if edited:
+            canvas = np.asarray(Image.new("RGB", request.canvas, colour))
+            image = Image.fromarray(edited.finished(canvas))
+        else:
+            image = Image.new("RGB", (8, 8), colour)
+        image.save(file, request.output_format)
         yield image_result(file.getvalue(), seed=request.seed, emulated=True, text_tokens=77)
 
 

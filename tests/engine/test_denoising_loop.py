@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve.edit_pixels import EditPixels
 from serve.engine.batching import StepTimes
 from serve.engine.denoiser import Denoiser
 from serve.engine.denoising_loop import (
@@ -28,7 +29,7 @@ from serve.engine.precision import RECIPES
 from serve.engine.prompt_embeds import PromptEmbeds
 from serve.engine.prompt_encoder import PromptEncoder
 from serve.errors import NonFiniteImage, Unavailable
-from serve.request import ImageRequest
+from serve.request import Edit, ImageRequest
 
 from ..builders import DEMO_MODEL, image_request
 from ..wait import wait_for
@@ -43,6 +44,18 @@ MIXED = [
     replace(REQUEST, seed=4, width=96, num_inference_steps=4),
     replace(REQUEST, seed=5, guidance_scale=7.5, num_inference_steps=8),
 ]
+# The picture of all edits; of its 60 × 50 pixels those with x < 24 stay as they are.
+PICTURE = EditPixels(
+    np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8),
+    np.repeat(np.where(np.arange(60) < 24, 255, 0).astype(np.uint8)[None], 50, axis=0),
+)
+EDIT = replace(
+    REQUEST,
+    width=60,
+    height=50,
+    num_inference_steps=12,
+    edit=Edit(strength=0.5, image_sha256="", mask_sha256=""),
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +128,9 @@ class Model:
         self, request: ImageRequest, previews: int = 0
     ) -> tuple[GeneratedPixels, list[StepDone | PreviewPixels]]:
         events: list[StepDone | PreviewPixels] = []
-        future = self.loop.generate(request, self.embeds(request), previews, events.append)
+        future = self.loop.generate(
+            request, self.embeds(request), previews, events.append, picture_of(request)
+        )
         return future.result(30), events
 
     def submit(self, *work: tuple[ImageRequest, PromptEmbeds]) -> list[Future[GeneratedPixels]]:
@@ -127,10 +142,17 @@ class Model:
         entered = len(self.entered)
         first = self.loop.generate(PLUG, self.embeds(PLUG))
         wait_for(lambda: len(self.entered) > entered)
-        futures = [self.loop.generate(request, embeds) for request, embeds in work]
+        futures = [
+            self.loop.generate(request, embeds, edited=picture_of(request))
+            for request, embeds in work
+        ]
         self.gate.set()
         first.result(30)
         return futures
+
+
+def picture_of(request: ImageRequest) -> EditPixels | None:
+    return PICTURE if request.edit else None
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp8"])
@@ -204,6 +226,78 @@ def test_a_deterministic_image_is_the_same_alone_and_in_a_crowd(model: Model) ->
     assert set(model.rows[-6:]) == {2}
     crowd = model.generate(*MIXED, pinned, replace(pinned, seed=7))
     assert difference(alone, crowd[-2]) == 0
+
+
+def test_a_deterministic_edit_is_the_same_alone_and_in_a_crowd(model: Model) -> None:
+    pinned = replace(EDIT, deterministic=True)
+    alone = model.generate(pinned)[0]
+    crowd = model.generate(*MIXED, pinned, replace(pinned, seed=7), EDIT)
+    assert difference(alone, crowd[-3]) == 0
+    assert difference(alone, crowd[-2]) > 0
+
+
+def test_an_edit_runs_its_own_steps_and_keeps_what_its_mask_keeps(model: Model) -> None:
+    generated, events = model.generate_with_events(EDIT, previews=2)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
+    previews = [event for event in events if isinstance(event, PreviewPixels)]
+    assert [preview.index for preview in previews] == [0, 1]
+    for pixels in (generated.pixels, *(preview.pixels for preview in previews)):
+        assert pixels.shape == (50, 60, 3)
+        assert (pixels[:, :24] == PICTURE.image[:, :24]).all()
+        assert (pixels[:, 24:] != PICTURE.image[:, 24:]).mean() > 0.9
+    assert generated.latents_s > 0
+    assert generated.busy_s == pytest.approx(
+        generated.latents_s + generated.denoise_s + generated.decode_s, rel=0.2
+    )
+
+
+def test_a_picture_that_cannot_be_encoded_ends_its_edit_and_not_the_loop(
+    cramped: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, original = cramped, cramped.denoiser.encode
+    failures: list[Exception] = [torch.OutOfMemoryError("a test's")] * 2
+
+    def encode(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(model.denoiser, "encode", encode)
+    assert model.generate(EDIT)  # after two attempts without memory
+    failures += [RuntimeError("out of luck")]
+    bad, good = model.submit(*((r, model.embeds(r)) for r in (EDIT, REQUEST)))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        bad.result(30)
+    assert good.result(30)
+
+
+def test_a_picture_with_numbers_that_are_not_finite_fails_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = model.denoiser.encode
+
+    def broken(*arguments: Any) -> Any:
+        found = encode(*arguments)
+        return replace(found, image=found.image / 0)
+
+    monkeypatch.setattr(model.denoiser, "encode", broken)
+    with pytest.raises(NonFiniteImage):
+        model.generate(EDIT)
+    assert model.generate(REQUEST)
+
+
+def test_a_cancelled_edit_is_not_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    monkeypatch.setattr(model.denoiser, "encode", lambda *_: encoded.append(1))
+    model.gate.clear()
+    plug = model.loop.generate(PLUG, model.embeds(PLUG))
+    wait_for(lambda: model.loop._inbox.empty())
+    edit = model.loop.generate(EDIT, model.embeds(EDIT), edited=PICTURE)
+    edit.cancel()
+    model.gate.set()
+    plug.result(30)
+    model.generate(REQUEST)
+    assert not encoded
 
 
 def test_images_join_and_leave_between_steps(model: Model) -> None:
@@ -429,7 +523,7 @@ def test_a_preview_that_fails_does_not_end_its_image(
     assert not any(isinstance(event, PreviewPixels) for event in events)
 
 
-@pytest.mark.parametrize("where", ["begin", "denoise_step", "decode"])
+@pytest.mark.parametrize("where", ["encode", "begin", "denoise_step", "decode"])
 @pytest.mark.parametrize("beside_steps", [False, True])
 def test_a_broken_device_is_reported_at_once(model: Model, where: str, beside_steps: bool) -> None:
     told = threading.Event()
@@ -441,7 +535,8 @@ def test_a_broken_device_is_reported_at_once(model: Model, where: str, beside_st
     setattr(denoiser, where, broken)
     denoiser.check_device = broken  # type: ignore[method-assign]  # the fault
     loop = DenoisingLoop(denoiser, max_rows=8, on_broken=told.set, beside_steps=beside_steps)
-    loop.generate(PLUG, model.embeds(PLUG))
+    edit = replace(EDIT, guidance_scale=1.0)
+    loop.generate(edit, model.embeds(edit), edited=PICTURE)
     assert told.wait(10)
     loop.close()
 

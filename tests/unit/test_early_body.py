@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.api.early_body import BODY, PATH, SMALL_BODY, EarlyBody
+from serve.api.early_body import BODY, SMALL_BODY, EarlyBody
+from serve.api.wire.paths import GENERATIONS
 
 GONE: Message = {"type": "http.disconnect"}
 
@@ -19,7 +20,7 @@ def part(body: bytes, *, more: bool = False) -> Message:
 
 
 def passed_on(
-    messages: Sequence[Message], size: int | str, path: str = PATH, wait_s: float = 60.0
+    messages: Sequence[Message], size: int | str, path: str = GENERATIONS, wait_s: float = 60.0
 ) -> tuple[Any, list[Message]]:
     """The body in the scope that the application gets, and all messages that it receives.
 
@@ -63,12 +64,12 @@ def test_a_small_body_comes_with_the_request() -> None:
 @pytest.mark.parametrize(
     ("messages", "size", "path"),
     [
-        ([part(b"{", more=True), part(b"}"), GONE], 2, PATH),  # in parts
-        ([part(bytes(SMALL_BODY + 1)), GONE], SMALL_BODY + 1, PATH),
+        ([part(b"{", more=True), part(b"}"), GONE], 2, GENERATIONS),  # in parts
+        ([part(bytes(SMALL_BODY + 1)), GONE], SMALL_BODY + 1, GENERATIONS),
         ([part(b"{}"), GONE], 2, "/other"),
-        ([part(b"{}"), GONE], "many", PATH),
-        ([part(b""), GONE], 0, PATH),
-        ([GONE], 2, PATH),  # the client has gone
+        ([part(b"{}"), GONE], "many", GENERATIONS),
+        ([part(b""), GONE], 0, GENERATIONS),
+        ([GONE], 2, GENERATIONS),  # the client has gone
     ],
 )
 def test_every_other_body_takes_the_usual_way(

@@ -22,7 +22,7 @@ ROOMS = (
     *("serve.dispatch.client", "serve.dispatch"),
     *("serve.models", "serve.settings", "serve.tenants", "serve.usage"),
     *("serve.request", "serve.errors", "serve.deployments", "serve.atomic_file"),
-    *("serve.ray_errors", "serve.metric_catalogue"),
+    *("serve.edit_pixels", "serve.ray_errors", "serve.metric_catalogue"),
     *("autoscaling.simulation", "autoscaling"),
     "cluster",
 )

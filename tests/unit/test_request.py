@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 
 from serve.errors import InvalidRequest
-from serve.request import MAX_SEED, ModelLimits
+from serve.request import MAX_SEED, Edit, ModelLimits
 
 from ..builders import image_request
 
 GOOD = image_request()
+
+
+def edit(strength: float = 0.5) -> Edit:
+    return Edit(strength=strength, image_sha256="")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,9 @@ GOOD = image_request()
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
+        ({"edit": edit(0.0)}, "strength"),
+        ({"edit": edit(1.01)}, "strength"),
+        ({"edit": edit(float("nan"))}, "strength"),
     ],
 )
 def test_an_impossible_request_cannot_be_made(change: dict[str, Any], param: str) -> None:
@@ -46,12 +53,31 @@ def test_an_impossible_request_cannot_be_made(change: dict[str, Any], param: str
         ({"num_inference_steps": 101}, "num_inference_steps"),
         ({"guidance_scale": 31.0}, "guidance_scale"),
         ({"prompt": "x" * 32_001}, "prompt"),
+        ({"edit": edit(1e-17)}, "strength"),  # of which not one step is left
+        ({"edit": edit(), "height": 63}, "size"),
+        ({"edit": edit(), "height": 2049}, "size"),
+        ({"edit": edit(), "width": 1023, "height": 1025}, "size"),  # on a canvas of 1024 × 1040
     ],
 )
 def test_limits_name_the_field(change: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         replace(GOOD, **change).check(ModelLimits(max_pixels=1024 * 1024))
     assert caught.value.param == param
+
+
+def test_an_edit_runs_the_last_steps_and_any_size_has_a_canvas() -> None:
+    """Of 10,000 pairs of steps and strength, six run a step more than the share says."""
+    asked = replace(GOOD, width=100, height=75, edit=edit(0.3), num_inference_steps=28)
+    assert (asked.canvas, asked.first_step, asked.steps) == ((112, 80), 19, 9)
+    assert (GOOD.canvas, GOOD.first_step, GOOD.steps) == ((64, 64), 0, 4)
+    found = {
+        (n, percent): replace(asked, num_inference_steps=n, edit=edit(percent / 100)).steps
+        for n in range(1, 101)
+        for percent in range(1, 101)
+    }
+    exact = {(n, percent): -(-n * percent // 100) for n, percent in found}
+    assert sum(found[pair] != exact[pair] for pair in found) == 6
+    assert (found[25, 56], exact[25, 56]) == (15, 14)
 
 
 def test_limits_include_their_ends() -> None:

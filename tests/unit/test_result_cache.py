@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.api.result_reuse import pixel_digest
-from serve.request import ImageRequest, Precision
+from serve.request import Edit, ImageRequest, Precision
 from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
 from serve.results.cache.memory import CachedImages, MemoryCache, cache_key
 
@@ -19,6 +19,7 @@ from ..builders import image_request, image_result, laptop_settings
 
 SECRET = bytes(32)
 REQUEST = image_request()
+EDIT = Edit(strength=0.5, image_sha256="a")
 
 
 def key(*requests: ImageRequest, tenant: str = "t", version: str = "1") -> str:
@@ -43,12 +44,19 @@ def test_every_field_but_the_id_makes_another_key() -> None:
         "output_format": "webp",
         "output_compression": 100,
         "deterministic": True,
+        "edit": EDIT,
     }
+    edits = [
+        replace(EDIT, strength=0.6),
+        replace(EDIT, image_sha256="b"),
+        replace(EDIT, mask_sha256="a"),
+    ]
     assert {*others, "id"} == set(ImageRequest.__dataclass_fields__)
     keys = {key(replace(REQUEST, **{name: value})) for name, value in others.items()}
+    keys |= {key(replace(REQUEST, edit=edit)) for edit in edits}
     keys |= {key(REQUEST), key(REQUEST, REQUEST), key(REQUEST, tenant="u")}
     keys |= {key(REQUEST, version="2"), cache_key(b"1" * 32, "t", "1", [REQUEST])}
-    assert len(keys) == len(others) + 5
+    assert len(keys) == len(others) + len(edits) + 5
     assert key(replace(REQUEST, id="b/0")) == key(REQUEST)
 
 

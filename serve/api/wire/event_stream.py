@@ -86,7 +86,7 @@ async def events(
             if event is None:
                 break
             if isinstance(event, Progress):
-                yield _frame(progress_event(event))
+                yield _frame(progress_event(request, event))
             elif event.index >= previews:  # a second attempt generates the first previews again
                 previews = event.index + 1
                 yield _frame(await asyncio.to_thread(partial_image_event, request, event))

@@ -19,6 +19,8 @@ from ...errors import (
     Unavailable,
     tree,
 )
+from .edit import EditFields, ImageEdit
+from .paths import EDITS, GENERATIONS
 from .request import REQUEST_ID, ImageGeneration
 from .response import (
     CancelledRequest,
@@ -32,7 +34,7 @@ from .response import (
     ProgressEvent,
 )
 
-GENERATIONS_ERRORS = tuple(
+IMAGE_ERRORS = tuple(
     error
     for error in tree()
     if error not in (KeyInvalid, LinkInvalid, NotFound) and error.status != 405
@@ -42,7 +44,11 @@ LIMITS = tuple(
     for of in ("requests", "work", "budget")
     for name in ("limit", "remaining", "reset")
 )
-EVENTS = PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent
+EVENTS: dict[str, type[BaseModel]] = {
+    "partial_image": PartialImageEvent,
+    "progress": ProgressEvent,
+    "completed": CompletedEvent,
+}
 
 
 def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
@@ -50,12 +56,15 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [
             (ImageGeneration, "validation"),
+            (ImageEdit, "validation"),
+            (EditFields, "validation"),
             (ImagesResponse, "serialization"),
             (ModelItem, "serialization"),
             (ModelList, "serialization"),
             (ErrorResponse, "serialization"),
             (CancelledRequest, "serialization"),
-            *((event, "serialization") for event in EVENTS),
+            (ErrorEvent, "serialization"),
+            *((event, "serialization") for event in EVENTS.values()),
         ],
         ref_template="#/components/schemas/{model}",
     )
@@ -74,7 +83,7 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": schemas["$defs"],
+            "schemas": {**schemas["$defs"], "ImageEditForm": _form(schemas["$defs"])},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -82,16 +91,28 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
 
 def _paths() -> dict[str, Any]:
     return {
-        "/v1/images/generations": {
+        GENERATIONS: {
             "post": {
                 "operationId": "createImage",
                 "summary": "Generate images",
                 "parameters": [_request_id(), _cache_control()],
                 "requestBody": {"required": True, **_json("ImageGeneration")},
-                "responses": {
-                    "200": _images(),
-                    **_errors(*GENERATIONS_ERRORS),
+                "responses": {"200": _images("image_generation"), **_errors(*IMAGE_ERRORS)},
+            }
+        },
+        EDITS: {
+            "post": {
+                "operationId": "createImageEdit",
+                "summary": "Edit an image",
+                "parameters": [_request_id(), _cache_control()],
+                "requestBody": {
+                    "required": True,
+                    "content": {
+                        **_json("ImageEdit")["content"],
+                        "multipart/form-data": {"schema": _reference("ImageEditForm")},
+                    },
                 },
+                "responses": {"200": _images("image_edit"), **_errors(*IMAGE_ERRORS)},
             }
         },
         "/v1/requests/{id}": {
@@ -203,9 +224,25 @@ def _paths() -> dict[str, Any]:
     }
 
 
+def _form(schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the form of an edit: its fields, and its files."""
+    fields = schemas.pop("EditFields")
+    file = {"type": "string", "format": "binary"}
+    return {
+        **fields,
+        "title": "ImageEditForm",
+        "description": "The form of POST /v1/images/edits.",
+        "properties": {"image": file, "mask": file, **fields["properties"]},
+        "required": ["image", *fields["required"]],
+    }
+
+
+def _reference(schema: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{schema}"}
+
+
 def _json(schema: str) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{schema}"}
-    return {"content": {"application/json": {"schema": reference}}}
+    return {"content": {"application/json": {"schema": _reference(schema)}}}
 
 
 def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
@@ -213,28 +250,30 @@ def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
     return {"description": description, "headers": named, **_json(schema)}
 
 
-def _images() -> dict[str, Any]:
+def _images(kind: str) -> dict[str, Any]:
     """Describe the successful answer: images as JSON, or as events for a request with `stream`.
 
-    For events the schema describes one event; the event's data has its own schema in it.
+    For events the schema describes one event; the event's data has its own schema in it. `kind`:
+    how the types of the events begin.
     """
     headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
     answer = _answer("The images, or events", "ImagesResponse", *headers)
-    answer["content"]["text/event-stream"] = {"schema": {"oneOf": [_event(e) for e in EVENTS]}}
+    events = [_event(f"{kind}.{name}", event) for name, event in EVENTS.items()]
+    schema = {"oneOf": [*events, _event("error", ErrorEvent)]}
+    answer["content"]["text/event-stream"] = {"schema": schema}
     return answer
 
 
-def _event(event: type[BaseModel]) -> dict[str, Any]:
+def _event(name: str, event: type[BaseModel]) -> dict[str, Any]:
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"$ref": f"#/components/schemas/{event.__name__}"},
+        "contentSchema": _reference(event.__name__),
     }
-    name = {"const": event.model_fields["type"].default}
     return {
         "type": "object",
         "required": ["event", "data"],
-        "properties": {"event": name, "data": data},
+        "properties": {"event": {"const": name}, "data": data},
     }
 
 

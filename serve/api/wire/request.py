@@ -1,23 +1,26 @@
 """The request body of `POST /v1/images/generations`, and its translation into image requests.
 
-The format is that of OpenAI's Images API, with Octet's own fields at the top level.
+The format is that of OpenAI's Images API, with Octet's own fields at the top level. `edit` reads
+the bodies of edits, with what both have in common from here.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError, from_json
 
+from ...edit_pixels import EditPixels
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
-from ...request import MAX_SEED, ImageRequest, OutputFormat, Precision, StreamOptions
+from ...request import MAX_SEED, Edit, ImageRequest, OutputFormat, Precision, StreamOptions
 from ...settings.application import Settings
+from ...settings.models import Model
 
 RANDOM_SEEDS = 2**32  # seeds that the server chooses are below this: short enough to read out
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -28,10 +31,11 @@ MOST_PREVIEWS = 3
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
 Ignored = Annotated[str | None, Field(description="Accepted and ignored.")]
+Fields = TypeVar("Fields", bound="ImageFields")
 
 
-class ImageGeneration(BaseModel):
-    """The body of POST /v1/images/generations; null means "not given", as in OpenAI's API."""
+class ImageFields(BaseModel):
+    """The fields that all requests for images have; null means "not given", as in OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -56,9 +60,7 @@ class ImageGeneration(BaseModel):
     # OpenAI's fields that change nothing here.
     user: Ignored = None
     safety_identifier: Ignored = None
-    moderation: Ignored = None
     quality: Ignored = None
-    style: Ignored = None
     complexity: Ignored = None
     background: Literal["auto", "opaque"] | None = None
 
@@ -71,6 +73,21 @@ class ImageGeneration(BaseModel):
     frame_duration_ms: Unsupported = None
     svg: Unsupported = None
 
+    @field_validator("background", mode="before")
+    @classmethod
+    def _is_opaque(cls, value: object) -> object:
+        if value == "transparent":
+            raise PydanticCustomError("unsupported", "the images of this model are opaque")
+        return value
+
+
+class ImageGeneration(ImageFields):
+    """The body of POST /v1/images/generations."""
+
+    # OpenAI's fields that change nothing here.
+    moderation: Ignored = None
+    style: Ignored = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
@@ -79,7 +96,7 @@ class GenerationRequest:
     `seeded`: whether the client chose the seed. `as_url`: whether to answer with URLs instead of
     image data. `timeout_s`: seconds until the deadline. `shortened`: whether the client made that
     time shorter than the default. `stream`: whether to answer with events. `ignored`: the body's
-    unknown fields, if the settings allow them.
+    unknown fields, if the settings allow them. `edited`: the picture of an edit.
     """
 
     images: list[ImageRequest]
@@ -90,6 +107,7 @@ class GenerationRequest:
     stream: bool
     options: StreamOptions
     ignored: tuple[str, ...] = ()
+    edited: EditPixels | None = None
 
 
 def parse(
@@ -98,42 +116,75 @@ def parse(
     request_id: str = "request",
     default_timeout_s: float | None = None,
 ) -> GenerationRequest:
-    """Parse a request body into one or more image requests.
+    """Parse the body of a request for new images.
 
-    Image i gets the body's seed + i and the id `request_id/i`. A body without a model gets the
-    first model of the settings. A body without `timeout_s` gets `default_timeout_s`, but at most
-    `request_timeout_s` of the settings. Raises `InvalidRequest` with the name of the first wrong
-    field, and `ModelNotFound` for an unknown model.
+    Raises `InvalidRequest` with the name of the first wrong field, and `ModelNotFound` for an
+    unknown model. `generation_request` describes the arguments and the result.
     """
+    asked = parsed_json(ImageGeneration, body, live)
+    model = served_model(asked, live)
+    size = size_of(asked) or (model.defaults.width, model.defaults.height)
+    return generation_request(asked, model, live, size, request_id, default_timeout_s)
+
+
+def parsed_json(cls: type[Fields], body: bytes, live: Settings) -> Fields:
+    """Parse the fields of a JSON body; unknown fields are in `model_extra`, if they are allowed."""
     try:
-        asked = ImageGeneration.model_validate_json(body, extra="allow")
+        asked = cls.model_validate_json(body, extra="allow")
     except ValidationError as error:
-        _check_fields(_unknown_fields(body), live)  # a misspelt name may explain a missing field
-        raise _explain(error) from None
-    unknown = tuple(asked.model_extra or ())
-    _check_fields(unknown, live)
+        # A misspelt name may explain a missing field.
+        check_unknown(_unknown_fields(body, cls), cls.model_fields, live)
+        raise explained(error) from None
+    check_unknown(tuple(asked.model_extra or ()), cls.model_fields, live)
+    return asked
+
+
+def served_model(asked: ImageFields, live: Settings) -> Model:
+    """The model of a request; without a name the first model of the settings.
+
+    Raises `ModelNotFound` for an unknown model, and `InvalidRequest` if the request asks for more
+    images or more time than it may, or for a stream that there is not.
+    """
     models = {model.id: model for model in live.models}
     name = next(iter(models), "") if asked.model is None else asked.model
     model = models.get(name)
     if model is None:
         raise model_not_found(name, live)
-    defaults, limits = model.defaults, model.limits
-    n = asked.n or 1
-    if n > limits.max_images:
-        raise InvalidRequest(f"n {n} must be between 1 and {limits.max_images}", param="n")
-    timeout_s, longest_s = asked.timeout_s, live.request_timeout_s
-    if timeout_s and timeout_s > longest_s:
+    most, longest_s = model.limits.max_images, live.request_timeout_s
+    if asked.n and asked.n > most:
+        raise InvalidRequest(f"n {asked.n} must be between 1 and {most}", param="n")
+    if asked.timeout_s and asked.timeout_s > longest_s:
         raise InvalidRequest(
-            f"timeout_s {timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
+            f"timeout_s {asked.timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
         )
+    _check_streaming(asked)
+    return model
+
+
+def generation_request(
+    asked: ImageFields,
+    model: Model,
+    live: Settings,
+    size: tuple[int, int],
+    request_id: str,
+    default_timeout_s: float | None,
+    edit: Edit | None = None,
+) -> GenerationRequest:
+    """Translate parsed fields into one or more image requests for a served model.
+
+    Image i gets the seed + i and the id `request_id/i`. A body without `timeout_s` gets
+    `default_timeout_s`, but at most `request_timeout_s` of the settings. `size`: width and height
+    in px. `edit`: that of an edit. Raises `InvalidRequest` with the name of the first wrong field.
+    """
+    defaults, longest_s = model.defaults, live.request_timeout_s
     default_s = min(default_timeout_s or longest_s, longest_s)
-    width, height = _size(asked.size) or (defaults.width, defaults.height)
+    width, height = size
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
     steps, guidance = asked.num_inference_steps, asked.guidance_scale
     images = [
         ImageRequest(
             id=f"{request_id}/{i}",
-            model=name,
+            model=model.id,
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt or "",
             width=width,
@@ -145,26 +196,27 @@ def parse(
             output_format=asked.output_format or OutputFormat.PNG,
             output_compression=asked.output_compression,
             deterministic=bool(asked.deterministic),
+            edit=edit,
         )
-        for i in range(n)
+        for i in range(asked.n or 1)
     ]
-    images[0].check(limits)
-    _check_streaming(asked, n)
+    images[0].check(model.limits)
     return GenerationRequest(
         images=images,
         seeded=asked.seed is not None,
         as_url=asked.response_format == "url",
-        timeout_s=timeout_s or default_s,
-        shortened=timeout_s is not None and timeout_s < default_s,
+        timeout_s=asked.timeout_s or default_s,
+        shortened=asked.timeout_s is not None and asked.timeout_s < default_s,
         stream=bool(asked.stream),
         options=StreamOptions(
             progress=bool(asked.progress), partial_images=asked.partial_images or 0
         ),
-        ignored=unknown,
+        ignored=tuple(asked.model_extra or ()),
     )
 
 
-def _check_streaming(asked: ImageGeneration, n: int) -> None:
+def _check_streaming(asked: ImageFields) -> None:
+    n = asked.n or 1
     if not asked.stream:
         for name in ("partial_images", "progress"):
             if getattr(asked, name):
@@ -218,11 +270,12 @@ def model_not_found(name: str, live: Settings) -> ModelNotFound:
     return ModelNotFound(f"model '{name[:SHOWN_CHARS]}' does not exist: {nearest}", param="model")
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    """Parse a size into width and height in pixels; None for the model's default size.
+def size_of(asked: ImageFields) -> tuple[int, int] | None:
+    """The requested width and height in px; None if the request leaves the size to the server.
 
-    Raises `InvalidRequest` for any other text.
+    Raises `InvalidRequest` for a size of another form.
     """
+    text = asked.size
     if text is None or text == "auto":
         return None
     if not re.fullmatch(SIZE, text):
@@ -234,15 +287,15 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _check_fields(unknown: Sequence[str], live: Settings) -> None:
+def check_unknown(unknown: Sequence[str], known: Collection[str], live: Settings) -> None:
     """Raise `InvalidRequest` for unknown fields, unless the settings allow them."""
     if unknown and not live.ignore_unknown_fields:
-        nearest = did_you_mean(unknown[0], ImageGeneration.model_fields)
+        nearest = did_you_mean(unknown[0], known)
         field = unknown[0][:SHOWN_CHARS]
         raise InvalidRequest(f"unknown field '{field}': {nearest}", param=field)
 
 
-def _unknown_fields(body: bytes) -> tuple[str, ...]:
+def _unknown_fields(body: bytes, cls: type[ImageFields]) -> tuple[str, ...]:
     """The names of a body's unknown fields. Raises `InvalidRequest` if it is no JSON object."""
     try:
         data = from_json(body)
@@ -250,11 +303,10 @@ def _unknown_fields(body: bytes) -> tuple[str, ...]:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(data).__name__}")
-    known = ImageGeneration.model_fields
-    return tuple(name for name in data if name not in known)
+    return tuple(name for name in data if name not in cls.model_fields)
 
 
-def _explain(error: ValidationError) -> InvalidRequest:
+def explained(error: ValidationError) -> InvalidRequest:
     """The error that describes the first fault of a body in one sentence."""
     fault = error.errors(include_url=False)[0]
     field = ".".join(map(str, fault["loc"]))[:SHOWN_CHARS]

@@ -6,6 +6,7 @@ The responses also hold Octet's own fields.
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,7 +39,10 @@ class ImageItem(GenerationDetails):
 
 
 class InputTokens(BaseModel):
-    """The number of input tokens of each kind; together they are `Usage.input_tokens`."""
+    """The number of input tokens of each kind; together they are `Usage.input_tokens`.
+
+    Image tokens are those of the pictures that are edited.
+    """
 
     text_tokens: int
     image_tokens: int = 0
@@ -47,8 +51,8 @@ class InputTokens(BaseModel):
 class Usage(BaseModel):
     """The number of tokens of all images of a response.
 
-    Input tokens are the text tokens that the transformer reads for each image, padding included.
-    Output tokens are the tokens of the images.
+    Input tokens are the text tokens that the transformer reads for each image, padding included,
+    and the tokens of the picture that is edited. Output tokens are the tokens of the images.
     """
 
     input_tokens: int
@@ -71,14 +75,14 @@ class StreamedImage(BaseModel):
 class PartialImageEvent(StreamedImage):
     """A preview of an image; `partial_image_index` counts from 0."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
 
 
 class CompletedEvent(StreamedImage, GenerationDetails):
     """A finished image; the last event of its stream."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage
 
 
@@ -89,7 +93,7 @@ class ProgressEvent(BaseModel):
     of its `steps` are done. `eta_s`: seconds until the image is finished, if that is known.
     """
 
-    type: Literal["image_generation.progress"] = "image_generation.progress"
+    type: Literal["image_generation.progress", "image_edit.progress"]
     step: int
     steps: int
     eta_s: float | None
@@ -97,7 +101,7 @@ class ProgressEvent(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The response to `POST /v1/images/generations` without `stream`."""
+    """The response to a request for images without `stream`."""
 
     created: int
     model: str
@@ -218,18 +222,26 @@ def response(
 
 def partial_image_event(request: ImageRequest, preview: PartialImage) -> PartialImageEvent:
     fields = _image_fields(request, preview.image)
-    return PartialImageEvent(partial_image_index=preview.index, **fields)
+    kind = _event_type(request, "partial_image")
+    return PartialImageEvent(type=kind, partial_image_index=preview.index, **fields)
 
 
 def completed_event(request: ImageRequest, result: ImageResult) -> CompletedEvent:
     usage = _usage([request], [result])
     fields = _image_fields(request, result.image)
-    return CompletedEvent(usage=usage, **fields, **_generation_details(result))
+    kind = _event_type(request, "completed")
+    return CompletedEvent(type=kind, usage=usage, **fields, **_generation_details(result))
 
 
-def progress_event(progress: Progress) -> ProgressEvent:
+def progress_event(request: ImageRequest, progress: Progress) -> ProgressEvent:
     eta_s = None if progress.eta_s is None else round(progress.eta_s, 3)
-    return ProgressEvent(**progress._replace(eta_s=eta_s)._asdict())
+    fields = progress._replace(eta_s=eta_s)._asdict()
+    return ProgressEvent(type=_event_type(request, "progress"), **fields)
+
+
+def _event_type(request: ImageRequest, name: str) -> Any:
+    """The type of an event: the same for all images, but with another beginning for edits."""
+    return f"image_edit.{name}" if request.edit else f"image_generation.{name}"
 
 
 def error_event(error: OctetError) -> ErrorEvent:
@@ -245,12 +257,13 @@ def error_body(error: OctetError) -> dict[str, Any]:
 def _usage(requests: Sequence[ImageRequest], results: Sequence[ImageResult]) -> Usage:
     """The tokens of all images together."""
     text_tokens = sum(result.text_tokens for result in results)
-    image_tokens = sum(request.width * request.height // TOKEN_PX**2 for request in requests)
+    tokens = [math.prod(request.canvas) // TOKEN_PX**2 for request in requests]
+    read = sum(n for n, request in zip(tokens, requests, strict=True) if request.edit)
     return Usage(
-        input_tokens=text_tokens,
-        input_tokens_details=InputTokens(text_tokens=text_tokens),
-        output_tokens=image_tokens,
-        total_tokens=text_tokens + image_tokens,
+        input_tokens=text_tokens + read,
+        input_tokens_details=InputTokens(text_tokens=text_tokens, image_tokens=read),
+        output_tokens=sum(tokens),
+        total_tokens=text_tokens + read + sum(tokens),
     )
 
 

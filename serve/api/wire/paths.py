@@ -1,0 +1,8 @@
+"""The paths of requests for images, as in OpenAI's API.
+
+Pure: standard library only.
+"""
+
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+VARIATIONS = "/v1/images/variations"  # OpenAI has retired it
