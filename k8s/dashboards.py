@@ -89,6 +89,7 @@ OVERVIEW = [
         text="These requests use up the error budget of the alerts.",
     ),
     quantiles("Time to the full answer", "octet_request_seconds", "model"),
+    one("Requests by endpoint", "reqps", rate("octet_requests", "endpoint"), "{{endpoint}}"),
     quantiles("Time in the queue", "octet_queue_seconds", "pool"),
     one("Queued images", "short", most("octet_queue_images", "pool"), "{{pool}}"),
     one("The Dispatcher's lag", "s", most("octet_dispatcher_lag_seconds"), "lag"),
@@ -130,6 +131,14 @@ OVERVIEW = [
     quantiles("Cache lookups", "octet_cache_lookup_seconds", "result"),
     one("Redis requests without an answer", "ops", rate("octet_cache_failures"), "failures"),
     quantiles("Time to store an image", "octet_store_seconds"),
+    quantiles("Time to read a picture to edit", "octet_edit_read_seconds"),
+    one(
+        "Pictures to edit",
+        "bytes",
+        most("octet_edit_bytes", "NodeAddress"),
+        "{{NodeAddress}}",
+        "Bytes of bodies, pictures and masks that the Ingress with most of them holds.",
+    ),
     Panel(
         "Spool",
         "bytes",

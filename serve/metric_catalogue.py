@@ -33,15 +33,15 @@ METRICS: dict[str, dict[str, Metric]] = {
     "Requests, at an Ingress": {
         "octet_requests": Metric(
             "counter",
-            "Requests for images by outcome: ok, the error's code, or client_gone (499). The model "
-            "is empty if the request was not valid.",
-            ("model", "outcome", "status"),
+            "Requests for images by endpoint (generations, edits) and outcome: ok, the error's "
+            "code, or client_gone (499). The model is empty if the request was not valid.",
+            ("endpoint", "model", "outcome", "status"),
         ),
         "octet_request_seconds": Metric(
             "histogram",
             "Seconds from a valid request to its complete answer, by the result cache's part: hit, "
             "miss, shared, off.",
-            ("model", "cache"),
+            ("endpoint", "model", "cache"),
             LATENCY_S,
         ),
         "octet_queue_seconds": Metric(

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..dispatch.client.refusals import retry_after
 from ..metric_catalogue import metric
 from ..tenants.keys import KEY
+from .wire.paths import endpoint
 
 log = logging.getLogger("ray.serve")
 
@@ -152,7 +153,8 @@ class FloodGuard:
         self._app, self._timing, self._clock = app, timing, clock
         self._clients: OrderedDict[tuple[bytes, str], _Client] = OrderedDict()
         self._paused = 0
-        self._refused: Counter[tuple[str, str, int]] = Counter()  # by tenant, code and status
+        # By path, tenant, code and status.
+        self._refused: Counter[tuple[str, str, str, int]] = Counter()
         self._requests: Any = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -246,7 +248,7 @@ class FloodGuard:
         assert refusal  # noqa: S101 - for the type checker
         client.count(now)
         status = refusal.start["status"]
-        self._count(key, refusal.code, status)
+        self._count(scope["path"], key, refusal.code, status)
         if self._paused < MOST_PAUSED:
             self._paused += 1
             try:
@@ -261,17 +263,19 @@ class FloodGuard:
         await send(message)
         await send({"type": "http.response.body", "body": refusal.body})
 
-    def _count(self, key: bytes, code: str, status: int) -> None:
+    def _count(self, path: str, key: bytes, code: str, status: int) -> None:
         """Count a refusal; all are reported together, because a log line for each costs more."""
         if not self._refused:
             asyncio.get_running_loop().call_later(self._timing.report_s, self._report)
         match = KEY.search(key.decode("latin-1"))
-        self._refused[match[1] if match else "anonymous", code, status] += 1
+        tenant = match[1] if match else "anonymous"
+        self._refused[path, tenant, code, status] += 1
 
     def _report(self) -> None:
         self._requests = self._requests or metric("octet_requests")
-        for (tenant, code, status), count in self._refused.items():
-            self._requests.inc(count, {"model": "", "outcome": code, "status": str(status)})
+        for (path, tenant, code, status), count in self._refused.items():
+            tags = {"endpoint": endpoint(path), "model": "", "outcome": code}
+            self._requests.inc(count, {**tags, "status": str(status)})
             log.info(
                 "refused %d further requests of %s: %s",
                 count,

@@ -142,7 +142,8 @@ class GenerationHandler:
     @contextmanager
     def _counted(self, request: _OpenRequest) -> Iterator[None]:
         """Count and log the request when the block ends, which is when its answer was sent."""
-        model, began = request.parsed.images[0].model, time.monotonic()
+        model, path = request.parsed.images[0].model, request.http.url.path
+        began = time.monotonic()
         try:
             yield
         except BaseException as error:
@@ -153,9 +154,9 @@ class GenerationHandler:
             outcome = OK
             if request.error:
                 outcome = outcome_of(request.error)
-                self._metrics.ended(model, *outcome)
+                self._metrics.ended(path, model, *outcome)
             else:
-                self._metrics.answered(model, request.cache_use, took_s)
+                self._metrics.answered(path, model, request.cache_use, took_s)
             log_request(
                 RequestLogEntry(
                     request=request.parsed,

@@ -414,7 +414,7 @@ class Ingress:
 
     def _refused(self, error: OctetError, scope: Scope) -> None:
         """Count and log a request that was refused before it was a request for images."""
-        self._metrics.ended("", error.code, error.status)
+        self._metrics.ended(scope["path"], "", error.code, error.status)
         request_id = Headers(scope=scope).get("x-request-id")
         self._refusal_log.refused(error, scope.get("tenant"), request_id)
 

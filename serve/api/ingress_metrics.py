@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..metric_catalogue import metric
+from .wire.paths import endpoint
 
 
 class IngressMetrics:
@@ -19,13 +20,15 @@ class IngressMetrics:
         self._cache_failures = metric("octet_cache_failures")
         self._held, self._reading = metric("octet_edit_bytes"), metric("octet_edit_read_seconds")
 
-    def ended(self, model: str, outcome: str, status: int) -> None:
-        self._requests.inc(tags={"model": model, "outcome": outcome, "status": str(status)})
+    def ended(self, path: str, model: str, outcome: str, status: int) -> None:
+        tags = {"endpoint": endpoint(path), "model": model, "outcome": outcome}
+        self._requests.inc(tags={**tags, "status": str(status)})
 
-    def answered(self, model: str, cache: str, seconds: float) -> None:
-        self.ended(model, "ok", 200)
+    def answered(self, path: str, model: str, cache: str, seconds: float) -> None:
+        self.ended(path, model, "ok", 200)
         self._repeats.inc(tags={"result": cache})
-        self._seconds.observe(seconds, {"model": model, "cache": cache})
+        tags = {"endpoint": endpoint(path), "model": model, "cache": cache}
+        self._seconds.observe(seconds, tags)
 
     def predicted(self, eta_s: float | None, took_s: float) -> None:
         if eta_s:

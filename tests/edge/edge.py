@@ -103,7 +103,7 @@ class Painter:
                     await asyncio.sleep(0.01)
             except asyncio.CancelledError:
                 self.cancelled += 1
-                self.stopped.append(StoppedImage(lease, request.num_inference_steps // 2, 0.0))
+                self.stopped.append(StoppedImage(lease, request.steps // 2, 0.0))
                 raise
         self.generated += 1
         file = io.BytesIO()

@@ -37,6 +37,8 @@ from starlette.routing import Route
 from cluster.cost import CostCoefficients
 from serve.api.ingress import Ingress
 from serve.api.timing import IngressTiming
+from serve.api.wire.edit import EditFields
+from serve.api.wire.paths import VARIATIONS
 from serve.api.wire.request import ImageGeneration
 from serve.models import reference_work
 from serve.models.checkpoints import node_folder
@@ -165,7 +167,7 @@ def test_answers_are_what_the_openapi_document_says(edge: Edge) -> None:
     document = schemathesis.openapi.from_url(f"{edge.url}/openapi.json")
     results = document.get_all_operations()
     operations = [found.ok() for found in results if isinstance(found, Ok)]
-    assert len(operations) == 12
+    assert len(operations) == 13
     statuses = set()
     for operation in operations:
         # Only a body can be wrong; the other routes take any text.
@@ -193,7 +195,11 @@ def test_the_document_names_every_field_and_route(client: httpx.Client, edge: Ed
         for r in edge.ingress.__serve_build_asgi_app__().routes
         if isinstance(r, Route)
     }
-    assert document["paths"].keys() == routes - {"/", "/favicon.ico", "/openapi.json"}
+    for name in ("ImageEdit", "ImageEditForm"):
+        edit = document["components"]["schemas"][name]
+        assert edit["properties"].keys() >= EditFields.model_fields.keys()
+        assert edit["additionalProperties"] is False
+    assert document["paths"].keys() == routes - {"/", "/favicon.ico", "/openapi.json", VARIATIONS}
 
 
 # -- limits, ids, deadlines -----------------------------------------------------------------------

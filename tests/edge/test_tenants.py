@@ -31,7 +31,8 @@ from ..full_disk import full_disk
 from ..wait import wait_for
 from .edge import WORK, Edge, started
 
-GENERATE = "/v1/images/generations"
+GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
+PICTURE = (Path(__file__).parents[1] / "edits" / "plain.png").read_bytes()
 A_HILL = {"prompt": "a hill"}
 PRICE = WORK[0] + 28 * WORK[1]
 # The images take 4 · 0.021 s.
@@ -308,8 +309,13 @@ def test_refusals_are_logged_without_what_the_client_sent(
     time.sleep(1)  # at most ten lines a second
     canary = {"prompt": "canary", "canary": 1}
     guarded.generate("acme", canary, headers={"x-request-id": "wrong"})
+    upload = {"image": ("canary", b"canary", "canary/canary")}
+    with guarded.client("acme") as client:
+        client.post(EDIT, data=canary, files=upload, headers={"x-request-id": "wrong-edit"})
     httpx.post(guarded.edge.url + GENERATE, json=canary, headers={"x-request-id": "keyless"})
-    assert logged("wrong") == {"tenant": "acme", "outcome": "invalid_value", "status": 400}
+    for refused in ("wrong", "wrong-edit"):
+        expected = {"tenant": "acme", "outcome": "invalid_value", "status": 400}
+        assert logged(refused) == expected
     assert logged("keyless") == {"tenant": None, "outcome": "invalid_api_key", "status": 401}
     assert "canary" not in str([record.__dict__ for record in caplog.records])
 
@@ -520,6 +526,39 @@ def test_a_cancelled_image_costs_the_steps_that_were_done(
     assert record["work_s"] == pytest.approx(PRICE / 2)
     account = guarded.edge.dispatcher.admission.account("acme")
     wait_for(lambda: abs(account.reserved) < 1e-9)
+
+
+def test_an_edit_costs_the_steps_that_it_runs(guarded: GuardedEdge) -> None:
+    """A half of the 28 steps; the test's coefficients count nothing for the VAE."""
+    before = len(guarded.usage("acme"))
+    files = {"image": ("canary", PICTURE)}
+    with guarded.client("acme") as client:
+        answer = client.post(EDIT, data={"prompt": "night", "strength": "0.5"}, files=files)
+    assert answer.status_code == 200
+    (record,) = guarded.usage("acme")[before:]
+    assert (record["size"], record["steps"], record["outcome"]) == ("96x64", 14, "delivered")
+    assert record["work_s"] == pytest.approx(WORK.constant + 14 * WORK.step)
+
+
+def test_a_cancelled_edit_costs_the_steps_that_were_done(guarded: GuardedEdge) -> None:
+    before, begun = len(guarded.usage("acme")), guarded.edge.painter.begun
+    data = {"prompt": "held", "strength": "0.5"}
+    with (
+        guarded.client("acme") as client,
+        guarded.edge.painter.holding(),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        headers = {"x-request-id": "leaving-edit"}
+        asked = pool.submit(
+            client.post, EDIT, data=data, files={"image": ("a", PICTURE)}, headers=headers
+        )
+        wait_for(lambda: guarded.edge.painter.begun > begun)
+        client.delete("/v1/requests/leaving-edit")
+        assert asked.result().status_code == 499
+    wait_for(lambda: len(guarded.usage("acme")) == before + 1)
+    (record,) = guarded.usage("acme")[before:]
+    assert (record["outcome"], record["steps"]) == ("cancelled", 7)
+    assert record["work_s"] == pytest.approx((WORK.constant + 14 * WORK.step) / 2)
 
 
 @pytest.mark.parametrize(

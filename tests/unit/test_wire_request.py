@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from serve.api.wire.request import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
-from serve.request import OutputFormat, Precision, StreamOptions
+from serve.request import Edit, OutputFormat, Precision, StreamOptions
 
 from ..builders import laptop_settings
 
@@ -239,6 +239,18 @@ def test_a_png_holds_the_parameters_to_generate_it_again() -> None:
     assert again.precision is Precision.FP16
     for field in ("model", "prompt", "negative_prompt", "size", "seed", "guidance_scale"):
         assert getattr(again, field) == getattr(request, field)
+
+
+def test_a_png_of_an_edit_says_how_it_was_edited_and_is_no_generation() -> None:
+    edit = Edit(strength=0.25, image_sha256="digest", mask_sha256="digest")
+    (request,) = parse(body(seed=5, size="96x96"), LIVE).images
+    file = encode_image(np.zeros((75, 100, 3), np.uint8), replace(request, edit=edit), "bf16")
+    texts = text_chunks(file)
+    assert texts.keys() == {"Software", "edit_parameters"}
+    assert json.loads(texts["edit_parameters"])["strength"] == 0.25
+    assert b"digest" not in file
+    with pytest.raises(InvalidRequest, match="unknown field 'strength'"):
+        parse(texts["edit_parameters"].encode(), LIVE)
 
 
 @pytest.mark.parametrize(
