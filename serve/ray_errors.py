@@ -28,3 +28,7 @@ REPLICA_LOST = (
     ObjectStoreFullError,  # the node has no room for the image
     OutOfDiskError,
 )
+
+# Raised before the replica has received the call, they mean that the caller's own node has no room
+# for what it sends: the picture of an edit.
+NO_ROOM = ObjectStoreFullError, OutOfDiskError

@@ -27,7 +27,7 @@ from ..dispatch.protocol import TIMING, Lease, Pools, QueuedImage, Timing
 from ..edit_pixels import EditPixels
 from ..errors import NoCapacity, OctetError, ReplicaFailed, Unavailable
 from ..models.reference_work import shape_of, text_tokens
-from ..ray_errors import REPLICA_LOST
+from ..ray_errors import NO_ROOM, REPLICA_LOST
 from ..request import (
     Acknowledgement,
     ImageRequest,
@@ -63,6 +63,10 @@ class NotStarted(Exception):
     def __init__(self, *, died: bool = False) -> None:
         super().__init__()
         self.died = died
+
+
+class NotSent(Exception):
+    """This node has no room for what is sent to a replica: the picture of an edit."""
 
 
 @dataclass(slots=True)
@@ -215,6 +219,9 @@ class Attempts:
             history.pools = moved_last(pool, history.pools)
             log.warning("%s: %s is not there; queueing again", request.id, pool)
             await asyncio.sleep(self._timing.retry_pause_s)
+        except NotSent:
+            slot.took_s = 0.0
+            raise Unavailable("there is no room to send the picture to a replica") from None
         except RayServeException:
             slot.took_s = 0.0
             raise Unavailable(f"{pool} cannot be reached") from None
@@ -242,9 +249,9 @@ class Attempts:
         """Call a Generator of the granted pool.
 
         `alone`: the replica runs no other image at the same time. Raises `NotStarted` if no replica
-        started the image, or if the replica cancelled it by itself. Raises an error of
-        `REPLICA_LOST` if a replica died after it had started the image. Raises `RayTaskError` if
-        the Generator itself raised an error.
+        started the image, or if the replica cancelled it by itself. Raises `NotSent` if this
+        node has no room for the picture. Raises an error of `REPLICA_LOST` if a replica died after
+        it had started the image. Raises `RayTaskError` if the Generator itself raised an error.
         """
         generate = self._pool_handle(lease.pool).generate
         arguments = request, lease, options, alone, *((edited,) if edited else ())
@@ -259,6 +266,8 @@ class Attempts:
                     raise  # the error was raised by the replica
                 stream.cancel()
                 raise NotStarted from None
+            except NO_ROOM:
+                raise NotSent from None
             async for item in stream:
                 if isinstance(item, ImageResult):
                     return item

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import ray.exceptions
 from ray.exceptions import (
     ActorDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
     OwnerDiedError,
     RayTaskError,
@@ -21,6 +24,7 @@ from serve.api.attempts import ATTEMPTS, FREE_RETRIES, Attempts
 from serve.api.ingress_metrics import IngressMetrics
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, Timing
+from serve.edit_pixels import EditPixels
 from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
 from serve.ray_errors import REPLICA_LOST
 from serve.request import (
@@ -42,7 +46,7 @@ class Generator:
     """Raises `failures` one after another, then generates images; keeps the requests it got.
 
     The first `never_received` calls get no answer, and after those the first `dies_before_start`
-    calls lose their replica before the image begins.
+    calls lose their replica before the image begins. `no_room`: an error of sending the call.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Generator:
         takes_s: float = 0,
         never_received: int = 0,
         dies_before_start: int = 0,
+        no_room: Exception | None = None,
     ) -> None:
         self.precision, self.failures = precision, list(failures)
         self.requests: list[ImageRequest] = []
@@ -61,16 +66,26 @@ class Generator:
             dies_before_start,
         )
         self.alone: list[bool] = []
+        self.edited: list[EditPixels | None] = []
+        self.no_room = no_room
 
     @property
     def calls(self) -> int:
         return len(self.requests)
 
     async def generate(
-        self, request: ImageRequest, _: Lease, options: StreamOptions, alone: bool
+        self,
+        request: ImageRequest,
+        _: Lease,
+        options: StreamOptions,
+        alone: bool,
+        edited: EditPixels | None = None,
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
         self.requests.append(request)
+        self.edited.append(edited)
         self.alone.append(alone)
+        if self.no_room:
+            raise self.no_room
         if self.calls <= self.never_received:
             await asyncio.sleep(60)  # the grant was for a replica that has gone
         yield Acknowledgement.RECEIVED
@@ -98,6 +113,7 @@ def generate(
     alive: tuple[str, ...] = ("landscapes-fp8", "landscapes-fp16"),
     placeable: bool = True,
     timing: Timing = PROMPT,
+    edited: EditPixels | None = None,
 ) -> ImageResult:
     async def main() -> ImageResult:
         generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
@@ -117,7 +133,7 @@ def generate(
             try:
                 await call.admitted()
                 async with asyncio.timeout(abandon_after_s) as limit:
-                    result, usage = await attempts.generate(request, call)
+                    result, usage = await attempts.generate(request, call, edited=edited)
                     assert usage.precision == ("fp8" if result.precision == "fp8" else "fp16")
                     assert usage.work_s == 1
                     return result
@@ -134,6 +150,22 @@ def generate(
                 assert set(free) == {1}  # every slot came back
 
     return asyncio.run(main())
+
+
+def test_every_attempt_gets_the_picture_of_an_edit(laptop: Settings) -> None:
+    picture = EditPixels(np.zeros((64, 64, 3), np.uint8))
+    fp8, fp16 = Generator("fp8", ActorDiedError()), Generator("bf16")
+    generate(laptop, fp8, fp16, edited=picture)
+    assert [*fp8.edited, *fp16.edited] == [picture, picture]
+
+
+@pytest.mark.parametrize("error", [ObjectStoreFullError(""), OutOfDiskError("")])
+def test_a_picture_for_which_there_is_no_room_is_not_blamed_on_its_request(
+    laptop: Settings, error: Exception
+) -> None:
+    with pytest.raises(Unavailable, match="no room to send the picture") as caught:
+        generate(laptop, Generator("fp8", no_room=error), Generator("fp16"))
+    assert not isinstance(caught.value, ReplicaFailed)
 
 
 def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:

@@ -27,7 +27,7 @@ from ..wait import wait_for
 from .conftest import DAY_S, replica_logs, running
 from .faulty import IDLE
 
-GENERATE = "/v1/images/generations"
+GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 SIXTEEN_BIT = capability(probe("cpu")).sixteen_bit
 
 
@@ -75,7 +75,9 @@ def test_the_answer_says_how_the_images_were_made(client: httpx.Client) -> None:
     for item in answer["data"]:
         assert picture(item).size == (192, 128)
         assert (item["precision"], item["emulated"]) in [("fp8", True), (SIXTEEN_BIT, False)]
-        assert item["timings"].keys() == {"queue_s", "text_s", "denoise_s", "decode_s", "encode_s"}
+        assert item["timings"].keys() == {
+            *("queue_s", "text_s", "latents_s", "denoise_s", "decode_s", "encode_s")
+        }
         assert item["timings"]["denoise_s"] > 0
 
 
@@ -293,6 +295,8 @@ def test_auto_uses_both_pools_at_once(url: str) -> None:
 
 
 CANARY = "canary-5e1b"
+PICTURE = (Path(__file__).parents[1] / "edits" / "plain.png").read_bytes()
+QUICK_FORM = {"num_inference_steps": "1", "size": "64x64"}
 
 
 def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
@@ -316,6 +320,11 @@ def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
             client.post(GENERATE, content=json.dumps({**quick, **body}), headers=headers)
         client.post(GENERATE, content=f'{{"prompt": "{CANARY}', headers=named)
         client.get(f"/v1/models/{'x' * 9}", headers=named)
+        for content in (PICTURE, CANARY.encode()):
+            upload: dict[str, Any] = {"image": (CANARY, content, CANARY), CANARY: (CANARY, content)}
+            client.post(EDIT, data={"prompt": CANARY}, files=upload, headers=named)
+            del upload[CANARY]
+            client.post(EDIT, data={**QUICK_FORM, "prompt": CANARY}, files=upload, headers=named)
 
     folders = [*Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs")]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import ray
 
@@ -19,6 +21,8 @@ SILENT = {
     *("octet_retried", "octet_pool_decisions"),
     *("octet_tenant_refused", "octet_tenants_file_faults", "octet_nodes_cordoned"),
 }
+EDIT = {"prompt": "dunes", "num_inference_steps": "1", "size": "64x64"}
+PICTURE = {"image": (Path(__file__).parents[1] / "edits" / "plain.png").read_bytes()}
 # Alerts that the earlier tests cause on the same server.
 PROVOKED = {"OctetOutOfMemory", "OctetUsageUnrecorded"}
 
@@ -42,6 +46,8 @@ def test_a_running_demo_fills_the_dashboards_and_fires_no_alert(url: str) -> Non
                 asked = {**body, **more}
                 answer = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=120)
                 assert answer.status_code == 200
+            edit = httpx.post(f"{url}/v1/images/edits", data=EDIT, files=PICTURE, timeout=120)
+            assert edit.status_code == 200
             left.difference_update([query for query in left if prometheus.ask(query)])
             return not left
 
