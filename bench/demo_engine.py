@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,7 +187,7 @@ def in_stream(engine: Engine, costs: Costs) -> Costs:
         }
         for size, measured in costs.step_s.items()
     }
-    return Costs(step_s, costs.decode_s, costs.bucket)
+    return replace(costs, step_s=step_s)
 
 
 def bare_pipeline(engine: Engine) -> Callable[[Key, int], list[NDArray[np.uint8]]]:

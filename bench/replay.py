@@ -12,9 +12,9 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve.engine.batching import BatchCandidate, StepTimes, next_batch
 
@@ -25,13 +25,15 @@ Key = tuple[int, int, int]
 class RequestedImage(NamedTuple):
     """An image of `size_px` × `size_px` that is requested at `arrives_s`.
 
-    `rows`: 2 with guidance, else 1.
+    `rows`: 2 with guidance, else 1. `steps`: those that run. `edit`: whether a picture is encoded
+    first.
     """
 
     arrives_s: float
     size_px: int
     rows: int
     steps: int
+    edit: bool = False
 
     @property
     def key(self) -> Key:
@@ -40,15 +42,16 @@ class RequestedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds of steps and decodes.
+    """Measured seconds of steps and of the VAE.
 
-    `step_s`: by size in pixels and number of rows. `decode_s`: by size. `bucket`: rounds a number
-    of rows up to one that the engine runs.
+    `step_s`: by size in pixels and number of rows. `decode_s`, `encode_s`: by size. `bucket`:
+    rounds a number of rows up to one that the engine runs.
     """
 
     step_s: Mapping[int, Mapping[int, float]]
     decode_s: Mapping[int, float]
     bucket: Callable[[int], int]
+    encode_s: Mapping[int, float] = field(default_factory=dict)
 
     def step(self, size_px: int, rows: int) -> float:
         """Seconds of a step, interpolated between the measured numbers of rows."""
@@ -63,16 +66,21 @@ class Costs:
 
     def alone(self, image: RequestedImage) -> float:
         """Seconds that an image takes while the replica runs nothing else."""
-        return image.steps * self.step(image.size_px, image.rows) + self.decode_s[image.size_px]
+        encode_s = self.encode_s[image.size_px] if image.edit else 0.0
+        steps_s = image.steps * self.step(image.size_px, image.rows)
+        return encode_s + steps_s + self.decode_s[image.size_px]
 
 
 Finished = list[float]  # the time in s at which each image of a trace is done
 
 
 def poisson(
-    rng: random.Random, images: int, per_s: float, mix: Callable[[], Key]
+    rng: random.Random, images: int, per_s: float, mix: Callable[[], tuple[Any, ...]]
 ) -> list[RequestedImage]:
-    """A trace of images that arrive as a Poisson process; `mix` returns the key of each."""
+    """A trace of images that arrive as a Poisson process.
+
+    `mix`: returns the key of each, and for an edit True after it.
+    """
     now, trace = 0.0, []
     for _ in range(images):
         now += rng.expovariate(per_s)
@@ -153,6 +161,8 @@ def between_steps(
         while arriving and len(running) < slots and trace[arriving[0]].arrives_s <= now:
             i = arriving.popleft()
             size, rows, steps = trace[i].key
+            if trace[i].edit:
+                now += costs.encode_s[size]
             running[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
         batch = next_batch(running.values(), max_rows, len if all_that_fit else fitting)
         rows = costs.bucket(sum(image.rows for image in batch))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import random
 import re
@@ -12,15 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..api.wire.paths import EDITS, GENERATIONS
 from ..errors import SettingsError
 from .load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from .terminal import Debug, console, readable_errors
 
-ROUTE = "/v1/images/generations"
 SHAPE = re.compile(r"(?:(\d+x\d+)?(?::(\d+))?)(?:=([\d.]+))?")
 PROMPTS = ("the sea at dawn", "night over the mountains", "dunes at noon", "a forest in the fog")
 QUANTILES = 50, 90, 99
@@ -80,6 +83,15 @@ def bench(
             help="Share of the requests that repeat one of twenty prompts with its seed.",
         ),
     ] = 0.0,
+    edits: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the requests that edit a picture, one half of them with a mask. Each "
+            "--mix must name a size then.",
+        ),
+    ] = 0.0,
     slo_s: Annotated[
         float, typer.Option(min=0.001, help="Seconds within which an answer is in time.")
     ] = 30.0,
@@ -102,7 +114,10 @@ def bench(
         if not re.match(r"https?://[^/]", url):
             raise SettingsError(f"'{url}' is no address of a server: expected http://HOST:PORT")
         keys = _tenants(tenant or []) or {"bench": key}
-        bodies = _bodies([_shape(text) for text in mix or [""]], model, repeated, seed)
+        shapes = [_shape(text) for text in mix or [""]]
+        bodies = _bodies(shapes, model, repeated, seed)
+        if edits:
+            bodies = _with_edits(bodies, shapes, edits, seed)
         per_tenant = rate / len(keys)
         requests = [
             request._replace(body=bodies())
@@ -117,7 +132,10 @@ def bench(
             console=console,
         ) as progress:
             task = progress.add_task("answers", total=None if clients else len(requests))
-            load = LoadClient(url.rstrip("/") + ROUTE, keys, lambda _: progress.advance(task))
+            server = url.rstrip("/")
+            load = LoadClient(
+                server + GENERATIONS, keys, lambda _: progress.advance(task), server + EDITS
+            )
             if clients:
                 per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
                 answers = asyncio.run(load.closed_loop(per_client, bodies, seconds))
@@ -137,17 +155,18 @@ def bench(
 
 
 def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
-    """Report on all answers, and on those of each tenant and each request shape.
+    """Report on all answers, and on those of each tenant, each request shape and each endpoint.
 
-    The groups are `all`, `tenant NAME` and `shape SIZE:STEPS`. Groups of tenants are left out if
-    there is one tenant only; so are groups of shapes. Latencies are in seconds and count only
-    requests that were answered with images. `slo_s`: the latency up to which an answer counts as in
-    time.
+    The groups are `all`, `tenant NAME`, `shape SIZE:STEPS`, `endpoint edits` and `endpoint
+    generations`. Groups of tenants are left out if there is one tenant only, and so are the others.
+    Latencies are in seconds and count only requests that were answered with images. `slo_s`: the
+    latency up to which an answer counts as in time.
     """
     groups: dict[str, list[LoadAnswer]] = {"all": list(answers)}
     kinds: tuple[tuple[str, Callable[[TimedRequest], str]], ...] = (
         ("tenant", lambda request: request.tenant),
         ("shape", _shape_name),
+        ("endpoint", lambda request: "edits" if "images" in request.body else "generations"),
     )
     for kind, name_of in kinds:
         names = sorted({name_of(answer.request) for answer in answers})
@@ -280,6 +299,46 @@ def _bodies(
         return {**named, **fields, "prompt": prompt, **({"seed": number} if again else {})}
 
     return body
+
+
+def _with_edits(
+    bodies: Callable[[], Body], shapes: Sequence[tuple[Body, float]], edits: float, seed: int
+) -> Callable[[], Body]:
+    """A function that returns the next body of `bodies`, or of an edit with the same fields.
+
+    `edits`: the share of edits. Raises `SettingsError` if a shape has no size, because then the
+    answers of edits and generations would have different sizes.
+    """
+    if any("size" not in fields for fields, _ in shapes):
+        raise SettingsError("--edits: each --mix must name a size, such as 512x512:28")
+    rng = random.Random(f"edits {seed}")  # noqa: S311 - no secrets
+    pictures = {fields["size"]: _picture(fields["size"]) for fields, _ in shapes}
+
+    def body() -> Body:
+        found = bodies()
+        if rng.random() >= edits:
+            return found
+        picture, mask = pictures[found["size"]]
+        masked = {"mask": {"image_url": mask}} if rng.random() < 0.5 else {}
+        return {**found, "images": [{"image_url": picture}], **masked}
+
+    return body
+
+
+def _picture(size: str) -> tuple[str, str]:
+    """The data: URLs of a picture of this size, and of a mask that opens its upper half."""
+    width, height = map(int, size.split("x"))
+    gradient = Image.linear_gradient("L").resize((width, height))
+    picture = Image.merge("RGB", (gradient, ImageOps.mirror(gradient), ImageOps.flip(gradient)))
+    mask = Image.new("RGBA", (width, height), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, width, height // 2))
+    return _data_url(picture), _data_url(mask)
+
+
+def _data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _shape_name(request: TimedRequest) -> str:

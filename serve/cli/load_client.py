@@ -17,7 +17,10 @@ PATIENCE_S = 300.0
 
 
 class TimedRequest(NamedTuple):
-    """A tenant's request body, to be sent `at` seconds after the start."""
+    """A tenant's request body, to be sent `at` seconds after the start.
+
+    A body with `images` is that of an edit.
+    """
 
     at: float
     tenant: str
@@ -46,8 +49,8 @@ class LoadAnswer:
 class LoadClient:
     """Sends requests to one address with each tenant's API key.
 
-    `keys`: the API keys by tenant; a tenant without a key sends none. `on_answer`: called
-    with every answer.
+    `url`: where requests are sent; `edits_url`: where edits are sent. `keys`: the API keys by
+    tenant; a tenant without a key sends none. `on_answer`: called with every answer.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class LoadClient:
         url: str,
         keys: Mapping[str, str],
         on_answer: Callable[[LoadAnswer], None] = lambda _: None,
+        edits_url: str = "",
     ) -> None:
+        self._edits_url = edits_url
         self._url, self._keys, self._on_answer = url, keys, on_answer
         self._began = 0.0
 
@@ -105,7 +110,8 @@ class LoadClient:
         began = time.monotonic()
         status, handler_ms, cache = 0, None, ""
         try:
-            async with http.post(self._url, json=request.body, headers=headers) as answer:
+            url = self._edits_url if "images" in request.body else self._url
+            async with http.post(url, json=request.body, headers=headers) as answer:
                 status, cache = answer.status, answer.headers.get("x-octet-cache", "")
                 timing = re.search(r"\bdur=([\d.]+)$", answer.headers.get("server-timing", ""))
                 handler_ms = float(timing[1]) if timing else None

@@ -55,6 +55,20 @@ def test_arrivals_of_two_tenants_and_two_shapes(edge: Edge) -> None:
     assert generated == everything["cache"]["off"] + everything["cache"]["miss"]
 
 
+def test_edits_are_sent_beside_generations(edge: Edge) -> None:
+    words = "--rate 30 --seconds 2 --mix 64x64:2 --mix 96x80:4 --edits 0.5"
+    rows = report_of(edge.url, *words.split())
+    assert rows["all"]["ok"] == rows["all"]["requests"]
+    edits, generations = rows["endpoint edits"], rows["endpoint generations"]
+    assert min(edits["ok"], generations["ok"]) > 10
+    assert edits["ok"] + generations["ok"] == rows["all"]["ok"]
+
+
+def test_edits_need_sizes(edge: Edge) -> None:
+    code, output = run(edge.url, "--edits", "0.5")
+    assert (code, "must name a size" in output) == (1, True)
+
+
 def test_closed_loop_clients_give_a_table_and_a_plot(edge: Edge, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
     words = ["--clients", "3", "--seconds", "0.5", "--slo-s", "0.001", "--plot", str(picture)]

@@ -3,6 +3,8 @@
 import random
 import statistics
 
+from dataclasses import replace
+
 import pytest
 
 from bench.replay import (
@@ -37,6 +39,15 @@ def test_an_image_alone_takes_its_own_time_in_every_way() -> None:
     assert between_steps(trace, COSTS, 8, 16) == [16.5]
     assert static_batches(trace, COSTS, 8) == [16.55]  # after 0.05 s of waiting for more images
     assert slowdowns(trace, [16.5], COSTS) == [1]
+
+
+def test_an_edit_is_encoded_before_its_first_step_while_the_others_wait() -> None:
+    costs = replace(COSTS, encode_s={64: 0.25})
+    edit, other = RequestedImage(0, 64, 2, 6, edit=True), RequestedImage(0, 64, 2, 6)
+    assert costs.alone(edit) == 6.75
+    assert one_at_a_time([edit], costs) == between_steps([edit], costs, 8, 16) == [6.75]
+    together = between_steps([edit, other], costs, 8, 16)
+    assert max(together) == max(all_that_fit([other, other], 8)) + 0.25
 
 
 def test_equal_images_share_their_steps() -> None:
