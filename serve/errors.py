@@ -134,7 +134,7 @@ class RequestIdInUse(InvalidRequest):
 
 
 class BodyTooLarge(InvalidRequest):
-    """The request body is larger than the settings allow (`max_body_bytes`)."""
+    """The request body, or a file in it, is larger than the settings allow."""
 
     status = 413
     code = "body_too_large"

@@ -2,7 +2,6 @@
 
 import random
 import statistics
-
 from dataclasses import replace
 
 import pytest
@@ -46,7 +45,7 @@ def test_an_edit_is_encoded_before_its_first_step_while_the_others_wait() -> Non
     edit, other = RequestedImage(0, 64, 2, 6, edit=True), RequestedImage(0, 64, 2, 6)
     assert costs.alone(edit) == 6.75
     assert one_at_a_time([edit], costs) == between_steps([edit], costs, 8, 16) == [6.75]
-    together = between_steps([edit, other], costs, 8, 16)
+    together = between_steps([edit, other], costs, 8, 8, all_that_fit=True)
     assert max(together) == max(all_that_fit([other, other], 8)) + 0.25
 
 
