@@ -44,7 +44,7 @@ def generation(sizes: Sequence[int], rng: random.Random) -> tuple[int, int, int,
 
 
 def mixed(sizes: Sequence[int], rng: random.Random) -> tuple[int, int, int, bool]:
-    """The same, or an edit of the same kinds with any of the strengths."""
+    """A `generation`, or in `EDITS` of 100 cases an edit with one of `STRENGTHS`."""
     size_px, rows, steps, _ = generation(sizes, rng)
     if rng.randrange(100) >= EDITS:
         return size_px, rows, steps, False
@@ -52,7 +52,7 @@ def mixed(sizes: Sequence[int], rng: random.Random) -> tuple[int, int, int, bool
 
 
 def trace_of(mix: Mix, costs: Costs, images: int, seed: int) -> list[RequestedImage]:
-    """A stream of a mix at the measured load."""
+    """A stream of a mix at `LOAD` of what one image at a time can serve."""
     rng = random.Random(0)
     alone_s = statistics.mean(costs.alone(RequestedImage(0, *mix(rng))) for _ in range(5000))
     rng = random.Random(seed)
@@ -74,7 +74,7 @@ def tails(mix: Mix, costs: Costs, images: int, seed: int) -> dict[str, float]:
 
 
 def picture(size_px: int) -> EditPixels:
-    """A picture and a mask that opens its upper half."""
+    """A picture, and a mask that is transparent in its upper half."""
     rng = np.random.default_rng(0)
     kept = np.full((size_px, size_px), 255, np.uint8)
     kept[: size_px // 2] = 0
@@ -110,7 +110,7 @@ def in_real_time(engine: Engine, costs: Costs, images: int) -> tuple[float, floa
         time.sleep(max(0.0, image.arrives_s - (time.perf_counter() - began)))
         slots.acquire()
         request, edited = engine.request(image.key, i), None
-        if image.edit:  # of twice the steps, of which the later half runs
+        if image.edit:  # strength 0.5 of twice the steps: `image.steps` of them run
             edit = Edit(strength=0.5, image_sha256="", mask_sha256="")
             request = replace(request, num_inference_steps=2 * image.steps, edit=edit)
             edited = picture(image.size_px)
@@ -138,7 +138,7 @@ def main() -> None:
     engine = apart(lambda: Engine.demo(arguments.recipe))
     measured = apart(lambda: measure_costs(engine, repeats=5 if quick else 15))
     costs = apart(lambda: with_encodes(engine, measured, repeats=5 if quick else 15))
-    print(f"| size | encode s | decode s | encode ÷ decode (counted: {ENCODE_COST}) |")
+    print(f"| size | encode s | decode s | encode ÷ decode (in prices: {ENCODE_COST}) |")
     print("|---|---|---|---|")
     for size in engine.sizes:
         encode_s, decode_s = costs.encode_s[size], costs.decode_s[size]

@@ -79,7 +79,7 @@ def poisson(
 ) -> list[RequestedImage]:
     """A trace of images that arrive as a Poisson process.
 
-    `mix`: returns the key of each, and for an edit True after it.
+    `mix`: returns an image's size, rows and steps, and optionally whether it is an edit.
     """
     now, trace = 0.0, []
     for _ in range(images):

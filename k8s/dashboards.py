@@ -137,7 +137,7 @@ OVERVIEW = [
         "bytes",
         most("octet_edit_bytes", "NodeAddress"),
         "{{NodeAddress}}",
-        "Bytes of bodies, pictures and masks that the Ingress with most of them holds.",
+        "Bytes of bodies, pictures and masks that the node's Ingress with the most holds.",
     ),
     Panel(
         "Spool",

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-REPAINTED_ALPHA = 127  # a pixel with at most this alpha in the mask, which is half, is repainted
+REPAINTED_ALPHA = 127  # of 255; pixels with at most this alpha in the mask are repainted
 
 
 class EditPixels(NamedTuple):
-    """A picture in the size of the answer, and what of it must stay.
+    """The picture of an edit in the size of the answer, and its mask.
 
     `image`: (height_px, width_px, 3), red, green and blue. `kept`: the mask's alpha, (height_px,
     width_px), or None without a mask. Where it is 255 the picture stays as it is, where it is 0 it

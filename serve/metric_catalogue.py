@@ -34,7 +34,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_requests": Metric(
             "counter",
             "Requests for images by endpoint (generations, edits) and outcome: ok, the error's "
-            "code, or client_gone (499). The model is empty if the request was not valid.",
+            "code, or client_gone (499). The model is empty if the request was not valid, and the "
+            "endpoint for other paths.",
             ("endpoint", "model", "outcome", "status"),
         ),
         "octet_request_seconds": Metric(
@@ -70,7 +71,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         ),
         "octet_edit_read_seconds": Metric(
             "histogram",
-            "Seconds to read the picture and mask of a request, with the wait for other tenants.",
+            "Seconds to read the picture and mask of a request, with the wait for others.",
             (),
             LATENCY_S,
         ),

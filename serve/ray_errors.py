@@ -29,6 +29,6 @@ REPLICA_LOST = (
     OutOfDiskError,
 )
 
-# Raised before the replica has received the call, they mean that the caller's own node has no room
-# for what it sends: the picture of an edit.
+# Errors of a call before its replica has received it: the caller's own node has no room for the
+# picture of an edit.
 NO_ROOM = ObjectStoreFullError, OutOfDiskError

@@ -65,9 +65,9 @@ class ModelLimits:
 class Edit:
     """How an image is made from a picture that the client has sent.
 
-    `strength`: the part of the denoising steps that run, above 0 and at most 1; the more, the less
-    is left of the picture. `image_sha256`, `mask_sha256`: digests of the pixels that were read from
-    the picture and its mask, by which equal requests are known. The pixels themselves travel beside
+    `strength`: the part of the denoising steps that run, above 0 and at most 1; the higher, the
+    less of the picture is left. `image_sha256`, `mask_sha256`: digests of the pixels of the picture
+    and of its mask, which tell whether two requests are equal. The pixels themselves travel beside
     the request (`serve/edit_pixels.py`).
     """
 
@@ -81,9 +81,9 @@ class ImageRequest:
     """One image to generate.
 
     `deterministic`: whether the image must be the same bit for bit, whatever else is in the batch.
-    `output_compression`: the quality of a JPEG or WebP file, 0 to 100. `edit`: None unless the
-    image is made from a picture. An edit may have any size; it is generated on a canvas that is a
-    little larger, and cropped.
+    `output_compression`: the quality of a JPEG or WebP file, 0 to 100. `edit`: how the image is
+    made from a picture; None for a generation. An edit may have any size. It is generated on a
+    `canvas` with both sides rounded up to multiples of 16, and then cropped: 100 × 75 on 112 × 80.
 
     Raises `InvalidRequest`, which names the field, if no model can ever generate one of the values.
     `check` compares the request with the limits of one model.
@@ -188,7 +188,8 @@ class ImageRequest:
             )
         if math.prod(self.canvas) > limits.max_pixels:
             raise InvalidRequest(
-                f"size '{self.size}': {self.model} generates at most {limits.max_pixels} pixels",
+                f"size '{self.size}': {self.model} generates at most {limits.max_pixels} pixels, "
+                f"with both sides rounded up to multiples of {SIZE_MULTIPLE_PX}",
                 param="size",
             )
         if not 1 <= self.num_inference_steps <= limits.max_steps:

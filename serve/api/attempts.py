@@ -127,7 +127,7 @@ class Attempts:
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `edited`: the picture of an edit. `on_progress` is called with the progress and previews
+        `edited`: an edit's picture and mask. `on_progress` is called with the progress and previews
         that `options` ask for. Raises an `OctetError` if no pool can generate the image or its last
         attempt failed, and `RayTaskError` for an unexpected error of the Generator.
         """
@@ -221,7 +221,9 @@ class Attempts:
             await asyncio.sleep(self._timing.retry_pause_s)
         except NotSent:
             slot.took_s = 0.0
-            raise Unavailable("there is no room to send the picture to a replica") from None
+            raise Unavailable(
+                "this server has no memory left to send the picture to a replica: try again"
+            ) from None
         except RayServeException:
             slot.took_s = 0.0
             raise Unavailable(f"{pool} cannot be reached") from None
@@ -254,6 +256,7 @@ class Attempts:
         it had started the image. Raises `RayTaskError` if the Generator itself raised an error.
         """
         generate = self._pool_handle(lease.pool).generate
+        # During an update there may be replicas that know no edits.
         arguments = request, lease, options, alone, *((edited,) if edited else ())
         stream = self._context.copy().run(generate.remote, *arguments)
         started = False
@@ -267,6 +270,8 @@ class Attempts:
                 stream.cancel()
                 raise NotStarted from None
             except NO_ROOM:
+                if edited is None:
+                    raise
                 raise NotSent from None
             async for item in stream:
                 if isinstance(item, ImageResult):

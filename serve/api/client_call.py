@@ -14,13 +14,13 @@ T = TypeVar("T")
 class ClientCall:
     """One request as its client sees it: with a deadline, and perhaps cancelled.
 
-    The deadline is `timeout_s` seconds after this object is made. `shortened`: whether the client
-    made that time shorter than the default.
+    The deadline is `timeout_s` seconds after the call began, which was `age_s` seconds ago.
+    `shortened`: whether the client made that time shorter than the default.
     """
 
-    def __init__(self, timeout_s: float, *, shortened: bool = False) -> None:
+    def __init__(self, timeout_s: float, *, shortened: bool = False, age_s: float = 0.0) -> None:
         self._timeout_s, self._shortened = timeout_s, shortened
-        self._began = asyncio.get_running_loop().time()
+        self._began = asyncio.get_running_loop().time() - age_s
         self._deadline = self._began + timeout_s
         self._client: asyncio.Task[Any] | None = None  # the task that waits for the work
         self._work: asyncio.Task[Any] | None = None

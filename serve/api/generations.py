@@ -23,7 +23,7 @@ from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
 from .attempts import Attempts
 from .client_call import ClientCall
-from .edit_uploads import EditUploads
+from .edit_uploads import HeldPicture
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .quarantine import QUARANTINED, request_digest
@@ -59,7 +59,8 @@ class _OpenRequest:
     """A client's request while it is being answered.
 
     `cleanup`: what must be done once the answer has been sent. `cache_key`: None if the result
-    cache is not used. `cache_use`: what the result cache did, for header and metrics.
+    cache is not used. `cache_use`: what the result cache did, for header and metrics. `held`: an
+    edit's picture and mask; None if they are not needed any more.
     """
 
     parsed: GenerationRequest
@@ -68,11 +69,18 @@ class _OpenRequest:
     http: Request
     client: ClientCall
     cleanup: ExitStack
+    held: HeldPicture | None = None
     queued: Sequence[QueuedImage] = ()
     cache_key: str | None = None
     cache_use: CacheUse = "off"
     error: BaseException | None = None  # the error with which the request ended
     results: Sequence[ImageResult] = ()
+
+    def release(self) -> None:
+        """Let go of an edit's picture and mask."""
+        if self.held:
+            self.held.release()
+            self.held = None
 
 
 class GenerationHandler:
@@ -84,31 +92,35 @@ class GenerationHandler:
         attempts: Attempts,
         urls: ImageUrls,
         reuse: ResultReuse,
-        uploads: EditUploads,
         metrics: IngressMetrics,
         keep_alive_s: float,
     ) -> None:
         """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds."""
-        self._uploads = uploads
         self.session, self._attempts = session, attempts
         self._keep_alive_s = keep_alive_s
         self._urls, self.reuse, self._metrics = urls, reuse, metrics
         self._tasks: set[asyncio.Task[None]] = set()  # tasks that nobody awaits
 
     async def answer(
-        self, parsed: GenerationRequest, tenant: str, request_id: str, http: Request
+        self,
+        parsed: GenerationRequest,
+        tenant: str,
+        request_id: str,
+        http: Request,
+        held: HeldPicture | None = None,
     ) -> Response:
         """Answer a request from the result cache, or with generated images.
 
-        Raises an `OctetError` for a request that is refused, cancelled or late, or that fails.
+        `held`: an edit's picture and mask, which are let go in any case. Raises an `OctetError` for
+        a request that is refused, cancelled or late, or that fails.
         """
-        client = ClientCall(parsed.timeout_s, shortened=parsed.shortened)
+        age_s = held.age_s if held else 0.0
+        client = ClientCall(parsed.timeout_s, shortened=parsed.shortened, age_s=age_s)
         with ExitStack() as cleanup:
-            request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup)
+            request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup, held)
+            cleanup.callback(request.release)
             cleanup.enter_context(self._counted(request))
             cleanup.enter_context(self._quarantining(request))
-            if parsed.edited:
-                cleanup.enter_context(self._uploads.holding())(parsed.edited.nbytes)
             if parsed.as_url:
                 self._urls.admit()
             request.queued = [self._attempts.queued_image(i, parsed.options) for i in parsed.images]
@@ -172,6 +184,7 @@ class GenerationHandler:
     # -- images from the result cache -----------------------------------------------------------
 
     async def _from_cache(self, request: _OpenRequest, found: CachedImages) -> Response:
+        request.release()
         parsed = request.parsed
         usages = _free_usages(request, found.results, "hit")
         to_store = parsed.as_url and not found.names  # which may fail, and nothing is recorded then
@@ -196,6 +209,7 @@ class GenerationHandler:
         reused: Literal["hit", "shared"] | None = None
         shared = await self._join(request)
         if shared:
+            request.release()
             reused = "hit" if shared.finished else "shared"
             call = await self._admitted_without_work(request)
         else:
@@ -237,10 +251,9 @@ class GenerationHandler:
     def _begin(self, request: _OpenRequest) -> SharedGeneration:
         """Open a call for the images; from now on equal requests may join this one."""
         steps = _Steps(self, request)
-        parsed = request.parsed
-        shared = SharedGeneration(
-            request.client, steps, self._attempts, parsed.images, parsed.edited
-        )
+        images, held = request.parsed.images, request.held
+        shared = SharedGeneration(request.client, steps, self._attempts, images, held)
+        request.held = None  # it belongs to all who take part
         if request.cache_key:
             self.reuse.in_flight[request.cache_key] = shared
         request.cleanup.enter_context(shared.joined(request.client))
@@ -255,11 +268,11 @@ class GenerationHandler:
         await client.run(call.admitted())
 
         async def generate(on_progress: OnProgress) -> ImageResult:
-            work = self._attempts.generate(
-                image, call, 0, parsed.options, on_progress, parsed.edited
-            )
+            edited = request.held.pixels if request.held else None
+            work = self._attempts.generate(image, call, 0, parsed.options, on_progress, edited)
             try:
                 result, usage = await client.run(work)
+                request.release()
                 await call.record([usage])
             except BaseException as error:
                 request.error = error

@@ -30,6 +30,7 @@ from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
     BodyTimeout,
     BodyTooLarge,
+    DeadlineExceeded,
     KeyInvalid,
     NotFound,
     OctetError,
@@ -42,7 +43,7 @@ from .attempts import Attempts
 from .authentication import Authentication, is_open
 from .cors import Cors
 from .early_body import BODY
-from .edit_uploads import EditUploads
+from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
@@ -54,7 +55,14 @@ from .wire.edit import parse_edit
 from .wire.http_errors import HANDLERS
 from .wire.openapi import document
 from .wire.paths import EDITS, GENERATIONS, VARIATIONS
-from .wire.request import SHOWN_CHARS, check_request_id, model_not_found, parse, reason_of
+from .wire.request import (
+    SHOWN_CHARS,
+    GenerationRequest,
+    check_request_id,
+    model_not_found,
+    parse,
+    reason_of,
+)
 from .wire.response import (
     CancelledRequest,
     LiftedQuarantine,
@@ -110,7 +118,6 @@ class Ingress:
             self._attempts,
             self._urls,
             self.reuse,
-            self._uploads,
             metrics,
             timing.keep_alive_s,
         )
@@ -216,28 +223,44 @@ class Ingress:
     async def edit(self, http: Request) -> Response:
         tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
+        held = HeldPicture(self._uploads, tenant)
         try:
-            access, limit = self._access(tenant), self._max_edit_bytes()
-            with self._gate.reading(tenant, access) as received, self._uploads.holding() as hold:
-
-                def receive(size: int) -> None:
-                    received(size)
-                    hold(size)
-
-                check_request_id(request_id)
-                body = await self._body(http, receive, limit)
-                self._authenticate_again(http)
-                kind = http.headers.get("content-type", "")
-                arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
-                parsed = await self._uploads.read(tenant, partial(parse_edit, *arguments))
-        except OctetError as error:
-            self._refused(error, http.scope)
+            parsed = await self._read_edit(http, tenant, request_id, held)
+        except BaseException as error:
+            held.release()
+            if isinstance(error, OctetError):
+                self._refused(error, http.scope)
             raise
-        del body, arguments  # they may be large, and the request may be open for long
-        return await self._generations.answer(parsed, tenant, request_id, http)
+        return await self._generations.answer(parsed, tenant, request_id, http, held)
 
-    def _max_edit_bytes(self) -> int:
-        return self.live.edits.max_body_bytes(self.live.max_body_bytes)
+    async def _read_edit(
+        self, http: Request, tenant: str, request_id: str, held: HeldPicture
+    ) -> GenerationRequest:
+        """Read and parse the body of an edit; `held` then has its picture and mask.
+
+        Raises an `OctetError` for a body that is refused or late.
+        """
+        access, live = self._access(tenant), self.live
+        with self._gate.reading(tenant, access):
+            check_request_id(request_id)
+            limit = live.edits.largest_body_bytes(live.max_body_bytes)
+            body = await self._body(http, held.add, limit, held.check)
+            self._authenticate_again(http)
+            kind = http.headers.get("content-type", "")
+            arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
+            del body  # the thread has it, and lets it go before the images are generated
+            limit_s = access.timeout_s or live.request_timeout_s
+            try:
+                async with asyncio.timeout(limit_s) as deadline:
+                    parsed, pixels = await self._uploads.read(
+                        tenant, partial(parse_edit, *arguments)
+                    )
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise DeadlineExceeded(f"the picture was not read in {limit_s:g} s") from None
+        held.keep(pixels)
+        return parsed
 
     async def vary(self, http: Request) -> Response:
         raise NotFound(f"{VARIATIONS} does not exist any more: use {EDITS}")
@@ -437,17 +460,25 @@ class Ingress:
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
 
-    async def _body(self, http: Request, received: Callable[[int], None], limit: int) -> bytes:
+    async def _body(
+        self,
+        http: Request,
+        received: Callable[[int], None],
+        limit: int,
+        check: Callable[[int], None] = lambda _: None,
+    ) -> bytes:
         """Read a request's body; `received` is called with the size of each part of it.
 
-        Raises `BodyTooLarge` beyond `limit` bytes, and `BodyTimeout` for a body that comes too
-        slowly.
+        `check` is called before that with the size that the client has stated. Raises
+        `BodyTooLarge` beyond `limit` bytes, and `BodyTimeout` for a body that comes too slowly.
         """
         body, body_s = bytearray(), self._timing.body_s
         too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
         stated = http.headers.get("content-length", "")
-        if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
-            raise too_large
+        if stated.isdecimal() and len(stated) < 20:
+            if int(stated) > limit:
+                raise too_large
+            check(int(stated))
         if (early := http.scope.get(BODY)) is not None:
             received(len(early))
             return bytes(early)
@@ -459,10 +490,11 @@ class Ingress:
                     body += chunk
                     if len(body) > limit:
                         raise too_large
-                    deadline.reschedule(first + len(body) / BODY_BYTES_PER_S)
+                    now, quick = asyncio.get_running_loop().time(), len(body) / BODY_BYTES_PER_S
+                    deadline.reschedule(max(first, min(first + quick, now + body_s)))
         except TimeoutError:
             raise BodyTimeout(
-                f"the body did not arrive in {body_s + len(body) / BODY_BYTES_PER_S:.1f} s"
+                f"the body came too slowly: after {body_s:g} s it needs {BODY_BYTES_PER_S} bytes/s"
             ) from None
         return bytes(body)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from .. import engine
+from .. import edit_pixels, engine, request
 from ..errors import StoreFailed
 from ..request import ImageRequest
 from ..results.cache.memory import CachedImages, MemoryCache, ResultCache, cache_key
@@ -152,10 +152,11 @@ def pixel_digest(settings: CatalogueSettings, model: ServedModel) -> str:
 
 
 def _code_digest() -> str:
-    """SHA-256 over the engine's source files."""
+    """SHA-256 over the source files that decide pixels: the engine's, and those of requests."""
     (folder,) = engine.__path__
     code = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.py")):
+    others = (Path(str(module.__file__)) for module in (edit_pixels, request))
+    for file in [*sorted(Path(folder).glob("*.py")), *others]:
         code.update(file.name.encode() + b"\0" + file.read_bytes())
     return code.hexdigest()
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..dispatch.client.open_call import CallClient, OpenCall
-from ..edit_pixels import EditPixels
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
 from .attempts import Attempts
 from .client_call import ClientCall
+from .edit_uploads import HeldPicture
 
 T = TypeVar("T")
 
@@ -84,18 +84,18 @@ class SharedGeneration:
         steps: GenerationSteps,
         attempts: Attempts,
         requests: Sequence[ImageRequest],
-        edited: EditPixels | None = None,
+        held: HeldPicture | None = None,
     ) -> None:
-        """`edited`: the picture of an edit."""
+        """`held`: an edit's picture and mask, which this object lets go when it can."""
         self._first, self._steps = first, steps
-        self._attempts, self._requests, self._edited = attempts, requests, edited
+        self._attempts, self._requests, self._held = attempts, requests, held
         self._participants = 0
         self._usages: list[UsageRecord] = []
         self._found: CachedImages | None = None  # that another Ingress has had generated
         self._caching: asyncio.Task[None] | None = None
         self.unwanted = False
         self.admitted = Stage(lambda: self._or_close(self.call.admitted()))
-        self.images = Stage(lambda: self._or_close(self._images()))
+        self.images = Stage(lambda: self._or_close(self._images_and_release()))
         self.names = Stage(self._names)
         self.charged = Stage(lambda: self._or_close(self.call.record(self._usages)))
         self.call = steps.open_call(self)
@@ -152,6 +152,16 @@ class SharedGeneration:
             self._caching = asyncio.create_task(write())
             self._caching.add_done_callback(lambda _: self._leave())
 
+    async def _images_and_release(self) -> list[ImageResult]:
+        try:
+            return await self._images()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._held:
+            self._held.release()
+
     async def _images(self) -> list[ImageResult]:
         while await self.call.leader_finished():
             self._found = await self._steps.find()
@@ -165,12 +175,11 @@ class SharedGeneration:
 
     async def _generate(self) -> list[ImageResult]:
         """Generate the call's images at the same time; the first error cancels the others."""
+        edited = self._held.pixels if self._held else None
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(
-                        self._attempts.generate(request, self.call, i, edited=self._edited)
-                    )
+                    group.create_task(self._attempts.generate(request, self.call, i, edited=edited))
                     for i, request in enumerate(self._requests)
                 ]
         except BaseExceptionGroup as several:
@@ -201,4 +210,5 @@ class SharedGeneration:
         for stage in (self.admitted, self.images, self.names, self.charged):
             stage.cancel()
         self.call.close()
+        self._release()
         self._steps.on_closed(self)

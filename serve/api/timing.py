@@ -17,8 +17,8 @@ class IngressTiming:
     """The times that an Ingress waits, in seconds.
 
     `dispatcher_s`: for the Dispatcher's answer to a call, such as a cancellation.
-    `body_s`: for a request body to arrive; longer for one of more than a megabyte or so, if it
-    comes with at least `BODY_BYTES_PER_S`.
+    `body_s`: for a request body to arrive, and one second more for each `BODY_BYTES_PER_S` bytes
+    that have arrived; and also for a next part of it to arrive.
     `keep_alive_s`: without an event, before an event stream sends a comment.
     `sweep_s`: between two sweeps that delete old stored images.
     `dispatch`: the timing of the session with the Dispatcher.

@@ -88,8 +88,8 @@ def bench(
         typer.Option(
             min=0,
             max=1,
-            help="Share of the requests that edit a picture, one half of them with a mask. Each "
-            "--mix must name a size then.",
+            help="Share of the requests that edit a picture; half of these have a mask. Needs a "
+            "size in each --mix.",
         ),
     ] = 0.0,
     slo_s: Annotated[
@@ -158,7 +158,7 @@ def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
     """Report on all answers, and on those of each tenant, each request shape and each endpoint.
 
     The groups are `all`, `tenant NAME`, `shape SIZE:STEPS`, `endpoint edits` and `endpoint
-    generations`. Groups of tenants are left out if there is one tenant only, and so are the others.
+    generations`. The groups of a kind are left out if there is only one of them.
     Latencies are in seconds and count only requests that were answered with images. `slo_s`: the
     latency up to which an answer counts as in time.
     """
@@ -304,7 +304,7 @@ def _bodies(
 def _with_edits(
     bodies: Callable[[], Body], shapes: Sequence[tuple[Body, float]], edits: float, seed: int
 ) -> Callable[[], Body]:
-    """A function that returns the next body of `bodies`, or of an edit with the same fields.
+    """A function that returns the next body of `bodies`, sometimes turned into that of an edit.
 
     `edits`: the share of edits. Raises `SettingsError` if a shape has no size, because then the
     answers of edits and generations would have different sizes.
@@ -326,7 +326,7 @@ def _with_edits(
 
 
 def _picture(size: str) -> tuple[str, str]:
-    """The data: URLs of a picture of this size, and of a mask that opens its upper half."""
+    """The data: URLs of a picture of this size, and of a mask that is transparent above."""
     width, height = map(int, size.split("x"))
     gradient = Image.linear_gradient("L").resize((width, height))
     picture = Image.merge("RGB", (gradient, ImageOps.mirror(gradient), ImageOps.flip(gradient)))

@@ -49,7 +49,7 @@ class LoadAnswer:
 class LoadClient:
     """Sends requests to one address with each tenant's API key.
 
-    `url`: where requests are sent; `edits_url`: where edits are sent. `keys`: the API keys by
+    `url`: the address for generations; `edits_url`: that for edits. `keys`: the API keys by
     tenant; a tenant without a key sends none. `on_answer`: called with every answer.
     """
 

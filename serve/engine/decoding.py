@@ -1,4 +1,4 @@
-"""The VAE's work beside the steps: finished images, previews of others, and pictures to edit.
+"""Decoding of latents to finished images and previews, and encoding of the pictures of edits.
 
 On a card a separate thread decodes and encodes, on its own CUDA stream, while the next denoising
 steps run. On a CPU the denoising loop's thread does so between two steps, because two threads that
@@ -32,9 +32,9 @@ NO_MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, th
 class Decoding:
     """Decodes finished images and previews, and encodes the pictures of edits.
 
-    `beside_steps`: whether to decode in a separate thread, in parallel with the denoising steps; by
-    default only on a card. `memory_pause_s`: how long that thread waits before it tries again after
-    an out-of-memory error, in seconds.
+    `beside_steps`: whether to decode and encode in a separate thread, in parallel with the
+    denoising steps; by default only on a card. `memory_pause_s`: how long that thread waits before
+    it tries again after an out-of-memory error, in seconds.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Decoding:
     def picture(self, image: DenoisingState, edited: EditPixels | None = None) -> NDArray[np.uint8]:
         """Decode a finished image to pixels (height_px, width_px, 3).
 
-        `edited`: the picture of an edit, of which the pixels stay that its mask keeps. Raises
+        `edited`: an edit's picture and mask, whose kept pixels stay as they are. Raises
         `NonFiniteImage` if the latents or the decoded image hold non-finite numbers, `Unavailable`
         if memory ran out in each of several attempts, or what the VAE raises.
         """
@@ -112,6 +112,7 @@ class Decoding:
     def _latents(self, edited: EditPixels, seed: int) -> EditLatents:
         with self._denoiser.beside_steps():
             found = self._denoiser.encode(edited, seed)
+            # This also waits for the card, so the steps may use the latents from now on.
             if not found.image.isfinite().all():
                 precision = self._denoiser.recipe.name
                 raise NonFiniteImage(f"the VAE produced non-finite numbers in {precision}")

@@ -45,9 +45,9 @@ DENOISER_COMPONENTS = "transformer", "vae", "scheduler"
 class EditLatents:
     """The picture of an edit as the denoising steps need it.
 
-    `image`: the picture's latents. `noise`: that of the seed. Both are (1, 16, height_px/8,
-    width_px/8) in float32. `repainted`: (1, 1, height_px/8, width_px/8), 1 where the mask lets the
-    model repaint and 0 where the picture is kept; None without a mask.
+    `image`: the picture's latents. `noise`: the noise generated from the seed. Both are (1, 16,
+    height_px/8, width_px/8) in float32. `repainted`: (1, 1, height_px/8, width_px/8), 1 where the
+    mask lets the model repaint and 0 where the picture is kept; None without a mask.
     """
 
     image: torch.Tensor
@@ -109,7 +109,7 @@ class DenoisingState:
         """The finished latents as the last step predicts them; before any step, the latents.
 
         The prediction is x − σ · v, with latents x, noise level σ and velocity v, because v
-        predicts noise − image. What a mask keeps is that of the picture.
+        predicts noise − image. Latents that a mask keeps are those of the picture.
         """
         if self.velocity is None:
             return self.latents
@@ -206,9 +206,10 @@ class Denoiser:
     def encode(self, pixels: EditPixels, seed: int) -> EditLatents:
         """Encode the picture of an edit; its edges are repeated up to the size of the canvas.
 
-        The latents are sampled from what the VAE predicts. The seed's first random numbers are for
-        that, and the next are the noise, as in diffusers' pipelines. A latent is repainted if any
-        of its pixels is. (diffusers looks at one pixel of the 64, and so loses thin lines.)
+        The latents are sampled from what the VAE predicts. The seed's first random numbers choose
+        the sample, and the next ones are the noise, as in diffusers' pipelines. A latent is
+        repainted if any of its 64 pixels is repainted. (diffusers looks at one of the 64, and so
+        loses thin lines.)
         """
         image = _on_canvas(torch.tensor(pixels.image).movedim(-1, 0)[None] / 127.5 - 1)
         height, width = image.shape[-2:]
@@ -231,8 +232,8 @@ class Denoiser:
 
         All images must have the same size and text length, because SD3 has no attention mask. The
         call is padded to `rows` rows if the batch has fewer. Guidance and Euler's step
-        x += (sigma_next − sigma) · v are computed in float32. After the step of an edit with a mask
-        what the mask keeps is that of the picture, at the noise level that the step has reached.
+        x += (sigma_next − sigma) · v are computed in float32. After each step of an edit, latents
+        that the mask keeps are replaced by the picture's, at the noise level that is reached.
         """
         own = [d.rows for d in batch]
         padding = max(rows - sum(own), 0)

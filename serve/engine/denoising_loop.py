@@ -101,8 +101,8 @@ class LoopCounts:
 class _NewImage:
     """An image that has been requested.
 
-    `edited`: the picture of an edit; `latents` is None until it is encoded. `latents_s`: seconds
-    that this took. `memory_failures`: how many attempts in a row have run out of memory.
+    `edited`: an edit's picture and mask; `latents` is None until it is encoded. `latents_s`:
+    seconds that this took. `memory_failures`: how many attempts in a row have run out of memory.
     """
 
     request: ImageRequest
@@ -191,7 +191,7 @@ class DenoisingLoop:
 
         Cancelling the returned future drops the image before its next step. `previews`: how many
         previews to make. `on_event` is called in the loop's threads for each step and preview; it
-        must not block or raise. `edited`: the picture of an edit. The future raises
+        must not block or raise. `edited`: an edit's picture and mask. The future raises
         `NonFiniteImage` if the result holds non-finite numbers, `Unavailable` if memory ran out, or
         what the model raised.
         """

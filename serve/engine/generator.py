@@ -80,8 +80,8 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
 class _ImageCall:
     """One call of `generate`: its image, and the events that are to be streamed.
 
-    `shape`: the sizes on which the image's work depends. `edited`: the picture of an edit. `step`:
-    the number of steps that are done.
+    `shape`: the sizes on which the image's work depends. `edited`: an edit's picture and mask.
+    `step`: the number of steps that are done.
     """
 
     request: ImageRequest
@@ -182,7 +182,7 @@ class Generator:
         """Generate an image; yield the two acknowledgements, progress, and the finished image.
 
         Progress and previews are yielded only if `options` ask for them. `alone`: wait until no
-        other image runs on this replica, and let none start. `edited`: the picture of an edit.
+        other image runs on this replica, and let none start. `edited`: an edit's picture and mask.
         Raises `NonFiniteImage` if the result holds non-finite numbers. Raises `Unavailable` if
         memory or the text encoder is missing.
 

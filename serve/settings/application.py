@@ -346,8 +346,8 @@ class EditSettings(Frozen):
 
     max_image_bytes: PositiveInt = Field(
         default=25_000_000,
-        description="Largest picture to edit, in bytes. Gateways before the server must let bodies "
-        "of this size pass.",
+        description="Largest picture to edit, in bytes. A gateway in front of the server must let "
+        "bodies pass that hold this and `max_mask_bytes` in base64: 40 MB with the defaults.",
     )
     max_mask_bytes: PositiveInt = Field(default=4_000_000, description="Largest mask, in bytes.")
     max_pixels: PositiveInt = Field(
@@ -358,19 +358,20 @@ class EditSettings(Frozen):
     max_held_bytes: PositiveInt = Field(
         default=256_000_000,
         description="Bytes of bodies, pictures and masks that an Ingress holds for open requests; "
-        "beyond them edits are refused with 503 `unavailable`.",
+        "beyond them edits are refused with 503 `unavailable`. One tenant alone may use a half of "
+        "it, two tenants a third each, and so on.",
     )
 
-    def max_body_bytes(self, others: int) -> int:
+    def largest_body_bytes(self, others: int) -> int:
         """The largest body: the files, a third more for base64, and `others` bytes."""
         return (self.max_image_bytes + self.max_mask_bytes) * 4 // 3 + others
 
     @model_validator(mode="after")
     def _one_body_can_be_held(self) -> EditSettings:
-        if self.max_held_bytes < (least := self.max_body_bytes(0)):
+        if self.max_held_bytes < (least := 2 * self.largest_body_bytes(0)):
             raise ValueError(
-                f"max_held_bytes {self.max_held_bytes} must be at least {least}, for one request "
-                "with max_image_bytes and max_mask_bytes"
+                f"max_held_bytes {self.max_held_bytes} must be at least {least}, twice a body with "
+                "max_image_bytes and max_mask_bytes"
             )
         return self
 
@@ -390,7 +391,8 @@ class LiveSettings(Frozen):
     )
     max_body_bytes: PositiveInt = Field(
         default=1_000_000,
-        description="Largest request body, in bytes; for an edit without the picture and mask.",
+        description="Largest request body, in bytes. The body of an edit may have a picture and a "
+        "mask in addition.",
     )
     edits: EditSettings = Field(
         default=EditSettings(), description="Limits of the pictures that clients send for edits."

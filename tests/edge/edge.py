@@ -58,7 +58,7 @@ def front(settings: Settings) -> dict[str, Any]:
 
 
 class Painter:
-    """A Generator that returns a plain colour, and for an edit the picture in that colour.
+    """A Generator that returns a plain colour, for an edit in the part that is repainted.
 
     The prompt "slow" takes half a second, "held" takes until the end of `holding`, "broken" fails,
     and "deadly" kills the replica. Every other image is done at once. A stopped image has had half

@@ -218,7 +218,7 @@ def test_an_ingress_holds_a_limited_number_of_bytes(
     client: httpx.Client, edge: Edge, tune: Any
 ) -> None:
     """The pictures of open requests count too. When they have ended, others are accepted."""
-    tune(max_held_bytes=96 * 64 * 3 * 2 + 2000, max_image_bytes=1000, max_mask_bytes=1000)
+    tune(max_held_bytes=96 * 64 * 3 * 4 + 2000, max_image_bytes=1000, max_mask_bytes=1000)
     with ThreadPoolExecutor(3) as pool, edge.painter.holding():
         held = [
             pool.submit(

@@ -163,9 +163,12 @@ def test_every_attempt_gets_the_picture_of_an_edit(laptop: Settings) -> None:
 def test_a_picture_for_which_there_is_no_room_is_not_blamed_on_its_request(
     laptop: Settings, error: Exception
 ) -> None:
-    with pytest.raises(Unavailable, match="no room to send the picture") as caught:
-        generate(laptop, Generator("fp8", no_room=error), Generator("fp16"))
+    picture = EditPixels(np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(Unavailable, match="no memory left to send the picture") as caught:
+        generate(laptop, Generator("fp8", no_room=error), Generator("fp16"), edited=picture)
     assert not isinstance(caught.value, ReplicaFailed)
+    # Without a picture the replica's own node is meant.
+    assert generate(laptop, Generator("fp8", no_room=error), Generator("fp16")).precision == "fp16"
 
 
 def test_a_lost_replica_is_tried_again(laptop: Settings) -> None:

@@ -529,7 +529,7 @@ def test_a_cancelled_image_costs_the_steps_that_were_done(
 
 
 def test_an_edit_costs_the_steps_that_it_runs(guarded: GuardedEdge) -> None:
-    """A half of the 28 steps; the test's coefficients count nothing for the VAE."""
+    """Strength 0.5 runs 14 of 28 steps; the test's coefficients count nothing for the VAE."""
     before = len(guarded.usage("acme"))
     files = {"image": ("canary", PICTURE)}
     with guarded.client("acme") as client:

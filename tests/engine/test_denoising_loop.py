@@ -44,7 +44,7 @@ MIXED = [
     replace(REQUEST, seed=4, width=96, num_inference_steps=4),
     replace(REQUEST, seed=5, guidance_scale=7.5, num_inference_steps=8),
 ]
-# The picture of all edits; of its 60 × 50 pixels those with x < 24 stay as they are.
+# Picture and mask of all edits, 60 × 50 px; the mask keeps the pixels with x < 24.
 PICTURE = EditPixels(
     np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8),
     np.repeat(np.where(np.arange(60) < 24, 255, 0).astype(np.uint8)[None], 50, axis=0),

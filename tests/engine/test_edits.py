@@ -1,6 +1,7 @@
-"""Tests that edits are those of diffusers' image-to-image and inpainting pipelines, and their own.
+"""Tests that edits give the results of diffusers' image-to-image and inpainting pipelines.
 
-Inpainting's decode in diffusers forgets the shift of the latents, so latents are compared.
+Others test Octet's own rules for masks, sizes and costs. Inpainting's decode in diffusers forgets
+the shift of the latents, so latents are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def picture(width: int, height: int) -> NDArray[np.uint8]:
     return (255 * colours).round().astype(np.uint8)
 
 
-def right_half_open(width: int, height: int) -> NDArray[np.uint8]:
+def right_half_repainted(width: int, height: int) -> NDArray[np.uint8]:
     """The alpha of a mask that keeps the left half, whole latents wide."""
     kept = np.full((height, width), 255, np.uint8)
     kept[:, width // 16 * 8 :] = 0
@@ -136,7 +137,7 @@ def test_an_edit_is_that_of_the_pipeline(
     request = edit(
         strength, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance
     )
-    pixels = EditPixels(picture(*size), right_half_open(*size) if masked else None)
+    pixels = EditPixels(picture(*size), right_half_repainted(*size) if masked else None)
     found, expected = editor.latents(request, pixels), editor.by_diffusers(request, pixels)
     assert found.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -145,7 +146,7 @@ def test_an_edit_is_that_of_the_pipeline(
 def test_generations_edits_and_masked_edits_share_a_batch_and_are_each_as_if_alone(
     editor: Editor,
 ) -> None:
-    image, kept = picture(128, 128), right_half_open(128, 128)
+    image, kept = picture(128, 128), right_half_repainted(128, 128)
     asked: list[tuple[ImageRequest, EditPixels | None]] = [
         (edit(0.5, num_inference_steps=6), EditPixels(image)),
         (edit(1.0, seed=1, guidance_scale=1.0), EditPixels(image, kept)),
@@ -164,7 +165,7 @@ def test_generations_edits_and_masked_edits_share_a_batch_and_are_each_as_if_alo
 
 
 def test_a_mask_keeps_latents_in_each_step_and_in_each_preview(editor: Editor) -> None:
-    pixels = EditPixels(picture(128, 128), right_half_open(128, 128))
+    pixels = EditPixels(picture(128, 128), right_half_repainted(128, 128))
     image = editor.begin(edit(), pixels)
     assert image.edit
     half = image.latents.shape[-1] // 2
@@ -179,7 +180,7 @@ def test_a_mask_keeps_latents_in_each_step_and_in_each_preview(editor: Editor) -
 
 
 def test_any_pixel_that_may_change_opens_its_latent(editor: Editor) -> None:
-    """A thin line, which diffusers loses, and a soft edge, of which only half counts."""
+    """A thin line, which diffusers loses, and single pixels on both sides of half transparency."""
     kept = np.full((75, 100), 255, np.uint8)
     kept[:, 41:44] = 0
     kept[9, 80], kept[17, 80] = 127, 129
@@ -220,7 +221,7 @@ def test_every_precision_begins_with_the_same_picture(editor: Editor, recipe: st
 
 
 def test_encoding_costs_the_stated_part_of_decoding() -> None:
-    """Counted in SD3.5's own VAE, of which no weight is needed."""
+    """Operations are counted in SD3.5's VAE without its weights."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4,

@@ -26,7 +26,7 @@ from serve.launch import RunningApplication
 from .test_faults import replicas
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
-SKY = 48  # rows of 128 that a mask opens
+SKY = 48  # rows of 128 in which the mask is transparent
 
 
 @pytest.fixture
@@ -199,5 +199,5 @@ def test_hostile_uploads_take_bounded_memory_and_hold_up_nobody(
     limits = octet.settings.edits
     bound = limits.max_held_bytes + 20 * limits.max_pixels
     assert peak[0] - before <= 1.1 * bound
-    # If each look waited for the pictures of eight clients, there would be a dozen.
+    # If each look waited for the pictures of eight clients, only a dozen looks would fit in.
     assert looks > sum(statuses.values())

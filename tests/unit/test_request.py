@@ -53,7 +53,7 @@ def test_an_impossible_request_cannot_be_made(change: dict[str, Any], param: str
         ({"num_inference_steps": 101}, "num_inference_steps"),
         ({"guidance_scale": 31.0}, "guidance_scale"),
         ({"prompt": "x" * 32_001}, "prompt"),
-        ({"edit": edit(1e-17)}, "strength"),  # of which not one step is left
+        ({"edit": edit(1e-17)}, "strength"),  # no step would run
         ({"edit": edit(), "height": 63}, "size"),
         ({"edit": edit(), "height": 2049}, "size"),
         ({"edit": edit(), "width": 1023, "height": 1025}, "size"),  # on a canvas of 1024 × 1040
@@ -66,7 +66,7 @@ def test_limits_name_the_field(change: dict[str, Any], param: str) -> None:
 
 
 def test_an_edit_runs_the_last_steps_and_any_size_has_a_canvas() -> None:
-    """Of 10,000 pairs of steps and strength, six run a step more than the share says."""
+    """Six of 10,000 pairs of steps and strength run one step more than strength · steps."""
     asked = replace(GOOD, width=100, height=75, edit=edit(0.3), num_inference_steps=28)
     assert (asked.canvas, asked.first_step, asked.steps) == ((112, 80), 19, 9)
     assert (GOOD.canvas, GOOD.first_step, GOOD.steps) == ((64, 64), 0, 4)

@@ -24,6 +24,7 @@ from serve.api.wire.edit import fitted, parse_edit
 from serve.api.wire.multipart import form_parts
 from serve.api.wire.picture import Picture, Size
 from serve.api.wire.request import GenerationRequest
+from serve.edit_pixels import EditPixels
 from serve.errors import BodyTooLarge, InvalidRequest, ModelNotFound
 from serve.request import ModelLimits
 
@@ -57,9 +58,15 @@ def form(files: Files, **texts: str) -> tuple[bytes, str]:
     return body + b"--b--\r\n", "multipart/form-data; boundary=b"
 
 
-def edited(image: bytes, mask: bytes | None = None, **texts: str) -> GenerationRequest:
+def read(
+    image: bytes, mask: bytes | None = None, **texts: str
+) -> tuple[GenerationRequest, EditPixels]:
     files = [("image", ("a.bin", image)), *([("mask", ("b", mask))] if mask is not None else [])]
     return parse_edit(*form(files, **texts), LIVE)
+
+
+def edited(image: bytes, mask: bytes | None = None, **texts: str) -> GenerationRequest:
+    return read(image, mask, **texts)[0]
 
 
 def refused(files: Files, **texts: str) -> InvalidRequest:
@@ -73,7 +80,8 @@ def data_url(data: bytes) -> str:
 
 
 def as_json(**fields: object) -> GenerationRequest:
-    return parse_edit(json.dumps({"prompt": "x", **fields}).encode(), "application/json", LIVE)
+    body = json.dumps({"prompt": "x", **fields}).encode()
+    return parse_edit(body, "application/json", LIVE)[0]
 
 
 def saved(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
@@ -99,14 +107,13 @@ def test_every_file_is_read_as_its_case_says(name: str) -> None:
         assert caught.value.code == "invalid_value"
         assert caught.value.param == case["sent_as"]
         return
-    parsed = edited(image, mask)
-    assert parsed.edited
-    assert parsed.edited.image.shape == (*reversed(case["size"]), 3)
+    parsed, pixels = read(image, mask)
+    assert pixels.image.shape == (*reversed(case["size"]), 3)
     assert [parsed.images[0].width, parsed.images[0].height] == case["size"]
     for x, y, colour, tolerance in case.get("pixels", []):
-        assert np.abs(parsed.edited.image[y, x].astype(int) - colour).max() <= tolerance
+        assert np.abs(pixels.image[y, x].astype(int) - colour).max() <= tolerance
     if mask:
-        repainted = parsed.edited.repainted
+        repainted = pixels.repainted
         assert repainted is not None
         cells = repainted.reshape(8, 8, 12, 8).any(axis=(1, 3))
         assert cells.sum() == case["latent_cells"]
@@ -148,9 +155,8 @@ def test_other_bytes_with_equal_pixels_are_the_same_request() -> None:
 @pytest.mark.parametrize("mask", ["mask", "mask[]", "mask[0]"])
 def test_all_spellings_of_files_are_accepted(name: str, mask: str) -> None:
     files = [(mask, ("m", MASK)), (name, ("upload", PLAIN))]
-    parsed = parse_edit(*form(files, size="auto"), LIVE)
-    assert parsed.edited
-    assert parsed.edited.kept is not None
+    _, pixels = parse_edit(*form(files, size="auto"), LIVE)
+    assert pixels.kept is not None
 
 
 @pytest.mark.parametrize(
@@ -158,9 +164,10 @@ def test_all_spellings_of_files_are_accepted(name: str, mask: str) -> None:
     [
         ([], {}, "image", "image is required"),
         ([("image", ("", b""))], {}, "image", "image is required"),  # an empty field of a browser
-        ([("image", ("a", PLAIN))] * 2, {}, "image", "2 files for image: this model edits one"),
-        ([("image", ("a", PLAIN)), ("image[]", ("b", PLAIN))], {}, "image", "2 files for image"),
-        ([("mask", ("a", MASK))] * 2, {}, "mask", "2 files for mask"),
+        ([("image", ("a", PLAIN))] * 2, {}, "image", "image: found 2, but this model takes one"),
+        ([("image", ("a", PLAIN)), ("image[]", ("b", PLAIN))], {}, "image", "image: found 2"),
+        ([("mask", ("a", MASK))] * 2, {}, "mask", "mask: found 2"),
+        ([("image[٣]", ("a", PLAIN))], {}, "image[٣]", "unknown field"),
         ([("photo", ("a", PLAIN))], {}, "photo", "unknown field 'photo'"),
         ([("mask_image", ("a", PLAIN))], {}, "mask_image", "unknown field 'mask_image'"),
         ([("markup", ("a", PLAIN))], {}, "markup", "markup is not supported"),
@@ -188,16 +195,28 @@ def test_a_form_that_cannot_be_served_says_why(
 def test_unknown_fields_are_ignored_and_named_if_the_settings_allow_it() -> None:
     live = LIVE.model_copy(update={"ignore_unknown_fields": True})
     files = [("image", ("a", PLAIN)), ("reference_image", ("b", PLAIN))]
-    parsed = parse_edit(*form(files, true_cfg_scale="4"), live)
+    parsed, _ = parse_edit(*form(files, true_cfg_scale="4"), live)
     assert parsed.ignored == ("true_cfg_scale", "reference_image")
+    image = {"image_url": data_url(PLAIN), "detail": "high"}
+    body = json.dumps({"prompt": "x", "images": [image], "more": 1}).encode()
+    assert parse_edit(body, "application/json", live)[0].ignored == ("more", "detail")
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
         ({}, "images", "images is required"),
-        ({"images": []}, "images", "0 files for images"),
-        ({"images": [{"image_url": data_url(PLAIN)}] * 2}, "images", "this model edits one image"),
+        ({"images": []}, "images", "images: found 0"),
+        ({"images": [{"image_url": data_url(PLAIN)}] * 2}, "images", "this model takes one"),
+        ({"images": [{"image_url": data_url(PLAIN), "detail": "high"}]}, "detail", "unknown"),
+        (
+            {
+                "images": [{"image_url": data_url(PLAIN)}],
+                "mask": {"image_url": data_url(MASK), "polarity": "white"},
+            },
+            "polarity",
+            "unknown field",
+        ),
         ({"images": [{"image_url": "https://example.com/a"}]}, "images", "must be a data: URL"),
         ({"images": [{"image_url": "file:///etc/passwd"}]}, "images", "must be a data: URL"),
         ({"images": [{"image_url": "data:image/png,abc"}]}, "images", "must be a data: URL"),
@@ -225,6 +244,10 @@ def test_other_content_types_are_refused() -> None:
 def test_an_unknown_model_and_large_files_have_their_own_errors() -> None:
     with pytest.raises(ModelNotFound):
         edited(PLAIN, model="sd4")
+    with pytest.raises(BodyTooLarge, match="everything but image and mask is larger than 1000000"):
+        edited(PLAIN, user="x" * 1_000_000)
+    with pytest.raises(BodyTooLarge, match="everything but image and mask"):
+        as_json(images=[{"image_url": data_url(PLAIN)}], user="x" * 1_000_000)
     small = LIVE.edits.model_copy(update={"max_mask_bytes": len(MASK) - 1})
     with pytest.raises(BodyTooLarge, match="mask is larger than"):
         parse_edit(
@@ -254,6 +277,24 @@ def test_a_part_is_a_file_if_it_has_a_file_name() -> None:
     assert part('name="a"; filename="../../etc/passwd"') == ("a", True)
     assert part("name=\"a\"; filename*=UTF-8''%e2%82%ac") == ("a", True)
     assert part('filename="b"; name=a') == ("a", True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Transfer-Encoding: base64",
+        "Content-Transfer-Encoding: quoted-printable",
+        "Content-Type: text/plain; charset=iso-8859-1",
+        'Content-Disposition: form-data; name="negative_prompt"',
+    ],
+)
+def test_headers_that_change_what_a_part_means_are_refused(header: str) -> None:
+    part = f'--b\r\nContent-Disposition: form-data; name="prompt"\r\n{header}\r\n\r\nx\r\n--b--\r\n'
+    kind = "multipart/form-data; boundary=b"
+    with pytest.raises(InvalidRequest):
+        list(form_parts(part.encode(), kind))
+    plain = part.replace(header, "Content-Type: text/plain; charset=UTF-8")
+    assert len(list(form_parts(plain.encode(), kind))) == 1
 
 
 @pytest.mark.parametrize(
@@ -297,6 +338,12 @@ def test_every_orientation_is_turned_upright() -> None:
         assert np.array_equal(colours(data), upright), orientation
 
 
+def test_a_mask_is_no_jpeg() -> None:
+    """It has no transparency."""
+    with pytest.raises(InvalidRequest, match="mask is no PNG or WebP picture"):
+        Picture(saved(Image.new("RGB", (8, 8)), "jpeg"), "mask", MOST)
+
+
 def test_a_broken_orientation_is_ignored() -> None:
     image = Image.new("RGB", (64, 64), "red")
     assert (colours(saved(image, "jpeg", quality=100, exif=b"Exif\0\0broken"))[0, 0] > 200)[0]
@@ -309,17 +356,39 @@ def test_grey_with_16_bits_keeps_its_levels() -> None:
     assert np.array_equal(found[..., 0], found[..., 2])
 
 
-def test_transparent_grey_with_16_bits_is_laid_on_white() -> None:
-    """Pillow does not write such files, so the chunk is put in by hand."""
-    levels = np.full((4, 4), 1000, np.uint16)
-    levels[0] = 30000
-    data = saved(Image.fromarray(levels))
-    body = b"tRNS" + struct.pack(">H", 1000)
-    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
-    end_of_header = 8 + 25
-    found = colours(data[:end_of_header] + chunk + data[end_of_header:])[..., 0]
-    assert found[0].tolist() == [117] * 4
-    assert found[1].tolist() == [255] * 4
+@pytest.mark.parametrize(
+    ("depth", "kind", "level", "other", "pixel"),
+    [  # a PNG's bits and type of colour, its transparent level, another level, and that as a pixel
+        (1, 0, (1,), (0,), 0),
+        (2, 0, (1,), (2,), 170),
+        (4, 0, (15,), (3,), 51),
+        (8, 0, (200,), (100,), 100),
+        (16, 0, (1000,), (30000,), 117),
+        (8, 2, (200, 0, 0), (100, 100, 100), 100),
+        (16, 2, (51200, 7, 7), (25600, 25600, 25600), 100),
+    ],
+)
+def test_the_transparent_level_of_every_depth_is_laid_on_white(
+    depth: int, kind: int, level: tuple[int, ...], other: tuple[int, ...], pixel: int
+) -> None:
+    """Two rows of eight pixels: transparent ones, and others."""
+
+    def row(levels: tuple[int, ...]) -> bytes:
+        bits = "".join(f"{value:0{depth}b}" for _ in range(8) for value in levels)
+        return b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
+
+    data = a_png(
+        8,
+        2,
+        (b"tRNS", b"".join(struct.pack(">H", value) for value in level)),
+        (b"IDAT", zlib.compress(row(level) + row(other))),
+        depth=depth,
+        kind=kind,
+    )
+    found = colours(data)
+    assert found[0].tolist() == [[255] * 3] * 8
+    assert found[1].tolist() == [[pixel] * 3] * 8
+    assert Picture(data, "mask", MOST).alpha(Size(8, 2)).tolist() == [[0] * 8, [255] * 8]
 
 
 def test_cmyk_is_not_inverted() -> None:
@@ -354,18 +423,15 @@ def test_a_picture_of_another_shape_is_cropped_and_not_stretched() -> None:
     """A circle stays a circle, in the middle."""
     y, x = np.mgrid[:75, :100]
     circle = ((x - 50) ** 2 + (y - 37) ** 2 < 30**2).astype(np.uint8) * 255
-    parsed = edited(saved(Image.fromarray(circle).convert("RGB")), size="160x160")
-    assert parsed.edited
-    inside = parsed.edited.image[..., 0] > 127
+    _, pixels = read(saved(Image.fromarray(circle).convert("RGB")), size="160x160")
+    inside = pixels.image[..., 0] > 127
     wide, high = (np.flatnonzero(inside.any(axis=axis)) for axis in (0, 1))
     assert len(wide) == pytest.approx(60 * 160 / 75, abs=2)
     assert len(high) == pytest.approx(len(wide), abs=1)
 
 
 def test_a_mask_is_cropped_like_its_picture() -> None:
-    parsed = edited(PLAIN, MASK, size="64x64")  # the right half of 96 × 64 may change
-    assert parsed.edited
-    kept = parsed.edited.kept
+    kept = read(PLAIN, MASK, size="64x64")[1].kept  # the right half of 96 × 64 may change
     assert kept is not None
     assert (kept[:, :32] == 255).all()
     assert (kept[:, 32:] == 0).all()
@@ -380,6 +446,8 @@ def test_a_mask_is_cropped_like_its_picture() -> None:
         ((3000, 4000), (1536, 2048)),
         ((2047, 1025), (2047, 1025)),
         ((2050, 200), (2048, 192)),
+        ((2215, 1661), (2048, 1520)),
+        ((2049, 2049), (2048, 2048)),
     ],
 )
 def test_a_picture_that_is_too_large_is_scaled_down(
@@ -405,7 +473,9 @@ def test_a_size_that_is_chosen_is_within_the_limits(width: int, height: int) -> 
 # -- damaged pictures ------------------------------------------------------------------------------
 
 
-def a_png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8) -> bytes:
+def a_png(
+    width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, kind: int = 2
+) -> bytes:
     """A PNG with a header that may lie, and any chunks."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -413,9 +483,16 @@ def a_png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8)
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     body = b"".join(chunk(*c) for c in ((b"IHDR", header), *chunks, (b"IEND", b"")))
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def with_scans(scans: int) -> bytes:
+    """A progressive JPEG of 25 million pixels with further scans, each a few bytes long."""
+    data = saved(Image.new("L", (5000, 5000)), "jpeg", progressive=True)
+    scan = bytes.fromhex("ffda0008 0101 00 3f 3f 10") + b"\x00"  # the lowest bit of one frequency
+    return data[:-2] + scan * scans + data[-2:]
 
 
 def bombs() -> dict[str, bytes]:
@@ -432,7 +509,29 @@ def bombs() -> dict[str, bytes]:
         "texts": saved(Image.new("RGB", (64, 64)), pnginfo=info),
         "profile": a_png(64, 64, (b"iCCP", b"a\0\0" + text)),
         "webp": bytes(webp),
+        "scans": with_scans(10_000),
+        "segments": b"\xff\xd8" + b"\xff\xe5\0\2" * 500_000,
+        "chunks": a_png(64, 64, *[(b"prIv", b"")] * 200_000),
+        "empty pixels": a_png(64, 64, *[(b"IDAT", b"")] * 200_000),
     }
+
+
+def test_photos_with_many_scans_and_large_metadata_are_read() -> None:
+    image = Image.effect_noise((640, 480), 60).convert("RGB")
+    assert colours(saved(image, "jpeg", progressive=True, exif=b"Exif\0\0" + bytes(60_000))).any()
+    film = saved(image, "jpeg") + np.random.default_rng(0).bytes(3_000_000)  # after the picture
+    assert film.count(b"\xff\xda") > 10
+    assert colours(film).any()
+    assert colours(PLAIN + bytes(1_000_000)).any()
+    assert with_scans(3) != with_scans(0)
+    assert not colours(with_scans(50)).any()
+
+
+def test_a_palette_that_does_not_fit_is_refused() -> None:
+    pixels = (b"IDAT", zlib.compress(b"\0\0\0" * 2))
+    for chunks in ([(b"PLTE", bytes(6)), (b"tRNS", bytes(300)), pixels], [pixels]):
+        with pytest.raises(InvalidRequest, match="can be read"):
+            colours(a_png(2, 2, *chunks, kind=3))
 
 
 @pytest.mark.parametrize("name", bombs())

@@ -68,7 +68,7 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
         ],
         ref_template="#/components/schemas/{model}",
     )
-    paths = _paths()
+    paths, defined = _paths(), schemas["$defs"]
     for path, methods in paths.items():
         if needs_key(path):
             for operation in methods.values():
@@ -83,7 +83,7 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {**schemas["$defs"], "ImageEditForm": _form(schemas["$defs"])},
+            "schemas": {"ImageEditForm": _form(defined.pop("EditFields")), **defined},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -224,9 +224,8 @@ def _paths() -> dict[str, Any]:
     }
 
 
-def _form(schemas: dict[str, Any]) -> dict[str, Any]:
-    """The schema of the form of an edit: its fields, and its files."""
-    fields = schemas.pop("EditFields")
+def _form(fields: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the form of an edit: the schema of its fields, with its files."""
     file = {"type": "string", "format": "binary"}
     return {
         **fields,

@@ -1,7 +1,7 @@
 """The request body of `POST /v1/images/generations`, and its translation into image requests.
 
-The format is that of OpenAI's Images API, with Octet's own fields at the top level. `edit` reads
-the bodies of edits, with what both have in common from here.
+The format is that of OpenAI's Images API, with Octet's own fields at the top level. `edit` parses
+the bodies of edits with the shared functions of this file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError, from_json
 
-from ...edit_pixels import EditPixels
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
 from ...request import MAX_SEED, Edit, ImageRequest, OutputFormat, Precision, StreamOptions
 from ...settings.application import Settings
@@ -96,7 +95,7 @@ class GenerationRequest:
     `seeded`: whether the client chose the seed. `as_url`: whether to answer with URLs instead of
     image data. `timeout_s`: seconds until the deadline. `shortened`: whether the client made that
     time shorter than the default. `stream`: whether to answer with events. `ignored`: the body's
-    unknown fields, if the settings allow them. `edited`: the picture of an edit.
+    unknown fields, if the settings allow them.
     """
 
     images: list[ImageRequest]
@@ -107,7 +106,6 @@ class GenerationRequest:
     stream: bool
     options: StreamOptions
     ignored: tuple[str, ...] = ()
-    edited: EditPixels | None = None
 
 
 def parse(
@@ -123,6 +121,7 @@ def parse(
     """
     asked = parsed_json(ImageGeneration, body, live)
     model = served_model(asked, live)
+    check_call(asked, model, live)
     size = size_of(asked) or (model.defaults.width, model.defaults.height)
     return generation_request(asked, model, live, size, request_id, default_timeout_s)
 
@@ -142,14 +141,18 @@ def parsed_json(cls: type[Fields], body: bytes, live: Settings) -> Fields:
 def served_model(asked: ImageFields, live: Settings) -> Model:
     """The model of a request; without a name the first model of the settings.
 
-    Raises `ModelNotFound` for an unknown model, and `InvalidRequest` if the request asks for more
-    images or more time than it may, or for a stream that there is not.
+    Raises `ModelNotFound` for an unknown model.
     """
     models = {model.id: model for model in live.models}
     name = next(iter(models), "") if asked.model is None else asked.model
     model = models.get(name)
     if model is None:
         raise model_not_found(name, live)
+    return model
+
+
+def check_call(asked: ImageFields, model: Model, live: Settings) -> None:
+    """Raise `InvalidRequest` if `n`, `timeout_s` or the fields of streams cannot be served."""
     most, longest_s = model.limits.max_images, live.request_timeout_s
     if asked.n and asked.n > most:
         raise InvalidRequest(f"n {asked.n} must be between 1 and {most}", param="n")
@@ -158,7 +161,6 @@ def served_model(asked: ImageFields, live: Settings) -> Model:
             f"timeout_s {asked.timeout_s:g} must be at most {longest_s:g}", param="timeout_s"
         )
     _check_streaming(asked)
-    return model
 
 
 def generation_request(
@@ -174,7 +176,8 @@ def generation_request(
 
     Image i gets the seed + i and the id `request_id/i`. A body without `timeout_s` gets
     `default_timeout_s`, but at most `request_timeout_s` of the settings. `size`: width and height
-    in px. `edit`: that of an edit. Raises `InvalidRequest` with the name of the first wrong field.
+    in px. `edit`: the strength and digests of an edit; None for a generation. Raises
+    `InvalidRequest` with the name of the first wrong field.
     """
     defaults, longest_s = model.defaults, live.request_timeout_s
     default_s = min(default_timeout_s or longest_s, longest_s)
@@ -273,7 +276,7 @@ def model_not_found(name: str, live: Settings) -> ModelNotFound:
 def size_of(asked: ImageFields) -> tuple[int, int] | None:
     """The requested width and height in px; None if the request leaves the size to the server.
 
-    Raises `InvalidRequest` for a size of another form.
+    Raises `InvalidRequest` for a size that is neither auto nor WIDTHxHEIGHT.
     """
     text = asked.size
     if text is None or text == "auto":

@@ -240,7 +240,7 @@ def progress_event(request: ImageRequest, progress: Progress) -> ProgressEvent:
 
 
 def _event_type(request: ImageRequest, name: str) -> Any:
-    """The type of an event: the same for all images, but with another beginning for edits."""
+    """The type of an event: `image_edit.NAME` for an edit, else `image_generation.NAME`."""
     return f"image_edit.{name}" if request.edit else f"image_generation.{name}"
 
 
