@@ -99,6 +99,16 @@ def decode_bytes(width: int, height: int) -> int:
     return living.peak
 
 
+def picture_bytes(width: int, height: int) -> int:
+    """Peak bytes of the VAE's encoder in bfloat16, for the picture of one edit."""
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(config("vae")).to(torch.bfloat16)
+        picture = torch.empty(1, 3, height, width, dtype=torch.bfloat16)
+    with torch.inference_mode(), _fused_attention(), (living := LivingBytes()):
+        vae.encode(picture, return_dict=False)
+    return living.peak
+
+
 @cache
 def _transformer(model: str, recipe: str) -> Any:
     with torch.device("meta"):

@@ -22,7 +22,9 @@ ROWS_OF_AN_IMAGE = 2  # with guidance
 # Peak of a step: how many 16-bit numbers it holds for each token and unit of width. A model with
 # dual layers holds one more for each image token.
 IMAGE_TOKEN_FP8, IMAGE_TOKEN_16_BIT, TEXT_TOKEN = 19, 13, 3
-DECODE_BYTES_PER_PX = 1536  # by the VAE in 16 bit: three maps of 256 channels at full size
+# By the VAE in 16 bit: three maps of 256 channels at full size. Encoding the picture of an edit
+# takes less, and happens at another time.
+DECODE_BYTES_PER_PX = 1536
 VAE_PARAMETERS = 83_819_683
 CLIP_PARAMETERS = 123_650_304 + 694_659_840
 T5_LINEAR_PARAMETERS, T5_PARAMETERS = 4_630_511_616, 4_762_310_656

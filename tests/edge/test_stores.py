@@ -266,7 +266,7 @@ def test_an_answer_that_was_lost_leaves_one_object(
     spool.put(name, b"picture", "r")
     assert spool.get(name) == b"picture"
     # The object is stored, but the answer was lost.
-    assert keys(past_the_proxy(proxy, bucket)) == [name]
+    wait_for(lambda: keys(past_the_proxy(proxy, bucket)) == [name])
     proxy.fault = "none"
     wait_for(lambda: not list(tmp_path.iterdir()))
     assert keys(bucket) == [name]

@@ -71,6 +71,11 @@ def test_the_formula_of_a_decodes_peak_memory_is_within_2_percent(side: int) -> 
     assert followed == pytest.approx(footprint.DECODE_BYTES_PER_PX * side * side, rel=0.02)
 
 
+def test_encoding_a_picture_takes_less_memory_than_decoding_an_image() -> None:
+    """Both happen in one thread, one after the other, so edits need no further memory."""
+    assert memory_model.picture_bytes(1024, 1024) < memory_model.decode_bytes(1024, 1024)
+
+
 def test_the_text_encoders_peak_memory_is_below_the_allowance() -> None:
     one_layer_of_t5 = 2 * 4096 * 10240
     followed = memory_model.encode_bytes(4, 256) + one_layer_of_t5

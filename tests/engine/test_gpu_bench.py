@@ -37,7 +37,7 @@ def run(main: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> An
 @pytest.mark.parametrize(
     "ways",
     [
-        ("fp8 eager",),
+        pytest.param(("fp8 eager",), marks=pytest.mark.long),
         pytest.param(
             ("fp8 compiled", "bf16 eager", "fp8 eager", "torchao row-wise compiled"),
             marks=pytest.mark.long,

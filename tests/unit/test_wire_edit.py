@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import struct
@@ -495,6 +496,7 @@ def with_scans(scans: int) -> bytes:
     return data[:-2] + scan * scans + data[-2:]
 
 
+@functools.cache
 def bombs() -> dict[str, bytes]:
     text = zlib.compress(bytes(80 * 2**20), 9)
     info = PngInfo()
