@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -186,7 +187,10 @@ def test_answers_are_what_the_openapi_document_says(edge: Edge) -> None:
 
 
 def test_the_document_names_every_field_and_route(client: httpx.Client, edge: Edge) -> None:
-    document = client.get("/openapi.json").json()
+    text = client.get("/openapi.json").text
+    document = json.loads(text)
+    named = set(re.findall(r"#/components/schemas/(\w+)", text))
+    assert named == set(document["components"]["schemas"])
     body = document["components"]["schemas"]["ImageGeneration"]
     assert body["properties"].keys() == ImageGeneration.model_fields.keys()
     assert body["additionalProperties"] is False

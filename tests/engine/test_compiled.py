@@ -279,6 +279,7 @@ assert torch.allclose(F.scaled_dot_product_attention(x, x, x), before, atol=1e-5
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)  # noqa: S603 - our own
 
 
+@pytest.mark.long
 def test_the_loops_thread_compiles_more_than_eight_shapes() -> None:
     """torch keeps the limits of its compiler in a context.
 
@@ -323,6 +324,7 @@ print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxg
     shutil.which("g++") is None and not os.environ.get("REQUIRE_SERVERS"),
     reason="torch compiles for CPUs with g++",
 )
+@pytest.mark.long  # the code that is compiled ahead is found in the test of the command
 def test_a_second_start_finds_the_compiled_code_of_the_first(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", START, str(tmp_path)]
     first, second = (

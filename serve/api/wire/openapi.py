@@ -28,10 +28,13 @@ from .response import (
     ErrorEvent,
     ErrorResponse,
     ImagesResponse,
+    LiftedQuarantine,
     ModelItem,
     ModelList,
+    NodeCordon,
     PartialImageEvent,
     ProgressEvent,
+    RequestStatus,
 )
 
 IMAGE_ERRORS = tuple(
@@ -63,6 +66,9 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
             (ModelList, "serialization"),
             (ErrorResponse, "serialization"),
             (CancelledRequest, "serialization"),
+            (RequestStatus, "serialization"),
+            (LiftedQuarantine, "serialization"),
+            (NodeCordon, "serialization"),
             (ErrorEvent, "serialization"),
             *((event, "serialization") for event in EVENTS.values()),
         ],
