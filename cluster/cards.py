@@ -137,6 +137,30 @@ CAPABILITIES = {
 }
 
 
+def cards_named(text: str) -> list[Card]:
+    """The cards that a person may mean by a text, such as H100, 4090 or a100-80gb.
+
+    The names that `nvidia-smi` prints are known too: "NVIDIA A100-SXM4-80GB" is `a100-80`. "A100"
+    may be either A100.
+    """
+    words = re.sub(r"nvidia|geforce|tesla|pcie|sxm\d?|hbm\de?|nvl|gi?b\b", " ", text.lower())
+    given = re.sub(r"[^a-z0-9]", "", words)
+    exact = [card for card in CARDS.values() if given == re.sub(r"[^a-z0-9]", "", card.id)]
+    return exact or [card for card in CARDS.values() if _is_named(card, given)]
+
+
+def _is_named(card: Card, given: str) -> bool:
+    """Return whether letters and digits are a card's name, with or without its memory in GB."""
+    name = re.sub(r"[^a-z0-9]", "", card.name.lower())
+    for known in (name, name.removeprefix("rtx")):
+        rest = given.removeprefix(known) if given.startswith(known) else None
+        if rest == "":
+            return True
+        if rest and rest.isdecimal() and abs(int(rest) / card.memory_gib - 1) < MEMORY_TOLERANCE:
+            return True
+    return False
+
+
 def card_of(ray_name: str) -> Card | None:
     """The card that Ray's label `ray.io/accelerator-type` names; None if it is unknown."""
     return next((card for card in CARDS.values() if ray_name in card.ray_names), None)

@@ -52,7 +52,7 @@ from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
 from .timing import BODY_BYTES_PER_S, INGRESS_TIMING, IngressTiming
 from .wire.edit import parse_edit
-from .wire.http_errors import HANDLERS
+from .wire.http_errors import HANDLERS, unknown_path
 from .wire.openapi import document
 from .wire.paths import EDITS, GENERATIONS, VARIATIONS
 from .wire.request import (
@@ -372,13 +372,13 @@ class Ingress:
         Without keys everybody is an operator. Then only callers of this machine may do so.
         """
         if self._auth == "none-on-any-address":
-            raise NotFound(f"{http.method} {http.url.path}: Not Found")
+            raise unknown_path(http.method, http.url.path)
         self._check_operator(http)
 
     def _check_operator(self, http: Request) -> None:
         """Raise the `NotFound` of an unknown path if the caller is no operator."""
         if not self._access(http.scope["tenant"]).operator:
-            raise NotFound(f"{http.method} {http.url.path}: Not Found")
+            raise unknown_path(http.method, http.url.path)
 
     async def health(self, _: Request) -> Response:
         """Answer `GET /health`, which shows that this process runs."""

@@ -17,10 +17,10 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InvalidRequest, NotFound, Unavailable
+from ..errors import InvalidRequest, Unavailable
 from .early_body import EarlyBody
 from .flood_guard import FloodGuard
-from .wire.http_errors import error_answer
+from .wire.http_errors import error_answer, unknown_path
 from .wire.request import check_request_id
 from .wire.response import error_body
 
@@ -95,7 +95,7 @@ class ProxyGuard:
             send = _closing(send)
         self._stop_accepting(scope)
         if scope["path"] == SERVES_ROUTES:
-            error = NotFound("/-/routes: Not Found")
+            error = unknown_path(scope["method"], SERVES_ROUTES)
             return await JSONResponse(error_body(error), error.status)(scope, receive, send)
         given = Headers(scope=scope).getlist("x-request-id")
         try:

@@ -22,7 +22,8 @@ from rich.table import Table
 from ..api.wire.paths import EDITS, GENERATIONS
 from ..errors import SettingsError
 from .load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
-from .terminal import Debug, console, readable_errors
+from .plots import check_plot
+from .terminal import Debug, complain, console, readable_errors
 
 SHAPE = re.compile(r"(?:(\d+x\d+)?(?::(\d+))?)(?:=([\d.]+))?")
 PROMPTS = ("the sea at dawn", "night over the mountains", "dunes at noon", "a forest in the fog")
@@ -33,19 +34,19 @@ Body = dict[str, Any]
 def bench(
     url: Annotated[str, typer.Argument(help="Address of the server: http://HOST:PORT.")],
     rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.001,
             max=10_000,
-            help="Requests per second; they arrive at random times (a Poisson process).",
+            help="Requests per second, at random times (a Poisson process). Default: 1.",
         ),
-    ] = 1.0,
+    ] = None,
     clients: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=10_000,
-            help="Number of clients that each keep one request open. Replaces --rate.",
+            help="Number of clients that each keep one request open, instead of --rate.",
         ),
     ] = None,
     seconds: Annotated[
@@ -108,9 +109,14 @@ def bench(
 ) -> None:
     """Put load on a server and report latency, answers in time, and refusals.
 
-    The exit code is 1 if any request got no answer or one with status 500.
+    Ctrl-C ends the load early and reports what there is. The exit code is 1 if any request got no
+    answer or one with status 500, or if none was answered with images; after Ctrl-C it is 130.
     """
     with readable_errors(debug):
+        check_plot(plot)
+        if clients and rate:
+            raise SettingsError("--rate and --clients: give one of them")
+        rate = rate or 1.0
         if not re.match(r"https?://[^/]", url):
             raise SettingsError(f"'{url}' is no address of a server: expected http://HOST:PORT")
         keys = _tenants(tenant or []) or {"bench": key}
@@ -136,22 +142,38 @@ def bench(
             load = LoadClient(
                 server + GENERATIONS, keys, lambda _: progress.advance(task), server + EDITS
             )
-            if clients:
-                per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
-                answers = asyncio.run(load.closed_loop(per_client, bodies, seconds))
-            else:
-                in_order = sorted(requests, key=lambda request: request.at)
-                answers = asyncio.run(load.open_loop(in_order))
+            interrupted = False
+            try:
+                if clients:
+                    per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
+                    asyncio.run(load.closed_loop(per_client, bodies, seconds))
+                else:
+                    in_order = sorted(requests, key=lambda request: request.at)
+                    asyncio.run(load.open_loop(in_order))
+            except KeyboardInterrupt:
+                interrupted = True
+        answers = load.answers
         if not answers:
-            raise SettingsError(
-                f"no request was sent: --seconds {seconds:g} is too short for --rate {rate:g}"
-            )
+            why = "it was interrupted" if interrupted else f"--seconds {seconds:g} is too short"
+            raise SettingsError(f"no request was answered: {why}")
         found = report(answers, slo_s)
         typer.echo(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
+        _explain_refusals(answers)
         if plot:
-            _plot(answers, plot)
-    if any(answer.status in (0, 500) for answer in answers):
+            _plot(answers, plot, f"{server}: {len(answers)} requests")
+    if interrupted:
+        raise typer.Exit(130)
+    served = any(answer.status == 200 for answer in answers)
+    if not served or any(answer.status in (0, 500) for answer in answers):
         raise typer.Exit(1)
+
+
+def _explain_refusals(answers: Sequence[LoadAnswer]) -> None:
+    """Print the number and the first message of each kind of answer that has no images."""
+    counts = Counter(answer.code for answer in answers if answer.code)
+    for code, count in counts.most_common():
+        message = next(answer.message for answer in answers if answer.code == code)
+        complain(f"{count} × {code}: {message}")
 
 
 def report(answers: Sequence[LoadAnswer], slo_s: float) -> dict[str, Any]:
@@ -194,27 +216,24 @@ def _table(found: dict[str, Any]) -> Table:
     table = Table()
     for name in ("", "requests", "ok", "in time", "in time/s", "p50 s", "p90 s", "p99 s"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_column("other answers", overflow="fold")
-    table.add_column("cache", overflow="fold")
     for name, row in found.items():
         quantiles = (row[f"p{p}_s"] for p in QUANTILES)
         table.add_row(
             name,
             *(str(row[of]) for of in ("requests", "ok", "in_time", "in_time_per_s")),
             *("–" if value is None else f"{value:.3f}" for value in quantiles),
-            *(", ".join(f"{k} {n}" for k, n in row[of].items()) for of in ("codes", "cache")),
         )
+    if cache := found["all"]["cache"]:
+        table.caption = "result cache: " + ", ".join(f"{use} {n}" for use, n in cache.items())
     return table
 
 
-def _plot(answers: Sequence[LoadAnswer], out: Path) -> None:
-    try:
-        import matplotlib as mpl
+def _plot(answers: Sequence[LoadAnswer], out: Path, title: str) -> None:
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise SettingsError("--plot needs matplotlib: pip install 'octet-serve[bench]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(9, 6), sharex=True, layout="constrained"
     )
@@ -227,6 +246,8 @@ def _plot(answers: Sequence[LoadAnswer], out: Path) -> None:
             markersize=3,
             label=name,
         )
+    figure.suptitle(title)
+    above.set_ylim(bottom=0)
     above.set_ylabel("latency in s,\nby the time of the request")
     above.legend(fontsize=7)
     kinds = sorted({a.code or "ok" for a in answers})

@@ -32,9 +32,9 @@ class LoadAnswer:
     """A request and how the server answered it.
 
     `status`: the HTTP status, or 0 if no answer came. `code`: the error code of the answer, or the
-    name of the client's error if no answer came. `handler_ms`: milliseconds that the server's
-    handler took, None if the answer does not say. `cache`: what the result cache did, such as `hit`
-    or `miss`.
+    name of the client's error if no answer came; `message`: what it says. `handler_ms`:
+    milliseconds that the server's handler took, None if the answer does not say. `cache`: what the
+    result cache did, such as `hit` or `miss`.
     """
 
     request: TimedRequest
@@ -44,6 +44,7 @@ class LoadAnswer:
     done_at: float  # seconds from the start
     handler_ms: float | None = None
     cache: str = ""
+    message: str = ""
 
 
 class LoadClient:
@@ -61,6 +62,7 @@ class LoadClient:
         edits_url: str = "",
     ) -> None:
         self._edits_url = edits_url
+        self.answers: list[LoadAnswer] = []  # so far
         self._url, self._keys, self._on_answer = url, keys, on_answer
         self._began = 0.0
 
@@ -108,7 +110,7 @@ class LoadClient:
         key = self._keys.get(request.tenant)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         began = time.monotonic()
-        status, handler_ms, cache = 0, None, ""
+        status, handler_ms, cache, message = 0, None, "", ""
         try:
             url = self._edits_url if "images" in request.body else self._url
             async with http.post(url, json=request.body, headers=headers) as answer:
@@ -117,14 +119,21 @@ class LoadClient:
                 handler_ms = float(timing[1]) if timing else None
                 content = await answer.json(content_type=None)
                 code = "" if status == 200 else str(content["error"]["code"])
-        except (aiohttp.ClientError, TimeoutError) as error:
-            status, code = 0, type(error).__name__
+                message = "" if status == 200 else str(content["error"]["message"])
+        except TimeoutError:
+            status, code, message = 0, "no answer", f"none came in {PATIENCE_S:g} s"
+        except aiohttp.ClientConnectorError as error:
+            status, code = 0, "no connection"
+            message = f"{error.os_error.strerror or error.os_error}: is the server running?"
+        except aiohttp.ClientError as error:
+            status, code, message = 0, "no answer", f"the connection broke: {error}"
         except (LookupError, TypeError, ValueError):
-            code = "not an answer of Octet"
+            code, message = "not Octet", f"the answer ({status}) is not in Octet's format"
         done = time.monotonic()
         found = LoadAnswer(
-            request, status, code, done - began, done - self._began, handler_ms, cache
+            request, status, code, done - began, done - self._began, handler_ms, cache, message
         )
+        self.answers.append(found)
         self._on_answer(found)
         return found
 

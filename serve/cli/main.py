@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Annotated, Any
@@ -34,11 +35,30 @@ SINGLE_FILE = re.compile(r"([^@]+@[0-9a-f]{40})/(.+\.safetensors)")
 DEMO_SETTINGS = Path(__file__).parents[2] / "examples" / "laptop.yaml"
 
 app = typer.Typer(
-    help="Stable Diffusion 3.5 in FP8 for many tenants on Ray Serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"octet {version('octet-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Stable Diffusion 3.5 in FP8 for many tenants on Ray Serve."""
+
+
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("compile")(compile_pools.compile_pools)
@@ -323,15 +343,26 @@ def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
 
     `read` returns the current settings. On an error the application runs on with the old settings.
     """
+    before = octet.settings
     try:
         settings = read()
+        changed = [name for name in Settings.model_fields if differs(name, before, settings)]
+        if not changed:
+            console.print("settings are as before")
+            return
         starting = octet.apply(settings)
     except Exception as error:  # also any of Ray's errors while its controller restarts
         complain(f"octet: settings not applied: {error}")
     else:
         _warn_about_access(settings)
         note = f": replicas of {', '.join(starting)} start; /ready shows when they are there"
-        console.print(f"settings applied{note if starting else ''}", soft_wrap=True)
+        text = f"settings applied ({', '.join(changed)}){note if starting else ''}"
+        console.print(text, soft_wrap=True, highlight=False)
+
+
+def differs(name: str, before: Settings, after: Settings) -> bool:
+    """Return whether a top-level key has another value in two settings."""
+    return bool(getattr(before, name) != getattr(after, name))
 
 
 def _next_signal(events: SimpleQueue[int]) -> int | None:

@@ -55,7 +55,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
         message = str(json.load(error)["error"]["message"])
     except (ValueError, KeyError, TypeError, OSError):
         return str(error.reason)
-    return "the key is not an operator's" if message.endswith(": Not Found") else message
+    return "the key is not an operator's" if ": Not Found" in message else message
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster.cards import CARDS, Card
+from cluster.cards import CARDS, Card, cards_named
 from cluster.cost import PROMPT_CORE_S, ImageShape
 from cluster.footprint import (
     CONTEXT_GIB,
@@ -33,6 +34,7 @@ from ..settings.application import Settings
 from ..settings.models import Encoder, Model
 
 SD35_TEXT_WIDTH = 4096
+CONNECT_S = 3.0
 
 
 def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
@@ -44,9 +46,12 @@ def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
     counts: dict[Card, int] = {}
     for text in given:
         name, _, count = text.partition(":")
-        card = CARDS.get(name)
-        if card is None:
-            raise SettingsError(f"--gpu '{text}': card '{name}': {did_you_mean(name, CARDS)}")
+        meant = cards_named(name)
+        if len(meant) != 1:
+            known = [card.id for card in meant] or list(CARDS)
+            hint = f"name one of {', '.join(known)}" if meant else did_you_mean(name, known)
+            raise SettingsError(f"--gpu '{text}': card '{name}': {hint}")
+        (card,) = meant
         if not re.fullmatch(r"[1-9]\d{0,5}", count or "1"):
             raise SettingsError(
                 f"--gpu '{text}': '{count}' must be a number of cards from 1 to 999999"
@@ -227,7 +232,17 @@ def _priced(card: Card, price: Any, file: Path) -> Card:
 
 
 def nodes_of_cluster(address: str) -> list[Node]:
-    """The living nodes of the Ray cluster at an address. Raises `LaunchError` if none is there."""
+    """The living nodes of the Ray cluster at an address.
+
+    Raises `LaunchError` if no Ray answers there within `CONNECT_S` seconds, or if it asks for
+    another token.
+    """
+    if match := re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):(\d+)", address):
+        # Ray itself would try for minutes, and Ctrl-C would not stop it.
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise LaunchError(f"no Ray at {address}: {error}") from None
     import ray
 
     from cluster.ray_nodes import living_nodes
@@ -235,6 +250,11 @@ def nodes_of_cluster(address: str) -> list[Node]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
         return living_nodes()
+    except ray.exceptions.AuthenticationError:
+        raise LaunchError(
+            f"the Ray at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as "
+            "they were when it started (octet serve takes both from its environment)"
+        ) from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise LaunchError(f"no Ray at {address}: {error}") from None
     finally:

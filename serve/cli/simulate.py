@@ -14,6 +14,7 @@ from autoscaling.simulation.simulator import IN_TIME_SLOWDOWN, SimulationResult
 
 from ..errors import SettingsError
 from ..settings.file import load_settings
+from .plots import check_plot
 from .simulate_scenario import (
     NUMBERS,
     WORKLOADS,
@@ -100,6 +101,7 @@ def simulate(
     otherwise (cluster/cost.py).
     """
     with readable_errors(debug):
+        check_plot(plot)
         if config:
             scenario = scenario_of_settings(load_settings(config), model, node_s, start_s)
         else:
@@ -175,8 +177,6 @@ def _plot(timelines: dict[str, Any], title: str, out: Path) -> None:
 
     try:
         plot_timelines(timelines, title, out)
-    except ImportError:
-        raise SettingsError("--plot needs matplotlib: pip install 'octet-serve[bench]'") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"--plot {out}: {error}") from None
     console.print(f"{out}: plotted", highlight=False)

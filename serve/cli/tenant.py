@@ -13,9 +13,10 @@ from rich.table import Column, Table
 
 from ..errors import SettingsError, StoreFailed
 from ..results.from_settings import open_store
+from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
-from ..usage.ledger import erase_usage
+from ..usage.ledger import erase_usage, read_usage
 from .terminal import ConfigOption, Debug, console, readable_errors
 
 app = typer.Typer(help="Manage tenants, their limits and their API keys.", no_args_is_help=True)
@@ -140,7 +141,12 @@ def revoke(
 
 
 @app.command("erase")
-def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> None:
+def erase(
+    tenant: Name,
+    config: ConfigOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    debug: Debug = False,
+) -> None:
     """Delete a tenant's images and usage records for ever. Revoke its keys first."""
     with readable_errors(debug):
         if config is None:
@@ -151,6 +157,8 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
                 f"{config}: it has no data_folder, so no images or records are kept"
             )
         folder = Path(settings.usage_path).expanduser()
+        if not yes:
+            _confirm_erasure(settings, tenant, folder)
         with ExitStack() as cleanup:
             images = erased = 0
             try:
@@ -163,6 +171,29 @@ def erase(tenant: Name, config: ConfigOption = None, debug: Debug = False) -> No
             except (OSError, ValueError, StoreFailed) as error:
                 raise SettingsError(str(error)) from None
     console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
+
+
+def _confirm_erasure(settings: Settings, tenant: str, folder: Path) -> None:
+    """Say what an erasure deletes, and ask. Raises `SettingsError` unless the answer is yes."""
+    try:
+        records = sum(1 for _ in read_usage(folder, tenant=tenant)) if folder.is_dir() else 0
+        has_keys = settings.auth == "keys" and bool(
+            read_keys(Path(settings.tenants_folder).expanduser()).get(tenant)
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(str(error)) from None
+    place = f"the bucket {settings.s3.bucket}" if settings.s3 else settings.data_folder
+    images = f"all images of {tenant} in {place}, and " if place else ""
+    console.print(f"This deletes {images}{records} usage records in {folder}.", highlight=False)
+    if has_keys:
+        console.print(
+            f"The keys of {tenant} still work: revoke them first with octet tenant revoke {tenant}",
+            highlight=False,
+        )
+    if not sys.stdin.isatty():
+        raise SettingsError("nothing is deleted: there is no terminal to ask; add --yes")
+    if not typer.confirm("Delete them for ever?"):
+        raise SettingsError("nothing is deleted")
 
 
 def _folder(config: Path | None, folder: Path | None) -> Path:

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..errors import SettingsError
+from ..errors import SettingsError, did_you_mean
 from ..settings.file import load_settings
-from ..usage.ledger import month_of, read_usage
+from ..usage.ledger import month_of, read_usage, usage_files
 from .terminal import ConfigOption, Debug, readable_errors
 
 
@@ -57,6 +57,13 @@ def usage(
                 f"{folder}: no such folder; usage is recorded on the node where the Dispatcher runs"
             )
         try:
+            if not usage_files(folder):
+                raise SettingsError(
+                    f"{folder}: no usage was recorded there; name the folder `usage_folder` of the "
+                    "settings, or the folder `usage` in `data_folder`"
+                )
+            if tenant:
+                _check_tenant(folder, tenant)
             found = read_usage(folder, begin, tenant)
             if records:
                 for record in found:
@@ -67,6 +74,13 @@ def usage(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError) as error:
             raise SettingsError(str(error)) from None
+
+
+def _check_tenant(folder: Path, tenant: str) -> None:
+    """Raise `SettingsError` if a folder has no record of a tenant at all."""
+    names = dict.fromkeys(record["tenant"] for record in read_usage(folder))
+    if tenant not in names:
+        raise SettingsError(f"--tenant '{tenant}' was never charged: {did_you_mean(tenant, names)}")
 
 
 def _since(given: str | None) -> str:

@@ -27,6 +27,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,7 +274,7 @@ def read_usage(
     line that is not a usage record.
     """
     files = usage_files(folder)
-    for file, following in zip(files, [*files[1:], None], strict=True):
+    for file, following in zip_longest(files, files[1:]):
         if following and following.stem < since.replace(":", ""):
             continue
         for entry in _entries(file):

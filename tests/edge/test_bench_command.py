@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,7 @@ from serve.cli.main import app
 from serve.settings.application import Settings
 
 from ..ports import free_port
+from ..wait import wait_for
 from .edge import Edge, started
 
 
@@ -77,24 +81,47 @@ def test_closed_loop_clients_give_a_table_and_a_plot(edge: Edge, tmp_path: Path)
         import matplotlib  # noqa: F401 - may be missing
     except ImportError:
         assert (code, "needs matplotlib" in output) == (1, True)
+        code, output = run(edge.url, *words[:-2])
     else:
-        assert code == 0, output
         assert picture.read_bytes().startswith(b"\x89PNG")
+    assert code == 0, output
     assert "│ all │" in output
 
 
-def test_refusals_are_counted_by_their_code(edge: Edge) -> None:
-    rows = report_of(edge.url, "--rate", "20", "--seconds", "1", "--mix", "77x77")
-    assert rows["all"]["ok"] == 0
-    assert rows["all"]["codes"] == {"invalid_value": rows["all"]["requests"]}
-    assert rows["all"]["p50_s"] is None
+def test_refusals_are_counted_and_explained_once(edge: Edge) -> None:
+    """The size is refused, so no request is served."""
+    words = edge.url, "--rate", "20", "--seconds", "1", "--mix", "77x77", "--json"
+    done = CliRunner().invoke(app, ["bench", *words])
+    rows = json.loads(done.stdout)
+    count = rows["all"]["requests"]
+    assert (done.exit_code, rows["all"]["ok"], rows["all"]["p50_s"]) == (1, 0, None)
+    assert rows["all"]["codes"] == {"invalid_value": count}
+    assert done.stderr.count("must be multiples of 16") == 1
+    assert f"{count} × invalid_value: size '77x77'" in done.stderr
+
+
+def test_ctrl_c_reports_what_there_is(edge: Edge) -> None:
+    octet = Path(sys.executable).parent / "octet"
+    before = edge.painter.generated
+    with subprocess.Popen(  # noqa: S603 - our own command
+        [octet, "bench", edge.url, "--rate", "50", "--seconds", "600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as bench:
+        wait_for(lambda: edge.painter.generated > before + 20)
+        bench.send_signal(signal.SIGINT)
+        output, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 130
+    assert "│ all │" in output
 
 
 def test_a_server_that_is_not_there_is_exit_code_1() -> None:
     words = ["--rate", "5", "--seconds", "1", "--json"]
     code, output = run(f"http://127.0.0.1:{free_port()}", *words)
     assert code == 1
-    assert "ClientConnectorError" in output
+    assert "× no connection: Connect" in output
+    assert "is the server running?" in output
 
 
 @pytest.mark.parametrize(
@@ -106,7 +133,8 @@ def test_a_server_that_is_not_there_is_exit_code_1() -> None:
         (["http://x", "--mix", "=."], "SIZE:STEPS=WEIGHT"),
         (["http://x", "--mix", "=0"], "all weights are 0"),
         (["http://x", "--tenant", "a"], "NAME=KEY"),
-        (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request was sent"),
+        (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request was answered"),
+        (["http://x", "--rate", "1", "--clients", "2"], "give one of them"),
     ],
 )
 def test_wrong_options_are_explained(words: list[str], message: str) -> None:

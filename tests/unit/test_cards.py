@@ -10,6 +10,7 @@ from cluster.cards import (
     Card,
     card_of,
     card_of_device,
+    cards_named,
 )
 
 
@@ -53,6 +54,31 @@ def test_facts_are_plausible(card: Card) -> None:
 def test_the_drivers_name_finds_the_card(name: str, memory_gib: float, found: str | None) -> None:
     card = card_of_device(name, memory_gib)
     assert (card and card.id) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("H100", ["h100"]),
+        ("NVIDIA H100 80GB HBM3", ["h100"]),
+        ("a100-80gb", ["a100-80"]),
+        ("NVIDIA A100-SXM4-40GB", ["a100-40"]),
+        ("A100", ["a100-40", "a100-80"]),
+        ("4090", ["rtx4090"]),
+        ("NVIDIA GeForce RTX 4090", ["rtx4090"]),
+        ("Tesla T4", ["t4"]),
+        ("NVIDIA L4", ["l4"]),
+        ("l40s", ["l40s"]),
+        ("h1000", []),
+        ("", []),
+    ],
+)
+def test_cards_are_found_as_people_name_them(text: str, found: list[str]) -> None:
+    assert [card.id for card in cards_named(text)] == found
+
+
+def test_every_card_is_found_by_its_id() -> None:
+    assert all(cards_named(id) == [card] for id, card in CARDS.items())
 
 
 def test_rays_ambiguous_a100_counts_as_the_smaller_one() -> None:

@@ -3,11 +3,13 @@ import re
 import socket
 import time
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from serve.cli import plots
 from serve.cli.main import app
 from serve.results.disk import DiskStore
 from serve.results.store import new_name
@@ -121,9 +123,66 @@ def test_a_tenant_is_erased(tmp_path: Path) -> None:
             [UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time()
         )
     code, output = octet("tenant", "erase", "acme", "--config", str(settings))
+    said = " ".join(output.split())
+    assert (code, "1 usage records in" in said, "add --yes" in said) == (1, True, True), output
+    assert store.get(names[0]) == b"x"
+    code, output = octet("tenant", "erase", "acme", "--config", str(settings), "--yes")
     assert (code, "1 images and 1 records of acme are deleted" in output) == (0, True), output
     assert store.get(names[1]) == b"x"
     assert not list(read_usage(tmp_path / "data" / "usage"))
+
+
+def test_keys_that_still_work_are_named_before_an_erasure(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    text = text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model"))
+    folders = f"data_folder: {tmp_path}/data\ntenants_folder: {tmp_path}/tenants\n"
+    settings.write_text(text.replace("auth: none", "auth: keys") + folders)
+    config = "--config", str(settings)
+    assert octet("tenant", "add", "acme", *config)[0] == 0
+    said = " ".join(octet("tenant", "erase", "acme", *config)[1].split())
+    assert "The keys of acme still work: revoke them first with octet tenant revoke acme" in said
+    assert octet("tenant", "revoke", "acme", *config)[0] == 0
+    assert "still work" not in octet("tenant", "erase", "acme", *config)[1]
+
+
+def test_usage_that_is_not_there_is_explained(tmp_path: Path) -> None:
+    code, output = octet("usage", "--folder", str(tmp_path))
+    assert (code, "no usage was recorded there" in " ".join(output.split())) == (1, True)
+    with closing(UsageLedger(tmp_path, time.time())) as ledger:
+        usage = UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.25)
+        ledger.append([usage], time.time())
+    code, output = octet("usage", "--folder", str(tmp_path), "--tenant", "acne")
+    assert (code, "did you mean 'acme'?" in " ".join(output.split())) == (1, True)
+
+
+def test_the_version_is_printed() -> None:
+    assert octet("--version") == (0, f"octet {version('octet-serve')}\n")
+
+
+def test_a_ray_that_is_not_there_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for command in (["doctor"], ["plan", "--model", "sd3.5-medium"]):
+        code, output = octet(*command, "--ray", f"127.0.0.1:{port}")
+        said = " ".join(output.split())
+        assert (code, f"no Ray at 127.0.0.1:{port}: " in said) == (1, True), output
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("b.foo", "must end in one of .png"), ("gone/b.png", "there is no folder")],
+)
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, says: str
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _: True)
+    monkeypatch.setattr("serve.cli.simulate.workload_of", lambda *_: pytest.fail("work began"))
+    code, output = octet("simulate", "--plot", str(tmp_path / file))
+    assert (code, says in " ".join(output.split())) == (1, True), output
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
+    code, output = octet("simulate", "--plot", str(tmp_path / "b.png"))
+    assert (code, "pip install matplotlib" in " ".join(output.split())) == (1, True), output
 
 
 def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:

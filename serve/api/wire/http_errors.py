@@ -16,13 +16,18 @@ from .response import error_body
 log = logging.getLogger("ray.serve")
 
 UNEXPECTED = "an unexpected error in the server; its log holds the details"
-STARLETTE_ERRORS: dict[int, type[OctetError]] = {404: NotFound, 405: MethodNotAllowed}
 
 
 def error_answer(error: OctetError) -> Response:
     """The response for an error of Octet."""
     headers = {"x-should-retry": str(error.retryable).lower(), **error.headers}
     return JSONResponse(error_body(error), error.status, headers)
+
+
+def unknown_path(method: str, path: str) -> NotFound:
+    """The error for a path that does not exist, or that the caller may not know of."""
+    path = path[:SHOWN_CHARS]
+    return NotFound(f"{method} {path}: Not Found; /openapi.json describes all paths")
 
 
 # Handlers for Starlette, which types them for any exception; hence `Any` for `error`. `HANDLERS`
@@ -35,9 +40,12 @@ async def octet_error(_: Request, error: Any) -> Response:
 
 async def http_error(http: Request, error: Any) -> Response:
     """Answer an error of Starlette itself, such as an unknown path or a wrong method."""
-    kind = STARLETTE_ERRORS.get(error.status_code, InvalidRequest)
-    path = http.url.path[:SHOWN_CHARS]
-    answer = error_answer(kind(f"{http.method} {path}: {error.detail}"))
+    if error.status_code == 404:
+        answer = error_answer(unknown_path(http.method, http.url.path))
+    else:
+        kind = MethodNotAllowed if error.status_code == 405 else InvalidRequest
+        path = http.url.path[:SHOWN_CHARS]
+        answer = error_answer(kind(f"{http.method} {path}: {error.detail}"))
     answer.headers.update(error.headers or {})
     return answer
 

@@ -1,0 +1,28 @@
+"""What `--plot` needs, checked before the work begins."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import SettingsError
+
+FORMATS = ".png", ".svg", ".pdf", ".jpg", ".webp"
+
+
+def check_plot(file: Path | None) -> None:
+    """Raise `SettingsError` if no plot can be written to `file`; None: no plot is wanted."""
+    if file is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise SettingsError(
+            "--plot needs matplotlib, which is not installed here: pip install matplotlib"
+        )
+    if file.suffix.lower() not in FORMATS:
+        raise SettingsError(f"--plot {file}: the name must end in one of {', '.join(FORMATS)}")
+    folder = file.parent
+    if not folder.is_dir():
+        raise SettingsError(f"--plot {file}: there is no folder {folder}")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise SettingsError(f"--plot {file}: this file cannot be written")
