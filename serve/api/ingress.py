@@ -66,10 +66,10 @@ from .wire.request import (
 from .wire.response import (
     CancelledRequest,
     LiftedQuarantine,
-    ModelItem,
     ModelList,
     NodeCordon,
     RequestStatus,
+    model_item,
 )
 
 log = logging.getLogger("ray.serve")
@@ -306,14 +306,15 @@ class Ingress:
 
     async def models(self, http: Request) -> Response:
         offer = self._allowed(http.scope["tenant"])
-        models = [ModelItem(id=model.id, created=self._started) for model in offer.models]
+        models = [model_item(model, self._started) for model in offer.models]
         return JSONResponse(ModelList(data=models).model_dump())
 
     async def model(self, http: Request) -> Response:
         name, offer = http.path_params["model"], self._allowed(http.scope["tenant"])
-        if name not in {model.id for model in offer.models}:
-            raise model_not_found(name, offer)
-        return JSONResponse(ModelItem(id=name, created=self._started).model_dump())
+        for model in offer.models:
+            if model.id == name:
+                return JSONResponse(model_item(model, self._started).model_dump())
+        raise model_not_found(name, offer)
 
     async def file(self, http: Request) -> Response:
         return await self._urls.read(http)

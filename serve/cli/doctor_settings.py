@@ -13,7 +13,7 @@ from cluster.placement import Node, fits, unknown_cards
 
 from ..errors import SettingsError
 from ..launch import check_port
-from ..models.checkpoints import node_folder, on_this_node
+from ..models.checkpoints import on_this_node
 from ..models.reference_work import CLIP_TOKENS
 from ..models.structures import structure_of
 from ..settings.application import Settings
@@ -47,8 +47,14 @@ def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
             why = f": {reason}" if reason else ""
             yield Finding(verdict, f"pool {model.pool_name(pool)}{why}")
         yield from _examine_promises(model, runnable, settings, machine)
-        for location in dict.fromkeys(_missing_weights(model, settings)):
-            yield Finding("note", f"{model.id}: {location} is not on this node yet: run octet pull")
+        for source in dict.fromkeys(_missing_sources(model, settings)):
+            place = source.location
+            if source.revision:
+                text = f"{model.id}: {place} is not on this node yet: run octet pull"
+                yield Finding("note", text)
+            else:
+                text = f"{model.id}: the folder {place} has no model_index.json: no model is there"
+                yield Finding("problem", text)
     yield from _examine_together(minimum, settings, machine)
     yield _examine_port(settings.http.host, settings.http.port)
 
@@ -170,14 +176,13 @@ def _examine_promises(
             )
 
 
-def _missing_weights(model: Model, settings: Settings) -> Iterator[str]:
-    """Hub ids or folders of the model's weights that are not on this node."""
+def _missing_sources(model: Model, settings: Settings) -> Iterator[Source]:
+    """The sources of the model's weights that are not on this node."""
     (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
     sources: list[Source] = [encoder.source, *(pool.source or model.source for pool in model.pools)]
     for source in sources:
         if not on_this_node(source, settings.models_folder):
-            folder = node_folder(source, settings.models_folder)
-            yield source.location if source.revision else str(folder)
+            yield source
 
 
 def _examine_port(host: str, port: int) -> Finding:

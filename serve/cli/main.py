@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from ..errors import SettingsError
@@ -22,7 +23,7 @@ from ..models.checkpoints import node_folder, on_this_node, size_bytes, verify
 from ..models.checkpoints import pull as fetch
 from ..models.structures import pull_structure
 from ..settings.application import Settings
-from ..settings.file import load_settings
+from ..settings.file import changed_values, load_settings
 from ..settings.models import Model, Source
 from ..tenants.files import TENANTS, read_keys, read_tenants
 from . import bench, compile_pools, doctor, k8s, node, plan, simulate, tenant, top, usage
@@ -104,7 +105,8 @@ def models(config: ConfigFile, debug: Debug = False) -> None:
             for part, source in _sources(settings, model).items():
                 folder = node_folder(source, settings.models_folder)
                 there = on_this_node(source, settings.models_folder)
-                size = f"{size_bytes(folder) / 2**30:.2f} GiB" if there else "no: octet pull"
+                missing = "no: octet pull" if source.revision else "no such model folder"
+                size = f"{size_bytes(folder) / 2**30:.2f} GiB" if there else missing
                 revision = f"@{source.revision[:8]}" if source.revision else ""
                 table.add_row(model.id, part, source.location + revision, size)
         Console().print(table)
@@ -229,9 +231,12 @@ def quantize(
 
 @app.command("check-config")
 def check_config(config: ConfigFile, debug: Debug = False) -> None:
-    """Check CONFIG and the OCTET_* environment variables without starting anything."""
+    """Check CONFIG and the OCTET_* environment variables without starting anything.
+
+    Prints the pools, and every value that differs from its default with the place where it is set.
+    """
     with readable_errors(debug):
-        settings = load_settings(config)
+        settings, changed = load_settings(config), changed_values(config)
         if settings.auth == "keys":
             read_tenants(Path(settings.tenants_folder).expanduser())
             read_keys(Path(settings.tenants_folder).expanduser())
@@ -248,6 +253,14 @@ def check_config(config: ConfigFile, debug: Debug = False) -> None:
             )
             table.add_row(*map(str, row))
     Console().print(table)
+    values = Table(
+        Column("key", overflow="fold"),
+        Column("value", overflow="fold"),
+        Column("set in", overflow="fold"),
+    )
+    for key, value, place in changed:
+        values.add_row(escape(key), escape(str(value)), escape(place))
+    Console().print(values)
     console.print(f"{config}: ok", style="green", highlight=False)
 
 

@@ -13,6 +13,7 @@ from serve.cli import plots
 from serve.cli.main import app
 from serve.results.disk import DiskStore
 from serve.results.store import new_name
+from serve.settings.file import changed_values
 from serve.usage.ledger import UsageLedger, read_usage
 from serve.usage.record import UsageRecord
 
@@ -50,6 +51,76 @@ def test_errors_are_one_line(command: list[str], words: str) -> None:
 def test_debug_raises_the_error_itself() -> None:
     result = CliRunner().invoke(app, ["check-config", "nowhere.yaml", "--debug"])
     assert type(result.exception).__name__ == "SettingsError"
+
+
+def test_check_config_shows_what_was_set_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OCTET_MODELS__0__LIMITS__MAX_STEPS", "60")
+    file = tmp_path / "octet.yaml"
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    file.write_text(text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model")))
+    found = {key: (value, place) for key, value, place in changed_values(file)}
+    lines = file.read_text().splitlines()
+
+    def line(begins: str) -> str:
+        (number,) = [i for i, text in enumerate(lines, 1) if text.lstrip("- ").startswith(begins)]
+        return f"{file}:{number}"
+
+    assert found["auth"] == ("none", line("auth:"))
+    assert found["models[0].id"][0] == "landscapes"
+    assert found["models[0].limits.max_size_px"] == (256, line("limits:"))
+    assert found["models[0].limits.max_steps"] == (60, "OCTET_MODELS__0__LIMITS__MAX_STEPS")
+    assert "max_queued" not in found  # it has its default
+    code, output = octet("check-config", str(file))
+    assert (code, "OCTET_MODELS__0__LIMITS__MAX_STEPS" in "".join(output.split())) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "octet.yaml: the file is empty; examples/laptop.yaml is a complete one"),
+        ("models: [\n a: }\n", "octet.yaml:2:5: not YAML: expected the node content"),
+        ("- a\n", "octet.yaml: expected keys with values, found list"),
+        ("max_queued: x\n", "octet.yaml: max_queued: Input should be a valid integer"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_where(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "octet.yaml"
+    file.write_text(text)
+    code, output = octet("check-config", str(file))
+    assert (code, says in output) == (1, True), output
+
+
+def test_a_wrong_variable_is_blamed_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, says in (
+        ("OCTET_MAX_QUEUED", "abc", "octet: OCTET_MAX_QUEUED: max_queued: Input should be"),
+        ("OCTET_MAX_QUEUED", "{", "octet: OCTET_MAX_QUEUED: '{' is not YAML"),
+        (
+            "OCTET_MODELS__0__LIMITS__MAX_STEPS",
+            "0",
+            "or OCTET_MODELS__0__LIMITS__MAX_STEPS: models",
+        ),
+    ):
+        monkeypatch.setenv(name, value)
+        code, output = octet("check-config", str(EXAMPLES / "laptop.yaml"))
+        assert (code, says in output) == (1, True), output
+        monkeypatch.delenv(name)
+
+
+def test_a_model_folder_without_a_model_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "octet.yaml"
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    file.write_text(text.replace("../demo/model", "empty"))
+    code, output = octet("doctor", str(file))
+    said = " ".join(output.split())
+    assert (code, "has no model_index.json: no model is there" in said) == (1, True), output
+    assert "no such model folder" in " ".join(octet("models", str(file))[1].split())
 
 
 def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cluster.structure import TOKEN_PX
 
 from ...errors import OctetError
 from ...request import ImageRequest, ImageResult, OutputFormat, PartialImage, Progress
+from ...settings.models import Model
 
 
 class GenerationDetails(BaseModel):
@@ -177,12 +178,28 @@ class RequestStatus(BaseModel):
 
 
 class ModelItem(BaseModel):
-    """A model that is served."""
+    """A model that is served, with Octet's own fields: `limits` and `defaults` of its requests."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "octet"
+    limits: Annotated[
+        dict[str, float], Field(description="Largest and smallest values of requests, by name.")
+    ]
+    defaults: Annotated[
+        dict[str, float], Field(description="Values of requests that name none, by name.")
+    ]
+
+
+def model_item(model: Model, created: int) -> ModelItem:
+    """Describe a served model; `created`: when, in seconds since 1970."""
+    return ModelItem(
+        id=model.id,
+        created=created,
+        limits=asdict(model.limits),
+        defaults=model.defaults.model_dump(),
+    )
 
 
 class ModelList(BaseModel):
