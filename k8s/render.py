@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
@@ -118,7 +118,7 @@ def read_nodes(file: Path) -> tuple[NodeKind, ...]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        faults = (".".join(map(str, e["loc"])) + ": " + e["msg"] for e in error.errors())
+        faults = (_node_fault(data, fault["loc"], fault["msg"]) for fault in error.errors())
         raise SettingsError("\n".join(f"{file}: {fault}" for fault in faults)) from None
     names = [kind.name for kind in kinds]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -129,6 +129,16 @@ def read_nodes(file: Path) -> tuple[NodeKind, ...]:
             "min_nodes 1 or more"
         )
     return kinds
+
+
+def _node_fault(data: Any, place: Sequence[int | str], message: str) -> str:
+    """One fault of a nodes.yaml, with the name of the kind of nodes that has it."""
+    message = message.removeprefix("Value error, ")
+    if not place or not isinstance(place[0], int):
+        return f"expected a list of kinds of nodes: {message}"
+    kind = data[place[0]]
+    name = f"'{kind['name']}'" if isinstance(kind, dict) and "name" in kind else f"{place[0] + 1}"
+    return f"kind of nodes {name}: {': '.join([*map(str, place[1:]), message])}"
 
 
 class Images(NamedTuple):

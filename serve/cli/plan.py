@@ -88,6 +88,7 @@ def plan(
     printed.
     """
     with readable_errors(debug):
+        groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
         if bool(model) == bool(config) or bool(gpu) == bool(ray):
             raise SettingsError(
                 "give either --gpu or --ray, and either --model or --config: one of each pair"
@@ -102,7 +103,6 @@ def plan(
             if settings
             else planning.parse_models(model or [], size or "1024x1024", steps)
         )
-        groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
         if ray:
             groups, notes = planning.cards_of(nodes_of_cluster(ray), reserve_gib)
         if encoders_on_cpu:

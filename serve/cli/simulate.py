@@ -23,7 +23,7 @@ from .simulate_scenario import (
     scenario_of_settings,
     workload_of,
 )
-from .terminal import ConfigOption, Debug, console, readable_errors
+from .terminal import ConfigOption, Debug, complain, console, readable_errors
 
 
 def simulate(
@@ -119,6 +119,8 @@ def simulate(
             typer.echo(json.dumps(found, indent=1))
         else:
             Console().print(_table(results))
+            for note in scenario.notes(requests, seed):
+                complain(note)
         if plot:
             _plot({text: result.timeline for text, result in results.items()}, requests.name, plot)
 

@@ -64,6 +64,28 @@ class Scenario:
         node_type = next(iter(self.pools.values())).node_type
         return node_type.node_s + node_type.start_s
 
+    def notes(self, workload: Workload, seed: int = 0) -> list[str]:
+        """What explains an odd result: too much work for all replicas, or missing prices."""
+        arrivals = list(workload.arrivals(seed))
+        unit_s = sum(self.unit.work_s(image_of(arrival.shape)) for arrival in arrivals)
+        per_s = unit_s / workload.seconds
+        most_per_s = 0.0
+        for pool in self.pools.values():
+            own_s = sum(pool.costs.work_s(image_of(arrival.shape)) for arrival in arrivals)
+            most_per_s += pool.pool.max_replicas * (unit_s / own_s if own_s else 1.0)
+        found = []
+        if per_s > most_per_s:
+            most = sum(pool.pool.max_replicas for pool in self.pools.values())
+            found.append(
+                f"The requests bring {per_s:.1f} s of work per second, and all {most} replicas "
+                f"that there may be do {most_per_s:.1f}: the queue grows without end. Lower "
+                "--rate, or allow more replicas."
+            )
+        free = sorted({p.node_type.card for p in self.pools.values() if not p.node_type.usd_h})
+        if free:
+            found.append(f"No price is known for {', '.join(free)}, which counts as $ 0.")
+        return found
+
     def run(
         self,
         workload: Workload,

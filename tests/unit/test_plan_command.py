@@ -187,6 +187,8 @@ def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
     [
         ((), "give either --gpu or --ray, and either --model or --config"),
         (("--gpu", "h100"), "one of each pair"),
+        (("--gpu", "h100x"), "did you mean 'h100'"),  # before anything else is asked for
+        (("--gpu", "A100", "--model", "sd3.5-large"), "name one of a100-40, a100-80"),
         ((*ONE_H100, "--config", str(SD35)), "one of each pair"),
         (("--gpu", "h10", "--model", "sd3.5-large"), "did you mean 'h100'"),
         (("--gpu", "h100:0", "--model", "sd3.5-large"), "'0' must be a number of cards from 1 to"),

@@ -120,3 +120,19 @@ def test_replicas_that_share_a_card_share_its_time() -> None:
 def test_invalid_autoscaling_settings_are_refused(name: str, value: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
         load_settings(LAPTOP, {name: value})
+
+
+def said(*arguments: str) -> str:
+    return " ".join(str(simulate(*arguments).output).split())
+
+
+def test_a_workload_that_no_number_of_replicas_can_serve_is_explained() -> None:
+    """Two H100s cannot serve fifty images of SD3.5 Large a second."""
+    too_much = "s of work per second, and all 2 replicas that there may be do 2.0"
+    assert too_much in said("--rate", "50", "--min-replicas", "2")
+    assert "s of work per second" not in said("--rate", "0.1")
+
+
+def test_cards_without_a_price_are_named() -> None:
+    text = said("--config", str(SD35), "--rate", "0.01")
+    assert "No price is known for unknown card, which counts as $ 0." in text
