@@ -129,7 +129,7 @@ def said(*arguments: str) -> str:
 def test_a_workload_that_no_number_of_replicas_can_serve_is_explained() -> None:
     """Two H100s cannot serve fifty images of SD3.5 Large a second."""
     too_much = "s of work per second, and all 2 replicas that there may be do 2.0"
-    assert too_much in said("--rate", "50", "--min-replicas", "2")
+    assert too_much in said("--rate", "50", "--replicas", "2")
     assert "s of work per second" not in said("--rate", "0.1")
 
 
