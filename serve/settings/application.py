@@ -42,8 +42,9 @@ class S3Settings(Frozen):
     """
 
     bucket: Annotated[str, Field(min_length=3)] = Field(description="Name of the bucket.")
-    endpoint_url: str | None = Field(
-        default=None, description="URL of an S3-compatible service; null: Amazon S3."
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/\S*)?$")] | None = Field(
+        default=None,
+        description="URL of an S3-compatible service, such as http://minio:9000; null: Amazon S3.",
     )
     region: str | None = Field(
         default=None, description="Region of the bucket; null: the region that boto3 finds."

@@ -122,6 +122,16 @@ def test_notes_on_a_machine_are_no_problems() -> None:
     assert "not in Octet's list of cards" in texts(examine(unheard_of), "note")
 
 
+def test_a_model_folder_without_a_model_is_a_problem(tmp_path: Path) -> None:
+    """`octet pull` could not help there; a model of the hub is only a note."""
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "octet.yaml"
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    file.write_text(text.replace("../demo/model", "empty"))
+    found = texts(examine_settings(load_settings(file, {}), LAPTOP), "problem")
+    assert f"the folder {tmp_path / 'empty'} has no model_index.json: no model is there" in found
+
+
 def test_the_laptop_runs_the_demo_and_not_the_real_models() -> None:
     assert not texts(examine_settings(settings("laptop.yaml"), LAPTOP), "problem")
     problems = texts(examine_settings(settings("sd35.yaml"), LAPTOP), "problem")

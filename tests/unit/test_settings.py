@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from serve.errors import SettingsError
 from serve.settings import reference
-from serve.settings.application import Settings
+from serve.settings.application import S3Settings, Settings
 from serve.settings.file import load_settings
 from serve.settings.serve_config import (
     ApplicationArguments,
@@ -283,3 +284,10 @@ def keys_in(data: Any, prefix: str = "") -> Iterator[str]:
             key = f"{prefix}.{name}".lstrip(".")
             yield key
             yield from keys_in(value, key)
+
+
+@pytest.mark.parametrize("url", ["minio:9000", "minio.example", "ftp://minio", "http://"])
+def test_the_address_of_a_bucket_needs_a_scheme_and_a_host(url: str) -> None:
+    with pytest.raises(ValidationError):
+        S3Settings(bucket="images", endpoint_url=url)
+    assert S3Settings(bucket="images", endpoint_url="http://minio:9000").endpoint_url
