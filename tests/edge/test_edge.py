@@ -357,6 +357,17 @@ def test_browsers_may_call_from_the_origins_that_the_settings_allow(
     assert client.options(GENERATE, headers=other).status_code == 400
 
 
+def test_models_state_their_limits_and_defaults(client: httpx.Client) -> None:
+    """Whole numbers stay whole, so that a client may put them into a request."""
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert listed == client.get("/v1/models/landscapes").json()
+    assert repr(listed["limits"]["max_size_px"]) == "256"
+    assert listed["limits"]["max_guidance_scale"] == 30
+    body = {"prompt": "x", "num_inference_steps": listed["limits"]["max_steps"]}
+    assert client.post(GENERATE, json=body).status_code == 200
+    assert repr(listed["defaults"]["num_inference_steps"]) == "28"
+
+
 def test_the_icon_is_served(client: httpx.Client) -> None:
     answer = client.get("/favicon.ico")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")

@@ -185,10 +185,11 @@ class ModelItem(BaseModel):
     created: int
     owned_by: str = "octet"
     limits: Annotated[
-        dict[str, float], Field(description="Largest and smallest values of requests, by name.")
+        dict[str, int | float],
+        Field(description="Largest and smallest values of requests, by name."),
     ]
     defaults: Annotated[
-        dict[str, float], Field(description="Values of requests that name none, by name.")
+        dict[str, int | float], Field(description="Values of requests that name none, by name.")
     ]
 
 
