@@ -146,7 +146,7 @@ def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:
 
 
 def _table(plan: Plan) -> Table:
-    right = ("rep × slots", "GiB", "GPU", "images/s", "s full", "$/1,000", "spot")
+    right = ("rep × slots", "GiB", "GPU", "images/s", "s full", "$/1,000", "spot $")
     table = Table(
         Column("cards", no_wrap=True),
         Column("model", no_wrap=True),
@@ -223,7 +223,13 @@ def _totals(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
             f"all models together: {plan.mixed_images_s:.3g} images/s, each model by its share"
         )
     yield Text("GiB, GPU: of one replica. images/s, $: of a card that generates this model alone.")
-    yield Text("s full: seconds of an image while all slots of its model are taken.", end="\n\n")
+    yield Text("s full: seconds of an image while all slots of its model are taken.")
+    yield Text("$/1,000, spot $: of 1,000 images, on demand and on spot nodes.")
+    yield Text(
+        "Bars: the memory of one card, to scale. Each box is a replica of a model or of the text "
+        "encoders.",
+        end="\n\n",
+    )
     if estimated := {option.model for option in options if option.estimated}:
         yield Text(
             f"Estimated from arithmetic, not measured: images/s of {', '.join(sorted(estimated))}.",

@@ -43,6 +43,12 @@ def test_the_table_and_the_picture() -> None:
     assert "No 16-bit pool" not in octet_plan(*ONE_H100, "--gpu", "a100-80").stdout
 
 
+def test_columns_and_bars_are_explained() -> None:
+    said = " ".join(octet_plan(*ONE_H100, "--model", "sd3.5-medium").stdout.split())
+    assert "spot $" in said
+    assert "Bars: the memory of one card, to scale. Each box is a replica" in said
+
+
 def test_large_on_an_h100_takes_twice_the_arithmetic_floor() -> None:
     """40 steps of 49.6 ms each with FP8 linears at 1024 × 1024, by an independent formula."""
     (card,) = as_json(*ONE_H100)["cards"]
