@@ -37,8 +37,10 @@ def simulate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Policy and its numbers; repeat the option to compare several: "
-            + ", ".join(f"{name}[:{','.join(n)}]" if n else name for name, n in NUMBERS.items())
+            help="Policy, as NAME or NAME:NUMBER,NUMBER; repeat the option to compare several. The "
+            "numbers are, for "
+            + "; ".join(f"{name}: {', '.join(numbers)}" for name, numbers in NUMBERS.items())
+            + "."
         ),
     ] = None,
     rate: Annotated[

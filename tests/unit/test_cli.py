@@ -2,11 +2,14 @@ import json
 import re
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from serve.cli import plots
@@ -118,6 +121,23 @@ def test_a_model_folder_without_a_model_is_named(
     text = (EXAMPLES / "laptop.yaml").read_text()
     file.write_text(text.replace("../demo/model", "empty"))
     assert "no such model folder" in " ".join(octet("models", str(file))[1].split())
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command and group of commands."""
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+@pytest.mark.parametrize("words", list(commands(get_command(app))), ids=" ".join)
+def test_no_help_is_cut_off_in_a_narrow_terminal(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output = octet(*words, "--help")
+    assert (code, "Usage:" in output) == (0, True)
+    assert "…" not in output
 
 
 def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
