@@ -11,7 +11,7 @@ from cluster.cards import BF16_SINCE, card_of_device
 from cluster.footprint import ENCODER_PEAK_GIB, WORKSPACE_GIB, footprint
 from cluster.placement import Node, fits, unknown_cards
 
-from ..errors import SettingsError
+from ..errors import SettingsError, StoreFailed
 from ..launch import check_port
 from ..models.checkpoints import on_this_node
 from ..models.reference_work import CLIP_TOKENS
@@ -56,7 +56,27 @@ def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
                 text = f"{model.id}: the folder {place} has no model_index.json: no model is there"
                 yield Finding("problem", text)
     yield from _examine_together(minimum, settings, machine)
+    if settings.s3:
+        reason = bucket_fault(settings)
+        ok = f"bucket {settings.s3.bucket}: an object was written, read and deleted"
+        yield Finding("problem", reason) if reason else Finding("ok", ok)
     yield _examine_port(settings.http.host, settings.http.port)
+
+
+def bucket_fault(settings: Settings) -> str:
+    """Why images cannot be kept in the bucket of the settings; "" if they can, or without one."""
+    if settings.s3 is None:
+        return ""
+    from ..results.s3 import S3Store  # importing boto3 takes long
+
+    store = S3Store(settings.s3)
+    try:
+        store.probe()
+    except StoreFailed as error:
+        return error.message
+    finally:
+        store.close()
+    return ""
 
 
 def _examine_together(

@@ -27,6 +27,7 @@ from ..settings.file import changed_values, load_settings
 from ..settings.models import Model, Source
 from ..tenants.files import TENANTS, read_keys, read_tenants
 from . import bench, compile_pools, doctor, k8s, node, plan, simulate, tenant, top, usage
+from .doctor_settings import bucket_fault
 from .terminal import ConfigFile, ConfigOption, Debug, complain, console, readable_errors
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -308,6 +309,8 @@ def _serve(read: Callable[[], Settings]) -> None:
     try:
         settings = read()
         _warn_about_access(settings)
+        if fault := bucket_fault(settings):
+            complain(f"octet: {fault}\nimages for URLs wait on disk until the bucket can be used")
         with run_application(settings, _news_printer()) as octet:
             _announce(octet)
             for number in (*stop, APPLY):

@@ -15,12 +15,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ..errors import NotFound, StoreFailed
 from ..settings.application import S3Settings
-from .store import NAME, folder_of
+from .store import NAME, folder_of, new_name
 
 CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # by default boto3 tries a dead endpoint for 5 min
 CONNECTIONS = 32
 SWEEP_EVERY_S = 3600.0
 DAY_S = 86400.0
+PROBE = "octet-probe"
 
 
 class S3Store:
@@ -60,6 +61,23 @@ class S3Store:
             )
             if value
         }
+
+    def probe(self) -> None:
+        """Write, read and delete a small object of the tenant `PROBE`.
+
+        Raises `StoreFailed` with the reason if one of these does not work.
+        """
+        name = new_name(PROBE, "png", time.time())
+        for what, call in (
+            ("write", lambda: self.put(name, b"probe", "octet")),
+            ("read", lambda: self.read(name)),
+            ("delete", lambda: self.erase(PROBE)),
+        ):
+            try:
+                call()
+            except (StoreFailed, NotFound) as error:
+                reason = error.__cause__ or error
+                raise StoreFailed(f"bucket {self._bucket}: cannot {what}: {reason}") from error
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         digest = hashlib.sha256(image).digest()

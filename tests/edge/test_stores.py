@@ -19,6 +19,7 @@ from serve.results.spool import Spool
 from serve.results.store import NAME, ResultStore, new_name
 from serve.settings.application import S3Settings
 
+from ..ports import free_port
 from ..s3 import ENDPOINT, Fault, FaultProxy, a_bucket, s3_server
 from ..wait import wait_for
 
@@ -227,6 +228,39 @@ def test_beside_a_disk_that_is_nearly_full_images_go_to_the_bucket_at_once(
     assert not list(tmp_path.iterdir())
     assert keys(bucket) == [name]
     spool.close()
+
+
+def test_a_probe_writes_reads_and_deletes(server: str) -> None:
+    bucket = a_bucket(server)
+    store = S3Store(bucket)
+    store.probe()
+    assert not keys(bucket)
+    store.close()
+
+
+def test_a_bucket_that_cannot_be_used_says_why(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = a_bucket(server)
+
+    def fault(settings: S3Settings) -> str:
+        store = S3Store(settings, read_s=0.5)
+        with pytest.raises(StoreFailed) as caught:
+            store.probe()
+        store.close()
+        return caught.value.message
+
+    gone = bucket.model_copy(update={"bucket": "gone"})
+    assert fault(gone).startswith("bucket gone: cannot write: ")
+    assert "NoSuchBucket" in fault(gone)
+    nowhere = bucket.model_copy(update={"endpoint_url": f"http://127.0.0.1:{free_port()}"})
+    assert "Could not connect to the endpoint URL" in fault(nowhere)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials
+    assert "Unable to locate credentials" in fault(bucket)
 
 
 @pytest.fixture
