@@ -151,10 +151,7 @@ class ImageRequest:
     @property
     def canvas(self) -> tuple[int, int]:
         """Width and height in px that the model generates: the size, rounded up to whole tokens."""
-        width, height = (
-            -(-side // SIZE_MULTIPLE_PX) * SIZE_MULTIPLE_PX for side in (self.width, self.height)
-        )
-        return width, height
+        return canvas_of(self.width, self.height)
 
     @property
     def first_step(self) -> int:
@@ -299,6 +296,11 @@ class ImageResult:
     text_tokens: int
     work_s: float
     timings: Timings
+
+
+def canvas_of(width: int, height: int) -> tuple[int, int]:
+    """Round both sides in px up to multiples of `SIZE_MULTIPLE_PX`."""
+    return width + -width % SIZE_MULTIPLE_PX, height + -height % SIZE_MULTIPLE_PX
 
 
 def _check_text(name: str, text: str) -> None:

@@ -25,7 +25,7 @@ RETRY_S = 1.0  # until a client whose picture found no room may try again
 
 
 class HeldPicture:
-    """What an Ingress holds in memory for one edit: first its body, then its picture and mask.
+    """Memory that an Ingress holds for one edit: first its body, then its picture and mask.
 
     `pixels`: None until the picture is read, and again after `release`.
     """

@@ -362,7 +362,8 @@ def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
     before = octet.settings
     try:
         settings = read()
-        changed = [name for name in Settings.model_fields if differs(name, before, settings)]
+        names = Settings.model_fields
+        changed = [name for name in names if getattr(before, name) != getattr(settings, name)]
         if not changed:
             console.print("settings are as before")
             return
@@ -374,11 +375,6 @@ def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
         note = f": replicas of {', '.join(starting)} start; /ready shows when they are there"
         text = f"settings applied ({', '.join(changed)}){note if starting else ''}"
         console.print(text, soft_wrap=True, highlight=False)
-
-
-def differs(name: str, before: Settings, after: Settings) -> bool:
-    """Return whether a top-level key has another value in two settings."""
-    return bool(getattr(before, name) != getattr(after, name))
 
 
 def _next_signal(events: SimpleQueue[int]) -> int | None:

@@ -1,4 +1,4 @@
-"""What `--plot` needs, checked before the work begins."""
+"""Check of `--plot` before the work begins: matplotlib, and a file that can be written."""
 
 from __future__ import annotations
 

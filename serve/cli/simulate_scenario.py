@@ -65,7 +65,7 @@ class Scenario:
         return node_type.node_s + node_type.start_s
 
     def notes(self, workload: Workload, seed: int = 0) -> list[str]:
-        """What explains an odd result: too much work for all replicas, or missing prices."""
+        """Explain odd results: too much work for all replicas, and missing prices."""
         arrivals = list(workload.arrivals(seed))
         unit_s = sum(self.unit.work_s(image_of(arrival.shape)) for arrival in arrivals)
         per_s = unit_s / workload.seconds

@@ -343,7 +343,7 @@ class AutoscalingSettings(Frozen):
 
 
 class EditSettings(Frozen):
-    """What clients may send for an edit, and how much of it an Ingress holds at a time."""
+    """Limits of the pictures and masks of edits, in requests and in an Ingress's memory."""
 
     max_image_bytes: PositiveInt = Field(
         default=25_000_000,

@@ -74,11 +74,10 @@ def changed_values(
     Each comes with its key, such as `models[0].limits.max_steps`, and where it is set: `FILE:LINE`,
     or an environment variable. Raises the errors of `load_settings`.
     """
-    settings = load_settings(file, environ)
-    origins = {
-        place: f"{file}:{line}" for place, line in _lines(yaml.compose(_text(file)), ()).items()
-    }
-    data = yaml.safe_load(_text(file))
+    settings, text = load_settings(file, environ), _text(file)
+    lines = _lines(yaml.compose(text), ())
+    origins = {place: f"{file}:{line}" for place, line in lines.items()}
+    data = yaml.safe_load(text)
     origins |= {_override(data, name, environ[name]): name for name in _variables(environ)}
     return list(_changed(settings, (), origins))
 

@@ -16,12 +16,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...edit_pixels import EditPixels
 from ...errors import BodyTooLarge, InvalidRequest
-from ...request import SIZE_MULTIPLE_PX, Edit, ModelLimits
+from ...request import SIZE_MULTIPLE_PX, Edit, ModelLimits, canvas_of
 from ...settings.application import Settings
 from .multipart import FormPart, form_parts
 from .picture import MASK_IS, Picture, Size
@@ -56,13 +55,6 @@ class EditFields(ImageFields):
     # OpenAI's fields that change nothing here, or cannot be served.
     input_fidelity: Literal["low"] | None = None
     markup: Unsupported = None
-
-    @field_validator("input_fidelity", mode="before")
-    @classmethod
-    def _is_not_high(cls, value: object) -> object:
-        if value == "high":
-            raise PydanticCustomError("unsupported", "this model has no high input fidelity")
-        return value
 
 
 class ImageReference(BaseModel):
@@ -274,7 +266,7 @@ def fitted(size: Size, limits: ModelLimits, model: str) -> Size:
     A picture that is too large for the model is scaled down, to multiples of 16 px. Raises
     `InvalidRequest` if a side is shorter than the model's smallest then.
     """
-    canvas = [-(-side // SIZE_MULTIPLE_PX) * SIZE_MULTIPLE_PX for side in size]
+    canvas = canvas_of(*size)
     found, longest = size, max(size)
     if max(canvas) > limits.max_size_px or math.prod(canvas) > limits.max_pixels:
         by_area = math.isqrt(limits.max_pixels * longest // min(size))

@@ -10,10 +10,17 @@ import re
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, LiteralString, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
@@ -30,6 +37,11 @@ MOST_PREVIEWS = 3
 
 Unsupported = Annotated[None, Field(description="Not supported.")]
 Ignored = Annotated[str | None, Field(description="Accepted and ignored.")]
+# By field: OpenAI's value that no model here can serve, and the reason.
+REFUSED: dict[str, tuple[str, LiteralString]] = {
+    "background": ("transparent", "the images of this model are opaque"),
+    "input_fidelity": ("high", "this model has no high input fidelity"),
+}
 Fields = TypeVar("Fields", bound="ImageFields")
 
 
@@ -72,11 +84,12 @@ class ImageFields(BaseModel):
     frame_duration_ms: Unsupported = None
     svg: Unsupported = None
 
-    @field_validator("background", mode="before")
+    @field_validator(*REFUSED, mode="before", check_fields=False)
     @classmethod
-    def _is_opaque(cls, value: object) -> object:
-        if value == "transparent":
-            raise PydanticCustomError("unsupported", "the images of this model are opaque")
+    def _can_be_served(cls, value: object, info: ValidationInfo) -> object:
+        refused, reason = REFUSED[str(info.field_name)]
+        if value == refused:
+            raise PydanticCustomError("unsupported", reason)
         return value
 
 
