@@ -23,7 +23,7 @@ import httpx
 from autoscaling.simulation.plot import plot_timelines
 from autoscaling.simulation.simulator import TimelinePoint
 from serve.cli.load_client import LoadClient, percentile
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.launch import run_application
 from serve.settings.file import load_settings
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.deployments import DISPATCHER, INGRESS
 from serve.settings.application import Settings
 from serve.settings.file import load_settings

@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.deployments import APPLICATION, DISPATCHER
 from serve.settings.file import load_settings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.cli.load_client import LoadClient
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.launch import RunningApplication, run_application
 from serve.settings.file import load_settings
 from serve.tenants.files import add_tenant

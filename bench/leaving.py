@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.deployments import DISPATCHER, INGRESS
 from serve.settings.file import load_settings
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from serve.cli.load_client import percentile
-from serve.cli.main import DEMO_SETTINGS
+from serve.cli.serve import DEMO_SETTINGS
 from serve.launch import run_application
 from serve.settings.application import CacheSettings, Settings
 from serve.settings.file import load_settings

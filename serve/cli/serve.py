@@ -1,0 +1,204 @@
+"""`octet serve` and `octet demo`: serve in the foreground, until a signal says otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import SettingsError
+from ..launch import RunningApplication, run_application
+from ..settings.application import Settings
+from ..settings.file import load_settings
+from ..tenants.files import TENANTS, read_tenants
+from .doctor_settings import bucket_fault
+from .terminal import ConfigFile, Debug, complain, console, readable_errors
+
+STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+APPLY = signal.SIGUSR1
+LOOK_S = 1.0
+DEMO_SETTINGS = Path(__file__).parents[2] / "examples" / "laptop.yaml"
+
+
+def serve(config: ConfigFile, debug: Debug = False) -> None:
+    """Serve the models of CONFIG in the foreground, on a Ray cluster started for them.
+
+    Ctrl-C or SIGTERM finishes running images and stops; SIGUSR1 applies changed settings.
+    """
+    with readable_errors(debug):
+        _serve(lambda: load_settings(config))
+
+
+def demo(
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default: 8000.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the small demo model on this machine, in the foreground. Needs no GPU."""
+    with readable_errors(debug):
+        if port is not None and not 1 <= port <= 65535:
+            raise SettingsError(f"port {port} must be between 1 and 65535")
+        environ = {**os.environ, **({} if port is None else {"OCTET_HTTP__PORT": str(port)})}
+        _serve(lambda: load_settings(DEMO_SETTINGS, environ))
+
+
+def _serve(read: Callable[[], Settings]) -> None:
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal.
+
+    `read` returns the current settings. SIGUSR1 reads and applies them again.
+    """
+    events: SimpleQueue[int] = SimpleQueue()  # its `put` may be called in a signal handler
+    before = {number: signal.getsignal(number) for number in (*STOP, APPLY)}
+    nohup = before[signal.SIGHUP] is signal.SIG_IGN
+    stop = [number for number in STOP if not (nohup and number == signal.SIGHUP)]
+
+    def on_stop(handler: Any) -> None:
+        for number in stop:
+            signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        on_stop(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
+        raise KeyboardInterrupt
+
+    on_stop(interrupt)
+    signal.signal(APPLY, signal.SIG_IGN)
+    try:
+        settings = read()
+        _warn_about_access(settings)
+        if fault := bucket_fault(settings):
+            complain(f"octet: {fault}\nimages for URLs wait on disk until the bucket can be used")
+        with run_application(settings, _news_printer()) as octet:
+            _announce(octet)
+            for number in (*stop, APPLY):
+                signal.signal(number, lambda number, _: events.put(number))
+            print_changes = _change_printer(octet)
+            while (event := _next_signal(events)) in (None, APPLY):
+                if event:
+                    _apply(octet, read)
+                print_changes()
+            signal.signal(APPLY, signal.SIG_IGN)
+            on_stop(interrupt)
+            console.print("finishing the images that are running; Ctrl-C again drops them")
+            try:
+                octet.drain()
+            finally:
+                on_stop(signal.SIG_IGN)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    console.print("stopped")
+
+
+def _warn_about_access(settings: Settings) -> None:
+    """Warn if anyone may generate images without a key, or if there are no tenants yet.
+
+    Raises `SettingsError` for tenants that cannot be read, unless the Dispatcher has a copy of the
+    last valid ones.
+    """
+    if settings.auth != "keys":
+        host = settings.http.host
+        complain(f"auth is {settings.auth}: anyone who reaches {host} may generate images")
+        return
+    try:
+        if not read_tenants(Path(settings.tenants_folder).expanduser()):
+            complain("there are no tenants yet: add one with octet tenant add")
+    except SettingsError as error:
+        if not (Path(str(settings.usage_path)).expanduser() / TENANTS).exists():
+            raise
+        complain(f"{error}\noctet: serving the last valid tenants")
+
+
+def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:
+    """Apply the current settings to the running application.
+
+    `read` returns the current settings. On an error the application runs on with the old settings.
+    """
+    before = octet.settings
+    try:
+        settings = read()
+        names = Settings.model_fields
+        changed = [name for name in names if getattr(before, name) != getattr(settings, name)]
+        if not changed:
+            console.print("settings are as before")
+            return
+        starting = octet.apply(settings)
+    except Exception as error:  # also any of Ray's errors while its controller restarts
+        complain(f"octet: settings not applied: {error}")
+    else:
+        _warn_about_access(settings)
+        note = f": replicas of {', '.join(starting)} start; /ready shows when they are there"
+        text = f"settings applied ({', '.join(changed)}){note if starting else ''}"
+        console.print(text, soft_wrap=True, highlight=False)
+
+
+def _next_signal(events: SimpleQueue[int]) -> int | None:
+    """The next signal, or None if none comes within `LOOK_S` seconds."""
+    try:
+        return events.get(timeout=LOOK_S)
+    except Empty:
+        return None
+
+
+def _change_printer(octet: RunningApplication) -> Callable[[], None]:
+    """A function that prints new autoscaling decisions, and faults of the tenants' files.
+
+    A decision says how many replicas a pool should have, and why. Each is printed once.
+    """
+    decisions: dict[str, str] = {}
+    faults: dict[str, str] = {}
+
+    def print_changes() -> None:
+        nonlocal faults
+        if (status := octet.known_status()) is None:
+            return
+        for pool, reason in ((name, pool.reason) for name, pool in status.pools.items()):
+            if reason and reason != decisions.get(pool):
+                console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
+            decisions[pool] = reason
+        for file, fault in status.faults.items():
+            if fault != faults.get(file):
+                complain(f"octet: keeping the last valid {file}: {fault}")
+        for file in faults.keys() - status.faults.keys():
+            console.print(f"{file} is valid again", highlight=False)
+        faults = status.faults
+
+    return print_changes
+
+
+def _news_printer() -> Callable[[str], None]:
+    """A function that prints a line of news, unless it is the same as the line before."""
+    last = ""
+
+    def print_news(news: str) -> None:
+        nonlocal last
+        if news != last:
+            console.print(news, style="dim", highlight=False, soft_wrap=True)
+        last = news
+
+    return print_news
+
+
+def _announce(octet: RunningApplication) -> None:
+    """Print the playground's address and a curl command that generates an image."""
+    url, model = octet.url, octet.settings.models[0]
+    prompt = "a futuristic cityscape at sunset"
+    key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nGenerate an image:\n")
+    out.print(
+        f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
+        f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'
+        "  | python3 -c 'import base64, json, sys; "
+        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
+        "> octet.png\n",
+        markup=False,
+    )
+    out.print("Ctrl-C stops it.")
+    out.file.flush()
