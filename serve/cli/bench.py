@@ -21,9 +21,10 @@ from rich.table import Table
 
 from ..api.wire.paths import EDITS, GENERATIONS
 from ..errors import SettingsError
+from .exit_codes import FAULT, INTERRUPTED, UsageError
 from .load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
 from .plots import check_plot
-from .terminal import Debug, complain, console, readable_errors
+from .terminal import complain, console
 
 SHAPE = re.compile(r"(?:(\d+x\d+)?(?::(\d+))?)(?:=([\d.]+))?")
 PROMPTS = ("the sea at dawn", "night over the mountains", "dunes at noon", "a forest in the fog")
@@ -32,7 +33,9 @@ Body = dict[str, Any]
 
 
 def bench(
-    url: Annotated[str, typer.Argument(help="Address of the server: http://HOST:PORT.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Address of the server: http://HOST:PORT.")
+    ],
     rate: Annotated[
         float | None,
         typer.Option(
@@ -105,67 +108,65 @@ def bench(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, not as a table.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Put load on a server and report latency, answers in time, and refusals.
 
     Ctrl-C ends the load early and reports what there is. The exit code is 1 if any request got no
     answer or one with status 500, or if none was answered with images; after Ctrl-C it is 130.
     """
-    with readable_errors(debug):
-        check_plot(plot)
-        if clients and rate:
-            raise SettingsError("--rate and --clients: give one of them")
-        rate = rate or 1.0
-        if not re.match(r"https?://[^/]", url):
-            raise SettingsError(f"'{url}' is no address of a server: expected http://HOST:PORT")
-        keys = _tenants(tenant or []) or {"bench": key}
-        shapes = [_shape(text) for text in mix or [""]]
-        bodies = _bodies(shapes, model, repeated, seed)
-        if edits:
-            bodies = _with_edits(bodies, shapes, edits, seed)
-        per_tenant = rate / len(keys)
-        requests = [
-            request._replace(body=bodies())
-            for name in keys
-            for request in poisson(str(seed), name, per_tenant, seconds, {})
-        ]
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        ) as progress:
-            task = progress.add_task("answers", total=None if clients else len(requests))
-            server = url.rstrip("/")
-            load = LoadClient(
-                server + GENERATIONS, keys, lambda _: progress.advance(task), server + EDITS
-            )
-            interrupted = False
-            try:
-                if clients:
-                    per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
-                    asyncio.run(load.closed_loop(per_client, bodies, seconds))
-                else:
-                    in_order = sorted(requests, key=lambda request: request.at)
-                    asyncio.run(load.open_loop(in_order))
-            except KeyboardInterrupt:
-                interrupted = True
-        answers = load.answers
-        if not answers:
-            why = "it was interrupted" if interrupted else f"--seconds {seconds:g} is too short"
-            raise SettingsError(f"no request was answered: {why}")
-        found = report(answers, slo_s)
-        typer.echo(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
-        _explain_refusals(answers)
-        if plot:
-            _plot(answers, plot, f"{server}: {len(answers)} requests")
+    check_plot(plot)
+    if clients and rate:
+        raise UsageError("--rate and --clients: give one of them")
+    rate = rate or 1.0
+    if not re.match(r"https?://[^/]", url):
+        raise UsageError(f"'{url}' is no address of a server: expected http://HOST:PORT")
+    keys = _tenants(tenant or []) or {"bench": key}
+    shapes = [_shape(text) for text in mix or [""]]
+    bodies = _bodies(shapes, model, repeated, seed)
+    if edits:
+        bodies = _with_edits(bodies, shapes, edits, seed)
+    per_tenant = rate / len(keys)
+    requests = [
+        request._replace(body=bodies())
+        for name in keys
+        for request in poisson(str(seed), name, per_tenant, seconds, {})
+    ]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task("answers", total=None if clients else len(requests))
+        server = url.rstrip("/")
+        load = LoadClient(
+            server + GENERATIONS, keys, lambda _: progress.advance(task), server + EDITS
+        )
+        interrupted = False
+        try:
+            if clients:
+                per_client = Counter(list(keys)[i % len(keys)] for i in range(clients))
+                asyncio.run(load.closed_loop(per_client, bodies, seconds))
+            else:
+                in_order = sorted(requests, key=lambda request: request.at)
+                asyncio.run(load.open_loop(in_order))
+        except KeyboardInterrupt:
+            interrupted = True
+    answers = load.answers
+    if not answers:
+        why = "it was interrupted" if interrupted else f"--seconds {seconds:g} is too short"
+        raise SettingsError(f"no request was answered: {why}")
+    found = report(answers, slo_s)
+    typer.echo(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
+    _explain_refusals(answers)
+    if plot:
+        _plot(answers, plot, f"{server}: {len(answers)} requests")
     if interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     served = any(answer.status == 200 for answer in answers)
     if not served or any(answer.status in (0, 500) for answer in answers):
-        raise typer.Exit(1)
+        raise typer.Exit(FAULT)
 
 
 def _explain_refusals(answers: Sequence[LoadAnswer]) -> None:
@@ -271,7 +272,7 @@ def _tenants(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, sign, key = text.partition("=")
         if not (name and sign and key):
-            raise SettingsError(f"--tenant '{name}': expected NAME=KEY")
+            raise UsageError(f"--tenant '{name}': expected NAME=KEY")
         found[name] = key
     return found
 
@@ -287,7 +288,7 @@ def _shape(text: str) -> tuple[Body, float]:
             raise ValueError
         weight = float(match[3] or 1)
     except ValueError:
-        raise SettingsError(
+        raise UsageError(
             f"--mix '{text}': expected SIZE:STEPS=WEIGHT, such as 512x512:28=3"
         ) from None
     fields: Body = {}
@@ -309,7 +310,7 @@ def _bodies(
     rng = random.Random(seed)  # noqa: S311 - no secrets
     weights = [weight for _, weight in shapes]
     if not sum(weights):
-        raise SettingsError("--mix: all weights are 0; at least one must be more")
+        raise UsageError("--mix: all weights are 0; at least one must be more")
     named: Mapping[str, str] = {"model": model} if model else {}
 
     def body() -> Body:
@@ -331,7 +332,7 @@ def _with_edits(
     answers of edits and generations would have different sizes.
     """
     if any("size" not in fields for fields, _ in shapes):
-        raise SettingsError("--edits: each --mix must name a size, such as 512x512:28")
+        raise UsageError("--edits: each --mix must name a size, such as 512x512:28")
     rng = random.Random(f"edits {seed}")  # noqa: S311 - no secrets
     pictures = {fields["size"]: _picture(fields["size"]) for fields, _ in shapes}
 

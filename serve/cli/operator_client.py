@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SettingsError
+from .exit_codes import UsageError
 
 ANSWER_S = 5.0
-ServerUrl = Annotated[str, typer.Argument(help="Address of the server.")]
+ServerUrl = Annotated[str, typer.Argument(metavar="URL", help="Address of the server.")]
 OperatorKey = Annotated[
     str, typer.Option(envvar="OCTET_KEY", help="API key of an operator.", show_default=False)
 ]
@@ -27,7 +28,7 @@ def call(
     Raises `SettingsError` if the server does not answer, refuses the request, or is not Octet's.
     """
     if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"'{url}' is no http address: expected http://HOST:PORT")
+        raise UsageError(f"'{url}' is no http address: expected http://HOST:PORT")
     headers = {"authorization": f"Bearer {key.strip()}"} if key else {}
     request = urllib.request.Request(  # noqa: S310 - checked above
         url.rstrip("/") + path,
@@ -42,7 +43,9 @@ def call(
     except urllib.error.HTTPError as error:
         raise SettingsError(f"{url}: {_reason(error)}") from None
     except OSError as error:
-        raise SettingsError(f"{url}: {getattr(error, 'reason', error)}") from None
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
+        raise SettingsError(f"{url}: {reason}: is the server running?") from None
     except (ValueError, http.client.HTTPException) as error:  # the error's text may hold the key
         raise SettingsError(f"{url}: the answer is not Octet's ({type(error).__name__})") from None
 

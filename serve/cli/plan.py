@@ -14,12 +14,12 @@ from cluster.footprint import text_encoders_gib
 from cluster.serving_options import PlanTerms
 from cluster.structure import TRANSFORMERS
 
-from ..errors import SettingsError
 from ..settings.file import load_settings
 from . import plan_inputs as planning
 from . import plan_report
-from .plan_inputs import nodes_of_cluster
-from .terminal import ConfigOption, Debug, complain, readable_errors
+from .exit_codes import FAULT, UsageError
+from .ray_cluster import nodes_of_cluster
+from .terminal import ConfigOption, complain, existing
 
 
 def plan(
@@ -69,7 +69,10 @@ def plan(
         bool, typer.Option("--encoders-on-cpu", help="Run the text encoders on CPUs.")
     ] = False,
     prices: Annotated[
-        Path | None, typer.Option(help="YAML file with the price of each card in $ per hour.")
+        Path | None,
+        typer.Option(
+            help="YAML file with the price of each card in $ per hour.", callback=existing
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     as_settings: Annotated[
@@ -80,57 +83,55 @@ def plan(
             "alone.",
         ),
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Plan which replicas share which cards, how many images they generate and at what cost.
 
-    Needs neither a GPU nor Ray. If the models do not fit, the exit code is 2 and the reason is
+    Needs neither a GPU nor Ray. If the models do not fit, the exit code is 1 and the reason is
     printed.
     """
-    with readable_errors(debug):
-        groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
-        if bool(model) == bool(config) or bool(gpu) == bool(ray):
-            raise SettingsError(
-                "give either --gpu or --ray, and either --model or --config: one of each pair"
-            )
-        if config and (size or steps):
-            raise SettingsError("--size and --steps go with --model: CONFIG has its own")
-        if as_json and as_settings:
-            raise SettingsError("give --json or --settings, not both")
-        settings = load_settings(config) if config else None
-        planned_models = (
-            planning.planned_models_of(settings)
-            if settings
-            else planning.parse_models(model or [], size or "1024x1024", steps)
+    groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
+    if bool(model) == bool(config) or bool(gpu) == bool(ray):
+        raise UsageError(
+            "give either --gpu or --ray, and either --model or --config: one of each pair"
         )
-        if ray:
-            groups, notes = planning.cards_of(nodes_of_cluster(ray), reserve_gib)
-        if encoders_on_cpu:
-            notes += planning.cpu_encoder_notes(planned_models)
-        if prices:
-            groups = planning.with_prices(groups, prices)
-        encoder_gib = text_encoders_gib()
-        if settings:
-            encoder_gib = planning.encoder_gib(planning.only_encoder(settings), settings)
-        try:
-            found = packing.plan(
-                groups,
-                planned_models,
-                terms=PlanTerms(latency_s, adaln_8_bit),
-                encoder_gib=None if encoders_on_cpu else encoder_gib,
-            )
-        except packing.DoesNotFit as error:
-            if as_json:
-                typer.echo(json.dumps({"reason": str(error), "notes": notes}))
-            else:
-                complain("\n".join([*notes, str(error)]))
-            raise typer.Exit(2) from None
+    if config and (size or steps):
+        raise UsageError("--size and --steps go with --model: CONFIG has its own")
+    if as_json and as_settings:
+        raise UsageError("give --json or --settings, not both")
+    settings = load_settings(config) if config else None
+    planned_models = (
+        planning.planned_models_of(settings)
+        if settings
+        else planning.parse_models(model or [], size or "1024x1024", steps)
+    )
+    if ray:
+        groups, notes = planning.cards_of(nodes_of_cluster(ray), reserve_gib)
+    if encoders_on_cpu:
+        notes += planning.cpu_encoder_notes(planned_models)
+    if prices:
+        groups = planning.with_prices(groups, prices)
+    encoder_gib = text_encoders_gib()
+    if settings:
+        encoder_gib = planning.encoder_gib(planning.only_encoder(settings), settings)
+    try:
+        found = packing.plan(
+            groups,
+            planned_models,
+            terms=PlanTerms(latency_s, adaln_8_bit),
+            encoder_gib=None if encoders_on_cpu else encoder_gib,
+        )
+    except packing.DoesNotFit as error:
         if as_json:
-            typer.echo(json.dumps(plan_report.as_json(found, notes), indent=2))
-        elif as_settings:
-            if notes:
-                complain("\n".join(notes))
-            base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
-            typer.echo(plan_report.as_settings(found, base), nl=False)
+            typer.echo(json.dumps({"reason": str(error), "notes": notes}))
         else:
-            plan_report.print_plan(found, notes)
+            complain("\n".join([*notes, str(error)]))
+        raise typer.Exit(FAULT) from None
+    if as_json:
+        typer.echo(json.dumps(plan_report.as_json(found, notes), indent=2))
+    elif as_settings:
+        if notes:
+            complain("\n".join(notes))
+        base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
+        typer.echo(plan_report.as_settings(found, base), nl=False)
+    else:
+        plan_report.print_plan(found, notes)

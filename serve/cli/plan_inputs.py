@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +25,12 @@ from cluster.serving_options import CardGroup, PlannedModel
 from cluster.structure import TRANSFORMERS, USUAL_IMAGES, structure
 
 from ..errors import SettingsError, did_you_mean
-from ..launch import LaunchError
 from ..models.checkpoints import node_folder, size_bytes
 from ..models.reference_work import CLIP_TOKENS
 from ..models.structures import structure_of
 from ..settings.application import Settings
 from ..settings.models import Encoder, Model
+from .exit_codes import UsageError
 
 SD35_TEXT_WIDTH = 4096
 CONNECT_S = 3.0
@@ -50,10 +49,10 @@ def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:
         if len(meant) != 1:
             known = [card.id for card in meant] or list(CARDS)
             hint = f"name one of {', '.join(known)}" if meant else did_you_mean(name, known)
-            raise SettingsError(f"--gpu '{text}': card '{name}': {hint}")
+            raise UsageError(f"--gpu '{text}': card '{name}': {hint}")
         (card,) = meant
         if not re.fullmatch(r"[1-9]\d{0,5}", count or "1"):
-            raise SettingsError(
+            raise UsageError(
                 f"--gpu '{text}': '{count}' must be a number of cards from 1 to 999999"
             )
         counts[card] = counts.get(card, 0) + int(count or 1)
@@ -99,7 +98,7 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Pla
     for text in given:
         model, _, share = text.partition("=")
         if model not in TRANSFORMERS:
-            raise SettingsError(f"--model '{text}': {did_you_mean(model, TRANSFORMERS)}")
+            raise UsageError(f"--model '{text}': {did_you_mean(model, TRANSFORMERS)}")
         usual_steps, rows = USUAL_IMAGES[model]
         width, height = _size(size)
         shape = ImageShape(width, height, TEXT_TOKENS, rows, steps or usual_steps)
@@ -167,10 +166,10 @@ def encoder_gib(encoder: Encoder, settings: Settings) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", text)):
-        raise SettingsError(f"--size '{text}': expected WIDTHxHEIGHT in pixels")
+        raise UsageError(f"--size '{text}': expected WIDTHxHEIGHT in pixels")
     width, height = map(int, match.groups())
     if width % 16 or height % 16:
-        raise SettingsError(f"--size '{text}': width and height must be multiples of 16")
+        raise UsageError(f"--size '{text}': width and height must be multiples of 16")
     return width, height
 
 
@@ -180,7 +179,7 @@ def _share(text: str, share: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1e6:
-        raise SettingsError(
+        raise UsageError(
             f"--model '{text}': '{share}' must be a share of the images: a number above 0"
         )
     return value
@@ -189,7 +188,7 @@ def _share(text: str, share: str) -> float:
 def _without_repeats(planned_models: list[PlannedModel]) -> list[PlannedModel]:
     for planned in planned_models:
         if sum(other.model == planned.model for other in planned_models) > 1:
-            raise SettingsError(f"--model '{planned.model}' is given twice")
+            raise UsageError(f"--model '{planned.model}' is given twice")
     return planned_models
 
 
@@ -229,33 +228,3 @@ def _priced(card: Card, price: Any, file: Path) -> Card:
             )
     known.update(given)
     return replace(card, on_demand_usd_h=known["on_demand"], spot_usd_h=known["spot"])
-
-
-def nodes_of_cluster(address: str) -> list[Node]:
-    """The living nodes of the Ray cluster at an address.
-
-    Raises `LaunchError` if no Ray answers there within `CONNECT_S` seconds, or if it asks for
-    another token.
-    """
-    if match := re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):(\d+)", address):
-        # Ray itself would try for minutes, and Ctrl-C would not stop it.
-        try:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise LaunchError(f"no Ray at {address}: {error}") from None
-    import ray
-
-    from cluster.ray_nodes import living_nodes
-
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-        return living_nodes()
-    except ray.exceptions.AuthenticationError:
-        raise LaunchError(
-            f"the Ray at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as "
-            "they were when it started (octet serve takes both from its environment)"
-        ) from None
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise LaunchError(f"no Ray at {address}: {error}") from None
-    finally:
-        ray.shutdown()

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import SettingsError
+from .exit_codes import UsageError
 
 FORMATS = ".png", ".svg", ".pdf", ".jpg", ".webp"
 
@@ -16,13 +16,13 @@ def check_plot(file: Path | None) -> None:
     if file is None:
         return
     if find_spec("matplotlib") is None:
-        raise SettingsError(
+        raise UsageError(
             "--plot needs matplotlib, which is not installed here: pip install matplotlib"
         )
     if file.suffix.lower() not in FORMATS:
-        raise SettingsError(f"--plot {file}: the name must end in one of {', '.join(FORMATS)}")
+        raise UsageError(f"--plot {file}: the name must end in one of {', '.join(FORMATS)}")
     folder = file.parent
     if not folder.is_dir():
-        raise SettingsError(f"--plot {file}: there is no folder {folder}")
+        raise UsageError(f"--plot {file}: there is no folder {folder}")
     if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise SettingsError(f"--plot {file}: this file cannot be written")
+        raise UsageError(f"--plot {file}: this file cannot be written")

@@ -18,7 +18,8 @@ from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..tenants.files import TENANTS, read_tenants
 from .doctor_settings import bucket_fault
-from .terminal import ConfigFile, Debug, complain, console, readable_errors
+from .exit_codes import UsageError
+from .terminal import ConfigFile, complain, console
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 APPLY = signal.SIGUSR1
@@ -26,25 +27,22 @@ LOOK_S = 1.0
 DEMO_SETTINGS = Path(__file__).parents[2] / "examples" / "laptop.yaml"
 
 
-def serve(config: ConfigFile, debug: Debug = False) -> None:
+def serve(config: ConfigFile) -> None:
     """Serve the models of CONFIG in the foreground, on a Ray cluster started for them.
 
     Ctrl-C or SIGTERM finishes running images and stops; SIGUSR1 applies changed settings.
     """
-    with readable_errors(debug):
-        _serve(lambda: load_settings(config))
+    _serve(lambda: load_settings(config))
 
 
 def demo(
     port: Annotated[int | None, typer.Option(help="Port to listen on; default: 8000.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Serve the small demo model on this machine, in the foreground. Needs no GPU."""
-    with readable_errors(debug):
-        if port is not None and not 1 <= port <= 65535:
-            raise SettingsError(f"port {port} must be between 1 and 65535")
-        environ = {**os.environ, **({} if port is None else {"OCTET_HTTP__PORT": str(port)})}
-        _serve(lambda: load_settings(DEMO_SETTINGS, environ))
+    if port is not None and not 1 <= port <= 65535:
+        raise UsageError(f"port {port} must be between 1 and 65535")
+    environ = {**os.environ, **({} if port is None else {"OCTET_HTTP__PORT": str(port)})}
+    _serve(lambda: load_settings(DEMO_SETTINGS, environ))
 
 
 def _serve(read: Callable[[], Settings]) -> None:

@@ -23,7 +23,7 @@ from .simulate_scenario import (
     scenario_of_settings,
     workload_of,
 )
-from .terminal import ConfigOption, Debug, complain, console, readable_errors
+from .terminal import ConfigOption, complain, console, working
 
 
 def simulate(
@@ -95,36 +95,34 @@ def simulate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON, not as a table.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Simulate a workload under autoscaling policies and compare costs and waiting times.
 
     The time that an image takes comes from measurements where there are any, and is computed
     otherwise (cluster/cost.py).
     """
-    with readable_errors(debug):
-        check_plot(plot)
-        if config:
-            scenario = scenario_of_settings(load_settings(config), model, node_s, start_s)
-        else:
-            scenario = scenario_of_card(
-                model or "sd3.5-large", card, slots, least, most, node_s, start_s
-            )
-        requests = workload_of(workload, rate, hours)
-        results: dict[str, SimulationResult] = {}
-        policies = {text: policy_of(text) for text in policy or ["queued-work"]}
-        for text, (name, numbers) in policies.items():
-            with console.status(text):
-                results[text] = scenario.run(requests, name, seed, **numbers)
-        if as_json:
-            found = {text: as_dict(result) for text, result in results.items()}
-            typer.echo(json.dumps(found, indent=1))
-        else:
-            Console().print(_table(results))
-            for note in scenario.notes(requests, seed):
-                complain(note)
-        if plot:
-            _plot({text: result.timeline for text, result in results.items()}, requests.name, plot)
+    check_plot(plot)
+    if config:
+        scenario = scenario_of_settings(load_settings(config), model, node_s, start_s)
+    else:
+        scenario = scenario_of_card(
+            model or "sd3.5-large", card, slots, least, most, node_s, start_s
+        )
+    requests = workload_of(workload, rate, hours)
+    results: dict[str, SimulationResult] = {}
+    policies = {text: policy_of(text) for text in policy or ["queued-work"]}
+    for text, (name, numbers) in policies.items():
+        with working(f"simulating {text}"):
+            results[text] = scenario.run(requests, name, seed, **numbers)
+    if as_json:
+        found = {text: as_dict(result) for text, result in results.items()}
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        Console().print(_table(results))
+        for note in scenario.notes(requests, seed):
+            complain(note)
+    if plot:
+        _plot({text: result.timeline for text, result in results.items()}, requests.name, plot)
 
 
 def as_dict(result: SimulationResult) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ..models.reference_work import cost_of
 from ..models.replica_bounds import replicas_per_card, scaling_limits
 from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
+from .exit_codes import UsageError
 
 WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
 NUMBERS = {  # the parameters of each policy, in the order in which --policy takes them
@@ -120,9 +121,9 @@ def scenario_of_card(
     unknown model or card.
     """
     if model not in TRANSFORMERS:
-        raise SettingsError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
+        raise UsageError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
     if card not in CARDS:
-        raise SettingsError(f"--card '{card}': {did_you_mean(card, CARDS)}")
+        raise UsageError(f"--card '{card}': {did_you_mean(card, CARDS)}")
     recipe = "fp8" if CARDS[card].has_fp8 else "bf16"
     costs = reference(structure(model), recipe, CARDS[card])
     pool = PoolBounds(model, least, most, slots, start_s=node_s + start_s)
@@ -143,7 +144,7 @@ def scenario_of_settings(
     """
     served = {m.id: m for m in settings.models}
     if model is not None and model not in served:
-        raise SettingsError(f"--model '{model}': {did_you_mean(model, served)}")
+        raise UsageError(f"--model '{model}': {did_you_mean(model, served)}")
     chosen = served[model] if model else settings.models[0]
     limits = scaling_limits(settings)
     unit = cost_of(chosen, chosen.pools[0], settings.models_folder)
@@ -185,7 +186,7 @@ def workload_of(name: str, per_s: float, hours: float) -> Workload:
     if name not in WORKLOADS:
         if not Path(name).is_file():
             known = f"one of {', '.join(WORKLOADS)}, or a CSV file that exists"
-            raise SettingsError(f"--workload '{name}': expected {known}")
+            raise UsageError(f"--workload '{name}': expected {known}")
         try:
             return workloads.trace(Path(name))
         except (OSError, ValueError, csv.Error) as error:
@@ -203,7 +204,7 @@ def policy_of(text: str) -> tuple[str, dict[str, float]]:
     """
     name, _, given = text.partition(":")
     if name not in NUMBERS:
-        raise SettingsError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")
+        raise UsageError(f"--policy '{text}': {did_you_mean(name, NUMBERS)}")
     keys = NUMBERS[name]
     try:
         values = [float(value) for value in given.split(",")] if given else []
@@ -216,7 +217,7 @@ def policy_of(text: str) -> tuple[str, dict[str, float]]:
         not low <= value < 1e6 for low, value in zip(lowest, values, strict=False)
     )
     if wrong:
-        raise SettingsError(f"--policy '{text}': {name} takes {', '.join(keys) or 'no numbers'}")
+        raise UsageError(f"--policy '{text}': {name} takes {', '.join(keys) or 'no numbers'}")
     if name == "static" and not values:
-        raise SettingsError(f"--policy '{text}': how many replicas? For example static:8")
+        raise UsageError(f"--policy '{text}': how many replicas? For example static:8")
     return name, dict(zip(keys, values, strict=False))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +19,18 @@ from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
 from ..usage.ledger import erase_usage, read_usage
-from .terminal import ConfigOption, Debug, console, readable_errors
+from .exit_codes import UsageError
+from .terminal import AsJson, ConfigOption, console, examples
 
 app = typer.Typer(help="Manage tenants, their limits and their API keys.", no_args_is_help=True)
 
 Name = Annotated[
     str,
-    typer.Argument(help="Id of the tenant: letters a-z, digits and hyphens.", show_default=False),
+    typer.Argument(
+        metavar="TENANT",
+        help="Id of the tenant: letters a-z, digits and hyphens.",
+        show_default=False,
+    ),
 ]
 FolderOption = Annotated[
     Path | None,
@@ -32,7 +39,13 @@ FolderOption = Annotated[
 Limit = float | None
 
 
-@app.command("add")
+@app.command(
+    "add",
+    epilog=examples(
+        "octet tenant add acme --config octet.yaml --weight 2 --monthly-work 100000",
+        "octet tenant add ops --operator --folder tenants",
+    ),
+)
 def add(
     tenant: Name,
     config: ConfigOption = None,
@@ -66,32 +79,41 @@ def add(
     operator: Annotated[
         bool, typer.Option("--operator", help="Let the tenant run octet top.")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Add a tenant and print its API key. The key is shown only this once."""
-    with readable_errors(debug):
-        given = {
-            "weight": weight,
-            "models": model or None,
-            "requests_per_s": requests_per_s,
-            "work_per_s": work_per_s,
-            "max_requests": max_requests,
-            "monthly_work": monthly_work,
-            "timeout_s": timeout_s,
-            "operator": operator or None,
-        }
-        values = {name: value for name, value in given.items() if value is not None}
-        _show(add_tenant(_folder(config, folder), tenant, values))
+    given = {
+        "weight": weight,
+        "models": model or None,
+        "requests_per_s": requests_per_s,
+        "work_per_s": work_per_s,
+        "max_requests": max_requests,
+        "monthly_work": monthly_work,
+        "timeout_s": timeout_s,
+        "operator": operator or None,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    _show(add_tenant(_folder(config, folder), tenant, values))
 
 
-@app.command("list")
+@app.command(
+    "list",
+    epilog=examples(
+        "octet tenant list --config octet.yaml", "octet tenant list --folder tenants --json"
+    ),
+)
 def list_tenants(
-    config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
+    config: ConfigOption = None, folder: FolderOption = None, as_json: AsJson = False
 ) -> None:
     """List the tenants, their limits, and when their keys were made."""
-    with readable_errors(debug):
-        where = _folder(config, folder)
-        tenants, keys = read_tenants(where), read_keys(where)
+    where = _folder(config, folder)
+    tenants, keys = read_tenants(where), read_keys(where)
+    if as_json:
+        found = {
+            name: {**asdict(tenant), "keys_created": [key["created"] for key in keys.get(name, ())]}
+            for name, tenant in tenants.items()
+        }
+        typer.echo(json.dumps(found, indent=1))
+        return
     table = Table(Column("tenant", overflow="fold"), "weight", "models", "limits", "keys since")
     for name, tenant in tenants.items():
         limits = {
@@ -117,59 +139,68 @@ def list_tenants(
     Console().print(table)
 
 
-@app.command("rotate-key")
-def rotate(
-    tenant: Name, config: ConfigOption = None, folder: FolderOption = None, debug: Debug = False
-) -> None:
+@app.command(
+    "rotate-key",
+    epilog=examples(
+        "octet tenant rotate-key acme --config octet.yaml",
+        "octet tenant rotate-key acme --folder tenants",
+    ),
+)
+def rotate(tenant: Name, config: ConfigOption = None, folder: FolderOption = None) -> None:
     """Make and print a new key. The newest old key stays valid until `revoke --old`."""
-    with readable_errors(debug):
-        _show(rotate_key(_folder(config, folder), tenant))
+    _show(rotate_key(_folder(config, folder), tenant))
 
 
-@app.command("revoke")
+@app.command(
+    "revoke",
+    epilog=examples(
+        "octet tenant revoke acme --config octet.yaml --old",
+        "octet tenant revoke acme --config octet.yaml",
+    ),
+)
 def revoke(
     tenant: Name,
     config: ConfigOption = None,
     folder: FolderOption = None,
     old: Annotated[bool, typer.Option("--old", help="Revoke all keys except the newest.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Revoke a tenant's keys. Every Ingress refuses them within 5 s."""
-    with readable_errors(debug):
-        count = revoke_keys(_folder(config, folder), tenant, but_newest=old)
+    count = revoke_keys(_folder(config, folder), tenant, but_newest=old)
     console.print(f"{count} of the keys of {tenant} revoked", highlight=False)
 
 
-@app.command("erase")
+@app.command(
+    "erase",
+    epilog=examples(
+        "octet tenant erase acme --config octet.yaml",
+        "octet tenant erase acme --config octet.yaml --yes",
+    ),
+)
 def erase(
     tenant: Name,
     config: ConfigOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Delete a tenant's images and usage records for ever. Revoke its keys first."""
-    with readable_errors(debug):
-        if config is None:
-            raise SettingsError("whose images? Name a settings file with --config")
-        settings = load_settings(config)
-        if settings.usage_path is None:
-            raise SettingsError(
-                f"{config}: it has no data_folder, so no images or records are kept"
-            )
-        folder = Path(settings.usage_path).expanduser()
-        if not yes:
-            _confirm_erasure(settings, tenant, folder)
-        with ExitStack() as cleanup:
-            images = erased = 0
-            try:
-                if settings.data_folder:
-                    store = open_store(settings, drain=False)
-                    cleanup.callback(store.close)
-                    images = store.erase(tenant)
-                if folder.is_dir():
-                    erased = erase_usage(folder, tenant)
-            except (OSError, ValueError, StoreFailed) as error:
-                raise SettingsError(str(error)) from None
+    if config is None:
+        raise UsageError("whose images? Name a settings file with --config")
+    settings = load_settings(config)
+    if settings.usage_path is None:
+        raise SettingsError(f"{config}: it has no data_folder, so no images or records are kept")
+    folder = Path(settings.usage_path).expanduser()
+    if not yes:
+        _confirm_erasure(settings, tenant, folder)
+    with ExitStack() as cleanup:
+        images = erased = 0
+        try:
+            if settings.data_folder:
+                store = open_store(settings, drain=False)
+                cleanup.callback(store.close)
+                images = store.erase(tenant)
+            if folder.is_dir():
+                erased = erase_usage(folder, tenant)
+        except (OSError, ValueError, StoreFailed) as error:
+            raise SettingsError(str(error)) from None
     console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
 
 
@@ -191,7 +222,7 @@ def _confirm_erasure(settings: Settings, tenant: str, folder: Path) -> None:
             highlight=False,
         )
     if not sys.stdin.isatty():
-        raise SettingsError("nothing is deleted: there is no terminal to ask; add --yes")
+        raise UsageError("nothing is deleted: there is no terminal to ask; add --yes")
     if not typer.confirm("Delete them for ever?"):
         raise SettingsError("nothing is deleted")
 
@@ -204,7 +235,7 @@ def _folder(config: Path | None, folder: Path | None) -> Path:
     if folder:
         return folder
     if config is None:
-        raise SettingsError("whose tenants? Name a settings file with --config, or --folder")
+        raise UsageError("whose tenants? Name a settings file with --config, or --folder")
     return Path(load_settings(config).tenants_folder).expanduser()
 
 

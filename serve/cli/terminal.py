@@ -1,4 +1,4 @@
-"""Console, common options and one-line error messages that all `octet` commands share."""
+"""Console, progress and common options that all `octet` commands share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,40 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..errors import SettingsError
-from ..launch import LaunchError
-from ..models.checkpoints import CheckpointError
+from .exit_codes import UsageError
 
 console = Console(stderr=True)
-ConfigFile = Annotated[Path, typer.Argument(help="Settings file (YAML); see the folder examples.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (YAML).")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+
+def existing(path: Path | None) -> Path | None:
+    """The path of an option or argument. Raises `UsageError` if nothing is there."""
+    if path is not None and not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    return path
+
+
+def settings_file(file: Path | None) -> Path | None:
+    """The path of a settings file. Raises `UsageError` if nothing is there."""
+    if file is not None and not file.exists():
+        raise UsageError(f"{file}: no such file; examples/laptop.yaml is a complete settings file")
+    return file
+
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="Settings file (YAML); see the folder examples.",
+        callback=settings_file,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file (YAML).", callback=settings_file),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 
 def complain(message: object) -> None:
@@ -26,12 +51,17 @@ def complain(message: object) -> None:
 
 
 @contextmanager
-def readable_errors(debug: bool) -> Iterator[None]:
-    """Turn expected errors into one-line messages and exit code 1; `debug` lets them through."""
-    try:
+def working(on: str) -> Iterator[None]:
+    """Show what a command works on, and for how many seconds, until the `with` block ends.
+
+    Without a terminal nothing is shown.
+    """
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(on, total=None)
         yield
-    except (SettingsError, LaunchError, CheckpointError) as error:
-        if debug:
-            raise
-        complain(f"octet: {error}")
-        raise typer.Exit(1) from None
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: command lines to copy."""
+    return "\n\n".join(("Examples:", *(f"- `{command}`" for command in commands)))

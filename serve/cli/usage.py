@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -19,7 +18,10 @@ from rich.table import Column, Table
 from ..errors import SettingsError, did_you_mean
 from ..settings.file import load_settings
 from ..usage.ledger import month_of, read_usage, usage_files
-from .terminal import ConfigOption, Debug, readable_errors
+from .exit_codes import UsageError
+from .terminal import AsJson, ConfigOption
+
+GROUP = "tenant", "model", "precision", "outcome"
 
 
 def usage(
@@ -40,40 +42,42 @@ def usage(
         bool,
         typer.Option("--records", help="Print each record as a line of JSON, instead of sums."),
     ] = False,
-    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what tenants were charged: images and work, by model, precision and outcome."""
-    with readable_errors(debug):
-        if folder is None:
-            found_folder = load_settings(config).usage_path if config else None
-            if found_folder is None:
-                raise SettingsError(
-                    "which usage? Name a settings file with data_folder by --config, or --folder"
-                )
-            folder = Path(found_folder).expanduser()
-        begin = _since(since)
-        if not folder.is_dir():
-            raise SettingsError(
-                f"{folder}: no such folder; usage is recorded on the node where the Dispatcher runs"
+    if folder is None:
+        found_folder = load_settings(config).usage_path if config else None
+        if found_folder is None:
+            raise UsageError(
+                "which usage? Name a settings file with data_folder by --config, or --folder"
             )
-        try:
-            if not usage_files(folder):
-                raise SettingsError(
-                    f"{folder}: no usage was recorded there; name the folder `usage_folder` of the "
-                    "settings, or the folder `usage` in `data_folder`"
-                )
-            if tenant:
-                _check_tenant(folder, tenant)
-            found = read_usage(folder, begin, tenant)
-            if records:
-                for record in found:
-                    sys.stdout.write(json.dumps(record) + "\n")
-            else:
-                Console().print(_sums(found, begin))
-        except BrokenPipeError:  # such as `| head`, which closes the pipe early
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (OSError, ValueError) as error:
-            raise SettingsError(str(error)) from None
+        folder = Path(found_folder).expanduser()
+    begin = _since(since)
+    if not folder.is_dir():
+        raise SettingsError(
+            f"{folder}: no such folder; usage is recorded on the node where the Dispatcher runs"
+        )
+    try:
+        if not usage_files(folder):
+            raise SettingsError(
+                f"{folder}: no usage was recorded there; name the folder `usage_folder` of the "
+                "settings, or the folder `usage` in `data_folder`"
+            )
+        if tenant:
+            _check_tenant(folder, tenant)
+        found = read_usage(folder, begin, tenant)
+        if records:
+            for record in found:
+                sys.stdout.write(json.dumps(record) + "\n")
+            return
+        sums = _sums(found)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    until = datetime.now(UTC).isoformat(timespec="seconds")[:19]
+    if as_json:
+        typer.echo(_as_json(sums, begin, until))
+    else:
+        Console().print(_table(sums, begin, until))
 
 
 def _check_tenant(folder: Path, tenant: str) -> None:
@@ -93,27 +97,42 @@ def _since(given: str | None) -> str:
     try:
         begin = datetime.fromisoformat(given)
     except ValueError:
-        raise SettingsError(f"--since '{given}': expected YYYY-MM-DD or YYYY-MM-DDTHH:MM") from None
+        raise UsageError(f"--since '{given}': expected YYYY-MM-DD or YYYY-MM-DDTHH:MM") from None
     utc = begin.replace(tzinfo=UTC) if begin.tzinfo is None else begin.astimezone(UTC)
     return utc.strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _sums(records: Iterable[dict[str, Any]], since: str) -> Table:
-    """Images and work of each tenant, in all and by model, precision and outcome."""
+def _sums(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], tuple[int, float]]:
+    """Images and work of each tenant, by tenant, model, precision and outcome, in order.
+
+    The sum of a tenant has "" as model, precision and outcome.
+    """
     images: dict[tuple[str, ...], int] = defaultdict(int)
     work: dict[tuple[str, ...], float] = defaultdict(float)
     for record in records:
-        group = tuple(record[name] for name in ("tenant", "model", "precision", "outcome"))
+        group = tuple(record[name] for name in GROUP)
         for key in (group, (record["tenant"], "", "", "")):
             images[key] += 1
             work[key] += record["work_s"]
-    now = datetime.now(UTC).isoformat(timespec="seconds")[:19]
-    columns = [Column(n, overflow="fold") for n in ("tenant", "model", "precision", "outcome")]
-    table = Table(*columns, title=f"since {since}, until {now} UTC")
+    return {key: (images[key], work[key]) for key in sorted(images)}
+
+
+def _table(sums: dict[tuple[str, ...], tuple[int, float]], since: str, until: str) -> Table:
+    columns = [Column(name, overflow="fold") for name in GROUP]
+    table = Table(*columns, title=f"since {since}, until {until} UTC")
     for name in ("images", "work"):
         table.add_column(name, justify="right")
-    for key in sorted(images):
+    for key, (images, work) in sums.items():
         is_total = not key[1]
-        row = (*key, str(images[key]), f"{work[key]:.3f}")
-        table.add_row(*row, style="bold" if is_total else None)
+        table.add_row(*key, str(images), f"{work:.3f}", style="bold" if is_total else None)
     return table
+
+
+def _as_json(sums: dict[tuple[str, ...], tuple[int, float]], since: str, until: str) -> str:
+    """The sums by model, precision and outcome, without those of whole tenants."""
+    rows = [
+        {**dict(zip(GROUP, key, strict=True)), "images": images, "work_s": round(work, 6)}
+        for key, (images, work) in sums.items()
+        if key[1]
+    ]
+    return json.dumps({"since": since, "until": until, "usage": rows}, indent=1)

@@ -124,8 +124,13 @@ def read(file: Path, prefix: str) -> Tensors:
                 if scales and kind == "weight":
                     tensor = tensor.float() * stored.get_tensor(scales[0]).float()
                 found[name.removeprefix(prefix)] = tensor.to(torch.bfloat16)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        reason = str(error).rpartition(": ")[2]  # behind the name of safetensors' own error
+        raise CheckpointError(
+            f"{file} is not a safetensors file, or was not downloaded whole: {reason}"
+        ) from None
     return found
 
 

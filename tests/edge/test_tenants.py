@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import socket
 import time
@@ -283,6 +284,8 @@ def test_operators_cordon_nodes_with_the_command(guarded: GuardedEdge) -> None:
 
     assert "0 n is cordoned" in octet("node", "cordon", "n", "--url", url, "--reason", "noise")
     assert "cordoned: noise" in octet("top", url, "--once")
+    state = json.loads(octet("top", url, "--json").partition(" ")[2])
+    assert [node["cordoned"] for node in state["nodes"]] == ["noise"]
     assert "0 n is no longer cordoned" in octet("node", "uncordon", "n", "--url", url)
     assert "noise" not in octet("top", url, "--once")
     assert "1 octet: " in octet("node", "uncordon", "n", "--url", url)

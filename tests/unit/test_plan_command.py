@@ -79,12 +79,12 @@ def test_invalid_prices_are_refused(tmp_path: Path, text: str) -> None:
     assert "prices.yaml" in result.stderr
 
 
-def test_a_plan_that_does_not_fit_has_a_reason_and_exit_code_2() -> None:
+def test_a_plan_that_does_not_fit_has_a_reason_and_exit_code_1() -> None:
     result = octet_plan("--gpu", "t4:4", "--model", "sd3.5-large")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "sd3.5-large on t4: needs" in result.stderr
     result = octet_plan("--gpu", "t4:4", "--model", "sd3.5-large", "--json")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "needs" in json.loads(result.stdout)["reason"]
 
 
@@ -212,7 +212,7 @@ def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
 )
 def test_wrong_input_is_named(args: tuple[str, ...], complaint: str) -> None:
     result = octet_plan(*args)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert complaint in result.stderr
 
 
@@ -233,7 +233,7 @@ def test_every_card_of_the_file_is_answered(model: str) -> None:
     for card in CARDS:
         result = octet_plan("--gpu", f"{card}:2", "--model", model)
         fits = CARDS[card].memory_gib > 15 or model == "sd3.5-medium"
-        assert result.exit_code == (0 if fits else 2), result.output
+        assert result.exit_code == (0 if fits else 1), result.output
 
 
 def test_the_cards_of_a_cluster() -> None:

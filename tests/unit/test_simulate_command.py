@@ -59,7 +59,7 @@ def test_a_trace_on_the_fleet_of_a_settings_file(tmp_path: Path) -> None:
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], message: str) -> None:
     result = simulate(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in " ".join(result.output.split())
 
 
