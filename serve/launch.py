@@ -50,6 +50,7 @@ ENVIRONMENT = {
 }
 ANSWER_S = 10.0  # time for an answer of the Dispatcher
 GLANCE_S = 1.0  # time for an answer that is only shown to the user
+SILENT_S = 10.0  # after this time without news, the start says what it waits for
 OTHERS_S = 30.0  # wait for the other pools, once every model can be served
 LAST_BYTES_S = 2.0  # time for Serve's proxy to send the last bytes
 
@@ -95,20 +96,24 @@ class RunningApplication:
         """Wait until every pool that should have a replica, and that a node can hold, has one.
 
         Once no model has to wait for its first replica, the other pools are awaited for at most
-        `OTHERS_S`, because the nodes may be full. `on_news` is called with a line that says what is
-        awaited. Raises `LaunchError` with Ray Serve's message if a deployment fails.
+        `OTHERS_S`, because the nodes may be full. `on_news` is called with a line for each replica
+        that becomes ready, and with what is awaited if there was no news for `SILENT_S`. Raises
+        `LaunchError` with Ray Serve's message if a deployment fails.
         """
         from ray import serve
 
         names = list(versions(self.settings))
+        news = _StartNews(on_news)
+        news.tell(f"starting {', '.join(names)}")
         served_since: float | None = None
         while True:
             applications = serve.status().applications
             if failed := [line for found in applications.values() for line in _failed(found)]:
                 raise LaunchError("\n".join(failed))
+            news.count_replicas(applications.values())
             running = {name for name, found in applications.items() if found.status == "RUNNING"}
             if awaited := [name for name in names if name not in running]:
-                on_news(f"waiting for {', '.join(awaited)}")
+                news.remind(awaited)
             else:
                 pools = self.status().pools
                 empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
@@ -117,9 +122,10 @@ class RunningApplication:
                     served_since = served_since or time.monotonic()
                     if not coming or time.monotonic() - served_since > OTHERS_S:
                         if empty:
-                            on_news(f"going on without {_generators(empty)}: no room on any node")
+                            without = ", ".join(map(generator_deployment, empty))
+                            news.tell(f"going on without {without}: no room on any node")
                         return
-                on_news(f"waiting for {_generators(empty)}")
+                news.remind(map(generator_deployment, empty))
             time.sleep(POLL_S)
 
     def known_status(self) -> DispatcherStatus | None:
@@ -203,8 +209,30 @@ class RunningApplication:
         return self._handle
 
 
-def _generators(pools: Iterable[str]) -> str:
-    return ", ".join(map(generator_deployment, pools))
+class _StartNews:
+    """Lines about the start of the applications, each told once."""
+
+    def __init__(self, on_news: Callable[[str], None]) -> None:
+        self._on_news, self._told = on_news, time.monotonic()
+        self._ready: dict[str, int] = {}  # running replicas by deployment
+
+    def tell(self, line: str) -> None:
+        """Tell a line of news."""
+        self._on_news(line)
+        self._told = time.monotonic()
+
+    def count_replicas(self, applications: Iterable[Any]) -> None:
+        """Tell of each deployment that has more running replicas than before."""
+        for name, found in (d for one in applications for d in one.deployments.items()):
+            ready = found.replica_states.get("RUNNING", 0)
+            if ready > self._ready.get(name, 0):
+                self.tell(f"{name}: {ready} of {sum(found.replica_states.values())} replicas ready")
+            self._ready[name] = ready
+
+    def remind(self, awaited: Iterable[str]) -> None:
+        """Tell what is awaited if nothing else was told for `SILENT_S`."""
+        if time.monotonic() - self._told > SILENT_S:
+            self.tell(f"still waiting for {', '.join(awaited)}")
 
 
 @contextlib.contextmanager

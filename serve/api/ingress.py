@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -23,8 +23,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from cluster.cost import CostCoefficients
-
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
@@ -37,7 +35,8 @@ from ..errors import (
     Unavailable,
 )
 from ..models.structures import unknown_structures
-from ..settings.application import CatalogueSettings, FrontSettings, Settings
+from ..settings.application import FrontSettings, Settings
+from ..settings.models import Model
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
@@ -47,6 +46,7 @@ from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
+from .model_files import ModelFiles, Units
 from .request_log import RefusalLog
 from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
@@ -66,6 +66,7 @@ from .wire.request import (
 from .wire.response import (
     CancelledRequest,
     LiftedQuarantine,
+    ModelItem,
     ModelList,
     NodeCordon,
     RequestStatus,
@@ -87,7 +88,7 @@ class Ingress:
         front: dict[str, Any],
         dispatcher: Any,
         pool_handle: Callable[[str], Any],
-        units: Callable[[CatalogueSettings], Mapping[str, CostCoefficients]],
+        units: Units,
         timing: IngressTiming = INGRESS_TIMING,
     ) -> None:
         """`front`: the fields of `FrontSettings`. `dispatcher`: the handle of the Dispatcher.
@@ -104,7 +105,7 @@ class Ingress:
         self._metrics = metrics = IngressMetrics()
         self._attempts = Attempts(pool_handle, metrics, timing.dispatch)
         self._live: Settings | None = None
-        self._unknown: set[str] = set()  # models whose structure is not known yet
+        self._files = ModelFiles(set(), {}, {})
         self._awaited: set[str] = set()  # models without which this server is not ready
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
@@ -132,13 +133,9 @@ class Ingress:
         # A model that comes later does not make a server unready which serves the others.
         self._awaited = names if self._live is None else self._awaited & names
         await self.reuse.set_models(settings)
-        self._unknown, work = await asyncio.to_thread(self._read_work, settings)
-        self._attempts.set_models(settings.models, work)
+        self._files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
+        self._attempts.set_models(settings.models, self._files.work)
         self._live = settings
-
-    def _read_work(self, settings: Settings) -> tuple[set[str], Mapping[str, CostCoefficients]]:
-        """The models whose structure is not known yet, and the work of all; reads files."""
-        return unknown_structures(settings), self._units(settings)
 
     @property
     def live(self) -> Settings:
@@ -157,14 +154,14 @@ class Ingress:
         self._session.check()
         self._urls.check()
         self._metrics.held(self._uploads.held)
-        if not self._unknown:
+        if not self._files.unknown:
             return
         settings = self.live
-        if self._unknown != await asyncio.to_thread(unknown_structures, settings):
-            unknown, work = await asyncio.to_thread(self._read_work, settings)
+        if self._files.unknown != await asyncio.to_thread(unknown_structures, settings):
+            files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
             if settings is self.live:  # and no other settings have come meanwhile
-                self._unknown = unknown
-                self._attempts.set_models(settings.models, work)
+                self._files = files
+                self._attempts.set_models(settings.models, files.work)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(
@@ -306,15 +303,18 @@ class Ingress:
 
     async def models(self, http: Request) -> Response:
         offer = self._allowed(http.scope["tenant"])
-        models = [model_item(model, self._started) for model in offer.models]
+        models = [self._item(model) for model in offer.models]
         return JSONResponse(ModelList(data=models).model_dump())
 
     async def model(self, http: Request) -> Response:
         name, offer = http.path_params["model"], self._allowed(http.scope["tenant"])
         for model in offer.models:
             if model.id == name:
-                return JSONResponse(model_item(model, self._started).model_dump())
+                return JSONResponse(self._item(model).model_dump())
         raise model_not_found(name, offer)
+
+    def _item(self, model: Model) -> ModelItem:
+        return model_item(model, self._started, self._files.example_prompts.get(model.id, []))
 
     async def file(self, http: Request) -> Response:
         return await self._urls.read(http)

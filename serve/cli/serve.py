@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from ..errors import SettingsError
 from ..launch import RunningApplication, run_application
+from ..models.example_prompts import example_prompts
 from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..tenants.files import TENANTS, read_tenants
@@ -171,14 +173,12 @@ def _change_printer(octet: RunningApplication) -> Callable[[], None]:
 
 
 def _news_printer() -> Callable[[str], None]:
-    """A function that prints a line of news, unless it is the same as the line before."""
-    last = ""
+    """A function that prints a line of news after the seconds since the command began."""
+    began = time.monotonic()
 
     def print_news(news: str) -> None:
-        nonlocal last
-        if news != last:
-            console.print(news, style="dim", highlight=False, soft_wrap=True)
-        last = news
+        text = f"{time.monotonic() - began:6.1f} s  {news}"
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     return print_news
 
@@ -186,7 +186,8 @@ def _news_printer() -> Callable[[str], None]:
 def _announce(octet: RunningApplication) -> None:
     """Print the playground's address and a curl command that generates an image."""
     url, model = octet.url, octet.settings.models[0]
-    prompt = "a futuristic cityscape at sunset"
+    known = example_prompts(model, octet.settings.models_folder)
+    prompt = known[0] if known else "a lighthouse at sunset"
     key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nGenerate an image:\n")

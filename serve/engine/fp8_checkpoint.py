@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
-from ..models.checkpoints import CheckpointError, size_bytes, write_manifest
+from ..models.checkpoints import EXAMPLE_PROMPTS, CheckpointError, size_bytes, write_manifest
 from .denoiser import load_transformer
 from .fp8_format import METHODS, QUANTO_MAP, T5, TRANSFORMER, WEIGHTS, is_fp8
 from .precision import RECIPES, Recipe, store_in_fp8
@@ -48,6 +48,8 @@ def quantize(folder: Path, out: Path, recipe: Recipe = RECIPES["fp8"]) -> None:
         if path.is_dir() and path.name not in done:
             shutil.copytree(path, part / path.name)
     shutil.copy(folder / "model_index.json", part)
+    if (folder / EXAMPLE_PROMPTS).is_file():
+        shutil.copy(folder / EXAMPLE_PROMPTS, part)
     transformer = load_transformer(folder, recipe, "cpu")
     _save(transformer, TRANSFORMER, folder, part, {"recipe": recipe.name})
     if has_t5:

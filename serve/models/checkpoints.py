@@ -32,7 +32,15 @@ MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
 # What is pulled. Repositories also hold the same weights as single files and in a second 16-bit
 # format; these are left out.
-PULLED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+EXAMPLE_PROMPTS = "example_prompts.json"
+PULLED = [
+    "model_index.json",
+    EXAMPLE_PROMPTS,
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+    "*/*.safetensors",
+]
 NOT_PULLED = ["*.fp16*", "text_encoders/*"]
 
 

@@ -366,6 +366,7 @@ def test_models_state_their_limits_and_defaults(client: httpx.Client) -> None:
     body = {"prompt": "x", "num_inference_steps": listed["limits"]["max_steps"]}
     assert client.post(GENERATE, json=body).status_code == 200
     assert repr(listed["defaults"]["num_inference_steps"]) == "28"
+    assert "a futuristic cityscape at sunset" in listed["example_prompts"]
 
 
 def test_the_icon_is_served(client: httpx.Client) -> None:

@@ -97,6 +97,7 @@ def test_an_fp8_checkpoint_is_complete_and_smaller(fp8_folder: Path) -> None:
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         for file in (DEMO_MODEL / part).iterdir():
             assert (fp8_folder / part / file.name).read_bytes() == file.read_bytes()
+    assert (fp8_folder / "example_prompts.json").read_text().startswith("[")
 
 
 def test_recipes_that_need_16_bit_weights_refuse_an_fp8_checkpoint(fp8_folder: Path) -> None:

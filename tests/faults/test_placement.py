@@ -119,6 +119,7 @@ def test_requests_reach_the_right_pools_while_nodes_come_and_go(
 
     # No node can hold any pool: the start ends nevertheless, and requests get an error.
     octet.wait(news.append)
+    assert "Dispatcher: 1 of 1 replicas ready" in news
     assert news[-1] == f"going on without {FP8}, {FP16}: no room on any node"
     client = Client(octet.url)
     assert client.ask() == (503, "no_capacity")

@@ -178,7 +178,7 @@ class RequestStatus(BaseModel):
 
 
 class ModelItem(BaseModel):
-    """A model that is served, with Octet's own fields: `limits` and `defaults` of its requests."""
+    """A model that is served; `limits`, `defaults` and `example_prompts` are Octet's own fields."""
 
     id: str
     object: Literal["model"] = "model"
@@ -191,15 +191,19 @@ class ModelItem(BaseModel):
     defaults: Annotated[
         dict[str, int | float], Field(description="Values of requests that name none, by name.")
     ]
+    example_prompts: Annotated[
+        list[str], Field(description="Prompts that the model knows well; may be empty.")
+    ]
 
 
-def model_item(model: Model, created: int) -> ModelItem:
+def model_item(model: Model, created: int, example_prompts: list[str]) -> ModelItem:
     """Describe a served model; `created`: when, in seconds since 1970."""
     return ModelItem(
         id=model.id,
         created=created,
         limits=asdict(model.limits),
         defaults=model.defaults.model_dump(),
+        example_prompts=example_prompts,
     )
 
 
