@@ -152,6 +152,12 @@ OVERVIEW = [
         "Images in the spool", "short", most("octet_spool_images", "NodeAddress"), "{{NodeAddress}}"
     ),
     one(
+        "Faults of the image store",
+        "short",
+        most("octet_store_faults", "place, cause"),
+        "{{place}} {{cause}}",
+    ),
+    one(
         "Images generated again",
         "ops",
         rate("octet_retried", "pool, reason"),

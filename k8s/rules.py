@@ -197,6 +197,12 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "warning",
         "{{ $labels.file }} has a fault: the tenants as they were before it are served.",
     ),
+    "OctetStoreFault": (
+        f"{Q.most('octet_store_faults', 'place, cause')} > 0",
+        "2m",
+        "warning",
+        "Images cannot be put into {{ $labels.place }}: {{ $labels.cause }}.",
+    ),
     "OctetSpoolFilling": (
         f"{Q.most('octet_spool_bytes', 'NodeAddress')} / "
         f"{Q.most('octet_spool_limit_bytes', 'NodeAddress')} > 0.5",

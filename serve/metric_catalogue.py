@@ -80,6 +80,11 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_store_seconds": Metric(
             "histogram", "Seconds to store an image for its URL or the cache.", (), LATENCY_S
         ),
+        "octet_store_faults": Metric(
+            "gauge",
+            "1 while images cannot be put into their bucket or folder, by the kind of fault.",
+            ("place", "cause"),
+        ),
         "octet_spool_images": Metric("gauge", "Images that wait in this node's spool."),
         "octet_spool_bytes": Metric("gauge", "Bytes that wait in this node's spool."),
         "octet_spool_limit_bytes": Metric("gauge", "Bytes at which this node's spool is full."),

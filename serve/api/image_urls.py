@@ -16,7 +16,7 @@ from ..errors import InvalidRequest, NotFound, OctetError, StoreFailed
 from ..request import ImageRequest, ImageResult
 from ..results.from_settings import open_links, open_store
 from ..results.spool import Spool
-from ..results.store import new_name
+from ..results.store import StoreFault, new_name
 from ..settings.application import FrontSettings, Settings
 from .ingress_metrics import IngressMetrics
 
@@ -35,12 +35,16 @@ class ImageUrls:
         live: Callable[[], Settings],
         metrics: IngressMetrics,
         sweep_s: float,
+        on_fault: Callable[[StoreFault | None], None],
     ) -> None:
         """`live`: returns the present live settings. `sweep_s`: seconds between two sweeps.
 
-        Raises `OSError` if the data folder cannot be used.
+        `on_fault` is called when images can no longer be put where they belong, and with None when
+        they can again. Raises `OSError` if the data folder cannot be used.
         """
         self._live, self._metrics, self._sweep_s = live, metrics, sweep_s
+        self._on_fault = on_fault
+        self._fault: StoreFault | None = None
         self._kept = settings.data_folder is not None
         if self._kept:
             # Threads of their own, so that a slow store delays neither reads nor anything else.
@@ -88,12 +92,21 @@ class ImageUrls:
         for request, result in zip(requests, results, strict=True):
             name = new_name(tenant, request.output_format, time.time())
             began = time.monotonic()
-            await asyncio.get_running_loop().run_in_executor(
-                self._writers, self._store.put, name, result.image, request.id
-            )
+            try:
+                await asyncio.get_running_loop().run_in_executor(
+                    self._writers, self._store.put, name, result.image, request.id
+                )
+            finally:
+                self._note_fault()
             self._metrics.stored(time.monotonic() - began)
             names.append(name)
         return names
+
+    def _note_fault(self) -> None:
+        if (fault := self._store.fault) != self._fault:
+            self._metrics.store_fault(self._fault, fault)
+            self._fault = fault
+            self._on_fault(fault)
 
     def url(self, name: str, http: Request) -> str:
         """A signed link to a stored image, which works for `link_expires_s`."""
@@ -135,6 +148,7 @@ class ImageUrls:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._sweep_s)
+            self._note_fault()
             if isinstance(self._store, Spool):
                 self._metrics.spooled(self._store.entries, self._store.bytes, self._store.max_bytes)
             keep = self._live().results

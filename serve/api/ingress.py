@@ -35,6 +35,7 @@ from ..errors import (
     Unavailable,
 )
 from ..models.structures import unknown_structures
+from ..results.store import StoreFault
 from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
 from ..tenants.keys import TenantAccess, tenant_of
@@ -111,7 +112,9 @@ class Ingress:
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._favicon = FAVICON.read_bytes()
         self._openapi = document(version("octet-serve"), self._needs_key)
-        self._urls = ImageUrls(settings, lambda: self.live, metrics, timing.sweep_s)
+        self._urls = ImageUrls(
+            settings, lambda: self.live, metrics, timing.sweep_s, self._report_store_fault
+        )
         self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
         self._uploads = EditUploads(lambda: self.live.edits.max_held_bytes, metrics)
         self._generations = GenerationHandler(
@@ -393,6 +396,9 @@ class Ingress:
         A model can be served if one of its pools has a replica. A pool that may be scaled to zero
         is enough without one, if a node could hold a replica. The answer costs no message to the
         Dispatcher: it comes from the status that the Dispatcher has sent last.
+
+        The status is `degraded`, and the code still 200, while requests are answered but something
+        else does not work, such as the upload of images to their bucket.
         """
         found, age_s = self._session.status()
         known = found.pools if found else {}
@@ -407,18 +413,24 @@ class Ingress:
         }
         self._awaited |= servable
         served = self._awaited <= servable
-        status = "draining" if found and found.draining else "ready" if served else "starting"
+        faults = found.faults if found else {}
+        ready = "degraded" if faults else "ready"
+        status = "draining" if found and found.draining else ready if served else "starting"
         details: dict[str, Any] = {}
         if self._open_to_all:
             details = {
                 "age_s": round(age_s, 3) if found else None,
                 "queued": found.queued if found else None,
+                "faults": faults,
                 "models": {
                     model: {name: pool and pool._asdict() for name, pool in pools.items()}
                     for model, pools in models.items()
                 },
             }
-        return JSONResponse({"status": status, **details}, 200 if status == "ready" else 503)
+        return JSONResponse({"status": status, **details}, 200 if status == ready else 503)
+
+    def _report_store_fault(self, fault: StoreFault | None) -> None:
+        self._session.set_fault("image store", f"{fault.place}: {fault.message}" if fault else "")
 
     async def playground(self, _: Request) -> Response:
         return HTMLResponse(self._playground)

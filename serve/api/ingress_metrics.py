@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..metric_catalogue import metric
+from ..results.store import StoreFault
 from .wire.paths import endpoint
 
 
@@ -15,6 +16,7 @@ class IngressMetrics:
         self._eta = metric("octet_eta_ratio")
         self._stored = metric("octet_store_seconds")
         self._spool = {of: metric(f"octet_spool_{of}") for of in ("images", "bytes", "limit_bytes")}
+        self._store_faults = metric("octet_store_faults")
         self._repeats = metric("octet_cache_requests")
         self._lookup = metric("octet_cache_lookup_seconds")
         self._cache_failures = metric("octet_cache_failures")
@@ -42,6 +44,12 @@ class IngressMetrics:
 
     def stored(self, seconds: float) -> None:
         self._stored.observe(seconds)
+
+    def store_fault(self, before: StoreFault | None, now: StoreFault | None) -> None:
+        """Note a changed fault of the result store; None: there is none."""
+        for fault, value in ((before, 0), (now, 1)):
+            if fault:
+                self._store_faults.set(value, {"place": fault.place, "cause": fault.cause})
 
     def spooled(self, images: int, size: int, limit: int) -> None:
         self._spool["images"].set(images)

@@ -18,7 +18,7 @@ from ..launch import RunningApplication, run_application
 from ..models.example_prompts import example_prompts
 from ..settings.application import Settings
 from ..settings.file import load_settings
-from ..tenants.files import TENANTS, read_tenants
+from ..tenants.files import KEYS, TENANTS, read_tenants
 from .doctor_settings import bucket_fault
 from .exit_codes import UsageError
 from .terminal import ConfigFile, complain, console
@@ -147,7 +147,7 @@ def _next_signal(events: SimpleQueue[int]) -> int | None:
 
 
 def _change_printer(octet: RunningApplication) -> Callable[[], None]:
-    """A function that prints new autoscaling decisions, and faults of the tenants' files.
+    """A function that prints new autoscaling decisions, and faults of files and stores.
 
     A decision says how many replicas a pool should have, and why. Each is printed once.
     """
@@ -162,11 +162,12 @@ def _change_printer(octet: RunningApplication) -> Callable[[], None]:
             if reason and reason != decisions.get(pool):
                 console.print(f"{pool}: {reason}", style="dim", highlight=False, soft_wrap=True)
             decisions[pool] = reason
-        for file, fault in status.faults.items():
-            if fault != faults.get(file):
-                complain(f"octet: keeping the last valid {file}: {fault}")
-        for file in faults.keys() - status.faults.keys():
-            console.print(f"{file} is valid again", highlight=False)
+        for part, fault in status.faults.items():
+            if fault != faults.get(part):
+                kept = "keeping the last valid " if part in (TENANTS, KEYS) else ""
+                complain(f"octet: {kept}{part}: {fault}")
+        for part in faults.keys() - status.faults.keys():
+            console.print(f"{part}: works again", highlight=False)
         faults = status.faults
 
     return print_changes

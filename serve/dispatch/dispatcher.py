@@ -119,6 +119,7 @@ class Dispatcher:
         self.recovery = Recovery(timing, read_states, self._begin)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
+        self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
         self._quarantine, self._results = Quarantine(), SharedResults()
         self._cordons = Cordons(read_cordons(folder))
         self._positions_due = False
@@ -253,7 +254,10 @@ class Dispatcher:
             self._quarantine.add(request, now)
         for id in update.lifted:
             self._quarantine.lift(id)
-        if update.quarantined or update.lifted:
+        faults = dict(update.faults)
+        new_faults = faults != self._faults.get(session, {})
+        self._faults[session] = faults
+        if update.quarantined or update.lifted or new_faults:
             self.sessions.set_status(self._status())
         for query in update.queries:
             self._answer(session, query)
@@ -266,6 +270,8 @@ class Dispatcher:
         self._early = [early for early in self._early if early[0] != session]
         self.sessions.close(session)
         self.sessions.deliver(self._results.end_session(session))
+        if self._faults.pop(session, None):
+            self.sessions.set_status(self._status())
 
     # -- Generators -----------------------------------------------------------------------------
 
@@ -346,7 +352,10 @@ class Dispatcher:
             calls=self.admission.open_calls,
             queued=self.grants.queue_depth,
             pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
-            faults=dict(self._tenants.faults) if self._tenants else {},
+            faults={
+                part: fault for faults in self._faults.values() for part, fault in faults.items()
+            }
+            | (self._tenants.faults if self._tenants else {}),
             quarantined=self._quarantine.present(time.monotonic()),
             cordoned=tuple(self._cordons.cordoned.values()),
         )

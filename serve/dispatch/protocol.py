@@ -166,6 +166,7 @@ class SessionUpdate(NamedTuple):
     queries: tuple[CallQuery, ...] = ()
     quarantined: tuple[QuarantinedRequest, ...] = ()
     lifted: tuple[str, ...] = ()  # ids of requests that an operator lets pass again
+    faults: tuple[tuple[str, str], ...] = ()  # at present: what does not work there, and why
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -340,8 +341,8 @@ class CordonedNode(NamedTuple):
 class DispatcherStatus(NamedTuple):
     """The Dispatcher's state: open `calls` of clients, `queued` images and every pool.
 
-    `faults`: what is wrong in the tenants' files, by the file's name. `quarantined`: the requests
-    that are refused because they have killed replicas.
+    `faults`: what does not work at present, and why: a file of tenants, a bucket that an Ingress
+    cannot write to. `quarantined`: the requests that are refused because they have killed replicas.
     """
 
     draining: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ..atomic_file import replace_file
 from ..errors import NotFound, StoreFailed
-from .store import NAME, folder_of
+from .store import NAME, StoreFault, folder_of
 
 DISK_FULL = "the disk that keeps images is full: ask for b64_json"
 # Left free for other files on the disk, such as usage records: the smaller of the two.
@@ -40,16 +41,14 @@ class DiskStore:
         self._images, self._is_nearly_full = Path(folder) / "images", is_nearly_full
         self._images.mkdir(parents=True, exist_ok=True)
         self.full = is_nearly_full(self._images)
+        self.fault: StoreFault | None = None
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         file = self._images / name
         try:
             self.full = self._is_nearly_full(self._images)
-        except OSError as error:
-            raise StoreFailed("the image could not be stored") from error
-        if self.full:
-            raise StoreFailed(DISK_FULL)
-        try:
+            if self.full:
+                raise OSError(errno.ENOSPC, "the disk is nearly full")
             if not self._images.is_dir():
                 raise FileNotFoundError(self._images)
             try:
@@ -59,7 +58,11 @@ class DiskStore:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(file, image)
         except OSError as error:
-            raise StoreFailed("the image could not be stored") from error
+            cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
+            self.fault = StoreFault(f"folder {self._images}", cause, error.strerror or str(error))
+            message = DISK_FULL if self.full else "the image could not be stored"
+            raise StoreFailed(message) from error
+        self.fault = None
 
     def get(self, name: str) -> bytes:
         if NAME.fullmatch(name):
@@ -85,6 +88,8 @@ class DiskStore:
                 if file.parent != self._images:
                     with contextlib.suppress(OSError):  # the day's folder holds other images
                         file.parent.rmdir()
+        if not self.full:
+            self.fault = None  # until an image cannot be put
 
     def erase(self, tenant: str) -> int:
         folder = self._images / folder_of(tenant)

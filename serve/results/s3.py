@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ..errors import NotFound, StoreFailed
 from ..settings.application import S3Settings
-from .store import NAME, folder_of, new_name
+from .store import NAME, StoreFault, folder_of, new_name
 
 CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # by default boto3 tries a dead endpoint for 5 min
 CONNECTIONS = 32
@@ -39,6 +39,7 @@ class S3Store:
         role. `read_s`: how long an attempt waits for the next bytes of an answer, in seconds.
         """
         self._bucket, self._presigned_s = settings.bucket, settings.presigned_s
+        self.fault: StoreFault | None = None
         self._swept = -SWEEP_EVERY_S
         self._client: Any = boto3.client(
             "s3",
@@ -92,7 +93,12 @@ class S3Store:
                 **self._put_options,
             )
         except (BotoCoreError, ClientError) as error:
+            code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+            place, cause = f"bucket {self._bucket}", code or type(error).__name__
+            # Without the image's name, the faults of several images are one.
+            self.fault = StoreFault(place, cause, str(error).replace(f"/{name}", ""))
             raise StoreFailed("the image could not be stored") from error
+        self.fault = None
 
     def get(self, name: str) -> str:
         with self._location(name) as location:

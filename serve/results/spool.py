@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from ..atomic_file import replace_file
 from ..errors import OctetError
 from .disk import is_nearly_full
-from .store import ResultStore, folder_of
+from .store import ResultStore, StoreFault, folder_of
 
 log = logging.getLogger("ray.serve")
 
@@ -74,6 +74,10 @@ class Spool:
         """Raise `RuntimeError` if the thread that uploads waiting images has ended."""
         if not self._drainer.is_alive():
             raise RuntimeError("the spool is no longer drained")
+
+    @property
+    def fault(self) -> StoreFault | None:
+        return self._store.fault
 
     @property
     def full(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..tenants.tenant import ID
 
@@ -34,11 +34,27 @@ def folder_of(tenant: str) -> str:
     return f"t/{tenant}/"
 
 
+class StoreFault(NamedTuple):
+    """Why images cannot be put where they belong: for the operator, not for clients.
+
+    `place`: the bucket or the folder. `cause`: a short name of the kind of fault, such as the
+    service's error code. `message`: the whole reason.
+    """
+
+    place: str
+    cause: str
+    message: str
+
+
 class ResultStore(Protocol):
     """Keeps images by their names; `new_name` makes the names.
 
-    Every method may block: call it in a thread. The property `full` does not block.
+    Every method may block: call it in a thread. The properties do not block.
     """
+
+    @property
+    def fault(self) -> StoreFault | None:
+        """The fault at the last attempt to put an image; None if that worked."""
 
     @property
     def full(self) -> bool:

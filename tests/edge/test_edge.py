@@ -482,6 +482,14 @@ def test_links_lead_to_the_public_address(client: httpx.Client, edge: Edge, tune
     assert client.get(url.removeprefix("https://images.example/octet")).status_code == 200
 
 
+def ready(client: httpx.Client) -> dict[str, Any]:
+    """The answer of a server that is ready or degraded."""
+    answer = client.get("/ready")
+    assert answer.status_code == 200
+    found: dict[str, Any] = answer.json()
+    return found
+
+
 def test_images_in_a_bucket_are_read_through_links_to_this_server(
     laptop: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,10 +524,16 @@ def test_images_in_a_bucket_are_read_through_links_to_this_server(
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
             assert edge.painter.generated == generated
             assert client.post(GENERATE, json={"prompt": "x"}).status_code == 200
+            wait_for(lambda: ready(client)["status"] == "degraded")
+            fault = ready(client)["faults"]["image store"]
+            assert fault.startswith(f"bucket {bucket.bucket}: ")
+            assert proxy.url in fault
+            assert "anonymous" not in fault  # the fault of one image is that of the next
 
             # The bucket comes back.
             proxy.fault = "none"
             wait_for(lambda: client.post(GENERATE, json=body).status_code == 200)
+            wait_for(lambda: ready(client)["status"] == "ready")
             assert client.get(kept).status_code == 307
         proxy.close()
 
@@ -532,8 +546,13 @@ def test_an_image_that_cannot_be_kept_is_503(edge: Edge, client: httpx.Client) -
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_failed")
         time.sleep(3 * HASTY.sweep_s)  # the sweep fails too and is repeated
         asyncio.run(edge.ingress.check_health())
+        wait_for(lambda: ready(client)["status"] == "degraded")
+        assert ready(client)["faults"] == {
+            "image store": f"folder {images}: No such file or directory"
+        }
     finally:
         images.with_name("away").rename(images)
+    wait_for(lambda: ready(client)["status"] == "ready")
 
 
 def test_the_work_of_a_model_is_counted_anew_when_its_files_have_come(

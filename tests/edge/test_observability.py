@@ -248,6 +248,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         {'ray_octet_nodes_cordoned{node="n"}': "_x9"},
         9,
     ),
+    "OctetStoreFault": (
+        {'ray_octet_store_faults{place="bucket b",cause="NoSuchBucket"}': "1x9"},
+        {'ray_octet_store_faults{place="bucket b",cause="NoSuchBucket"}': "1 1 0 0 1 0 0 0 0"},
+        9,
+    ),
     "OctetSpoolFilling": (
         {
             'ray_octet_spool_bytes{NodeAddress="n"}': "6x9",

@@ -78,6 +78,7 @@ class DispatchSession:
         self._finished: list[str] = []
         self._new_quarantined: list[QuarantinedRequest] = []
         self._lifted: list[str] = []
+        self._faults: dict[str, str] = {}  # in every update, so that a new Dispatcher hears them
         self._new_queries: set[CallQuery] = set()
         # Queries that the Dispatcher has not answered; equal ones share an answer.
         self._asked: dict[CallQuery, asyncio.Future[CallAnswer]] = {}
@@ -93,6 +94,13 @@ class DispatchSession:
         """Raise `RuntimeError` if one of the session's tasks has ended, so that it cannot go on."""
         if any(task.done() for task in self._tasks):
             raise RuntimeError("the session with the dispatcher has ended")
+
+    def set_fault(self, part: str, fault: str) -> None:
+        """Report what does not work at this Ingress; an empty `fault`: it works again."""
+        self._faults.pop(part, None)
+        if fault:
+            self._faults[part] = fault
+        self._changed.set()
 
     @property
     def pending_images(self) -> int:
@@ -451,6 +459,7 @@ class DispatchSession:
             queries=tuple(self._new_queries),
             quarantined=tuple(self._new_quarantined),
             lifted=tuple(self._lifted),
+            faults=tuple(self._faults.items()),
         )
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
