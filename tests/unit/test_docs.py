@@ -1,4 +1,4 @@
-"""The documentation agrees with the tree: the README's table of rooms, and every relative link."""
+"""The documentation agrees with the tree: rooms, links, settings, and the names of commands."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.main import get_command
 
-from ..builders import ROOT
+from serve.cli.main import app
+from serve.settings.application import Settings
+from serve.tenants.files import TENANTS, read_tenants
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+from ..builders import DEMO_MODEL, ROOT
+from ..pages import PAGES, Block, blocks
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def test_the_readmes_table_of_rooms_says_what_their_first_lines_say() -> None:
@@ -56,3 +62,47 @@ def test_the_picture_of_the_request_path_is_the_one_of_its_script() -> None:
     """`python docs/request_path.py` draws it."""
     script = runpy.run_path(str(ROOT / "docs" / "request_path.py"))
     assert script["OUT"].read_text(encoding="utf-8") == script["svg"]()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_code_is_fenced(page: Path) -> None:
+    """An indented block would have no mark that says whether a test runs it."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert re.findall(r"\n\n {4}.*", text) == []
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_every_block_says_what_tests_do_with_it(block: Block) -> None:
+    if block.language in ("sh", "python"):
+        assert re.fullmatch(r"run|not run, because \w.+", block.mark), block
+    else:
+        assert block.mark in ("", "output", "settings", "tenants"), block
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda block: block.name
+)
+def test_settings_in_the_docs_are_valid(block: Block, tmp_path: Path) -> None:
+    if block.mark == "tenants":
+        (tmp_path / TENANTS).write_text(block.text)
+        assert read_tenants(tmp_path)
+        return
+    laptop = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
+    for part in (*laptop["models"], *laptop["text_encoders"]):
+        part["source"]["location"] = str(DEMO_MODEL)
+    assert Settings.model_validate({**laptop, "data_folder": "data", **yaml.safe_load(block.text)})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_the_text_names_exist(page: Path) -> None:
+    """Of each `octet …` in the text, the command and its options."""
+    for line in re.findall(r"`octet ([^`]+)`", page.read_text(encoding="utf-8")):
+        command, (word, *rest) = get_command(app), line.replace("COMMAND ", "").split()
+        while hasattr(command, "commands") and not word.startswith("-"):
+            assert word in command.commands, f"octet {line}"
+            command = command.commands[word]
+            word, rest = (rest[0], rest[1:]) if rest else ("-", [])
+        options = {name for param in command.params for name in param.opts}
+        options |= {"--help", "--install-completion"}
+        given = {part.partition("=")[0] for part in line.split() if part.startswith("--")}
+        assert given <= options, f"octet {line}"
