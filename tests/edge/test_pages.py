@@ -19,7 +19,7 @@ from .edge import Edge, started
 
 DIGEST = "sha256:" + "0" * 64
 IMAGES = dict.fromkeys(("CUDA_IMAGE", "CPU_IMAGE"), f"registry.example/octet@{DIGEST}")
-WITHOUT_SERVER = "autoscaling", "cards", "images", "models", "runbook", "settings"
+WITHOUT_SERVER = "adopting", "autoscaling", "cards", "images", "models", "runbook", "settings"
 
 
 @pytest.mark.parametrize("name", WITHOUT_SERVER)
