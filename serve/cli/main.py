@@ -183,7 +183,3 @@ _add(
 )
 app.add_typer(node.app, name="node", rich_help_panel=OPERATE)
 app.add_typer(k8s.app, name="k8s", rich_help_panel=OPERATE)
-
-
-def main() -> None:
-    app()

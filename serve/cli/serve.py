@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -72,7 +75,9 @@ def _serve(read: Callable[[], Settings]) -> None:
         _warn_about_access(settings)
         if fault := bucket_fault(settings):
             complain(f"octet: {fault}\nimages for URLs wait on disk until the bucket can be used")
-        with run_application(settings, _news_printer()) as octet:
+        with ExitStack() as started:
+            with _answering_ctrl_c():
+                octet = started.enter_context(run_application(settings, _news_printer()))
             _announce(octet)
             for number in (*stop, APPLY):
                 signal.signal(number, lambda number, _: events.put(number))
@@ -94,6 +99,32 @@ def _serve(read: Callable[[], Settings]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     console.print("stopped")
+
+
+@contextmanager
+def _answering_ctrl_c() -> Iterator[None]:
+    """Say at once that a signal has come, while the block runs.
+
+    Python's own handlers wait until Ray's code returns, which may take many seconds. The system
+    writes the number of a signal to the socket at once.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def answer() -> None:
+        if reader.recv(1):
+            console.print("stopping as soon as Ray answers")
+
+    thread = Thread(target=answer)
+    before = signal.set_wakeup_fd(writer.fileno())
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()
 
 
 def _warn_about_access(settings: Settings) -> None:

@@ -298,7 +298,7 @@ def octet_pull(hub: Hub, models: Path, what: str = f"org/model@{REVISION}") -> t
     source = f"{{ location: org/model, revision: {REVISION} }}"
     text = text.replace("{ location: ../demo/model }", source)
     file.write_text(f"models_folder: {models}\n{text}")
-    program = "from serve.cli.main import main; main()"
+    program = "from serve.cli.__main__ import main; main()"
     done = subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-W", "ignore", "-c", program, "pull", what, "--config", str(file)],
         env={

@@ -31,7 +31,7 @@ OCTET = """
 from functools import partial
 from serve import launch
 launch.run_application = partial(launch.run_application, import_path="bench.timed:build")
-from serve.cli.main import main
+from serve.cli.__main__ import main
 main()
 """
 
