@@ -154,8 +154,8 @@ OVERVIEW = [
     one(
         "Faults of the image store",
         "short",
-        most("octet_store_faults", "place, cause"),
-        "{{place}} {{cause}}",
+        most("octet_store_faults", "NodeAddress, place, cause"),
+        "{{NodeAddress}} {{place}} {{cause}}",
     ),
     one(
         "Images generated again",

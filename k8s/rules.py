@@ -198,10 +198,11 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "{{ $labels.file }} has a fault: the tenants as they were before it are served.",
     ),
     "OctetStoreFault": (
-        f"{Q.most('octet_store_faults', 'place, cause')} > 0",
+        f"{Q.most('octet_store_faults', 'NodeAddress, place, cause')} > 0",
         "2m",
         "warning",
-        "Images cannot be put into {{ $labels.place }}: {{ $labels.cause }}.",
+        "{{ $labels.NodeAddress }} cannot put images into {{ $labels.place }}: "
+        "{{ $labels.cause }}.",
     ),
     "OctetSpoolFilling": (
         f"{Q.most('octet_spool_bytes', 'NodeAddress')} / "

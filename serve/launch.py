@@ -115,7 +115,7 @@ class RunningApplication:
             if awaited := [name for name in names if name not in running]:
                 news.remind(awaited)
             else:
-                pools = self.status().pools
+                pools = self._status_at_start().pools
                 empty = [name for name, p in pools.items() if p.wanted and not p.replicas]
                 coming = {name for name in empty if pools[name].placeable}
                 if self._served(empty, coming):
@@ -127,6 +127,12 @@ class RunningApplication:
                         return
                 news.remind(map(generator_deployment, empty))
             time.sleep(POLL_S)
+
+    def _status_at_start(self) -> DispatcherStatus:
+        try:
+            return self.status()
+        except TimeoutError:
+            raise LaunchError(f"the Dispatcher does not answer within {ANSWER_S:g} s") from None
 
     def known_status(self) -> DispatcherStatus | None:
         """The Dispatcher's status; None if it does not answer within `GLANCE_S`."""
@@ -210,7 +216,7 @@ class RunningApplication:
 
 
 class _StartNews:
-    """Lines about the start of the applications, each told once."""
+    """Lines about the start of the applications: what is new, and what is still awaited."""
 
     def __init__(self, on_news: Callable[[str], None]) -> None:
         self._on_news, self._told = on_news, time.monotonic()

@@ -8,6 +8,7 @@ The line that opens a block says what tests do with it:
     ```python run                  like `sh run`; the blocks of a page share their variables
     ```sh not run, because REASON
     ```yaml settings               these keys are valid settings
+    ```yaml tenants                these are valid tenants
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -421,7 +422,7 @@ class Ingress:
             details = {
                 "age_s": round(age_s, 3) if found else None,
                 "queued": found.queued if found else None,
-                "faults": faults,
+                "faults": faults if self._auth == "none" else list(faults),
                 "models": {
                     model: {name: pool and pool._asdict() for name, pool in pools.items()}
                     for model, pools in models.items()
@@ -430,7 +431,8 @@ class Ingress:
         return JSONResponse({"status": status, **details}, 200 if status == ready else 503)
 
     def _report_store_fault(self, fault: StoreFault | None) -> None:
-        self._session.set_fault("image store", f"{fault.place}: {fault.message}" if fault else "")
+        part = f"image store of {socket.gethostname()}"
+        self._session.set_fault(part, f"{fault.place}: {fault.message}" if fault else "")
 
     async def playground(self, _: Request) -> Response:
         return HTMLResponse(self._playground)

@@ -1,4 +1,4 @@
-"""What an Ingress reads from the files of the models on its node."""
+"""The facts that an Ingress reads from the files of the models on its node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Units = Callable[[CatalogueSettings], Mapping[str, CostCoefficients]]
 
 
 class ModelFiles(NamedTuple):
-    """What the files say, by model id.
+    """Facts about the models, by model id.
 
     `unknown`: the models whose structure is not known yet, because no files of theirs are here.
     """

@@ -1,6 +1,6 @@
 """What the exit code of an `octet` command says, and the error of a wrong command line.
 
-0 says that the command did what it is for. Pure: standard library only.
+0 says that the command did what it is for. Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +14,10 @@ from k8s.render import Images, read_nodes, rendered, too_few
 
 from ..launch import LaunchError
 from ..settings.file import load_settings
+from .ray_cluster import check_listening
 from .terminal import ConfigFile, complain, console, examples, existing
 
 LOOK_S = 1.0
-ANSWER_S = 5.0
 HANG_S = 30
 
 app = typer.Typer(help="Run Octet on Kubernetes; see docs/runbook.md.", no_args_is_help=True)
@@ -88,7 +87,7 @@ def leave(
     PATIENCE_S must be more than drain_timeout_s, or Ray Serve stops the replicas at once.
     """
     address = os.environ.get("RAY_ADDRESS", "127.0.0.1:6379")
-    _check_answers(address)
+    check_listening(address)
     signal.alarm(patience_s + HANG_S)  # Ray's calls wait for minutes if the head node is gone
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # and ignore Ctrl-C meanwhile
     import ray
@@ -113,15 +112,3 @@ def leave(
         if left
         else "nothing is served there any more"
     )
-
-
-def _check_answers(address: str) -> None:
-    """Raise `LaunchError` if no Ray answers at the address.
-
-    Without this check Ray's own client would try for minutes.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), ANSWER_S).close()
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"no Ray at {address}: {error}") from None

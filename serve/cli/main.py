@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -44,8 +46,9 @@ class Commands(TyperGroup):
         """Run the command that the command line names."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # such as `| head`, which closes the pipe early: typer ends quietly
-            raise
+        except BrokenPipeError:  # such as `| head`, which closes the pipe early
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit from None
         except (SettingsError, LaunchError, CheckpointError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -57,7 +60,7 @@ def _message(error: Exception) -> str:
     """The message of an error; for an error of the operating system, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 app = typer.Typer(

@@ -33,7 +33,6 @@ from ..settings.models import Encoder, Model
 from .exit_codes import UsageError
 
 SD35_TEXT_WIDTH = 4096
-CONNECT_S = 3.0
 
 
 def parse_gpus(given: Iterable[str], reserved_gib: float) -> list[CardGroup]:

@@ -29,11 +29,7 @@ def nodes_of_cluster(address: str) -> list[Node]:
     Raises `LaunchError` if nothing listens there within `CONNECT_S` seconds, if no Ray answers
     within `ANSWER_S`, or if it asks for another token.
     """
-    if match := re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):(\d+)", address):
-        try:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise LaunchError(f"no Ray at {address}: {error}") from None
+    check_listening(address)
     try:
         child = subprocess.run(  # noqa: S603 - this interpreter and this module
             [sys.executable, "-W", "ignore", "-m", __name__, address],
@@ -49,11 +45,24 @@ def nodes_of_cluster(address: str) -> list[Node]:
             f"the Ray at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as "
             "they were when it started (octet serve takes both from its environment)"
         )
-    lines = child.stderr.split("\n")
+    if child.returncode == NO_RAY:
+        raise LaunchError(f"no Ray at {address}: {json.loads(child.stdout)}")
     if child.returncode:
-        reason = next((line for line in reversed(lines) if line.strip()), "it ended at once")
-        raise LaunchError(f"no Ray at {address}: {reason}")
+        *_, reason = ["it said nothing", *child.stderr.strip().splitlines()]
+        raise LaunchError(f"asking the Ray at {address} failed: {reason}")
     return [Node(**node) for node in json.loads(child.stdout)]
+
+
+def check_listening(address: str) -> None:
+    """Raise `LaunchError` if nothing listens at HOST:PORT within `CONNECT_S` seconds.
+
+    Addresses of other forms, such as "auto", are not checked.
+    """
+    if match := re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:]+\]):(\d+)", address):
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise LaunchError(f"no Ray at {address}: {error}") from None
 
 
 def _print_nodes(address: str) -> None:
@@ -67,7 +76,7 @@ def _print_nodes(address: str) -> None:
     except ray.exceptions.AuthenticationError:
         sys.exit(ASKS_FOR_TOKEN)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(json.dumps(str(error)))  # noqa: T201
         sys.exit(NO_RAY)
     finally:
         ray.shutdown()

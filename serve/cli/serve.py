@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import socket
 import time
@@ -198,14 +200,15 @@ def _change_printer(octet: RunningApplication) -> Callable[[], None]:
                 kept = "keeping the last valid " if part in (TENANTS, KEYS) else ""
                 complain(f"octet: {kept}{part}: {fault}")
         for part in faults.keys() - status.faults.keys():
-            console.print(f"{part}: works again", highlight=False)
+            again = "is valid again" if part in (TENANTS, KEYS) else "works again"
+            console.print(f"{part} {again}", highlight=False)
         faults = status.faults
 
     return print_changes
 
 
 def _news_printer() -> Callable[[str], None]:
-    """A function that prints a line of news after the seconds since the command began."""
+    """A function that prints lines of news, each after the seconds since the start began."""
     began = time.monotonic()
 
     def print_news(news: str) -> None:
@@ -220,12 +223,13 @@ def _announce(octet: RunningApplication) -> None:
     url, model = octet.url, octet.settings.models[0]
     known = example_prompts(model, octet.settings.models_folder)
     prompt = known[0] if known else "a lighthouse at sunset"
+    body = json.dumps({"model": model.id, "prompt": prompt}, ensure_ascii=False)
     key = ' -H "authorization: Bearer $OCTET_KEY"' if octet.settings.auth == "keys" else ""
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold]Octet is ready.[/] Playground: {url}/\n\nGenerate an image:\n")
     out.print(
         f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
-        f'  -d \'{{"model": "{model.id}", "prompt": "{prompt}"}}\' \\\n'
+        f"  -d {shlex.quote(body)} \\\n"
         "  | python3 -c 'import base64, json, sys; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
         "> octet.png\n",

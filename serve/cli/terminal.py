@@ -56,8 +56,9 @@ def working(on: str) -> Iterator[None]:
 
     Without a terminal nothing is shown.
     """
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    text = TextColumn("{task.description}", markup=False)
+    columns, shown = (SpinnerColumn(), text, TimeElapsedColumn()), console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         progress.add_task(on, total=None)
         yield
 

@@ -52,6 +52,8 @@ def usage(
                 "which usage? Name a settings file with data_folder by --config, or --folder"
             )
         folder = Path(found_folder).expanduser()
+    if records and as_json:
+        raise UsageError("--records prints JSON already: leave out --json")
     begin = _since(since)
     if not folder.is_dir():
         raise SettingsError(
@@ -93,7 +95,7 @@ def _since(given: str | None) -> str:
     Raises `SettingsError` if the text is not a time.
     """
     if given is None:
-        return month_of(time.time())
+        return f"{month_of(time.time())}-01T00:00:00"
     try:
         begin = datetime.fromisoformat(given)
     except ValueError:
@@ -135,4 +137,4 @@ def _as_json(sums: dict[tuple[str, ...], tuple[int, float]], since: str, until: 
         for key, (images, work) in sums.items()
         if key[1]
     ]
-    return json.dumps({"since": since, "until": until, "usage": rows}, indent=1)
+    return json.dumps({"since": f"{since}Z", "until": f"{until}Z", "usage": rows}, indent=1)

@@ -30,9 +30,9 @@ Timed = Callable[[str], contextlib.AbstractContextManager[None]]  # measures a p
 
 MANIFEST = "octet.json"
 DEFAULT_MODELS_FOLDER = "~/.cache/octet/models"
+EXAMPLE_PROMPTS = "example_prompts.json"
 # What is pulled. Repositories also hold the same weights as single files and in a second 16-bit
 # format; these are left out.
-EXAMPLE_PROMPTS = "example_prompts.json"
 PULLED = [
     "model_index.json",
     EXAMPLE_PROMPTS,

@@ -13,6 +13,7 @@ from ..atomic_file import replace_file
 from ..errors import NotFound, StoreFailed
 from .store import NAME, StoreFault, folder_of
 
+NEARLY_FULL = "the disk is nearly full"
 DISK_FULL = "the disk that keeps images is full: ask for b64_json"
 # Left free for other files on the disk, such as usage records: the smaller of the two.
 RESERVE_BYTES, RESERVE_SHARE = 256 * 2**20, 0.05
@@ -41,16 +42,22 @@ class DiskStore:
         self._images, self._is_nearly_full = Path(folder) / "images", is_nearly_full
         self._images.mkdir(parents=True, exist_ok=True)
         self.full = is_nearly_full(self._images)
-        self.fault: StoreFault | None = None
+        self._fault: StoreFault | None = None
+
+    @property
+    def fault(self) -> StoreFault | None:
+        return self._fault_of(OSError(errno.ENOSPC, NEARLY_FULL)) if self.full else self._fault
+
+    def _fault_of(self, error: OSError) -> StoreFault:
+        cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        return StoreFault(f"folder {self._images}", cause, error.strerror or str(error))
 
     def put(self, name: str, image: bytes, request_id: str) -> None:
         file = self._images / name
         try:
             self.full = self._is_nearly_full(self._images)
             if self.full:
-                raise OSError(errno.ENOSPC, "the disk is nearly full")
-            if not self._images.is_dir():
-                raise FileNotFoundError(self._images)
+                raise OSError(errno.ENOSPC, NEARLY_FULL)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(file, image)
@@ -58,11 +65,10 @@ class DiskStore:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(file, image)
         except OSError as error:
-            cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
-            self.fault = StoreFault(f"folder {self._images}", cause, error.strerror or str(error))
+            self._fault = self._fault_of(error)
             message = DISK_FULL if self.full else "the image could not be stored"
             raise StoreFailed(message) from error
-        self.fault = None
+        self._fault = None
 
     def get(self, name: str) -> bytes:
         if NAME.fullmatch(name):
@@ -88,8 +94,11 @@ class DiskStore:
                 if file.parent != self._images:
                     with contextlib.suppress(OSError):  # the day's folder holds other images
                         file.parent.rmdir()
-        if not self.full:
-            self.fault = None  # until an image cannot be put
+        if self._fault and not self.full:
+            probe = self._images / "probe"
+            replace_file(probe, b"")
+            probe.unlink()
+            self._fault = None
 
     def erase(self, tenant: str) -> int:
         folder = self._images / folder_of(tenant)

@@ -249,8 +249,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         9,
     ),
     "OctetStoreFault": (
-        {'ray_octet_store_faults{place="bucket b",cause="NoSuchBucket"}': "1x9"},
-        {'ray_octet_store_faults{place="bucket b",cause="NoSuchBucket"}': "1 1 0 0 1 0 0 0 0"},
+        {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1x9"},
+        {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1 1 0 0 1 0 0 0 0"},
         9,
     ),
     "OctetSpoolFilling": (

@@ -209,13 +209,33 @@ def test_a_disk_that_is_nearly_full_takes_no_images(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, lambda _: full[0])
     name = new_name("t", "png", NOW)
     assert store.full
+    assert store.fault
+    assert (store.fault.place, store.fault.cause) == (f"folder {tmp_path}/images", "ENOSPC")
     with pytest.raises(StoreFailed, match="disk that keeps images is full"):
         store.put(name, b"picture", "r")
     full[0] = False
     store.sweep(NOW, max_age_s=1, max_bytes=1)
     assert not store.full
+    assert store.fault is None
     store.put(name, b"picture", "r")
     assert store.get(name) == b"picture"
+    full[0] = True
+    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6)
+    assert store.fault
+
+
+def test_a_folder_that_cannot_be_written_to_has_a_fault_until_it_can(tmp_path: Path) -> None:
+    store, images = DiskStore(tmp_path), tmp_path / "images"
+    (images / "t").write_text("a file where the folder of tenants should be")
+    name = new_name("t", "png", NOW)
+    with pytest.raises(StoreFailed, match="could not be stored"):
+        store.put(name, b"picture", "r")
+    assert store.fault
+    assert store.fault.cause == "ENOTDIR"
+    (images / "t").unlink()
+    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6)
+    assert store.fault is None
+    assert not list(images.iterdir())  # what the sweep has tried is gone
 
 
 def test_beside_a_disk_that_is_nearly_full_images_go_to_the_bucket_at_once(

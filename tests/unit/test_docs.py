@@ -95,7 +95,7 @@ def test_settings_in_the_docs_are_valid(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_that_the_text_names_exist(page: Path) -> None:
-    """Of each `octet …` in the text, the command and its options."""
+    """Check the command and the options of each `octet …` in the text."""
     for line in re.findall(r"`octet ([a-zC][^`]*)`", page.read_text(encoding="utf-8")):
         command, (word, *rest) = get_command(app), line.replace("COMMAND ", "").split()
         while hasattr(command, "commands") and not word.startswith("-"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from serve.cli.main import app
+from serve.cli.ray_cluster import ASKS_FOR_TOKEN, NO_RAY, nodes_of_cluster
+from serve.launch import LaunchError
 
 from ..builders import ROOT
 from ..wait import wait_for
@@ -67,6 +70,7 @@ MISTAKES = [
     ("bench http://{closed} --rate 20 --seconds 0.2", 1, "is the server running?"),
     ("usage", 2, "Name a settings file with data_folder by --config, or --folder"),
     ("usage --folder {}/none", 1, "on the node where the Dispatcher runs"),
+    ("usage --folder {} --records --json", 2, "leave out --json"),
     ("usage --folder {} --since yesterday", 2, "expected YYYY-MM-DD"),
     ("tenant add acme", 2, "Name a settings file with --config, or --folder"),
     ("tenant add a_b --folder {}", 1, "an id is"),
@@ -162,3 +166,17 @@ def test_ctrl_c_ends_a_command_that_waits_for_ray() -> None:
             wait_for(lambda: bool(psutil.Process(doctor.pid).children()))
             os.killpg(doctor.pid, signal.SIGINT)  # as a terminal does
     assert doctor.returncode == 130
+
+
+def test_the_whole_reason_why_ray_refuses_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "Version mismatch: the cluster was started with:\n    Ray: 1.0\n    Python: 3.9"
+    for code, out, err, says in (
+        (NO_RAY, json.dumps(reason), "noise", f"no Ray at auto: {reason}"),
+        (ASKS_FOR_TOKEN, "", "noise", "the Ray at auto asks for a token"),
+        (1, "", "Traceback\nImportError: no ray", "asking the Ray at auto failed: ImportError"),
+    ):
+        done = subprocess.CompletedProcess([], code, out, err)
+        monkeypatch.setattr(subprocess, "run", lambda *_, found=done, **__: found)
+        with pytest.raises(LaunchError) as raised:
+            nodes_of_cluster("auto")
+        assert str(raised.value).startswith(says)

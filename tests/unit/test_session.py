@@ -235,6 +235,31 @@ def test_a_restarted_dispatcher_learns_waiting_and_running_images() -> None:
     run(test)
 
 
+def test_faults_of_all_ingresses_are_in_the_status_until_they_end() -> None:
+    async def test(dispatcher: Dispatcher, session: DispatchSession, handle: Handle) -> None:
+        other = DispatchSession(handle, PROMPT)
+        session.set_fault("store of a", "bucket b: NoSuchBucket")
+        other.set_fault("store of c", "disk full")
+        await settle()
+        both = {"store of a": "bucket b: NoSuchBucket", "store of c": "disk full"}
+        assert (await dispatcher.state()).faults == both
+        status, _ = other.status()
+        assert status
+        assert status.faults == both  # each Ingress knows those of the others
+
+        fresh = a_dispatcher("p")
+        handle.break_off(fresh)
+        await settle()
+        assert (await fresh.state()).faults == both
+        session.set_fault("store of a", "")
+        await settle()
+        assert (await fresh.state()).faults == {"store of c": "disk full"}
+        fresh.end_session(other.name)
+        assert (await fresh.state()).faults == {}
+
+    run(test)
+
+
 def test_a_further_attempt_goes_before_calls_that_came_later() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         order: list[str] = []

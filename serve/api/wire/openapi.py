@@ -222,7 +222,7 @@ def _paths() -> dict[str, Any]:
             "get": _status(
                 "ready",
                 {
-                    200: "Every model has a replica; `degraded`: something else does not work",
+                    200: "Every model has a replica; `degraded`: a store or a file does not work",
                     503: "A model has no replica yet, or the server is shutting down",
                 },
             )
