@@ -129,9 +129,9 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_report.as_json(found, notes), indent=2))
     elif as_settings:
-        if notes:
-            complain("\n".join(notes))
         base = settings.model_dump(mode="json", exclude_unset=True) if settings else None
+        for note in (*notes, *(plan_report.left_out(found, base) if base else ())):
+            complain(note)
         typer.echo(plan_report.as_settings(found, base), nl=False)
     else:
         plan_report.print_plan(found, notes)

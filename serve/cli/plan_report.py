@@ -129,15 +129,36 @@ def _pool(
     """Settings of a planned pool.
 
     The plan decides the placement, the slots and `adaln_8_bit`. All other settings are taken from
-    the first pool of the same precision in `before`, the model's pools so far.
+    a pool of the same precision in `before`, the model's pools so far: from the one for this card,
+    else from one for any card, else from the first.
     """
-    precision = "fp8" if pool.recipe.startswith("fp8") else "fp16"
-    same = next((p for p in before if p["precision"] == precision), {})
+    precision = _precision(pool)
+    alike = [p for p in before if p["precision"] == precision]
+    order = {pool.card: 0, None: 1}
+    same = min(alike, key=lambda p: order.get(p.get("card"), 2), default={})
     size = f"{planned.shape.width_px}x{planned.shape.height_px}"
     placement = {"precision": precision, **_placement(pool), "slots": pool.slots}
     adaln = {"adaln_8_bit": True} if pool.recipe == "fp8-adaln8" else {}
     kept = _kept(same, (*PLACEMENT_KEYS, "slots", "adaln_8_bit"), pool.replicas)
     return {"warm_sizes": [size], **kept, **placement, **adaln}
+
+
+def _precision(pool: PlannedPool) -> str:
+    return "fp8" if pool.recipe.startswith("fp8") else "fp16"
+
+
+def left_out(plan: Plan, settings: Mapping[str, Any]) -> list[str]:
+    """A line for each pool of the settings that has no successor in the plan.
+
+    A successor is a pool of the same model, precision and card; without a `card`, on any card.
+    """
+    there = {(p.model, _precision(p), card) for p in planned_pools(plan) for card in (p.card, None)}
+    return [
+        f"left out: pool {pool['precision']}{f' on {card}' if card else ''} of {model['id']}"
+        for model in settings["models"]
+        for pool in model["pools"]
+        if (model["id"], pool["precision"], card := pool.get("card")) not in there
+    ]
 
 
 def as_text(plan: Plan, notes: Iterable[str] = ()) -> Group:

@@ -140,6 +140,29 @@ def test_a_plan_for_small_images_says_so_in_the_settings() -> None:
     assert model["pools"][0]["warm_sizes"] == ["512x512"]
 
 
+def test_each_pool_keeps_the_settings_of_the_pool_on_its_card() -> None:
+    """With the cards for which the overlay was made, its pools come back, and none is left out."""
+    overlay = SD35.parents[1] / "k8s" / "overlays" / "mixed-gpu" / "settings.yaml"
+    cards = "h100:4", "l40s:4", "l4:8", "a100-80:4", "a10:8"
+    gpus = [word for card in cards for word in ("--gpu", card)]
+    result = octet_plan(*gpus, "--config", str(overlay), "--settings")
+    assert "left out" not in result.stderr
+
+    def least(settings: dict[str, Any]) -> dict[tuple[str, str], int]:
+        pools = ((m["id"], p) for m in settings["models"] for p in m["pools"])
+        return {(model, pool["card"]): pool["min_replicas"] for model, pool in pools}
+
+    planned = least(yaml.safe_load(result.stdout))
+    before = least(yaml.safe_load(overlay.read_text()))
+    assert planned == {key: before[key] for key in planned}
+    assert len(planned) > 6
+
+
+def test_pools_that_the_plan_leaves_out_are_named() -> None:
+    result = octet_plan("--gpu", "h100:8", "--config", str(SD35), "--settings")
+    assert "left out: pool fp16 of sd3.5-large\n" in result.stderr
+
+
 def test_the_demo_is_planned_by_its_own_files() -> None:
     laptop = SD35.with_name("laptop.yaml")
     found = as_json("--gpu", "l4", "--config", str(laptop), "--encoders-on-cpu")
