@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
-SERVERS := redis-server prometheus
+SERVERS := redis-server prometheus postgresql
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SERVERS)
 INSTALLED := .venv/installed
 # pip compiles modules on one core. `COMPILE` does it on all cores, after the last package, and leaves
@@ -18,6 +18,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Octet needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@echo "installing the tested versions of all packages into .venv: about two minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev]'
@@ -47,10 +48,10 @@ demo-check: install
 
 # Only a warning where they cannot be installed: tests that want them are then skipped.
 servers:
-	@command -v redis-server >/dev/null && command -v prometheus >/dev/null || { \
+	@command -v redis-server >/dev/null && command -v prometheus >/dev/null && ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  { $(APT_INSTALL) || { apt-get update -qq && $(APT_INSTALL); }; } >/dev/null 2>&1; \
-	} || echo "tests with Redis or Prometheus are skipped: apt-get install $(SERVERS)"
+	} || echo "tests with Redis, Prometheus or PostgreSQL are skipped: apt-get install $(SERVERS)"
 	@command -v kubectl >/dev/null || echo "tests of Kubernetes manifests are skipped: there is no kubectl"
 
 test: install .venv/reference servers

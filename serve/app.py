@@ -98,6 +98,7 @@ def _front(settings: FrontSettings, parts: Parts) -> serve.Application:
         settings.autoscaling_policy,
         settings.tenants_folder if settings.auth == "keys" else None,
         settings.usage_path,
+        settings.store.model_dump() if settings.store else None,
     )  # fmt: skip
     ingress = serve.deployment(serve.ingress()(parts.ingress), name=INGRESS).options(
         max_ongoing_requests=UNBOUNDED,

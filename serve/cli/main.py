@@ -24,6 +24,7 @@ from . import (
     plan,
     serve,
     simulate,
+    store,
     tenant,
     top,
     usage,
@@ -184,5 +185,6 @@ _add(
     "octet top",
     "octet top https://images.example --once --json",
 )
+app.add_typer(store.app, name="store", rich_help_panel=OPERATE)
 app.add_typer(node.app, name="node", rich_help_panel=OPERATE)
 app.add_typer(k8s.app, name="k8s", rich_help_panel=OPERATE)

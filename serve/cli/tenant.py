@@ -18,9 +18,9 @@ from ..results.from_settings import open_store
 from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
-from ..usage.ledger import erase_usage, read_usage
 from .exit_codes import UsageError
 from .terminal import AsJson, ConfigOption, console, examples
+from .usage_source import FolderUsage, StoreUsage, usage_source
 
 app = typer.Typer(help="Manage tenants, their limits and their API keys.", no_args_is_help=True)
 
@@ -185,11 +185,11 @@ def erase(
     if config is None:
         raise UsageError("whose images? Name a settings file with --config")
     settings = load_settings(config)
-    if settings.usage_path is None:
+    source = usage_source(settings)
+    if source is None:
         raise SettingsError(f"{config}: it has no data_folder, so no images or records are kept")
-    folder = Path(settings.usage_path).expanduser()
     if not yes:
-        _confirm_erasure(settings, tenant, folder)
+        _confirm_erasure(settings, tenant, source)
     with ExitStack() as cleanup:
         images = erased = 0
         try:
@@ -197,17 +197,16 @@ def erase(
                 store = open_store(settings, drain=False)
                 cleanup.callback(store.close)
                 images = store.erase(tenant)
-            if folder.is_dir():
-                erased = erase_usage(folder, tenant)
+            erased = source.erase(tenant)
         except (OSError, ValueError, StoreFailed) as error:
             raise SettingsError(str(error)) from None
     console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
 
 
-def _confirm_erasure(settings: Settings, tenant: str, folder: Path) -> None:
+def _confirm_erasure(settings: Settings, tenant: str, source: FolderUsage | StoreUsage) -> None:
     """Say what an erasure deletes, and ask. Raises `SettingsError` unless the answer is yes."""
     try:
-        records = sum(1 for _ in read_usage(folder, tenant=tenant)) if folder.is_dir() else 0
+        records = sum(1 for _ in source.read(tenant=tenant))
         has_keys = settings.auth == "keys" and bool(
             read_keys(Path(settings.tenants_folder).expanduser()).get(tenant)
         )
@@ -215,7 +214,9 @@ def _confirm_erasure(settings: Settings, tenant: str, folder: Path) -> None:
         raise SettingsError(str(error)) from None
     place = f"the bucket {settings.s3.bucket}" if settings.s3 else settings.data_folder
     images = f"all images of {tenant} in {place}, and " if place else ""
-    console.print(f"This deletes {images}{records} usage records in {folder}.", highlight=False)
+    console.print(
+        f"This deletes {images}{records} usage records in {source.place}.", highlight=False
+    )
     if has_keys:
         console.print(
             f"The keys of {tenant} still work: revoke them first with octet tenant revoke {tenant}",

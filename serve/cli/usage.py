@@ -17,9 +17,10 @@ from rich.table import Column, Table
 
 from ..errors import SettingsError, did_you_mean
 from ..settings.file import load_settings
-from ..usage.ledger import month_of, read_usage, usage_files
+from ..usage.ledger import month_of
 from .exit_codes import UsageError
 from .terminal import AsJson, ConfigOption
+from .usage_source import FolderUsage, StoreUsage, usage_source
 
 GROUP = "tenant", "model", "precision", "outcome"
 
@@ -45,29 +46,23 @@ def usage(
     as_json: AsJson = False,
 ) -> None:
     """Show what tenants were charged: images and work, by model, precision and outcome."""
-    if folder is None:
-        found_folder = load_settings(config).usage_path if config else None
-        if found_folder is None:
-            raise UsageError(
-                "which usage? Name a settings file with data_folder by --config, or --folder"
-            )
-        folder = Path(found_folder).expanduser()
     if records and as_json:
         raise UsageError("--records prints JSON already: leave out --json")
     begin = _since(since)
-    if not folder.is_dir():
-        raise SettingsError(
-            f"{folder}: no such folder; usage is recorded on the node where the Dispatcher runs"
+    source: FolderUsage | StoreUsage | None = None
+    if folder:
+        source = FolderUsage(folder)
+    elif config:
+        source = usage_source(load_settings(config))
+    if source is None:
+        raise UsageError(
+            "which usage? Name a settings file with data_folder by --config, or --folder"
         )
+    source.check()
     try:
-        if not usage_files(folder):
-            raise SettingsError(
-                f"{folder}: no usage was recorded there; name the folder `usage_folder` of the "
-                "settings, or the folder `usage` in `data_folder`"
-            )
         if tenant:
-            _check_tenant(folder, tenant)
-        found = read_usage(folder, begin, tenant)
+            _check_tenant(source, tenant)
+        found = source.read(begin, tenant)
         if records:
             for record in found:
                 sys.stdout.write(json.dumps(record) + "\n")
@@ -82,9 +77,9 @@ def usage(
         Console().print(_table(sums, begin, until))
 
 
-def _check_tenant(folder: Path, tenant: str) -> None:
-    """Raise `SettingsError` if a folder has no record of a tenant at all."""
-    names = dict.fromkeys(record["tenant"] for record in read_usage(folder))
+def _check_tenant(source: FolderUsage | StoreUsage, tenant: str) -> None:
+    """Raise `SettingsError` if there is no record of a tenant at all."""
+    names = dict.fromkeys(record["tenant"] for record in source.read())
     if tenant not in names:
         raise SettingsError(f"--tenant '{tenant}' was never charged: {did_you_mean(tenant, names)}")
 

@@ -31,7 +31,7 @@ from .cordoning import Cordoning, read_cordons
 from .cordons import Cordons, card_or_node
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
-from .metering import Metering
+from .metering import Ledger, Metering
 from .node_watch import NodeWatch
 from .overview import nodes_overview, overview
 from .protocol import (
@@ -79,6 +79,7 @@ class Dispatcher:
         autoscaling_policy: str = "queued-work",
         tenants_folder: str | None = None,
         usage_folder: str | None = None,
+        store: dict[str, Any] | None = None,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
         drain: Callable[[str], None] = drain_for_good,
         read_states: Callable[[], ReplicaStates] = replica_states,
@@ -89,8 +90,9 @@ class Dispatcher:
         The Dispatcher knows no pools before `reconfigure` names them. `read_nodes` returns the
         cluster's nodes, `drain` lets Ray place nothing new on a node, and `read_states` returns the
         states of Ray Serve's replicas; all may block. Without `tenants_folder` any tenant may call.
-        `usage_folder` also holds copies of the last valid tenants, and the cordoned nodes. Without
-        it usage is counted in memory only, and all of this is lost when this process ends. Raises
+        `store`: the arguments of the `Database` of usage records; without it they are in files of
+        `usage_folder`. That folder also holds copies of the last valid tenants, and the cordoned
+        nodes. Without both, usage is counted in memory only and lost when this process ends. Raises
         `SettingsError`, `OSError` or `ValueError` if a folder cannot be read or holds a wrong file.
         """
         self._timing = timing
@@ -104,7 +106,14 @@ class Dispatcher:
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
         self.sessions = SessionStreams(self._metrics.messages)
         folder = Path(usage_folder).expanduser() if usage_folder else None
-        ledger = UsageLedger(folder, time.time()) if folder else None
+        ledger: Ledger | None = None
+        if store:
+            from ..store.database import Database  # SQLAlchemy takes half a second to import
+            from ..usage.sql_ledger import SqlLedger
+
+            ledger = SqlLedger(Database(**store), time.time())
+        elif folder:
+            ledger = UsageLedger(folder, time.time())
         self.metering = Metering(
             self.admission,
             ledger,

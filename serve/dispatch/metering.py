@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from ..usage.ledger import UsageLedger, month_end, month_of
+from ..usage.ledger import month_end, month_of
 from ..usage.record import UsageRecord
 from .admission import Admission
 from .dispatcher_metrics import TenantMetrics
@@ -28,13 +29,26 @@ class _Charge(NamedTuple):
     held: float
 
 
+class Ledger(Protocol):
+    """Where charges are written: `UsageLedger` or `SqlLedger`, whose methods these are."""
+
+    month: str
+    spent: Counter[str]
+
+    def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]: ...
+
+    def charged_elsewhere(self) -> set[str]: ...
+
+    def close(self) -> None: ...
+
+
 class Metering:
     """Writes the charges of all sessions, and tells each session which ones are on disk."""
 
     def __init__(
         self,
         admission: Admission,
-        ledger: UsageLedger | None,
+        ledger: Ledger | None,
         metrics: TenantMetrics,
         deliver: Callable[[Iterable[DispatchEvent]], None],
         retry_s: float = TIMING.charge_retry_s,

@@ -112,6 +112,28 @@ class CacheSettings(Frozen):
         return self
 
 
+class StoreSettings(Frozen):
+    """The database of usage records, which several clusters may share.
+
+    `url` cannot hold a password, because Ray shows the settings of its applications.
+    """
+
+    url: Annotated[
+        str, Field(pattern=r"^(sqlite:////[^?#]+|postgresql://([^@/?#:]+@)?[^@/?#]+/[^/?#]+)$")
+    ] = Field(
+        description="postgresql://USER@HOST:PORT/NAME, or sqlite:////ABSOLUTE/FILE, which only the "
+        "processes of one node may use.",
+    )
+    password_file: str | None = Field(
+        default=None, description="File with the password of PostgreSQL; null: no password."
+    )
+    answer_s: PositiveFloat = Field(
+        default=5.0,
+        description="Seconds after which a transaction is given up. Images whose charge is not "
+        "written by then are not delivered.",
+    )
+
+
 class CatalogueSettings(Frozen):
     """The models with their pools, the text encoders, and what their replicas need of a node."""
 
@@ -203,6 +225,10 @@ class FrontSettings(Frozen):
         "Dispatcher; null: the folder `usage` in `data_folder`. On a disk of its own, usage can be "
         "recorded while images fill the other disk.",
     )
+    store: StoreSettings | None = Field(
+        default=None,
+        description="Database of usage records; null: files in `usage_folder`.",
+    )
     s3: S3Settings | None = Field(
         default=None,
         description="Bucket for images that are answered as URLs; null: they are kept in "
@@ -248,9 +274,9 @@ class FrontSettings(Frozen):
 
     @model_validator(mode="after")
     def _usage_is_kept(self) -> FrontSettings:
-        if self.auth == "keys" and self.usage_path is None:
+        if self.auth == "keys" and self.usage_path is None and self.store is None:
             raise ValueError(
-                "auth keys: set data_folder or usage_folder, where the tenants' usage is recorded "
+                "auth keys: set data_folder, usage_folder or store, where usage is recorded "
                 "(or set auth: none on a laptop)"
             )
         return self

@@ -35,7 +35,7 @@ PATHS = (  # keys whose values are paths
         "usage_folder",
         "tenants_folder",
     ),
-    *("signing_key_file", "redis_password_file"),
+    *("signing_key_file", "redis_password_file", "password_file"),
 )
 
 

@@ -147,6 +147,7 @@ class Edge:
             max_queued=100,
             tenants_folder=settings.tenants_folder if keyed else None,
             usage_folder=f"{settings.data_folder}/usage" if keyed else None,
+            store=settings.store.model_dump() if settings.store else None,
         )
         for pool in pools:
             await dispatcher.report_replica(Heartbeat(pool, "r", 4))

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 from serve.api.authentication import is_open
 from serve.cli.main import app
-from serve.settings.application import Settings
+from serve.settings.application import Settings, StoreSettings
+from serve.store.database import Database, sqlite_url
 from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
-from serve.usage.ledger import read_usage
+from serve.usage.sql_ledger import records
 
 from ..full_disk import full_disk
 from ..wait import wait_for
@@ -88,7 +89,8 @@ class GuardedEdge:
         return connection
 
     def usage(self, tenant: str) -> list[dict[str, Any]]:
-        return list(read_usage(self.folder / "usage", tenant=tenant))
+        with closing(Database(sqlite_url(self.folder))) as database:
+            return list(records(database, tenant=tenant))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,12 @@ def guarded(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("data")
     tenants = folder / "tenants"
     keys = {name: add_tenant(tenants, name, values) for name, values in TENANTS_OF_TESTS.items()}
-    changes = {"auth": "keys", "data_folder": str(folder), "tenants_folder": str(tenants)}
+    changes = {
+        "auth": "keys",
+        "data_folder": str(folder),
+        "tenants_folder": str(tenants),
+        "store": StoreSettings(url=sqlite_url(folder)),
+    }
     with started(laptop.model_copy(update=changes)) as edge:
         yield GuardedEdge(edge, folder, keys)
 
@@ -286,6 +293,7 @@ def test_operators_cordon_nodes_with_the_command(guarded: GuardedEdge) -> None:
     assert "cordoned: noise" in octet("top", url, "--once")
     state = json.loads(octet("top", url, "--json").partition(" ")[2])
     assert [node["cordoned"] for node in state["nodes"]] == ["noise"]
+    assert "0 0 requests open" in octet("top", f"{url}/v1/", "--once")  # OpenAI's base URL
     assert "0 n is no longer cordoned" in octet("node", "uncordon", "n", "--url", url)
     assert "noise" not in octet("top", url, "--once")
     assert "1 octet: " in octet("node", "uncordon", "n", "--url", url)

@@ -20,7 +20,7 @@ ROOMS = (
     "serve.engine",
     *("serve.results.cache", "serve.results"),
     *("serve.dispatch.client", "serve.dispatch"),
-    *("serve.models", "serve.settings", "serve.tenants", "serve.usage"),
+    *("serve.models", "serve.settings", "serve.tenants", "serve.usage", "serve.store"),
     *("serve.request", "serve.errors", "serve.deployments", "serve.atomic_file"),
     *("serve.edit_pixels", "serve.ray_errors", "serve.metric_catalogue"),
     *("autoscaling.simulation", "autoscaling"),

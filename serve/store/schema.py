@@ -1,0 +1,108 @@
+"""The tables of the store, and the steps that bring an older database to them.
+
+A step only adds: tables, and columns with a default. So an older release can go on writing to a
+database that a newer one has brought up to date, for the time of an upgrade.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    UniqueConstraint,
+    insert,
+    inspect,
+    select,
+)
+
+METADATA = MetaData()
+
+VERSIONS = Table(
+    "octet_schema", METADATA, Column("version", Integer, primary_key=True, autoincrement=False)
+)
+
+# The last number that was given out, by name. It never falls, even if rows are deleted.
+COUNTERS = Table(
+    "octet_counters",
+    METADATA,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+
+# One row for each charge and each reversal. `id` grows in the order of commits, without a gap that
+# is filled later, so that whoever reads on from an id misses nothing.
+USAGE = Table(
+    "octet_usage",
+    METADATA,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", String(24), nullable=False),  # 2026-11-22T20:36:36.156Z
+    Column("call", String(64), nullable=False),
+    Column("image", Integer, nullable=False),
+    Column("reversal", Integer, nullable=False),  # 0: a charge; 1: the charge is taken back
+    Column("tenant", String(63), nullable=False),
+    Column("request_id", String(200), nullable=False),
+    Column("model", String(200), nullable=False),
+    Column("precision", String(16), nullable=False),
+    Column("size", String(16), nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("work_s", Float(53), nullable=False),
+    Column("outcome", String(16), nullable=False),
+    UniqueConstraint("call", "image", "reversal"),
+    Index("octet_usage_tenant_time", "tenant", "time"),
+    Index("octet_usage_time", "time"),
+)
+
+# Charges that were taken back before they came: they are never written.
+VOIDS = Table(
+    "octet_voids",
+    METADATA,
+    Column("call", String(64), nullable=False),
+    Column("image", Integer, nullable=False),
+    Column("time", String(24), nullable=False),
+    PrimaryKeyConstraint("call", "image"),
+)
+
+# The sums of a tenant's month, changed in the transaction that writes the records.
+SUMS = Table(
+    "octet_usage_sums",
+    METADATA,
+    Column("month", String(7), nullable=False),  # 2026-11
+    Column("tenant", String(63), nullable=False),
+    Column("images", BigInteger, nullable=False),
+    Column("work_s", Float(53), nullable=False),
+    Column("last_id", BigInteger, nullable=False),  # of the newest record in the sums
+    PrimaryKeyConstraint("month", "tenant"),
+)
+
+
+def _first_tables(connection: Connection) -> None:
+    METADATA.create_all(connection, tables=[COUNTERS, USAGE, VOIDS, SUMS])
+    connection.execute(insert(COUNTERS).values(name=USAGE.name, value=0))
+
+
+STEPS = (_first_tables,)  # step n brings a database from version n to n + 1
+
+
+def bring_up_to_date(connection: Connection) -> int:
+    """Bring the database to the newest version, and return the version that it then has.
+
+    Call it in a transaction that no other process can have at the same time. A database that is
+    newer than this release stays as it is.
+    """
+    if not inspect(connection).has_table(VERSIONS.name):
+        METADATA.create_all(connection, tables=[VERSIONS])
+        connection.execute(insert(VERSIONS).values(version=0))
+    found: int = connection.execute(select(VERSIONS.c.version)).scalar_one()
+    for step in STEPS[found:]:
+        step(connection)
+    if found < len(STEPS):
+        connection.execute(VERSIONS.update().values(version=len(STEPS)))
+    return max(found, len(STEPS))

@@ -1,0 +1,261 @@
+"""The ledger of usage records in the store: a row for each charged image, and sums by month.
+
+A record is committed before the response with its image begins. A record that is appended twice is
+written once, however much later. A reversal is written only if its record is there; a record that
+comes after its reversal is not written. The sums of tenants change in the same transaction.
+
+Several processes may write, as when a Dispatcher moves to another node or a new cluster takes over
+from an old one: their transactions come one after the other, and each reads what the others wrote.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+
+from ..store.database import Database
+from ..store.schema import COUNTERS, SUMS, USAGE, VOIDS
+from .ledger import month_of
+from .record import UsageRecord
+
+CALLS = 500  # that one statement names
+PAGE = 1000  # records that are read at a time
+MONTH = len("2026-11")  # characters of a time that state its month
+VOIDS_KEPT_S = 24 * 3600.0  # a record comes seconds after its reversal, or never
+
+
+class _Key(NamedTuple):
+    """The key of a row, which no other row has."""
+
+    call: str
+    image: int
+    reversal: int
+
+
+class SqlLedger:
+    """One writer of the usage in a database. Methods block: call them in a thread, one at a time.
+
+    `spent` is the work that each tenant was charged in `month`. It includes the records of other
+    writers up to the last append.
+    """
+
+    def __init__(self, database: Database, now: float) -> None:
+        """Read the sums of the month of `now`, in Unix time.
+
+        Raises `StoreUnavailable`, an `OSError`, if the database cannot be read.
+        """
+        self._database = database
+        self._last_id = 0  # of the newest record in `spent`
+        self._elsewhere: set[str] = set()
+        self.month = month_of(now)
+        self.spent: Counter[str] = Counter()
+        self._learn(database.read(lambda connection: self._sums(connection, self.month, 0)), ())
+
+    def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
+        """Write the records that are new, wait until they are committed, and return them.
+
+        `now`: the time of the records, in Unix time. Raises `StoreUnavailable`, an `OSError`, if
+        they could not be written or it is not known; the caller may then append them again.
+        """
+        given, month = list(usages), max(self.month, month_of(now))
+        since = self._last_id if month == self.month else 0
+
+        def write(connection: Connection) -> tuple[list[UsageRecord], Sequence[Any]]:
+            fresh = _fresh(connection, given, now)
+            if fresh:
+                stamp = _stamp(now)
+                last = _insert(connection, fresh, [stamp] * len(fresh))
+                _add_to_sums(connection, month, fresh.values(), last)
+            return list(fresh.values()), self._sums(connection, month, since)
+
+        fresh, sums = self._database.write(write)
+        if month > self.month:
+            self.month, self.spent = month, Counter()
+        self._learn(sums, {usage.tenant for usage in fresh})
+        return fresh
+
+    def charged_elsewhere(self) -> set[str]:
+        """The tenants that other writers have charged since the last call of this method."""
+        found, self._elsewhere = self._elsewhere, set()
+        return found
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def _sums(self, connection: Connection, month: str, since: int) -> Sequence[Any]:
+        """The rows (tenant, work_s, last_id) of a month that changed after the record `since`."""
+        found = select(SUMS.c.tenant, SUMS.c.work_s, SUMS.c.last_id)
+        return connection.execute(
+            found.where(SUMS.c.month == month, SUMS.c.last_id > since)
+        ).fetchall()
+
+    def _learn(self, sums: Iterable[Any], ours: Iterable[str]) -> None:
+        for tenant, work_s, last_id in sums:
+            self.spent[tenant] = work_s
+            self._last_id = max(self._last_id, last_id)
+            if tenant not in ours:
+                self._elsewhere.add(tenant)
+
+
+def _fresh(
+    connection: Connection, usages: Sequence[UsageRecord], now: float
+) -> dict[_Key, UsageRecord]:
+    """The records that are to be written, by their keys."""
+    known = _known(connection, {usage.call for usage in usages})
+    fresh: dict[_Key, UsageRecord] = {}
+    for usage in usages:
+        key = _Key(usage.call, usage.image, int(usage.outcome == "reversed"))
+        record = key._replace(reversal=0)
+        if key in known or key in fresh:
+            continue
+        if key.reversal and record not in known and record not in fresh:
+            _void(connection, key, now)
+            known |= {key, record}  # so that the record is not written when it comes
+            continue
+        fresh[key] = usage
+    return fresh
+
+
+def _known(connection: Connection, calls: Iterable[str]) -> set[_Key]:
+    """The keys of these calls that are written, or must not be."""
+    found: set[_Key] = set()
+    names = sorted(calls)
+    for begin in range(0, len(names), CALLS):
+        some = names[begin : begin + CALLS]
+        rows = select(USAGE.c.call, USAGE.c.image, USAGE.c.reversal).where(USAGE.c.call.in_(some))
+        found |= {_Key(*row) for row in connection.execute(rows)}
+        voids = select(VOIDS.c.call, VOIDS.c.image).where(VOIDS.c.call.in_(some))
+        for call, image in connection.execute(voids):
+            found |= {_Key(call, image, 0), _Key(call, image, 1)}
+    return found
+
+
+def _void(connection: Connection, key: _Key, now: float) -> None:
+    """Note a reversal that came before its record."""
+    connection.execute(delete(VOIDS).where(VOIDS.c.time < _stamp(now - VOIDS_KEPT_S)))
+    row = {"call": key.call, "image": key.image, "time": _stamp(now)}
+    connection.execute(insert(VOIDS).values(row))
+
+
+def _insert(
+    connection: Connection, fresh: Mapping[_Key, UsageRecord], stamps: Sequence[str]
+) -> int:
+    """Insert records with their times `stamps`; return the id of the last one.
+
+    The ids follow each other, because no other process can write meanwhile.
+    """
+    counter = COUNTERS.c.name == USAGE.name
+    before: int = connection.execute(select(COUNTERS.c.value).where(counter)).scalar_one()
+    connection.execute(update(COUNTERS).where(counter).values(value=before + len(fresh)))
+    rows = enumerate(zip(fresh.items(), stamps, strict=True), before + 1)
+    connection.execute(
+        insert(USAGE),
+        [
+            {"id": id, "time": stamp, "reversal": key.reversal, **usage._asdict()}
+            for id, ((key, usage), stamp) in rows
+        ],
+    )
+    return before + len(fresh)
+
+
+def _add_to_sums(
+    connection: Connection, month: str, usages: Iterable[UsageRecord], last: int
+) -> None:
+    """Add records to the sums of a month. `last`: the id of the newest of them."""
+    images: Counter[str] = Counter()
+    work: Counter[str] = Counter()
+    for usage in usages:
+        images[usage.tenant] += -1 if usage.outcome == "reversed" else 1
+        work[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
+    there = select(SUMS.c.tenant).where(SUMS.c.month == month, SUMS.c.tenant.in_(images))
+    old = set(connection.execute(there).scalars())
+    rows = [
+        {"month": month, "tenant": name, "images": 0, "work_s": 0.0, "last_id": last}
+        for name in images.keys() - old
+    ]
+    if rows:
+        connection.execute(insert(SUMS), rows)
+    connection.execute(
+        update(SUMS)
+        .where(SUMS.c.month == month, SUMS.c.tenant == bindparam("of"))
+        .values(
+            images=SUMS.c.images + bindparam("more_images"),
+            work_s=SUMS.c.work_s + bindparam("more_work"),
+            last_id=last,
+        ),
+        [{"of": name, "more_images": images[name], "more_work": work[name]} for name in images],
+    )
+
+
+def records(
+    database: Database, since: str = "", tenant: str | None = None, after: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield records as plain data, oldest first, each with its `id`.
+
+    Skips those before `since`, a time as the records state it or the beginning of one, and those up
+    to the id `after`. `tenant`: yield the records of this tenant only. Raises `StoreUnavailable` if
+    the database cannot be read.
+    """
+    columns = [column for column in USAGE.c if column is not USAGE.c.reversal]
+    while True:
+        page = select(*columns).where(USAGE.c.id > after, USAGE.c.time >= since)
+        if tenant is not None:
+            page = page.where(USAGE.c.tenant == tenant)
+        ordered = page.order_by(USAGE.c.id).limit(PAGE)
+        rows = database.read(lambda connection: connection.execute(ordered).mappings().all())  # noqa: B023
+        for row in rows:
+            yield dict(row)
+        if len(rows) < PAGE:
+            return
+        after = rows[-1]["id"]
+
+
+def import_records(database: Database, found: Iterable[Mapping[str, Any]]) -> int:
+    """Write records of a folder of files, with their own times; return how many were new.
+
+    `found`: records as `serve.usage.ledger.read_usage` yields them. What is written already is left
+    alone, so an import may be repeated. Raises `StoreUnavailable` if the database cannot be
+    written; what was imported until then stays.
+    """
+    count, part = 0, list[Mapping[str, Any]]()
+
+    def write(connection: Connection) -> int:
+        usages = [UsageRecord(**{name: r[name] for name in UsageRecord._fields}) for r in part]
+        times = {id(usage): str(r["time"]) for usage, r in zip(usages, part, strict=True)}
+        fresh = _fresh(connection, usages, 0.0)
+        if fresh:
+            stamps = [times[id(usage)] for usage in fresh.values()]
+            last = _insert(connection, fresh, stamps)
+            for month in sorted({stamp[:MONTH] for stamp in stamps}):
+                of_month = [u for u in fresh.values() if times[id(u)][:MONTH] == month]
+                _add_to_sums(connection, month, of_month, last)
+        return len(fresh)
+
+    for record in found:
+        part.append(record)
+        if len(part) == PAGE:
+            count += database.write(write)
+            part.clear()
+    return count + (database.write(write) if part else 0)
+
+
+def erase(database: Database, tenant: str) -> int:
+    """Delete a tenant's records and sums; return the number of deleted records.
+
+    Raises `StoreUnavailable` if the database cannot be written.
+    """
+
+    def write(connection: Connection) -> int:
+        connection.execute(delete(SUMS).where(SUMS.c.tenant == tenant))
+        return connection.execute(delete(USAGE).where(USAGE.c.tenant == tenant)).rowcount
+
+    return database.write(write)
+
+
+def _stamp(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

@@ -1,0 +1,344 @@
+"""The store on real SQLite and PostgreSQL: usage records, faults, schema, backup."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from serve.errors import SettingsError
+from serve.store import schema
+from serve.store.database import Database, StoreUnavailable, sqlite_url
+from serve.usage.ledger import UsageLedger, read_usage
+from serve.usage.record import UsageRecord
+from serve.usage.sql_ledger import SqlLedger, erase, import_records, records
+
+from ..builders import usage_record
+from ..full_disk import full_disk
+from ..postgres_server import PostgresServer
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
+DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+def emptied(server: PostgresServer) -> str:
+    """The URL of a server whose database has no tables of Octet's."""
+    with closing(Database(server.url)) as database:
+        database.write(schema.METADATA.drop_all)
+    return server.url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path)
+    return emptied(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    with closing(Database(url)) as database:
+        yield database
+
+
+def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> UsageRecord:
+    return usage_record(f"c{call}", image, tenant=tenant, request_id=f"id{call}", work_s=work_s)
+
+
+def sums(database: Database, now: float = NOW) -> dict[str, float]:
+    """The sums that a new process reads."""
+    return dict(SqlLedger(database, now).spent)
+
+
+def test_a_record_is_written_once_and_names_everything(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    one = usage(1)
+    assert ledger.append([one, one], NOW) == [one]
+    assert ledger.append([one], NOW) == []
+    (record,) = records(database)
+    assert record == {"id": 1, "time": "2026-11-22T12:00:00.000Z", **one._asdict()}
+    assert dict(ledger.spent) == sums(database) == {"acme": 1.5}
+
+
+def test_a_record_is_known_for_ever(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    ledger.append([usage(1)], NOW)
+    for begin in range(2, 3000, 500):
+        ledger.append([usage(call) for call in range(begin, begin + 500)], NOW)
+    assert SqlLedger(database, NOW).append([usage(1)], NOW) == []
+
+
+def test_reversals(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    ledger.append([usage(1)], NOW)
+    back = usage(1).reversal()
+    assert ledger.append([back, back], NOW) == [back]
+    assert ledger.append([usage(2).reversal()], NOW) == []  # its record never came
+    assert SqlLedger(database, NOW).append([usage(2)], NOW) == []  # it comes too late
+    assert [r["outcome"] for r in records(database)] == ["delivered", "reversed"]
+    assert sums(database) == {"acme": 0.0}
+
+
+def test_a_month_begins_with_nothing_spent(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    ledger.append([usage(1)], NOW)
+    ledger.append([usage(2, work_s=4.0)], DECEMBER)
+    assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 4.0})
+    ledger.append([usage(3, work_s=1.0)], NOW)  # the clock was set back
+    assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 5.0})
+    assert sums(database, DECEMBER) == {"acme": 5.0}
+    assert sums(database) == {"acme": 1.5}
+
+
+def test_writers_learn_what_the_others_write(url: str, database: Database) -> None:
+    with closing(Database(url)) as other:
+        one, two = SqlLedger(database, NOW), SqlLedger(other, NOW)
+        two.append([usage(1), usage(2, "beta")], NOW)
+        assert one.append([usage(1), usage(3)], NOW) == [usage(3)]
+        assert dict(one.spent) == {"acme": 3.0, "beta": 1.5}
+        assert one.charged_elsewhere() == {"beta"}
+        assert one.charged_elsewhere() == set()
+
+
+def test_writers_in_parallel_write_each_record_once_in_the_order_of_ids(url: str) -> None:
+    """Whoever reads on from the last id that it has seen misses nothing."""
+    done, seen = threading.Event(), list[int]()
+
+    def write(worker: int) -> list[UsageRecord]:
+        with closing(Database(url)) as database:
+            ledger = SqlLedger(database, NOW)
+            return [u for call in range(40) for u in ledger.append([usage(call)], NOW + worker)]
+
+    def follow() -> None:
+        with closing(Database(url)) as database:
+            while True:
+                last = done.is_set()
+                seen.extend(r["id"] for r in records(database, after=seen[-1] if seen else 0))
+                if last:
+                    return
+
+    Database(url).close()
+    with ThreadPoolExecutor(5) as pool:
+        following = pool.submit(follow)
+        written = [u.call for found in pool.map(write, range(4)) for u in found]
+        done.set()
+        following.result()
+    assert sorted(written) == sorted(f"c{call}" for call in range(40))
+    assert seen == list(range(1, 41))
+
+
+def test_erased_records_leave_no_trace_and_no_id_is_used_again(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    ledger.append([usage(1, "beta"), usage(2), usage(3)], NOW)
+    assert erase(database, "acme") == 2
+    assert [r["tenant"] for r in records(database)] == ["beta"]
+    assert sums(database) == {"beta": 1.5}
+    ledger.append([usage(4)], NOW)
+    assert [r["id"] for r in records(database)] == [1, 4]
+
+
+def test_records_since_a_time_and_of_a_tenant(database: Database) -> None:
+    ledger = SqlLedger(database, NOW)
+    for hour in range(5):
+        ledger.append([usage(hour, "acme" if hour % 2 else "beta")], NOW + 3600 * hour)
+    assert [r["call"] for r in records(database, "2026-11-22T14")] == ["c2", "c3", "c4"]
+    assert [r["call"] for r in records(database, "2026-11-22T14", "acme")] == ["c3"]
+    assert [r["call"] for r in records(database, after=3)] == ["c3", "c4"]
+
+
+def test_files_are_imported_once_with_their_times(database: Database, tmp_path: Path) -> None:
+    with closing(UsageLedger(tmp_path / "files", NOW)) as files:
+        files.append([usage(1), usage(2)], NOW)
+        files.append([usage(2).reversal(), usage(3, "beta")], DECEMBER)
+    found = list(read_usage(tmp_path / "files"))
+    assert import_records(database, found) == 4
+    assert import_records(database, found) == 0
+    assert [{**r, "id": None} for r in records(database)] == [{"id": None, **r} for r in found]
+    assert sums(database) == {"acme": 3.0}
+    assert sums(database, DECEMBER) == {"acme": -1.5, "beta": 1.5}
+
+
+# -- a model --------------------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(0, 5),  # the call
+        st.integers(0, 1),  # the image
+        st.booleans(),  # whether it is a reversal
+        st.integers(0, 1),  # the writer
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@given(histories=st.lists(EVENTS, min_size=1, max_size=4))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_histories_end_as_in_a_plain_model(
+    kind: str, histories: list[list[tuple[int, int, bool, int]]], request: pytest.FixtureRequest
+) -> None:
+    """Each append of a history goes to one of two writers; the model is a set and a rule."""
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("history")
+    address = sqlite_url(folder)
+    if kind == "postgresql":
+        address = emptied(request.getfixturevalue("postgres"))
+    charged, reversed_, void = set[tuple[int, int]](), set[tuple[int, int]](), set[object]()
+    with closing(Database(address)) as one, closing(Database(address)) as two:
+        writers = SqlLedger(one, NOW), SqlLedger(two, NOW)
+        for history in histories:
+            usages = [
+                usage(call, image=image).reversal() if back else usage(call, image=image)
+                for call, image, back, _ in history
+            ]
+            for call, image, back, _ in history:
+                key = call, image
+                if key in void:
+                    continue
+                if not back:
+                    charged.add(key)
+                elif key in charged:
+                    reversed_.add(key)
+                else:
+                    void.add(key)
+            writers[history[0][3] if history else 0].append(usages, NOW)
+        found = Counter((r["call"], r["image"], r["outcome"]) for r in records(one))
+        expected = {(f"c{c}", i, "delivered") for c, i in charged}
+        expected |= {(f"c{c}", i, "reversed") for c, i in reversed_}
+        assert found == Counter(expected)
+        left = 1.5 * (len(charged) - len(reversed_))
+        assert sums(one).get("acme", 0.0) == pytest.approx(left)
+
+
+# -- faults ---------------------------------------------------------------------------------------
+
+
+def test_a_server_that_dies_is_an_error_at_once_and_is_used_again(
+    postgres: PostgresServer,
+) -> None:
+    with closing(Database(emptied(postgres))) as database:
+        ledger = SqlLedger(database, NOW)
+        ledger.append([usage(1)], NOW)
+        postgres.kill()
+        with pytest.raises(StoreUnavailable, match="refused"):
+            ledger.append([usage(2)], NOW)
+        postgres.start()
+        assert ledger.append([usage(1), usage(2)], NOW) == [usage(2)]
+        assert dict(ledger.spent) == {"acme": 3.0}
+
+
+def test_a_server_that_is_stopped_is_given_up_and_used_again(postgres: PostgresServer) -> None:
+    """Whether a commit that was given up has happened is not known; it may be done again."""
+    with closing(Database(emptied(postgres), answer_s=0.5)) as database:
+        ledger = SqlLedger(database, NOW)
+        ledger.append([usage(1)], NOW)
+        postgres.pause()
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable, match=r"does not answer within 0\.5 s"):
+                    ledger.append([usage(2)], NOW)
+        finally:
+            postgres.resume()
+        deadline = time.monotonic() + 60
+        while True:  # what was given up may still be connecting
+            try:
+                ledger.append([usage(2)], NOW)
+            except StoreUnavailable:
+                assert time.monotonic() < deadline
+            else:
+                break
+        assert [r["call"] for r in records(database)] == ["c1", "c2"]
+        assert sums(database) == {"acme": 3.0}
+
+
+def test_a_full_disk_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    with closing(Database(sqlite_url(tmp_path))) as database:
+        ledger = SqlLedger(database, NOW)
+        ledger.append([usage(1)], NOW)
+        with full_disk(), pytest.raises(StoreUnavailable, match=r"full|I/O"):
+            ledger.append([usage(call) for call in range(2, 500)], NOW)
+        assert ledger.append([usage(1), usage(2)], NOW) == [usage(2)]
+        assert [r["call"] for r in records(database)] == ["c1", "c2"]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nothing", "is no URL of a database"),
+        ("mysql://h/d", "expected sqlite:///FILE or postgresql://"),
+        ("sqlite://", "expected sqlite:///FILE or postgresql://"),
+    ],
+)
+def test_other_urls_are_refused(url: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        Database(url)
+
+
+def test_no_message_holds_the_password(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("secret-word\n")
+    with pytest.raises(StoreUnavailable) as raised:
+        Database("postgresql://u@127.0.0.1:1/d", str(tmp_path / "password"))
+    assert "secret-word" not in str(raised.value)
+
+
+# -- schema and backup ----------------------------------------------------------------------------
+
+
+def test_an_older_release_writes_to_the_database_of_a_newer_one(
+    database: Database, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer one has added a column and a table."""
+    ledger = SqlLedger(database, NOW)
+    ledger.append([usage(1)], NOW)
+
+    def more(connection: object) -> None:
+        connection.execute(text("ALTER TABLE octet_usage ADD COLUMN key_id VARCHAR(64)"))  # type: ignore[attr-defined]
+        connection.execute(text("CREATE TABLE octet_more (a INTEGER)"))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, more))
+    with closing(Database(url)) as newer:
+        version: Callable[[Database], int] = lambda d: d.read(  # noqa: E731
+            lambda c: c.execute(text("SELECT version FROM octet_schema")).scalar_one()
+        )
+        assert version(newer) == len(schema.STEPS)
+        ledger.append([usage(2)], NOW)
+        SqlLedger(newer, NOW).append([usage(3)], NOW)
+    monkeypatch.undo()
+    with closing(Database(url)) as older:
+        assert version(older) == len(schema.STEPS) + 1
+        assert [r["call"] for r in records(older)] == ["c1", "c2", "c3"]
+    if url.startswith("postgresql"):
+        database.write(lambda c: c.execute(text("DROP TABLE octet_more")))
+
+
+def test_a_backup_is_a_database(tmp_path: Path) -> None:
+    with closing(Database(sqlite_url(tmp_path))) as database:
+        SqlLedger(database, NOW).append([usage(1)], NOW)
+        database.backup(tmp_path / "copy.db")
+        with pytest.raises(SettingsError, match="exists already"):
+            database.backup(tmp_path / "copy.db")
+    with closing(Database(f"sqlite:///{tmp_path}/copy.db")) as copy:
+        assert [r["call"] for r in records(copy)] == ["c1"]
+
+
+def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
+    Database(sqlite_url(tmp_path / "new")).close()
+    assert (tmp_path / "new" / "octet.db").stat().st_mode & 0o077 == 0
