@@ -269,6 +269,7 @@ def run_application(
         try:
             on_news("starting Ray")
             _start(settings, folder)
+            _check_encoders(settings, ray.cluster_resources().get("GPU", 0.0))
             octet = RunningApplication(settings, f"{folder}/data", import_path)
             with contextlib.closing(octet):
                 octet.wait(on_news)
@@ -310,6 +311,19 @@ def _start(settings: Settings, folder: str) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init replaces the handler
 
 
+def _check_encoders(settings: Settings, gpus: float) -> None:
+    """Raise `LaunchError` if text encoders need a GPU and there is none: they would never start.
+
+    Pools that no node can hold are gone without; the others may still be served.
+    """
+    for encoder in settings.text_encoders:
+        if encoder.num_gpus and not gpus:
+            raise LaunchError(
+                f"text encoder {encoder.id} takes {encoder.num_gpus:g} GPU, and this machine has "
+                "none: octet doctor CONFIG says what this machine can serve"
+            )
+
+
 def _failed(application: Any) -> list[str]:
     """Ray Serve's messages about deployments, or an application, that do not start."""
     failed = [
@@ -336,4 +350,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise SettingsError(f"http: cannot listen on {host}:{port}: {reason}") from None
+            raise SettingsError(
+                f"cannot listen on {host}:{port}: {reason}; choose another http.port in the "
+                "settings, or octet demo --port"
+            ) from None

@@ -23,6 +23,7 @@ from ..api.wire.paths import EDITS, GENERATIONS
 from ..errors import SettingsError
 from .exit_codes import FAULT, INTERRUPTED, UsageError
 from .load_client import LoadAnswer, LoadClient, TimedRequest, percentile, poisson
+from .operator_client import server_root
 from .plots import check_plot
 from .terminal import complain, console
 
@@ -139,7 +140,7 @@ def bench(
         console=console,
     ) as progress:
         task = progress.add_task("answers", total=None if clients else len(requests))
-        server = url.rstrip("/")
+        server = server_root(url)
         load = LoadClient(
             server + GENERATIONS, keys, lambda _: progress.advance(task), server + EDITS
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -24,11 +25,12 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     if settings.auth == "keys":
         read_tenants(Path(settings.tenants_folder).expanduser())
         read_keys(Path(settings.tenants_folder).expanduser())
-    pools = [
+    pools: list[dict[str, Any]] = [
         {
             "model": model.id,
             "pool": " on ".join(filter(None, (pool.precision, pool.card))),
             "replicas": pool.replicas,
+            "min_replicas": pool.min_replicas,
             "slots": pool.slots,
             "num_gpus": pool.num_gpus,
             "num_cpus": pool.num_cpus,
@@ -42,7 +44,10 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
         return
     table = Table("model", "pool", "replicas", "slots", "GPU each", "CPU each")
     for row in pools:
-        table.add_row(*(f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()))
+        least, most = row["min_replicas"], row["replicas"]
+        between = str(most) if least in (None, most) else f"{least} to {most}"
+        sizes = (f"{row[name]:g}" for name in ("slots", "num_gpus", "num_cpus"))
+        table.add_row(str(row["model"]), str(row["pool"]), between, *sizes)
     Console().print(table)
     table = Table(
         Column("key", overflow="fold"),

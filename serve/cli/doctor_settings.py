@@ -50,7 +50,7 @@ def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
         for source in dict.fromkeys(_missing_sources(model, settings)):
             place = source.location
             if source.revision:
-                text = f"{model.id}: {place} is not on this node yet: run octet pull"
+                text = f"{model.id}: {place} is not on this node yet: octet pull --config FILE"
                 yield Finding("note", text)
             else:
                 text = f"{model.id}: the folder {place} has no model_index.json: no model is there"

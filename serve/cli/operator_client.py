@@ -31,7 +31,7 @@ def call(
         raise UsageError(f"'{url}' is no http address: expected http://HOST:PORT")
     headers = {"authorization": f"Bearer {key.strip()}"} if key else {}
     request = urllib.request.Request(  # noqa: S310 - checked above
-        url.rstrip("/") + path,
+        server_root(url) + path,
         headers={**headers, "content-type": "application/json"},
         method=method,
         data=None if body is None else json.dumps(body).encode(),
@@ -58,7 +58,14 @@ def _reason(error: urllib.error.HTTPError) -> str:
         message = str(json.load(error)["error"]["message"])
     except (ValueError, KeyError, TypeError, OSError):
         return str(error.reason)
-    return "the key is not an operator's" if ": Not Found" in message else message
+    if ": Not Found" in message:
+        return "the key is not an operator's, or the address is not that of the server itself"
+    return message
+
+
+def server_root(url: str) -> str:
+    """The address of a server, also if OpenAI's base URL of it is given, which ends in /v1."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

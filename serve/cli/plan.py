@@ -90,10 +90,13 @@ def plan(
     printed.
     """
     groups, notes = planning.parse_gpus(gpu or [], reserve_gib), list[str]()
-    if bool(model) == bool(config) or bool(gpu) == bool(ray):
-        raise UsageError(
-            "give either --gpu or --ray, and either --model or --config: one of each pair"
-        )
+    for one, other, example in (
+        ((gpu, "--gpu"), (ray, "--ray"), "--gpu h100:8"),
+        ((model, "--model"), (config, "--config"), "--model sd3.5-large"),
+    ):
+        if bool(one[0]) == bool(other[0]):
+            how = "only one of" if one[0] else "one of"
+            raise UsageError(f"give {how} {one[1]} and {other[1]}, such as {example}")
     if config and (size or steps):
         raise UsageError("--size and --steps go with --model: CONFIG has its own")
     if as_json and as_settings:

@@ -96,6 +96,7 @@ def parse_models(given: Iterable[str], size: str, steps: int | None) -> list[Pla
     planned_models = []
     for text in given:
         model, _, share = text.partition("=")
+        model = model.rpartition("/")[2].replace("stable-diffusion-", "sd")  # a name on the hub
         if model not in TRANSFORMERS:
             raise UsageError(f"--model '{text}': {did_you_mean(model, TRANSFORMERS)}")
         usual_steps, rows = USUAL_IMAGES[model]

@@ -137,7 +137,9 @@ def _warn_about_access(settings: Settings) -> None:
     """
     if settings.auth != "keys":
         host = settings.http.host
-        complain(f"auth is {settings.auth}: anyone who reaches {host} may generate images")
+        said = f"auth is {settings.auth}: anyone who reaches {host} may generate images"
+        style = "dim" if settings.auth == "none" else "red"  # none: only this machine reaches it
+        console.print(said, style=style, highlight=False, soft_wrap=True)
         return
     try:
         if not read_tenants(Path(settings.tenants_folder).expanduser()):
@@ -230,8 +232,9 @@ def _announce(octet: RunningApplication) -> None:
     out.print(
         f"curl -s {url}/v1/images/generations -H 'content-type: application/json'{key} \\\n"
         f"  -d {shlex.quote(body)} \\\n"
-        "  | python3 -c 'import base64, json, sys; "
-        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
+        "  | python3 -c 'import base64, json, sys; answer = json.load(sys.stdin); "
+        '"data" in answer or sys.exit(json.dumps(answer)); '
+        'sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))\' '
         "> octet.png\n",
         markup=False,
     )

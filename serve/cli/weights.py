@@ -45,7 +45,7 @@ def models(config: ConfigFile, as_json: AsJson = False) -> None:
         return
     table = Table("model", "part", Column("weights", overflow="fold"), "on this node")
     for row in found:
-        missing = "no: octet pull" if row["revision"] else "no such model folder"
+        missing = f"no: octet pull --config {config}" if row["revision"] else "no such model folder"
         size = missing if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f} GiB"
         revision = f"@{row['revision'][:8]}" if row["revision"] else ""
         table.add_row(row["model"], row["part"], row["location"] + revision, size)
@@ -187,6 +187,8 @@ def _source(model: str) -> Source:
     try:
         return Source(location=location, revision=revision or None)
     except ValueError:
+        if location.endswith((".yaml", ".yml")):
+            raise UsageError(f"'{model}' is a settings file: octet pull --config {model}") from None
         raise UsageError(
             f"'{model}' is neither a folder nor HUB/ID@REVISION with the 40 hexadecimal digits of "
             "a commit (one file of it: HUB/ID@REVISION/FILE.safetensors)"

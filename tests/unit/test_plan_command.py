@@ -214,11 +214,11 @@ def test_encoders_on_cpu_take_no_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ((), "give either --gpu or --ray, and either --model or --config"),
-        (("--gpu", "h100"), "one of each pair"),
+        ((), "give one of --gpu and --ray, such as --gpu h100:8"),
+        (("--gpu", "h100"), "give one of --model and --config"),
         (("--gpu", "h100x"), "did you mean 'h100'"),  # before anything else is asked for
         (("--gpu", "A100", "--model", "sd3.5-large"), "name one of a100-40, a100-80"),
-        ((*ONE_H100, "--config", str(SD35)), "one of each pair"),
+        ((*ONE_H100, "--config", str(SD35)), "give only one of --model and --config"),
         (("--gpu", "h10", "--model", "sd3.5-large"), "did you mean 'h100'"),
         (("--gpu", "h100:0", "--model", "sd3.5-large"), "'0' must be a number of cards from 1 to"),
         (("--gpu", "h100:-1", "--model", "sd3.5-large"), "'-1' must be a number of cards"),
