@@ -191,7 +191,7 @@ EVENTS = st.lists(
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 @given(histories=st.lists(EVENTS, min_size=1, max_size=4))
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_histories_end_as_in_a_plain_model(
     kind: str, histories: list[list[tuple[int, int, bool, int]]], request: pytest.FixtureRequest

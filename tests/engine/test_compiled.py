@@ -97,6 +97,7 @@ def in_thread(run: Callable[..., Any], threads: set[str]) -> Callable[..., Any]:
     return called
 
 
+@pytest.mark.long
 def test_after_the_warm_up_nothing_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_pools_compile_setting_decides_how_it_compiles() -> None:
     assert warm_up.warm_sizes(Pool(precision="fp16"), 128) == [(128, 128)]
 
 
+@pytest.mark.long
 def test_code_is_compiled_ahead_and_its_mark_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +326,7 @@ print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxg
     shutil.which("g++") is None and not os.environ.get("REQUIRE_SERVERS"),
     reason="torch compiles for CPUs with g++",
 )
-@pytest.mark.long  # the code that is compiled ahead is found in the test of the command
+@pytest.mark.long
 def test_a_second_start_finds_the_compiled_code_of_the_first(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", START, str(tmp_path)]
     first, second = (
