@@ -8,10 +8,12 @@ import io
 import json
 import random
 import re
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from PIL import Image, ImageOps
@@ -30,6 +32,7 @@ from .terminal import complain, console
 SHAPE = re.compile(r"(?:(\d+x\d+)?(?::(\d+))?)(?:=([\d.]+))?")
 PROMPTS = ("the sea at dawn", "night over the mountains", "dunes at noon", "a forest in the fog")
 QUANTILES = 50, 90, 99
+CONNECT_S = 5.0
 Body = dict[str, Any]
 
 
@@ -126,6 +129,7 @@ def bench(
     bodies = _bodies(shapes, model, repeated, seed)
     if edits:
         bodies = _with_edits(bodies, shapes, edits, seed)
+    _check_listening(url)
     per_tenant = rate / len(keys)
     requests = [
         request._replace(body=bodies())
@@ -168,6 +172,17 @@ def bench(
     served = any(answer.status == 200 for answer in answers)
     if not served or any(answer.status in (0, 500) for answer in answers):
         raise typer.Exit(FAULT)
+
+
+def _check_listening(url: str) -> None:
+    """Raise `SettingsError` if nothing listens at the address, before any load is sent."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((str(parts.hostname), port), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{url}: {reason}: is the server running?") from None
 
 
 def _explain_refusals(answers: Sequence[LoadAnswer]) -> None:

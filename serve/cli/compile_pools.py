@@ -10,7 +10,7 @@ from ..errors import OctetError, did_you_mean
 from ..settings.file import load_settings
 from ..settings.serve_config import pool_arguments
 from .exit_codes import UsageError
-from .terminal import ConfigFile, console
+from .terminal import ConfigFile, console, working
 
 
 def compile_pools(
@@ -34,7 +34,8 @@ def compile_pools(
         try:
             done = is_compiled(known[name])
             if done is False:
-                said = f"compiled in {compile_pool(known[name])}"
+                with working(f"compiling {name}"):
+                    said = f"compiled in {compile_pool(known[name])}"
             else:
                 said = "compiled already" if done else "nothing to compile here"
         except OctetError as error:

@@ -243,6 +243,7 @@ def _totals(plan: Plan, notes: Iterable[str]) -> Iterable[Text]:
         yield Text(
             f"all models together: {plan.mixed_images_s:.3g} images/s, each model by its share"
         )
+    yield Text("runs: the precision. rep × slots: replicas on a card × images at a time in each.")
     yield Text("GiB, GPU: of one replica. images/s, $: of a card that generates this model alone.")
     yield Text("s full: seconds of an image while all slots of its model are taken.")
     yield Text("$/1,000, spot $: of 1,000 images, on demand and on spot nodes.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -116,9 +117,23 @@ def test_ctrl_c_reports_what_there_is(edge: Edge) -> None:
     assert "│ all │" in output
 
 
-def test_a_server_that_is_not_there_is_exit_code_1() -> None:
-    words = ["--rate", "5", "--seconds", "1", "--json"]
-    code, output = run(f"http://127.0.0.1:{free_port()}", *words)
+def test_a_server_that_is_not_there_gets_no_load() -> None:
+    code, output = run(f"http://127.0.0.1:{free_port()}", "--rate", "5", "--seconds", "600")
+    assert code == 1
+    assert "Connection refused: is the server running?" in output
+
+
+def test_a_server_that_goes_is_explained() -> None:
+    def answer_once(server: socket.socket) -> None:
+        with server:
+            server.accept()[0].close()
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    thread = threading.Thread(target=answer_once, args=(server,))
+    thread.start()
+    code, output = run(f"http://127.0.0.1:{port}", *["--rate", "20", "--seconds", "1", "--json"])
+    thread.join()
     assert code == 1
     assert "× no connection: Connect" in output
     assert "is the server running?" in output
