@@ -73,7 +73,9 @@ from .wire.response import (
     NodeCordon,
     RequestStatus,
     model_item,
+    usage_list,
 )
+from .wire.usage_query import parse_usage_query
 
 log = logging.getLogger("ray.serve")
 
@@ -183,6 +185,7 @@ class Ingress:
                 Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
                 Route("/v1/nodes/{id}/cordon", self.cordon, methods=["PUT"]),
                 Route("/v1/nodes/{id}/cordon", self.uncordon, methods=["DELETE"]),
+                Route("/admin/v1/usage", self.usage),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
@@ -335,6 +338,19 @@ class Ingress:
         except (TimeoutError, RayError, RayServeException):
             raise Unavailable("the dispatcher is restarting: try again") from None
 
+    async def usage(self, http: Request) -> Response:
+        """Answer `GET /admin/v1/usage` with a page of usage records, but only to an operator."""
+        self._check_admin(http)
+        query = parse_usage_query(http.query_params)
+        try:
+            async with asyncio.timeout(self._timing.store_s):
+                page = await self._dispatcher.usage.remote(query.after, query.limit, query.tenant)
+        except (TimeoutError, OSError, RayError, RayServeException):
+            raise Unavailable("the usage records cannot be read at the moment: try again") from None
+        if page is None:
+            raise NotFound("usage is recorded in files: the setting `store` names a database")
+        return JSONResponse(usage_list(page.records, page.has_more, query.after).model_dump())
+
     async def lift_quarantine(self, http: Request) -> Response:
         """Answer `DELETE /v1/quarantine/ID`: an operator lets a request pass again."""
         id = http.path_params["id"]
@@ -346,13 +362,13 @@ class Ingress:
 
     async def cordon(self, http: Request) -> Response:
         """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
-        self._check_may_cordon(http)
+        self._check_admin(http)
         body = await self._body(http, lambda _: None, self.live.max_body_bytes)
         return await self._change_node(http, "cordon", reason_of(body))
 
     async def uncordon(self, http: Request) -> Response:
         """Answer `DELETE /v1/nodes/ID/cordon`: an operator lets a node get work again."""
-        self._check_may_cordon(http)
+        self._check_admin(http)
         return await self._change_node(http, "uncordon")
 
     async def _change_node(self, http: Request, method: str, *arguments: str) -> Response:
@@ -371,8 +387,8 @@ class Ingress:
             raise NotFound(f"'{id[:SHOWN_CHARS]}' does not begin the id of exactly one {which}")
         return JSONResponse(NodeCordon(node=node, cordoned=method == "cordon").model_dump())
 
-    def _check_may_cordon(self, http: Request) -> None:
-        """Raise `NotFound` unless the caller may take nodes out of service.
+    def _check_admin(self, http: Request) -> None:
+        """Raise `NotFound` unless the caller may administer the server.
 
         Without keys everybody is an operator. Then only callers of this machine may do so.
         """

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoscaling.load import ScalingLimits
 from cluster.placement import Node, NodeRequirement
@@ -63,6 +63,9 @@ from .sessions import SessionStreams
 from .shared_results import SharedResults
 from .upkeep import Upkeep
 
+if TYPE_CHECKING:
+    from ..usage.sql_ledger import SqlLedger, UsagePage
+
 log = logging.getLogger("ray.serve")
 
 SCALINGS = {"queued-work": Scaling, "ray-default": RayDefaultScaling}  # by `autoscaling_policy`
@@ -107,11 +110,12 @@ class Dispatcher:
         self.sessions = SessionStreams(self._metrics.messages)
         folder = Path(usage_folder).expanduser() if usage_folder else None
         ledger: Ledger | None = None
+        self._stored_usage: SqlLedger | None = None
         if store:
             from ..store.database import Database  # SQLAlchemy takes half a second to import
             from ..usage.sql_ledger import SqlLedger
 
-            ledger = SqlLedger(Database(**store), time.time())
+            self._stored_usage = ledger = SqlLedger(Database(**store), time.time())
         elif folder:
             ledger = UsageLedger(folder, time.time())
         self.metering = Metering(
@@ -324,6 +328,15 @@ class Dispatcher:
             "tenants": overview(self.admission, self.grants),
             "nodes": nodes_overview(self._nodes.nodes.values(), self.grants, self._cordons),
         }
+
+    async def usage(self, after: int, limit: int, tenant: str | None) -> UsagePage | None:
+        """Return the next usage records; see `SqlLedger.page`. None: they are not in a store.
+
+        Raises `StoreUnavailable` if the store cannot be read.
+        """
+        if self._stored_usage is None:
+            return None
+        return await asyncio.to_thread(self._stored_usage.page, after, limit, tenant)
 
     async def cordon(self, node: str, reason: str) -> str | None:
         """Give a node no new work; see `Cordoning.cordon`."""

@@ -56,7 +56,7 @@ USAGE = Table(
     Column("work_s", Float(53), nullable=False),
     Column("outcome", String(16), nullable=False),
     UniqueConstraint("call", "image", "reversal"),
-    Index("octet_usage_tenant_time", "tenant", "time"),
+    Index("octet_usage_tenant_id", "tenant", "id"),
     Index("octet_usage_time", "time"),
 )
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
 
 from ..store.database import Database
 from ..store.schema import COUNTERS, SUMS, USAGE, VOIDS
@@ -34,6 +35,13 @@ class _Key(NamedTuple):
     call: str
     image: int
     reversal: int
+
+
+class UsagePage(NamedTuple):
+    """Records in the order of their ids, and whether there are more."""
+
+    records: list[dict[str, Any]]
+    has_more: bool
 
 
 class SqlLedger:
@@ -82,6 +90,17 @@ class SqlLedger:
         """The tenants that other writers have charged since the last call of this method."""
         found, self._elsewhere = self._elsewhere, set()
         return found
+
+    def page(self, after: int, limit: int, tenant: str | None) -> UsagePage:
+        """The next records, at most `limit`, behind the one with the id `after`.
+
+        `tenant`: those of this tenant only. Raises `StoreUnavailable` if the database cannot be
+        read.
+        """
+        rows = self._database.read(
+            lambda connection: _rows(connection, "", tenant, after, limit + 1)
+        )
+        return UsagePage([dict(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
     def close(self) -> None:
         """Close the database."""
@@ -201,18 +220,27 @@ def records(
     to the id `after`. `tenant`: yield the records of this tenant only. Raises `StoreUnavailable` if
     the database cannot be read.
     """
-    columns = [column for column in USAGE.c if column is not USAGE.c.reversal]
     while True:
-        page = select(*columns).where(USAGE.c.id > after, USAGE.c.time >= since)
-        if tenant is not None:
-            page = page.where(USAGE.c.tenant == tenant)
-        ordered = page.order_by(USAGE.c.id).limit(PAGE)
-        rows = database.read(lambda connection: connection.execute(ordered).mappings().all())  # noqa: B023
+        read = partial(_rows, since=since, tenant=tenant, after=after, limit=PAGE)
+        rows = database.read(read)
         for row in rows:
             yield dict(row)
         if len(rows) < PAGE:
             return
         after = rows[-1]["id"]
+
+
+def _rows(
+    connection: Connection, since: str, tenant: str | None, after: int, limit: int
+) -> Sequence[RowMapping]:
+    """Records behind the id `after`, in the order of their ids, at most `limit`."""
+    columns = [column for column in USAGE.c if column is not USAGE.c.reversal]
+    found = select(*columns).where(USAGE.c.id > after)
+    if since:
+        found = found.where(USAGE.c.time >= since)
+    if tenant is not None:
+        found = found.where(USAGE.c.tenant == tenant)
+    return connection.execute(found.order_by(USAGE.c.id).limit(limit)).mappings().all()
 
 
 def import_records(database: Database, found: Iterable[Mapping[str, Any]]) -> int:

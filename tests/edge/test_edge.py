@@ -168,7 +168,7 @@ def test_answers_are_what_the_openapi_document_says(edge: Edge) -> None:
     document = schemathesis.openapi.from_url(f"{edge.url}/openapi.json")
     results = document.get_all_operations()
     operations = [found.ok() for found in results if isinstance(found, Ok)]
-    assert len(operations) == 13
+    assert len(operations) == 14
     statuses = set()
     for operation in operations:
         # Only a body can be wrong; the other routes take any text.
@@ -367,6 +367,12 @@ def test_models_state_their_limits_and_defaults(client: httpx.Client) -> None:
     assert client.post(GENERATE, json=body).status_code == 200
     assert repr(listed["defaults"]["num_inference_steps"]) == "28"
     assert "a futuristic cityscape at sunset" in listed["example_prompts"]
+
+
+def test_usage_in_files_has_no_export(client: httpx.Client) -> None:
+    answer = client.get("/admin/v1/usage")
+    assert answer.status_code == 404
+    assert "the setting `store` names a database" in answer.json()["error"]["message"]
 
 
 def test_the_icon_is_served(client: httpx.Client) -> None:

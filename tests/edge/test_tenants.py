@@ -282,6 +282,62 @@ def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
         assert code(client.get("/v1/state")) == (404, "not_found")
 
 
+def test_operators_export_usage_with_a_cursor(guarded: GuardedEdge) -> None:
+    """Reading on from `next` yields each record once, in the order of the ids."""
+    for seed in range(3):
+        assert guarded.generate("acme", {**A_HILL, "seed": seed}).status_code == 200
+
+    def read(**query: Any) -> Any:
+        with guarded.client("boss") as boss:
+            answer = boss.get("/admin/v1/usage", params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    found: list[dict[str, Any]] = []
+    page = read(limit=2)
+    while True:
+        found += page["data"]
+        assert page["next"] == found[-1]["id"]
+        if not page["has_more"]:
+            break
+        page = read(limit=2, after=page["next"])
+    with closing(Database(sqlite_url(guarded.folder))) as database:
+        assert found == list(records(database))
+    assert read(after=page["next"]) == {
+        "object": "list",
+        "data": [],
+        "has_more": False,
+        "next": page["next"],
+    }
+    assert guarded.generate("acme", {**A_HILL, "seed": 99}).status_code == 200
+    (last,) = read(after=page["next"])["data"]
+    assert (last["tenant"], last["outcome"]) == ("acme", "delivered")
+    assert {one["tenant"] for one in read(tenant="acme", limit=1000)["data"]} == {"acme"}
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("after=x", "after 'x' must be a whole number from 0 to"),
+        ("limit=0", "limit '0' must be a whole number from 1 to 1000"),
+        ("limit=1001", "from 1 to 1000"),
+        ("after=-1", "after '-1'"),
+        ("after=99999999999999999999", "must be a whole number"),
+        ("afer=1", "unknown parameter 'afer': did you mean 'after'?"),
+    ],
+)
+def test_a_wrong_query_for_usage_is_explained(guarded: GuardedEdge, query: str, says: str) -> None:
+    with guarded.client("boss") as boss:
+        answer = boss.get(f"/admin/v1/usage?{query}")
+    assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_nobody_but_an_operator_learns_of_the_export(guarded: GuardedEdge) -> None:
+    with guarded.client("acme") as acme:
+        assert acme.get("/admin/v1/usage").status_code == 404
+    assert httpx.get(f"{guarded.edge.url}/admin/v1/usage").status_code == 401
+
+
 def test_operators_cordon_nodes_with_the_command(guarded: GuardedEdge) -> None:
     url, boss = guarded.edge.url, guarded.keys["boss"]
 

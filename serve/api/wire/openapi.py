@@ -35,7 +35,9 @@ from .response import (
     PartialImageEvent,
     ProgressEvent,
     RequestStatus,
+    UsageList,
 )
+from .usage_query import DEFAULT, LAST_ID, MOST
 
 IMAGE_ERRORS = tuple(
     error
@@ -69,6 +71,7 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
             (RequestStatus, "serialization"),
             (LiftedQuarantine, "serialization"),
             (NodeCordon, "serialization"),
+            (UsageList, "serialization"),
             (ErrorEvent, "serialization"),
             *((event, "serialization") for event in EVENTS.values()),
         ],
@@ -191,6 +194,27 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
+        "/admin/v1/usage": {
+            "get": {
+                "operationId": "listUsage",
+                "summary": "Read usage records in the order in which they were written (operators "
+                "only)",
+                "parameters": [
+                    _whole("after", "Records behind the one with this id", 0, 0, LAST_ID),
+                    _whole("limit", "Most records of the answer", DEFAULT, 1, MOST),
+                    {
+                        "name": "tenant",
+                        "in": "query",
+                        "description": "Records of this tenant only",
+                        "schema": {"type": "string"},
+                    },
+                ],
+                "responses": {
+                    "200": _answer("The records", "UsageList"),
+                    **_errors(InvalidRequest, NotFound, Unavailable),
+                },
+            }
+        },
         "/v1/quarantine/{id}": {
             "delete": {
                 "operationId": "liftQuarantine",
@@ -295,6 +319,11 @@ def _errors(*errors: type[OctetError]) -> dict[str, Any]:
 
 def _parameter(name: str, place: str) -> dict[str, Any]:
     return {"name": name, "in": place, "required": True, "schema": {"type": "string"}}
+
+
+def _whole(name: str, description: str, default: int, least: int, most: int) -> dict[str, Any]:
+    limits = {"type": "integer", "default": default, "minimum": least, "maximum": most}
+    return {"name": name, "in": "query", "description": description, "schema": limits}
 
 
 def _request_id() -> dict[str, Any]:

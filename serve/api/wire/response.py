@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -175,6 +175,38 @@ class RequestStatus(BaseModel):
         int | None, Field(description="Place in the queue of the first image; 1 is the next.")
     ]
     age_s: Annotated[float, Field(description="Seconds since the request was admitted.")]
+
+
+class UsageItem(BaseModel):
+    """A usage record; `call` and `image` together with `outcome` "reversed" or not are unique."""
+
+    id: Annotated[int, Field(description="Grows from record to record.")]
+    time: str
+    call: str
+    image: int
+    tenant: str
+    request_id: str
+    model: str
+    precision: str
+    size: str
+    steps: int
+    work_s: Annotated[float, Field(description="The charge, in seconds of a reference replica.")]
+    outcome: str
+
+
+class UsageList(BaseModel):
+    """The response to `GET /admin/v1/usage`."""
+
+    object: Literal["list"] = "list"
+    data: list[UsageItem]
+    has_more: bool
+    next: Annotated[int, Field(description="The value of `after` for the records that follow.")]
+
+
+def usage_list(records: Sequence[Mapping[str, Any]], has_more: bool, after: int) -> UsageList:
+    """Describe a page of records; `after`: the id behind which it begins."""
+    data = [UsageItem.model_validate(record) for record in records]
+    return UsageList(data=data, has_more=has_more, next=data[-1].id if data else after)
 
 
 class ModelItem(BaseModel):
