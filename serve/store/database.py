@@ -104,6 +104,7 @@ class Database:
             raise SettingsError(f"{self.name}: back it up with pg_dump")
         if file.exists():
             raise SettingsError(f"{file} exists already: name a new file")
+        _keep_private(file)
         with self._failures_named(), self._engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             connection.execute(text("VACUUM INTO :file"), {"file": str(file)})

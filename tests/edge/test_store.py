@@ -333,6 +333,7 @@ def test_a_backup_is_a_database(tmp_path: Path) -> None:
     with closing(Database(sqlite_url(tmp_path))) as database:
         SqlLedger(database, NOW).append([usage(1)], NOW)
         database.backup(tmp_path / "copy.db")
+        assert (tmp_path / "copy.db").stat().st_mode & 0o077 == 0
         with pytest.raises(SettingsError, match="exists already"):
             database.backup(tmp_path / "copy.db")
     with closing(Database(f"sqlite:///{tmp_path}/copy.db")) as copy:
