@@ -231,19 +231,20 @@ def test_items_that_come_in_any_order_are_served_by_arrival_at_little_cost() -> 
     """After a restart of the Dispatcher, one Ingress after the other reports what waits."""
 
     def seconds(arrivals: list[float]) -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # other processes do not count
         queue = filled(*(Item("a", 1.0, (P,), since=since) for since in arrivals))
         found = []
         while first := queue.first(P):
             found.append(first.since)
             queue.take(first, P)
         assert found == sorted(arrivals)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     shuffled = [float(i) for i in range(2000)]
     in_order = min(seconds(shuffled) for _ in range(3))
     random.Random(1).shuffle(shuffled)
-    assert seconds(shuffled) < 20 * in_order  # sorting for each item would be over 100 times
+    in_any_order = min(seconds(shuffled) for _ in range(3))
+    assert in_any_order < 20 * in_order  # sorting for each item would be over 100 times
 
 
 def test_running_items_of_an_earlier_queue_count_for_a_tenant_that_waits_already() -> None:
