@@ -123,6 +123,7 @@ class Dispatcher:
             ledger,
             self._tenant_metrics,
             self.sessions.deliver,
+            lambda: self.sessions.set_status(self._status()),
             timing.charge_retry_s,
         )
         self._tenants: TenantFiles | None = None
@@ -374,13 +375,16 @@ class Dispatcher:
             calls=self.admission.open_calls,
             queued=self.grants.queue_depth,
             pools={pool: self._pool_status(pool) for pool in self.scaling.limits.pools},
-            faults={
-                part: fault for faults in self._faults.values() for part, fault in faults.items()
-            }
-            | (self._tenants.faults if self._tenants else {}),
+            faults=self._present_faults(),
             quarantined=self._quarantine.present(time.monotonic()),
             cordoned=tuple(self._cordons.cordoned.values()),
         )
+
+    def _present_faults(self) -> dict[str, str]:
+        """What does not work, and why: at the Ingresses, in the tenants' files, in the ledger."""
+        found = {part: why for faults in self._faults.values() for part, why in faults.items()}
+        found |= self._tenants.faults if self._tenants else {}
+        return found | ({"usage ledger": self.metering.fault} if self.metering.fault else {})
 
     def _pool_status(self, pool: str) -> PoolStatus:
         staying = self.grants.staying(pool)

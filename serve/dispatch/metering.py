@@ -51,15 +51,19 @@ class Metering:
         ledger: Ledger | None,
         metrics: TenantMetrics,
         deliver: Callable[[Iterable[DispatchEvent]], None],
+        on_fault: Callable[[], None] = lambda: None,
         retry_s: float = TIMING.charge_retry_s,
     ) -> None:
         """`ledger`: where charges are written. Without one, usage is counted in memory only.
 
-        `deliver`: sends events to their sessions. `retry_s`: how long to wait before a charge of a
+        `deliver`: sends events to their sessions. `on_fault` is called when `fault` changes.
+        `retry_s`: how long to wait before a charge of a
         cancelled image, or a reversal, that could not be written is tried again.
         """
         self.ledger = ledger
+        self.fault = ""  # why charges cannot be written at present
         self._admission, self._metrics, self._deliver = admission, metrics, deliver
+        self._on_fault = on_fault
         self._retry_s = retry_s
         self._charges: asyncio.Queue[_Charge] = asyncio.Queue()
         self._held: dict[tuple[str, int], float] = {}  # for cancelled images, by call and index
@@ -120,13 +124,20 @@ class Metering:
                 try:
                     usages = [charge.usage for charge in batch]
                     written = await asyncio.to_thread(self.ledger.append, usages, now)
-                except OSError:
+                except OSError as error:
                     log.error("usage cannot be written: images are not delivered", exc_info=True)
                     fresh = None
+                    self._set_fault(str(error))
                 else:
                     fresh = _charges_of(written, batch)
+                    self._set_fault("")
             self.turn_month(month_of(now))
             self._confirm(batch, fresh)
+
+    def _set_fault(self, fault: str) -> None:
+        if fault != self.fault:
+            self.fault = fault
+            self._on_fault()
 
     def _confirm(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
         """Tell sessions what is on disk, and count the `fresh` charges of a batch.

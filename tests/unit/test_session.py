@@ -843,10 +843,15 @@ def test_usage_charged_by_another_dispatcher_counts(tmp_path: Path) -> None:
 def test_usage_that_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session) as call:
-            with full_disk(), pytest.raises(UsageUnrecorded):
-                await call.record([usage(call)])
+            with full_disk():
+                with pytest.raises(UsageUnrecorded):
+                    await call.record([usage(call)])
+                assert "usage ledger" in (await dispatcher.state()).faults
         assert dispatcher.admission.account("t").spent == 0
         assert list(read_usage(tmp_path)) == []
+        async with opened(session) as call:
+            await call.record([usage(call)])
+        assert (await dispatcher.state()).faults == {}
 
     run(test, usage_folder=str(tmp_path))
 
