@@ -1,4 +1,4 @@
-"""What the exit code of an `octet` command says, and the error of a wrong command line.
+"""Exit codes of the `octet` commands, and the error of a wrong command line.
 
 0 says that the command did what it is for. Pure: imports the standard library and pure files only.
 """

@@ -76,7 +76,7 @@ def _print_nodes(address: str) -> None:
     except ray.exceptions.AuthenticationError:
         sys.exit(ASKS_FOR_TOKEN)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        print(json.dumps(str(error)))  # noqa: T201
+        print(json.dumps(str(error)))  # noqa: T201 - for the parent
         sys.exit(NO_RAY)
     finally:
         ray.shutdown()

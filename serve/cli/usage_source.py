@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,9 @@ class StoreUsage:
         """`store`: the arguments of the `Database`. Raises what its constructor raises."""
         from ..store.database import Database  # SQLAlchemy takes half a second to import
 
-        self._database = Database(**store)
-        self.place = self._database.name
+        self._open = partial(Database, **store)
+        with closing(self._open()) as database:
+            self.place = database.name
 
     def check(self) -> None:
         """Do nothing: the constructor has connected."""
@@ -57,13 +60,15 @@ class StoreUsage:
         """Yield records from the time `since` on. Raises `OSError`."""
         from ..usage.sql_ledger import records
 
-        return records(self._database, since, tenant)
+        with closing(self._open()) as database:
+            yield from records(database, since, tenant)
 
     def erase(self, tenant: str) -> int:
         """Delete a tenant's records; return their number. Raises `OSError`."""
         from ..usage.sql_ledger import erase
 
-        return erase(self._database, tenant)
+        with closing(self._open()) as database:
+            return erase(database, tenant)
 
 
 def usage_source(settings: FrontSettings) -> FolderUsage | StoreUsage | None:

@@ -381,7 +381,7 @@ class Dispatcher:
         )
 
     def _present_faults(self) -> dict[str, str]:
-        """What does not work, and why: at the Ingresses, in the tenants' files, in the ledger."""
+        """The faults of the Ingresses, of the tenants' files and of the ledger, by their names."""
         found = {part: why for faults in self._faults.values() for part, why in faults.items()}
         found |= self._tenants.faults if self._tenants else {}
         return found | ({"usage ledger": self.metering.fault} if self.metering.fault else {})

@@ -123,6 +123,7 @@ class Database:
             except LateError:
                 # A database that is stopped keeps the thread waiting, whatever its own time-outs
                 # are. Without its connection the thread gets an error, and is free again.
+                running.cancel()  # if it waits behind another transaction, it never begins
                 self._break_connection()
                 raise StoreUnavailable(
                     f"{self.name} does not answer within {self._answer_s:g} s"
@@ -168,8 +169,9 @@ class Database:
         connection = self._connection
         if connection is None or self._is_sqlite:
             return
-        with contextlib.suppress(Exception):
-            handle = os.dup(connection.connection.driver_connection.fileno())  # type: ignore[union-attr]
+        with contextlib.suppress(Exception):  # the thread may be closing it at this moment
+            driver: Any = connection.connection.driver_connection
+            handle = os.dup(driver.fileno())
             with socket.socket(fileno=handle) as link:
                 link.shutdown(socket.SHUT_RDWR)
 

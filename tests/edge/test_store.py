@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from serve.errors import SettingsError
 from serve.store import schema
@@ -309,15 +309,16 @@ def test_an_older_release_writes_to_the_database_of_a_newer_one(
     ledger = SqlLedger(database, NOW)
     ledger.append([usage(1)], NOW)
 
-    def more(connection: object) -> None:
-        connection.execute(text("ALTER TABLE octet_usage ADD COLUMN key_id VARCHAR(64)"))  # type: ignore[attr-defined]
-        connection.execute(text("CREATE TABLE octet_more (a INTEGER)"))  # type: ignore[attr-defined]
+    def more(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE octet_usage ADD COLUMN key_id VARCHAR(64)"))
+        connection.execute(text("CREATE TABLE octet_more (a INTEGER)"))
+
+    def version(of: Database) -> int:
+        stated = text("SELECT version FROM octet_schema")
+        return int(of.read(lambda connection: connection.execute(stated).scalar_one()))
 
     monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, more))
     with closing(Database(url)) as newer:
-        version: Callable[[Database], int] = lambda d: d.read(  # noqa: E731
-            lambda c: c.execute(text("SELECT version FROM octet_schema")).scalar_one()
-        )
         assert version(newer) == len(schema.STEPS)
         ledger.append([usage(2)], NOW)
         SqlLedger(newer, NOW).append([usage(3)], NOW)

@@ -41,7 +41,7 @@ def test_the_curl_that_is_announced_is_safe_to_copy(
     (tmp_path / "example_prompts.json").write_text(json.dumps([prompt]))
     model = laptop.models[0].model_copy(update={"source": Source(location=str(tmp_path))})
     settings = laptop.model_copy(update={"models": (model,)})
-    _announce(SimpleNamespace(url="http://127.0.0.1:8000", settings=settings))  # type: ignore[arg-type]
+    _announce(SimpleNamespace(url="http://127.0.0.1:8000", settings=settings))  # type: ignore[arg-type]  # all that it reads
     printed = capsys.readouterr().out
     command = printed[printed.index("curl ") : printed.index("| python3")]
     words = shlex.split(command.replace("\\\n", " "))
@@ -53,7 +53,7 @@ def test_the_curl_that_is_announced_is_safe_to_copy(
 def test_the_announced_command_shows_an_error_of_the_server(
     laptop: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _announce(SimpleNamespace(url="http://x", settings=laptop))  # type: ignore[arg-type]
+    _announce(SimpleNamespace(url="http://x", settings=laptop))  # type: ignore[arg-type]  # all that it reads
     printed = capsys.readouterr().out
     save = printed[printed.index("python3 -c") : printed.index("\n\nCtrl-C")]
     save = save.replace("python3", sys.executable, 1)
