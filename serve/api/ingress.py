@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -27,8 +25,6 @@ from starlette.types import Scope
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
-    BodyTimeout,
-    BodyTooLarge,
     DeadlineExceeded,
     KeyInvalid,
     NotFound,
@@ -42,40 +38,35 @@ from ..settings.models import Model
 from ..tenants.keys import TenantAccess, tenant_of
 from .attempts import Attempts
 from .authentication import Authentication, is_open
+from .body import read_body
 from .cors import Cors
-from .early_body import BODY
 from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .model_files import ModelFiles, Units
+from .operator_routes import OperatorRoutes
 from .request_log import RefusalLog
 from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
-from .timing import BODY_BYTES_PER_S, INGRESS_TIMING, IngressTiming
+from .timing import INGRESS_TIMING, IngressTiming
 from .wire.edit import parse_edit
-from .wire.http_errors import HANDLERS, unknown_path
+from .wire.http_errors import HANDLERS
 from .wire.openapi import document
 from .wire.paths import EDITS, GENERATIONS, VARIATIONS
 from .wire.request import (
-    SHOWN_CHARS,
     GenerationRequest,
     check_request_id,
     model_not_found,
     parse,
-    reason_of,
 )
 from .wire.response import (
     CancelledRequest,
-    LiftedQuarantine,
     ModelItem,
     ModelList,
-    NodeCordon,
     RequestStatus,
     model_item,
-    usage_list,
 )
-from .wire.usage_query import parse_usage_query
 
 log = logging.getLogger("ray.serve")
 
@@ -120,6 +111,14 @@ class Ingress:
         )
         self.reuse = ResultReuse(settings, lambda: self.live, self._urls, metrics)
         self._uploads = EditUploads(lambda: self.live.edits.max_held_bytes, metrics)
+        self._operators = OperatorRoutes(
+            self._session,
+            dispatcher,
+            timing,
+            self._auth,
+            self._access,
+            lambda: self.live.max_body_bytes,
+        )
         self._generations = GenerationHandler(
             self._session,
             self._attempts,
@@ -181,11 +180,7 @@ class Ingress:
                 Route("/v1/models/{model}", self.model),
                 Route("/v1/files/{name:path}", self.file),
                 Route("/openapi.json", self.openapi),
-                Route("/v1/state", self.state),
-                Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
-                Route("/v1/nodes/{id}/cordon", self.cordon, methods=["PUT"]),
-                Route("/v1/nodes/{id}/cordon", self.uncordon, methods=["DELETE"]),
-                Route("/admin/v1/usage", self.usage),
+                *self._operators.routes,
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
@@ -214,7 +209,9 @@ class Ingress:
             access = self._access(tenant)
             with self._gate.reading(tenant, access) as received:
                 check_request_id(request_id)
-                body = await self._body(http, received, self.live.max_body_bytes)
+                body = await read_body(
+                    http, received, self.live.max_body_bytes, self._timing.body_s
+                )
                 self._authenticate_again(http)
                 arguments = body, self._allowed(tenant), request_id, access.timeout_s
                 large = len(body) > LARGE_BODY
@@ -248,7 +245,7 @@ class Ingress:
         with self._gate.reading(tenant, access):
             check_request_id(request_id)
             limit = live.edits.largest_body_bytes(live.max_body_bytes)
-            body = await self._body(http, held.add, limit, held.check)
+            body = await read_body(http, held.add, limit, self._timing.body_s, held.check)
             self._authenticate_again(http)
             kind = http.headers.get("content-type", "")
             arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
@@ -328,78 +325,6 @@ class Ingress:
 
     async def openapi(self, _: Request) -> Response:
         return JSONResponse(self._openapi)
-
-    async def state(self, http: Request) -> Response:
-        """Answer `GET /v1/state` with pools, queue and tenants, but only to an operator."""
-        self._check_operator(http)
-        try:
-            async with asyncio.timeout(self._timing.dispatcher_s):
-                return JSONResponse(await self._dispatcher.overview.remote())
-        except (TimeoutError, RayError, RayServeException):
-            raise Unavailable("the dispatcher is restarting: try again") from None
-
-    async def usage(self, http: Request) -> Response:
-        """Answer `GET /admin/v1/usage` with a page of usage records, but only to an operator."""
-        self._check_admin(http)
-        query = parse_usage_query(http.query_params)
-        try:
-            async with asyncio.timeout(self._timing.store_s):
-                page = await self._dispatcher.usage.remote(query.after, query.limit, query.tenant)
-        except (TimeoutError, OSError, RayError, RayServeException):
-            raise Unavailable("the usage records cannot be read at the moment: try again") from None
-        if page is None:
-            raise NotFound("usage is recorded in files: the setting `store` names a database")
-        return JSONResponse(usage_list(page.records, page.has_more, query.after).model_dump())
-
-    async def lift_quarantine(self, http: Request) -> Response:
-        """Answer `DELETE /v1/quarantine/ID`: an operator lets a request pass again."""
-        id = http.path_params["id"]
-        operator = self._access(http.scope["tenant"]).operator
-        if not (operator and id in self._session.quarantined):
-            raise NotFound(f"no request in quarantine has the id '{id[:SHOWN_CHARS]}'")
-        self._session.lift_quarantine(id)
-        return JSONResponse(LiftedQuarantine(id=id).model_dump())
-
-    async def cordon(self, http: Request) -> Response:
-        """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
-        self._check_admin(http)
-        body = await self._body(http, lambda _: None, self.live.max_body_bytes)
-        return await self._change_node(http, "cordon", reason_of(body))
-
-    async def uncordon(self, http: Request) -> Response:
-        """Answer `DELETE /v1/nodes/ID/cordon`: an operator lets a node get work again."""
-        self._check_admin(http)
-        return await self._change_node(http, "uncordon")
-
-    async def _change_node(self, http: Request, method: str, *arguments: str) -> Response:
-        """Call the Dispatcher's `cordon` or `uncordon` for the node that the path names.
-
-        Raises `NotFound` if there is no such node, and `Unavailable` without a Dispatcher.
-        """
-        id = http.path_params["id"]
-        try:
-            async with asyncio.timeout(self._timing.dispatcher_s):
-                node = await getattr(self._dispatcher, method).remote(id, *arguments)
-        except (TimeoutError, RayError, RayServeException):
-            raise Unavailable("the dispatcher is restarting: try again") from None
-        if node is None:
-            which = "node" if method == "cordon" else "cordoned node"
-            raise NotFound(f"'{id[:SHOWN_CHARS]}' does not begin the id of exactly one {which}")
-        return JSONResponse(NodeCordon(node=node, cordoned=method == "cordon").model_dump())
-
-    def _check_admin(self, http: Request) -> None:
-        """Raise `NotFound` unless the caller may administer the server.
-
-        Without keys everybody is an operator. Then only callers of this machine may do so.
-        """
-        if self._auth == "none-on-any-address":
-            raise unknown_path(http.method, http.url.path)
-        self._check_operator(http)
-
-    def _check_operator(self, http: Request) -> None:
-        """Raise the `NotFound` of an unknown path if the caller is no operator."""
-        if not self._access(http.scope["tenant"]).operator:
-            raise unknown_path(http.method, http.url.path)
 
     async def health(self, _: Request) -> Response:
         """Answer `GET /health`, which shows that this process runs."""
@@ -490,44 +415,6 @@ class Ingress:
             key, directory = http.scope["key"], self._session.tenants or {}
             if tenant_of(key, directory) != http.scope["tenant"]:
                 raise KeyInvalid("the API key was revoked")
-
-    async def _body(
-        self,
-        http: Request,
-        received: Callable[[int], None],
-        limit: int,
-        check: Callable[[int], None] = lambda _: None,
-    ) -> bytes:
-        """Read a request's body; `received` is called with the size of each part of it.
-
-        `check` is called before that with the size that the client has stated. Raises
-        `BodyTooLarge` beyond `limit` bytes, and `BodyTimeout` for a body that comes too slowly.
-        """
-        body, body_s = bytearray(), self._timing.body_s
-        too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
-        stated = http.headers.get("content-length", "")
-        if stated.isdecimal() and len(stated) < 20:
-            if int(stated) > limit:
-                raise too_large
-            check(int(stated))
-        if (early := http.scope.get(BODY)) is not None:
-            received(len(early))
-            return bytes(early)
-        try:
-            async with asyncio.timeout(body_s) as deadline:
-                first = deadline.when() or 0.0
-                async for chunk in http.stream():
-                    received(len(chunk))
-                    body += chunk
-                    if len(body) > limit:
-                        raise too_large
-                    now, quick = asyncio.get_running_loop().time(), len(body) / BODY_BYTES_PER_S
-                    deadline.reschedule(max(first, min(first + quick, now + body_s)))
-        except TimeoutError:
-            raise BodyTimeout(
-                f"the body came too slowly: after {body_s:g} s it needs {BODY_BYTES_PER_S} bytes/s"
-            ) from None
-        return bytes(body)
 
 
 def _can_serve(pool: PoolStatus) -> bool:
