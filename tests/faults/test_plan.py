@@ -36,7 +36,7 @@ from ..ports import free_port
 from ..wait import wait_for
 from .conftest import add_node, landed
 
-pytestmark = pytest.mark.long  # test_rendered_config.py has replicas on chosen cards, too
+pytestmark = pytest.mark.long  # test_placement.py has replicas on chosen cards, too
 TURBO, MEDIUM = "sd3.5-large-turbo", "sd3.5-medium"
 
 

@@ -31,6 +31,7 @@ from ..s3 import a_bucket, s3_server
 from ..wait import wait_for
 from .conftest import DASHBOARD_PORT, add_node, landed
 
+pytestmark = pytest.mark.long  # test_placement.py has nodes that leave, tests/unit what is rendered
 NODES = "front", "front", "h100", "a100"
 
 
