@@ -28,7 +28,8 @@ from serve.cli.serve import DEMO_SETTINGS
 from serve.deployments import DISPATCHER, INGRESS
 from serve.settings.application import Settings
 from serve.settings.file import load_settings
-from serve.usage.ledger import read_usage
+from serve.store.database import Database
+from serve.usage.ledger import records
 
 from .local_cluster import PATIENCE_S, LocalCluster, body, front_or_card, one_image, replicas_of
 from .local_cluster import url_of as url
@@ -81,8 +82,7 @@ async def measure(
     cluster: LocalCluster, nodes: list[Any], settings: Settings, how: signal.Signals
 ) -> Round:
     """One round: open the requests, let the Dispatcher's node die, and wait for all answers."""
-    usage = Path(str(settings.usage_path))
-    before, old = sum(1 for _ in read_usage(usage)), replicas_of(DISPATCHER)
+    before, old = len(usage_of(settings)), replicas_of(DISPATCHER)
     requests = [TimedRequest(i / OPEN, "t", body(STEPS)) for i in range(OPEN)]
     began = time.monotonic()
     answering = asyncio.create_task(LoadClient(url(settings), {}).open_loop(requests))
@@ -100,8 +100,14 @@ async def measure(
     ran = died - began + STEPS * STEP_S * 1.5
     resumed = min(a.done_at for a in answers if a.done_at > ran) - (died - began)
     failed = Counter(answer.code for answer in answers if answer.status != 200)
-    charges = Counter(r["request_id"] for r in list(read_usage(usage))[before:])
+    charges = Counter(r["request_id"] for r in usage_of(settings)[before:])
     return Round(up_s, resumed, failed, Counter(charges.values()))
+
+
+def usage_of(settings: Settings) -> list[dict[str, Any]]:
+    """All usage records."""
+    with contextlib.closing(Database(**(settings.database or {}))) as database:
+        return list(records(database))
 
 
 def replace_node(cluster: LocalCluster, nodes: list[Any], dead: list[psutil.Process]) -> None:

@@ -14,9 +14,9 @@ from serve.cli.load_client import LoadClient
 from serve.cli.serve import DEMO_SETTINGS
 from serve.launch import RunningApplication, run_application
 from serve.settings.file import load_settings
-from serve.tenants.files import add_tenant
 
 from .step_time import STEP_S
+from .tenants import add_tenants
 
 LIGHT = [f"light{i}" for i in range(9)]
 WEIGHTS = {"single": 1.0, "another": 1.0, "double": 2.0, "quadruple": 4.0}
@@ -50,11 +50,9 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
     """
     # Limits that exist and are never reached.
     limits = {"requests_per_s": 1e5, "work_per_s": 1e5, "monthly_work": 1e9}
-    keys = {name: add_tenant(folder / "tenants", name, limits) for name in ("flood", *LIGHT)}
-    for name, weight in WEIGHTS.items():
-        keys[name] = add_tenant(folder / "tenants", name, {"weight": weight})
-    for name in BUDGETS:
-        keys[name] = add_tenant(folder / "tenants", name, {"monthly_work": 10 * 4 * STEP_S})
+    tenants: dict[str, dict[str, float]] = dict.fromkeys(("flood", *LIGHT), limits)
+    tenants |= {name: {"weight": weight} for name, weight in WEIGHTS.items()}
+    tenants |= {name: {"monthly_work": 10 * 4 * STEP_S} for name in BUDGETS}
     environ = {
         "OCTET_HTTP__PORT": str(free_port()),
         "OCTET_MODELS__0__POOLS__1__MIN_REPLICAS": "1",
@@ -63,10 +61,10 @@ def served(import_path: str, folder: Path, **changes: Any) -> Iterator[Bench]:
         update={
             "auth": "keys",
             "data_folder": str(folder),
-            "tenants_folder": str(folder / "tenants"),
             **changes,
         }
     )
+    keys = add_tenants(settings.database or {}, tenants)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with run_application(settings, import_path=import_path) as octet:

@@ -1,4 +1,4 @@
-"""How many usage records a second the ledgers write: files, SQLite, and PostgreSQL by URL.
+"""How many usage records a second the ledger writes, to SQLite and to PostgreSQL by URL.
 
     python -m bench.store [--url postgresql://…]
 
@@ -19,11 +19,10 @@ from typing import Annotated
 
 import typer
 
-from serve.dispatch.metering import Ledger
-from serve.store.database import Database, sqlite_url
+from serve.settings.application import sqlite_url
+from serve.store.database import Database
 from serve.usage.ledger import UsageLedger
 from serve.usage.record import UsageRecord
-from serve.usage.sql_ledger import SqlLedger
 
 from .machine import machine
 
@@ -39,7 +38,7 @@ def fresh_records() -> Iterator[UsageRecord]:
         )
 
 
-def appended_per_s(ledger: Ledger, records: Iterator[UsageRecord], together: int) -> float:
+def appended_per_s(ledger: UsageLedger, records: Iterator[UsageRecord], together: int) -> float:
     """Records a second over `APPENDS` appends of `together` records."""
     parts = [list(itertools.islice(records, together)) for _ in range(APPENDS)]
     began = time.perf_counter()
@@ -55,12 +54,9 @@ def main(
     now, records = time.time(), fresh_records()
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        ledgers: dict[str, Ledger] = {
-            "files": UsageLedger(folder / "files", now),
-            "SQLite": SqlLedger(Database(sqlite_url(folder)), now),
-        }
+        ledgers = {"SQLite": UsageLedger(Database(sqlite_url(folder)), now)}
         if url:
-            ledgers["PostgreSQL"] = SqlLedger(Database(url), now)
+            ledgers["PostgreSQL"] = UsageLedger(Database(url), now)
         found: dict[tuple[str, int], list[float]] = {}
         for _ in range(ROUNDS):
             for together in TOGETHER:

@@ -187,6 +187,7 @@ TENANTS = [
         "{{tenant}} {{code}}",
     ),
     one("Open requests", "short", most("octet_tenant_calls", "tenant"), "{{tenant}}"),
+    one("Database fault", "short", most("octet_database_fault"), "fault"),
     one("Faulty tenants' files", "short", most("octet_tenants_file_faults", "file"), "{{file}}"),
     one("Queued images", "short", most("octet_tenant_queued", "tenant"), "{{tenant}}"),
     one("Queued work", "s", most("octet_tenant_queued_work", "tenant"), "{{tenant}}"),

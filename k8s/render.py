@@ -300,7 +300,6 @@ def _check(
         )
     written = {
         "data_folder": settings.data_folder,
-        "usage_folder": settings.usage_folder,
         "models_folder": settings.models_folder,
         "local_models_folder": settings.local_models_folder,
         "compiled_folder": settings.compiled_folder,
@@ -310,6 +309,7 @@ def _check(
         "signing_key_file": settings.signing_key_file,
         "tenants_folder": settings.tenants_folder,
         "cache: redis_password_file": settings.cache and settings.cache.redis_password_file,
+        "store: password_file": settings.store.password_file,
     }
     for key, path in {**written, **read}.items():
         mounts = (
@@ -321,6 +321,11 @@ def _check(
             raise SettingsError(
                 f"{key} {path}: no volume of the pods is mounted there; see {BASE.name}"
             )
+    if settings.database_is_of_one_node:
+        raise SettingsError(
+            "store: SQLite is a file of one node, but the Dispatcher may move to another: set the "
+            "url of a PostgreSQL database, such as that of components/postgres"
+        )
     sources = [m.source for m in settings.models] + [e.source for e in settings.text_encoders]
     if any(source.revision for source in sources) and not settings.models_folder:
         raise SettingsError("models_folder: must be set, because models are pulled from the hub")

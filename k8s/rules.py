@@ -191,6 +191,12 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "{{ $value | humanizePercentage }} of the images of {{ $labels.pool }} have non-finite "
         "numbers.",
     ),
+    "OctetDatabase": (
+        f"{Q.most('octet_database_fault')} > 0",
+        "1m",
+        "critical",
+        "The database of tenants and usage cannot be used: all new requests for images are refused.",
+    ),
     "OctetTenantsFile": (
         f"{Q.most('octet_tenants_file_faults', 'file')} > 0",
         "1m",

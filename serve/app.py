@@ -96,9 +96,10 @@ def _front(settings: FrontSettings, parts: Parts) -> serve.Application:
         autoscaling_config={"min_replicas": 1, "max_replicas": 1, **REPORTING},
     ).bind(
         settings.autoscaling_policy,
-        settings.tenants_folder if settings.auth == "keys" else None,
-        settings.usage_path,
-        settings.store.model_dump() if settings.store else None,
+        settings.database,
+        settings.data_folder,
+        settings.tenants_folder,
+        settings.auth == "keys",
     )  # fmt: skip
     ingress = serve.deployment(serve.ingress()(parts.ingress), name=INGRESS).options(
         max_ongoing_requests=UNBOUNDED,

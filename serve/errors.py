@@ -6,12 +6,14 @@ Each class of the tree holds the status, type and code of its answer:
     ├── InvalidRequest              400  invalid_request_error   invalid_value
     │   ├── TimeoutTooShort         400  invalid_request_error   timeout_too_short
     │   ├── KeyInvalid              401  invalid_request_error   invalid_api_key
+    │   ├── ScopeMissing            403  invalid_request_error   insufficient_scope
     │   ├── LinkInvalid             403  invalid_request_error   link_invalid
     │   ├── NotFound                404  invalid_request_error   not_found
     │   │   └── ModelNotFound       404  invalid_request_error   model_not_found
     │   ├── MethodNotAllowed        405  invalid_request_error   method_not_allowed
     │   ├── BodyTimeout             408  invalid_request_error   body_timeout
     │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
+    │   ├── Conflict                409  invalid_request_error   conflict
     │   ├── BodyTooLarge            413  invalid_request_error   body_too_large
     │   └── RequestCancelled        499  invalid_request_error   request_cancelled
     ├── RateLimited                 429  rate_limit_error        rate_limit_exceeded
@@ -92,6 +94,13 @@ class KeyInvalid(InvalidRequest):
     code = "invalid_api_key"
 
 
+class ScopeMissing(InvalidRequest):
+    """The API key is valid, but may not be used for this request."""
+
+    status = 403
+    code = "insufficient_scope"
+
+
 class LinkInvalid(InvalidRequest):
     """The URL of an image has a wrong signature or has expired."""
 
@@ -131,6 +140,13 @@ class RequestIdInUse(InvalidRequest):
 
     status = 409
     code = "request_id_in_use"
+
+
+class Conflict(InvalidRequest):
+    """The change does not fit to what is there, such as a tenant that exists already."""
+
+    status = 409
+    code = "conflict"
 
 
 class BodyTooLarge(InvalidRequest):

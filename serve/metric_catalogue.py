@@ -173,6 +173,10 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_nodes_cordoned": Metric(
             "gauge", "1 for each node that gets no new work, by Ray's id of it.", ("node",)
         ),
+        "octet_database_fault": Metric(
+            "gauge",
+            "1 while the database of tenants and usage cannot be used, so new work is refused.",
+        ),
         "octet_tenants_file_faults": Metric(
             "gauge",
             "1 while a file of tenants or keys cannot be used, so its last valid contents are.",

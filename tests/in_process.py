@@ -116,9 +116,10 @@ PROMPT = Timing(recovery_s=0.0, reconnect_s=0.01)
 def a_dispatcher(
     *pools: str,
     max_queued: int = 9,
+    database: dict[str, Any] | None = None,
+    data_folder: str | None = None,
     tenants_folder: str | None = None,
-    usage_folder: str | None = None,
-    store: dict[str, Any] | None = None,
+    keyed: bool = False,
     limits: ScalingLimits | None = None,
     nodes: list[Node] | None = None,
     drained: list[str] | None = None,
@@ -134,9 +135,10 @@ def a_dispatcher(
     alive = [Node("n", num_cpus=1)] if nodes is None else nodes
     dispatcher = Dispatcher(
         "queued-work",
+        database,
+        data_folder,
         tenants_folder,
-        usage_folder,
-        store,
+        keyed,
         lambda: alive,
         drained.append if drained is not None else lambda _node: None,
         lambda: {INGRESS: {"RUNNING": ingresses}},

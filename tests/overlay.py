@@ -18,7 +18,7 @@ import httpx
 import yaml
 
 from k8s.render import read_nodes, serve_config_v2
-from serve.settings.application import Settings
+from serve.settings.application import Settings, sqlite_url
 
 from .builders import DEMO_MODEL, ROOT
 from .ports import free_port
@@ -91,7 +91,8 @@ def on_this_machine(folder: Path, s3: dict[str, Any], redis_url: str) -> Setting
         s3=s3,
         cache={"redis_url": redis_url},
         signing_key_file=str(folder / "key"),
-        tenants_folder=str(folder / "tenants"),
+        tenants_folder=None,
+        store={"url": sqlite_url(folder / "data")},  # all nodes are on this machine
         data_folder=str(folder / "data"),
         models_folder=str(folder / "models"),
         compiled_folder=str(folder / "compiled"),

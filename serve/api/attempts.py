@@ -173,6 +173,7 @@ class Attempts:
             size=request.size,
             steps=request.steps,
             work_s=call.request.images[index].work_s,
+            key_id=call.request.key_id,
         )
 
     async def _attempt(

@@ -76,6 +76,12 @@ class _OpenRequest:
     error: BaseException | None = None  # the error with which the request ended
     results: Sequence[ImageResult] = ()
 
+    @property
+    def key_id(self) -> str:
+        """The id of the client's API key; empty on a server without keys."""
+        key: str = self.http.scope.get("key_id", "")
+        return key
+
     def release(self) -> None:
         """Let go of an edit's picture and mask."""
         if self.held:
@@ -306,6 +312,7 @@ class GenerationHandler:
             request.client.age_s,
             usages,
             result_key,
+            request.key_id,
         )
 
     async def _admitted_without_work(
@@ -425,6 +432,7 @@ def _free_usages(
             steps=image.steps,
             work_s=0.0,
             outcome=outcome,
+            key_id=request.key_id,
         )
 
     pairs = zip(request.parsed.images, results, strict=True)

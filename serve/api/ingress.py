@@ -35,7 +35,8 @@ from ..models.structures import unknown_structures
 from ..results.store import StoreFault
 from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
-from ..tenants.keys import TenantAccess, tenant_of
+from ..tenants.keys import TenantAccess
+from .admin_routes import AdminRoutes
 from .attempts import Attempts
 from .authentication import Authentication, is_open
 from .body import read_body
@@ -119,6 +120,9 @@ class Ingress:
             self._access,
             lambda: self.live.max_body_bytes,
         )
+        self._admin = AdminRoutes(
+            dispatcher, timing, self._operators.check_admin, lambda: self.live.max_body_bytes
+        )
         self._generations = GenerationHandler(
             self._session,
             self._attempts,
@@ -181,6 +185,7 @@ class Ingress:
                 Route("/v1/files/{name:path}", self.file),
                 Route("/openapi.json", self.openapi),
                 *self._operators.routes,
+                *self._admin.routes,
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/", self.playground),
@@ -193,6 +198,7 @@ class Ingress:
                     Authentication,
                     mode=self._auth,
                     directory=lambda: self._session.tenants,
+                    on_use=self._session.key_used,
                     on_refusal=self._refused,
                 ),
             ],
@@ -404,17 +410,19 @@ class Ingress:
         """Return the access of a tenant; a server that needs no keys gives everybody all access."""
         if self._open_to_all:
             return TenantAccess((), operator=True)
-        return (self._session.tenants or {}).get(tenant, TenantAccess((), models=()))
+        found = self._session.tenants and self._session.tenants.get(tenant)
+        return found or TenantAccess((), models=())
 
     def _authenticate_again(self, http: Request) -> None:
         """Check the request's API key again, after its body has arrived.
 
         Raises `KeyInvalid` if the key was revoked while the body was on its way.
         """
-        if not self._open_to_all:
-            key, directory = http.scope["key"], self._session.tenants or {}
-            if tenant_of(key, directory) != http.scope["tenant"]:
-                raise KeyInvalid("the API key was revoked")
+        directory = self._session.tenants
+        if not (
+            self._open_to_all or (directory and directory.owner(http.scope["key"], time.time()))
+        ):
+            raise KeyInvalid("the API key was revoked")
 
 
 def _can_serve(pool: PoolStatus) -> bool:

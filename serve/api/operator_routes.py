@@ -1,4 +1,4 @@
-"""The HTTP routes for operators: state, usage, requests in quarantine, nodes out of service."""
+"""The HTTP routes for operators: state, requests in quarantine, nodes out of service."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from .body import read_body
 from .timing import IngressTiming
 from .wire.http_errors import unknown_path
 from .wire.request import SHOWN_CHARS, reason_of
-from .wire.response import LiftedQuarantine, NodeCordon, usage_list
-from .wire.usage_query import parse_usage_query
+from .wire.response import LiftedQuarantine, NodeCordon
 
 
 class OperatorRoutes:
@@ -43,7 +42,6 @@ class OperatorRoutes:
         self._auth, self._access, self._max_body_bytes = auth, access, max_body_bytes
         self.routes = [
             Route("/v1/state", self.state),
-            Route("/admin/v1/usage", self.usage),
             Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
             Route("/v1/nodes/{id}/cordon", self.cordon, methods=["PUT"]),
             Route("/v1/nodes/{id}/cordon", self.uncordon, methods=["DELETE"]),
@@ -58,37 +56,23 @@ class OperatorRoutes:
         except (TimeoutError, RayError, RayServeException):
             raise Unavailable("the dispatcher is restarting: try again") from None
 
-    async def usage(self, http: Request) -> Response:
-        """Answer `GET /admin/v1/usage` with a page of usage records, but only to an operator."""
-        self._check_admin(http)
-        query = parse_usage_query(http.query_params)
-        try:
-            async with asyncio.timeout(self._timing.store_s):
-                page = await self._dispatcher.usage.remote(query.after, query.limit, query.tenant)
-        except (TimeoutError, OSError, RayError, RayServeException):
-            raise Unavailable("the usage records cannot be read at the moment: try again") from None
-        if page is None:
-            raise NotFound("usage is recorded in files: the setting `store` names a database")
-        return JSONResponse(usage_list(page.records, page.has_more, query.after).model_dump())
-
     async def lift_quarantine(self, http: Request) -> Response:
         """Answer `DELETE /v1/quarantine/ID`: an operator lets a request pass again."""
         id = http.path_params["id"]
-        operator = self._access(http.scope["tenant"]).operator
-        if not (operator and id in self._session.quarantined):
+        if not (self._is_operator(http) and id in self._session.quarantined):
             raise NotFound(f"no request in quarantine has the id '{id[:SHOWN_CHARS]}'")
         self._session.lift_quarantine(id)
         return JSONResponse(LiftedQuarantine(id=id).model_dump())
 
     async def cordon(self, http: Request) -> Response:
         """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
-        self._check_admin(http)
+        self.check_admin(http)
         body = await read_body(http, lambda _: None, self._max_body_bytes(), self._timing.body_s)
         return await self._change_node(http, "cordon", reason_of(body))
 
     async def uncordon(self, http: Request) -> Response:
         """Answer `DELETE /v1/nodes/ID/cordon`: an operator lets a node get work again."""
-        self._check_admin(http)
+        self.check_admin(http)
         return await self._change_node(http, "uncordon")
 
     async def _change_node(self, http: Request, method: str, *arguments: str) -> Response:
@@ -107,7 +91,7 @@ class OperatorRoutes:
             raise NotFound(f"'{id[:SHOWN_CHARS]}' does not begin the id of exactly one {which}")
         return JSONResponse(NodeCordon(node=node, cordoned=method == "cordon").model_dump())
 
-    def _check_admin(self, http: Request) -> None:
+    def check_admin(self, http: Request) -> None:
         """Raise `NotFound` unless the caller may administer the server.
 
         Without keys everybody is an operator. Then only callers of this machine may do so.
@@ -118,5 +102,9 @@ class OperatorRoutes:
 
     def _check_operator(self, http: Request) -> None:
         """Raise the `NotFound` of an unknown path if the caller is no operator."""
-        if not self._access(http.scope["tenant"]).operator:
+        if not self._is_operator(http):
             raise unknown_path(http.method, http.url.path)
+
+    def _is_operator(self, http: Request) -> bool:
+        """Return whether the caller is an operator, and its key may be used for that."""
+        return "admin" in http.scope["scopes"] and self._access(http.scope["tenant"]).operator

@@ -22,7 +22,7 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     Prints the pools, and every value that differs from its default with the place where it is set.
     """
     settings, changed = load_settings(config), changed_values(config)
-    if settings.auth == "keys":
+    if settings.tenants_folder:
         read_tenants(Path(settings.tenants_folder).expanduser())
         read_keys(Path(settings.tenants_folder).expanduser())
     pools: list[dict[str, Any]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from cluster.capability import capability
 from cluster.card_memory import is_free
@@ -17,7 +18,7 @@ from ..launch import check_port
 from ..models.checkpoints import on_this_node
 from ..models.reference_work import CLIP_TOKENS
 from ..models.structures import structure_of
-from ..settings.application import Settings, StoreSettings
+from ..settings.application import Settings
 from ..settings.models import CardResources, Encoder, Model, Pool, Source
 from .doctor_machine import Finding, Machine, Verdict
 from .plan_inputs import encoder_gib, most_pixels
@@ -61,20 +62,20 @@ def examine_settings(settings: Settings, machine: Machine) -> Iterator[Finding]:
         reason = bucket_fault(settings)
         ok = f"bucket {settings.s3.bucket}: an object was written, read and deleted"
         yield Finding("problem", reason) if reason else Finding("ok", ok)
-    if settings.store:
-        yield _examine_store(settings.store)
+    if settings.database:
+        yield _examine_database(settings.database)
     yield _examine_port(settings.http.host, settings.http.port)
 
 
-def _examine_store(store: StoreSettings) -> Finding:
-    """Open the database of usage records, which makes its tables if needed."""
+def _examine_database(arguments: dict[str, Any]) -> Finding:
+    """Open the database of tenants and usage, which makes its tables if needed."""
     from ..store.database import Database  # SQLAlchemy takes half a second to import
 
     try:
-        with closing(Database(**store.model_dump())) as database:
-            return Finding("ok", f"store {database.name}: its tables are up to date")
+        with closing(Database(**arguments)) as database:
+            return Finding("ok", f"database {database.name}: its tables are up to date")
     except (SettingsError, OSError) as error:
-        return Finding("problem", f"store: {error}")
+        return Finding("problem", f"database: {error}")
 
 
 def bucket_fault(settings: Settings) -> str:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import SettingsError
 from ..launch import RunningApplication, run_application
 from ..models.example_prompts import example_prompts
 from ..settings.application import Settings
@@ -26,6 +25,7 @@ from ..settings.file import load_settings
 from ..tenants.files import KEYS, TENANTS, read_tenants
 from .doctor_settings import bucket_fault
 from .exit_codes import UsageError
+from .tenant_access import StoredTenants
 from .terminal import ConfigFile, complain, console
 
 STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -132,8 +132,8 @@ def _answering_ctrl_c() -> Iterator[None]:
 def _warn_about_access(settings: Settings) -> None:
     """Warn if anyone may generate images without a key, or if there are no tenants yet.
 
-    Raises `SettingsError` for tenants that cannot be read, unless the Dispatcher has a copy of the
-    last valid ones.
+    Raises `SettingsError` or `OSError` if the database on this machine, or a file of tenants,
+    cannot be read.
     """
     if settings.auth != "keys":
         host = settings.http.host
@@ -141,13 +141,16 @@ def _warn_about_access(settings: Settings) -> None:
         style = "dim" if settings.auth == "none" else "red"  # none: only this machine reaches it
         console.print(said, style=style, highlight=False, soft_wrap=True)
         return
+    if settings.tenants_folder and read_tenants(Path(settings.tenants_folder).expanduser()):
+        return
     try:
-        if not read_tenants(Path(settings.tenants_folder).expanduser()):
-            complain("there are no tenants yet: add one with octet tenant add")
-    except SettingsError as error:
-        if not (Path(str(settings.usage_path)).expanduser() / TENANTS).exists():
+        with closing(StoredTenants(settings)) as stored:
+            if not any(True for _ in stored.tenants()):
+                complain("there are no tenants yet: octet tenant add, or octet tenant apply FOLDER")
+    except OSError as error:
+        if settings.database_is_of_one_node:
             raise
-        complain(f"{error}\noctet: serving the last valid tenants")
+        complain(f"{error}: until the database answers, no tenant can call")
 
 
 def _apply(octet: RunningApplication, read: Callable[[], Settings]) -> None:

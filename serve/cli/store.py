@@ -10,7 +10,7 @@ import typer
 from ..errors import SettingsError
 from ..settings.application import Settings
 from ..settings.file import load_settings
-from ..usage.ledger import read_usage
+from ..usage.json_lines import usage_files
 from .terminal import ConfigFile, console, examples, working
 
 app = typer.Typer(help="Back up the database, and import usage into it.", no_args_is_help=True)
@@ -49,24 +49,26 @@ def import_usage(
     config: ConfigFile,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder with the usage records; default: usage_folder of CONFIG."),
+        typer.Option(help="Folder with the usage records; default: usage in data_folder."),
     ] = None,
 ) -> None:
-    """Copy the usage records of a folder into the database of CONFIG, with their times.
+    """Copy usage records that an earlier release kept in files into the database of CONFIG.
 
-    It may be repeated: records that are there already are left alone.
+    They keep their times. It may be repeated: records that are there already are left alone.
     """
     settings = load_settings(config)
-    source = folder or (Path(settings.usage_path).expanduser() if settings.usage_path else None)
-    if source is None or not source.is_dir():
-        raise SettingsError(f"{source or config}: there is no folder of usage records: --folder")
+    source = folder
+    if source is None and settings.data_folder:
+        source = Path(settings.data_folder).expanduser() / "usage"
+    if source is None or not usage_files(source):
+        raise SettingsError(f"{source or config}: there are no files of usage records: --folder")
     from ..store.database import Database
-    from ..usage.sql_ledger import import_records
+    from ..usage.ledger import import_folder
 
     database = Database(**_store(config, settings))
     try:
         with working(f"importing {source}"):
-            count = import_records(database, read_usage(source))
+            count = import_folder(database, source)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     finally:
@@ -76,6 +78,6 @@ def import_usage(
 
 def _store(config: Path, settings: Settings) -> dict[str, Any]:
     """The arguments of the database. Raises `SettingsError` if the settings name none."""
-    if settings.store is None:
-        raise SettingsError(f"{config}: it names no database: set store (docs/tenants.md)")
-    return settings.store.model_dump()
+    if settings.database is None:
+        raise SettingsError(f"{config}: it names no database: set data_folder, or store: url")
+    return settings.database

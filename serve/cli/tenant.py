@@ -1,13 +1,13 @@
-"""`octet tenant`: add and list tenants, change their keys, and erase their data."""
+"""`octet tenant`: add, change and list tenants and their keys, and erase their data."""
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,10 +17,13 @@ from ..errors import SettingsError, StoreFailed
 from ..results.from_settings import open_store
 from ..settings.application import Settings
 from ..settings.file import load_settings
-from ..tenants.files import add_tenant, read_keys, read_tenants, revoke_keys, rotate_key
+from ..tenants.files import TENANTS
+from ..tenants.keys import SCOPES
 from .exit_codes import UsageError
-from .terminal import AsJson, ConfigOption, console, examples
-from .usage_source import FolderUsage, StoreUsage, usage_source
+from .operator_client import OperatorKey
+from .tenant_access import RemoteTenants, StoredTenants
+from .terminal import AsJson, ConfigOption, console, examples, existing
+from .usage_source import StoredUsage
 
 app = typer.Typer(help="Manage tenants, their limits and their API keys.", no_args_is_help=True)
 
@@ -32,52 +35,55 @@ Name = Annotated[
         show_default=False,
     ),
 ]
-FolderOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the tenants, instead of the one that --config names."),
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", help="Address of a running server, instead of --config."),
 ]
 Limit = float | None
+WeightOption = Annotated[
+    Limit,
+    typer.Option(help="Weight of the tenant. Its share is its weight ÷ the sum of the weights."),
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Model that the tenant may use; repeat it for several. Default: all."),
+]
+RequestsOption = Annotated[Limit, typer.Option(help="Limit of requests per second.")]
+WorkOption = Annotated[
+    Limit,
+    typer.Option(help="Limit of work per second; work is in seconds of a reference replica."),
+]
+OpenOption = Annotated[int | None, typer.Option(help="Limit of requests that are open at a time.")]
+MonthlyOption = Annotated[
+    Limit,
+    typer.Option(help="Budget of work per calendar month, in seconds of a reference replica."),
+]
+TimeoutOption = Annotated[
+    Limit, typer.Option(help="Deadline in seconds of requests that name none.")
+]
 
 
 @app.command(
     "add",
     epilog=examples(
         "octet tenant add acme --config octet.yaml --weight 2 --monthly-work 100000",
-        "octet tenant add ops --operator --folder tenants",
+        "octet tenant add ops --operator --url http://127.0.0.1:8000",
     ),
 )
 def add(
     tenant: Name,
     config: ConfigOption = None,
-    folder: FolderOption = None,
-    weight: Annotated[
-        Limit,
-        typer.Option(
-            help="Weight of the tenant. Its share is its weight ÷ the sum of the weights."
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Model that the tenant may use; repeat it for several. Default: all."),
-    ] = None,
-    requests_per_s: Annotated[Limit, typer.Option(help="Limit of requests per second.")] = None,
-    work_per_s: Annotated[
-        Limit,
-        typer.Option(help="Limit of work per second; work is in seconds of a reference replica."),
-    ] = None,
-    max_requests: Annotated[
-        int | None, typer.Option(help="Limit of requests that are open at a time.")
-    ] = None,
-    monthly_work: Annotated[
-        Limit,
-        typer.Option(help="Budget of work per calendar month, in seconds of a reference replica."),
-    ] = None,
-    timeout_s: Annotated[
-        Limit,
-        typer.Option(help="Deadline in seconds of requests that name none."),
-    ] = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    weight: WeightOption = None,
+    model: ModelOption = None,
+    requests_per_s: RequestsOption = None,
+    work_per_s: WorkOption = None,
+    max_requests: OpenOption = None,
+    monthly_work: MonthlyOption = None,
+    timeout_s: TimeoutOption = None,
     operator: Annotated[
-        bool, typer.Option("--operator", help="Let the tenant run octet top.")
+        bool, typer.Option("--operator", help="Let the tenant administer the server.")
     ] = False,
 ) -> None:
     """Add a tenant and print its API key. The key is shown only this once."""
@@ -91,82 +97,261 @@ def add(
         "timeout_s": timeout_s,
         "operator": operator or None,
     }
-    values = {name: value for name, value in given.items() if value is not None}
-    _show(add_tenant(_folder(config, folder), tenant, values))
+    with _tenants(config, url, key) as tenants:
+        tenants.add(tenant, {name: value for name, value in given.items() if value is not None})
+        _show(tenants.new_key(tenant, SCOPES, None))
+
+
+@app.command(
+    "set",
+    epilog=examples(
+        "octet tenant set acme --config octet.yaml --monthly-work 200000",
+        "octet tenant set acme --url http://127.0.0.1:8000 --unset requests_per_s",
+    ),
+)
+def change(
+    tenant: Name,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    weight: WeightOption = None,
+    model: ModelOption = None,
+    requests_per_s: RequestsOption = None,
+    work_per_s: WorkOption = None,
+    max_requests: OpenOption = None,
+    monthly_work: MonthlyOption = None,
+    timeout_s: TimeoutOption = None,
+    operator: Annotated[
+        bool | None,
+        typer.Option("--operator/--no-operator", help="Whether it may administer the server."),
+    ] = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(help="Limit to take away, such as monthly_work; repeat it for several."),
+    ] = None,
+) -> None:
+    """Change limits of a tenant; those that are not named stay."""
+    given: dict[str, Any] = {
+        "weight": weight,
+        "models": model or None,
+        "requests_per_s": requests_per_s,
+        "work_per_s": work_per_s,
+        "max_requests": max_requests,
+        "monthly_work": monthly_work,
+        "timeout_s": timeout_s,
+        "operator": operator,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes |= dict.fromkeys(unset or ())
+    if not changes:
+        raise UsageError("nothing to change: name a limit, such as --monthly-work 200000")
+    with _tenants(config, url, key) as tenants:
+        tenants.change(tenant, changes)
+    console.print(f"{tenant}: changed", highlight=False)
+
+
+@app.command(
+    "remove",
+    epilog=examples(
+        "octet tenant remove acme --config octet.yaml",
+        "octet tenant remove acme --url http://127.0.0.1:8000 --yes",
+    ),
+)
+def remove(
+    tenant: Name,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a tenant and revoke its keys for ever. Its usage records and images stay."""
+    with _tenants(config, url, key) as tenants:
+        if not yes:
+            count = len(list(tenants.keys(tenant)))
+            console.print(f"This deletes {tenant} and revokes {count} keys.", highlight=False)
+            _ask()
+        tenants.remove(tenant)
+    console.print(f"{tenant}: deleted", highlight=False)
 
 
 @app.command(
     "list",
     epilog=examples(
-        "octet tenant list --config octet.yaml", "octet tenant list --folder tenants --json"
+        "octet tenant list --config octet.yaml",
+        "octet tenant list --url http://127.0.0.1:8000 --json",
     ),
 )
 def list_tenants(
-    config: ConfigOption = None, folder: FolderOption = None, as_json: AsJson = False
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    as_json: AsJson = False,
 ) -> None:
-    """List the tenants, their limits, and when their keys were made."""
-    where = _folder(config, folder)
-    tenants, keys = read_tenants(where), read_keys(where)
+    """List the tenants, their limits, and their keys."""
+    with _tenants(config, url, key) as tenants:
+        keys: dict[str, list[dict[str, Any]]] = {}
+        for one in tenants.keys(None):
+            keys.setdefault(one["tenant"], []).append(one)
+        found = [{**one, "keys": keys.get(one["id"], [])} for one in tenants.tenants()]
     if as_json:
-        found = {
-            name: {**asdict(tenant), "keys_created": [key["created"] for key in keys.get(name, ())]}
-            for name, tenant in tenants.items()
-        }
         typer.echo(json.dumps(found, indent=1))
         return
-    table = Table(Column("tenant", overflow="fold"), "weight", "models", "limits", "keys since")
-    for name, tenant in tenants.items():
-        limits = {
-            "requests/s": tenant.requests_per_s,
-            "work/s": tenant.work_per_s,
-            "open": tenant.max_requests,
-            "queued work": tenant.max_queued_work,
-            "work/month": tenant.monthly_work,
-            "timeout s": tenant.timeout_s,
-        }
+    columns = "weight", "models", "limits", "keys (last used)"
+    table = Table(Column("tenant", overflow="fold"), *columns)
+    for tenant in found:
+        limits = dict(tenant["limits"])
+        models, weight = limits.pop("models", None), limits.pop("weight", 1)
+        name = tenant["id"] + (" (operator)" if limits.pop("operator", False) else "")
         table.add_row(
-            name + (" (operator)" if tenant.operator else ""),
-            f"{tenant.weight:g}",
-            ", ".join(tenant.models) if tenant.models is not None else "all",
-            ", ".join(f"{key} {value:g}" for key, value in limits.items() if value is not None),
-            ", ".join(key["created"][:10] for key in keys.get(name, ())) or "no key",
+            name + (" (file)" if tenant["managed_by"] == "file" else ""),
+            f"{weight:g}",
+            ", ".join(models) if models is not None else "all",
+            ", ".join(f"{limit} {value:g}" for limit, value in limits.items()),
+            "\n".join(_key_text(one) for one in tenant["keys"]) or "no key",
         )
-    for name in sorted(set(keys) - set(tenants)):
-        if keys[name]:
-            table.add_row(
-                name, "", "not in tenants.yaml: its keys are refused", "", "keys are kept"
-            )
     Console().print(table)
+
+
+def _key_text(key: dict[str, Any]) -> str:
+    """A key in a table: its id, last use, and what restricts it."""
+    used = key["last_used_at"]
+    text = f"{key['id']} ({used[:10] if used else 'never'})"
+    if len(key["scopes"]) < len(SCOPES):
+        text += " " + "+".join(key["scopes"])
+    return text + (f" until {key['expires_at'][:16]}" if key["expires_at"] else "")
 
 
 @app.command(
     "rotate-key",
     epilog=examples(
         "octet tenant rotate-key acme --config octet.yaml",
-        "octet tenant rotate-key acme --folder tenants",
+        "octet tenant rotate-key acme --url http://127.0.0.1:8000 --scope generate",
     ),
 )
-def rotate(tenant: Name, config: ConfigOption = None, folder: FolderOption = None) -> None:
-    """Make and print a new key. The newest old key stays valid until `revoke --old`."""
-    _show(rotate_key(_folder(config, folder), tenant))
+def rotate(
+    tenant: Name,
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="What the key is for: generate, read or admin. Default: all three."),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(help="Time until which it is valid, such as 2027-01-31T12:00:00Z.")
+    ] = None,
+) -> None:
+    """Make and print a new key. The old keys stay valid until `revoke --old`."""
+    with _tenants(config, url, key) as tenants:
+        _show(tenants.new_key(tenant, scope or SCOPES, expires))
 
 
 @app.command(
     "revoke",
     epilog=examples(
         "octet tenant revoke acme --config octet.yaml --old",
-        "octet tenant revoke acme --config octet.yaml",
+        "octet tenant revoke acme --url http://127.0.0.1:8000 --id 1f3a95c02b7e",
     ),
 )
 def revoke(
     tenant: Name,
     config: ConfigOption = None,
-    folder: FolderOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
     old: Annotated[bool, typer.Option("--old", help="Revoke all keys except the newest.")] = False,
+    id: Annotated[
+        str | None, typer.Option("--id", help="Revoke this key only; octet tenant list shows ids.")
+    ] = None,
 ) -> None:
     """Revoke a tenant's keys. Every Ingress refuses them within 5 s."""
-    count = revoke_keys(_folder(config, folder), tenant, but_newest=old)
-    console.print(f"{count} of the keys of {tenant} revoked", highlight=False)
+    with _tenants(config, url, key) as tenants:
+        found = sorted(tenants.keys(tenant), key=lambda one: one["created_at"])
+        if not found and tenant not in [one["id"] for one in tenants.tenants()]:
+            raise SettingsError(f"tenant '{tenant}' does not exist")
+        if id is not None and id not in [one["id"] for one in found]:
+            raise SettingsError(f"{tenant} has no key '{id}': octet tenant list shows the ids")
+        chosen = found[:-1] if old else [one for one in found if id in (None, one["id"])]
+        for one in chosen:
+            tenants.revoke(one["id"])
+    console.print(f"{len(chosen)} of the keys of {tenant} revoked", highlight=False)
+
+
+@app.command(
+    "apply",
+    epilog=examples(
+        "octet tenant apply tenants --config octet.yaml --dry-run",
+        "octet tenant apply tenants --url http://127.0.0.1:8000",
+    ),
+)
+def apply(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder with tenants.yaml and keys.json.", callback=existing
+        ),
+    ],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would change.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make tenants as the files of FOLDER say, and show the differences.
+
+    What earlier files had and these do not have is deleted. Tenants that the API has made and the
+    files do not name stay as they are.
+    """
+    if not (folder / TENANTS).exists():
+        raise SettingsError(f"{folder / TENANTS}: no such file")
+    with _tenants(config, url, key) as tenants:
+        found = tenants.apply(folder, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for one in found:
+        changes = ", ".join(f"{name} {old} → {new}" for name, (old, new) in one["changes"].items())
+        what = " ".join(filter(None, (one["action"], one["tenant"], one["key_id"])))
+        typer.echo(f"{what}: {changes}" if changes else what)
+    done = "would change" if dry_run else "changed"
+    console.print(f"{len(found)} {done} in {tenants.place}", highlight=False)
+
+
+@app.command(
+    "audit",
+    epilog=examples(
+        "octet tenant audit --config octet.yaml",
+        "octet tenant audit --url http://127.0.0.1:8000 --tenant acme --json",
+    ),
+)
+def audit(
+    config: ConfigOption = None,
+    url: UrlOption = None,
+    key: OperatorKey = "",
+    tenant: Annotated[str | None, typer.Option(help="Show this tenant only; default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who changed which tenant or key, and when, oldest first."""
+    with _tenants(config, url, key) as tenants:
+        found = list(tenants.audit(tenant))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table(
+        Column("time", no_wrap=True),
+        Column("change", no_wrap=True),
+        Column("tenant", overflow="fold"),
+        Column("key", no_wrap=True),
+        Column("by", overflow="fold"),
+        Column("details", overflow="fold"),
+    )
+    for one in found:
+        details = json.dumps(one["details"]) if one["details"] else ""
+        table.add_row(
+            one["time"][:19], one["action"], one["tenant"], one["key_id"], one["actor"], details
+        )
+    Console().print(table)
 
 
 @app.command(
@@ -185,9 +370,7 @@ def erase(
     if config is None:
         raise UsageError("whose images? Name a settings file with --config")
     settings = load_settings(config)
-    source = usage_source(settings)
-    if source is None:
-        raise SettingsError(f"{config}: it has no data_folder, so no images or records are kept")
+    source = StoredUsage(settings)
     if not yes:
         _confirm_erasure(settings, tenant, source)
     with ExitStack() as cleanup:
@@ -198,20 +381,16 @@ def erase(
                 cleanup.callback(store.close)
                 images = store.erase(tenant)
             erased = source.erase(tenant)
-        except (OSError, ValueError, StoreFailed) as error:
+        except (OSError, StoreFailed) as error:
             raise SettingsError(str(error)) from None
     console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
 
 
-def _confirm_erasure(settings: Settings, tenant: str, source: FolderUsage | StoreUsage) -> None:
+def _confirm_erasure(settings: Settings, tenant: str, source: StoredUsage) -> None:
     """Say what an erasure deletes, and ask. Raises `SettingsError` unless the answer is yes."""
-    try:
-        records = sum(1 for _ in source.read(tenant=tenant))
-        has_keys = settings.auth == "keys" and bool(
-            read_keys(Path(settings.tenants_folder).expanduser()).get(tenant)
-        )
-    except (OSError, ValueError) as error:
-        raise SettingsError(str(error)) from None
+    records = sum(1 for _ in source.read(tenant=tenant))
+    with closing(StoredTenants(settings)) as tenants:
+        has_keys = any(True for _ in tenants.keys(tenant))
     place = f"the bucket {settings.s3.bucket}" if settings.s3 else settings.data_folder
     images = f"all images of {tenant} in {place}, and " if place else ""
     console.print(
@@ -222,22 +401,29 @@ def _confirm_erasure(settings: Settings, tenant: str, source: FolderUsage | Stor
             f"The keys of {tenant} still work: revoke them first with octet tenant revoke {tenant}",
             highlight=False,
         )
+    _ask()
+
+
+def _ask() -> None:
+    """Ask whether to delete. Raises `SettingsError` unless the answer is yes."""
     if not sys.stdin.isatty():
         raise UsageError("nothing is deleted: there is no terminal to ask; add --yes")
-    if not typer.confirm("Delete them for ever?"):
+    if not typer.confirm("Delete for ever?"):
         raise SettingsError("nothing is deleted")
 
 
-def _folder(config: Path | None, folder: Path | None) -> Path:
-    """The tenants' folder: `folder` if it is given, else the one that the settings name.
-
-    `config`: the settings file. Raises `SettingsError` if neither is given.
-    """
-    if folder:
-        return folder
-    if config is None:
-        raise UsageError("whose tenants? Name a settings file with --config, or --folder")
-    return Path(load_settings(config).tenants_folder).expanduser()
+@contextmanager
+def _tenants(
+    config: Path | None, url: str | None, key: str
+) -> Iterator[StoredTenants | RemoteTenants]:
+    """The tenants of a settings file's database, or of the server at `url`."""
+    if (config is None) == (url is None):
+        raise UsageError(
+            "whose tenants? Name a settings file with --config, or a running server with --url"
+        )
+    found = RemoteTenants(url, key) if url else StoredTenants(load_settings(config or Path()))
+    with closing(found):
+        yield found
 
 
 def _show(key: str) -> None:

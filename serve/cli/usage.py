@@ -1,4 +1,4 @@
-"""`octet usage`: show what tenants were charged, from the usage records on disk."""
+"""`octet usage`: show what tenants were charged, from the usage records in the database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,20 +16,16 @@ from rich.table import Column, Table
 
 from ..errors import SettingsError, did_you_mean
 from ..settings.file import load_settings
-from ..usage.ledger import month_of
+from ..usage.months import month_of
 from .exit_codes import UsageError
 from .terminal import AsJson, ConfigOption
-from .usage_source import FolderUsage, StoreUsage, usage_source
+from .usage_source import StoredUsage
 
 GROUP = "tenant", "model", "precision", "outcome"
 
 
 def usage(
     config: ConfigOption = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the usage records, instead of the one that --config names."),
-    ] = None,
     tenant: Annotated[str | None, typer.Option(help="Show this tenant only; default: all.")] = None,
     since: Annotated[
         str | None,
@@ -49,27 +44,17 @@ def usage(
     if records and as_json:
         raise UsageError("--records prints JSON already: leave out --json")
     begin = _since(since)
-    source: FolderUsage | StoreUsage | None = None
-    if folder:
-        source = FolderUsage(folder)
-    elif config:
-        source = usage_source(load_settings(config))
-    if source is None:
-        raise UsageError(
-            "which usage? Name a settings file with data_folder by --config, or --folder"
-        )
-    source.check()
-    try:
-        if tenant:
-            _check_tenant(source, tenant)
-        found = source.read(begin, tenant)
-        if records:
-            for record in found:
-                sys.stdout.write(json.dumps(record) + "\n")
-            return
-        sums = _sums(found)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    if config is None:
+        raise UsageError("which usage? Name a settings file with data_folder or store by --config")
+    source = StoredUsage(load_settings(config))
+    if tenant:
+        _check_tenant(source, tenant)
+    found = source.read(begin, tenant)
+    if records:
+        for record in found:
+            sys.stdout.write(json.dumps(record) + "\n")
+        return
+    sums = _sums(found)
     until = datetime.now(UTC).isoformat(timespec="seconds")[:19]
     if as_json:
         typer.echo(_as_json(sums, begin, until))
@@ -77,7 +62,7 @@ def usage(
         Console().print(_table(sums, begin, until))
 
 
-def _check_tenant(source: FolderUsage | StoreUsage, tenant: str) -> None:
+def _check_tenant(source: StoredUsage, tenant: str) -> None:
     """Raise `SettingsError` if there is no record of a tenant at all."""
     names = dict.fromkeys(record["tenant"] for record in source.read())
     if tenant not in names:

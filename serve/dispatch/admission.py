@@ -1,9 +1,10 @@
 """Admission of calls: every tenant's limits, budget and deadlines, decided in one place.
 
-The checks, in this order: the tenant exists · the server is not stopping · request id · request
-rate · possible pools · open requests · work rate · budget · queue length, the tenant's own and all
-· deadline. The first check that a call fails refuses it. A refused call uses up nothing of any
-limit, except that a call which has passed the request rate's check counts for that rate.
+The checks, in this order: the tenant exists · the server is not stopping · the database answers ·
+request id · request rate · possible pools · open requests · work rate · budget · queue length, the
+tenant's own and all · deadline. The first check that a call fails refuses it. A refused call uses
+up nothing of any limit, except that a call which has passed the request rate's check counts for
+that rate.
 
 A tenant may have at most `OWN_SHARE` times as many images in the queue as the queue has places
 left. So even several tenants that flood the queue together leave room for the others (dynamic
@@ -30,6 +31,7 @@ from .grants import Grants
 from .protocol import AdmissionDecision, AdmissionRequest, Pools, RefusalReason
 from .tenant_account import TenantAccount
 
+DATABASE_RETRY_S = 5.0  # after which a client may try again while the database is away
 OWN_SHARE = 4  # places that a tenant may take for each place that is left
 
 
@@ -97,6 +99,9 @@ class Admission:
     def __init__(self, grants: Grants, *, max_queued: int) -> None:
         self.max_queued = max_queued
         self.draining = False  # refuse new calls
+        self.database_fault = (
+            ""  # why nothing can be charged at present; new calls are refused then
+        )
         self.month_ends = math.inf
         # Arrived work by pools: admitted, or refused only because there were too few replicas.
         self.arrived: dict[Pools, Arrivals] = {}
@@ -243,6 +248,8 @@ class Admission:
             raise _RefusedError("no_tenant")
         if self.draining:
             raise _RefusedError("draining")
+        if self.database_fault:
+            raise _RefusedError("database_unavailable", DATABASE_RETRY_S)
         if (request.tenant, request.request_id) in self._request_ids:
             raise _RefusedError("request_id_in_use")
         if account.requests:

@@ -24,14 +24,14 @@ from cluster.ray_nodes import drain_for_good, living_nodes
 from ..models.replica_bounds import scaling_limits
 from ..settings.application import LiveSettings, Settings
 from ..tenants.files import KEYS, TENANTS
-from ..tenants.watched_files import TenantFiles
-from ..usage.ledger import UsageLedger
+from ..tenants.keys import TenantChanges
+from ..tenants.tenant import Tenant
 from .admission import Admission
 from .cordoning import Cordoning, read_cordons
 from .cordons import Cordons, card_or_node
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
-from .metering import Ledger, Metering
+from .metering import Metering
 from .node_watch import NodeWatch
 from .overview import nodes_overview, overview
 from .protocol import (
@@ -61,10 +61,11 @@ from .scaling import Scaling
 from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
 from .shared_results import SharedResults
+from .store_link import StoreLink
 from .upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from ..usage.sql_ledger import SqlLedger, UsagePage
+    from ..usage.ledger import UsageLedger, UsagePage
 
 log = logging.getLogger("ray.serve")
 
@@ -80,9 +81,10 @@ class Dispatcher:
     def __init__(
         self,
         autoscaling_policy: str = "queued-work",
+        database: dict[str, Any] | None = None,
+        data_folder: str | None = None,
         tenants_folder: str | None = None,
-        usage_folder: str | None = None,
-        store: dict[str, Any] | None = None,
+        keyed: bool = False,
         read_nodes: Callable[[], Iterable[Node]] = living_nodes,
         drain: Callable[[str], None] = drain_for_good,
         read_states: Callable[[], ReplicaStates] = replica_states,
@@ -92,11 +94,11 @@ class Dispatcher:
 
         The Dispatcher knows no pools before `reconfigure` names them. `read_nodes` returns the
         cluster's nodes, `drain` lets Ray place nothing new on a node, and `read_states` returns the
-        states of Ray Serve's replicas; all may block. Without `tenants_folder` any tenant may call.
-        `store`: the arguments of the `Database` of usage records; without it they are in files of
-        `usage_folder`. That folder also holds copies of the last valid tenants, and the cordoned
-        nodes. Without both, usage is counted in memory only and lost when this process ends. Raises
-        `SettingsError`, `OSError` or `ValueError` if a folder cannot be read or holds a wrong file.
+        states of Ray Serve's replicas; all may block. `database`: the arguments of the `Database`
+        of tenants and usage; without it usage is counted in memory only, and lost when this process
+        ends. `data_folder`: the folder with the file of cordoned nodes. `tenants_folder`: see
+        `StoreLink`. `keyed`: whether only tenants of the database may call. Raises `OSError` or
+        `ValueError` if the file of cordoned nodes cannot be read.
         """
         self._timing = timing
         self.grants = Grants(
@@ -108,29 +110,28 @@ class Dispatcher:
         self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, now)
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
         self.sessions = SessionStreams(self._metrics.messages)
-        folder = Path(usage_folder).expanduser() if usage_folder else None
-        ledger: Ledger | None = None
-        self._stored_usage: SqlLedger | None = None
-        if store:
-            from ..store.database import Database  # SQLAlchemy takes half a second to import
-            from ..usage.sql_ledger import SqlLedger
-
-            self._stored_usage = ledger = SqlLedger(Database(**store), time.time())
-        elif folder:
-            ledger = UsageLedger(folder, time.time())
+        folder = Path(data_folder).expanduser() if data_folder else None
         self.metering = Metering(
             self.admission,
-            ledger,
             self._tenant_metrics,
             self.sessions.deliver,
-            lambda: self.sessions.set_status(self._status()),
+            self._store_changed,
             timing.charge_retry_s,
         )
-        self._tenants: TenantFiles | None = None
-        if tenants_folder:
-            self._tenants = TenantFiles(Path(tenants_folder).expanduser(), folder)
-            self._apply_tenants(self._tenants)
+        self.store: StoreLink | None = None
+        self._keyed = keyed
         self.recovery = Recovery(timing, read_states, self._begin)
+        if database:
+            self.store = StoreLink(
+                database,
+                folder,
+                Path(tenants_folder).expanduser() if tenants_folder else None,
+                self._store_opened,
+                self._change_tenants,
+                self._store_changed,
+            )
+        else:
+            self._store_opened(None)
         # The sessions' requests that came during the recovery, and when each came.
         self._early: list[tuple[str, AdmissionRequest, float]] = []
         self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
@@ -162,7 +163,7 @@ class Dispatcher:
             for work in (
                 upkeep.run(self.end_session, self._beat, self._may_decide),
                 self._nodes.run(timing.nodes_s),
-                self._watch_tenants(),
+                *((self.store.run(timing.tenants_s),) if self.store else ()),
                 self._cordoning.run(timing.heartbeat_s),
                 self.metering.run(),
             )
@@ -271,6 +272,9 @@ class Dispatcher:
         faults = dict(update.faults)
         new_faults = faults != self._faults.get(session, {})
         self._faults[session] = faults
+        if self.store:
+            for id, when in update.keys_used:
+                self.store.key_used(id, when)
         if update.quarantined or update.lifted or new_faults:
             self.sessions.set_status(self._status())
         for query in update.queries:
@@ -331,13 +335,19 @@ class Dispatcher:
         }
 
     async def usage(self, after: int, limit: int, tenant: str | None) -> UsagePage | None:
-        """Return the next usage records; see `SqlLedger.page`. None: they are not in a store.
+        """Return the next usage records; see `UsageLedger.page`. None: there is no store.
 
-        Raises `StoreUnavailable` if the store cannot be read.
+        Raises `OSError` if the store cannot be read.
         """
-        if self._stored_usage is None:
+        if self.store is None:
             return None
-        return await asyncio.to_thread(self._stored_usage.page, after, limit, tenant)
+        if self.metering.ledger is None:
+            raise OSError(self.store.fault or "the store is being opened")
+        return await asyncio.to_thread(self.metering.ledger.page, after, limit, tenant)
+
+    async def administer(self, operation: str, arguments: dict[str, Any]) -> Any:
+        """Read or change tenants and keys; see `StoreLink.administer`. None: there is no store."""
+        return await self.store.administer(operation, arguments) if self.store else None
 
     async def cordon(self, node: str, reason: str) -> str | None:
         """Give a node no new work; see `Cordoning.cordon`."""
@@ -381,10 +391,15 @@ class Dispatcher:
         )
 
     def _present_faults(self) -> dict[str, str]:
-        """The faults of the Ingresses, of the tenants' files and of the ledger, by their names."""
+        """The faults of the Ingresses, of the tenants' files and of the store, by their names."""
         found = {part: why for faults in self._faults.values() for part, why in faults.items()}
-        found |= self._tenants.faults if self._tenants else {}
-        return found | ({"usage ledger": self.metering.fault} if self.metering.fault else {})
+        found |= self.store.file_faults if self.store else {}
+        return found | ({"database": self._database_fault} if self._database_fault else {})
+
+    @property
+    def _database_fault(self) -> str:
+        """Why charges cannot be written, or tenants not be read, at present; "" if they can."""
+        return self.metering.fault or (self.store.fault if self.store else "")
 
     def _pool_status(self, pool: str) -> PoolStatus:
         staying = self.grants.staying(pool)
@@ -427,7 +442,7 @@ class Dispatcher:
         now = time.monotonic()
         queued: list[QueuedImage] = []
         for request in requests:
-            if not (self.recovery.over or request.accepted):
+            if not (self.recovery.over or request.accepted or self._database_fault):
                 self._early.append((session, request, now))
                 continue
             if self._results.must_follow(session, request) and not request.accepted:
@@ -500,21 +515,31 @@ class Dispatcher:
         self._grant()
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
+        faults = self.store.file_faults if self.store else {}
+        files = {name: name in faults for name in (TENANTS, KEYS)}
+        self._tenant_metrics.faults(files, database=bool(self._database_fault))
         recovering = not self.recovery.over
         cordoned = self._cordons.cordoned.keys() & self._nodes.nodes.keys()
         self._metrics.report(lag_s, len(self.sessions), cordoned, recovering=recovering)
 
-    # -- tenants --------------------------------------------------------------------------------
+    # -- the store ------------------------------------------------------------------------------
 
-    async def _watch_tenants(self) -> None:
-        while True:
-            await asyncio.sleep(self._timing.tenants_s)
-            if (files := self._tenants) is None:
-                continue
-            if await asyncio.to_thread(files.read):
-                self._apply_tenants(files)
-            self._tenant_metrics.faults({name: name in files.faults for name in (TENANTS, KEYS)})
+    def _store_opened(self, ledger: UsageLedger | None) -> None:
+        """Begin to charge, and to admit calls; None: usage is counted in memory only."""
+        self.metering.begin(ledger)
+        self.recovery.knows_usage()
 
-    def _apply_tenants(self, files: TenantFiles) -> None:
-        self.admission.set_tenants(files.tenants, time.monotonic())
-        self.sessions.set_tenants(files.directory)
+    def _change_tenants(self, changes: TenantChanges, tenants: dict[str, Tenant]) -> None:
+        """Apply changed tenants; `tenants`: all that there are now."""
+        if self._keyed:
+            self.admission.set_tenants(tenants, time.monotonic())
+            self.sessions.change_tenants(changes)
+
+    def _store_changed(self) -> None:
+        """Note that the database's fault has changed; with a fault, refuse the calls that wait."""
+        self.admission.database_fault = self._database_fault
+        if self._database_fault:
+            early, self._early = self._early, []
+            for session, request, _ in early:
+                self._open_calls(session, [request])
+        self.sessions.set_status(self._status())

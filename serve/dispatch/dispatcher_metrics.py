@@ -101,6 +101,7 @@ class TenantMetrics:
         self._images = make("octet_tenant_images")
         self._refused = make("octet_tenant_refused")
         self._faults = make("octet_tenants_file_faults")
+        self._database_fault = make("octet_database_fault")
 
     def charged(self, usage: UsageRecord) -> None:
         """Count a charged image, or a reversal with the work that it gives back."""
@@ -111,8 +112,9 @@ class TenantMetrics:
         """Count a refused call."""
         self._refusals[tenant, code] += 1
 
-    def faults(self, files: Mapping[str, bool]) -> None:
-        """Report whether each of the tenants' files has a fault."""
+    def faults(self, files: Mapping[str, bool], *, database: bool) -> None:
+        """Report whether the database and each of the tenants' files have a fault."""
+        self._database_fault.set(int(database))
         for file, faulty in files.items():
             self._faults.set(int(faulty), {"file": file})
 

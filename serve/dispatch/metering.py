@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ..usage.ledger import month_end, month_of
+from ..usage.months import month_end, month_of
 from ..usage.record import UsageRecord
 from .admission import Admission
 from .dispatcher_metrics import TenantMetrics
 from .protocol import TIMING, DispatchEvent, Recorded, StoppedImage
+
+if TYPE_CHECKING:
+    from ..usage.ledger import UsageLedger
 
 log = logging.getLogger("ray.serve")
 
@@ -29,45 +31,40 @@ class _Charge(NamedTuple):
     held: float
 
 
-class Ledger(Protocol):
-    """Where charges are written: `UsageLedger` or `SqlLedger`, whose methods these are."""
-
-    month: str
-    spent: Counter[str]
-
-    def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]: ...
-
-    def charged_elsewhere(self) -> set[str]: ...
-
-    def close(self) -> None: ...
-
-
 class Metering:
-    """Writes the charges of all sessions, and tells each session which ones are on disk."""
+    """Writes the charges of all sessions, and tells each session which ones are written.
+
+    A charge that cannot be written is tried again until it is: its image is not delivered before.
+    """
 
     def __init__(
         self,
         admission: Admission,
-        ledger: Ledger | None,
         metrics: TenantMetrics,
         deliver: Callable[[Iterable[DispatchEvent]], None],
         on_fault: Callable[[], None] = lambda: None,
         retry_s: float = TIMING.charge_retry_s,
     ) -> None:
-        """`ledger`: where charges are written. Without one, usage is counted in memory only.
+        """`deliver`: sends events to their sessions. `on_fault` is called when `fault` changes.
 
-        `deliver`: sends events to their sessions. `on_fault` is called when `fault` changes.
-        `retry_s`: how long to wait before a charge of a
-        cancelled image, or a reversal, that could not be written is tried again.
+        `retry_s`: how long to wait before charges that could not be written are tried again.
         """
-        self.ledger = ledger
+        self.ledger: UsageLedger | None = None
         self.fault = ""  # why charges cannot be written at present
         self._admission, self._metrics, self._deliver = admission, metrics, deliver
         self._on_fault = on_fault
         self._retry_s = retry_s
         self._charges: asyncio.Queue[_Charge] = asyncio.Queue()
         self._held: dict[tuple[str, int], float] = {}  # for cancelled images, by call and index
-        self._begin_month(month_of(time.time()), ledger.spent if ledger else {})
+        self._begun = asyncio.Event()
+        self._begin_month(month_of(time.time()), {})
+
+    def begin(self, ledger: UsageLedger | None) -> None:
+        """Begin to write charges; None: count usage in memory only."""
+        self.ledger = ledger
+        if ledger:
+            self._begin_month(month_of(time.time()), ledger.spent)
+        self._begun.set()
 
     def charge(self, session: str, usage: UsageRecord) -> None:
         """Charge an image that was generated, or take such a charge back."""
@@ -114,47 +111,46 @@ class Metering:
 
     async def run(self) -> None:
         """Write charges for ever. Charges that arrive during a write are written together next."""
+        await self._begun.wait()
         while True:
             batch = [await self._charges.get()]
             while not self._charges.empty():
                 batch.append(self._charges.get_nowait())
             now = time.time()
-            fresh: list[_Charge] | None = batch
+            fresh = batch
             if self.ledger:
+                usages = [charge.usage for charge in batch]
                 try:
-                    usages = [charge.usage for charge in batch]
                     written = await asyncio.to_thread(self.ledger.append, usages, now)
                 except OSError as error:
-                    log.error("usage cannot be written: images are not delivered", exc_info=True)
-                    fresh = None
                     self._set_fault(str(error))
-                else:
-                    fresh = _charges_of(written, batch)
-                    self._set_fault("")
+                    loop = asyncio.get_running_loop()
+                    for charge in batch:
+                        loop.call_later(self._retry_s, self._charges.put_nowait, charge)
+                    continue
+                fresh = _charges_of(written, batch)
+                self._set_fault("")
             self.turn_month(month_of(now))
             self._confirm(batch, fresh)
 
     def _set_fault(self, fault: str) -> None:
         if fault != self.fault:
+            if fault:
+                log.error("usage cannot be written, so no image is delivered: %s", fault)
             self.fault = fault
             self._on_fault()
 
-    def _confirm(self, batch: list[_Charge], fresh: list[_Charge] | None) -> None:
-        """Tell sessions what is on disk, and count the `fresh` charges of a batch.
+    def _confirm(self, batch: list[_Charge], fresh: list[_Charge]) -> None:
+        """Tell sessions what is written, and count the `fresh` charges of a batch.
 
-        `fresh` is None if the write failed. A charge is not fresh if it was on disk already: an
-        earlier Dispatcher wrote it, but ended before it could tell the session.
+        A charge is not fresh if it was written already: an earlier Dispatcher wrote it, but ended
+        before it could tell the session.
         """
         events: dict[tuple[str, str], Recorded] = {}
-        for charge in batch:
-            session, usage = charge.session, charge.usage
-            if fresh is None and usage.outcome in ("cancelled", "reversed"):
-                again = self._charges.put_nowait
-                asyncio.get_running_loop().call_later(self._retry_s, again, charge)
-                continue
-            self._admission.free(usage.tenant, charge.held)
-            events[session, usage.call] = Recorded(session, usage.call, fresh is not None)
-        for session, usage, _ in fresh or ():
+        for session, usage, held in batch:
+            self._admission.free(usage.tenant, held)
+            events[session, usage.call] = Recorded(session, usage.call)
+        for session, usage, _ in fresh:
             spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None
             if self.ledger and self.ledger.month < self._month:  # written in the month before
                 spent = self._admission.account(usage.tenant).spent

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ..tenants.keys import TenantDirectory
+from ..tenants.keys import TenantChanges
 from ..usage.record import UsageRecord
 
 Pools = tuple[str, ...]  # names of pools, preferred first
@@ -36,7 +36,7 @@ class Timing:
     `reconnect_s`: how long an Ingress waits before it opens a lost session again.
     `positions_s`: how long queue positions are collected before they are sent.
     `nodes_s`: the time between two readings of the cluster's nodes.
-    `tenants_s`: the time between two readings of the tenants' files.
+    `tenants_s`: the time between two readings of the tenants.
     `record_s`: how long an answer waits until its usage records are on disk. This must be long
     enough for a restart of the Dispatcher.
     `receive_s`: how long a Generator may take to acknowledge an image.
@@ -88,7 +88,8 @@ class AdmissionRequest(NamedTuple):
     passed when the request was sent, for example in the result cache's lookup. `work_s`: the work
     that the call may still be charged. `accepted`: an earlier Dispatcher has admitted the call
     already, so this Dispatcher admits it without any check. `usages`: records that are written if
-    the call is admitted, because its images are there already. `result_key`: the key under which
+    the call is admitted, because its images are there already. `key_id`: of the API key that the
+    client has sent. `result_key`: the key under which
     its images will be in the result cache that all Ingresses share; empty if there is none.
     `follows`: the accepted call waits for an equal call of another Ingress.
     """
@@ -104,6 +105,7 @@ class AdmissionRequest(NamedTuple):
     usages: tuple[UsageRecord, ...] = ()
     result_key: str = ""
     follows: bool = False
+    key_id: str = ""
 
 
 class RunningImage(NamedTuple):
@@ -167,6 +169,7 @@ class SessionUpdate(NamedTuple):
     quarantined: tuple[QuarantinedRequest, ...] = ()
     lifted: tuple[str, ...] = ()  # ids of requests that an operator lets pass again
     faults: tuple[tuple[str, str], ...] = ()  # at present: what does not work there, and why
+    keys_used: tuple[tuple[str, float], ...] = ()  # ids of API keys, and when (Unix time)
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -177,6 +180,7 @@ RefusalReason = Literal[
     "queue_full",
     "request_id_in_use",
     "draining",
+    "database_unavailable",
     "rate_limit_exceeded",
     "insufficient_quota",
     "deadline_unreachable",
@@ -287,11 +291,10 @@ class CallAnswer(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A call's usage records are on disk, or could not be written."""
+    """A call's usage records are written."""
 
     session: str
     call_id: str
-    on_disk: bool
 
 
 DispatchEvent = (
@@ -369,13 +372,13 @@ class DispatcherStatus(NamedTuple):
 class SessionMessage(NamedTuple):
     """The events that the Dispatcher sends to an Ingress at one time.
 
-    `tenants`: the directory of all tenants when a session begins and whenever the directory has
-    changed; otherwise None. `status`: the Dispatcher's status, sent with every heartbeat and when a
+    `tenants`: all tenants when a session begins, and later those that have changed; otherwise
+    None. `status`: the Dispatcher's status, sent with every heartbeat and when a
     replica has reported itself for the first time; otherwise None.
     """
 
     events: tuple[DispatchEvent, ...] = ()
-    tenants: TenantDirectory | None = None
+    tenants: TenantChanges | None = None
     status: DispatcherStatus | None = None
 
 

@@ -18,9 +18,8 @@ log = logging.getLogger("ray.serve")
 class Recovery:
     """The time in which a Dispatcher grants nothing and admits no new calls.
 
-    It begins with the first message, because reading large usage files takes seconds during which
-    nobody can connect. It ends when as many Ingresses have opened a session as Ray Serve has
-    running, and after `recovery_s` in any case.
+    It begins with the first message. It ends when as many Ingresses have opened a session as Ray
+    Serve has running, or after `recovery_s`; in both cases only once the tenants' usage was read.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class Recovery:
         self._timing, self._read_states, self._then = timing, read_states, then
         self._heard: set[str] = set()  # names of the sessions that were opened
         self._expected = math.inf
-        self._began = False
+        self._began = self._knows_usage = self._waited = False
         self.ended_at = math.inf
         # Without any Ingress or Generator there is nothing to wait for.
         asyncio.get_running_loop().call_later(timing.session_lease_s, self.reached)
@@ -52,6 +51,12 @@ class Recovery:
             asyncio.get_running_loop().call_later(self._timing.recovery_s, self._end)
             self._counting = asyncio.create_task(self._count_ingresses())
         else:
+            self._end()
+
+    def knows_usage(self) -> None:
+        """Note that the tenants' usage was read, without which no budget can be checked."""
+        self._knows_usage = True
+        if self._waited:
             self._end()
 
     def opened(self, session: str) -> None:
@@ -74,6 +79,7 @@ class Recovery:
             self._end()
 
     def _end(self) -> None:
-        if not self.over:
+        self._waited = True
+        if self._knows_usage and not self.over:
             self.ended_at = time.monotonic()
             self._then()

@@ -6,15 +6,15 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 
-from ..tenants.keys import TenantDirectory
+from ..tenants.keys import TenantAccess, TenantChanges
 from .protocol import DispatcherStatus, DispatchEvent, SessionMessage
 
 
 class _Stream:
-    """The events, directory of tenants and status that are still to be sent to one session."""
+    """The events, changes of tenants and status that are still to be sent to one session."""
 
-    def __init__(self, tenants: TenantDirectory, status: DispatcherStatus) -> None:
-        self.tenants: TenantDirectory | None = tenants
+    def __init__(self, tenants: TenantChanges | None, status: DispatcherStatus) -> None:
+        self.tenants = tenants
         self.status: DispatcherStatus | None = status
         self.events: list[DispatchEvent] = []
         self.changed = asyncio.Event()
@@ -29,7 +29,7 @@ class SessionStreams:
         """`messages`: counts the messages that are sent, as `sent`."""
         self._messages = messages
         self._streams: dict[str, _Stream] = {}
-        self._tenants: TenantDirectory = {}
+        self._tenants: dict[str, TenantAccess | None] | None = None  # None: not known yet
 
     def __contains__(self, session: str) -> bool:
         return session in self._streams
@@ -39,7 +39,9 @@ class SessionStreams:
 
     def open(self, session: str, status: DispatcherStatus) -> _Stream:
         """Begin a session's stream; its first message holds the tenants and the status."""
-        stream = self._streams[session] = _Stream(self._tenants, status)
+        known = self._tenants
+        tenants = None if known is None else TenantChanges(dict(known), whole=True)
+        stream = self._streams[session] = _Stream(tenants, status)
         return stream
 
     def close(self, session: str) -> None:
@@ -78,11 +80,20 @@ class SessionStreams:
         events, stream.events = stream.events, []
         return tuple(events)
 
-    def set_tenants(self, tenants: TenantDirectory) -> None:
-        """Send a changed directory of tenants to every session."""
-        self._tenants = tenants
+    def change_tenants(self, changes: TenantChanges) -> None:
+        """Send changed tenants to every session."""
+        if changes.whole or self._tenants is None:
+            self._tenants = {}
+        for name, access in changes.tenants.items():
+            self._tenants.pop(name, None)
+            if access:
+                self._tenants[name] = access
         for stream in self._streams.values():
-            stream.tenants = tenants
+            before = stream.tenants
+            if before is None or changes.whole:
+                stream.tenants = TenantChanges(dict(changes.tenants), changes.whole)
+            else:
+                stream.tenants = TenantChanges(before.tenants | changes.tenants, before.whole)
             stream.changed.set()
 
     def set_status(self, status: DispatcherStatus) -> None:

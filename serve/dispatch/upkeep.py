@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..usage.ledger import month_of
+from ..usage.months import month_of
 from .admission import Admission
 from .dispatcher_metrics import PoolMetrics, TenantMetrics
 from .grants import Grants

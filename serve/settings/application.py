@@ -16,7 +16,8 @@ running replicas. So they learn of a new model without a restart.
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -113,16 +114,20 @@ class CacheSettings(Frozen):
 
 
 class StoreSettings(Frozen):
-    """The database of usage records, which several clusters may share.
+    """The database of tenants, keys and usage records, which several clusters may share.
 
     `url` cannot hold a password, because Ray shows the settings of its applications.
     """
 
-    url: Annotated[
-        str, Field(pattern=r"^(sqlite:////[^?#]+|postgresql://([^@/?#:]+@)?[^@/?#]+/[^/?#]+)$")
-    ] = Field(
+    url: (
+        Annotated[
+            str, Field(pattern=r"^(sqlite:////[^?#]+|postgresql://([^@/?#:]+@)?[^@/?#]+/[^/?#]+)$")
+        ]
+        | None
+    ) = Field(
+        default=None,
         description="postgresql://USER@HOST:PORT/NAME, or sqlite:////ABSOLUTE/FILE, which only the "
-        "processes of one node may use.",
+        "processes of one node may use; null: the SQLite file `octet.db` in `data_folder`.",
     )
     password_file: str | None = Field(
         default=None, description="File with the password of PostgreSQL; null: no password."
@@ -132,6 +137,17 @@ class StoreSettings(Frozen):
         description="Seconds after which a transaction is given up. Images whose charge is not "
         "written by then are not delivered.",
     )
+
+    @model_validator(mode="after")
+    def _passwords_are_for_postgresql(self) -> StoreSettings:
+        if self.password_file and not (self.url or "").startswith("postgresql:"):
+            raise ValueError("password_file is set, but url names no PostgreSQL")
+        return self
+
+
+def sqlite_url(folder: Path) -> str:
+    """The URL of the SQLite database in a data folder."""
+    return f"sqlite:///{folder.expanduser().absolute() / 'octet.db'}"
 
 
 class CatalogueSettings(Frozen):
@@ -215,19 +231,13 @@ class FrontSettings(Frozen):
     )
     data_folder: str | None = Field(
         default=None,
-        description="Folder for usage records and for images that are answered as URLs (with "
-        "`s3`: those that wait for their upload); null: images are never answered as URLs, and "
-        "without `usage_folder` usage is counted in memory only.",
+        description="Folder for the database (unless `store` names another), and for images that "
+        "are answered as URLs (with `s3`: those that wait for their upload); null: images are "
+        "never answered as URLs, and without a `store` usage is counted in memory only.",
     )
-    usage_folder: str | None = Field(
-        default=None,
-        description="Folder for usage records and the last valid tenants, on the node of the "
-        "Dispatcher; null: the folder `usage` in `data_folder`. On a disk of its own, usage can be "
-        "recorded while images fill the other disk.",
-    )
-    store: StoreSettings | None = Field(
-        default=None,
-        description="Database of usage records; null: files in `usage_folder`.",
+    store: StoreSettings = Field(
+        default=StoreSettings(),
+        description="Database of tenants, their keys, and usage records.",
     )
     s3: S3Settings | None = Field(
         default=None,
@@ -248,10 +258,11 @@ class FrontSettings(Frozen):
         description="Who may call: `keys` are tenants with an API key, `none` is anybody on this "
         "machine, `none-on-any-address` is anybody; without keys all callers are one tenant.",
     )
-    tenants_folder: str = Field(
-        default="tenants",
-        description="Folder with the tenants and the digests of their keys; used with `auth: "
-        "keys`.",
+    tenants_folder: str | None = Field(
+        default=None,
+        description="Folder with `tenants.yaml` and `keys.json`, which are applied to the database "
+        "at the start and whenever they change; null: tenants and keys are changed by the admin "
+        "API and `octet tenant` alone.",
     )
     autoscaling_policy: Literal["queued-work", "ray-default"] = Field(
         default="queued-work",
@@ -260,9 +271,15 @@ class FrontSettings(Frozen):
     )
 
     @property
-    def usage_path(self) -> str | None:
-        """The folder of usage records; None if they are not kept."""
-        return self.usage_folder or (f"{self.data_folder}/usage" if self.data_folder else None)
+    def database(self) -> dict[str, Any] | None:
+        """The arguments of the `Database`; None if nothing is kept."""
+        url = self.store.url or (self.data_folder and sqlite_url(Path(self.data_folder)))
+        return self.store.model_dump() | {"url": url} if url else None
+
+    @property
+    def database_is_of_one_node(self) -> bool:
+        """Return whether there is a database that only the processes of one node may use."""
+        return bool(self.database and self.database["url"].startswith("sqlite:"))
 
     @model_validator(mode="after")
     def _an_ingress_runs(self) -> FrontSettings:
@@ -274,9 +291,9 @@ class FrontSettings(Frozen):
 
     @model_validator(mode="after")
     def _usage_is_kept(self) -> FrontSettings:
-        if self.auth == "keys" and self.usage_path is None and self.store is None:
+        if self.auth == "keys" and self.database is None:
             raise ValueError(
-                "auth keys: set data_folder, usage_folder or store, where usage is recorded "
+                "auth keys: set data_folder, or the url of store, where tenants and usage are kept "
                 "(or set auth: none on a laptop)"
             )
         return self

@@ -32,7 +32,6 @@ PATHS = (  # keys whose values are paths
         "compiled_folder",
         "mps_folder",
         "data_folder",
-        "usage_folder",
         "tenants_folder",
     ),
     *("signing_key_file", "redis_password_file", "password_file"),
@@ -56,10 +55,10 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
         raise SettingsError(f"{file}: expected keys with values, found {type(data).__name__}")
     variables = {_override(data, name, environ[name]): name for name in _variables(environ)}
     _resolve_locations(data, file.resolve().parent)
-    data.setdefault("tenants_folder", "tenants")
     _resolve_paths(data, file.resolve().parent)
-    if isinstance(data.get("cache"), dict):
-        _resolve_paths(data["cache"], file.resolve().parent)
+    for part in ("cache", "store"):
+        if isinstance(data.get(part), dict):
+            _resolve_paths(data[part], file.resolve().parent)
     try:
         return Settings.model_validate(data)
     except ValidationError as error:

@@ -18,7 +18,6 @@ from sqlalchemy.pool import NullPool
 from ..errors import SettingsError
 from .schema import bring_up_to_date
 
-FILE = "octet.db"
 ANSWER_S = 5.0
 LOCK = 0x0C7E7  # the key of the advisory lock that PostgreSQL's writers take
 T = TypeVar("T")
@@ -26,11 +25,6 @@ T = TypeVar("T")
 
 class StoreUnavailable(OSError):
     """The database does not answer in time, or cannot do what it is asked; the message says why."""
-
-
-def sqlite_url(folder: Path) -> str:
-    """The URL of the SQLite database in a folder."""
-    return f"sqlite:///{folder / FILE}"
 
 
 class Database:

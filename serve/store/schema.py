@@ -17,10 +17,13 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
+    Text,
     UniqueConstraint,
     insert,
     inspect,
     select,
+    text,
+    update,
 )
 
 METADATA = MetaData()
@@ -55,6 +58,8 @@ USAGE = Table(
     Column("steps", Integer, nullable=False),
     Column("work_s", Float(53), nullable=False),
     Column("outcome", String(16), nullable=False),
+    Column("key_id", String(12)),  # of the API key that asked for the image
+    Column("release", String(32)),  # of Octet that wrote the record
     UniqueConstraint("call", "image", "reversal"),
     Index("octet_usage_tenant_id", "tenant", "id"),
     Index("octet_usage_time", "time"),
@@ -83,12 +88,88 @@ SUMS = Table(
 )
 
 
+# One row for each tenant. `changed` is the number of the change that wrote the row last; a deleted
+# tenant keeps its row, so that whoever reads the changes learns of it.
+TENANTS = Table(
+    "octet_tenants",
+    METADATA,
+    Column("id", String(63), primary_key=True),
+    Column("limits", Text, nullable=False),  # JSON: the fields of a `Tenant` that are given
+    Column("managed_by", String(8), nullable=False),  # "api" or "file"
+    Column("created", String(24), nullable=False),
+    Column("deleted", String(24)),
+    Column("changed", BigInteger, nullable=False),
+    Index("octet_tenants_changed", "changed"),
+)
+
+# One row for each API key, of which only the SHA-256 is kept.
+KEYS = Table(
+    "octet_keys",
+    METADATA,
+    Column("id", String(12), primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("scopes", String(64), nullable=False),  # separated by spaces
+    Column("managed_by", String(8), nullable=False),
+    Column("created", String(24), nullable=False),
+    Column("expires", String(24)),
+    Column("revoked", String(24)),
+    Column("last_used", String(24)),
+    Column("changed", BigInteger, nullable=False),
+    Index("octet_keys_tenant", "tenant"),
+    Index("octet_keys_changed", "changed"),
+)
+
+# One row for each change of a tenant or a key; rows are only ever added.
+AUDIT = Table(
+    "octet_audit",
+    METADATA,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", String(24), nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("key_id", String(12)),
+    Column("details", Text, nullable=False),  # JSON
+)
+
+# The files of usage records that were imported, and how much of each.
+IMPORTS = Table(
+    "octet_imports",
+    METADATA,
+    Column("file", String(200), primary_key=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+
+
+def next_numbers(connection: Connection, name: str, count: int = 1) -> int:
+    """Take `count` numbers of the counter `name`; return the number before the first of them.
+
+    Call it in a transaction that writes: then the numbers follow each other.
+    """
+    counter = COUNTERS.c.name == name
+    before: int = connection.execute(select(COUNTERS.c.value).where(counter)).scalar_one()
+    connection.execute(update(COUNTERS).where(counter).values(value=before + count))
+    return before
+
+
 def _first_tables(connection: Connection) -> None:
     METADATA.create_all(connection, tables=[COUNTERS, USAGE, VOIDS, SUMS])
     connection.execute(insert(COUNTERS).values(name=USAGE.name, value=0))
 
 
-STEPS = (_first_tables,)  # step n brings a database from version n to n + 1
+def _tenants_and_keys(connection: Connection) -> None:
+    METADATA.create_all(connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS])
+    connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in (TENANTS, AUDIT)])
+    there = {column["name"] for column in inspect(connection).get_columns(USAGE.name)}
+    for column in (USAGE.c.key_id, USAGE.c.release):
+        if column.name not in there:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {USAGE.name} ADD COLUMN {column.name} {kind}"))
+
+
+# Step n brings a database from version n to n + 1.
+STEPS = (_first_tables, _tenants_and_keys)
 
 
 def bring_up_to_date(connection: Connection) -> int:

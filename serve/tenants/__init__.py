@@ -1,1 +1,1 @@
-"""Tenants: their shares and limits, their API keys, and the files that hold both."""
+"""Tenants: their shares and limits, their API keys, and the database and files that hold both."""

@@ -1,346 +1,322 @@
-"""The ledger of usage records: one line of JSON for each image.
+"""The ledger of usage records in the store: a row for each charged image, and sums by month.
 
-A record is on disk (fsynced) before the response with its image begins.
+A record is committed before the response with its image begins. A record that is appended twice is
+written once, however much later. A reversal is written only if its record is there; a record that
+comes after its reversal is not written. The sums of tenants change in the same transaction.
 
-The ledger is a folder of files, each named by the time at which it was begun. Records are appended
-to the newest file. Each file begins with the sums of its calendar month (UTC) so far. So a start
-reads only the newest two files, however long the month is. A record that is appended twice is
-written once. A reversal is written only if its record is there; a record that comes after its
-reversal is not written. If the last line of a file is incomplete, it is cut off: its record was
-never confirmed, so no image was delivered for it.
-
-Several processes may write at a time, as when a Dispatcher moves to another node or a new cluster
-takes over from an old one. Before a process writes, it takes the folder's lock and reads what the
-others have written. So its sums include the records of all writers, and it recognises a record that
-another process has written already.
+Several processes may write, as when a Dispatcher moves to another node or a new cluster takes over
+from an old one: their transactions come one after the other, and each reads what the others wrote.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import json
-import logging
-import os
-import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
-from itertools import zip_longest
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..atomic_file import replace_file, sync_folder
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
+
+from ..store.database import Database
+from ..store.schema import IMPORTS, SUMS, USAGE, VOIDS, next_numbers
+from .json_lines import read_usage, usage_files
+from .months import month_of
 from .record import UsageRecord
 
-log = logging.getLogger("ray.serve")
-
-FILE_BYTES = 64 * 2**20
-KNOWN = 100_000  # newest records, which are recognised if they are appended again
-LOCK_S = 10.0  # how long to wait for the lock; no write holds it for longer
-SUMS = "sums"  # the key by which a line of sums differs from a record
-NAMES = "????-??-??T??????.??????.jsonl"  # the names of files, as a glob pattern
-NAMED = "%Y-%m-%dT%H%M%S.%f"  # the same without the extension, for strftime
+RELEASE = version("octet-serve")
+CALLS = 500  # that one statement names
+PAGE = 1000  # records that are read at a time
+MONTH = len("2026-11")  # characters of a time that state its month
+VOIDS_KEPT_S = 24 * 3600.0  # a record comes seconds after its reversal, or never
 
 
 class _Key(NamedTuple):
-    """The key of a record, which no other record has."""
+    """The key of a row, which no other row has."""
 
     call: str
     image: int
-    reversal: bool
+    reversal: int
+
+
+class UsagePage(NamedTuple):
+    """Records in the order of their ids, and whether there are more."""
+
+    records: list[dict[str, Any]]
+    has_more: bool
 
 
 class UsageLedger:
-    """One writer of a ledger folder. Methods block: call them in a thread, one at a time.
+    """One writer of the usage in a database. Methods block: call them in a thread, one at a time.
 
-    `spent` is the work that each tenant was charged in `month`. It includes the records of the
-    other writers that this one has read so far.
+    `spent` is the work that each tenant was charged in `month`. It includes the records of other
+    writers up to the last append.
     """
 
-    def __init__(
-        self, folder: Path, now: float, file_bytes: int = FILE_BYTES, lock_s: float = LOCK_S
-    ) -> None:
-        """Read the sums of the month of `now`, in Unix time; begin a file if that month has none.
+    def __init__(self, database: Database, now: float) -> None:
+        """Read the sums of the month of `now`, in Unix time.
 
-        `file_bytes`: a new file is begun once the current one is larger. `lock_s`: how long to wait
-        for the folder's lock, in seconds. Raises `OSError` if the folder cannot be used or stays
-        locked, and `ValueError` for a line that is not a usage record.
+        Raises `StoreUnavailable`, an `OSError`, if the database cannot be read.
         """
-        self._folder, self._file_bytes, self._lock_s = folder, file_bytes, lock_s
-        self._known: OrderedDict[_Key, None] = OrderedDict()
-        self._path: Path | None = None  # the newest file
-        self._file: Any = None  # the newest file, open for appending
-        self._end = 0  # bytes of the newest file that this object has read or written
-        self._elsewhere: set[str] = set()  # tenants that other writers have charged
+        self._database = database
+        self._last_id = 0  # of the newest record in `spent`
+        self._elsewhere: set[str] = set()
         self.month = month_of(now)
         self.spent: Counter[str] = Counter()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(self._folder, self._lock_s):
-            self._catch_up()
-            if not self._path or month_of(_begun(self._path).timestamp()) != self.month:
-                self._begin_file(now)
-        self._elsewhere.clear()
+        self._learn(database.read(lambda connection: self._sums(connection, self.month, 0)), ())
 
     def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
-        """Write the records that are new, wait until they are on disk, and return them.
+        """Write the records that are new, wait until they are committed, and return them.
 
-        `now`: the time of the records, in Unix time. Raises `OSError` if the records could not be
-        written; the caller may then append them again.
+        `now`: the time of the records, in Unix time. Raises `StoreUnavailable`, an `OSError`, if
+        they could not be written or it is not known; the caller may then append them again.
         """
-        with _locked(self._folder, self._lock_s):
-            try:
-                self._catch_up()
-            except ValueError as error:
-                raise OSError(str(error)) from error
-            if month_of(now) > self.month:
-                self.month, self.spent = month_of(now), Counter()
-                self._rotate(now)
-            elif self._path and not self._path.exists():  # the file was moved away
-                self._begin_file(now)
-            fresh = self._fresh(usages)
-            lines = [_line({"time": _stamp(now), **usage._asdict()}) for usage in fresh.values()]
-            if lines:
-                self._end += self._write(self._file, b"".join(lines))
-            for key, usage in fresh.items():
-                self._remember(key)
-                self.spent[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
-            if self._end > self._file_bytes:
-                self._rotate(now)
-        return list(fresh.values())
+        given, month = list(usages), max(self.month, month_of(now))
+        since = self._last_id if month == self.month else 0
 
-    def _fresh(self, usages: Iterable[UsageRecord]) -> dict[_Key, UsageRecord]:
-        """The records that are to be written, by their keys."""
-        fresh: dict[_Key, UsageRecord] = {}
-        for usage in usages:
-            key = _Key(usage.call, usage.image, usage.outcome == "reversed")
-            record = key._replace(reversal=False)
-            if key in self._known or key in fresh:
-                continue
-            if key.reversal and record not in self._known and record not in fresh:
-                self._remember(record)  # it must not be written any more
-                continue
-            fresh[key] = usage
+        def write(connection: Connection) -> tuple[list[UsageRecord], Sequence[Any]]:
+            fresh = _fresh(connection, given, now)
+            if fresh:
+                stamp = _stamp(now)
+                last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
+                _add_to_sums(connection, month, fresh.values(), last)
+            return list(fresh.values()), self._sums(connection, month, since)
+
+        fresh, sums = self._database.write(write)
+        if month > self.month:
+            self.month, self.spent = month, Counter()
+        self._learn(sums, {usage.tenant for usage in fresh})
         return fresh
 
     def charged_elsewhere(self) -> set[str]:
-        """Return the tenants that other writers have charged, and forget them.
+        """The tenants that other writers have charged since the last call of this method."""
+        found, self._elsewhere = self._elsewhere, set()
+        return found
 
-        So each call returns the tenants of the records that were read since the last call.
+    def page(self, after: int, limit: int, tenant: str | None) -> UsagePage:
+        """The next records, at most `limit`, behind the one with the id `after`.
+
+        `tenant`: those of this tenant only. Raises `StoreUnavailable` if the database cannot be
+        read.
         """
-        tenants, self._elsewhere = self._elsewhere, set()
-        return tenants
+        rows = self._database.read(
+            lambda connection: _rows(connection, "", tenant, after, limit + 1)
+        )
+        return UsagePage([dict(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
     def close(self) -> None:
-        """Close the file; nothing can be appended any more."""
-        self._file.close()
+        """Close the database."""
+        self._database.close()
 
-    def _catch_up(self) -> None:
-        """Read the lines that were written since the last call.
+    def _sums(self, connection: Connection, month: str, since: int) -> Sequence[Any]:
+        """The rows (tenant, work_s, last_id) of a month that changed after the record `since`."""
+        found = select(SUMS.c.tenant, SUMS.c.work_s, SUMS.c.last_id)
+        return connection.execute(
+            found.where(SUMS.c.month == month, SUMS.c.last_id > since)
+        ).fetchall()
 
-        The first call reads the newest two files.
-        """
-        files = usage_files(self._folder)
-        for path in files[-2:] if self._path is None else [f for f in files if f >= self._path]:
-            if path != self._path or self._was_replaced():
-                self._open(path)
-            for entry, end in _lines(path, self._end):
-                self._learn(entry)
-                self._end = end
-        if self._file and os.fstat(self._file.fileno()).st_size > self._end:
-            self._file.truncate(self._end)  # an incomplete line, whose writer was killed
-
-    def _was_replaced(self) -> bool:
-        """Return whether a new file has the name of the open one, as after records were erased."""
-        assert self._path  # noqa: S101 - for the type checker
-        present, opened = self._path.stat(), os.fstat(self._file.fileno())
-        return present.st_ino != opened.st_ino or present.st_size < self._end
-
-    def _open(self, path: Path) -> None:
-        opened = path.open("ab", buffering=0)
-        if self._file:
-            self._file.close()
-        self._path, self._file, self._end = path, opened, 0
-
-    def _learn(self, entry: dict[str, Any]) -> None:
-        """Count a line that this object has read and not written itself: sums, or a record."""
-        month = entry["month"] if SUMS in entry else entry["time"][: len(self.month)]
-        if month > self.month:
-            self.month, self.spent = month, Counter()
-        if SUMS in entry:
-            self.spent = Counter(entry[SUMS] if month == self.month else {})
-            self._elsewhere.update(self.spent)
-            return
-        self._remember(_Key(entry["call"], entry["image"], entry["outcome"] == "reversed"))
-        if month == self.month:
-            self.spent[entry["tenant"]] += entry["work_s"]
-            self._elsewhere.add(entry["tenant"])
-
-    def _rotate(self, now: float) -> None:
-        """Begin a new file; if that fails, go on with the old one.
-
-        The old file may hold the records of two months, because every line states its time.
-        """
-        try:
-            self._begin_file(now)
-        except OSError:
-            log.warning("usage: cannot begin a new file; writing to the old one", exc_info=True)
-
-    def _begin_file(self, now: float) -> None:
-        """Begin a new file with one line, the sums.
-
-        The file has a temporary name until that line is on disk.
-        """
-        begun = datetime.fromtimestamp(now, UTC)
-        if files := usage_files(self._folder):  # the clock may have been set back
-            begun = max(begun, _begun(files[-1]) + timedelta(microseconds=1))
-        part, path = self._folder / "part", self._folder / f"{begun.strftime(NAMED)}.jsonl"
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-        with os.fdopen(handle, "ab", buffering=0) as file:
-            end = self._write(file, _line({SUMS: self.spent, "month": self.month}))
-        part.rename(path)
-        self._open(path)
-        self._end = end
-        sync_folder(self._folder)
-
-    def _write(self, file: Any, lines: bytes) -> int:
-        """Append all lines or none, and fsync them; return the number of bytes.
-
-        Raises `OSError` if the disk is full or fails.
-        """
-        end = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
-        return len(lines)
-
-    def _remember(self, key: _Key) -> None:
-        self._known[key] = None
-        if len(self._known) > KNOWN:
-            self._known.popitem(last=False)
+    def _learn(self, sums: Iterable[Any], ours: Iterable[str]) -> None:
+        for tenant, work_s, last_id in sums:
+            self.spent[tenant] = work_s
+            self._last_id = max(self._last_id, last_id)
+            if tenant not in ours:
+                self._elsewhere.add(tenant)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, lock_s: float) -> Iterator[None]:
-    """Hold the folder's lock. Raises `OSError` if another process holds it for `lock_s` seconds."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    until = time.monotonic() + lock_s
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise OSError(
-                        f"{folder}: another process has held the lock for more than {lock_s:g} s"
-                    ) from None
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(lock)
-
-
-def month_of(now: float) -> str:
-    """The month of a Unix time, as YYYY-MM in UTC."""
-    return time.strftime("%Y-%m", time.gmtime(now))
-
-
-def month_end(now: float) -> float:
-    """The Unix time at which the month of `now` ends, in UTC."""
-    utc = datetime.fromtimestamp(now, UTC)
-    year, month = divmod(utc.year * 12 + utc.month, 12)
-    return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
-
-
-def usage_files(folder: Path) -> list[Path]:
-    """The files of a ledger folder, oldest first."""
-    return sorted(folder.glob(NAMES))
-
-
-def read_usage(
-    folder: Path, since: str = "", tenant: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield records as plain data, oldest first.
-
-    Records before `since` are skipped. `since` is a time as the records state it, such as
-    2026-11-22T12:00:00.000Z, or the beginning of such a time, such as 2026-11. `tenant`: yield the
-    records of this tenant only. Raises `OSError` if a file cannot be read, and `ValueError` for a
-    line that is not a usage record.
-    """
-    files = usage_files(folder)
-    for file, following in zip_longest(files, files[1:]):
-        if following and following.stem < since.replace(":", ""):
+def _fresh(
+    connection: Connection, usages: Sequence[UsageRecord], now: float
+) -> dict[_Key, UsageRecord]:
+    """The records that are to be written, by their keys."""
+    known = _known(connection, {usage.call for usage in usages})
+    fresh: dict[_Key, UsageRecord] = {}
+    for usage in usages:
+        key = _Key(usage.call, usage.image, int(usage.outcome == "reversed"))
+        record = key._replace(reversal=0)
+        if key in known or key in fresh:
             continue
-        for entry in _entries(file):
-            if SUMS not in entry and entry["time"] >= since and tenant in (None, entry["tenant"]):
-                yield entry
+        if key.reversal and record not in known and record not in fresh:
+            _void(connection, key, now)
+            known |= {key, record}  # so that the record is not written when it comes
+            continue
+        fresh[key] = usage
+    return fresh
 
 
-def erase_usage(folder: Path, tenant: str) -> int:
+def _known(connection: Connection, calls: Iterable[str]) -> set[_Key]:
+    """The keys of these calls that are written, or must not be."""
+    found: set[_Key] = set()
+    names = sorted(calls)
+    for begin in range(0, len(names), CALLS):
+        some = names[begin : begin + CALLS]
+        rows = select(USAGE.c.call, USAGE.c.image, USAGE.c.reversal).where(USAGE.c.call.in_(some))
+        found |= {_Key(*row) for row in connection.execute(rows)}
+        voids = select(VOIDS.c.call, VOIDS.c.image).where(VOIDS.c.call.in_(some))
+        for call, image in connection.execute(voids):
+            found |= {_Key(call, image, 0), _Key(call, image, 1)}
+    return found
+
+
+def _void(connection: Connection, key: _Key, now: float) -> None:
+    """Note a reversal that came before its record."""
+    connection.execute(delete(VOIDS).where(VOIDS.c.time < _stamp(now - VOIDS_KEPT_S)))
+    row = {"call": key.call, "image": key.image, "time": _stamp(now)}
+    connection.execute(insert(VOIDS).values(row))
+
+
+def _insert(
+    connection: Connection,
+    fresh: Mapping[_Key, UsageRecord],
+    stamps: Sequence[str],
+    release: str | None,
+) -> int:
+    """Insert records with their times `stamps`; return the id of the last one.
+
+    `release`: of Octet that generated the images; None if it is not known.
+
+    The ids follow each other, because no other process can write meanwhile.
+    """
+    before = next_numbers(connection, USAGE.name, len(fresh))
+    rows = enumerate(zip(fresh.items(), stamps, strict=True), before + 1)
+    connection.execute(
+        insert(USAGE),
+        [
+            {
+                "id": id,
+                "time": stamp,
+                "reversal": key.reversal,
+                "release": release,
+                **usage._asdict(),
+            }
+            for id, ((key, usage), stamp) in rows
+        ],
+    )
+    return before + len(fresh)
+
+
+def _add_to_sums(
+    connection: Connection, month: str, usages: Iterable[UsageRecord], last: int
+) -> None:
+    """Add records to the sums of a month. `last`: the id of the newest of them."""
+    images: Counter[str] = Counter()
+    work: Counter[str] = Counter()
+    for usage in usages:
+        images[usage.tenant] += -1 if usage.outcome == "reversed" else 1
+        work[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
+    there = select(SUMS.c.tenant).where(SUMS.c.month == month, SUMS.c.tenant.in_(images))
+    old = set(connection.execute(there).scalars())
+    rows = [
+        {"month": month, "tenant": name, "images": 0, "work_s": 0.0, "last_id": last}
+        for name in images.keys() - old
+    ]
+    if rows:
+        connection.execute(insert(SUMS), rows)
+    connection.execute(
+        update(SUMS)
+        .where(SUMS.c.month == month, SUMS.c.tenant == bindparam("of"))
+        .values(
+            images=SUMS.c.images + bindparam("more_images"),
+            work_s=SUMS.c.work_s + bindparam("more_work"),
+            last_id=last,
+        ),
+        [{"of": name, "more_images": images[name], "more_work": work[name]} for name in images],
+    )
+
+
+def records(
+    database: Database, since: str = "", tenant: str | None = None, after: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield records as plain data, oldest first, each with its `id`.
+
+    Skips those before `since`, a time as the records state it or the beginning of one, and those up
+    to the id `after`. `tenant`: yield the records of this tenant only. Raises `StoreUnavailable` if
+    the database cannot be read.
+    """
+    while True:
+        read = partial(_rows, since=since, tenant=tenant, after=after, limit=PAGE)
+        rows = database.read(read)
+        for row in rows:
+            yield dict(row)
+        if len(rows) < PAGE:
+            return
+        after = rows[-1]["id"]
+
+
+def _rows(
+    connection: Connection, since: str, tenant: str | None, after: int, limit: int
+) -> Sequence[RowMapping]:
+    """Records behind the id `after`, in the order of their ids, at most `limit`."""
+    columns = [column for column in USAGE.c if column is not USAGE.c.reversal]
+    found = select(*columns).where(USAGE.c.id > after)
+    if since:
+        found = found.where(USAGE.c.time >= since)
+    if tenant is not None:
+        found = found.where(USAGE.c.tenant == tenant)
+    return connection.execute(found.order_by(USAGE.c.id).limit(limit)).mappings().all()
+
+
+def import_folder(database: Database, folder: Path) -> int:
+    """Write the records of earlier releases' files, with their own times; return how many were new.
+
+    A file that has not grown since it was imported is not read again, and a record that is written
+    already is left alone. Raises `StoreUnavailable` if the database cannot be written, `OSError` or
+    `ValueError` for a file that cannot be read; what was imported until then stays.
+    """
+    rows = database.read(lambda connection: connection.execute(select(IMPORTS)).fetchall())
+    done: dict[str, int] = dict(rows)
+    count = 0
+    for file in usage_files(folder):
+        name, size = str(file.resolve()), file.stat().st_size
+        if done.get(name) == size:
+            continue
+        count += _import_file(database, file)
+        database.write(partial(_note_import, row={"file": name, "bytes": size}))
+    return count
+
+
+def _note_import(connection: Connection, row: dict[str, Any]) -> None:
+    connection.execute(delete(IMPORTS).where(IMPORTS.c.file == row["file"]))
+    connection.execute(insert(IMPORTS).values(row))
+
+
+def _import_file(database: Database, file: Path) -> int:
+    """Write the records of one file; return how many were new."""
+    count, part = 0, list[Mapping[str, Any]]()
+
+    def write(connection: Connection) -> int:
+        known = [{k: r[k] for k in UsageRecord._fields if k in r} for r in part]
+        usages = [UsageRecord(**values) for values in known]
+        times = {id(usage): str(r["time"]) for usage, r in zip(usages, part, strict=True)}
+        fresh = _fresh(connection, usages, 0.0)
+        if fresh:
+            stamps = [times[id(usage)] for usage in fresh.values()]
+            last = _insert(connection, fresh, stamps, None)
+            for month in sorted({stamp[:MONTH] for stamp in stamps}):
+                of_month = [u for u in fresh.values() if times[id(u)][:MONTH] == month]
+                _add_to_sums(connection, month, of_month, last)
+        return len(fresh)
+
+    for record in read_usage(file):
+        part.append(record)
+        if len(part) == PAGE:
+            count += database.write(write)
+            part.clear()
+    return count + (database.write(write) if part else 0)
+
+
+def erase(database: Database, tenant: str) -> int:
     """Delete a tenant's records and sums; return the number of deleted records.
 
-    Raises `OSError` if a file cannot be read or written, or the folder stays locked. Raises
-    `ValueError` for a line that is not a usage record.
+    Raises `StoreUnavailable` if the database cannot be written.
     """
-    old = usage_files(folder)[:-1]
-    erased = sum(_erase(file, tenant) for file in old)
-    with _locked(folder, LOCK_S):  # for the newest files, to which other processes may write
-        return erased + sum(_erase(file, tenant) for file in usage_files(folder)[len(old) :])
 
+    def write(connection: Connection) -> int:
+        connection.execute(delete(SUMS).where(SUMS.c.tenant == tenant))
+        return connection.execute(delete(USAGE).where(USAGE.c.tenant == tenant)).rowcount
 
-def _erase(file: Path, tenant: str) -> int:
-    kept, erased, in_sums = [], 0, False
-    for entry in _entries(file):
-        if SUMS in entry:
-            in_sums = entry[SUMS].pop(tenant, None) is not None
-        elif entry["tenant"] == tenant:
-            erased += 1
-            continue
-        kept.append(_line(entry))
-    if erased or in_sums:
-        replace_file(file, *kept, sync=True, keep_owner=True)
-    return erased
-
-
-def _entries(file: Path) -> Iterator[dict[str, Any]]:
-    return (entry for entry, _ in _lines(file))
-
-
-def _lines(file: Path, begin: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield each complete line as data, and the position in the file at which it ends.
-
-    `begin`: the position at which to begin. Raises `ValueError` for a line that is not a usage
-    record.
-    """
-    with file.open("rb") as lines:
-        end = lines.seek(begin)
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return  # the line is being written
-            try:
-                entry = json.loads(line)
-                if SUMS not in entry:
-                    UsageRecord(**{name: entry[name] for name in UsageRecord._fields})
-                    entry["time"][0]
-            except (ValueError, KeyError, TypeError, IndexError):
-                raise ValueError(f"{file}:{number} is not a usage record") from None
-            end += len(line)
-            yield entry, end
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    return database.write(write)
 
 
 def _stamp(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
-def _begun(file: Path) -> datetime:
-    return datetime.strptime(file.stem, NAMED).replace(tzinfo=UTC)

@@ -15,7 +15,7 @@ class UsageRecord(NamedTuple):
     `work_s` is the charge, in seconds of a reference replica. The charge is 0 for an image that
     came from the result cache ("hit") or that was generated for another call at the same time
     ("shared"). A "reversed" record takes back the charge of the image's earlier record, so its
-    charge is negative.
+    charge is negative. `key_id`: the id of the API key that asked for the image; "" without keys.
     """
 
     call: str
@@ -28,6 +28,7 @@ class UsageRecord(NamedTuple):
     steps: int
     work_s: float
     outcome: Literal["delivered", "cancelled", "hit", "shared", "reversed"] = "delivered"
+    key_id: str = ""
 
     def reversal(self) -> UsageRecord:
         """The record that takes this charge back."""

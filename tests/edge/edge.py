@@ -145,9 +145,9 @@ class Edge:
         self.dispatcher = dispatcher = a_dispatcher(
             *pools,
             max_queued=100,
-            tenants_folder=settings.tenants_folder if keyed else None,
-            usage_folder=f"{settings.data_folder}/usage" if keyed else None,
-            store=settings.store.model_dump() if settings.store else None,
+            database=settings.database if keyed else None,
+            tenants_folder=settings.tenants_folder,
+            keyed=keyed,
         )
         for pool in pools:
             await dispatcher.report_replica(Heartbeat(pool, "r", 4))
@@ -183,8 +183,8 @@ class Edge:
         for ingress in self.ingresses:
             if isinstance(ingress.reuse.cache, RedisCache):
                 await ingress.reuse.cache.close()
-        if dispatcher.metering.ledger:
-            dispatcher.metering.ledger.close()
+        if dispatcher.store:
+            dispatcher.store.close()
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         """Count the requests that reach the Ingress in `passed`."""

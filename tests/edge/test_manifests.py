@@ -484,6 +484,8 @@ def render(tmp_path: Path, settings: str | None = None, nodes: str | None = None
         ("auth: none-on-any-address", "auth: none", "auth none: pods are reached from outside"),
         ("data_folder: /var/lib", "data_folder: /home", "data_folder /home/octet/data: no volume"),
         ("data_folder: /var/lib/octet", "data_folder: /etc/octet/settings", "no volume"),
+        ("url: postgresql://octet@octet-postgres:5432/octet", "answer_s: 5", "no PostgreSQL"),
+        ("secrets/postgres-password", "nowhere/x", "no volume of the pods is mounted there"),
         ("emulate_fp8", "http: {port: 9000}\nemulate_fp8", "port 9000: pods listen on 8000"),
         ("ingress: { num_cpus: 0.3", "ingress: { num_cpus: 30", "Ingress: none of the nodes can"),
         ("num_cpus: 0.3 }\n      -", "num_cpus: 30 }\n      -", "pool landscapes-fp8: none of"),
@@ -496,6 +498,12 @@ def test_settings_that_cannot_work_are_refused(
     assert old in settings
     assert words in render(tmp_path, settings.replace(old, new, 1))
     assert not (tmp_path / "rendered").exists()
+
+
+def test_a_database_of_one_node_is_refused(tmp_path: Path) -> None:
+    settings = yaml.safe_load((folder("dev-cpu") / "settings.yaml").read_text())
+    del settings["store"]
+    assert "SQLite is a file of one node" in render(tmp_path, yaml.safe_dump(settings))
 
 
 def test_weights_of_the_hub_need_a_volume(tmp_path: Path) -> None:

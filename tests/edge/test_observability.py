@@ -248,6 +248,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         {'ray_octet_nodes_cordoned{node="n"}': "_x9"},
         9,
     ),
+    "OctetDatabase": (
+        {"ray_octet_database_fault": "1x9"},
+        {"ray_octet_database_fault": "1 0 0 1 0 0 0 0 0"},
+        9,
+    ),
     "OctetStoreFault": (
         {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1x9"},
         {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1 1 0 0 1 0 0 0 0"},

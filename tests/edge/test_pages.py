@@ -46,8 +46,9 @@ def test_the_commands_about_tenants_work_as_printed(tmp_path: Path) -> None:
         for block in blocks(page):
             if block.mark == "run":
                 printed = shell.run(block)
-                if "octet tenant add" in block.text:
-                    wait_until_known(edge, shell.variable("OPERATOR_KEY"))
+                for name in ("OPERATOR_KEY", "OCTET_KEY"):
+                    if f"export {name}=" in block.text:
+                        wait_until_known(edge, shell.variable(name))
             elif block.mark == "output":
                 check_output(block, printed)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,45 +17,16 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
 from serve.errors import SettingsError
+from serve.settings.application import sqlite_url
 from serve.store import schema
-from serve.store.database import Database, StoreUnavailable, sqlite_url
-from serve.usage.ledger import UsageLedger, read_usage
+from serve.store.database import Database, StoreUnavailable
+from serve.usage.ledger import UsageLedger, erase, import_folder, records
 from serve.usage.record import UsageRecord
-from serve.usage.sql_ledger import SqlLedger, erase, import_records, records
 
 from ..builders import usage_record
 from ..full_disk import full_disk
 from ..postgres_server import PostgresServer
-
-NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
-DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    server = PostgresServer()
-    yield server
-    server.close()
-
-
-def emptied(server: PostgresServer) -> str:
-    """The URL of a server whose database has no tables of Octet's."""
-    with closing(Database(server.url)) as database:
-        database.write(schema.METADATA.drop_all)
-    return server.url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return sqlite_url(tmp_path)
-    return emptied(request.getfixturevalue("postgres"))
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    with closing(Database(url)) as database:
-        yield database
+from .databases import DECEMBER, NOW, emptied
 
 
 def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) -> UsageRecord:
@@ -64,40 +35,41 @@ def usage(call: int, tenant: str = "acme", work_s: float = 1.5, image: int = 0) 
 
 def sums(database: Database, now: float = NOW) -> dict[str, float]:
     """The sums that a new process reads."""
-    return dict(SqlLedger(database, now).spent)
+    return dict(UsageLedger(database, now).spent)
 
 
 def test_a_record_is_written_once_and_names_everything(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     one = usage(1)
     assert ledger.append([one, one], NOW) == [one]
     assert ledger.append([one], NOW) == []
     (record,) = records(database)
-    assert record == {"id": 1, "time": "2026-11-22T12:00:00.000Z", **one._asdict()}
+    expected = {"id": 1, "time": "2026-11-22T12:00:00.000Z", **one._asdict()}
+    assert record == {**expected, "release": version("octet-serve")}
     assert dict(ledger.spent) == sums(database) == {"acme": 1.5}
 
 
 def test_a_record_is_known_for_ever(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     ledger.append([usage(1)], NOW)
     for begin in range(2, 3000, 500):
         ledger.append([usage(call) for call in range(begin, begin + 500)], NOW)
-    assert SqlLedger(database, NOW).append([usage(1)], NOW) == []
+    assert UsageLedger(database, NOW).append([usage(1)], NOW) == []
 
 
 def test_reversals(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     ledger.append([usage(1)], NOW)
     back = usage(1).reversal()
     assert ledger.append([back, back], NOW) == [back]
     assert ledger.append([usage(2).reversal()], NOW) == []  # its record never came
-    assert SqlLedger(database, NOW).append([usage(2)], NOW) == []  # it comes too late
+    assert UsageLedger(database, NOW).append([usage(2)], NOW) == []  # it comes too late
     assert [r["outcome"] for r in records(database)] == ["delivered", "reversed"]
     assert sums(database) == {"acme": 0.0}
 
 
 def test_a_month_begins_with_nothing_spent(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     ledger.append([usage(1)], NOW)
     ledger.append([usage(2, work_s=4.0)], DECEMBER)
     assert (ledger.month, dict(ledger.spent)) == ("2026-12", {"acme": 4.0})
@@ -109,7 +81,7 @@ def test_a_month_begins_with_nothing_spent(database: Database) -> None:
 
 def test_writers_learn_what_the_others_write(url: str, database: Database) -> None:
     with closing(Database(url)) as other:
-        one, two = SqlLedger(database, NOW), SqlLedger(other, NOW)
+        one, two = UsageLedger(database, NOW), UsageLedger(other, NOW)
         two.append([usage(1), usage(2, "beta")], NOW)
         assert one.append([usage(1), usage(3)], NOW) == [usage(3)]
         assert dict(one.spent) == {"acme": 3.0, "beta": 1.5}
@@ -123,7 +95,7 @@ def test_writers_in_parallel_write_each_record_once_in_the_order_of_ids(url: str
 
     def write(worker: int) -> list[UsageRecord]:
         with closing(Database(url)) as database:
-            ledger = SqlLedger(database, NOW)
+            ledger = UsageLedger(database, NOW)
             return [u for call in range(40) for u in ledger.append([usage(call)], NOW + worker)]
 
     def follow() -> None:
@@ -145,7 +117,7 @@ def test_writers_in_parallel_write_each_record_once_in_the_order_of_ids(url: str
 
 
 def test_erased_records_leave_no_trace_and_no_id_is_used_again(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     ledger.append([usage(1, "beta"), usage(2), usage(3)], NOW)
     assert erase(database, "acme") == 2
     assert [r["tenant"] for r in records(database)] == ["beta"]
@@ -155,7 +127,7 @@ def test_erased_records_leave_no_trace_and_no_id_is_used_again(database: Databas
 
 
 def test_records_since_a_time_and_of_a_tenant(database: Database) -> None:
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     for hour in range(5):
         ledger.append([usage(hour, "acme" if hour % 2 else "beta")], NOW + 3600 * hour)
     assert [r["call"] for r in records(database, "2026-11-22T14")] == ["c2", "c3", "c4"]
@@ -163,16 +135,48 @@ def test_records_since_a_time_and_of_a_tenant(database: Database) -> None:
     assert [r["call"] for r in records(database, after=3)] == ["c3", "c4"]
 
 
-def test_files_are_imported_once_with_their_times(database: Database, tmp_path: Path) -> None:
-    with closing(UsageLedger(tmp_path / "files", NOW)) as files:
-        files.append([usage(1), usage(2)], NOW)
-        files.append([usage(2).reversal(), usage(3, "beta")], DECEMBER)
-    found = list(read_usage(tmp_path / "files"))
-    assert import_records(database, found) == 4
-    assert import_records(database, found) == 0
-    assert [{**r, "id": None} for r in records(database)] == [{"id": None, **r} for r in found]
+OLD_FILES = {
+    "2026-11-01T000000.000000.jsonl": [
+        {"sums": {}},
+        {"time": "2026-11-30T12:00:00.000Z", **usage(1)._asdict()},
+        {"time": "2026-11-30T12:00:00.000Z", **usage(2)._asdict()},
+    ],
+    "2026-12-01T000000.000000.jsonl": [
+        {"sums": {"acme": 3.0}},
+        {"time": "2026-12-01T00:00:01.000Z", **usage(2).reversal()._asdict()},
+        {"time": "2026-12-01T00:00:01.000Z", **usage(3, "beta")._asdict()},
+    ],
+}
+
+
+def test_files_of_an_earlier_release_are_imported_once(database: Database, tmp_path: Path) -> None:
+    folder = tmp_path / "usage"
+    folder.mkdir()
+    for name, entries in OLD_FILES.items():
+        for entry in entries:
+            entry.pop("key_id", None)  # earlier releases did not have it
+        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert import_folder(database, folder) == 4
+    assert import_folder(database, folder) == 0
+    found = [
+        {name: value for name, value in record.items() if name not in ("id", "key_id", "release")}
+        for record in records(database)
+    ]
+    assert found == [e for entries in OLD_FILES.values() for e in entries if "sums" not in e]
+    assert {record["release"] for record in records(database)} == {None}
     assert sums(database) == {"acme": 3.0}
     assert sums(database, DECEMBER) == {"acme": -1.5, "beta": 1.5}
+    with (folder / "2026-12-01T000000.000000.jsonl").open("a") as file:
+        line = json.dumps({"time": "2026-12-01T00:00:02.000Z", **usage(4)._asdict()})
+        file.write(line + "\n" + line[:20])  # and the process has died
+    assert import_folder(database, folder) == 1
+
+
+def test_a_foreign_line_is_refused_with_its_place(database: Database, tmp_path: Path) -> None:
+    for line in ("[]", "{}", "x", '{"call": "c"}'):
+        (tmp_path / "2026-11-01T000000.000000.jsonl").write_text('{"sums": {}}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"2026-11-01T000000\.000000\.jsonl:2 is not a usage"):
+            import_folder(database, tmp_path)
 
 
 # -- a model --------------------------------------------------------------------------------------
@@ -203,7 +207,7 @@ def test_histories_end_as_in_a_plain_model(
         address = emptied(request.getfixturevalue("postgres"))
     charged, reversed_, void = set[tuple[int, int]](), set[tuple[int, int]](), set[object]()
     with closing(Database(address)) as one, closing(Database(address)) as two:
-        writers = SqlLedger(one, NOW), SqlLedger(two, NOW)
+        writers = UsageLedger(one, NOW), UsageLedger(two, NOW)
         for history in histories:
             usages = [
                 usage(call, image=image).reversal() if back else usage(call, image=image)
@@ -235,7 +239,7 @@ def test_a_server_that_dies_is_an_error_at_once_and_is_used_again(
     postgres: PostgresServer,
 ) -> None:
     with closing(Database(emptied(postgres))) as database:
-        ledger = SqlLedger(database, NOW)
+        ledger = UsageLedger(database, NOW)
         ledger.append([usage(1)], NOW)
         postgres.kill()
         with pytest.raises(StoreUnavailable, match="refused"):
@@ -248,7 +252,7 @@ def test_a_server_that_dies_is_an_error_at_once_and_is_used_again(
 def test_a_server_that_is_stopped_is_given_up_and_used_again(postgres: PostgresServer) -> None:
     """Whether a commit that was given up has happened is not known; it may be done again."""
     with closing(Database(emptied(postgres), answer_s=0.5)) as database:
-        ledger = SqlLedger(database, NOW)
+        ledger = UsageLedger(database, NOW)
         ledger.append([usage(1)], NOW)
         postgres.pause()
         try:
@@ -271,7 +275,7 @@ def test_a_server_that_is_stopped_is_given_up_and_used_again(postgres: PostgresS
 
 def test_a_full_disk_loses_and_doubles_nothing(tmp_path: Path) -> None:
     with closing(Database(sqlite_url(tmp_path))) as database:
-        ledger = SqlLedger(database, NOW)
+        ledger = UsageLedger(database, NOW)
         ledger.append([usage(1)], NOW)
         with full_disk(), pytest.raises(StoreUnavailable, match=r"full|I/O"):
             ledger.append([usage(call) for call in range(2, 500)], NOW)
@@ -306,11 +310,11 @@ def test_an_older_release_writes_to_the_database_of_a_newer_one(
     database: Database, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newer one has added a column and a table."""
-    ledger = SqlLedger(database, NOW)
+    ledger = UsageLedger(database, NOW)
     ledger.append([usage(1)], NOW)
 
     def more(connection: Connection) -> None:
-        connection.execute(text("ALTER TABLE octet_usage ADD COLUMN key_id VARCHAR(64)"))
+        connection.execute(text("ALTER TABLE octet_usage ADD COLUMN colour VARCHAR(64)"))
         connection.execute(text("CREATE TABLE octet_more (a INTEGER)"))
 
     def version(of: Database) -> int:
@@ -321,7 +325,7 @@ def test_an_older_release_writes_to_the_database_of_a_newer_one(
     with closing(Database(url)) as newer:
         assert version(newer) == len(schema.STEPS)
         ledger.append([usage(2)], NOW)
-        SqlLedger(newer, NOW).append([usage(3)], NOW)
+        UsageLedger(newer, NOW).append([usage(3)], NOW)
     monkeypatch.undo()
     with closing(Database(url)) as older:
         assert version(older) == len(schema.STEPS) + 1
@@ -332,7 +336,7 @@ def test_an_older_release_writes_to_the_database_of_a_newer_one(
 
 def test_a_backup_is_a_database(tmp_path: Path) -> None:
     with closing(Database(sqlite_url(tmp_path))) as database:
-        SqlLedger(database, NOW).append([usage(1)], NOW)
+        UsageLedger(database, NOW).append([usage(1)], NOW)
         database.backup(tmp_path / "copy.db")
         assert (tmp_path / "copy.db").stat().st_mode & 0o077 == 0
         with pytest.raises(SettingsError, match="exists already"):

@@ -11,26 +11,30 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import yaml
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.core.result import Ok
 from starlette.routing import Route
 from typer.testing import CliRunner
 
+from bench.tenants import add_tenants
 from serve.api.authentication import is_open
 from serve.cli.main import app
-from serve.settings.application import Settings, StoreSettings
-from serve.store.database import Database, sqlite_url
-from serve.tenants.files import TENANTS, add_tenant, revoke_keys, rotate_key
-from serve.usage.sql_ledger import records
+from serve.settings.application import Settings
+from serve.tenants.files import TENANTS
 
 from ..full_disk import full_disk
+from ..stored import store_in, usage_in
 from ..wait import wait_for
+from .conforms import CONFORMS
 from .edge import WORK, Edge, started
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
@@ -89,22 +93,34 @@ class GuardedEdge:
         return connection
 
     def usage(self, tenant: str) -> list[dict[str, Any]]:
-        with closing(Database(sqlite_url(self.folder))) as database:
-            return list(records(database, tenant=tenant))
+        return usage_in(self.folder, tenant)
+
+    def admin(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """What the admin API answers to an operator."""
+        with self.client("boss") as boss:
+            answer = boss.request(method, f"/admin/v1/{path}", json=body, params=query)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    def add(self, tenant: str, **limits: Any) -> str:
+        """Add a tenant by the API; return its key."""
+        self.admin("POST", "tenants", {"id": tenant, **limits})
+        key = self.keys[tenant] = self.admin("POST", "keys", {"tenant": tenant})["key"]
+        return str(key)
 
 
 @pytest.fixture(scope="module")
 def guarded(laptop: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedEdge]:
     folder = tmp_path_factory.mktemp("data")
-    tenants = folder / "tenants"
-    keys = {name: add_tenant(tenants, name, values) for name, values in TENANTS_OF_TESTS.items()}
+    (folder / "tenants").mkdir()
+    keys = add_tenants(store_in(folder), TENANTS_OF_TESTS)
     changes = {
         "auth": "keys",
         "data_folder": str(folder),
-        "tenants_folder": str(tenants),
-        "store": StoreSettings(url=sqlite_url(folder)),
+        "tenants_folder": str(folder / "tenants"),
     }
     with started(laptop.model_copy(update=changes)) as edge:
+        wait_for(lambda: edge.ingress._session.tenants is not None)
         yield GuardedEdge(edge, folder, keys)
 
 
@@ -165,43 +181,218 @@ def test_the_openai_client_with_and_without_its_key(guarded: GuardedEdge) -> Non
         client.models.list()
 
 
-def test_keys_come_and_go_within_five_seconds_and_nothing_restarts(guarded: GuardedEdge) -> None:
-    first = add_tenant(guarded.tenants, "passing", {})
+def test_keys_come_and_go_and_nothing_restarts(guarded: GuardedEdge) -> None:
+    """A change of the API holds when its answer is there, at this server's Ingress too."""
+    first = guarded.add("passing")
 
     def works(key: str) -> bool:
         with guarded.client("passing", key) as client:
             return client.get("/v1/models").status_code == 200
 
     wait_for(lambda: works(first))
-    second = rotate_key(guarded.tenants, "passing")
-    wait_for(lambda: works(second))
+    second = guarded.admin("POST", "keys", {"tenant": "passing"})
+    wait_for(lambda: works(second["key"]))
     assert works(first)
-    revoke_keys(guarded.tenants, "passing", but_newest=True)
+    ids = {key["id"] for key in guarded.admin("GET", "keys", tenant="passing")["data"]}
+    assert len(ids) == 2
+    (old_id,) = ids - {second["id"]}
+    third = guarded.admin("POST", f"keys/{old_id}/rotate", {"overlap_s": 0})
     wait_for(lambda: not works(first))
-    assert works(second)
-    revoke_keys(guarded.tenants, "passing")
-    wait_for(lambda: not works(second))
+    assert works(second["key"])
+    wait_for(lambda: works(third["key"]))
+    guarded.admin("DELETE", f"keys/{second['id']}")
+    wait_for(lambda: not works(second["key"]))
+    guarded.admin("DELETE", "tenants/passing")
+    wait_for(lambda: not works(third["key"]))
+    actions = [one["action"] for one in guarded.admin("GET", "audit", tenant="passing")["data"]]
+    assert Counter(actions) == {
+        "create tenant": 1,
+        "create key": 2,
+        "rotate key": 1,
+        "revoke key": 3,
+        "delete tenant": 1,
+    }
 
 
-def test_a_broken_file_changes_nothing(
-    guarded: GuardedEdge, caplog: pytest.LogCaptureFixture
+def test_a_key_does_what_its_scopes_allow(guarded: GuardedEdge) -> None:
+    guarded.add("scoped")
+    given = {"tenant": "scoped", "scopes": ["read"]}
+    reader = guarded.admin("POST", "keys", given)["key"]
+    writer = guarded.admin("POST", "keys", {**given, "scopes": ["generate"]})["key"]
+    with guarded.client("scoped", reader) as client:
+        wait_for(lambda: client.get("/v1/models").status_code == 200)
+    refused = guarded.generate("scoped", key=reader)
+    assert code(refused) == (403, "insufficient_scope")
+    assert "needs the scope 'generate'" in refused.json()["error"]["message"]
+    wait_for(lambda: guarded.generate("scoped", key=writer).status_code == 200)
+    with guarded.client("scoped", writer) as client:
+        assert code(client.get("/v1/models")) == (403, "insufficient_scope")
+    weak = guarded.admin("POST", "keys", {"tenant": "boss", "scopes": ["read"]})["key"]
+    with guarded.client("boss", weak) as client:
+        wait_for(lambda: client.get("/v1/models").status_code == 200)
+        assert client.get("/admin/v1/tenants").status_code == 404
+        assert client.get("/v1/state").status_code == 404
+
+
+def test_the_use_of_a_key_is_noted(guarded: GuardedEdge) -> None:
+    guarded.add("seldom")
+    (key,) = guarded.admin("GET", "keys", tenant="seldom")["data"]
+    assert key["last_used_at"] is None
+    wait_for(lambda: guarded.generate("seldom").status_code == 200)
+    wait_for(lambda: guarded.admin("GET", "keys", tenant="seldom")["data"][0]["last_used_at"])
+    (record,) = guarded.usage("seldom")
+    assert (record["key_id"], record["release"]) == (key["id"], version("octet-serve"))
+
+
+def test_lists_are_read_in_pages(guarded: GuardedEdge) -> None:
+    names, page = [], guarded.admin("GET", "tenants", limit=3)
+    while True:
+        names += [one["id"] for one in page["data"]]
+        if not page["has_more"]:
+            break
+        page = guarded.admin("GET", "tenants", limit=3, after=page["next"])
+    assert names == sorted(names)
+    assert set(TENANTS_OF_TESTS) <= set(names)
+    assert guarded.admin("GET", "tenants/thrifty")["limits"] == {"monthly_work": 10 * PRICE}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("POST", "tenants", {}, 400, "id: must be given, as text"),
+        ("POST", "tenants", [], 400, "must be a JSON object"),
+        ("POST", "tenants", {"id": "ACME"}, 400, "an id is 1 to 63 characters"),
+        ("POST", "tenants", {"id": "new", "wieght": 1}, 400, "did you mean 'weight'"),
+        ("POST", "tenants", {"id": "new", "weight": "2"}, 400, "weight: "),
+        ("POST", "tenants", {"id": "acme"}, 409, "'acme' exists already"),
+        ("PATCH", "tenants/acme", {"weight": -1}, 400, "weight -1.0 must be"),
+        ("PATCH", "tenants/acme", {"colour": 1}, 400, "unknown limit 'colour'"),
+        ("PATCH", "tenants/acne", {"weight": 1}, 404, "did you mean 'acme'?"),
+        ("DELETE", "tenants/nobody", None, 404, "tenant 'nobody' does not exist"),
+        ("POST", "keys", {"tenant": "nobody"}, 404, "tenant 'nobody' does not exist"),
+        ("POST", "keys", {"tenant": "acme", "scopes": ["all"]}, 400, "unknown scope 'all'"),
+        ("POST", "keys", {"tenant": "acme", "scopes": []}, 400, "scopes is empty"),
+        ("POST", "keys", {"tenant": "acme", "scopes": "read"}, 400, "scopes: must be a list"),
+        ("POST", "keys", {"tenant": "acme", "expires_at": "soon"}, 400, "must be a time such as"),
+        ("POST", "keys", {"tenant": "acme", "expires_at": "2001-01-01"}, 400, "is in the past"),
+        ("POST", "keys", {"tenant": "acme", "expires_at": 7}, 400, "must be a time such as"),
+        ("POST", "keys/0/rotate", {}, 404, "no valid key has the id '0'"),
+        ("POST", "keys/0/rotate", {"overlap_s": True}, 400, "must be a number of seconds"),
+        ("POST", "keys/0/rotate", {"overlap_s": -1}, 400, "must be between 0 and"),
+        ("DELETE", "keys/0", None, 404, "no valid key has the id '0'"),
+        ("GET", "tenants?limit=0", None, 400, "limit '0' must be a whole number"),
+        ("GET", "tenants?tenant=a", None, 400, "unknown parameter 'tenant'"),
+        ("GET", "audit?after=x", None, 400, "after 'x' must be a whole number"),
+        ("POST", "apply", {"tenants": []}, 400, "tenants: must be an object"),
+        ("POST", "apply", {"tenants": {"a": {"weight": 0}}}, 400, "weight 0.0 must be"),
+        ("POST", "apply", {"tenants": {}, "keys": {"a": 1}}, 400, "contents of a keys.json"),
+    ],
+)
+def test_wrong_changes_are_explained(
+    guarded: GuardedEdge, method: str, path: str, body: Any, status: int, says: str
 ) -> None:
+    with guarded.client("boss") as boss:
+        answer = boss.request(method, f"/admin/v1/{path}", json=body)
+    assert (answer.status_code, says in answer.json()["error"]["message"]) == (status, True), (
+        answer.text
+    )
+
+
+def test_the_admin_api_is_what_the_openapi_document_says(guarded: GuardedEdge) -> None:
+    headers = {"authorization": f"Bearer {guarded.keys['boss']}"}
+    document = schemathesis.openapi.from_url(f"{guarded.edge.url}/openapi.json", headers=headers)
+    results = document.get_all_operations()
+    operations = [found.ok() for found in results if isinstance(found, Ok)]
+    operations = [one for one in operations if one.path.startswith("/admin/")]
+    assert len(operations) == 12
+    statuses = set()
+    for operation in operations:
+
+        @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(operation.as_strategy())
+        def call(case: Any) -> None:
+            answer = case.call_and_validate(checks=CONFORMS, headers=headers)
+            assert answer.status_code != 500
+            statuses.add(answer.status_code)
+
+        call()
+    assert statuses >= {200, 400, 404}, statuses
+
+
+def test_nobody_but_an_operator_learns_of_the_admin_api(guarded: GuardedEdge) -> None:
+    routes = guarded.edge.ingress.__serve_build_asgi_app__().routes
+    paths = [r for r in routes if isinstance(r, Route) and r.path.startswith("/admin/")]
+    assert len(paths) > 10
+    with guarded.client("acme") as acme:
+        for route in paths:
+            for method in route.methods or ():
+                path = route.path.replace("{id}", "acme")
+                answer = acme.request(method, path, json={"id": "x", "tenant": "acme"})
+                assert answer.status_code == 404, (method, path)
+    assert httpx.get(f"{guarded.edge.url}/admin/v1/usage").status_code == 401
+
+
+def test_files_are_applied_and_the_api_leaves_them_alone(guarded: GuardedEdge) -> None:
+    """Tenants of the folder come and change; what the API has made stays as it is."""
     file = guarded.tenants / TENANTS
-    before = file.read_text()
-    file.write_text(before + "acme: [")
-    wait_for(lambda: "keeping the last valid tenants.yaml" in caplog.text)
-    assert guarded.generate("acme").status_code == 200
-    file.write_text(before)
+
+    def limits() -> Any:
+        found = guarded.admin("GET", "tenants", limit=1000)["data"]
+        return {one["id"]: one["limits"] for one in found if one["managed_by"] == "file"}
+
+    file.write_text("filed: {weight: 2}\nother-filed: {}\n")
+    wait_for(lambda: limits() == {"filed": {"weight": 2}, "other-filed": {}})
+    with guarded.client("boss") as boss:
+        refused = boss.patch("/admin/v1/tenants/filed", json={"weight": 3})
+        assert code(refused) == (409, "conflict")
+        assert "managed by tenants.yaml" in refused.json()["error"]["message"]
+    key = guarded.admin("POST", "keys", {"tenant": "filed"})["key"]
+    file.write_text("filed: [")
+    store = guarded.edge.dispatcher.store
+    assert store
+    wait_for(lambda: bool(store.file_faults))
+    assert guarded.generate("filed", key=key).status_code == 200
+    file.write_text("filed: {weight: 4}\n")
+    wait_for(lambda: limits() == {"filed": {"weight": 4}})
+    assert "acme" in [one["id"] for one in guarded.admin("GET", "tenants", limit=1000)["data"]]
+    body = {"tenants": {}, "keys": {}, "dry_run": True}
+    found = guarded.admin("POST", "apply", body)
+    assert [(one["action"], one["tenant"]) for one in found["data"]] == [("delete", "filed")]
+    assert not found["applied"]
+    file.write_text("{}")
+    wait_for(lambda: limits() == {})
+    assert guarded.generate("filed", key=key).status_code == 401
+
+
+def test_the_command_uses_the_same_api(guarded: GuardedEdge) -> None:
+    def octet(*arguments: str) -> str:
+        access = "--url", guarded.edge.url, "--key", guarded.keys["boss"]
+        result = CliRunner().invoke(app, ["tenant", *arguments, *access], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    key = octet("add", "remote", "--weight", "2").splitlines()[-1]
+    wait_for(lambda: guarded.generate("remote", key=key).status_code == 200)
+    octet("set", "remote", "--monthly-work", "0")
+    wait_for(lambda: guarded.generate("remote", key=key).status_code == 429)
+    assert "monthly_work 0" in octet("list")
+    octet("revoke", "remote")
+    wait_for(lambda: guarded.generate("remote", key=key).status_code == 401)
+    assert "would change" in octet("apply", str(guarded.tenants), "--dry-run")
+    octet("remove", "remote", "--yes")
+    audit = octet("audit", "--tenant", "remote")
+    assert all(word in audit for word in ("create tenant", "change tenant", "delete tenant"))
+    assert "boss/" in audit
 
 
 def test_a_key_that_is_revoked_during_the_body_is_refused(guarded: GuardedEdge) -> None:
-    key = add_tenant(guarded.tenants, "lengthy", {})
+    key = guarded.add("lengthy")
     with guarded.client("lengthy", key) as client:
         wait_for(lambda: client.get("/v1/models").status_code == 200)
 
         def body() -> Iterator[bytes]:
             yield b'{"prompt": '
-            revoke_keys(guarded.tenants, "lengthy")
+            guarded.admin("DELETE", "tenants/lengthy")
             wait_for(lambda: guarded.generate("lengthy", key=key).status_code == 401)
             yield b'"a hill"}'
 
@@ -301,8 +492,7 @@ def test_operators_export_usage_with_a_cursor(guarded: GuardedEdge) -> None:
         if not page["has_more"]:
             break
         page = read(limit=2, after=page["next"])
-    with closing(Database(sqlite_url(guarded.folder))) as database:
-        assert found == list(records(database))
+    assert found == usage_in(guarded.folder)
     assert read(after=page["next"]) == {
         "object": "list",
         "data": [],
@@ -330,12 +520,6 @@ def test_a_wrong_query_for_usage_is_explained(guarded: GuardedEdge, query: str, 
     with guarded.client("boss") as boss:
         answer = boss.get(f"/admin/v1/usage?{query}")
     assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True)
-
-
-def test_nobody_but_an_operator_learns_of_the_export(guarded: GuardedEdge) -> None:
-    with guarded.client("acme") as acme:
-        assert acme.get("/admin/v1/usage").status_code == 404
-    assert httpx.get(f"{guarded.edge.url}/admin/v1/usage").status_code == 401
 
 
 def test_operators_cordon_nodes_with_the_command(guarded: GuardedEdge) -> None:
@@ -478,14 +662,12 @@ def test_a_tenants_own_deadline(guarded: GuardedEdge) -> None:
 
 
 def test_changed_limits_hold_without_a_restart(guarded: GuardedEdge) -> None:
-    key = add_tenant(guarded.tenants, "changing", {})
-    guarded.keys["changing"] = key
+    guarded.add("changing")
     wait_for(lambda: guarded.generate("changing").status_code == 200)
-    file = guarded.tenants / TENANTS
-    tenants = yaml.safe_load(file.read_text())
-    tenants["changing"] = {"monthly_work": 0}
-    file.write_text(yaml.safe_dump(tenants))
-    wait_for(lambda: guarded.generate("changing").status_code == 429)
+    guarded.admin("PATCH", "tenants/changing", {"monthly_work": 0})
+    assert guarded.generate("changing").status_code == 429
+    guarded.admin("PATCH", "tenants/changing", {"monthly_work": None})
+    assert guarded.generate("changing").status_code == 200
 
 
 # -- charges --------------------------------------------------------------------------------------
@@ -658,11 +840,24 @@ def test_a_missed_deadline_costs_nothing_unless_the_client_shortened_it(
     assert (record["outcome"], record["steps"]) == ("cancelled", 14)
 
 
-def test_an_image_that_cannot_be_charged_is_not_delivered(guarded: GuardedEdge) -> None:
-    with full_disk():
-        answer = guarded.generate("acme")
-    assert code(answer) == (503, "usage_unrecorded")
-    assert guarded.generate("acme").status_code == 200
+def test_an_image_is_delivered_once_it_can_be_charged_and_new_work_is_refused(
+    guarded: GuardedEdge,
+) -> None:
+    before = len(guarded.usage("acme"))
+    with ThreadPoolExecutor(1) as pool:
+        with full_disk():
+            asked = pool.submit(guarded.generate, "acme")
+            wait_for(lambda: bool(guarded.edge.dispatcher.metering.fault))
+            refused = guarded.generate("other")
+            assert code(refused) == (503, "unavailable")
+            assert refused.headers["x-should-retry"] == "true"
+            assert int(refused.headers["retry-after"]) <= 6
+            with guarded.client("acme") as client:
+                assert client.get("/v1/models").status_code == 200
+            assert not asked.done()
+        assert asked.result().status_code == 200
+    assert len(guarded.usage("acme")) == before + 1
+    wait_for(lambda: guarded.generate("other").status_code == 200)
 
 
 def test_the_openapi_document_says_which_routes_need_a_key(guarded: GuardedEdge) -> None:

@@ -20,10 +20,10 @@ import boto3
 import httpx
 import pytest
 
+from bench.tenants import add_tenants
 from bench.timed import FILE
 from k8s.render import NodeKind, read_nodes
 from serve.settings.application import Settings
-from serve.tenants.files import add_tenant
 
 from ..overlay import OVERLAY, Clients, Operator, config_of, on_this_machine
 from ..redis_server import RedisServer
@@ -80,8 +80,7 @@ def test_no_request_fails_while_nodes_leave_and_the_config_changes(
 ) -> None:
     kinds = {kind.name: kind for kind in read_nodes(OVERLAY / "nodes.yaml")}
     ids = [add_node_of(cluster, kinds[name]) for name in NODES]
-    (folder / "tenants").mkdir()
-    key = add_tenant(folder / "tenants", "acme", {})
+    key = add_tenants(servers.database or {}, {"acme": {}})["acme"]
     operator = Operator(DASHBOARD_PORT)
     url = f"http://127.0.0.1:{servers.http.port}"
 

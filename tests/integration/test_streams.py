@@ -24,8 +24,8 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
 from serve.launch import RunningApplication
-from serve.usage.ledger import read_usage
 
+from ..stored import usage_in
 from ..wait import wait_for
 from .conftest import DAY_S, replica_logs, running
 from .faulty import IDLE
@@ -180,8 +180,8 @@ def test_a_call_is_cancelled_by_its_id(url: str, octet: RunningApplication, stre
 
 def charges(octet: RunningApplication, prefix: str) -> list[dict[str, Any]]:
     """The usage records of the requests whose ids begin with `prefix`."""
-    usage = Path(octet.settings.data_folder or "") / "usage"
-    return [record for record in read_usage(usage) if record["request_id"].startswith(prefix)]
+    found = usage_in(Path(octet.settings.data_folder or ""))
+    return [record for record in found if record["request_id"].startswith(prefix)]
 
 
 @pytest.mark.parametrize("stream", [False, True])

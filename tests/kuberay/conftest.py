@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import trustme
 
+from bench.tenants import add_tenants
 from serve.launch import ENVIRONMENT
 from serve.settings.application import Settings
-from serve.tenants.files import add_tenant
 
 from ..builders import ROOT
 from ..kubernetes import kustomize
@@ -157,12 +157,10 @@ class RenderedCluster:
     `key`: an operator's API key. `operator`: Ray's REST API.
     """
 
-    def __init__(
-        self, kubernetes: SmallKubernetes, pods: RayPods, settings: Settings, folder: Path
-    ) -> None:
+    def __init__(self, kubernetes: SmallKubernetes, pods: RayPods, settings: Settings) -> None:
         self.kubernetes, self.pods, self.settings = kubernetes, pods, settings
-        (folder / "tenants").mkdir()
-        self.key = add_tenant(folder / "tenants", "acme", {"operator": True})
+        keys = add_tenants(settings.database or {}, {"acme": {"operator": True}})
+        self.key = keys["acme"]
         self.operator = Operator(pods.dashboard_port)
         self.url = f"http://127.0.0.1:{settings.http.port}"
 
@@ -207,7 +205,7 @@ def rendered() -> Iterator[RenderedCluster]:
         )
         kubernetes = SmallKubernetes(ray_cluster, pods.start, pods.leave, certificate)
         pods.api_environment["KUBERNETES_SERVICE_PORT_HTTPS"] = str(kubernetes.port)
-        cluster = RenderedCluster(kubernetes, pods, settings, folder)
+        cluster = RenderedCluster(kubernetes, pods, settings)
         kubernetes.run()
         try:
             yield cluster

@@ -20,8 +20,11 @@ from serve.errors import SettingsError
 from serve.results.disk import DiskStore
 from serve.results.store import new_name
 from serve.settings.file import changed_values
-from serve.usage.ledger import UsageLedger, read_usage
+from serve.store.database import Database
+from serve.usage.ledger import UsageLedger
 from serve.usage.record import UsageRecord
+
+from ..stored import store_in, usage_in
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -136,55 +139,85 @@ def test_a_taken_port_is_named() -> None:
     assert "cannot listen on 127.0.0.1" in output
 
 
-def test_commands_add_rotate_and_revoke_keys_of_a_tenant(tmp_path: Path) -> None:
+def settings_in(folder: Path) -> str:
+    """A settings file with keys and a data folder; returns its path."""
+    text = (EXAMPLES / "laptop.yaml").read_text()
+    text = text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model"))
+    file = folder / "settings.yaml"
+    file.write_text(text.replace("auth: none", "auth: keys") + "data_folder: data\n")
+    return str(file)
+
+
+def charge(folder: Path, *tenants: str) -> None:
+    """Charge an image of each of these tenants, in the database of `settings_in`."""
+    with closing(Database(**store_in(folder / "data"))) as database:
+        ledger = UsageLedger(database, time.time())
+        for i, tenant in enumerate(tenants):
+            usage = UsageRecord(str(i), 0, tenant, "id", "m", "fp8", "64x64", 10, 1.25)
+            ledger.append([usage], time.time())
+
+
+def test_commands_change_tenants_and_their_keys(tmp_path: Path) -> None:
+    config = settings_in(tmp_path)
+
     def command(*arguments: str) -> tuple[int, str]:
-        return octet("tenant", *arguments, "--folder", str(tmp_path))
+        code, output = octet("tenant", *arguments, "--config", config)
+        return code, " ".join(output.split())
 
     code, output = command("add", "acme", "--weight", "2", "--model", "m", "--requests-per-s", "5")
     assert code == 0
-    assert re.search(r"^octet_acme_[0-9a-f]{40}$", output, re.MULTILINE)
-    code, output = command("list")
-    assert all(word in output for word in ("acme", "2", "m", "requests/s 5"))
+    assert re.search(r"octet_acme_[0-9a-f]{40}", output)
     for change, words in (
-        (["rotate-key", "acme"], "octet_acme_"),
+        (["list"], "requests_per_s 5"),
+        (["set", "acme", "--monthly-work", "7", "--unset", "requests_per_s"], "acme: changed"),
+        (["list"], "monthly_work 7"),
+        (["rotate-key", "acme", "--scope", "read", "--expires", "2999-01-01"], "octet_acme_"),
+        (["list"], "2999-01-01T00:00"),
         (["revoke", "acme", "--old"], "1 of the keys of acme revoked"),
         (["revoke", "acme"], "1 of the keys of acme revoked"),
         (["list"], "no key"),
+        (["remove", "acme", "--yes"], "acme: deleted"),
+        (["audit"], "delete tenant"),
     ):
         code, output = command(*change)
         assert (code, words in output) == (0, True), output
+    assert "acme" not in command("list")[1]
+
+
+def test_a_folder_is_applied_after_a_dry_run(tmp_path: Path) -> None:
+    config, folder = settings_in(tmp_path), tmp_path / "tenants"
+    folder.mkdir()
+    (folder / "tenants.yaml").write_text("acme: {weight: 2}\n")
+    for options, said in (
+        (["--dry-run"], "create acme: weight None → 2.0"),
+        ([], "1 changed"),
+        ([], "0 changed"),
+    ):
+        code, output = octet("tenant", "apply", str(folder), "--config", config, *options)
+        assert (code, said in output) == (0, True), output
+    code, output = octet("tenant", "set", "acme", "--weight", "3", "--config", config)
+    assert (code, "managed by tenants.yaml" in " ".join(output.split())) == (1, True)
 
 
 def test_a_tenant_is_erased(tmp_path: Path) -> None:
-    settings = tmp_path / "settings.yaml"
-    text = (EXAMPLES / "laptop.yaml").read_text()
-    text = text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model"))
-    settings.write_text(text + "data_folder: data\n")
+    settings = settings_in(tmp_path)
     store = DiskStore(tmp_path / "data")
     names = [new_name(tenant, "png", 0.0) for tenant in ("acme", "other")]
     for name in names:
         store.put(name, b"x", "r")
-    with closing(UsageLedger(tmp_path / "data" / "usage", time.time())) as ledger:
-        ledger.append(
-            [UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.0)], time.time()
-        )
-    code, output = octet("tenant", "erase", "acme", "--config", str(settings))
+    charge(tmp_path, "acme")
+    code, output = octet("tenant", "erase", "acme", "--config", settings)
     said = " ".join(output.split())
     assert (code, "1 usage records in" in said, "add --yes" in said) == (2, True, True), output
     assert store.get(names[0]) == b"x"
-    code, output = octet("tenant", "erase", "acme", "--config", str(settings), "--yes")
+    code, output = octet("tenant", "erase", "acme", "--config", settings, "--yes")
     assert (code, "1 images and 1 records of acme are deleted" in output) == (0, True), output
     assert store.get(names[1]) == b"x"
-    assert not list(read_usage(tmp_path / "data" / "usage"))
+    assert not usage_in(tmp_path / "data")
 
 
 def test_keys_that_still_work_are_named_before_an_erasure(tmp_path: Path) -> None:
-    settings = tmp_path / "settings.yaml"
-    text = (EXAMPLES / "laptop.yaml").read_text()
-    text = text.replace("../demo/model", str(EXAMPLES.parent / "demo" / "model"))
-    folders = f"data_folder: {tmp_path}/data\ntenants_folder: {tmp_path}/tenants\n"
-    settings.write_text(text.replace("auth: none", "auth: keys") + folders)
-    config = "--config", str(settings)
+    config = "--config", settings_in(tmp_path)
     assert octet("tenant", "add", "acme", *config)[0] == 0
     said = " ".join(octet("tenant", "erase", "acme", *config)[1].split())
     assert "The keys of acme still work: revoke them first with octet tenant revoke acme" in said
@@ -193,12 +226,12 @@ def test_keys_that_still_work_are_named_before_an_erasure(tmp_path: Path) -> Non
 
 
 def test_usage_that_is_not_there_is_explained(tmp_path: Path) -> None:
-    code, output = octet("usage", "--folder", str(tmp_path))
-    assert (code, "no usage was recorded there" in " ".join(output.split())) == (1, True)
-    with closing(UsageLedger(tmp_path, time.time())) as ledger:
-        usage = UsageRecord("c", 0, "acme", "id", "m", "fp8", "64x64", 10, 1.25)
-        ledger.append([usage], time.time())
-    code, output = octet("usage", "--folder", str(tmp_path), "--tenant", "acne")
+    config = "--config", settings_in(tmp_path)
+    code, output = octet("usage", *config)
+    assert (code, "no such database" in " ".join(output.split())) == (1, True)
+    assert not (tmp_path / "data").exists()
+    charge(tmp_path, "acme")
+    code, output = octet("usage", *config, "--tenant", "acne")
     assert (code, "did you mean 'acme'?" in " ".join(output.split())) == (1, True)
 
 
@@ -232,16 +265,14 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_usage_is_summed_by_tenant_and_model(tmp_path: Path) -> None:
-    with closing(UsageLedger(tmp_path, time.time())) as ledger:
-        for i, tenant in enumerate(("acme", "acme", "other")):
-            usage = UsageRecord(str(i), 0, tenant, "id", "m", "fp8", "64x64", 10, 1.25)
-            ledger.append([usage], time.time())
-    _, output = octet("usage", "--folder", str(tmp_path))
+    config = "--config", settings_in(tmp_path)
+    charge(tmp_path, "acme", "acme", "other")
+    _, output = octet("usage", *config)
     lines = [line for line in output.splitlines() if "acme" in line]
     assert len(lines) == 2  # the sum and its only model
     assert all("2.500" in line for line in lines)
     assert "other" in output
-    _, output = octet("usage", "--folder", str(tmp_path), "--tenant", "other", "--records")
+    _, output = octet("usage", *config, "--tenant", "other", "--records")
     assert [json.loads(line)["tenant"] for line in output.splitlines()] == ["other"]
 
 
@@ -273,14 +304,12 @@ def test_json_says_what_the_tables_say(tmp_path: Path) -> None:
     rows = found("models", laptop)
     assert {row["part"] for row in rows} == {"pool fp8", "pool fp16", "text encoder landscapes"}
     assert all(row["bytes"] > 10**6 for row in rows)
-    assert octet("tenant", "add", "acme", "--weight", "2", "--folder", str(tmp_path))[0] == 0
-    (acme,) = found("tenant", "list", "--folder", str(tmp_path)).values()
-    assert (acme["weight"], len(acme["keys_created"])) == (2, 1)
-    with closing(UsageLedger(tmp_path, time.time())) as ledger:
-        for i in range(2):
-            record = UsageRecord(str(i), 0, "acme", "id", "m", "fp8", "64x64", 10, 1.25)
-            ledger.append([record], time.time())
-    (row,) = found("usage", "--folder", str(tmp_path))["usage"]
+    config = "--config", settings_in(tmp_path)
+    assert octet("tenant", "add", "acme", "--weight", "2", *config)[0] == 0
+    (acme,) = found("tenant", "list", *config)
+    assert (acme["limits"], len(acme["keys"])) == ({"weight": 2}, 1)
+    charge(tmp_path, "acme", "acme")
+    (row,) = found("usage", *config)["usage"]
     assert (row["tenant"], row["outcome"], row["images"], row["work_s"]) == (
         "acme",
         "delivered",

@@ -196,7 +196,7 @@ def test_a_bad_card_costs_at_most_three_images_and_no_request(tmp_path: Path) ->
         nodes = [Node("bad", num_cpus=1), Node("good", num_cpus=1)]
         folder = str(tmp_path)
         dispatcher = a_dispatcher(
-            "p", nodes=nodes, drained=drained, timing=QUICK, usage_folder=folder, max_queued=99
+            "p", nodes=nodes, drained=drained, timing=QUICK, data_folder=folder, max_queued=99
         )
         dispatcher._cordons.incident_s = 0.0  # replicas start at once here
         machines = Machines(dispatcher)
@@ -208,8 +208,6 @@ def test_a_bad_card_costs_at_most_three_images_and_no_request(tmp_path: Path) ->
             await until(lambda: bool(drained))
         assert not beating.done()
         beating.cancel()
-        assert dispatcher.metering.ledger
-        dispatcher.metering.ledger.close()
         return machines, dispatcher, done
 
     machines, dispatcher, done = asyncio.run(main())

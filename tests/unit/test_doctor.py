@@ -242,8 +242,10 @@ def test_a_cpu_without_bfloat16_is_examined_like_any_other() -> None:
 def test_a_store_is_opened(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/octet.db"
     found = settings("laptop.yaml", OCTET_STORE__URL=url)
-    assert f"store {url}: its tables are up to date" in texts(examine_settings(found, LAPTOP), "ok")
+    assert f"database {url}: its tables are up to date" in texts(
+        examine_settings(found, LAPTOP), "ok"
+    )
     port = free_port()
     found = settings("laptop.yaml", OCTET_STORE__URL=f"postgresql://u@127.0.0.1:{port}/octet")
     (problem,) = texts(examine_settings(found, LAPTOP), "problem").splitlines()
-    assert problem.startswith(f"store: postgresql://u@127.0.0.1:{port}/octet: connection failed")
+    assert problem.startswith(f"database: postgresql://u@127.0.0.1:{port}/octet: connection failed")

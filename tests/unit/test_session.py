@@ -1,11 +1,10 @@
 """An Ingress's session with the real Dispatcher, joined in one process instead of by Ray."""
 
 import asyncio
-import fcntl
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,14 @@ from serve.errors import (
     Unavailable,
     UsageUnrecorded,
 )
-from serve.usage.ledger import UsageLedger, read_usage
+from serve.store.database import Database
+from serve.usage.ledger import UsageLedger
 from serve.usage.record import UsageRecord
 
 from ..builders import queued_image, usage_record
 from ..full_disk import full_disk
 from ..in_process import PROMPT, Client, Handle, a_dispatcher
+from ..stored import locked, store_in, store_opened, usage_in
 from ..wait import wait_for
 
 ONE = (queued_image(),)
@@ -50,11 +51,13 @@ def run(test: Callable[[Dispatcher, DispatchSession, Handle], Any], **options: A
         handle = Handle(dispatcher)
         try:
             async with asyncio.timeout(5):
+                if dispatcher.store:
+                    await store_opened(dispatcher)
                 session = DispatchSession(handle, options.get("timing", PROMPT))
                 await test(dispatcher, session, handle)
         finally:
-            if dispatcher.metering.ledger:
-                dispatcher.metering.ledger.close()
+            if dispatcher.store:
+                dispatcher.store.close()
 
     asyncio.run(main())
 
@@ -720,11 +723,11 @@ def test_recorded_usage_is_on_disk(tmp_path: Path) -> None:
         async with opened(session, images=ONE * 2) as call:
             assert dispatcher.admission.account("t").reserved == 2.0
             await call.record([usage(call, 0), usage(call, 1)])
-            assert [r["image"] for r in read_usage(tmp_path)] == [0, 1]
+            assert [r["image"] for r in usage_in(tmp_path)] == [0, 1]
             account = dispatcher.admission.account("t")
             assert (account.spent, account.reserved) == (2.0, 0.0)
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 @pytest.mark.parametrize("leader_returns", [True, False])
@@ -767,7 +770,7 @@ def test_records_of_a_call_without_work_are_sent_with_it(tmp_path: Path) -> None
         await call.admitted()
         await call.recorded()
         assert [method for method, _ in handle.calls] == ["tell"]
-        (record,) = read_usage(tmp_path)
+        (record,) = usage_in(tmp_path)
         assert (record["call"], record["outcome"]) == (call.request.call_id, "hit")
         call.close()
         dispatcher.admission.draining = True
@@ -776,9 +779,9 @@ def test_records_of_a_call_without_work_are_sent_with_it(tmp_path: Path) -> None
             await refused.admitted()
         refused.close()
         await settle()
-        assert len(list(read_usage(tmp_path))) == 1
+        assert len(usage_in(tmp_path)) == 1
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_records_sent_with_a_call_outlive_the_dispatcher(tmp_path: Path) -> None:
@@ -790,19 +793,19 @@ def test_records_sent_with_a_call_outlive_the_dispatcher(tmp_path: Path) -> None
         hit = usage_record("")._replace(work_s=0.0, outcome="hit")
         call = session.open("t", "id", (), 60, Client(), usages=[hit])
         await settle()
-        assert len(list(read_usage(tmp_path))) == 1
+        assert len(usage_in(tmp_path)) == 1
         assert not call.decision.done()
-        assert dispatcher.metering.ledger
-        dispatcher.metering.ledger.close()  # like at the end of its process
-        fresh = a_dispatcher("p", usage_folder=str(tmp_path))
+        assert dispatcher.store
+        dispatcher.store.close()  # like at the end of its process
+        fresh = await store_opened(a_dispatcher("p", database=store_in(tmp_path)))
         handle.break_off(fresh)
         await call.admitted()
         await call.recorded()
-        assert len(list(read_usage(tmp_path))) == 1
-        assert fresh.metering.ledger
-        fresh.metering.ledger.close()
+        assert len(usage_in(tmp_path)) == 1
+        assert fresh.store
+        fresh.store.close()
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_an_unconfirmed_record_is_sent_again_and_written_once(tmp_path: Path) -> None:
@@ -813,47 +816,85 @@ def test_an_unconfirmed_record_is_sent_again_and_written_once(tmp_path: Path) ->
             handle.drop_messages()
             recording = asyncio.create_task(call.record([usage(call)]))
             await settle()
-            assert len(list(read_usage(tmp_path))) == 1
+            assert len(usage_in(tmp_path)) == 1
             assert not recording.done()
-            assert dispatcher.metering.ledger
-            dispatcher.metering.ledger.close()  # like at the end of its process
-            fresh = a_dispatcher("p", usage_folder=str(tmp_path))
+            assert dispatcher.store
+            dispatcher.store.close()  # like at the end of its process
+            fresh = await store_opened(a_dispatcher("p", database=store_in(tmp_path)))
             assert fresh.admission.account("t").spent == 1.0
             handle.break_off(fresh)
             await recording
-            assert len(list(read_usage(tmp_path))) == 1
+            assert len(usage_in(tmp_path)) == 1
             assert fresh.admission.account("t").spent == 1.0
-            assert fresh.metering.ledger
-            fresh.metering.ledger.close()
+            assert fresh.store
+            fresh.store.close()
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_usage_charged_by_another_dispatcher_counts(tmp_path: Path) -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
-        with closing(UsageLedger(tmp_path, time.time())) as other:
-            other.append([usage_record("c", work_s=5.0)], time.time())
+        with closing(Database(**store_in(tmp_path))) as other:
+            ledger = UsageLedger(other, time.time())
+            ledger.append([usage_record("c", work_s=5.0)], time.time())
         async with opened(session, tenant="u") as call:
             await call.record([usage(call)._replace(tenant="u")])
         assert dispatcher.admission.account("t").spent == 5.0
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
-def test_usage_that_cannot_be_written_is_not_confirmed(tmp_path: Path) -> None:
+def test_usage_that_cannot_be_written_is_written_later_and_new_calls_are_refused(
+    tmp_path: Path,
+) -> None:
+    timing = replace(PROMPT, charge_retry_s=0.01)
+
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         async with opened(session) as call:
             with full_disk():
-                with pytest.raises(UsageUnrecorded):
-                    await call.record([usage(call)])
-                assert "usage ledger" in (await dispatcher.state()).faults
-        assert dispatcher.admission.account("t").spent == 0
-        assert list(read_usage(tmp_path)) == []
+                recording = asyncio.create_task(call.record([usage(call)]))
+                await asyncio.to_thread(wait_for, lambda: bool(dispatcher.metering.fault))
+                assert "database" in (await dispatcher.state()).faults
+                refused = session.open("t", "other", ONE, 60, Client())
+                with pytest.raises(Unavailable, match="usage cannot be recorded"):
+                    await refused.admitted()
+                refused.close()
+                assert not recording.done()
+            await recording
+        assert dispatcher.admission.account("t").spent == 1.0
+        assert [record["work_s"] for record in usage_in(tmp_path)] == [1.0]
+        assert (await dispatcher.state()).faults == {}
         async with opened(session) as call:
             await call.record([usage(call)])
-        assert (await dispatcher.state()).faults == {}
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path), timing=timing)
+
+
+def test_a_dispatcher_opens_a_database_that_comes_later(tmp_path: Path) -> None:
+    """Until then calls are refused; afterwards they are admitted without a restart."""
+    timing = replace(PROMPT, tenants_s=0.01)
+    file = tmp_path / "later"
+    file.write_text("not a folder")
+
+    async def main() -> None:
+        dispatcher = a_dispatcher("p", database=store_in(file), timing=timing)
+        session = DispatchSession(Handle(dispatcher), timing)
+        async with asyncio.timeout(5):
+            await asyncio.to_thread(wait_for, lambda: bool(dispatcher.admission.database_fault))
+            refused = session.open("t", "one", ONE, 60, Client())
+            with pytest.raises(Unavailable, match="usage cannot be recorded"):
+                await refused.admitted()
+            refused.close()
+            file.unlink()
+            await store_opened(dispatcher)
+            await settle()
+            async with opened(session) as call:
+                await call.record([usage(call)])
+        assert dispatcher.store
+        dispatcher.store.close()
+        assert len(usage_in(file)) == 1
+
+    asyncio.run(main())
 
 
 def test_who_is_told_that_nothing_is_charged_is_not_charged_later(tmp_path: Path) -> None:
@@ -864,17 +905,17 @@ def test_who_is_told_that_nothing_is_charged_is_not_charged_later(tmp_path: Path
         ledger = dispatcher.metering.ledger
         assert ledger
         async with opened(session) as call:
-            with held_lock(tmp_path), pytest.raises(UsageUnrecorded):
+            with locked(tmp_path), pytest.raises(UsageUnrecorded):
                 await call.record([usage(call)])
-        await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 2)
-        records = list(read_usage(tmp_path))
+        await asyncio.to_thread(wait_for, lambda: len(usage_in(tmp_path)) == 2)
+        records = usage_in(tmp_path)
         assert [record["outcome"] for record in records] == ["delivered", "reversed"]
         assert sum(record["work_s"] for record in records) == 0
         await settle()
         account = dispatcher.admission.account("t")
         assert (account.spent, account.reserved) == (0, 0)
 
-    run(test, usage_folder=str(tmp_path), timing=timing)
+    run(test, database=store_in(tmp_path), timing=timing)
 
 
 def test_a_withdrawn_record_of_an_earlier_dispatcher_is_taken_back(tmp_path: Path) -> None:
@@ -885,25 +926,17 @@ def test_a_withdrawn_record_of_an_earlier_dispatcher_is_taken_back(tmp_path: Pat
         async with opened(session) as call:
             handle.drop_messages()
             recording = asyncio.create_task(call.record([usage(call)]))
-            await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 1)
+            await asyncio.to_thread(wait_for, lambda: len(usage_in(tmp_path)) == 1)
             handle.break_off(None)
             with pytest.raises(UsageUnrecorded):
                 await recording
-        handle.target = fresh = a_dispatcher("p", usage_folder=str(tmp_path))
-        await asyncio.to_thread(wait_for, lambda: len(list(read_usage(tmp_path))) == 2)
-        assert sum(record["work_s"] for record in read_usage(tmp_path)) == 0
-        assert fresh.metering.ledger
-        fresh.metering.ledger.close()
+        handle.target = fresh = await store_opened(a_dispatcher("p", database=store_in(tmp_path)))
+        await asyncio.to_thread(wait_for, lambda: len(usage_in(tmp_path)) == 2)
+        assert sum(record["work_s"] for record in usage_in(tmp_path)) == 0
+        assert fresh.store
+        fresh.store.close()
 
-    run(test, usage_folder=str(tmp_path), timing=timing)
-
-
-@contextmanager
-def held_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a ledger's folder, so that nothing can be written."""
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    run(test, database=store_in(tmp_path), timing=timing)
 
 
 def test_usage_written_before_the_turn_of_the_month_does_not_count_in_the_next(
@@ -919,7 +952,7 @@ def test_usage_written_before_the_turn_of_the_month_does_not_count_in_the_next(
             await call.record([usage(call)])
         assert dispatcher.admission.account("t").spent == 0.0
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -> None:
@@ -932,7 +965,7 @@ def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -
             stopped = StoppedImage(held.lease, 3, 0.3)
             await dispatcher.report_replica(Heartbeat("p", "r", 1), [], [stopped])
             await settle()
-        (record,) = read_usage(tmp_path)
+        (record,) = usage_in(tmp_path)
         assert (record["outcome"], record["steps"]) == ("cancelled", 3)
         assert record["work_s"] == pytest.approx(0.3)
         await settle()
@@ -940,7 +973,7 @@ def test_a_cancelled_image_is_charged_the_steps_that_were_done(tmp_path: Path) -
         assert account.spent == pytest.approx(0.3)
         assert account.reserved == pytest.approx(0)
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path: Path) -> None:
@@ -952,10 +985,10 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         stopped = [StoppedImage(Lease(session.name, held.lease.image_id, "p"), 0, 0.0)]
         await dispatcher.report_replica(Heartbeat("p", "r", 1), [], stopped)
         await settle()
-        assert list(read_usage(tmp_path)) == []
+        assert usage_in(tmp_path) == []
         assert dispatcher.admission.account("t").reserved == 0
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_images_generated_for_a_client_that_left_are_charged(tmp_path: Path) -> None:
@@ -977,7 +1010,7 @@ def test_images_generated_for_a_client_that_left_are_charged(tmp_path: Path) -> 
         report = StoppedImage(stopped.lease, 3, 0.3)
         await dispatcher.report_replica(Heartbeat("p", "r", 2), [], [report])
         await settle()
-        records = {r["image"]: r for r in read_usage(tmp_path)}
+        records = {r["image"]: r for r in usage_in(tmp_path)}
         assert {r["outcome"] for r in records.values()} == {"cancelled"}
         assert (records[0]["steps"], records[1]["steps"]) == (10, 3)
         account = dispatcher.admission.account("t")
@@ -985,7 +1018,7 @@ def test_images_generated_for_a_client_that_left_are_charged(tmp_path: Path) -> 
         assert account.reserved == pytest.approx(0)
         assert dispatcher.grants.free_slots("p") == 2
 
-    run(test, usage_folder=str(tmp_path))
+    run(test, database=store_in(tmp_path))
 
 
 def test_a_slot_that_never_began_holds_no_budget() -> None:

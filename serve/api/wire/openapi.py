@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ...errors import (
+    Conflict,
     InvalidRequest,
     KeyInvalid,
     LinkInvalid,
@@ -18,6 +19,20 @@ from ...errors import (
     StoreFailed,
     Unavailable,
     tree,
+)
+from ...tenants.keys import SCOPES
+from .admin import (
+    DEFAULT,
+    LAST_ID,
+    MOST,
+    AuditList,
+    DeletedTenant,
+    DifferenceList,
+    KeyList,
+    NewKeyItem,
+    RevokedKey,
+    TenantItem,
+    TenantList,
 )
 from .edit import EditFields, ImageEdit
 from .paths import EDITS, GENERATIONS
@@ -37,12 +52,15 @@ from .response import (
     RequestStatus,
     UsageList,
 )
-from .usage_query import DEFAULT, LAST_ID, MOST
 
 IMAGE_ERRORS = tuple(
     error
     for error in tree()
     if error not in (KeyInvalid, LinkInvalid, NotFound) and error.status != 405
+)
+ADMIN: tuple[type[BaseModel], ...] = (
+    *(TenantItem, TenantList, DeletedTenant, NewKeyItem, KeyList, RevokedKey, AuditList),
+    DifferenceList,
 )
 LIMITS = tuple(
     f"x-ratelimit-{name}-{of}"
@@ -72,6 +90,7 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
             (LiftedQuarantine, "serialization"),
             (NodeCordon, "serialization"),
             (UsageList, "serialization"),
+            *((item, "serialization") for item in ADMIN),
             (ErrorEvent, "serialization"),
             *((event, "serialization") for event in EVENTS.values()),
         ],
@@ -194,27 +213,7 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
-        "/admin/v1/usage": {
-            "get": {
-                "operationId": "listUsage",
-                "summary": "Read usage records in the order in which they were written (operators "
-                "only)",
-                "parameters": [
-                    _whole("after", "Records behind the one with this id", 0, 0, LAST_ID),
-                    _whole("limit", "Most records of the answer", DEFAULT, 1, MOST),
-                    {
-                        "name": "tenant",
-                        "in": "query",
-                        "description": "Records of this tenant only",
-                        "schema": {"type": "string"},
-                    },
-                ],
-                "responses": {
-                    "200": _answer("The records", "UsageList"),
-                    **_errors(InvalidRequest, NotFound, Unavailable),
-                },
-            }
-        },
+        **_admin_paths(),
         "/v1/quarantine/{id}": {
             "delete": {
                 "operationId": "liftQuarantine",
@@ -252,6 +251,94 @@ def _paths() -> dict[str, Any]:
             )
         },
     }
+
+
+def _admin_paths() -> dict[str, Any]:
+    """The paths of tenants, keys, audit and usage."""
+    tenants, keys = "/admin/v1/tenants", "/admin/v1/keys"
+    about, overlap = {"type": "object"}, {"type": "number", "default": 86400}
+    new_tenant = {"type": "object", "required": ["id"], "properties": {"id": {"type": "string"}}}
+    new_key = {
+        "type": "object",
+        "required": ["tenant"],
+        "properties": {
+            "tenant": {"type": "string"},
+            "scopes": {"type": "array", "items": {"enum": list(SCOPES)}},
+            "expires_at": {"type": ["string", "null"], "format": "date-time"},
+        },
+    }
+    files = {
+        "type": "object",
+        "required": ["tenants"],
+        "properties": {"tenants": about, "keys": about, "dry_run": {"type": "boolean"}},
+    }
+    rotation = {"type": "object", "properties": {"overlap_s": overlap}}
+    return {
+        tenants: {
+            "get": _admin("listTenants", "List tenants", "TenantList", page="id"),
+            "post": _admin("createTenant", "Add a tenant", "TenantItem", body=new_tenant),
+        },
+        tenants + "/{id}": {
+            "get": _admin("readTenant", "Read a tenant", "TenantItem", "id"),
+            "patch": _admin("changeTenant", "Change limits", "TenantItem", "id", body=about),
+            "delete": _admin("deleteTenant", "Delete a tenant", "DeletedTenant", "id"),
+        },
+        keys: {
+            "get": _admin("listKeys", "List keys", "KeyList", page="id", of_tenant=True),
+            "post": _admin("createKey", "Make a key", "NewKeyItem", body=new_key),
+        },
+        keys + "/{id}/rotate": {
+            "post": _admin("rotateKey", "Replace a key", "NewKeyItem", "id", body=rotation)
+        },
+        keys + "/{id}": {"delete": _admin("revokeKey", "Revoke a key", "RevokedKey", "id")},
+        "/admin/v1/apply": {
+            "post": _admin("applyFiles", "Apply tenants' files", "DifferenceList", body=files)
+        },
+        "/admin/v1/audit": {
+            "get": _admin("listAudit", "List changes", "AuditList", page="number", of_tenant=True)
+        },
+        "/admin/v1/usage": {
+            "get": _admin(
+                "listUsage", "List usage records", "UsageList", page="number", of_tenant=True
+            )
+        },
+    }
+
+
+def _admin(
+    operation: str,
+    summary: str,
+    answer: str,
+    *path: str,
+    body: dict[str, Any] | None = None,
+    page: Literal["id", "number"] | None = None,
+    of_tenant: bool = False,
+) -> dict[str, Any]:
+    """Describe an operation of the admin API.
+
+    `path`: the parameters in its path. `page`: the kind of ids by which a list is read in pages.
+    `of_tenant`: whether the list has the parameter `tenant`.
+    """
+    parameters = [_parameter(name, "path") for name in path]
+    if page:
+        number = _whole("after", "Entries behind this id", 0, 0, LAST_ID)
+        text = {**number, "schema": {"type": "string", "default": ""}}
+        parameters += [number if page == "number" else text]
+        parameters += [_whole("limit", "Most entries of the answer", DEFAULT, 1, MOST)]
+    if of_tenant:
+        schema = {"type": "string"}
+        parameters += [{"name": "tenant", "in": "query", "required": False, "schema": schema}]
+    status = "201" if operation in ("createTenant", "createKey", "rotateKey") else "200"
+    errors = (InvalidRequest, NotFound, Conflict, Unavailable)
+    found = {
+        "operationId": operation,
+        "summary": f"{summary} (operators only)",
+        "parameters": parameters,
+        "responses": {status: _answer(summary, answer), **_errors(*errors)},
+    }
+    if body:
+        found["requestBody"] = {"content": {"application/json": {"schema": body}}}
+    return found
 
 
 def _form(fields: dict[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class UsageItem(BaseModel):
     steps: int
     work_s: Annotated[float, Field(description="The charge, in seconds of a reference replica.")]
     outcome: str
+    key_id: Annotated[str | None, Field(description="Id of the API key that asked for the image.")]
+    release: Annotated[str | None, Field(description="Octet's version; null: not known.")]
 
 
 class UsageList(BaseModel):

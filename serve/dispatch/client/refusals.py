@@ -29,6 +29,10 @@ EVICTED = "the queue is full, and you have more queued in it than others: try ag
 REFUSALS: dict[tuple[str, bool], tuple[type[OctetError], str]] = {
     ("no_tenant", False): (KeyInvalid, "the tenant of this API key no longer exists"),
     ("draining", False): (Unavailable, "this server is shutting down"),
+    ("database_unavailable", False): (
+        Unavailable,
+        "usage cannot be recorded at the moment, so no new work is accepted",
+    ),
     ("request_id_in_use", False): (
         RequestIdInUse,
         "x-request-id: another request with this id is still open",

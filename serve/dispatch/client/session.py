@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ...errors import Evicted, NoCapacity, UsageUnrecorded
+from ...errors import Evicted, NoCapacity
 from ...tenants.keys import TenantDirectory
 from ...usage.record import UsageRecord
 from ..protocol import (
@@ -52,6 +52,7 @@ from .refusals import EVICTED, NO_CAPACITY
 log = logging.getLogger("ray.serve")
 
 OF_CLOSED_CALLS = "cancelled", "reversed"  # records that no open call sends once more
+KEY_USE_S = 60.0  # between two reports that a key is used
 MOST_QUERIES = 1000  # that may wait for the Dispatcher's answer
 
 
@@ -79,6 +80,8 @@ class DispatchSession:
         self._new_quarantined: list[QuarantinedRequest] = []
         self._lifted: list[str] = []
         self._faults: dict[str, str] = {}  # in every update, so that a new Dispatcher hears them
+        self._keys_used: dict[str, float] = {}  # since the last update, by id of the key
+        self._use_told: dict[str, float] = {}  # the use that the Dispatcher was told last
         self._new_queries: set[CallQuery] = set()
         # Queries that the Dispatcher has not answered; equal ones share an answer.
         self._asked: dict[CallQuery, asyncio.Future[CallAnswer]] = {}
@@ -102,6 +105,11 @@ class DispatchSession:
             self._faults[part] = fault
         self._changed.set()
 
+    def key_used(self, id: str, now: float) -> None:
+        """Report with the next update that an API key was used at the Unix time `now`."""
+        if now - self._use_told.get(id, 0.0) >= KEY_USE_S:
+            self._use_told[id] = self._keys_used[id] = now
+
     @property
     def pending_images(self) -> int:
         """The number of images that wait for a grant or hold a slot."""
@@ -117,6 +125,7 @@ class DispatchSession:
         waited_s: float = 0.0,
         usages: Sequence[UsageRecord] = (),
         result_key: str = "",
+        key_id: str = "",
     ) -> OpenCall:
         """Ask the Dispatcher to admit a call and to queue its images.
 
@@ -125,8 +134,8 @@ class DispatchSession:
         cancelled. `usages`: records that are written if the call is admitted, without a further
         message; `OpenCall.recorded` waits for that. Their field `call` is filled in here.
         `result_key`: under which the images will be in the result cache that all Ingresses share;
-        if the call is admitted, `finish` must be called for it. The caller must always close the
-        call.
+        if the call is admitted, `finish` must be called for it. `key_id`: of the client's API key.
+        The caller must always close the call.
         """
         loop = asyncio.get_running_loop()
         call_id = f"{self.name[:12]}-{next(self._numbers)}"
@@ -144,6 +153,7 @@ class DispatchSession:
             work_s,
             usages=records,
             result_key=result_key,
+            key_id=key_id,
         )
         call = OpenCall(
             self,
@@ -286,7 +296,9 @@ class DispatchSession:
                         self._open = True
                         self._changed.set()  # sends what has waited for the session
                     if message.tenants is not None:
-                        self.tenants = message.tenants
+                        if self.tenants is None:
+                            self.tenants = TenantDirectory()
+                        self.tenants.change(message.tenants)
                     if message.status:
                         self._status = message.status
                         self.quarantined = frozenset(r.id for r in message.status.quarantined)
@@ -364,9 +376,9 @@ class DispatchSession:
             case CallAnswer(query=query):
                 if asked := self._asked.pop(query, None):
                     asked.set_result(event)
-            case Recorded(call_id=call_id, on_disk=on_disk):
+            case Recorded(call_id=call_id):
                 if call := self._calls.get(call_id):
-                    self._hear_recorded(call, on_disk)
+                    self._hear_recorded(call)
 
     def _hear_decision(self, decision: AdmissionDecision) -> None:
         call = self._calls.get(decision.call_id)
@@ -397,18 +409,13 @@ class DispatchSession:
             grant.pool = pool
             grant.granted.set_result(pool)
 
-    def _hear_recorded(self, call: OpenCall, on_disk: bool) -> None:
+    def _hear_recorded(self, call: OpenCall) -> None:
         if (recording := call.unanswered) is None:
             return
         recording.answered = True
         call.request = call.request._replace(work_s=0.0)
-        if recording.done.done():
-            return
-        if on_disk:
+        if not recording.done.done():
             recording.done.set_result(None)
-        else:
-            error = UsageUnrecorded("the image's usage could not be recorded")
-            recording.done.set_exception(error)
 
     # -- updates to the Dispatcher --------------------------------------------------------------
 
@@ -460,7 +467,9 @@ class DispatchSession:
             quarantined=tuple(self._new_quarantined),
             lifted=tuple(self._lifted),
             faults=tuple(self._faults.items()),
+            keys_used=tuple(self._keys_used.items()),
         )
+        self._keys_used.clear()
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
         self._releases.clear()

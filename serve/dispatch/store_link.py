@@ -1,0 +1,185 @@
+"""The Dispatcher's link to the store: opened, followed for changes, and its present fault.
+
+The store is opened in the background and tried again until it answers. So a Dispatcher that starts
+while the database is away says what is wrong, refuses new work, and needs no restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import OctetError, SettingsError
+from ..tenants.keys import TenantChanges
+from ..tenants.tenant import Tenant
+from ..tenants.watched_files import WatchedFiles
+
+if TYPE_CHECKING:
+    from ..store.database import Database
+    from ..tenants.administration import Administration
+    from ..tenants.registry import TenantRegistry
+    from ..usage.ledger import UsageLedger
+
+log = logging.getLogger("ray.serve")
+
+OLD_USAGE = "usage"  # the folder in the data folder where earlier releases kept usage records
+PAUSE_S = 60.0  # between two notes in the database that a key is used
+
+
+class _OpenStore(NamedTuple):
+    """What is there once the database has answered."""
+
+    database: Database
+    administration: Administration
+    registry: TenantRegistry
+    ledger: UsageLedger
+
+
+class StoreLink:
+    """The database of tenants and usage, and what this Dispatcher knows of it.
+
+    `fault`: why the database or the tenants' files cannot be used at present; "" if they can.
+    """
+
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        data_folder: Path | None,
+        tenants_folder: Path | None,
+        on_open: Callable[[UsageLedger], None],
+        on_tenants: Callable[[TenantChanges, dict[str, Tenant]], None],
+        on_fault: Callable[[], None],
+    ) -> None:
+        """`arguments`: of the `Database`.
+
+        `data_folder`: where earlier releases have kept usage records, which are then imported.
+        `tenants_folder`: the folder whose files are applied at the start and when they change.
+        `on_open` is called once the database answers, `on_tenants` with the changes and all tenants
+        whenever tenants or keys change, and `on_fault` when `fault` changes.
+        """
+        self._arguments = arguments
+        self._old_usage = data_folder / OLD_USAGE if data_folder else None
+        self._files = WatchedFiles(tenants_folder) if tenants_folder else None
+        self._files_changed = False  # and are not applied yet
+        self._on_open, self._on_tenants, self._on_fault = on_open, on_tenants, on_fault
+        self._lock = asyncio.Lock()  # one reading of tenants at a time
+        self._store: _OpenStore | None = None
+        self._used: dict[str, float] = {}  # by id of the key, when it was used; not noted yet
+        self._noted: dict[str, float] = {}  # the same, as it was noted last
+        self.fault = ""
+
+    @property
+    def file_faults(self) -> dict[str, str]:
+        """The faults of the tenants' files, by their names."""
+        return self._files.faults if self._files else {}
+
+    async def run(self, every_s: float) -> None:
+        """Open the database, and then follow its tenants, for ever."""
+        while True:
+            await self._tried(self._open() if self._store is None else self.follow())
+            await asyncio.sleep(every_s)
+
+    async def follow(self) -> None:
+        """Read the files and the tenants that have changed, and pass the changes on.
+
+        Raises `OSError` if the database cannot be used.
+        """
+        if (store := self._store) is None:
+            return
+        async with self._lock:
+            faults = dict(self.file_faults)
+            changes = await asyncio.to_thread(self._read, store)
+            if changes:
+                self._on_tenants(changes, store.registry.tenants)
+            if faults != self.file_faults:
+                self._on_fault()
+
+    def key_used(self, id: str, when: float) -> None:
+        """Note that the key with this id was used at the Unix time `when`."""
+        if when - self._noted.get(id, 0.0) >= PAUSE_S:
+            self._used[id] = when
+
+    async def administer(self, operation: str, arguments: dict[str, Any]) -> Any:
+        """Call a method of `Administration`; return its result, or the `OctetError` that it raises.
+
+        What it changes holds when this returns. Raises `OSError` if the database cannot be used.
+        """
+        if self._store is None:
+            raise OSError(self.fault or "the database is being opened")
+        method = getattr(self._store.administration, operation)
+        try:
+            found = await asyncio.to_thread(lambda: method(**arguments))
+        except OctetError as error:
+            return error
+        await self.follow()
+        return found
+
+    def close(self) -> None:
+        """Close the database."""
+        store, self._store = self._store, None
+        if store:
+            store.database.close()
+
+    async def _tried(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Await `work`; return whether it succeeded, and note the fault if it did not."""
+        fault = ""
+        try:
+            await work
+        except (OSError, ValueError, SettingsError) as error:
+            fault = str(error)
+            if fault != self.fault:
+                log.error("the database cannot be used: %s", fault)
+        if fault != self.fault:
+            self.fault = fault
+            self._on_fault()
+        return not fault
+
+    async def _open(self) -> None:
+        self._store = store = await asyncio.to_thread(self._opened)
+        self._on_tenants(store.registry.whole, store.registry.tenants)
+        self._on_open(store.ledger)
+        if self.file_faults:
+            self._on_fault()
+
+    def _opened(self) -> _OpenStore:
+        """Open the database, import old usage, and read tenants and sums."""
+        from ..store.database import Database  # SQLAlchemy takes half a second to import
+        from ..tenants.administration import Administration
+        from ..tenants.registry import TenantRegistry
+        from ..usage.ledger import UsageLedger, import_folder
+
+        database = Database(**self._arguments)
+        try:
+            if self._old_usage and (count := import_folder(database, self._old_usage)):
+                log.info("%d usage records of an earlier release were imported", count)
+            administration = Administration(database, time.time)
+            self._apply_files(administration)
+            registry = TenantRegistry(database)
+            return _OpenStore(
+                database, administration, registry, UsageLedger(database, time.time())
+            )
+        except BaseException:
+            database.close()
+            raise
+
+    def _read(self, store: _OpenStore) -> TenantChanges | None:
+        self._apply_files(store.administration)
+        if used := self._used:
+            self._used = {}
+            store.administration.note_use(used)
+            self._noted |= used
+        return store.registry.read()
+
+    def _apply_files(self, administration: Administration) -> None:
+        """Apply the tenants' files to the database if they have changed."""
+        if self._files is None:
+            return
+        self._files_changed |= self._files.read()
+        if self._files_changed and self._files.tenants is not None:
+            found = administration.apply("tenants_folder", self._files.tenants, self._files.keys)
+            log.info("the tenants' files were applied: %d differences", len(found))
+            self._files_changed = False
