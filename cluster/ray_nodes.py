@@ -12,6 +12,11 @@ from .placement import Node
 FOR_GOOD_S = 10 * 365 * 24 * 3600.0
 
 
+def cluster_id() -> str:
+    """The id of this Ray cluster, which no other cluster has; it survives a restart of the head."""
+    return str(ray._private.worker.global_worker.gcs_client.cluster_id.hex())
+
+
 def living_nodes() -> list[Node]:
     """The living nodes.
 

@@ -195,7 +195,7 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         f"{Q.most('octet_database_fault')} > 0",
         "1m",
         "critical",
-        "The database of tenants and usage cannot be used: all new requests for images are refused.",
+        "The database of tenants and usage cannot be used, so all new work is refused.",
     ),
     "OctetTenantsFile": (
         f"{Q.most('octet_tenants_file_faults', 'file')} > 0",

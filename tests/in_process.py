@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -125,6 +126,7 @@ def a_dispatcher(
     drained: list[str] | None = None,
     ingresses: int = 0,
     timing: Timing = PROMPT,
+    cluster: str = "",
 ) -> Dispatcher:
     """A Dispatcher of pools that fit on its only node; a pool named "elsewhere" does not.
 
@@ -143,6 +145,7 @@ def a_dispatcher(
         drained.append if drained is not None else lambda _node: None,
         lambda: {INGRESS: {"RUNNING": ingresses}},
         timing,
+        lambda: cluster or uuid.uuid4().hex,
     )
     limits = limits or ScalingLimits({pool: PoolBounds("m", 0, 9, 4) for pool in pools})
     dispatcher.apply(needs, limits, max_queued)

@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..tenants.tenant import Tenant
-from ..usage.record import UsageRecord
+from ..usage.record import UsageRecord, Used
 from .call_forecasts import CallForecasts, Forecast
 from .grants import Grants
 from .protocol import AdmissionDecision, AdmissionRequest, Pools, RefusalReason
-from .tenant_account import TenantAccount
+from .tenant_account import DUST, TenantAccount
 
+USED_S = 60.0  # for which other clusters are told of a tenant after its last call
 DATABASE_RETRY_S = 5.0  # after which a client may try again while the database is away
 OWN_SHARE = 4  # places that a tenant may take for each place that is left
 
@@ -106,6 +107,7 @@ class Admission:
         # Arrived work by pools: admitted, or refused only because there were too few replicas.
         self.arrived: dict[Pools, Arrivals] = {}
         self._grants = grants
+        self._leasing = False  # whether other clusters share the budgets
         self._tenancies: dict[str, _Tenancy] = {}
         self._known: Mapping[str, Tenant] | None = None  # None: any tenant may call
         self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and call id
@@ -139,8 +141,59 @@ class Admission:
     def _tenancy(self, tenant: str) -> _Tenancy:
         if tenant not in self._tenancies:
             limits = (self._known or {}).get(tenant, Tenant())
-            self._tenancies[tenant] = _Tenancy(TenantAccount(limits))
+            account = TenantAccount(limits)
+            account.leased = 0.0 if self._leasing else None
+            self._tenancies[tenant] = _Tenancy(account)
         return self._tenancies[tenant]
+
+    # -- limits that other clusters share -------------------------------------------------------
+
+    def begin_leases(self, leased: Mapping[str, float]) -> None:
+        """From now on only leased work may be reserved; `leased`: by tenant, none for others."""
+        self._leasing = True
+        for name in {*self._tenancies, *leased}:
+            self.account(name).leased = leased.get(name, 0.0)
+
+    def return_leases(self, idle_since: float) -> dict[str, float]:
+        """Give up the leased work that no open call needs, of tenants that were idle; return it."""
+        found = {}
+        for name, account, _ in self.accounts():
+            excess = (account.leased or 0.0) - account.reserved
+            if excess > DUST and account.used_at < idle_since:
+                account.lease(-excess)
+                found[name] = excess
+        return found
+
+    def used(self, now: float) -> dict[str, Used]:
+        """What the tenants have used that have called in the last minute."""
+        return {
+            name: Used(account.counted[0], account.counted[1], calls)
+            for name, account, calls in self.accounts()
+            if calls or account.used_at > now - USED_S
+        }
+
+    def hear_of_others(
+        self,
+        before: Mapping[str, Mapping[str, Used]],
+        after: Mapping[str, Mapping[str, Used]],
+        now: float,
+    ) -> None:
+        """Take what tenants have used at other clusters from their limits here.
+
+        `before`, `after`: by cluster, what it has told last and now.
+        """
+        for _, account, _ in self.accounts():
+            account.open_elsewhere = 0
+        for cluster, told in after.items():
+            known = before.get(cluster, told)  # what was used before this cluster was known is past
+            for name, used in told.items():
+                account = self.account(name)
+                account.open_elsewhere += used.open
+                last = known.get(name, Used(0.0, 0.0, 0))
+                if account.requests and (requests := used.requests - last.requests) > 0:
+                    account.requests.take(requests, now)
+                if account.work and (work_s := used.work_s - last.work_s) > 0:
+                    account.work.take(work_s, now)
 
     # -- calls ----------------------------------------------------------------------------------
 
@@ -202,6 +255,8 @@ class Admission:
         """
         account = self.account(usage.tenant)
         account.spent = account.spent + usage.work_s if spent is None else spent
+        if usage.work_s > 0:
+            account.lease(-usage.work_s)
         if call := self._calls.get((session, usage.call)):
             self._learn(call, now)
 
@@ -256,10 +311,12 @@ class Admission:
             if late_s := account.requests.wait_s(1, now):
                 raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
             account.requests.take(1, now)
+        account.counted[0] += 1
         if not all(self._grants.possible(image.pools) for image in images):
             raise _RefusedError("no_capacity")
         calls = self._tenancy(request.tenant).calls
-        if tenant.max_requests is not None and len(calls) >= tenant.max_requests:
+        open_calls = len(calls) + account.open_elsewhere
+        if tenant.max_requests is not None and open_calls >= tenant.max_requests:
             ends = [c.opened + c.predicted_s - now for c in calls if c.predicted_s is not None]
             later_s = max(min(ends, default=0.0), 1.0) if tenant.max_requests else None
             raise _RefusedError("rate_limit_exceeded", later_s, own_limit=True)
@@ -267,7 +324,7 @@ class Admission:
             return None
         if account.work and (late_s := account.work.wait_s(request.work_s, now)):
             raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
-        if account.budget_left is not None and request.work_s > account.budget_left + 1e-6:
+        if not account.may_reserve(request.work_s):
             never = request.work_s > (tenant.monthly_work or 0.0)
             later_s = None if never else self.month_ends - now
             raise _RefusedError("insufficient_quota", later_s, own_limit=True)
@@ -339,6 +396,8 @@ class Admission:
         tenancy.account.reserved += request.work_s
         if request.accepted:
             return
+        tenancy.account.used_at = now
+        tenancy.account.counted[1] += request.work_s
         if tenancy.account.work:
             tenancy.account.work.take(request.work_s, now)
         self._count_arrival(request)

@@ -14,12 +14,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.load import ScalingLimits
 from cluster.placement import Node, NodeRequirement
-from cluster.ray_nodes import drain_for_good, living_nodes
+from cluster.ray_nodes import cluster_id, drain_for_good, living_nodes
 
 from ..models.replica_bounds import scaling_limits
 from ..settings.application import LiveSettings, Settings
@@ -60,11 +62,14 @@ from .recovery import Recovery
 from .scaling import Scaling
 from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
+from .shared_limits import SharedLimits
 from .shared_results import SharedResults
 from .store_link import StoreLink
 from .upkeep import Upkeep
+from .waiting_calls import WaitingCall, WaitingCalls
 
 if TYPE_CHECKING:
+    from ..usage.leases import BudgetLeases
     from ..usage.ledger import UsageLedger, UsagePage
 
 log = logging.getLogger("ray.serve")
@@ -89,6 +94,7 @@ class Dispatcher:
         drain: Callable[[str], None] = drain_for_good,
         read_states: Callable[[], ReplicaStates] = replica_states,
         timing: Timing = TIMING,
+        cluster: Callable[[], str] = cluster_id,
     ) -> None:
         """Start the Dispatcher and its background tasks; needs a running event loop.
 
@@ -97,7 +103,8 @@ class Dispatcher:
         states of Ray Serve's replicas; all may block. `database`: the arguments of the `Database`
         of tenants and usage; without it usage is counted in memory only, and lost when this process
         ends. `data_folder`: the folder with the file of cordoned nodes. `tenants_folder`: see
-        `StoreLink`. `keyed`: whether only tenants of the database may call. Raises `OSError` or
+        `StoreLink`. `keyed`: whether only tenants of the database may call. `cluster`: returns an
+        id that no other cluster has. Raises `OSError` or
         `ValueError` if the file of cordoned nodes cannot be read.
         """
         self._timing = timing
@@ -119,6 +126,7 @@ class Dispatcher:
             timing.charge_retry_s,
         )
         self.store: StoreLink | None = None
+        self._shared: SharedLimits | None = None
         self._keyed = keyed
         self.recovery = Recovery(timing, read_states, self._begin)
         if database:
@@ -126,14 +134,14 @@ class Dispatcher:
                 database,
                 folder,
                 Path(tenants_folder).expanduser() if tenants_folder else None,
+                cluster,
                 self._store_opened,
                 self._change_tenants,
                 self._store_changed,
             )
         else:
             self._store_opened(None)
-        # The sessions' requests that came during the recovery, and when each came.
-        self._early: list[tuple[str, AdmissionRequest, float]] = []
+        self._early = WaitingCalls()  # calls that came during the recovery
         self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
         self._quarantine, self._results = Quarantine(), SharedResults()
         self._cordons = Cordons(read_cordons(folder))
@@ -255,12 +263,8 @@ class Dispatcher:
             self._cordons.died(dead.heartbeat, dead.calls, now)
         for call_id in update.ended_calls:
             self.admission.end(session, call_id, now)
-        if self._early:
-            self._early = [
-                early
-                for early in self._early
-                if early[0] != session or early[1].call_id not in update.ended_calls
-            ]
+        for waiting in self._waiting():
+            waiting.forget(session, update.ended_calls)
         for result_key in update.finished_results:
             self.sessions.deliver(self._results.finish(session, result_key))
         self._open_calls(session, update.admissions)
@@ -285,7 +289,8 @@ class Dispatcher:
         """Close a session: remove its images from the queue, free its slots, close its calls."""
         self.grants.close(session, time.monotonic())
         self.admission.end_session(session, time.monotonic())
-        self._early = [early for early in self._early if early[0] != session]
+        for waiting in self._waiting():
+            waiting.forget(session)
         self.sessions.close(session)
         self.sessions.deliver(self._results.end_session(session))
         if self._faults.pop(session, None):
@@ -399,7 +404,8 @@ class Dispatcher:
     @property
     def _database_fault(self) -> str:
         """Why charges cannot be written, or tenants not be read, at present; "" if they can."""
-        return self.metering.fault or (self.store.fault if self.store else "")
+        shared = self._shared.fault if self._shared else ""
+        return self.metering.fault or (self.store.fault if self.store else "") or shared
 
     def _pool_status(self, pool: str) -> PoolStatus:
         staying = self.grants.staying(pool)
@@ -430,23 +436,35 @@ class Dispatcher:
 
     def _begin(self) -> None:
         """Decide on the calls that arrived during the recovery, and begin to grant."""
-        early, self._early = self._early, []
-        for session, request, came in early:
-            if session in self.sessions:
-                waited_s = request.waited_s + time.monotonic() - came
-                self._open_calls(session, [request._replace(waited_s=waited_s)])
+        self._decide(self._early.take())
         self.sessions.deliver(self._results.end_leaderless())
         self._grant()
 
-    def _open_calls(self, session: str, requests: Iterable[AdmissionRequest]) -> None:
+    def _waiting(self) -> Iterable[WaitingCalls]:
+        """The calls that wait for a decision, where there are any."""
+        places = (self._early, self._shared.waiting if self._shared else None)
+        return [waiting for waiting in places if waiting]
+
+    def _decide(self, calls: Iterable[WaitingCall], *, leased: bool = False) -> None:
+        """Decide on calls that have waited; `leased`: their work was leased, if it could be."""
+        for call in calls:
+            if call.session in self.sessions:
+                self._open_calls(call.session, [call.at(time.monotonic())], leased=leased)
+
+    def _open_calls(
+        self, session: str, requests: Iterable[AdmissionRequest], *, leased: bool = False
+    ) -> None:
         now = time.monotonic()
         queued: list[QueuedImage] = []
         for request in requests:
             if not (self.recovery.over or request.accepted or self._database_fault):
-                self._early.append((session, request, now))
+                self._early.add(session, request, now)
                 continue
             if self._results.must_follow(session, request) and not request.accepted:
                 request = request._replace(images=(), work_s=0.0, follows=True)
+            shared = None if leased or self._database_fault else self._shared
+            if shared and shared.must_wait(session, request, now):
+                continue
             decision = self.admission.open(session, request, now)
             if decision.refusal:
                 self._tenant_metrics.refused(request.tenant, decision.refusal)
@@ -524,9 +542,24 @@ class Dispatcher:
 
     # -- the store ------------------------------------------------------------------------------
 
-    def _store_opened(self, ledger: UsageLedger | None) -> None:
-        """Begin to charge, and to admit calls; None: usage is counted in memory only."""
+    def _store_opened(
+        self,
+        ledger: UsageLedger | None,
+        leases: BudgetLeases | None = None,
+        leased: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Begin to charge, and to admit calls.
+
+        `ledger`: None if usage is counted in memory only. `leases`: None if no other cluster shares
+        the budgets; else `leased` is what this cluster has leased already.
+        """
         self.metering.begin(ledger)
+        if leases:
+            self._shared = SharedLimits(
+                leases, self.admission, partial(self._decide, leased=True), self._store_changed
+            )
+            self._shared.begin(leased)
+            self._tasks.append(asyncio.create_task(self._shared.run(self._timing.tenants_s)))
         self.recovery.knows_usage()
 
     def _change_tenants(self, changes: TenantChanges, tenants: dict[str, Tenant]) -> None:
@@ -539,7 +572,5 @@ class Dispatcher:
         """Note that the database's fault has changed; with a fault, refuse the calls that wait."""
         self.admission.database_fault = self._database_fault
         if self._database_fault:
-            early, self._early = self._early, []
-            for session, request, _ in early:
-                self._open_calls(session, [request])
+            self._decide(self._early.take())
         self.sessions.set_status(self._status())

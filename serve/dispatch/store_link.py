@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +18,13 @@ from ..errors import OctetError, SettingsError
 from ..tenants.keys import TenantChanges
 from ..tenants.tenant import Tenant
 from ..tenants.watched_files import WatchedFiles
+from ..usage.months import month_of
 
 if TYPE_CHECKING:
     from ..store.database import Database
     from ..tenants.administration import Administration
     from ..tenants.registry import TenantRegistry
+    from ..usage.leases import BudgetLeases
     from ..usage.ledger import UsageLedger
 
 log = logging.getLogger("ray.serve")
@@ -37,6 +40,8 @@ class _OpenStore(NamedTuple):
     administration: Administration
     registry: TenantRegistry
     ledger: UsageLedger
+    leases: BudgetLeases | None  # None: no other cluster can use this database
+    leased: dict[str, float]
 
 
 class StoreLink:
@@ -50,7 +55,8 @@ class StoreLink:
         arguments: dict[str, Any],
         data_folder: Path | None,
         tenants_folder: Path | None,
-        on_open: Callable[[UsageLedger], None],
+        cluster: Callable[[], str],
+        on_open: Callable[[UsageLedger, BudgetLeases | None, dict[str, float]], None],
         on_tenants: Callable[[TenantChanges, dict[str, Tenant]], None],
         on_fault: Callable[[], None],
     ) -> None:
@@ -58,13 +64,16 @@ class StoreLink:
 
         `data_folder`: where earlier releases have kept usage records, which are then imported.
         `tenants_folder`: the folder whose files are applied at the start and when they change.
-        `on_open` is called once the database answers, `on_tenants` with the changes and all tenants
-        whenever tenants or keys change, and `on_fault` when `fault` changes.
+        `cluster`: returns an id that no other cluster has. `on_open` is called once the database
+        answers: with the ledger, and with the leases and what is leased if clusters may share the
+        database. `on_tenants` is called with the changes and all tenants whenever tenants or keys
+        change, and `on_fault` when `fault` changes.
         """
         self._arguments = arguments
         self._old_usage = data_folder / OLD_USAGE if data_folder else None
         self._files = WatchedFiles(tenants_folder) if tenants_folder else None
         self._files_changed = False  # and are not applied yet
+        self._cluster = cluster
         self._on_open, self._on_tenants, self._on_fault = on_open, on_tenants, on_fault
         self._lock = asyncio.Lock()  # one reading of tenants at a time
         self._store: _OpenStore | None = None
@@ -141,7 +150,7 @@ class StoreLink:
     async def _open(self) -> None:
         self._store = store = await asyncio.to_thread(self._opened)
         self._on_tenants(store.registry.whole, store.registry.tenants)
-        self._on_open(store.ledger)
+        self._on_open(store.ledger, store.leases, store.leased)
         if self.file_faults:
             self._on_fault()
 
@@ -150,6 +159,7 @@ class StoreLink:
         from ..store.database import Database  # SQLAlchemy takes half a second to import
         from ..tenants.administration import Administration
         from ..tenants.registry import TenantRegistry
+        from ..usage.leases import BudgetLeases
         from ..usage.ledger import UsageLedger, import_folder
 
         database = Database(**self._arguments)
@@ -158,10 +168,15 @@ class StoreLink:
                 log.info("%d usage records of an earlier release were imported", count)
             administration = Administration(database, time.time)
             self._apply_files(administration)
-            registry = TenantRegistry(database)
-            return _OpenStore(
-                database, administration, registry, UsageLedger(database, time.time())
-            )
+            registry, now = TenantRegistry(database), time.time()
+            if not database.is_shared:
+                ledger = UsageLedger(database, now)
+                return _OpenStore(database, administration, registry, ledger, None, {})
+            cluster = self._cluster()
+            leases = BudgetLeases(database, cluster, uuid.uuid4().hex)
+            leased = leases.join(month_of(now))
+            ledger = UsageLedger(database, now, cluster)
+            return _OpenStore(database, administration, registry, ledger, leases, leased)
         except BaseException:
             database.close()
             raise

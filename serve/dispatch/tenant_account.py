@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from ..tenants.tenant import BURST_S, Tenant
 from .protocol import RateLimitStatus
 
+DUST = 1e-6  # seconds of work by which sums of the same numbers may differ
+
 
 @dataclass(slots=True)
 class Gcra:
@@ -53,12 +55,17 @@ class TenantAccount:
     """A tenant's limits, and the work that it has reserved and spent.
 
     `spent`: the work charged in the present calendar month. `requests`, `work`: the limits of the
-    request rate and the work rate; None if there is no such limit.
+    request rate and the work rate; None if there is no such limit. `leased`: the work that may be
+    reserved here, if other clusters share the budget; None if this is the only cluster.
     """
 
     def __init__(self, tenant: Tenant) -> None:
         self.reserved = 0.0  # work that open calls may still be charged
         self.spent = 0.0
+        self.leased: float | None = None
+        self.counted = [0.0, 0.0]  # requests and work since the start, for other clusters
+        self.used_at = float("-inf")  # when a call was admitted last
+        self.open_elsewhere = 0  # open requests at other clusters
         self.requests: Gcra | None = None
         self.work: Gcra | None = None
         self.tenant = Tenant()
@@ -76,6 +83,24 @@ class TenantAccount:
         if self.tenant.monthly_work is None:
             return None
         return self.tenant.monthly_work - self.spent - self.reserved
+
+    def lacks(self, work_s: float) -> float:
+        """The work that must be leased before so much can be reserved; 0 without such a budget."""
+        if self.leased is None or self.tenant.monthly_work is None:
+            return 0.0
+        lacking = self.reserved + work_s - self.leased
+        return lacking if lacking > DUST else 0.0
+
+    def lease(self, more: float) -> None:
+        """Change the leased work by so much."""
+        if self.leased is not None:
+            self.leased = max(self.leased + more, 0.0)
+
+    def may_reserve(self, work_s: float) -> bool:
+        """Return whether the budget allows so much more work."""
+        if self.leased is not None:
+            return not self.lacks(work_s)
+        return self.budget_left is None or work_s <= self.budget_left + DUST
 
     def rate_limits(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
         """How much the tenant has left of each of its limits.

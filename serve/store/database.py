@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
@@ -87,6 +88,18 @@ class Database:
     def read(self, work: Callable[[Connection], T]) -> T:
         """Call `work` in a transaction that only reads; otherwise like `write`."""
         return self._run(work, locked=False)
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether several clusters may use this database."""
+        return not self._is_sqlite
+
+    def now(self, connection: Connection) -> float:
+        """The Unix time by the database's clock; SQLite has the clock of its machine."""
+        if self._is_sqlite:
+            return time.time()
+        clock = text("SELECT extract(epoch FROM clock_timestamp())")
+        return float(connection.execute(clock).scalar_one())
 
     def backup(self, file: Path) -> None:
         """Copy a SQLite database to a new file, while it is used.

@@ -142,6 +142,29 @@ IMPORTS = Table(
 )
 
 
+# The clusters that use the database: which Dispatcher each has, when it was heard of last by the
+# database's clock, and what its tenants have used.
+CLUSTERS = Table(
+    "octet_clusters",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("incarnation", String(64), nullable=False),
+    Column("seen", Float(53), nullable=False),
+    Column("counts", Text, nullable=False),  # JSON
+)
+
+# The work that each cluster may still spend of a tenant's budget.
+LEASES = Table(
+    "octet_budget_leases",
+    METADATA,
+    Column("month", String(7), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("cluster", String(64), nullable=False),
+    Column("work_s", Float(53), nullable=False),
+    PrimaryKeyConstraint("month", "tenant", "cluster"),
+)
+
+
 def next_numbers(connection: Connection, name: str, count: int = 1) -> int:
     """Take `count` numbers of the counter `name`; return the number before the first of them.
 
@@ -158,8 +181,8 @@ def _first_tables(connection: Connection) -> None:
     connection.execute(insert(COUNTERS).values(name=USAGE.name, value=0))
 
 
-def _tenants_and_keys(connection: Connection) -> None:
-    METADATA.create_all(connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS])
+def _tenants_and_clusters(connection: Connection) -> None:
+    METADATA.create_all(connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS, CLUSTERS, LEASES])
     connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in (TENANTS, AUDIT)])
     there = {column["name"] for column in inspect(connection).get_columns(USAGE.name)}
     for column in (USAGE.c.key_id, USAGE.c.release):
@@ -169,7 +192,7 @@ def _tenants_and_keys(connection: Connection) -> None:
 
 
 # Step n brings a database from version n to n + 1.
-STEPS = (_first_tables, _tenants_and_keys)
+STEPS = (_first_tables, _tenants_and_clusters)
 
 
 def bring_up_to_date(connection: Connection) -> int:

@@ -10,7 +10,7 @@ from an old one: their transactions come one after the other, and each reads wha
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select
 from ..store.database import Database
 from ..store.schema import IMPORTS, SUMS, USAGE, VOIDS, next_numbers
 from .json_lines import read_usage, usage_files
+from .leases import charge_lease
 from .months import month_of
 from .record import UsageRecord
 
@@ -55,12 +56,13 @@ class UsageLedger:
     writers up to the last append.
     """
 
-    def __init__(self, database: Database, now: float) -> None:
+    def __init__(self, database: Database, now: float, cluster: str | None = None) -> None:
         """Read the sums of the month of `now`, in Unix time.
 
-        Raises `StoreUnavailable`, an `OSError`, if the database cannot be read.
+        `cluster`: charges are taken from the leases of this cluster, if it has any. Raises
+        `StoreUnavailable`, an `OSError`, if the database cannot be read.
         """
-        self._database = database
+        self._database, self._cluster = database, cluster
         self._last_id = 0  # of the newest record in `spent`
         self._elsewhere: set[str] = set()
         self.month = month_of(now)
@@ -82,6 +84,9 @@ class UsageLedger:
                 stamp = _stamp(now)
                 last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
                 _add_to_sums(connection, month, fresh.values(), last)
+                if self._cluster:
+                    work = _work_by_tenant(fresh.values())
+                    charge_lease(connection, self._cluster, month, work)
             return list(fresh.values()), self._sums(connection, month, since)
 
         fresh, sums = self._database.write(write)
@@ -199,11 +204,11 @@ def _add_to_sums(
     connection: Connection, month: str, usages: Iterable[UsageRecord], last: int
 ) -> None:
     """Add records to the sums of a month. `last`: the id of the newest of them."""
+    usages = list(usages)
     images: Counter[str] = Counter()
-    work: Counter[str] = Counter()
     for usage in usages:
         images[usage.tenant] += -1 if usage.outcome == "reversed" else 1
-        work[usage.tenant] += usage.work_s  # type: ignore[assignment]  # floats
+    work = _work_by_tenant(usages)
     there = select(SUMS.c.tenant).where(SUMS.c.month == month, SUMS.c.tenant.in_(images))
     old = set(connection.execute(there).scalars())
     rows = [
@@ -222,6 +227,13 @@ def _add_to_sums(
         ),
         [{"of": name, "more_images": images[name], "more_work": work[name]} for name in images],
     )
+
+
+def _work_by_tenant(usages: Iterable[UsageRecord]) -> dict[str, float]:
+    work: dict[str, float] = defaultdict(float)
+    for usage in usages:
+        work[usage.tenant] += usage.work_s
+    return dict(work)
 
 
 def records(

@@ -1,4 +1,4 @@
-"""The usage record: what a tenant is charged for one image.
+"""The usage record: what a tenant is charged for one image; and what it has used of its limits.
 
 Pure: standard library only.
 """
@@ -33,3 +33,14 @@ class UsageRecord(NamedTuple):
     def reversal(self) -> UsageRecord:
         """The record that takes this charge back."""
         return self._replace(outcome="reversed", work_s=-self.work_s)
+
+
+class Used(NamedTuple):
+    """What a tenant has used at one cluster: requests and work since the cluster's start.
+
+    `open`: its requests that are open now.
+    """
+
+    requests: float
+    work_s: float
+    open: int
