@@ -14,6 +14,8 @@ Each class of the tree holds the status, type and code of its answer:
     │   ├── BodyTimeout             408  invalid_request_error   body_timeout
     │   ├── RequestIdInUse          409  invalid_request_error   request_id_in_use
     │   ├── Conflict                409  invalid_request_error   conflict
+    │   ├── IdempotencyKeyInUse     409  invalid_request_error   idempotency_key_in_use
+    │   ├── IdempotencyKeyReused    422  invalid_request_error   idempotency_key_reused
     │   ├── BodyTooLarge            413  invalid_request_error   body_too_large
     │   └── RequestCancelled        499  invalid_request_error   request_cancelled
     ├── RateLimited                 429  rate_limit_error        rate_limit_exceeded
@@ -147,6 +149,21 @@ class Conflict(InvalidRequest):
 
     status = 409
     code = "conflict"
+
+
+class IdempotencyKeyInUse(InvalidRequest):
+    """A request with this `idempotency-key` is still being answered."""
+
+    status = 409
+    code = "idempotency_key_in_use"
+    retryable = True
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """Another request was sent with this `idempotency-key`; use a new key for each request."""
+
+    status = 422
+    code = "idempotency_key_reused"
 
 
 class BodyTooLarge(InvalidRequest):

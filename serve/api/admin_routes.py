@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.exceptions import RayError
@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import InvalidRequest, NotFound, OctetError, Unavailable
+from ..errors import Conflict, InvalidRequest, NotFound, OctetError, Unavailable
 from ..tenants.keys import SCOPES
 from .body import read_body
+from .idempotency import Idempotency, idempotent
 from .timing import IngressTiming
 from .wire.admin import (
     AuditItem,
@@ -33,6 +34,7 @@ from .wire.admin import (
     parse_query,
     tenant_item,
 )
+from .wire.http_errors import error_answer
 from .wire.response import usage_list
 
 MOST_FILE_BYTES = 16 * 2**20  # of tenants' files that are applied
@@ -48,12 +50,14 @@ class AdminRoutes:
     def __init__(
         self,
         dispatcher: Any,
+        idempotency: Idempotency,
         timing: IngressTiming,
         check_admin: Callable[[Request], None],
         max_body_bytes: Callable[[], int],
     ) -> None:
         """`dispatcher`: a Ray Serve handle. `check_admin`: raises `NotFound` for other callers."""
         self._dispatcher, self._timing = dispatcher, timing
+        self._idempotency = idempotency
         self._check_admin, self._max_body_bytes = check_admin, max_body_bytes
         tenants, keys = "/admin/v1/tenants", "/admin/v1/keys"
         self.routes = [
@@ -84,10 +88,15 @@ class AdminRoutes:
         return _json(tenant_item(await self._ask("tenant", tenant=http.path_params["id"])))
 
     async def create_tenant(self, http: Request) -> Response:
-        given = parse_body(await self._body(http), needed=("id",))
+        body = await self._body(http)
+        given = parse_body(body, needed=("id",))
         tenant = given.pop("id")
-        made = await self._change(http, "create_tenant", tenant=tenant, limits=given)
-        return _json(tenant_item(made), 201)
+
+        async def create() -> Response:
+            made = await self._change(http, "create_tenant", tenant=tenant, limits=given)
+            return _json(tenant_item(made), 201)
+
+        return await self._once(http, body, create)
 
     async def change_tenant(self, http: Request) -> Response:
         changes = parse_body(await self._body(http))
@@ -114,22 +123,26 @@ class AdminRoutes:
         scopes = given.get("scopes", list(SCOPES))
         if not (isinstance(scopes, list) and all(isinstance(one, str) for one in scopes)):
             raise InvalidRequest(f"scopes: must be a list of {', '.join(SCOPES)}", param="scopes")
-        made = await self._change(
-            http,
-            "create_key",
-            tenant=given["tenant"],
-            scopes=scopes,
-            expires=given.get("expires_at"),
-        )
-        return _json(new_key_item(made), 201)
+        arguments = {"tenant": given["tenant"], "expires": given.get("expires_at")}
+
+        async def create() -> Response:
+            made = await self._change(http, "create_key", scopes=scopes, **arguments)
+            return _json(new_key_item(made), 201)
+
+        return await self._once(http, body, create, secret=True)
 
     async def rotate_key(self, http: Request) -> Response:
-        overlap_s = parse_body(await self._body(http), "overlap_s").get("overlap_s", OVERLAP_S)
+        body = await self._body(http)
+        overlap_s = parse_body(body, "overlap_s").get("overlap_s", OVERLAP_S)
         if isinstance(overlap_s, bool) or not isinstance(overlap_s, int | float):
             raise InvalidRequest("overlap_s: must be a number of seconds", param="overlap_s")
         id = http.path_params["id"]
-        made = await self._change(http, "rotate_key", id=id, overlap_s=overlap_s)
-        return _json(new_key_item(made), 201)
+
+        async def rotate() -> Response:
+            made = await self._change(http, "rotate_key", id=id, overlap_s=overlap_s)
+            return _json(new_key_item(made), 201)
+
+        return await self._once(http, body, rotate, secret=True)
 
     async def revoke_key(self, http: Request) -> Response:
         self._check_admin(http)
@@ -139,11 +152,15 @@ class AdminRoutes:
     async def apply(self, http: Request) -> Response:
         body = await self._body(http, MOST_FILE_BYTES)
         given = await asyncio.to_thread(parse_files, body)
-        found = await self._change(
-            http, "apply", tenants=given.tenants, keys=given.keys, dry_run=given.dry_run
-        )
-        data = [DifferenceItem(**one._asdict()) for one in found]
-        return _json(DifferenceList(data=data, applied=not given.dry_run))
+
+        async def change() -> Response:
+            found = await self._change(
+                http, "apply", tenants=given.tenants, keys=given.keys, dry_run=given.dry_run
+            )
+            data = [DifferenceItem(**one._asdict()) for one in found]
+            return _json(DifferenceList(data=data, applied=not given.dry_run))
+
+        return await self._once(http, body, change)
 
     async def audit(self, http: Request) -> Response:
         self._check_admin(http)
@@ -160,6 +177,29 @@ class AdminRoutes:
         query = parse_query(http.query_params, numbered=True, of_tenant=True)
         page = await self._call("usage", query.after_id, query.limit, query.tenant)
         return _json(usage_list(page.records, page.has_more, query.after_id))
+
+    async def _once(
+        self,
+        http: Request,
+        body: bytes,
+        work: Callable[[], Awaitable[Response]],
+        *,
+        secret: bool = False,
+    ) -> Response:
+        """Answer a POST once if it has an Idempotency-Key; see `Idempotency.answer`.
+
+        `secret`: the answer holds an API key, which is kept nowhere; repeated requests are told so.
+        """
+        if (asked := idempotent(http, body)) is None:
+            return await work()
+        shown_once = Conflict("this key was made already, and is shown only once: make another")
+        return await self._idempotency.answer(
+            asked,
+            http,
+            self._timing.store_s,
+            lambda _: work(),
+            (lambda _: error_answer(shown_once)) if secret else lambda response: response,
+        )
 
     # -- the Dispatcher -------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ class _OpenRequest:
 
     `cleanup`: what must be done once the answer has been sent. `cache_key`: None if the result
     cache is not used. `cache_use`: what the result cache did, for header and metrics. `held`: an
-    edit's picture and mask; None if they are not needed any more.
+    edit's picture and mask; None if they are not needed any more. `call_id`: the id that the call
+    at the Dispatcher must have, if any.
     """
 
     parsed: GenerationRequest
@@ -70,6 +71,7 @@ class _OpenRequest:
     client: ClientCall
     cleanup: ExitStack
     held: HeldPicture | None = None
+    call_id: str = ""
     queued: Sequence[QueuedImage] = ()
     cache_key: str | None = None
     cache_use: CacheUse = "off"
@@ -114,16 +116,18 @@ class GenerationHandler:
         request_id: str,
         http: Request,
         held: HeldPicture | None = None,
+        call_id: str = "",
     ) -> Response:
         """Answer a request from the result cache, or with generated images.
 
-        `held`: an edit's picture and mask, which are let go in any case. Raises an `OctetError` for
+        `held`: an edit's picture and mask, which are let go in any case. `call_id`: the id that the
+        call must have; empty if it may have any. Raises an `OctetError` for
         a request that is refused, cancelled or late, or that fails.
         """
         age_s = held.age_s if held else 0.0
         client = ClientCall(parsed.timeout_s, shortened=parsed.shortened, age_s=age_s)
         with ExitStack() as cleanup:
-            request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup, held)
+            request = _OpenRequest(parsed, tenant, request_id, http, client, cleanup, held, call_id)
             cleanup.callback(request.release)
             cleanup.enter_context(self._counted(request))
             cleanup.enter_context(self._quarantining(request))
@@ -313,6 +317,7 @@ class GenerationHandler:
             usages,
             result_key,
             request.key_id,
+            request.call_id,
         )
 
     async def _admitted_without_work(

@@ -26,6 +26,7 @@ from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
     DeadlineExceeded,
+    InvalidRequest,
     KeyInvalid,
     NotFound,
     OctetError,
@@ -43,6 +44,7 @@ from .body import read_body
 from .cors import Cors
 from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
+from .idempotency import Idempotency, IdempotentRequest, idempotent
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .model_files import ModelFiles, Units
@@ -120,8 +122,15 @@ class Ingress:
             self._access,
             lambda: self.live.max_body_bytes,
         )
+        self._idempotency = Idempotency(
+            self._session, dispatcher, timing, self._refused, self._replayed
+        )
         self._admin = AdminRoutes(
-            dispatcher, timing, self._operators.check_admin, lambda: self.live.max_body_bytes
+            dispatcher,
+            self._idempotency,
+            timing,
+            self._operators.check_admin,
+            lambda: self.live.max_body_bytes,
         )
         self._generations = GenerationHandler(
             self._session,
@@ -219,33 +228,58 @@ class Ingress:
                     http, received, self.live.max_body_bytes, self._timing.body_s
                 )
                 self._authenticate_again(http)
+                asked = idempotent(http, body)
                 arguments = body, self._allowed(tenant), request_id, access.timeout_s
                 large = len(body) > LARGE_BODY
                 parsed = await asyncio.to_thread(parse, *arguments) if large else parse(*arguments)
         except OctetError as error:
             self._refused(error, http.scope)
             raise
-        return await self._generations.answer(parsed, tenant, request_id, http)
+        return await self._answered_once(asked, parsed, tenant, request_id, http)
 
     async def edit(self, http: Request) -> Response:
         tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
         held = HeldPicture(self._uploads, tenant)
         try:
-            parsed = await self._read_edit(http, tenant, request_id, held)
+            asked, parsed = await self._read_edit(http, tenant, request_id, held)
         except BaseException as error:
             held.release()
             if isinstance(error, OctetError):
                 self._refused(error, http.scope)
             raise
-        return await self._generations.answer(parsed, tenant, request_id, http, held)
+        return await self._answered_once(asked, parsed, tenant, request_id, http, held)
+
+    async def _answered_once(
+        self,
+        asked: IdempotentRequest | None,
+        parsed: GenerationRequest,
+        tenant: str,
+        request_id: str,
+        http: Request,
+        held: HeldPicture | None = None,
+    ) -> Response:
+        """Answer a request for images, or with the answer that its Idempotency-Key got before."""
+        generate = partial(self._generations.answer, parsed, tenant, request_id, http, held)
+        if asked is None:
+            return await generate()
+        try:
+            if parsed.stream:
+                error = InvalidRequest("stream: an idempotency-key allows none", param="stream")
+                self._refused(error, http.scope)
+                raise error
+            return await self._idempotency.answer(asked, http, parsed.timeout_s, generate)
+        finally:
+            if held:
+                held.release()
 
     async def _read_edit(
         self, http: Request, tenant: str, request_id: str, held: HeldPicture
-    ) -> GenerationRequest:
+    ) -> tuple[IdempotentRequest | None, GenerationRequest]:
         """Read and parse the body of an edit; `held` then has its picture and mask.
 
-        Raises an `OctetError` for a body that is refused or late.
+        Returns its Idempotency-Key, if it has one, and what it asks for. Raises an `OctetError` for
+        a body that is refused or late.
         """
         access, live = self._access(tenant), self.live
         with self._gate.reading(tenant, access):
@@ -253,6 +287,7 @@ class Ingress:
             limit = live.edits.largest_body_bytes(live.max_body_bytes)
             body = await read_body(http, held.add, limit, self._timing.body_s, held.check)
             self._authenticate_again(http)
+            asked = idempotent(http, body)
             kind = http.headers.get("content-type", "")
             arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
             del body  # the thread has it, and lets it go before the images are generated
@@ -267,7 +302,7 @@ class Ingress:
                     raise
                 raise DeadlineExceeded(f"the picture was not read in {limit_s:g} s") from None
         held.keep(pixels)
-        return parsed
+        return asked, parsed
 
     async def vary(self, http: Request) -> Response:
         raise NotFound(f"{VARIATIONS} does not exist any more: use {EDITS}")
@@ -402,6 +437,10 @@ class Ingress:
         self._metrics.ended(scope["path"], "", error.code, error.status)
         request_id = Headers(scope=scope).get("x-request-id")
         self._refusal_log.refused(error, scope.get("tenant"), request_id)
+
+    def _replayed(self, scope: Scope, status: int) -> None:
+        """Count a request that got the answer which its Idempotency-Key had got before."""
+        self._metrics.ended(scope["path"], "", "replayed", status)
 
     def _needs_key(self, path: str) -> bool:
         return not (self._open_to_all or is_open(path))

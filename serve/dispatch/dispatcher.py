@@ -69,6 +69,7 @@ from .upkeep import Upkeep
 from .waiting_calls import WaitingCall, WaitingCalls
 
 if TYPE_CHECKING:
+    from ..store.answers import Answer, Claim, Claimed
     from ..usage.leases import BudgetLeases
     from ..usage.ledger import UsageLedger, UsagePage
 
@@ -353,6 +354,22 @@ class Dispatcher:
     async def administer(self, operation: str, arguments: dict[str, Any]) -> Any:
         """Read or change tenants and keys; see `StoreLink.administer`. None: there is no store."""
         return await self.store.administer(operation, arguments) if self.store else None
+
+    async def claim(self, claim: Claim) -> Claimed | None:
+        """Claim a request with an Idempotency-Key; see `Answers.claim`. None: there is no store.
+
+        Raises `OSError` if the database cannot be used, or the Ingresses are not known yet.
+        """
+        if self.store is None:
+            return None
+        if not self.recovery.over:
+            raise OSError("the dispatcher is restarting")
+        return await self.store.claim(claim, self.sessions.names)
+
+    async def answered(self, claim: Claim, answer: Answer | None) -> None:
+        """Remember the answer to a claimed request; see `Answers.finish`."""
+        if self.store:
+            await self.store.answered(claim, answer)
 
     async def cordon(self, node: str, reason: str) -> str | None:
         """Give a node no new work; see `Cordoning.cordon`."""

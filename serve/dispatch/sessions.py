@@ -37,6 +37,11 @@ class SessionStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the open sessions."""
+        return frozenset(self._streams)
+
     def open(self, session: str, status: DispatcherStatus) -> _Stream:
         """Begin a session's stream; its first message holds the tenants and the status."""
         known = self._tenants

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ..tenants.watched_files import WatchedFiles
 from ..usage.months import month_of
 
 if TYPE_CHECKING:
+    from ..store.answers import Answer, Answers, Claim, Claimed
     from ..store.database import Database
     from ..tenants.administration import Administration
     from ..tenants.registry import TenantRegistry
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 OLD_USAGE = "usage"  # the folder in the data folder where earlier releases kept usage records
+SWEEP_S = 600.0  # between two searches for old answers
 PAUSE_S = 60.0  # between two notes in the database that a key is used
 
 
@@ -40,6 +42,8 @@ class _OpenStore(NamedTuple):
     administration: Administration
     registry: TenantRegistry
     ledger: UsageLedger
+    answers: Answers
+    cluster: str
     leases: BudgetLeases | None  # None: no other cluster can use this database
     leased: dict[str, float]
 
@@ -77,6 +81,7 @@ class StoreLink:
         self._on_open, self._on_tenants, self._on_fault = on_open, on_tenants, on_fault
         self._lock = asyncio.Lock()  # one reading of tenants at a time
         self._store: _OpenStore | None = None
+        self._swept = 0.0
         self._used: dict[str, float] = {}  # by id of the key, when it was used; not noted yet
         self._noted: dict[str, float] = {}  # the same, as it was noted last
         self.fault = ""
@@ -117,15 +122,30 @@ class StoreLink:
 
         What it changes holds when this returns. Raises `OSError` if the database cannot be used.
         """
-        if self._store is None:
-            raise OSError(self.fault or "the database is being opened")
-        method = getattr(self._store.administration, operation)
+        method = getattr(self._opened_store().administration, operation)
         try:
             found = await asyncio.to_thread(lambda: method(**arguments))
         except OctetError as error:
             return error
         await self.follow()
         return found
+
+    async def claim(self, claim: Claim, sessions: Collection[str]) -> Claimed:
+        """Claim a request with an Idempotency-Key; see `Answers.claim`."""
+        store = self._opened_store()
+        mine = claim._replace(cluster=store.cluster)
+        return await asyncio.to_thread(store.answers.claim, mine, time.time(), sessions)
+
+    async def answered(self, claim: Claim, answer: Answer | None) -> None:
+        """Remember the answer to a claimed request; see `Answers.finish`."""
+        store = self._opened_store()
+        await asyncio.to_thread(store.answers.finish, claim, answer, time.time())
+
+    def _opened_store(self) -> _OpenStore:
+        """What is there once the database has answered. Raises `OSError` before."""
+        if self._store is None:
+            raise OSError(self.fault or "the database is being opened")
+        return self._store
 
     def close(self) -> None:
         """Close the database."""
@@ -156,6 +176,7 @@ class StoreLink:
 
     def _opened(self) -> _OpenStore:
         """Open the database, import old usage, and read tenants and sums."""
+        from ..store.answers import Answers
         from ..store.database import Database  # SQLAlchemy takes half a second to import
         from ..tenants.administration import Administration
         from ..tenants.registry import TenantRegistry
@@ -169,20 +190,30 @@ class StoreLink:
             administration = Administration(database, time.time)
             self._apply_files(administration)
             registry, now = TenantRegistry(database), time.time()
-            if not database.is_shared:
-                ledger = UsageLedger(database, now)
-                return _OpenStore(database, administration, registry, ledger, None, {})
-            cluster = self._cluster()
-            leases = BudgetLeases(database, cluster, uuid.uuid4().hex)
-            leased = leases.join(month_of(now))
-            ledger = UsageLedger(database, now, cluster)
-            return _OpenStore(database, administration, registry, ledger, leases, leased)
+            cluster, leases, leased = self._cluster(), None, {}
+            if database.is_shared:
+                leases = BudgetLeases(database, cluster, uuid.uuid4().hex)
+                leased = leases.join(month_of(now))
+            return _OpenStore(
+                database,
+                administration,
+                registry,
+                UsageLedger(database, now, cluster if leases else None),
+                Answers(database),
+                cluster,
+                leases,
+                leased,
+            )
         except BaseException:
             database.close()
             raise
 
     def _read(self, store: _OpenStore) -> TenantChanges | None:
         self._apply_files(store.administration)
+        now = time.time()
+        if now - self._swept >= SWEEP_S:
+            store.answers.forget_old(now)
+            self._swept = now
         if used := self._used:
             self._used = {}
             store.administration.note_use(used)

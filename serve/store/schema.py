@@ -13,6 +13,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -165,6 +166,25 @@ LEASES = Table(
 )
 
 
+# What was answered to requests with an Idempotency-Key, until it is forgotten.
+ANSWERS = Table(
+    "octet_answers",
+    METADATA,
+    Column("tenant", String(63), nullable=False),
+    Column("key", String(255), nullable=False),
+    Column("digest", String(64), nullable=False),  # SHA-256 of the request
+    Column("call", String(64), nullable=False),  # the call that generates the images
+    Column("cluster", String(64), nullable=False),
+    Column("session", String(64), nullable=False),  # of the Ingress that answers
+    Column("until", Float(53), nullable=False),  # Unix time at which it is given up, or forgotten
+    Column("status", Integer),  # null: it is not answered yet
+    Column("headers", Text),  # JSON
+    Column("body", LargeBinary),
+    PrimaryKeyConstraint("tenant", "key"),
+    Index("octet_answers_until", "until"),
+)
+
+
 def next_numbers(connection: Connection, name: str, count: int = 1) -> int:
     """Take `count` numbers of the counter `name`; return the number before the first of them.
 
@@ -182,7 +202,9 @@ def _first_tables(connection: Connection) -> None:
 
 
 def _tenants_and_clusters(connection: Connection) -> None:
-    METADATA.create_all(connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS, CLUSTERS, LEASES])
+    METADATA.create_all(
+        connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS, CLUSTERS, LEASES, ANSWERS]
+    )
     connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in (TENANTS, AUDIT)])
     there = {column["name"] for column in inspect(connection).get_columns(USAGE.name)}
     for column in (USAGE.c.key_id, USAGE.c.release):

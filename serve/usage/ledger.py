@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
 
 from ..store.database import Database
-from ..store.schema import IMPORTS, SUMS, USAGE, VOIDS, next_numbers
+from ..store.schema import ANSWERS, IMPORTS, SUMS, USAGE, VOIDS, next_numbers
 from .json_lines import read_usage, usage_files
 from .leases import charge_lease
 from .months import month_of
@@ -318,13 +318,14 @@ def _import_file(database: Database, file: Path) -> int:
 
 
 def erase(database: Database, tenant: str) -> int:
-    """Delete a tenant's records and sums; return the number of deleted records.
+    """Delete a tenant's records, sums and remembered answers; return the number of records.
 
     Raises `StoreUnavailable` if the database cannot be written.
     """
 
     def write(connection: Connection) -> int:
         connection.execute(delete(SUMS).where(SUMS.c.tenant == tenant))
+        connection.execute(delete(ANSWERS).where(ANSWERS.c.tenant == tenant))
         return connection.execute(delete(USAGE).where(USAGE.c.tenant == tenant)).rowcount
 
     return database.write(write)

@@ -10,6 +10,8 @@ from pydantic.json_schema import models_json_schema
 
 from ...errors import (
     Conflict,
+    IdempotencyKeyInUse,
+    IdempotencyKeyReused,
     InvalidRequest,
     KeyInvalid,
     LinkInvalid,
@@ -56,7 +58,7 @@ from .response import (
 IMAGE_ERRORS = tuple(
     error
     for error in tree()
-    if error not in (KeyInvalid, LinkInvalid, NotFound) and error.status != 405
+    if error not in (KeyInvalid, LinkInvalid, NotFound, Conflict) and error.status != 405
 )
 ADMIN: tuple[type[BaseModel], ...] = (
     *(TenantItem, TenantList, DeletedTenant, NewKeyItem, KeyList, RevokedKey, AuditList),
@@ -98,6 +100,9 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
     )
     paths, defined = _paths(), schemas["$defs"]
     for path, methods in paths.items():
+        if post := methods.get("post"):
+            post["parameters"].append(_idempotency_key())
+            post["responses"] |= _errors(IdempotencyKeyReused)
         if needs_key(path):
             for operation in methods.values():
                 operation["security"] = [{"key": []}]
@@ -329,7 +334,7 @@ def _admin(
         schema = {"type": "string"}
         parameters += [{"name": "tenant", "in": "query", "required": False, "schema": schema}]
     status = "201" if operation in ("createTenant", "createKey", "rotateKey") else "200"
-    errors = (InvalidRequest, NotFound, Conflict, Unavailable)
+    errors = (InvalidRequest, NotFound, Conflict, IdempotencyKeyInUse, Unavailable)
     found = {
         "operationId": operation,
         "summary": f"{summary} (operators only)",
@@ -416,6 +421,16 @@ def _whole(name: str, description: str, default: int, least: int, most: int) -> 
 def _request_id() -> dict[str, Any]:
     schema = {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}
     return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
+
+
+def _idempotency_key() -> dict[str, Any]:
+    return {
+        "name": "idempotency-key",
+        "in": "header",
+        "required": False,
+        "description": "The same key and request get the same answer for 24 hours.",
+        "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    }
 
 
 def _cache_control() -> dict[str, Any]:

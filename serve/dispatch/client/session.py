@@ -126,6 +126,7 @@ class DispatchSession:
         usages: Sequence[UsageRecord] = (),
         result_key: str = "",
         key_id: str = "",
+        call_id: str = "",
     ) -> OpenCall:
         """Ask the Dispatcher to admit a call and to queue its images.
 
@@ -135,10 +136,11 @@ class DispatchSession:
         message; `OpenCall.recorded` waits for that. Their field `call` is filled in here.
         `result_key`: under which the images will be in the result cache that all Ingresses share;
         if the call is admitted, `finish` must be called for it. `key_id`: of the client's API key.
-        The caller must always close the call.
+        `call_id`: an id that no other call has, if the caller has chosen one. The caller must
+        always close the call.
         """
         loop = asyncio.get_running_loop()
-        call_id = f"{self.name[:12]}-{next(self._numbers)}"
+        call_id = call_id or f"{self.name[:12]}-{next(self._numbers)}"
         named = tuple(
             image._replace(id=str(next(self._numbers)), call_id=call_id) for image in images
         )
