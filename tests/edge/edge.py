@@ -6,7 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -124,8 +124,20 @@ class Edge:
     """
 
     def __init__(
-        self, settings: Settings, timing: IngressTiming, ingresses: int, units: Units
+        self,
+        settings: Settings,
+        timing: IngressTiming,
+        ingresses: int,
+        units: Units,
+        remote: Any = None,
+        *,
+        stored: bool = False,
     ) -> None:
+        """`remote`: a Dispatcher in another process; None: it is in this one.
+
+        `stored`: whether usage is kept in the database also without keys.
+        """
+        self._remote, self._stored = remote, stored
         self.settings, self._timing, self._units = settings, timing, units
         self._ports = [free_port() for _ in range(ingresses)]
         self.urls = [f"http://127.0.0.1:{port}" for port in self._ports]
@@ -142,15 +154,14 @@ class Edge:
         settings = self.settings
         pools = [m.pool_name(p) for m in settings.models for p in m.pools]
         keyed = settings.auth == "keys"
-        self.dispatcher = dispatcher = a_dispatcher(
+        self.dispatcher = dispatcher = self._remote or a_dispatcher(
             *pools,
             max_queued=100,
-            database=settings.database if keyed else None,
+            database=settings.database if keyed or self._stored else None,
             tenants_folder=settings.tenants_folder,
             keyed=keyed,
         )
-        for pool in pools:
-            await dispatcher.report_replica(Heartbeat(pool, "r", 4))
+        await self._report(dispatcher, pools)
         heartbeat = asyncio.create_task(self._beat(dispatcher, pools))
         serving = []
         for port in self._ports:
@@ -183,7 +194,7 @@ class Edge:
         for ingress in self.ingresses:
             if isinstance(ingress.reuse.cache, RedisCache):
                 await ingress.reuse.cache.close()
-        if dispatcher.store:
+        if self._remote is None and dispatcher.store:
             dispatcher.store.close()
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
@@ -197,10 +208,14 @@ class Edge:
 
     async def _beat(self, dispatcher: Any, pools: list[str]) -> None:
         while True:
-            for pool in pools:
-                stopped, self.painter.stopped = self.painter.stopped, []
-                await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
+            await self._report(dispatcher, pools)
             await asyncio.sleep(0.2)
+
+    async def _report(self, dispatcher: Any, pools: list[str]) -> None:
+        for pool in pools:
+            stopped, self.painter.stopped = self.painter.stopped, []
+            with suppress(ConnectionError, FileNotFoundError):  # a remote one may be dead
+                await dispatcher.report_replica(Heartbeat(pool, "r", 4), [], stopped)
 
     def wait_until_open(self, *request_ids: str, tenant: str = "anonymous") -> None:
         """Wait until the Dispatcher has admitted all of these requests of a tenant."""
@@ -232,9 +247,12 @@ def started(
     timing: IngressTiming = INGRESS_TIMING,
     ingresses: int = 1,
     units: Units = units,
+    remote: Any = None,
+    *,
+    stored: bool = False,
 ) -> Iterator[Edge]:
     """Start an edge; it answers until the block ends."""
-    edge = Edge(settings, timing, ingresses, units)
+    edge = Edge(settings, timing, ingresses, units, remote, stored=stored)
     edge.thread.start()
     wait_for(lambda: edge.up or not edge.thread.is_alive())
     assert edge.up
