@@ -11,9 +11,11 @@ Dispatcher kills itself when a charge gets there for the third time.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +30,7 @@ POINTS = (
     *("told", "queued", "append", "begun", "inserted", "summed", "before-commit"),
     *("committed", "before-confirm", "confirmed"),
 )
+PATIENCE_S = 60.0  # only a test that fails waits for so long
 PASSES = 3  # of a point, until the process kills itself there
 
 
@@ -105,6 +108,8 @@ class DispatcherProcess:
     def wait_until_it_died(self) -> None:
         """Wait until the Dispatcher has killed itself."""
         assert self._process.stdout
+        ready, *_ = select.select([self._process.stdout], [], [], PATIENCE_S)
+        assert ready, "the Dispatcher did not get there"
         assert self._process.stdout.readline() == "died\n"
 
     def stop(self) -> None:
@@ -156,7 +161,7 @@ def kill_at(point: str) -> None:
         case "queued":
             around(Metering, "charge", after=True)
         case "append":
-            around(UsageLedger, "append", after=False)
+            around(UsageLedger, "append_soon", after=False)
         case "begun":
             around(ledger, "_fresh", after=False)
         case "inserted":
@@ -164,9 +169,9 @@ def kill_at(point: str) -> None:
         case "summed":
             around(ledger, "_add_to_sums", after=True)
         case "before-commit":
-            around(UsageLedger, "_sums", after=True)
+            around(ledger, "_Written", after=True)
         case "committed":
-            around(UsageLedger, "append", after=True)
+            around(UsageLedger, "_learned", after=False)
         case "before-confirm":
             around(Metering, "_confirm", after=False)
         case "confirmed":
@@ -204,7 +209,13 @@ async def _serve(socket: str, database: dict[str, Any]) -> None:
         await server.serve_forever()
 
 
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main(socket: str, database: dict[str, Any]) -> None:
+    die_with_parent()
     from serve.tenants import administration, registry  # noqa: F401 - imported before the forks
     from serve.usage import leases, ledger  # noqa: F401
 
@@ -214,6 +225,7 @@ def main(socket: str, database: dict[str, Any]) -> None:
         Path(socket).unlink(missing_ok=True)
         child = os.fork()
         if not child:
+            die_with_parent()
             kill_at(line.strip())
             asyncio.run(_serve(socket, database))
         os.waitpid(child, 0)

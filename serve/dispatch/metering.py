@@ -121,7 +121,7 @@ class Metering:
             if self.ledger:
                 usages = [charge.usage for charge in batch]
                 try:
-                    written = await asyncio.to_thread(self.ledger.append, usages, now)
+                    written = await self.ledger.append_soon(usages, now)
                 except OSError as error:
                     self._set_fault(str(error))
                     loop = asyncio.get_running_loop()

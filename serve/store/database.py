@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ class StoreUnavailable(OSError):
 
 
 class Database:
-    """A database and its transactions. Methods block: call them in a thread.
+    """A database and its transactions. All methods but `write_soon` block: call them in a thread.
 
     A transaction that writes is the only one of all processes that does. So the numbers that it
     reads are still true when it commits.
@@ -85,6 +86,18 @@ class Database:
         """
         return self._run(work, locked=True)
 
+    async def write_soon(self, work: Callable[[Connection], T]) -> T:
+        """Like `write`, for an event loop, which goes on meanwhile."""
+        with self._failures_named():
+            running = self._thread.submit(self._transaction, work, True)
+            try:
+                async with asyncio.timeout(self._answer_s) as limit:
+                    return await asyncio.wrap_future(running)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise self._given_up(running) from None
+
     def read(self, work: Callable[[Connection], T]) -> T:
         """Call `work` in a transaction that only reads; otherwise like `write`."""
         return self._run(work, locked=False)
@@ -128,13 +141,15 @@ class Database:
             try:
                 return running.result(self._answer_s)
             except LateError:
-                # A database that is stopped keeps the thread waiting, whatever its own time-outs
-                # are. Without its connection the thread gets an error, and is free again.
-                running.cancel()  # if it waits behind another transaction, it never begins
-                self._break_connection()
-                raise StoreUnavailable(
-                    f"{self.name} does not answer within {self._answer_s:g} s"
-                ) from None
+                raise self._given_up(running) from None
+
+    def _given_up(self, running: Future[Any]) -> StoreUnavailable:
+        """Give up a transaction that takes too long; return the error that says so."""
+        # A database that is stopped keeps the thread waiting, whatever its own time-outs are.
+        # Without its connection the thread gets an error, and is free again.
+        running.cancel()  # if it waits behind another transaction, it never begins
+        self._break_connection()
+        return StoreUnavailable(f"{self.name} does not answer within {self._answer_s:g} s")
 
     def _transaction(self, work: Callable[[Connection], T], locked: bool) -> T:
         try:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    bindparam,
     insert,
     inspect,
     select,
@@ -190,10 +191,14 @@ def next_numbers(connection: Connection, name: str, count: int = 1) -> int:
 
     Call it in a transaction that writes: then the numbers follow each other.
     """
-    counter = COUNTERS.c.name == name
-    before: int = connection.execute(select(COUNTERS.c.value).where(counter)).scalar_one()
-    connection.execute(update(COUNTERS).where(counter).values(value=before + count))
-    return before
+    taken = (
+        update(COUNTERS)
+        .where(COUNTERS.c.name == name)
+        .values(value=COUNTERS.c.value + bindparam("count"))
+        .returning(COUNTERS.c.value)
+    )
+    last: int = connection.execute(taken, {"count": count}).scalar_one()
+    return last - count
 
 
 def _first_tables(connection: Connection) -> None:

@@ -11,14 +11,25 @@ from an old one: their transactions come one after the other, and each reads wha
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    RowMapping,
+    bindparam,
+    delete,
+    insert,
+    literal,
+    select,
+    union_all,
+)
+from sqlalchemy.dialects import postgresql, sqlite
 
 from ..store.database import Database
 from ..store.schema import ANSWERS, IMPORTS, SUMS, USAGE, VOIDS, next_numbers
@@ -42,6 +53,18 @@ class _Key(NamedTuple):
     reversal: int
 
 
+class _Written(NamedTuple):
+    """The records that an append has written in a month, and the id of the last one of all.
+
+    `sums`: rows of sums that have changed; None if nobody else has written since the last append.
+    """
+
+    month: str
+    fresh: list[UsageRecord]
+    last: int
+    sums: Sequence[Any] | None
+
+
 class UsagePage(NamedTuple):
     """Records in the order of their ids, and whether there are more."""
 
@@ -50,7 +73,8 @@ class UsagePage(NamedTuple):
 
 
 class UsageLedger:
-    """One writer of the usage in a database. Methods block: call them in a thread, one at a time.
+    """One writer of the usage in a database. All methods but
+    `append_soon` block: call them in a thread, one at a time.
 
     `spent` is the work that each tenant was charged in `month`. It includes the records of other
     writers up to the last append.
@@ -67,7 +91,9 @@ class UsageLedger:
         self._elsewhere: set[str] = set()
         self.month = month_of(now)
         self.spent: Counter[str] = Counter()
-        self._learn(database.read(lambda connection: self._sums(connection, self.month, 0)), ())
+        sums = database.read(lambda connection: self._sums(connection, self.month, 0))
+        self._learn(sums, ())
+        self._last_id = max((row.last_id for row in sums), default=0)
 
     def append(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
         """Write the records that are new, wait until they are committed, and return them.
@@ -75,25 +101,11 @@ class UsageLedger:
         `now`: the time of the records, in Unix time. Raises `StoreUnavailable`, an `OSError`, if
         they could not be written or it is not known; the caller may then append them again.
         """
-        given, month = list(usages), max(self.month, month_of(now))
-        since = self._last_id if month == self.month else 0
+        return self._learned(self._database.write(self._writing(usages, now)))
 
-        def write(connection: Connection) -> tuple[list[UsageRecord], Sequence[Any]]:
-            fresh = _fresh(connection, given, now)
-            if fresh:
-                stamp = _stamp(now)
-                last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
-                _add_to_sums(connection, month, fresh.values(), last)
-                if self._cluster:
-                    work = _work_by_tenant(fresh.values())
-                    charge_lease(connection, self._cluster, month, work)
-            return list(fresh.values()), self._sums(connection, month, since)
-
-        fresh, sums = self._database.write(write)
-        if month > self.month:
-            self.month, self.spent = month, Counter()
-        self._learn(sums, {usage.tenant for usage in fresh})
-        return fresh
+    async def append_soon(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
+        """Like `append`, for an event loop, which goes on meanwhile."""
+        return self._learned(await self._database.write_soon(self._writing(usages, now)))
 
     def charged_elsewhere(self) -> set[str]:
         """The tenants that other writers have charged since the last call of this method."""
@@ -115,6 +127,43 @@ class UsageLedger:
         """Close the database."""
         self._database.close()
 
+    def _writing(
+        self, usages: Iterable[UsageRecord], now: float
+    ) -> Callable[[Connection], _Written]:
+        """The transaction that writes records."""
+        given, month = list(usages), max(self.month, month_of(now))
+
+        def write(connection: Connection) -> _Written:
+            fresh = _fresh(connection, given, now)
+            if not fresh:
+                return _Written(month, [], self._last_id, None)
+            stamp = _stamp(now)
+            last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
+            _add_to_sums(connection, month, fresh.values(), last)
+            if self._cluster:
+                work = _work_by_tenant(fresh.values())
+                charge_lease(connection, self._cluster, month, work)
+            # Without other writers since the last append, the sums are known.
+            alone = month == self.month and last - len(fresh) == self._last_id
+            since = self._last_id if month == self.month else 0
+            sums = None if alone else self._sums(connection, month, since)
+            return _Written(month, list(fresh.values()), last, sums)
+
+        return write
+
+    def _learned(self, written: _Written) -> list[UsageRecord]:
+        """Note the sums after a write, and return the records that it has written."""
+        month, fresh, last, sums = written
+        if month > self.month and fresh:
+            self.month, self.spent = month, Counter()
+        if sums is None:
+            for tenant, work_s in _work_by_tenant(fresh).items():
+                self.spent[tenant] += work_s  # type: ignore[assignment]  # floats
+        else:
+            self._learn(sums, {usage.tenant for usage in fresh})
+        self._last_id = last
+        return fresh
+
     def _sums(self, connection: Connection, month: str, since: int) -> Sequence[Any]:
         """The rows (tenant, work_s, last_id) of a month that changed after the record `since`."""
         found = select(SUMS.c.tenant, SUMS.c.work_s, SUMS.c.last_id)
@@ -123,9 +172,8 @@ class UsageLedger:
         ).fetchall()
 
     def _learn(self, sums: Iterable[Any], ours: Iterable[str]) -> None:
-        for tenant, work_s, last_id in sums:
+        for tenant, work_s, _ in sums:
             self.spent[tenant] = work_s
-            self._last_id = max(self._last_id, last_id)
             if tenant not in ours:
                 self._elsewhere.add(tenant)
 
@@ -149,17 +197,26 @@ def _fresh(
     return fresh
 
 
+_VOID = 2  # in place of `reversal`: neither the record nor its reversal is ever written
+_CALLS: BindParameter[Any] = bindparam("calls", expanding=True)
+_WRITTEN_OR_VOID = union_all(
+    select(USAGE.c.call, USAGE.c.image, USAGE.c.reversal).where(USAGE.c.call.in_(_CALLS)),
+    select(VOIDS.c.call, VOIDS.c.image, literal(_VOID)).where(VOIDS.c.call.in_(_CALLS)),
+)
+
+
 def _known(connection: Connection, calls: Iterable[str]) -> set[_Key]:
     """The keys of these calls that are written, or must not be."""
     found: set[_Key] = set()
     names = sorted(calls)
     for begin in range(0, len(names), CALLS):
-        some = names[begin : begin + CALLS]
-        rows = select(USAGE.c.call, USAGE.c.image, USAGE.c.reversal).where(USAGE.c.call.in_(some))
-        found |= {_Key(*row) for row in connection.execute(rows)}
-        voids = select(VOIDS.c.call, VOIDS.c.image).where(VOIDS.c.call.in_(some))
-        for call, image in connection.execute(voids):
-            found |= {_Key(call, image, 0), _Key(call, image, 1)}
+        for call, image, reversal in connection.execute(
+            _WRITTEN_OR_VOID, {"calls": names[begin : begin + CALLS]}
+        ):
+            if reversal == _VOID:
+                found |= {_Key(call, image, 0), _Key(call, image, 1)}
+            else:
+                found.add(_Key(call, image, reversal))
     return found
 
 
@@ -209,23 +266,19 @@ def _add_to_sums(
     for usage in usages:
         images[usage.tenant] += -1 if usage.outcome == "reversed" else 1
     work = _work_by_tenant(usages)
-    there = select(SUMS.c.tenant).where(SUMS.c.month == month, SUMS.c.tenant.in_(images))
-    old = set(connection.execute(there).scalars())
-    rows = [
-        {"month": month, "tenant": name, "images": 0, "work_s": 0.0, "last_id": last}
-        for name in images.keys() - old
-    ]
-    if rows:
-        connection.execute(insert(SUMS), rows)
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    fresh = insert(SUMS)
+    more = {
+        "images": SUMS.c.images + fresh.excluded.images,
+        "work_s": SUMS.c.work_s + fresh.excluded.work_s,
+        "last_id": fresh.excluded.last_id,
+    }
     connection.execute(
-        update(SUMS)
-        .where(SUMS.c.month == month, SUMS.c.tenant == bindparam("of"))
-        .values(
-            images=SUMS.c.images + bindparam("more_images"),
-            work_s=SUMS.c.work_s + bindparam("more_work"),
-            last_id=last,
-        ),
-        [{"of": name, "more_images": images[name], "more_work": work[name]} for name in images],
+        fresh.on_conflict_do_update(index_elements=[SUMS.c.month, SUMS.c.tenant], set_=more),
+        [
+            {"month": month, "tenant": name, "images": n, "work_s": work[name], "last_id": last}
+            for name, n in images.items()
+        ],
     )
 
 
