@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 
-def replace_file(
-    file: Path, *parts: bytes, mode: int = 0o600, sync: bool = False, keep_owner: bool = False
-) -> None:
+def replace_file(file: Path, *parts: bytes, mode: int = 0o600, sync: bool = False) -> None:
     """Write `parts` into a file atomically, in place of the file's old contents if there are any.
 
     `mode`: the permissions of the file. `sync`: wait until the file and its name are on disk, so
-    that both survive a power cut. `keep_owner`: give the file the owner of the old one, or of its
-    folder if there was none. Then a server can read what root has written for it. A process without
-    the right to change owners stays the owner itself. Raises `OSError` if the file cannot be
-    written.
+    that both survive a power cut. Raises `OSError` if the file cannot be written.
     """
     file = file.resolve()
     handle, part = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as out:
             os.fchmod(handle, mode)
-            if keep_owner:
-                owner = (file if file.exists() else file.parent).stat()
-                with suppress(PermissionError):
-                    os.fchown(handle, owner.st_uid, owner.st_gid)
             out.writelines(parts)
             if sync:
                 out.flush()

@@ -226,6 +226,13 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
 
 
 def _keep_private(file: Path) -> None:
-    """Make an empty file that only its owner can read, if there is none."""
+    """Make an empty file that only its owner can read, if there is none.
+
+    Its owner is that of the folder, so that a server can use what root has made for it.
+    """
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        folder = file.parent.stat()
+        with contextlib.suppress(PermissionError):
+            os.fchown(handle, folder.st_uid, folder.st_gid)
+        os.close(handle)

@@ -186,18 +186,21 @@ ANSWERS = Table(
 )
 
 
+# Made once, because making a statement costs more than executing it.
+_TAKE = (
+    update(COUNTERS)
+    .where(COUNTERS.c.name == bindparam("counter"))
+    .values(value=COUNTERS.c.value + bindparam("count"))
+    .returning(COUNTERS.c.value)
+)
+
+
 def next_numbers(connection: Connection, name: str, count: int = 1) -> int:
     """Take `count` numbers of the counter `name`; return the number before the first of them.
 
     Call it in a transaction that writes: then the numbers follow each other.
     """
-    taken = (
-        update(COUNTERS)
-        .where(COUNTERS.c.name == name)
-        .values(value=COUNTERS.c.value + bindparam("count"))
-        .returning(COUNTERS.c.value)
-    )
-    last: int = connection.execute(taken, {"count": count}).scalar_one()
+    last: int = connection.execute(_TAKE, {"counter": name, "count": count}).scalar_one()
     return last - count
 
 

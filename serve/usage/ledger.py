@@ -266,20 +266,27 @@ def _add_to_sums(
     for usage in usages:
         images[usage.tenant] += -1 if usage.outcome == "reversed" else 1
     work = _work_by_tenant(usages)
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    fresh = insert(SUMS)
-    more = {
-        "images": SUMS.c.images + fresh.excluded.images,
-        "work_s": SUMS.c.work_s + fresh.excluded.work_s,
-        "last_id": fresh.excluded.last_id,
-    }
     connection.execute(
-        fresh.on_conflict_do_update(index_elements=[SUMS.c.month, SUMS.c.tenant], set_=more),
+        _ADD[connection.dialect.name],
         [
             {"month": month, "tenant": name, "images": n, "work_s": work[name], "last_id": last}
             for name, n in images.items()
         ],
     )
+
+
+def _adding(fresh: sqlite.Insert | postgresql.Insert) -> sqlite.Insert | postgresql.Insert:
+    """The statement that adds to sums, or begins them."""
+    more = {
+        "images": SUMS.c.images + fresh.excluded.images,
+        "work_s": SUMS.c.work_s + fresh.excluded.work_s,
+        "last_id": fresh.excluded.last_id,
+    }
+    return fresh.on_conflict_do_update(index_elements=[SUMS.c.month, SUMS.c.tenant], set_=more)
+
+
+# By dialect; made once, because making a statement costs more than executing it.
+_ADD = {"sqlite": _adding(sqlite.insert(SUMS)), "postgresql": _adding(postgresql.insert(SUMS))}
 
 
 def _work_by_tenant(usages: Iterable[UsageRecord]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -343,6 +344,15 @@ def test_a_backup_is_a_database(tmp_path: Path) -> None:
             database.backup(tmp_path / "copy.db")
     with closing(Database(f"sqlite:///{tmp_path}/copy.db")) as copy:
         assert [r["call"] for r in records(copy)] == ["c1"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files for others")
+def test_a_file_that_root_makes_belongs_to_the_folders_owner(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    with closing(Database(sqlite_url(tmp_path))) as database:
+        UsageLedger(database, NOW).append([usage(1)], NOW)
+        owners = {file.name: file.stat().st_uid for file in tmp_path.iterdir()}
+    assert owners == dict.fromkeys(("octet.db", "octet.db-wal", "octet.db-shm"), 65534)
 
 
 def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
