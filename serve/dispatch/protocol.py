@@ -37,7 +37,7 @@ class Timing:
     `positions_s`: how long queue positions are collected before they are sent.
     `nodes_s`: the time between two readings of the cluster's nodes.
     `tenants_s`: the time between two readings of the tenants.
-    `record_s`: how long an answer waits until its usage records are on disk. This must be long
+    `record_s`: how long an answer waits until its usage records are written. This must be long
     enough for a restart of the Dispatcher.
     `receive_s`: how long a Generator may take to acknowledge an image.
     `retry_pause_s`: how long an image that no replica started waits before it is queued again.

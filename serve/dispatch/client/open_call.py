@@ -184,7 +184,7 @@ class OpenCall:
             self.session.release(self, release)
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:
-        """Have the Dispatcher write these usage records, and wait until they are on disk.
+        """Have the Dispatcher write these usage records, and wait until they are written.
 
         Their field `call` is filled in here. Raises `UsageUnrecorded` if they cannot be written, or
         not within `record_s` seconds.
@@ -195,7 +195,7 @@ class OpenCall:
         await self.recorded()
 
     async def recorded(self) -> None:
-        """Wait until the usage records are on disk that were sent by `record` or with the call.
+        """Wait until the usage records are written that were sent by `record` or with the call.
 
         Raises `UsageUnrecorded` if they cannot be written, or not within `record_s` seconds.
         """

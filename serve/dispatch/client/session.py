@@ -4,7 +4,7 @@
     await call.admitted()             # raises if the call is refused
     async with call.slot(0) as slot:
         ...                           # a slot of `slot.lease.pool` is held until the block ends
-    await call.record(usages)         # the usage records are on disk now
+    await call.record(usages)         # the usage records are written now
     call.close()
 
 Updates are coalesced: while one update is being sent, everything new is collected for the next. If
