@@ -154,9 +154,7 @@ class AdminRoutes:
         given = await asyncio.to_thread(parse_files, body)
 
         async def change() -> Response:
-            found = await self._change(
-                http, "apply", tenants=given.tenants, keys=given.keys, dry_run=given.dry_run
-            )
+            found = await self._change(http, "apply", **given._asdict())
             data = [DifferenceItem(**one._asdict()) for one in found]
             return _json(DifferenceList(data=data, applied=not given.dry_run))
 
@@ -231,7 +229,7 @@ class AdminRoutes:
             async with asyncio.timeout(self._timing.store_s):
                 found = await getattr(self._dispatcher, method).remote(*arguments)
         except (TimeoutError, OSError, RayError, RayServeException):
-            raise Unavailable("the store does not answer at the moment: try again") from None
+            raise Unavailable("the database does not answer at the moment: try again") from None
         if isinstance(found, OctetError):
             raise found
         if found is None:

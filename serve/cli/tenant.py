@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,15 @@ UrlOption = Annotated[
     str | None,
     typer.Option("--url", help="Address of a running server, instead of --config."),
 ]
+
+
+class ManagedBy(StrEnum):
+    """What manages tenants that are applied."""
+
+    FILE = "file"
+    API = "api"
+
+
 Limit = float | None
 WeightOption = Annotated[
     Limit,
@@ -222,13 +232,13 @@ def _key_text(key: dict[str, Any]) -> str:
 
 
 @app.command(
-    "rotate-key",
+    "add-key",
     epilog=examples(
-        "octet tenant rotate-key acme --config octet.yaml",
-        "octet tenant rotate-key acme --url http://127.0.0.1:8000 --scope generate",
+        "octet tenant add-key acme --config octet.yaml",
+        "octet tenant add-key acme --url http://127.0.0.1:8000 --scope generate",
     ),
 )
-def rotate(
+def add_key(
     tenant: Name,
     config: ConfigOption = None,
     url: UrlOption = None,
@@ -241,7 +251,7 @@ def rotate(
         str | None, typer.Option(help="Time until which it is valid, such as 2027-01-31T12:00:00Z.")
     ] = None,
 ) -> None:
-    """Make and print a new key. The old keys stay valid until `revoke --old`."""
+    """Make and print a further key. The old keys stay valid until they are revoked."""
     with _tenants(config, url, key) as tenants:
         _show(tenants.new_key(tenant, scope or SCOPES, expires))
 
@@ -263,7 +273,10 @@ def revoke(
         str | None, typer.Option("--id", help="Revoke this key only; octet tenant list shows ids.")
     ] = None,
 ) -> None:
-    """Revoke a tenant's keys. Every Ingress refuses them within 5 s."""
+    """Revoke all keys of a tenant, or those that an option names, for ever.
+
+    Every Ingress refuses them within 5 s.
+    """
     with _tenants(config, url, key) as tenants:
         found = sorted(tenants.keys(tenant), key=lambda one: one["created_at"])
         if not found and tenant not in [one["id"] for one in tenants.tenants()]:
@@ -296,17 +309,30 @@ def apply(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would change.")
     ] = False,
+    managed_by: Annotated[
+        ManagedBy,
+        typer.Option(help="api: copy the tenants once; the API manages them from then on."),
+    ] = ManagedBy.FILE,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete and revoke without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make tenants as the files of FOLDER say, and show the differences.
 
-    What earlier files had and these do not have is deleted. Tenants that the API has made and the
-    files do not name stay as they are.
+    What earlier files had and these do not have is deleted, and its keys are revoked for ever.
+    Tenants that the API has made and the files do not name stay as they are. Without a keys.json no
+    key changes.
     """
     if not (folder / TENANTS).exists():
         raise SettingsError(f"{folder / TENANTS}: no such file")
     with _tenants(config, url, key) as tenants:
-        found = tenants.apply(folder, dry_run=dry_run)
+        found = tenants.apply(folder, managed_by.value, dry_run=True)
+        ends = [one for one in found if one["action"] in ("delete", "revoke key")]
+        if ends and not (dry_run or yes):
+            names = ", ".join(sorted({one["tenant"] for one in ends}))
+            console.print(f"This deletes or revokes keys of: {names}.", highlight=False)
+            _ask()
+        if not dry_run:
+            found = tenants.apply(folder, managed_by.value, dry_run=False)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return

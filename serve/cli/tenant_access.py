@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 from ..errors import OctetError, SettingsError
 from ..settings.application import FrontSettings
-from ..tenants.files import read_keys, read_tenants
+from ..tenants.files import KEYS, KeyDigests, read_keys, read_tenants
 from ..tenants.limits import given_limits
 from .operator_client import call
 
@@ -91,11 +91,15 @@ class StoredTenants:
         with _refusals():
             self._administration.revoke_key(self._actor, id)
 
-    def apply(self, folder: Path, *, dry_run: bool) -> list[dict[str, Any]]:
+    def apply(
+        self, folder: Path, managed_by: Literal["api", "file"], *, dry_run: bool
+    ) -> list[dict[str, Any]]:
         """Apply the files of a folder; return the differences."""
-        tenants, keys = read_tenants(folder), read_keys(folder)
+        tenants, keys = read_tenants(folder), _keys_of(folder)
         with _refusals():
-            found = self._administration.apply(self._actor, tenants, keys, dry_run=dry_run)
+            found = self._administration.apply(
+                self._actor, tenants, keys, managed_by=managed_by, dry_run=dry_run
+            )
         return [one._asdict() for one in found]
 
     def close(self) -> None:
@@ -152,10 +156,13 @@ class RemoteTenants:
         """Revoke a key."""
         self._call(f"keys/{quote(id, safe='')}", "DELETE")
 
-    def apply(self, folder: Path, *, dry_run: bool) -> list[dict[str, Any]]:
+    def apply(
+        self, folder: Path, managed_by: Literal["api", "file"], *, dry_run: bool
+    ) -> list[dict[str, Any]]:
         """Apply the files of a folder; return the differences."""
         tenants = {name: given_limits(one) for name, one in read_tenants(folder).items()}
-        body = {"tenants": tenants, "keys": read_keys(folder), "dry_run": dry_run}
+        options = {"managed_by": managed_by, "dry_run": dry_run}
+        body = {"tenants": tenants, "keys": _keys_of(folder), **options}
         found: list[dict[str, Any]] = self._call("apply", "POST", body)["data"]
         return found
 
@@ -173,6 +180,11 @@ class RemoteTenants:
             if not page["has_more"]:
                 return
             query["after"] = page["next"]
+
+
+def _keys_of(folder: Path) -> KeyDigests | None:
+    """The digests of a folder's keys; None if it has no file of them, and then no key changes."""
+    return read_keys(folder) if (folder / KEYS).exists() else None
 
 
 @contextmanager

@@ -25,7 +25,9 @@ from .keys import KEY_BYTES, SCOPES, Scope, digest, key_id
 from .limits import FIELDS, LimitsError, given_limits, parse_tenants
 from .tenant import Tenant
 
-API, FILE = "api", "file"
+ManagedBy = Literal["api", "file"]
+API: ManagedBy = "api"
+FILE: ManagedBy = "file"
 MOST_KEYS = 100  # valid ones of a tenant
 MOST_OVERLAP_S = 90 * 86400.0
 Row = Mapping[str, Any] | RowMapping
@@ -232,6 +234,7 @@ class Administration:
         tenants: Mapping[str, Tenant],
         keys: KeyDigests | None,
         *,
+        managed_by: ManagedBy = FILE,
         dry_run: bool = False,
     ) -> list[Difference]:
         """Make what files manage equal to these files; return what that changes.
@@ -239,13 +242,15 @@ class Administration:
         Tenants of the files are created or changed, and those that only earlier files had are
         deleted; so are keys. A tenant that the API has made and the files name is managed by the
         files from then on. A revoked key stays revoked. `keys`: None leaves all keys as they are.
-        `dry_run`: change nothing.
+        `managed_by`: with "api" the files are only copied: their tenants are managed by the API
+        from then on, and nothing is deleted. `dry_run`: change nothing.
         """
+        differences = partial(_differences, tenants=tenants, keys=keys, managed_by=managed_by)
         if dry_run:
-            return self._database.read(partial(_differences, tenants=tenants, keys=keys))
+            return self._database.read(differences)
 
         def work(change: _Change) -> list[Difference]:
-            found = _differences(change.connection, tenants, keys)
+            found = differences(change.connection)
             digests = {key_id(k["sha256"]): k for owned in (keys or {}).values() for k in owned}
             written, added = {}, list[dict[str, Any]]()
             for action, tenant, id, changes in found:
@@ -254,13 +259,13 @@ class Administration:
                 elif action == "revoke key" and id:
                     change.revoke(change.key(id))
                 elif action == "add key" and id:
-                    sha256, created = digests[id]["sha256"], digests[id]["created"]
-                    added.append(change.key_row(tenant, sha256, SCOPES, FILE, created, None))
+                    sha256, created = digests[id]["sha256"], self._stored(digests[id]["created"])
+                    added.append(change.key_row(tenant, sha256, SCOPES, managed_by, created, None))
                     change.audit(action, tenant, {}, id)
                 else:
                     written[tenant] = given_limits(tenants[tenant])
                     change.audit(f"{action} tenant", tenant, changes)
-            change.put_tenants(written, FILE)
+            change.put_tenants(written, managed_by)
             change.add_keys(added)
             return found
 
@@ -287,6 +292,13 @@ class Administration:
     def _page(self, query: Select[Any], limit: int, item: Callable[[Row], Any]) -> Page:
         rows = self._database.read(lambda c: c.execute(query.limit(limit + 1)).mappings().all())
         return Page([item(row) for row in rows[:limit]], len(rows) > limit)
+
+    def _stored(self, created: str) -> str:
+        """A time of a file as it is stored; the present time if it is none."""
+        try:
+            return timestamp(unix_time(created))
+        except (ValueError, OverflowError):
+            return timestamp(self._clock())
 
     def _expiry(self, expires: str | None) -> str | None:
         if expires is None:
@@ -442,9 +454,12 @@ class _Change:
 
 
 def _differences(
-    connection: Connection, tenants: Mapping[str, Tenant], keys: KeyDigests | None
+    connection: Connection,
+    tenants: Mapping[str, Tenant],
+    keys: KeyDigests | None,
+    managed_by: ManagedBy,
 ) -> list[Difference]:
-    """What differs between the files and what they manage in the database."""
+    """What differs between the files and what is in the database; see `Administration.apply`."""
     rows = connection.execute(select(TENANTS).where(TENANTS.c.deleted.is_(None))).mappings()
     there = {row["id"]: row for row in rows}
     found = []
@@ -459,18 +474,21 @@ def _differences(
         }
         if row is None:
             found.append(Difference("create", name, None, changes))
-        elif row["managed_by"] != FILE:
+        elif row["managed_by"] != managed_by:
             found.append(Difference("adopt", name, None, changes))
         elif changes:
             found.append(Difference("change", name, None, changes))
-    gone = [n for n, row in there.items() if row["managed_by"] == FILE and n not in tenants]
-    found += [Difference("delete", name) for name in sorted(gone)]
+    if managed_by == FILE:
+        gone = [n for n, row in there.items() if row["managed_by"] == FILE and n not in tenants]
+        found += [Difference("delete", name) for name in sorted(gone)]
     if keys is None:
         return found
     columns = KEYS.c.id, KEYS.c.tenant, KEYS.c.managed_by, KEYS.c.revoked
     known = {row.id: row for row in connection.execute(select(*columns))}
     given = {key_id(key["sha256"]): name for name in tenants for key in keys.get(name, ())}
     found += [Difference("add key", name, id) for id, name in given.items() if id not in known]
+    if managed_by != FILE:
+        return found
     kept = {row.id for row in known.values() if row.managed_by != FILE or row.revoked is not None}
     found += [
         Difference("revoke key", row.tenant, row.id)

@@ -102,7 +102,8 @@ def _parse(text: str, file: Path) -> dict[str, Tenant]:
         data = yaml.load(text, _UniqueKeys)  # noqa: S506 - it is a SafeLoader
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    data = {} if data is None else data
+    if data is None:  # perhaps it is just being written
+        raise SettingsError(f"{file}: there is nothing in it; for no tenants write {{}}")
     if not isinstance(data, dict):
         raise SettingsError(f"{file}: expected tenants by their id, found {type(data).__name__}")
     for name, entry in data.items():

@@ -46,7 +46,7 @@ def test_the_commands_about_tenants_work_as_printed(tmp_path: Path) -> None:
         for block in blocks(page):
             if block.mark == "run":
                 printed = shell.run(block)
-                for name in ("OPERATOR_KEY", "OCTET_KEY"):
+                for name in ("OPERATOR_KEY", "TENANT_KEY"):
                     if f"export {name}=" in block.text:
                         wait_until_known(edge, shell.variable(name))
             elif block.mark == "output":

@@ -204,6 +204,27 @@ def test_files_are_applied_as_differences(admin: Administration, reader: TenantR
     assert [key.id for key in reader.keys["a"]] == [key_id(digest("octet_a_2"))]
 
 
+def test_files_of_an_earlier_release_are_applied(admin: Administration) -> None:
+    """Its times of keys are longer than the column, which PostgreSQL refuses."""
+    keys = {"a": [{"sha256": digest("octet_a_1"), "created": "2026-11-22T20:36:36+00:00"}]}
+    keys["b"] = [{"sha256": digest("octet_b_1"), "created": "once upon a time in the west"}]
+    admin.apply("files", {"a": Tenant(), "b": Tenant()}, keys)
+    assert [key.created for key in admin.keys("a").items] == ["2026-11-22T20:36:36.000Z"]
+    assert len(admin.keys("b").items) == 1
+
+
+def test_files_are_handed_over_to_the_api(admin: Administration) -> None:
+    files, keys = {"a": Tenant(weight=2), "b": Tenant()}, digests(a="octet_a_1")
+    admin.apply("files", files, keys)
+    handed = admin.apply("me", {"a": Tenant(weight=2)}, keys, managed_by="api")
+    assert [(one.action, one.tenant) for one in handed] == [("adopt", "a")]
+    assert admin.change_tenant("me", "a", {"weight": 3}).managed_by == "api"
+    assert admin.tenant("b").managed_by == "file"  # what is not named stays
+    gone = admin.apply("files", {}, {})
+    assert [(one.action, one.tenant) for one in gone] == [("delete", "b")]
+    assert [key.id for key in admin.keys("a").items] == [key_id(digest("octet_a_1"))]
+
+
 def test_a_revoked_key_of_a_file_stays_revoked(admin: Administration) -> None:
     files, keys = {"a": Tenant()}, digests(a="octet_a_1")
     admin.apply("files", files, keys)

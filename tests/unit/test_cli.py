@@ -171,7 +171,7 @@ def test_commands_change_tenants_and_their_keys(tmp_path: Path) -> None:
         (["list"], "requests_per_s 5"),
         (["set", "acme", "--monthly-work", "7", "--unset", "requests_per_s"], "acme: changed"),
         (["list"], "monthly_work 7"),
-        (["rotate-key", "acme", "--scope", "read", "--expires", "2999-01-01"], "octet_acme_"),
+        (["add-key", "acme", "--scope", "read", "--expires", "2999-01-01"], "octet_acme_"),
         (["list"], "2999-01-01T00:00"),
         (["revoke", "acme", "--old"], "1 of the keys of acme revoked"),
         (["revoke", "acme"], "1 of the keys of acme revoked"),
@@ -195,6 +195,15 @@ def test_a_folder_is_applied_after_a_dry_run(tmp_path: Path) -> None:
     ):
         code, output = octet("tenant", "apply", str(folder), "--config", config, *options)
         assert (code, said in output) == (0, True), output
+    (folder / "tenants.yaml").write_text("{}")
+    code, output = octet("tenant", "apply", str(folder), "--config", config)
+    said = " ".join(output.split())
+    assert (code, "deletes or revokes keys of: acme" in said, "add --yes" in said) == (
+        2,
+        True,
+        True,
+    )
+    (folder / "tenants.yaml").write_text("acme: {weight: 2}\n")
     code, output = octet("tenant", "set", "acme", "--weight", "3", "--config", config)
     assert (code, "managed by tenants.yaml" in " ".join(output.split())) == (1, True)
 

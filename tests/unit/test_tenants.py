@@ -116,6 +116,8 @@ def test_an_empty_folder_has_no_tenants(tmp_path: Path) -> None:
         ("acme: {weight: 2026-13-45}", "not YAML"),
         ("acme: {weight: 2026-11-22}", "date"),
         ("a: !!bool x", "not YAML"),
+        ("", "there is nothing in it; for no tenants write {}"),
+        ("# nobody yet", "there is nothing in it"),
         ("a: " + "[" * 1000, "not YAML"),
     ],
 )

@@ -179,24 +179,28 @@ def next_of(items: Sequence[Any], after: str) -> str:
 
 
 class TenantFiles(NamedTuple):
-    """The contents of tenants.yaml and keys.json; `dry_run`: only say what would change."""
+    """The contents of tenants.yaml and keys.json; see `Administration.apply`."""
 
     tenants: dict[str, Tenant]
     keys: KeyDigests | None
+    managed_by: Literal["api", "file"]
     dry_run: bool
 
 
 def parse_files(body: bytes) -> TenantFiles:
     """Parse the body of `POST /admin/v1/apply`. Raises `InvalidRequest`."""
-    given = parse_body(body, "tenants", "keys", "dry_run")
+    given = parse_body(body, "tenants", "keys", "managed_by", "dry_run")
     tenants, dry_run = given.get("tenants"), given.get("dry_run", False)
     if not isinstance(tenants, dict):
         raise InvalidRequest("tenants: must be an object of tenants by their id", param="tenants")
     if not isinstance(dry_run, bool):
         raise InvalidRequest("dry_run: must be true or false", param="dry_run")
+    managed_by = given.get("managed_by", "file")
+    if managed_by not in ("api", "file"):
+        raise InvalidRequest("managed_by: must be api or file", param="managed_by")
     try:
         keys = None if given.get("keys") is None else check_digests(given["keys"])
-        return TenantFiles(parse_tenants(tenants), keys, dry_run)
+        return TenantFiles(parse_tenants(tenants), keys, managed_by, dry_run)
     except LimitsError as error:
         where, what = error.faults[0]
         raise InvalidRequest(f"{where}: {what}", param="tenants") from None

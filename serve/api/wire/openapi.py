@@ -64,6 +64,7 @@ ADMIN: tuple[type[BaseModel], ...] = (
     *(TenantItem, TenantList, DeletedTenant, NewKeyItem, KeyList, RevokedKey, AuditList),
     DifferenceList,
 )
+MANAGED_BY = {"enum": ["api", "file"], "default": "file"}
 LIMITS = tuple(
     f"x-ratelimit-{name}-{of}"
     for of in ("requests", "work", "budget")
@@ -275,7 +276,12 @@ def _admin_paths() -> dict[str, Any]:
     files = {
         "type": "object",
         "required": ["tenants"],
-        "properties": {"tenants": about, "keys": about, "dry_run": {"type": "boolean"}},
+        "properties": {
+            "tenants": about,
+            "keys": about,
+            "managed_by": MANAGED_BY,
+            "dry_run": {"type": "boolean"},
+        },
     }
     rotation = {"type": "object", "properties": {"overlap_s": overlap}}
     return {
