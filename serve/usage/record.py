@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple
 class UsageRecord(NamedTuple):
     """The charge to a tenant for one image of one call.
 
-    `call` is the call's id, `image` the image's index in it. Apart from a reversal, both together are
-    unique for ever. `work_s` is the charge, in seconds of a reference replica. The charge is 0 for an image that
-    came from the result cache ("hit") or that was generated for another call at the same time
+    `call` is the call's id, `image` the image's index in it. Apart from a reversal, both together
+    are unique for ever. `work_s` is the charge, in seconds of a reference replica. The charge is 0
+    for an image that came from the result cache ("hit") or that was generated for another call at
+    the same time
     ("shared"). A "reversed" record takes back the charge of the image's earlier record, so its
     charge is negative. `key_id`: the id of the API key that asked for the image; "" without keys.
     """

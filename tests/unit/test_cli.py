@@ -198,11 +198,8 @@ def test_a_folder_is_applied_after_a_dry_run(tmp_path: Path) -> None:
     (folder / "tenants.yaml").write_text("{}")
     code, output = octet("tenant", "apply", str(folder), "--config", config)
     said = " ".join(output.split())
-    assert (code, "deletes or revokes keys of: acme" in said, "add --yes" in said) == (
-        2,
-        True,
-        True,
-    )
+    assert (code, "deletes or revokes keys of: acme" in said) == (2, True), said
+    assert "add --yes" in said
     (folder / "tenants.yaml").write_text("acme: {weight: 2}\n")
     code, output = octet("tenant", "set", "acme", "--weight", "3", "--config", config)
     assert (code, "managed by tenants.yaml" in " ".join(output.split())) == (1, True)
