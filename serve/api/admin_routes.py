@@ -53,12 +53,17 @@ class AdminRoutes:
         idempotency: Idempotency,
         timing: IngressTiming,
         check_admin: Callable[[Request], None],
+        authenticate_again: Callable[[Request], None],
         max_body_bytes: Callable[[], int],
     ) -> None:
-        """`dispatcher`: a Ray Serve handle. `check_admin`: raises `NotFound` for other callers."""
+        """`dispatcher`: a Ray Serve handle. `check_admin`: raises `NotFound` for other callers.
+
+        `authenticate_again`: raises `KeyInvalid` if the caller's key was revoked meanwhile.
+        """
         self._dispatcher, self._timing = dispatcher, timing
         self._idempotency = idempotency
         self._check_admin, self._max_body_bytes = check_admin, max_body_bytes
+        self._authenticate_again = authenticate_again
         tenants, keys = "/admin/v1/tenants", "/admin/v1/keys"
         self.routes = [
             Route(tenants, self.tenants, methods=["GET"]),
@@ -208,7 +213,10 @@ class AdminRoutes:
         """
         self._check_admin(http)
         limit = limit or self._max_body_bytes()
-        return await read_body(http, lambda _: None, limit, self._timing.body_s)
+        body = await read_body(http, lambda _: None, limit, self._timing.body_s)
+        self._authenticate_again(http)  # a body may take long
+        self._check_admin(http)
+        return body
 
     async def _change(self, http: Request, operation: str, **arguments: Any) -> Any:
         """Call a method of `Administration` that changes something, in the operator's name."""

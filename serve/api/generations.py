@@ -53,6 +53,10 @@ class JsonAnswer(Response):
         finally:
             self._sent()
 
+    def close(self) -> None:
+        """Call `sent` for a response that is not going to be sent."""
+        self._sent()
+
 
 @dataclass(slots=True)
 class _OpenRequest:

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
@@ -29,6 +29,7 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
+from .generations import JsonAnswer
 from .timing import IngressTiming
 from .wire.http_errors import UNEXPECTED, error_answer
 
@@ -136,12 +137,21 @@ class Idempotency:
         except BaseException:  # the client has gone
             self._forget(claim)
             raise
-        await self._remember(claim, remembered(response))
+        try:
+            await self._in_background(self._remember(claim, remembered(response)))
+        except BaseException:  # the client has gone, and nobody sends this response
+            if isinstance(response, JsonAnswer):
+                response.close()
+            raise
         return response
 
     async def _claimed(self, claim: Claim) -> Claimed:
         """Claim a request. Raises the error of a request that cannot be answered now."""
-        found: Claimed | None = await self._call("claim", claim)
+        try:
+            found: Claimed | None = await self._call("claim", claim)
+        except BaseException:  # whether it was claimed is not known
+            self._forget(claim)
+            raise
         if found is None:
             raise InvalidRequest(
                 f"{HEADER}: this server keeps nothing, so it cannot remember answers", param=HEADER
@@ -153,7 +163,7 @@ class Idempotency:
         return found
 
     async def _remember(self, claim: Claim, response: Response) -> None:
-        """Remember an answer. If that fails, the key stays in use, so nothing is done twice."""
+        """Remember an answer. If that fails, the key stays in use for as long as it may take."""
         from ..store.answers import Answer
 
         headers = {k: v for k, v in response.headers.items() if k != "content-length"}
@@ -162,6 +172,13 @@ class Idempotency:
             await self._call("answered", claim, answer)
         except Unavailable:
             log.warning("an answer could not be remembered for its Idempotency-Key")
+
+    async def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await work that goes on if this is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     def _forget(self, claim: Claim) -> None:
         """Forget a request in the background, because its task may be cancelled."""

@@ -120,6 +120,7 @@ class Ingress:
             timing,
             self._auth,
             self._access,
+            self._authenticate_again,
             lambda: self.live.max_body_bytes,
         )
         self._idempotency = Idempotency(
@@ -130,6 +131,7 @@ class Ingress:
             self._idempotency,
             timing,
             self._operators.check_admin,
+            self._authenticate_again,
             lambda: self.live.max_body_bytes,
         )
         self._generations = GenerationHandler(

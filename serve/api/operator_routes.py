@@ -32,14 +32,17 @@ class OperatorRoutes:
         timing: IngressTiming,
         auth: str,
         access: Callable[[str], TenantAccess],
+        authenticate_again: Callable[[Request], None],
         max_body_bytes: Callable[[], int],
     ) -> None:
         """`dispatcher`: a Ray Serve handle of the `Dispatcher`. `auth`: the setting.
 
         `access` returns the access of a tenant, `max_body_bytes` the present setting.
+        `authenticate_again` raises `KeyInvalid` if the caller's key was revoked meanwhile.
         """
         self._session, self._dispatcher, self._timing = session, dispatcher, timing
         self._auth, self._access, self._max_body_bytes = auth, access, max_body_bytes
+        self._authenticate_again = authenticate_again
         self.routes = [
             Route("/v1/state", self.state),
             Route("/v1/quarantine/{id}", self.lift_quarantine, methods=["DELETE"]),
@@ -68,6 +71,8 @@ class OperatorRoutes:
         """Answer `PUT /v1/nodes/ID/cordon`: an operator gives a node no new work."""
         self.check_admin(http)
         body = await read_body(http, lambda _: None, self._max_body_bytes(), self._timing.body_s)
+        self._authenticate_again(http)
+        self.check_admin(http)
         return await self._change_node(http, "cordon", reason_of(body))
 
     async def uncordon(self, http: Request) -> Response:

@@ -318,7 +318,7 @@ def apply(
 ) -> None:
     """Make tenants as the files of FOLDER say, and show the differences.
 
-    What earlier files had and these do not have is deleted, and its keys are revoked for ever.
+    What earlier files had and these do not have is deleted; keys are revoked for ever.
     Tenants that the API has made and the files do not name stay as they are. Without a keys.json no
     key changes.
     """

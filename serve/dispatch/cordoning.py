@@ -17,7 +17,7 @@ from .cordons import Cordons
 from .node_watch import NodeWatch
 from .protocol import CordonedNode
 
-FILE = "cordons.json"  # in the usage folder
+FILE = "cordons.json"  # in the data folder
 
 log = logging.getLogger("ray.serve")
 

@@ -362,8 +362,8 @@ class Dispatcher:
         """
         if self.store is None:
             return None
-        if not self.recovery.over:
-            raise OSError("the dispatcher is restarting")
+        if not self.recovery.over or self._database_fault:
+            raise OSError(self._database_fault or "the dispatcher is restarting")
         return await self.store.claim(claim, self.sessions.names)
 
     async def answered(self, claim: Claim, answer: Answer | None) -> None:
@@ -477,11 +477,11 @@ class Dispatcher:
             if not (self.recovery.over or request.accepted or self._database_fault):
                 self._early.add(session, request, now)
                 continue
-            if self._results.must_follow(session, request) and not request.accepted:
-                request = request._replace(images=(), work_s=0.0, follows=True)
             shared = None if leased or self._database_fault else self._shared
             if shared and shared.must_wait(session, request, now):
                 continue
+            if self._results.must_follow(session, request) and not request.accepted:
+                request = request._replace(images=(), work_s=0.0, follows=True)
             decision = self.admission.open(session, request, now)
             if decision.refusal:
                 self._tenant_metrics.refused(request.tenant, decision.refusal)
@@ -573,7 +573,11 @@ class Dispatcher:
         self.metering.begin(ledger)
         if leases:
             self._shared = SharedLimits(
-                leases, self.admission, partial(self._decide, leased=True), self._store_changed
+                leases,
+                self.admission,
+                partial(self._decide, leased=True),
+                self._store_changed,
+                self.metering.quiet,
             )
             self._shared.begin(leased)
             self._tasks.append(asyncio.create_task(self._shared.run(self._timing.tenants_s)))

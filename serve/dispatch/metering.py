@@ -57,6 +57,8 @@ class Metering:
         self._charges: asyncio.Queue[_Charge] = asyncio.Queue()
         self._held: dict[tuple[str, int], float] = {}  # for cancelled images, by call and index
         self._begun = asyncio.Event()
+        self._charged = 0  # charges so far
+        self._writing = False
         self._begin_month(month_of(time.time()), {})
 
     def begin(self, ledger: UsageLedger | None) -> None:
@@ -69,7 +71,7 @@ class Metering:
     def charge(self, session: str, usage: UsageRecord) -> None:
         """Charge an image that was generated, or take such a charge back."""
         held = 0.0 if usage.outcome == "reversed" else self._admission.hold(session, usage)
-        self._charges.put_nowait(_Charge(session, usage, held))
+        self._put(_Charge(session, usage, held))
 
     def cancelled(
         self, session: str, usage: UsageRecord, report: StoppedImage | Literal["awaited"] | None
@@ -92,7 +94,7 @@ class Metering:
         held = self._held.pop((usage.call, usage.image), 0.0)
         work_s = round(usage.work_s * report.steps / usage.steps, 6)
         done = usage._replace(steps=report.steps, work_s=work_s, outcome="cancelled")
-        self._charges.put_nowait(_Charge(session, done, held))
+        self._put(_Charge(session, done, held))
 
     def waive(self, usage: UsageRecord) -> None:
         """Charge nothing for a cancelled image."""
@@ -109,11 +111,21 @@ class Metering:
         self._month = month
         self._admission.begin_month(spent, time.monotonic() + month_end(now) - now)
 
+    def _put(self, charge: _Charge) -> None:
+        self._charged += 1
+        self._charges.put_nowait(charge)
+
+    def quiet(self) -> int | None:
+        """The number of charges so far, if all of them are written; else None."""
+        return None if self._writing or self.fault or self._charges.qsize() else self._charged
+
     async def run(self) -> None:
         """Write charges for ever. Charges that arrive during a write are written together next."""
         await self._begun.wait()
         while True:
+            self._writing = False
             batch = [await self._charges.get()]
+            self._writing = True
             while not self._charges.empty():
                 batch.append(self._charges.get_nowait())
             now = time.time()
@@ -147,8 +159,12 @@ class Metering:
         before it could tell the session.
         """
         events: dict[tuple[str, str], Recorded] = {}
-        for session, usage, held in batch:
+        new = {id(charge) for charge in fresh}
+        for charge in batch:
+            session, usage, held = charge
             self._admission.free(usage.tenant, held)
+            if id(charge) not in new and usage.work_s > 0:  # the database has charged the lease
+                self._admission.account(usage.tenant).lease(-usage.work_s)
             events[session, usage.call] = Recorded(session, usage.call)
         for session, usage, _ in fresh:
             spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None

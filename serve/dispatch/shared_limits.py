@@ -51,13 +51,15 @@ class SharedLimits:
         admission: Admission,
         decide: Callable[[Iterable[WaitingCall]], None],
         on_fault: Callable[[], None],
+        quiet: Callable[[], int | None],
     ) -> None:
         """`decide` is called with the calls that have waited for a lease.
 
-        `on_fault` is called when `fault` changes.
+        `on_fault` is called when `fault` changes. `quiet` returns the number of charges so far, if
+        all of them are written; else None.
         """
         self._leases, self._admission = leases, admission
-        self._decide, self._on_fault = decide, on_fault
+        self._decide, self._on_fault, self._quiet = decide, on_fault, quiet
         self._month = month_of(time.time())
         self._asked = asyncio.Event()
         self._refused: dict[str, _RefusedWork] = {}  # by tenant
@@ -155,10 +157,15 @@ class SharedLimits:
         month, now = self._turned(), time.monotonic()
         returned = self._admission.return_leases(now - IDLE_S)
         used = self._admission.used(now)
-        others = await asyncio.to_thread(self._leases.beat, used, returned, month)
+        charges = self._quiet()
+        heard = await asyncio.to_thread(self._leases.beat, used, returned, month)
         self._beaten = now = time.monotonic()
-        self._admission.hear_of_others(self._heard, others, now)
-        self._heard = dict(others)
+        self._admission.hear_of_others(self._heard, heard.others, now)
+        self._heard = dict(heard.others)
+        # What is known here may have drifted by transactions that were given up. Without charges
+        # meanwhile, the database's numbers are those of now.
+        if charges is not None and charges == self._quiet():
+            self._admission.begin_leases(heard.leased)
 
     def _turned(self) -> str:
         """The present month; at its turn all leases end."""
@@ -170,11 +177,20 @@ class SharedLimits:
 
     async def _join_again(self, error: OSError) -> None:
         """Join again if this cluster was away for so long that its leases have ended."""
-        from ..usage.leases import ForgottenError
+        from ..usage.leases import ForgottenError, Need
 
         if isinstance(error, ForgottenError):
             with contextlib.suppress(OSError):  # the next round finds out again
-                self.begin(await asyncio.to_thread(self._leases.join, self._turned()))
+                month = self._turned()
+                self.begin(await asyncio.to_thread(self._leases.join, month))
+                needs = {
+                    name: Need(account.lacks(0.0), (), account.tenant.monthly_work or 0.0)
+                    for name, account, _ in self._admission.accounts()
+                    if account.lacks(0.0)
+                }
+                granted = await asyncio.to_thread(self._leases.extend, needs, month)
+                for tenant, work_s in granted.items():
+                    self._admission.account(tenant).lease(work_s)
 
     def _set_fault(self, fault: str) -> None:
         if fault != self.fault:

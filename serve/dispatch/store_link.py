@@ -32,6 +32,7 @@ log = logging.getLogger("ray.serve")
 
 OLD_USAGE = "usage"  # the folder in the data folder where earlier releases kept usage records
 SWEEP_S = 600.0  # between two searches for old answers
+MOST_CLAIMS = 8  # transactions for Idempotency-Keys at a time, so that charges need not wait
 PAUSE_S = 60.0  # between two notes in the database that a key is used
 
 
@@ -79,6 +80,8 @@ class StoreLink:
         self._files_changed = False  # and are not applied yet
         self._cluster = cluster
         self._on_open, self._on_tenants, self._on_fault = on_open, on_tenants, on_fault
+        self._following: set[asyncio.Task[None]] = set()
+        self._claims = asyncio.Semaphore(MOST_CLAIMS)
         self._lock = asyncio.Lock()  # one reading of tenants at a time
         self._store: _OpenStore | None = None
         self._swept = 0.0
@@ -100,17 +103,31 @@ class StoreLink:
     async def follow(self) -> None:
         """Read the files and the tenants that have changed, and pass the changes on.
 
-        Raises `OSError` if the database cannot be used.
+        Whoever waits for this may be cancelled; the work goes on, so that no change is lost. Raises
+        `OSError` if the database cannot be used.
         """
+        task = asyncio.create_task(self._follow())
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+        await asyncio.shield(task)
+
+    async def _follow(self) -> None:
         if (store := self._store) is None:
             return
         async with self._lock:
             faults = dict(self.file_faults)
-            changes = await asyncio.to_thread(self._read, store)
-            if changes:
-                self._on_tenants(changes, store.registry.tenants)
-            if faults != self.file_faults:
-                self._on_fault()
+            try:
+                for work in (self._note_uses, self._apply_files, self._forget_answers):
+                    await self._read_tenants(store)  # first, so that nothing delays a revocation
+                    await asyncio.to_thread(work, store)
+                await self._read_tenants(store)
+            finally:
+                if faults != self.file_faults:
+                    self._on_fault()
+
+    async def _read_tenants(self, store: _OpenStore) -> None:
+        if changes := await asyncio.to_thread(store.registry.read):
+            self._on_tenants(changes, store.registry.tenants)
 
     def key_used(self, id: str, when: float) -> None:
         """Note that the key with this id was used at the Unix time `when`."""
@@ -120,7 +137,8 @@ class StoreLink:
     async def administer(self, operation: str, arguments: dict[str, Any]) -> Any:
         """Call a method of `Administration`; return its result, or the `OctetError` that it raises.
 
-        What it changes holds when this returns. Raises `OSError` if the database cannot be used.
+        What it changes is passed on when this returns. Raises `OSError` if the database cannot be
+        used; the change may then have been made nevertheless.
         """
         method = getattr(self._opened_store().administration, operation)
         try:
@@ -134,12 +152,14 @@ class StoreLink:
         """Claim a request with an Idempotency-Key; see `Answers.claim`."""
         store = self._opened_store()
         mine = claim._replace(cluster=store.cluster)
-        return await asyncio.to_thread(store.answers.claim, mine, time.time(), sessions)
+        async with self._claims:
+            return await asyncio.to_thread(store.answers.claim, mine, time.time(), sessions)
 
     async def answered(self, claim: Claim, answer: Answer | None) -> None:
         """Remember the answer to a claimed request; see `Answers.finish`."""
         store = self._opened_store()
-        await asyncio.to_thread(store.answers.finish, claim, answer, time.time())
+        async with self._claims:
+            await asyncio.to_thread(store.answers.finish, claim, answer, time.time())
 
     def _opened_store(self) -> _OpenStore:
         """What is there once the database has answered. Raises `OSError` before."""
@@ -188,7 +208,7 @@ class StoreLink:
             if self._old_usage and (count := import_folder(database, self._old_usage)):
                 log.info("%d usage records of an earlier release were imported", count)
             administration = Administration(database, time.time)
-            self._apply_files(administration)
+            self._apply_files_to(administration)
             registry, now = TenantRegistry(database), time.time()
             cluster, leases, leased = self._cluster(), None, {}
             if database.is_shared:
@@ -208,19 +228,21 @@ class StoreLink:
             database.close()
             raise
 
-    def _read(self, store: _OpenStore) -> TenantChanges | None:
-        self._apply_files(store.administration)
-        now = time.time()
-        if now - self._swept >= SWEEP_S:
-            store.answers.forget_old(now)
-            self._swept = now
+    def _note_uses(self, store: _OpenStore) -> None:
         if used := self._used:
             self._used = {}
             store.administration.note_use(used)
             self._noted |= used
-        return store.registry.read()
 
-    def _apply_files(self, administration: Administration) -> None:
+    def _forget_answers(self, store: _OpenStore) -> None:
+        now = time.time()
+        if now - self._swept >= SWEEP_S and not store.answers.forget_old(now):
+            self._swept = now  # nothing old is left
+
+    def _apply_files(self, store: _OpenStore) -> None:
+        self._apply_files_to(store.administration)
+
+    def _apply_files_to(self, administration: Administration) -> None:
         """Apply the tenants' files to the database if they have changed."""
         if self._files is None:
             return

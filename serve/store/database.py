@@ -21,6 +21,17 @@ from ..errors import SettingsError
 from .schema import bring_up_to_date
 
 ANSWER_S = 5.0
+# A process that is stopped, or whose machine is gone, must not hold the lock: PostgreSQL ends its
+# session after so long.
+_SESSION = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        "idle_in_transaction_session_timeout": "10s",
+        "tcp_keepalives_idle": 5,
+        "tcp_keepalives_interval": 5,
+        "tcp_keepalives_count": 2,
+    }.items()
+)
 LOCK = 0x0C7E7  # the key of the advisory lock that PostgreSQL's writers take
 T = TypeVar("T")
 
@@ -61,7 +72,8 @@ class Database:
             options = {"connect_args": {"timeout": answer_s, "check_same_thread": False}}
         elif parsed.drivername in ("postgresql", "postgresql+psycopg"):
             parsed = parsed.set(drivername="postgresql+psycopg")
-            options = {"connect_args": {"connect_timeout": max(2, round(answer_s / 2))}}
+            limits = {"connect_timeout": max(2, round(answer_s / 2)), "options": _SESSION}
+            options = {"connect_args": limits}
         else:
             raise SettingsError(f"'{self.name}' is no URL of a database: {_ALLOWED}")
         self._is_sqlite = parsed.drivername == "sqlite"
@@ -75,6 +87,7 @@ class Database:
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare_sqlite)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._broken = False  # whether the present transaction was given up
         self._connection: Connection | None = None  # kept by the thread between transactions
         self.write(bring_up_to_date)
 
@@ -147,17 +160,22 @@ class Database:
         """Give up a transaction that takes too long; return the error that says so."""
         # A database that is stopped keeps the thread waiting, whatever its own time-outs are.
         # Without its connection the thread gets an error, and is free again.
-        running.cancel()  # if it waits behind another transaction, it never begins
-        self._break_connection()
+        if not running.cancel():  # it does not wait behind another transaction, so it runs
+            self._broken = True
+            self._break_connection()
         return StoreUnavailable(f"{self.name} does not answer within {self._answer_s:g} s")
 
     def _transaction(self, work: Callable[[Connection], T], locked: bool) -> T:
+        self._broken = False
         try:
             connection = self._begin(locked)
         except DBAPIError:
             if self._connection is None:
                 raise
-            self._disconnect()  # it was kept, and the database has been restarted since
+            self._disconnect()
+            if self._broken:  # it was given up, so nobody waits for it any more
+                raise
+            # The connection was kept, and the database has been restarted since.
             connection = self._begin(locked)
         try:
             found = work(connection)

@@ -175,12 +175,14 @@ ANSWERS = Table(
     Column("key", String(255), nullable=False),
     Column("digest", String(64), nullable=False),  # SHA-256 of the request
     Column("call", String(64), nullable=False),  # the call that generates the images
+    Column("claim", String(64), nullable=False),  # who answers it, among all who have asked
     Column("cluster", String(64), nullable=False),
     Column("session", String(64), nullable=False),  # of the Ingress that answers
     Column("until", Float(53), nullable=False),  # Unix time at which it is given up, or forgotten
     Column("status", Integer),  # null: it is not answered yet
     Column("headers", Text),  # JSON
     Column("body", LargeBinary),
+    Column("bytes", Integer),  # of the body
     PrimaryKeyConstraint("tenant", "key"),
     Index("octet_answers_until", "until"),
 )

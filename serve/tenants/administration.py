@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, bindparam, insert, select, update
+from sqlalchemy import Connection, RowMapping, Select, bindparam, insert, or_, select, update
 
 from ..errors import Conflict, InvalidRequest, NotFound, did_you_mean
 from ..store.database import Database
@@ -28,6 +28,7 @@ from .tenant import Tenant
 ManagedBy = Literal["api", "file"]
 API: ManagedBy = "api"
 FILE: ManagedBy = "file"
+ROTATE = "rotate key"  # in the audit
 MOST_KEYS = 100  # valid ones of a tenant
 MOST_OVERLAP_S = 90 * 86400.0
 Row = Mapping[str, Any] | RowMapping
@@ -121,6 +122,7 @@ class Administration:
         def work(change: _Change) -> StoredTenant:
             if change.exists(tenant):
                 raise Conflict(f"tenant '{tenant}' exists already", param="id")
+            change.revoke_all(tenant)  # of a tenant that had this id and was deleted by files
             change.put_tenants({tenant: given}, API)
             change.audit("create tenant", tenant, given)
             return _tenant(change.tenant(tenant))
@@ -197,11 +199,15 @@ class Administration:
 
         def work(change: _Change) -> NewKey:
             old = change.key(id)
+            if (ends := old["expires"]) is not None and ends <= timestamp(self._clock()):
+                raise Conflict(f"key {id} has expired: make another key")
+            if successor := change.successor(id):
+                raise Conflict(f"key {id} was rotated already: its successor is {successor}")
             made = change.new_key(old["tenant"], _scopes(old["scopes"].split()), old["expires"])
             ends = timestamp(self._clock() + overlap_s)
             if old["expires"] is None or ends < old["expires"]:
                 change.update_key(old, expires=ends)
-            change.audit("rotate key", old["tenant"], {"new": made.stored.id, "ends": ends}, id)
+            change.audit(ROTATE, old["tenant"], {"new": made.stored.id, "ends": ends}, id)
             return made
 
         return self._write(actor, work)
@@ -254,8 +260,8 @@ class Administration:
             digests = {key_id(k["sha256"]): k for owned in (keys or {}).values() for k in owned}
             written, added = {}, list[dict[str, Any]]()
             for action, tenant, id, changes in found:
-                if action == "delete":
-                    change.delete_tenant(tenant)
+                if action == "delete":  # if the files name it again, its keys work again
+                    change.delete_tenant(tenant, keep_keys=True)
                 elif action == "revoke key" and id:
                     change.revoke(change.key(id))
                 elif action == "add key" and id:
@@ -367,10 +373,10 @@ class _Change:
             there = TENANTS.c.id == bindparam("name")
             self.connection.execute(update(TENANTS).where(there), known)
 
-    def delete_tenant(self, tenant: str) -> None:
-        """Mark a tenant as deleted, and revoke its keys."""
-        for row in self.connection.execute(_valid_keys(tenant)).mappings().all():
-            self.revoke(row)
+    def delete_tenant(self, tenant: str, *, keep_keys: bool = False) -> None:
+        """Mark a tenant as deleted, so that its keys do not work, and revoke them."""
+        if not keep_keys:
+            self.revoke_all(tenant)
         values = {"deleted": self._now, "changed": self._number}
         self.connection.execute(update(TENANTS).where(TENANTS.c.id == tenant).values(values))
         self.audit("delete tenant", tenant, {})
@@ -383,9 +389,16 @@ class _Change:
             raise NotFound(f"no valid key has the id '{id[:80]}'")
         return row
 
+    def successor(self, id: str) -> str | None:
+        """The id of the key that has replaced this one; None if none has."""
+        found = select(AUDIT.c.details).where(AUDIT.c.key_id == id, AUDIT.c.action == ROTATE)
+        row = self.connection.execute(found).first()
+        return json.loads(row.details)["new"] if row else None
+
     def new_key(self, tenant: str, scopes: Sequence[Scope], expires: str | None) -> NewKey:
         """Make a random key. Raises `Conflict` if the tenant has too many."""
-        if len(self.connection.execute(_valid_keys(tenant)).all()) >= MOST_KEYS:
+        unexpired = or_(KEYS.c.expires.is_(None), KEYS.c.expires > self._now)
+        if len(self.connection.execute(_valid_keys(tenant).where(unexpired)).all()) >= MOST_KEYS:
             raise Conflict(f"tenant '{tenant}' has {MOST_KEYS} keys: revoke some first")
         secret = f"octet_{tenant}_{secrets.token_hex(KEY_BYTES)}"
         row = self.key_row(tenant, digest(secret), scopes, API, self._now, expires)
@@ -429,6 +442,11 @@ class _Change:
         """Revoke a key."""
         self.update_key(row, revoked=self._now)
         self.audit("revoke key", row["tenant"], {}, row["id"])
+
+    def revoke_all(self, tenant: str) -> None:
+        """Revoke all keys of a tenant."""
+        for row in self.connection.execute(_valid_keys(tenant)).mappings().all():
+            self.revoke(row)
 
     def audit(
         self, action: str, tenant: str, details: Mapping[str, Any], id: str | None = None

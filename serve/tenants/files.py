@@ -12,6 +12,7 @@ apply`, or the setting `tenants_folder`. Of a key only the SHA-256 is in the fil
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from .limits import LimitsError, parse_tenants
 from .tenant import Tenant
 
 TENANTS, KEYS = "tenants.yaml", "keys.json"
-SHA256_BYTES = 32
+SHA256 = re.compile("[0-9a-f]{64}")
 # By tenant: the digest of each key, and when it was made.
 KeyDigests = dict[str, list[dict[str, str]]]
 
@@ -70,7 +71,7 @@ def check_digests(data: Any) -> KeyDigests:
     try:
         for owned in data.values():
             for key in owned:
-                if len(bytes.fromhex(key["sha256"])) != SHA256_BYTES:
+                if not SHA256.fullmatch(key["sha256"]):
                     raise ValueError
                 str.strip(key["created"])
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from ..store.times import unix_time
 from .keys import SCOPES, ApiKey, TenantAccess, TenantChanges, access_of, all_access
 from .limits import known_tenant
 from .tenant import Tenant
+
+log = logging.getLogger("ray.serve")
 
 SOME = 500  # tenants that one statement names
 
@@ -46,7 +49,7 @@ class TenantRegistry:
         found = self._database.read(self._changed_rows)
         if found is None:
             return None
-        self._seen, tenants, keys = found
+        seen, tenants, keys = found
         changed: dict[str, TenantAccess | None] = {}
         valid = defaultdict[str, list[ApiKey]](list)
         for row in keys:
@@ -59,9 +62,15 @@ class TenantRegistry:
                 self.keys.pop(row.id, None)
                 changed[row.id] = None
                 continue
-            tenant = self.tenants[row.id] = known_tenant(json.loads(row.limits))
+            try:
+                tenant = known_tenant(json.loads(row.limits))
+            except ValueError:  # a newer release allows what this one does not
+                log.exception("tenant %s keeps its last limits, if there are any", row.id)
+                tenant = self.tenants.get(row.id, Tenant(max_requests=0))
+            self.tenants[row.id] = tenant
             self.keys[row.id] = tuple(valid[row.id])
             changed[row.id] = access_of(tenant, self.keys[row.id])
+        self._seen = seen
         return TenantChanges(changed)
 
     def _changed_rows(

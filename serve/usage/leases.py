@@ -38,6 +38,13 @@ class Need(NamedTuple):
     monthly_work: float
 
 
+class Heard(NamedTuple):
+    """What other clusters have told, by their ids, and the leases of this one, by tenant."""
+
+    others: dict[str, dict[str, Used]]
+    leased: dict[str, float]
+
+
 class ReplacedError(OSError):
     """Another Dispatcher of the same cluster has taken over."""
 
@@ -67,9 +74,7 @@ class BudgetLeases:
             now = self._database.now(connection)
             connection.execute(insert(CLUSTERS).values(**row, seen=now))
             connection.execute(delete(LEASES).where(LEASES.c.month < month))
-            mine = LEASES.c.cluster == self._cluster
-            found = select(LEASES.c.tenant, LEASES.c.work_s).where(mine, LEASES.c.month == month)
-            return {row.tenant: row.work_s for row in connection.execute(found)}
+            return self._leased(connection, month)
 
         return self._database.write(work)
 
@@ -104,15 +109,13 @@ class BudgetLeases:
 
         return self._database.write(work)
 
-    def beat(
-        self, used: Mapping[str, Used], returned: Mapping[str, float], month: str
-    ) -> dict[str, dict[str, Used]]:
+    def beat(self, used: Mapping[str, Used], returned: Mapping[str, float], month: str) -> Heard:
         """Tell that this cluster lives, and what its tenants use; return the same of others.
 
         `returned`: work that is given back, because no open call needs it.
         """
 
-        def work(connection: Connection) -> dict[str, dict[str, Used]]:
+        def work(connection: Connection) -> Heard:
             alive = self._alive(connection)
             values = {"seen": self._database.now(connection), "counts": json.dumps(used)}
             mine = CLUSTERS.c.id == self._cluster
@@ -120,12 +123,19 @@ class BudgetLeases:
             less = {tenant: -work_s for tenant, work_s in returned.items()}
             self._add(connection, less, less.keys(), month)
             others = {name: text for name, text in alive.items() if name != self._cluster}
-            return {
+            told = {
                 name: {tenant: Used(*found) for tenant, found in json.loads(text).items()}
                 for name, text in others.items()
             }
+            return Heard(told, self._leased(connection, month))
 
         return self._database.write(work)
+
+    def _leased(self, connection: Connection, month: str) -> dict[str, float]:
+        """The leases of this cluster by tenant."""
+        mine = LEASES.c.cluster == self._cluster, LEASES.c.month == month
+        found = select(LEASES.c.tenant, LEASES.c.work_s).where(*mine)
+        return {row.tenant: row.work_s for row in connection.execute(found)}
 
     def _alive(self, connection: Connection) -> dict[str, str]:
         """The living clusters' counts, as JSON; forgets the dead ones."""

@@ -134,19 +134,20 @@ class UsageLedger:
         given, month = list(usages), max(self.month, month_of(now))
 
         def write(connection: Connection) -> _Written:
-            fresh = _fresh(connection, given, now)
-            if not fresh:
-                return _Written(month, [], self._last_id, None)
-            stamp = _stamp(now)
-            last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
-            _add_to_sums(connection, month, fresh.values(), last)
-            if self._cluster:
+            fresh, last = _fresh(connection, given, now), self._last_id
+            if fresh:
+                stamp = _stamp(now)
+                last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
+                _add_to_sums(connection, month, fresh.values(), last)
+            if fresh and self._cluster:
                 work = _work_by_tenant(fresh.values())
                 charge_lease(connection, self._cluster, month, work)
-            # Without other writers since the last append, the sums are known.
-            alone = month == self.month and last - len(fresh) == self._last_id
+            # Without other writers since the last append, and if that has not committed after it
+            # was given up, the sums are known.
+            alone = last - len(fresh) == self._last_id and len(fresh) == len(given)
             since = self._last_id if month == self.month else 0
-            sums = None if alone else self._sums(connection, month, since)
+            sums = None if alone and month == self.month else self._sums(connection, month, since)
+            last = max([last, *(row.last_id for row in sums or ())])
             return _Written(month, list(fresh.values()), last, sums)
 
         return write
@@ -154,7 +155,7 @@ class UsageLedger:
     def _learned(self, written: _Written) -> list[UsageRecord]:
         """Note the sums after a write, and return the records that it has written."""
         month, fresh, last, sums = written
-        if month > self.month and fresh:
+        if month > self.month:
             self.month, self.spent = month, Counter()
         if sums is None:
             for tenant, work_s in _work_by_tenant(fresh).items():

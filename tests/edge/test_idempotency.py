@@ -18,7 +18,9 @@ from serve.store import answers
 from serve.store.answers import Answer, Answers, Claim
 from serve.store.database import Database
 from serve.store.schema import ANSWERS
+from serve.usage.ledger import UsageLedger
 
+from ..builders import usage_record
 from ..stored import store_in, usage_in
 from ..wait import wait_for
 from .databases import NOW
@@ -187,9 +189,11 @@ def test_a_dead_ingress_is_followed_by_a_call_with_the_same_id(database: Databas
     assert store.claim(claim("two", "c2"), NOW, {"one", "two"}).state == "running"
     after = store.claim(claim("two", "c2"), NOW, {"two"})
     assert (after.state, after.call) == ("yours", "c1")
-    store.finish(claim("one"), ANSWER, NOW)  # it was only paused: its answer comes too late
-    assert store.claim(claim("two"), NOW, {"two"}).state == "running"
-    store.finish(claim("two"), ANSWER, NOW)
+    store.finish(claim("one", "c1"), ANSWER, NOW)  # it was only paused: it comes too late
+    assert store.claim(claim("two", "c3"), NOW, {"two"}).state == "running"
+    store.finish(claim("two", "c3"), None, NOW)  # another request at the same Ingress
+    assert store.claim(claim("two", "c3"), NOW, {"two"}).state == "running"
+    store.finish(claim("two", "c2"), ANSWER, NOW)
     found = store.claim(claim("three"), NOW, {"three"})
     assert (found.state, found.answer) == ("answered", ANSWER)
 
@@ -200,6 +204,39 @@ def test_another_clusters_request_is_given_up_after_its_time(database: Database)
     assert store.claim(claim("two", cluster="b"), NOW + 59, {"two"}).state == "running"
     after = store.claim(claim("two", cluster="b"), NOW + 61, {"two"})
     assert (after.state, after.call) == ("yours", "c1")
+
+
+def test_a_key_is_never_stuck_for_longer_than_its_request_may_take(database: Database) -> None:
+    """The answer could not be remembered, and its Ingress lives."""
+    store = Answers(database)
+    store.claim(claim("one", "c1"), NOW, {"one"})
+    assert store.claim(claim("one", "c2"), NOW + 59, {"one"}).state == "running"
+    assert store.claim(claim("one", "c2"), NOW + 61, {"one"}).state == "yours"
+
+
+def test_a_call_whose_charge_was_taken_back_is_not_used_again(database: Database) -> None:
+    """A further record of it would never be written, so its image would be free."""
+    store, ledger = Answers(database), UsageLedger(database, NOW)
+    for key, charged in (("written", True), ("never written", False)):
+        first = claim("one", f"call {key}")._replace(key=key)
+        store.claim(first, NOW, {"one"})
+        record = usage_record(f"call {key}", tenant="acme")
+        ledger.append([record, record.reversal()] if charged else [record.reversal()], NOW)
+        after = store.claim(first._replace(session="two", call="c2"), NOW, {"two"})
+        assert (after.state, after.call) == ("yours", "c2")
+
+
+def test_a_tenants_oldest_answers_make_room(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "MOST_BYTES", 10)
+    store = Answers(database)
+    asked = [claim(call=f"c{i}")._replace(key=f"k{i}") for i in range(4)]
+    for i, one in enumerate(asked):
+        store.claim(one, NOW, {"s"})
+        store.finish(one, ANSWER, NOW + i)
+    again = [store.claim(one._replace(call="c9"), NOW, {"s"}).state for one in asked]
+    assert again == ["yours", "yours", "answered", "answered"]
 
 
 def test_an_answer_is_forgotten_after_a_day(database: Database) -> None:

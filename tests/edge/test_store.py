@@ -58,6 +58,17 @@ def test_a_record_is_known_for_ever(database: Database) -> None:
     assert UsageLedger(database, NOW).append([usage(1)], NOW) == []
 
 
+def test_an_append_that_was_committed_unknown_to_its_caller_counts(
+    database: Database, url: str
+) -> None:
+    """Its caller gave it up, and appends the records again."""
+    with closing(Database(url)) as other:
+        ledger, given_up = UsageLedger(database, NOW), UsageLedger(other, NOW)
+        given_up.append([usage(1)], NOW)
+        assert ledger.append([usage(1)], NOW) == []
+        assert (dict(ledger.spent), ledger.charged_elsewhere()) == ({"acme": 1.5}, {"acme"})
+
+
 def test_reversals(database: Database) -> None:
     ledger = UsageLedger(database, NOW)
     ledger.append([usage(1)], NOW)

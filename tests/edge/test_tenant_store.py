@@ -110,6 +110,11 @@ def test_a_rotated_key_ends_after_its_overlap(
     assert directory.owner(old.secret, clock.now + 59)
     assert directory.owner(old.secret, clock.now + 61) is None
     assert directory.owner(new.secret, clock.now + 10**6)
+    with pytest.raises(Conflict, match=f"its successor is {new.stored.id}"):
+        admin.rotate_key("me", old.stored.id, 60.0)  # it would end with the first overlap
+    clock.now += 61
+    with pytest.raises(Conflict, match="has expired"):
+        admin.rotate_key("me", old.stored.id, 60.0)
     with pytest.raises(NotFound):
         admin.rotate_key("me", "nothing", 60.0)
 
@@ -162,8 +167,10 @@ def test_limits_of_a_newer_release_survive(
     assert reader.tenants["a"] == Tenant(weight=3)
 
 
-def test_a_tenant_has_at_most_so_many_keys(admin: Administration) -> None:
+def test_a_tenant_has_at_most_so_many_keys(admin: Administration, clock: Clock) -> None:
     admin.create_tenant("me", "a", {})
+    admin.create_key("me", "a", expires=timestamp(clock.now + 5))
+    clock.now += 6  # a key that has expired does not count
     for _ in range(MOST_KEYS):
         last = admin.create_key("me", "a")
     with pytest.raises(Conflict, match="revoke some first"):
@@ -225,6 +232,23 @@ def test_files_are_handed_over_to_the_api(admin: Administration) -> None:
     assert [key.id for key in admin.keys("a").items] == [key_id(digest("octet_a_1"))]
 
 
+def test_a_tenant_of_files_that_comes_back_has_its_keys_again(
+    admin: Administration, reader: TenantRegistry
+) -> None:
+    """As after a file that was read while it was being written."""
+    files, keys = {"a": Tenant(), "b": Tenant()}, digests(a="octet_a_1", b="octet_b_1")
+    admin.apply("files", files, keys)
+    admin.apply("files", {"b": Tenant()}, keys)
+    reader.read()
+    assert reader.keys.keys() == {"b"}
+    admin.apply("files", files, keys)
+    reader.read()
+    assert [key.id for key in reader.keys["a"]] == [key_id(digest("octet_a_1"))]
+    admin.apply("files", {"b": Tenant()}, keys)
+    admin.create_tenant("me", "a", {})  # another tenant with the same id
+    assert admin.keys("a").items == []
+
+
 def test_a_revoked_key_of_a_file_stays_revoked(admin: Administration) -> None:
     files, keys = {"a": Tenant()}, digests(a="octet_a_1")
     admin.apply("files", files, keys)
@@ -264,6 +288,7 @@ class Model:
     of_file: set[str] = field(default_factory=set)
     keys: dict[str, tuple[str, float | None]] = field(default_factory=dict)  # tenant, expiry
     spent: dict[str, float] = field(default_factory=dict)
+    hidden: dict[str, dict[str, tuple[str, float | None]]] = field(default_factory=dict)
 
     def valid(self) -> dict[str, str]:
         """The tenant of each key that works now."""
@@ -272,6 +297,12 @@ class Model:
             for key, (tenant, ends) in self.keys.items()
             if ends is None or ends > self.now
         }
+
+    def hide(self, tenant: str) -> None:
+        """Let files delete a tenant: its keys work again if the files name it again."""
+        mine = {key: of for key, of in self.keys.items() if of[0] == tenant}
+        self.drop(tenant)
+        self.hidden[tenant] = mine
 
     def drop(self, tenant: str) -> None:
         del self.limits[tenant]
@@ -329,7 +360,9 @@ def perform(
                 (names,) = given
                 admin.apply("files", {one: Tenant(monthly_work=7) for one in names}, None)
                 for gone in model.of_file - names:
-                    model.drop(gone)
+                    model.hide(gone)
+                for name in names:
+                    model.keys |= model.hidden.pop(name, {})
                 model.of_file |= names
                 model.limits |= dict.fromkeys(names, 7)
             case "charge":

@@ -399,6 +399,23 @@ def test_a_key_that_is_revoked_during_the_body_is_refused(guarded: GuardedEdge) 
         assert code(client.post(GENERATE, content=body())) == (401, "invalid_api_key")
 
 
+def test_an_admin_key_that_is_revoked_during_the_body_changes_nothing(
+    guarded: GuardedEdge,
+) -> None:
+    made = guarded.admin("POST", "keys", {"tenant": "boss"})
+    with guarded.client("boss", made["key"]) as thief:
+        wait_for(lambda: thief.get("/v1/models").status_code == 200)
+
+        def body() -> Iterator[bytes]:
+            yield b'{"tenant": '
+            guarded.admin("DELETE", f"keys/{made['id']}")
+            with guarded.client("boss", made["key"]) as again:
+                wait_for(lambda: again.get("/v1/models").status_code == 401)
+            yield b'"boss"}'
+
+        assert code(thief.post("/admin/v1/keys", content=body())) == (401, "invalid_api_key")
+
+
 # -- tenants are kept apart -----------------------------------------------------------------------
 
 

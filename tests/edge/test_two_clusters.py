@@ -195,5 +195,7 @@ def test_each_hears_what_the_other_has_used(
     both: tuple[BudgetLeases, BudgetLeases, Database],
 ) -> None:
     first, second, _ = both
-    assert first.beat({"t": Used(3.0, 1.5, 1)}, {}, MONTH) == {"b": {}}
-    assert second.beat({}, {}, MONTH) == {"a": {"t": Used(3.0, 1.5, 1)}}
+    first.extend(needs(4.0), MONTH)
+    assert first.beat({"t": Used(3.0, 1.5, 1)}, {}, MONTH) == ({"b": {}}, {"t": 4.0})
+    assert second.beat({}, {}, MONTH) == ({"a": {"t": Used(3.0, 1.5, 1)}}, {})
+    assert first.beat({}, {"t": 1.0}, MONTH).leased == {"t": 3.0}
