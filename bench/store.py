@@ -83,7 +83,7 @@ def measure_tenants(urls: dict[str, str]) -> None:
     print(f"\n| {TENANTS} tenants | files applied | start | a change | memory | first message |")
     print("|---|---|---|---|---|---|")
     for kind, url in urls.items():
-        with closing(Database(url, answer_s=60.0)) as one, closing(Database(url)) as other:
+        with closing(Database(url)) as one, closing(Database(url)) as other:
             admin = Administration(one, time.time)
             began = time.perf_counter()
             admin.apply("bench", tenants, keys)
