@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -84,7 +85,8 @@ class PostgresServer:
     def _signal(self, number: signal.Signals) -> None:
         server = psutil.Process(self._process.pid)
         for process in (server, *server.children(recursive=True)):
-            process.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a session that has just ended
+                process.send_signal(number)
 
     def close(self) -> None:
         if self._process.poll() is None:

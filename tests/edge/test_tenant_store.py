@@ -288,6 +288,7 @@ class Model:
     of_file: set[str] = field(default_factory=set)
     keys: dict[str, tuple[str, float | None]] = field(default_factory=dict)  # tenant, expiry
     spent: dict[str, float] = field(default_factory=dict)
+    rotated: set[str] = field(default_factory=set)
     hidden: dict[str, dict[str, tuple[str, float | None]]] = field(default_factory=dict)
 
     def valid(self) -> dict[str, str]:
@@ -349,13 +350,14 @@ def perform(
                 admin.revoke_key("me", id)
                 del model.keys[known[given[0]]]
             case "rotate":
-                refused = given[0] >= len(known)
-                id = "none" if refused else key_id(digest(known[given[0]]))
-                made = admin.rotate_key("me", id, given[1])
-                tenant, ends = model.keys[known[given[0]]]
+                old = known[given[0]] if given[0] < len(known) else ""
+                refused = old not in model.valid() or old in model.rotated
+                made = admin.rotate_key("me", key_id(digest(old)), given[1])
+                tenant, ends = model.keys[old]
                 model.keys[made.secret] = tenant, ends
                 ends = model.now + given[1] if ends is None else min(ends, model.now + given[1])
-                model.keys[known[given[0]]] = tenant, ends
+                model.keys[old] = tenant, ends
+                model.rotated.add(old)
             case "apply":
                 (names,) = given
                 admin.apply("files", {one: Tenant(monthly_work=7) for one in names}, None)
