@@ -199,4 +199,6 @@ class Idempotency:
             async with asyncio.timeout(self._timing.store_s):
                 return await getattr(self._dispatcher, method).remote(claim, *answer)
         except (TimeoutError, OSError, RayError, RayServeException):
-            raise Unavailable(f"{HEADER}: it cannot be looked up at the moment: try again") from None
+            raise Unavailable(
+                f"{HEADER}: it cannot be looked up at the moment: try again"
+            ) from None
