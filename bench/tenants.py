@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -20,10 +20,3 @@ def add_tenants(
         for name, limits in tenants.items():
             administration.create_tenant("bench", name, limits)
         return {name: administration.create_key("bench", name).secret for name in tenants}
-
-
-def revoke_keys(database: Mapping[str, Any], ids: Iterable[str]) -> None:
-    """Revoke the keys with these ids."""
-    with closing(Database(**database)) as opened:
-        for id in ids:
-            Administration(opened, time.time).revoke_key("bench", id)

@@ -155,27 +155,20 @@ def kill_at(point: str) -> None:
     def has_usages(_: Any, __: str, update: Any) -> bool:
         return bool(update.usages)
 
-    match point:
-        case "told":
-            around(Dispatcher, "tell", after=False, only=has_usages)
-        case "queued":
-            around(Metering, "charge", after=True)
-        case "append":
-            around(UsageLedger, "append_soon", after=False)
-        case "begun":
-            around(ledger, "_fresh", after=False)
-        case "inserted":
-            around(ledger, "_insert", after=True)
-        case "summed":
-            around(ledger, "_add_to_sums", after=True)
-        case "before-commit":
-            around(ledger, "_Written", after=True)
-        case "committed":
-            around(UsageLedger, "_learned", after=False)
-        case "before-confirm":
-            around(Metering, "_confirm", after=False)
-        case "confirmed":
-            around(Metering, "_confirm", after=True)
+    places: dict[str, Callable[[], None]] = {
+        "told": lambda: around(Dispatcher, "tell", after=False, only=has_usages),
+        "queued": lambda: around(Metering, "charge", after=True),
+        "append": lambda: around(UsageLedger, "append_soon", after=False),
+        "begun": lambda: around(ledger, "_fresh", after=False),
+        "inserted": lambda: around(ledger, "_insert", after=True),
+        "summed": lambda: around(ledger, "_add_to_sums", after=True),
+        "before-commit": lambda: around(ledger, "_Written", after=True),
+        "committed": lambda: around(UsageLedger, "_learned", after=False),
+        "before-confirm": lambda: around(Metering, "_confirm", after=False),
+        "confirmed": lambda: around(Metering, "_confirm", after=True),
+    }
+    if point:
+        places[point]()
 
 
 async def _serve(socket: str, database: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ UrlOption = Annotated[
 
 
 class ManagedBy(StrEnum):
-    """What manages tenants that are applied."""
+    """Who changes tenants after they were applied."""
 
     FILE = "file"
     API = "api"
@@ -97,18 +97,18 @@ def add(
     ] = False,
 ) -> None:
     """Add a tenant and print its API key. The key is shown only this once."""
-    given = {
-        "weight": weight,
-        "models": model or None,
-        "requests_per_s": requests_per_s,
-        "work_per_s": work_per_s,
-        "max_requests": max_requests,
-        "monthly_work": monthly_work,
-        "timeout_s": timeout_s,
-        "operator": operator or None,
-    }
+    limits = _named(
+        weight=weight,
+        models=model,
+        requests_per_s=requests_per_s,
+        work_per_s=work_per_s,
+        max_requests=max_requests,
+        monthly_work=monthly_work,
+        timeout_s=timeout_s,
+        operator=operator or None,
+    )
     with _tenants(config, url, key) as tenants:
-        tenants.add(tenant, {name: value for name, value in given.items() if value is not None})
+        tenants.add(tenant, limits)
         _show(tenants.new_key(tenant, SCOPES, None))
 
 
@@ -141,17 +141,16 @@ def change(
     ] = None,
 ) -> None:
     """Change limits of a tenant; those that are not named stay."""
-    given: dict[str, Any] = {
-        "weight": weight,
-        "models": model or None,
-        "requests_per_s": requests_per_s,
-        "work_per_s": work_per_s,
-        "max_requests": max_requests,
-        "monthly_work": monthly_work,
-        "timeout_s": timeout_s,
-        "operator": operator,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = _named(
+        weight=weight,
+        models=model,
+        requests_per_s=requests_per_s,
+        work_per_s=work_per_s,
+        max_requests=max_requests,
+        monthly_work=monthly_work,
+        timeout_s=timeout_s,
+        operator=operator,
+    )
     changes |= dict.fromkeys(unset or ())
     if not changes:
         raise UsageError("nothing to change: name a limit, such as --monthly-work 200000")
@@ -428,6 +427,11 @@ def _confirm_erasure(settings: Settings, tenant: str, source: StoredUsage) -> No
             highlight=False,
         )
     _ask()
+
+
+def _named(**limits: Any) -> dict[str, Any]:
+    """The limits that options have named."""
+    return {name: value for name, value in limits.items() if value is not None and value != []}
 
 
 def _ask() -> None:

@@ -165,7 +165,7 @@ class Admission:
         return found
 
     def used(self, now: float) -> dict[str, Used]:
-        """What the tenants have used that have called in the last minute."""
+        """The use of those tenants that have called in the last minute."""
         return {
             name: Used(account.counted[0], account.counted[1], calls)
             for name, account, calls in self.accounts()

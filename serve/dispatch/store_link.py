@@ -37,7 +37,7 @@ PAUSE_S = 60.0  # between two notes in the database that a key is used
 
 
 class _OpenStore(NamedTuple):
-    """What is there once the database has answered."""
+    """The opened database, and what reads and writes it."""
 
     database: Database
     administration: Administration
@@ -145,7 +145,8 @@ class StoreLink:
             found = await asyncio.to_thread(lambda: method(**arguments))
         except OctetError as error:
             return error
-        await self.follow()
+        if "actor" in arguments:  # it was a change
+            await self.follow()
         return found
 
     async def claim(self, claim: Claim, sessions: Collection[str]) -> Claimed:
@@ -162,7 +163,7 @@ class StoreLink:
             await asyncio.to_thread(store.answers.finish, claim, answer, time.time())
 
     def _opened_store(self) -> _OpenStore:
-        """What is there once the database has answered. Raises `OSError` before."""
+        """Return the opened store. Raises `OSError` before the database has answered."""
         if self._store is None:
             raise OSError(self.fault or "the database is being opened")
         return self._store
@@ -173,8 +174,8 @@ class StoreLink:
         if store:
             store.database.close()
 
-    async def _tried(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Await `work`; return whether it succeeded, and note the fault if it did not."""
+    async def _tried(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work`, and note whether there is a fault."""
         fault = ""
         try:
             await work
@@ -185,7 +186,6 @@ class StoreLink:
         if fault != self.fault:
             self.fault = fault
             self._on_fault()
-        return not fault
 
     async def _open(self) -> None:
         self._store = store = await asyncio.to_thread(self._opened)
@@ -207,23 +207,24 @@ class StoreLink:
         try:
             if self._old_usage and (count := import_folder(database, self._old_usage)):
                 log.info("%d usage records of an earlier release were imported", count)
-            administration = Administration(database, time.time)
-            self._apply_files_to(administration)
-            registry, now = TenantRegistry(database), time.time()
+            now = time.time()
             cluster, leases, leased = self._cluster(), None, {}
             if database.is_shared:
                 leases = BudgetLeases(database, cluster, uuid.uuid4().hex)
                 leased = leases.join(month_of(now))
-            return _OpenStore(
+            store = _OpenStore(
                 database,
-                administration,
-                registry,
+                Administration(database, time.time),
+                TenantRegistry(database),
                 UsageLedger(database, now, cluster if leases else None),
                 Answers(database),
                 cluster,
                 leases,
                 leased,
             )
+            self._apply_files(store)
+            store.registry.read()
+            return store
         except BaseException:
             database.close()
             raise
@@ -240,14 +241,13 @@ class StoreLink:
             self._swept = now  # nothing old is left
 
     def _apply_files(self, store: _OpenStore) -> None:
-        self._apply_files_to(store.administration)
-
-    def _apply_files_to(self, administration: Administration) -> None:
         """Apply the tenants' files to the database if they have changed."""
         if self._files is None:
             return
         self._files_changed |= self._files.read()
         if self._files_changed and self._files.tenants is not None:
-            found = administration.apply("tenants_folder", self._files.tenants, self._files.keys)
+            found = store.administration.apply(
+                "tenants_folder", self._files.tenants, self._files.keys
+            )
             log.info("the tenants' files were applied: %d differences", len(found))
             self._files_changed = False

@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """What is known of a request that was claimed.
+    """The result of a claim.
 
     "yours": it is to be answered now, by the call `call`. "running": it is being answered.
     "other": another request had this key. "answered": `answer` is its answer.

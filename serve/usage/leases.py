@@ -28,7 +28,7 @@ PLENTY, AHEAD = 200.0, 8.0  # budget left ÷ work needed; work leased in advance
 
 
 class Need(NamedTuple):
-    """What a tenant needs beyond its lease, and its whole monthly work.
+    """The work that a tenant needs beyond its lease, and its whole monthly work.
 
     `owed_s`: work of open calls that its lease does not hold. `works_s`: of each call that waits.
     """
@@ -39,7 +39,7 @@ class Need(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """What other clusters have told, by their ids, and the leases of this one, by tenant."""
+    """The use that other clusters have told, by their ids, and the leases here, by tenant."""
 
     others: dict[str, dict[str, Used]]
     leased: dict[str, float]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from ..store.database import Database
 from ..store.schema import ANSWERS, IMPORTS, SUMS, USAGE, VOIDS, next_numbers
+from ..store.times import timestamp
 from .json_lines import read_usage, usage_files
 from .leases import charge_lease
 from .months import month_of
@@ -136,7 +136,7 @@ class UsageLedger:
         def write(connection: Connection) -> _Written:
             fresh, last = _fresh(connection, given, now), self._last_id
             if fresh:
-                stamp = _stamp(now)
+                stamp = timestamp(now)
                 last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
                 _add_to_sums(connection, month, fresh.values(), last)
             if fresh and self._cluster:
@@ -223,8 +223,8 @@ def _known(connection: Connection, calls: Iterable[str]) -> set[_Key]:
 
 def _void(connection: Connection, key: _Key, now: float) -> None:
     """Note a reversal that came before its record."""
-    connection.execute(delete(VOIDS).where(VOIDS.c.time < _stamp(now - VOIDS_KEPT_S)))
-    row = {"call": key.call, "image": key.image, "time": _stamp(now)}
+    connection.execute(delete(VOIDS).where(VOIDS.c.time < timestamp(now - VOIDS_KEPT_S)))
+    row = {"call": key.call, "image": key.image, "time": timestamp(now)}
     connection.execute(insert(VOIDS).values(row))
 
 
@@ -390,7 +390,3 @@ def erase(database: Database, tenant: str) -> int:
         return connection.execute(delete(USAGE).where(USAGE.c.tenant == tenant)).rowcount
 
     return database.write(write)
-
-
-def _stamp(now: float) -> str:
-    return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"

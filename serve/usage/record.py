@@ -37,7 +37,7 @@ class UsageRecord(NamedTuple):
 
 
 class Used(NamedTuple):
-    """What a tenant has used at one cluster: requests and work since the cluster's start.
+    """The use of a tenant at one cluster: requests and work since the cluster's start.
 
     `open`: its requests that are open now.
     """

@@ -126,7 +126,7 @@ class AuditList(BaseModel):
 
 
 class DifferenceItem(BaseModel):
-    """What applying files changes in one place; `changes`: by field, the old and new value."""
+    """A difference between files and database; `changes`: by field, the old and new value."""
 
     action: str
     tenant: str
