@@ -7,61 +7,37 @@ file changes, so that the two do not fight; but any key can be revoked at any ti
 
 from __future__ import annotations
 
-import functools
 import json
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Select, select, update
 
-from ..errors import Conflict, InvalidRequest, NotFound, did_you_mean
+from ..errors import Conflict, InvalidRequest, did_you_mean
 from ..store.database import Database
-from ..store.schema import AUDIT, KEYS, TENANTS, next_numbers
+from ..store.schema import AUDIT, KEYS, TENANTS
 from ..store.times import timestamp, unix_time
 from .files import KeyDigests
-from .keys import KEY_BYTES, SCOPES, Scope, digest, key_id
+from .keys import SCOPES, key_id
 from .limits import FIELDS, LimitsError, given_limits, parse_tenants
+from .stored import (
+    API,
+    FILE,
+    ManagedBy,
+    NewKey,
+    Row,
+    StoredKey,
+    StoredTenant,
+    parse_scopes,
+    stored_key,
+    stored_tenant,
+)
 from .tenant import Tenant
+from .transaction import ROTATE, TenantTransaction, tenant_row
 
-ManagedBy = Literal["api", "file"]
-API: ManagedBy = "api"
-FILE: ManagedBy = "file"
-ROTATE = "rotate key"  # in the audit
-MOST_KEYS = 100  # valid ones of a tenant
 MOST_OVERLAP_S = 90 * 86400.0
-Row = Mapping[str, Any] | RowMapping
 T = TypeVar("T")
-
-
-class StoredTenant(NamedTuple):
-    """A tenant as it is stored. `limits`: the fields of its `Tenant` that are given."""
-
-    id: str
-    limits: dict[str, Any]
-    managed_by: str
-    created: str
-
-
-class StoredKey(NamedTuple):
-    """A key as it is stored, without the key itself; times as `serve.store.times` writes them."""
-
-    id: str
-    tenant: str
-    scopes: tuple[Scope, ...]
-    managed_by: str
-    created: str
-    expires: str | None
-    revoked: str | None
-    last_used: str | None
-
-
-class NewKey(NamedTuple):
-    """A new key. `secret`: the key itself, which is kept nowhere."""
-
-    secret: str
-    stored: StoredKey
 
 
 class AuditEntry(NamedTuple):
@@ -77,7 +53,7 @@ class AuditEntry(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What applying a file changes in one place. `changes`: by field, the old and new value."""
+    """A difference between files and database. `changes`: by field, the old and new value."""
 
     action: Literal["create", "adopt", "change", "delete", "add key", "revoke key"]
     tenant: str
@@ -109,30 +85,30 @@ class Administration:
     def tenants(self, after: str = "", limit: int = 100) -> Page:
         """The tenants behind the id `after`, in the order of their ids."""
         found = select(TENANTS).where(TENANTS.c.deleted.is_(None), TENANTS.c.id > after)
-        return self._page(found.order_by(TENANTS.c.id), limit, _tenant)
+        return self._page(found.order_by(TENANTS.c.id), limit, stored_tenant)
 
     def tenant(self, tenant: str) -> StoredTenant:
         """One tenant."""
-        return _tenant(self._database.read(partial(_tenant_row, tenant=tenant)))
+        return stored_tenant(self._database.read(partial(tenant_row, tenant=tenant)))
 
     def create_tenant(self, actor: str, tenant: str, limits: Mapping[str, Any]) -> StoredTenant:
         """Add a tenant with these limits."""
         given = given_limits(_checked(tenant, limits))
 
-        def work(change: _Change) -> StoredTenant:
+        def work(change: TenantTransaction) -> StoredTenant:
             if change.exists(tenant):
                 raise Conflict(f"tenant '{tenant}' exists already", param="id")
             change.revoke_all(tenant)  # of a tenant that had this id and was deleted by files
             change.put_tenants({tenant: given}, API)
             change.audit("create tenant", tenant, given)
-            return _tenant(change.tenant(tenant))
+            return stored_tenant(change.tenant(tenant))
 
         return self._write(actor, work)
 
     def change_tenant(self, actor: str, tenant: str, changes: Mapping[str, Any]) -> StoredTenant:
         """Change some limits of a tenant; None takes a limit away."""
 
-        def work(change: _Change) -> StoredTenant:
+        def work(change: TenantTransaction) -> StoredTenant:
             row = change.tenant(tenant)
             _check_managed_by_api(row)
             for name in changes:
@@ -145,18 +121,18 @@ class Administration:
             _checked(tenant, {name: kept[name] for name in kept if name in FIELDS})
             change.put_tenants({tenant: kept}, API)
             change.audit("change tenant", tenant, changes)
-            return _tenant(change.tenant(tenant))
+            return stored_tenant(change.tenant(tenant))
 
         return self._write(actor, work)
 
     def delete_tenant(self, actor: str, tenant: str) -> StoredTenant:
         """Delete a tenant and revoke its keys; its usage records stay."""
 
-        def work(change: _Change) -> StoredTenant:
+        def work(change: TenantTransaction) -> StoredTenant:
             row = change.tenant(tenant)
             _check_managed_by_api(row)
             change.delete_tenant(tenant)
-            return _tenant(row)
+            return stored_tenant(row)
 
         return self._write(actor, work)
 
@@ -170,7 +146,7 @@ class Administration:
         found = select(KEYS).where(KEYS.c.revoked.is_(None), KEYS.c.id > after)
         if tenant is not None:
             found = found.where(KEYS.c.tenant == tenant)
-        return self._page(found.order_by(KEYS.c.id), limit, _key)
+        return self._page(found.order_by(KEYS.c.id), limit, stored_key)
 
     def create_key(
         self,
@@ -180,9 +156,9 @@ class Administration:
         expires: str | None = None,
     ) -> NewKey:
         """Make a key of a tenant. `expires`: an ISO 8601 time; None: never."""
-        chosen, until = _scopes(scopes), self._expiry(expires)
+        chosen, until = parse_scopes(scopes), self._expiry(expires)
 
-        def work(change: _Change) -> NewKey:
+        def work(change: TenantTransaction) -> NewKey:
             change.tenant(tenant)
             made = change.new_key(tenant, chosen, until)
             change.audit("create key", tenant, _about(made.stored), made.stored.id)
@@ -197,13 +173,15 @@ class Administration:
                 f"overlap_s {overlap_s} must be between 0 and {MOST_OVERLAP_S:g}", param="overlap_s"
             )
 
-        def work(change: _Change) -> NewKey:
+        def work(change: TenantTransaction) -> NewKey:
             old = change.key(id)
             if (ends := old["expires"]) is not None and ends <= timestamp(self._clock()):
                 raise Conflict(f"key {id} has expired: make another key")
             if successor := change.successor(id):
                 raise Conflict(f"key {id} was rotated already: its successor is {successor}")
-            made = change.new_key(old["tenant"], _scopes(old["scopes"].split()), old["expires"])
+            made = change.new_key(
+                old["tenant"], parse_scopes(old["scopes"].split()), old["expires"]
+            )
             ends = timestamp(self._clock() + overlap_s)
             if old["expires"] is None or ends < old["expires"]:
                 change.update_key(old, expires=ends)
@@ -215,10 +193,10 @@ class Administration:
     def revoke_key(self, actor: str, id: str) -> StoredKey:
         """Revoke a key for ever."""
 
-        def work(change: _Change) -> StoredKey:
+        def work(change: TenantTransaction) -> StoredKey:
             row = change.key(id)
             change.revoke(row)
-            return _key({**row, "revoked": timestamp(self._clock())})
+            return stored_key({**row, "revoked": timestamp(self._clock())})
 
         return self._write(actor, work)
 
@@ -255,7 +233,7 @@ class Administration:
         if dry_run:
             return self._database.read(differences)
 
-        def work(change: _Change) -> list[Difference]:
+        def work(change: TenantTransaction) -> list[Difference]:
             found = differences(change.connection)
             digests = {key_id(k["sha256"]): k for owned in (keys or {}).values() for k in owned}
             written, added = {}, list[dict[str, Any]]()
@@ -286,9 +264,9 @@ class Administration:
 
     # -- the database ---------------------------------------------------------------------------
 
-    def _write(self, actor: str, work: Callable[[_Change], T]) -> T:
+    def _write(self, actor: str, work: Callable[[TenantTransaction], T]) -> T:
         def transaction(connection: Connection) -> T:
-            change = _Change(connection, actor, timestamp(self._clock()))
+            change = TenantTransaction(connection, actor, timestamp(self._clock()))
             result = work(change)
             change.write_audit()
             return result
@@ -321,163 +299,13 @@ class Administration:
         return timestamp(until)
 
 
-class _Change:
-    """A transaction that changes tenants and keys. `now`: its time, as it is stored."""
-
-    def __init__(self, connection: Connection, actor: str, now: str) -> None:
-        self.connection, self._actor, self._now = connection, actor, now
-        self._entries: list[dict[str, Any]] = []  # of the audit
-
-    @functools.cached_property
-    def _number(self) -> int:
-        """The number of this change, by which Dispatchers find the rows that it writes."""
-        return next_numbers(self.connection, TENANTS.name) + 1
-
-    def tenant(self, tenant: str) -> Row:
-        """The row of a tenant that exists. Raises `NotFound`."""
-        return _tenant_row(self.connection, tenant)
-
-    def exists(self, tenant: str) -> bool:
-        """Return whether there is such a tenant."""
-        found = select(TENANTS.c.id).where(TENANTS.c.id == tenant, TENANTS.c.deleted.is_(None))
-        return self.connection.execute(found).first() is not None
-
-    def put_tenants(self, limits: Mapping[str, Mapping[str, Any]], managed_by: str) -> None:
-        """Write the limits of tenants, whether or not they exist or have existed."""
-        if not limits:
-            return
-        before = {
-            row.id: row
-            for row in self.connection.execute(
-                select(TENANTS.c.id, TENANTS.c.created, TENANTS.c.deleted)
-            )
-            if row.id in limits
-        }
-        rows = []
-        for name, given in limits.items():
-            old = before.get(name)
-            created = old.created if old and old.deleted is None else self._now
-            rows.append(
-                {
-                    "name": name,
-                    "limits": json.dumps(given),
-                    "managed_by": managed_by,
-                    "created": created,
-                    "deleted": None,
-                    "changed": self._number,
-                }
-            )
-        if fresh := [{"id": row.pop("name"), **row} for row in rows if row["name"] not in before]:
-            self.connection.execute(insert(TENANTS), fresh)
-        if known := [row for row in rows if "name" in row]:
-            there = TENANTS.c.id == bindparam("name")
-            self.connection.execute(update(TENANTS).where(there), known)
-
-    def delete_tenant(self, tenant: str, *, keep_keys: bool = False) -> None:
-        """Mark a tenant as deleted, so that its keys do not work, and revoke them."""
-        if not keep_keys:
-            self.revoke_all(tenant)
-        values = {"deleted": self._now, "changed": self._number}
-        self.connection.execute(update(TENANTS).where(TENANTS.c.id == tenant).values(values))
-        self.audit("delete tenant", tenant, {})
-
-    def key(self, id: str) -> Row:
-        """The row of a key that is not revoked. Raises `NotFound`."""
-        found = select(KEYS).where(KEYS.c.id == id, KEYS.c.revoked.is_(None))
-        row = self.connection.execute(found).mappings().first()
-        if row is None:
-            raise NotFound(f"no valid key has the id '{id[:80]}'")
-        return row
-
-    def successor(self, id: str) -> str | None:
-        """The id of the key that has replaced this one; None if none has."""
-        found = select(AUDIT.c.details).where(AUDIT.c.key_id == id, AUDIT.c.action == ROTATE)
-        row = self.connection.execute(found).first()
-        return json.loads(row.details)["new"] if row else None
-
-    def new_key(self, tenant: str, scopes: Sequence[Scope], expires: str | None) -> NewKey:
-        """Make a random key. Raises `Conflict` if the tenant has too many."""
-        unexpired = or_(KEYS.c.expires.is_(None), KEYS.c.expires > self._now)
-        if len(self.connection.execute(_valid_keys(tenant).where(unexpired)).all()) >= MOST_KEYS:
-            raise Conflict(f"tenant '{tenant}' has {MOST_KEYS} keys: revoke some first")
-        secret = f"octet_{tenant}_{secrets.token_hex(KEY_BYTES)}"
-        row = self.key_row(tenant, digest(secret), scopes, API, self._now, expires)
-        self.add_keys([row])
-        return NewKey(secret, _key(row))
-
-    def key_row(
-        self,
-        tenant: str,
-        sha256: str,
-        scopes: Sequence[Scope],
-        managed_by: str,
-        created: str,
-        expires: str | None,
-    ) -> dict[str, Any]:
-        """The row of a new key."""
-        return {
-            "id": key_id(sha256),
-            "tenant": tenant,
-            "sha256": sha256,
-            "scopes": " ".join(scopes),
-            "managed_by": managed_by,
-            "created": created,
-            "expires": expires,
-            "revoked": None,
-            "last_used": None,
-            "changed": self._number,
-        }
-
-    def add_keys(self, rows: list[dict[str, Any]]) -> None:
-        """Write new keys."""
-        if rows:
-            self.connection.execute(insert(KEYS), rows)
-
-    def update_key(self, row: Row, **values: Any) -> None:
-        """Change columns of a key."""
-        values["changed"] = self._number
-        self.connection.execute(update(KEYS).where(KEYS.c.id == row["id"]).values(values))
-
-    def revoke(self, row: Row) -> None:
-        """Revoke a key."""
-        self.update_key(row, revoked=self._now)
-        self.audit("revoke key", row["tenant"], {}, row["id"])
-
-    def revoke_all(self, tenant: str) -> None:
-        """Revoke all keys of a tenant."""
-        for row in self.connection.execute(_valid_keys(tenant)).mappings().all():
-            self.revoke(row)
-
-    def audit(
-        self, action: str, tenant: str, details: Mapping[str, Any], id: str | None = None
-    ) -> None:
-        """Add an entry to the audit. `id`: of the key that was changed."""
-        self._entries.append(
-            {
-                "time": self._now,
-                "actor": self._actor[:200],
-                "action": action,
-                "tenant": tenant,
-                "key_id": id,
-                "details": json.dumps(details),
-            }
-        )
-
-    def write_audit(self) -> None:
-        """Write the entries of the audit, at the end of the transaction."""
-        if self._entries:
-            before = next_numbers(self.connection, AUDIT.name, len(self._entries))
-            rows = [{"id": id, **entry} for id, entry in enumerate(self._entries, before + 1)]
-            self.connection.execute(insert(AUDIT), rows)
-
-
 def _differences(
     connection: Connection,
     tenants: Mapping[str, Tenant],
     keys: KeyDigests | None,
     managed_by: ManagedBy,
 ) -> list[Difference]:
-    """What differs between the files and what is in the database; see `Administration.apply`."""
+    """The differences between files and database; see `Administration.apply`."""
     rows = connection.execute(select(TENANTS).where(TENANTS.c.deleted.is_(None))).mappings()
     there = {row["id"]: row for row in rows}
     found = []
@@ -516,24 +344,6 @@ def _differences(
     return found
 
 
-def _valid_keys(tenant: str) -> Select[Any]:
-    return select(KEYS).where(KEYS.c.tenant == tenant, KEYS.c.revoked.is_(None))
-
-
-def _tenant_row(connection: Connection, tenant: str) -> Row:
-    """The row of a tenant that exists. Raises `NotFound`."""
-    found = select(TENANTS).where(TENANTS.c.id == tenant, TENANTS.c.deleted.is_(None))
-    row = connection.execute(found).mappings().first()
-    if row is None:
-        names = connection.execute(
-            select(TENANTS.c.id).where(TENANTS.c.deleted.is_(None)).limit(1000)
-        ).scalars()
-        hint = did_you_mean(tenant, list(names))
-        near = f": {hint}" if hint.startswith("did you mean") else ""
-        raise NotFound(f"tenant '{tenant[:80]}' does not exist{near}")
-    return row
-
-
 def _check_managed_by_api(row: Row) -> None:
     if row["managed_by"] == FILE:
         raise Conflict(
@@ -549,26 +359,6 @@ def _checked(tenant: str, limits: Mapping[str, Any]) -> Tenant:
         where, what = error.faults[0]
         field = where.removeprefix(f"{tenant}.")
         raise InvalidRequest(f"{field}: {what}", param=field.split(".")[0]) from None
-
-
-def _scopes(given: Sequence[str]) -> tuple[Scope, ...]:
-    """The scopes in their usual order. Raises `InvalidRequest` if there is none or a wrong one."""
-    for name in given:
-        if name not in SCOPES:
-            hint = did_you_mean(str(name), SCOPES)
-            raise InvalidRequest(f"unknown scope '{name}': {hint}", param="scopes")
-    if not given:
-        raise InvalidRequest(f"scopes is empty: name some of {', '.join(SCOPES)}", param="scopes")
-    return tuple(scope for scope in SCOPES if scope in given)
-
-
-def _tenant(row: Row) -> StoredTenant:
-    return StoredTenant(row["id"], json.loads(row["limits"]), row["managed_by"], row["created"])
-
-
-def _key(row: Row) -> StoredKey:
-    values = {name: row[name] for name in StoredKey._fields}
-    return StoredKey(**{**values, "scopes": _scopes(row["scopes"].split())})
 
 
 def _about(key: StoredKey) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from serve.settings.application import sqlite_url
 from serve.store import schema
 from serve.store.database import Database
 from serve.store.times import timestamp
-from serve.tenants.administration import MOST_KEYS, Administration
+from serve.tenants.administration import Administration
 from serve.tenants.keys import TenantDirectory, digest, key_id
 from serve.tenants.registry import TenantRegistry
 from serve.tenants.tenant import Tenant
+from serve.tenants.transaction import MOST_KEYS
 from serve.usage.ledger import UsageLedger
 
 from ..builders import usage_record
