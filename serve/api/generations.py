@@ -13,7 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.open_call import CallClient, OpenCall
+from ..dispatch.client.quarantine import QUARANTINED, request_digest
 from ..dispatch.client.refusals import rate_limit_headers
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import QuarantinedRequest, QueuedImage
@@ -21,12 +24,9 @@ from ..errors import ReplicaFailed
 from ..request import ImageRequest, ImageResult, OnProgress, Precision
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
-from .attempts import Attempts
-from .client_call import ClientCall
 from .edit_uploads import HeldPicture
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
-from .quarantine import QUARANTINED, request_digest
 from .request_log import OK, RequestLogEntry, log_request, outcome_of
 from .result_reuse import ResultReuse
 from .single_flight import SharedGeneration

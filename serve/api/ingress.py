@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from ..dispatch.client.attempts import Attempts
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
@@ -32,13 +33,13 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
+from ..models.model_files import ModelFiles, Units
 from ..models.structures import unknown_structures
 from ..results.store import StoreFault
 from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
 from ..tenants.keys import TenantAccess
 from .admin_routes import AdminRoutes
-from .attempts import Attempts
 from .authentication import Authentication, is_open
 from .body import read_body
 from .cors import Cors
@@ -47,7 +48,6 @@ from .generations import GenerationHandler
 from .idempotency import Idempotency, IdempotentRequest, idempotent
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
-from .model_files import ModelFiles, Units
 from .operator_routes import OperatorRoutes
 from .request_log import RefusalLog
 from .result_reuse import ResultReuse

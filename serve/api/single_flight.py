@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.open_call import CallClient, OpenCall
 from ..errors import OctetError
 from ..request import ImageRequest, ImageResult
 from ..results.cache.memory import CachedImages
 from ..usage.record import UsageRecord
-from .attempts import Attempts
-from .client_call import ClientCall
 from .edit_uploads import HeldPicture
 
 T = TypeVar("T")

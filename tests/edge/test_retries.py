@@ -20,8 +20,8 @@ from ray.exceptions import (
 )
 
 from cluster.cost import CostCoefficients
-from serve.api.attempts import ATTEMPTS, FREE_RETRIES, Attempts
 from serve.api.ingress_metrics import IngressMetrics
+from serve.dispatch.client.attempts import ATTEMPTS, FREE_RETRIES, Attempts
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, Timing
 from serve.edit_pixels import EditPixels

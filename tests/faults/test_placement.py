@@ -22,7 +22,7 @@ import pytest
 import ray
 from ray import serve
 
-from serve.api.attempts import ATTEMPTS
+from serve.dispatch.client.attempts import ATTEMPTS
 from serve.launch import RunningApplication
 from serve.settings.application import Settings
 from serve.settings.file import load_settings

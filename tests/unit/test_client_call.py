@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.api.client_call import ClientCall
+from serve.dispatch.client.client_call import ClientCall
 from serve.errors import DeadlineExceeded, RequestCancelled
 
 

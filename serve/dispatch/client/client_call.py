@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from ..errors import DeadlineExceeded, RequestCancelled
+from ...errors import DeadlineExceeded, RequestCancelled
 
 T = TypeVar("T")
 

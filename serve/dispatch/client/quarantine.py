@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ..request import ImageRequest
+from ...request import ImageRequest
 
 QUARANTINED = "equal requests have killed replicas, so this one is refused for a while"
 

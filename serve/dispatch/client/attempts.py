@@ -15,20 +15,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from cluster.cost import CostCoefficients
 
-from ..dispatch.client.open_call import HeldSlot, OpenCall
-from ..dispatch.protocol import TIMING, Lease, Pools, QueuedImage, Timing
-from ..edit_pixels import EditPixels
-from ..errors import NoCapacity, OctetError, ReplicaFailed, Unavailable
-from ..models.reference_work import shape_of, text_tokens
-from ..ray_errors import NO_ROOM, REPLICA_LOST
-from ..request import (
+from ...edit_pixels import EditPixels
+from ...errors import NoCapacity, OctetError, ReplicaFailed, Unavailable
+from ...models.reference_work import shape_of, text_tokens
+from ...ray_errors import NO_ROOM, REPLICA_LOST
+from ...request import (
     Acknowledgement,
     ImageRequest,
     ImageResult,
@@ -36,9 +34,10 @@ from ..request import (
     Progress,
     StreamOptions,
 )
-from ..settings.models import ServedModel
-from ..usage.record import UsageRecord
-from .ingress_metrics import IngressMetrics
+from ...settings.models import ServedModel
+from ...usage.record import UsageRecord
+from ..protocol import TIMING, Lease, Pools, QueuedImage, Timing
+from .open_call import HeldSlot, OpenCall
 from .pools import PoolChoice, moved_last
 
 log = logging.getLogger("ray.serve")
@@ -79,13 +78,23 @@ class _AttemptHistory:
     failure: OctetError | None = None  # the error after which the image is generated in 16 bit
 
 
+class AttemptMetrics(Protocol):
+    """Counts attempts; `pool` is the granted pool."""
+
+    def queued(self, pool: str, seconds: float) -> None:
+        """Note the seconds from the request to the grant of an attempt."""
+
+    def retried(self, pool: str, reason: str) -> None:
+        """Note an attempt after which the image is generated again."""
+
+
 class Attempts:
     """Generates images: waits for slots, calls Generators, and tries again after failures."""
 
     def __init__(
         self,
         pool_handle: Callable[[str], Any],
-        metrics: IngressMetrics,
+        metrics: AttemptMetrics,
         timing: Timing = TIMING,
     ) -> None:
         """`pool_handle`: returns a Ray Serve handle of the Generators of the named pool."""

@@ -7,9 +7,9 @@ from typing import NamedTuple, Self
 
 from cluster.cost import CostCoefficients
 
-from ..models.example_prompts import example_prompts
-from ..models.structures import unknown_structures
 from ..settings.application import CatalogueSettings
+from .example_prompts import example_prompts
+from .structures import unknown_structures
 
 Units = Callable[[CatalogueSettings], Mapping[str, CostCoefficients]]
 

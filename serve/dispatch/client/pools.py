@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..dispatch.protocol import Pools
-from ..errors import InvalidRequest, ModelNotFound, NonFiniteImage, OctetError
-from ..request import ImageRequest, Precision
-from ..settings.models import ServedModel
+from ...errors import InvalidRequest, ModelNotFound, NonFiniteImage, OctetError
+from ...request import ImageRequest, Precision
+from ...settings.models import ServedModel
+from ..protocol import Pools
 
 
 class PoolChoice:
