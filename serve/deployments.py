@@ -8,6 +8,7 @@ from __future__ import annotations
 APPLICATION = "octet"
 INGRESS = "Ingress"
 DISPATCHER = "Dispatcher"
+JOBS = "Jobs"
 
 
 def generator_deployment(pool: str) -> str:

@@ -23,6 +23,7 @@ from .ingress_metrics import IngressMetrics
 log = logging.getLogger("ray.serve")
 
 THREADS = 32
+JOB_SPARE_S = 86400.0  # for which images of jobs outlast the longest time of a job
 NO_IMAGES = "this server keeps no images"
 
 
@@ -151,13 +152,14 @@ class ImageUrls:
             self._note_fault()
             if isinstance(self._store, Spool):
                 self._metrics.spooled(self._store.entries, self._store.bytes, self._store.max_bytes)
-            keep = self._live().results
+            keep, jobs = self._live().results, self._live().jobs
             try:
                 await asyncio.to_thread(
                     self._store.sweep,
                     time.time(),
                     max_age_s=keep.max_age_s,
                     max_bytes=keep.max_bytes,
+                    max_job_age_s=jobs.keep_s + jobs.max_age_s + JOB_SPARE_S,
                 )
             except (OSError, OctetError):  # requests that store nothing are not affected
                 log.warning("could not sweep the stored images; trying again", exc_info=True)

@@ -1,10 +1,14 @@
 """Admission of calls: every tenant's limits, budget and deadlines, decided in one place.
 
-The checks, in this order: the tenant exists · the server is not stopping · the database answers ·
-request id · request rate · possible pools · open requests · work rate · budget · queue length, the
-tenant's own and all · deadline. The first check that a call fails refuses it. A refused call uses
-up nothing of any limit, except that a call which has passed the request rate's check counts for
-that rate.
+The checks of a client's request, in this order: the tenant exists · the server is not stopping ·
+the database answers · request id · request rate · possible pools · open requests · work rate ·
+budget · queue length, the tenant's own and all · deadline. The first check that a call fails
+refuses it. A refused call uses up nothing of any limit, except that a call which has passed the
+request rate's check counts for that rate.
+
+Jobs that are stored wait as long as they must. Their request rate is paid when they are accepted,
+where their budget is checked too. When their calls come, only these checks are left: tenant,
+possible pools, work rate, budget, and room in the queue.
 
 A tenant may have at most `OWN_SHARE` times as many images in the queue as the queue has places
 left. So even several tenants that flood the queue together leave room for the others (dynamic
@@ -28,7 +32,17 @@ from ..tenants.tenant import Tenant
 from ..usage.record import UsageRecord, Used
 from .call_forecasts import CallForecasts, Forecast
 from .grants import Grants
-from .protocol import AdmissionDecision, AdmissionRequest, Pools, RefusalReason
+from .protocol import (
+    BATCH,
+    STORED,
+    AdmissionDecision,
+    AdmissionRequest,
+    CallProgress,
+    Lane,
+    Pools,
+    RefusalReason,
+    tenant_of,
+)
 from .tenant_account import DUST, TenantAccount
 
 USED_S = 60.0  # for which other clusters are told of a tenant after its last call
@@ -42,7 +56,8 @@ class AdmittedCall:
 
     `opened`: the time of its admission. `pools`: those of its images; empty if it has none.
     `predicted_s`: the forecast of its duration, until the forecast has been compared with the real
-    one. `reserved`: the work that it may still be charged.
+    one. `reserved`: the work that it may still be charged. `lane`: how it has come. `progress`: as
+    its session told it last.
     """
 
     session: str
@@ -53,6 +68,8 @@ class AdmittedCall:
     pools: Pools
     predicted_s: float | None
     reserved: float
+    lane: Lane = "request"
+    progress: CallProgress | None = None
 
 
 class Arrivals(NamedTuple):
@@ -99,6 +116,8 @@ class Admission:
 
     def __init__(self, grants: Grants, *, max_queued: int) -> None:
         self.max_queued = max_queued
+        self.batch_weight = 1.0  # of a tenant's batches, as a part of the tenant's own weight
+        self.batches_scale = True  # whether batches may have replicas added
         self.draining = False  # refuse new calls
         self.database_fault = (
             ""  # why nothing can be charged at present; new calls are refused then
@@ -109,20 +128,33 @@ class Admission:
         self._grants = grants
         self._leasing = False  # whether other clusters share the budgets
         self._tenancies: dict[str, _Tenancy] = {}
+        self._held: set[str] = set()  # tenants with work of jobs that is held
         self._known: Mapping[str, Tenant] | None = None  # None: any tenant may call
         self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and call id
         self._request_ids: dict[tuple[str, str], AdmittedCall] = {}  # by tenant and request id
         self._forecasts = CallForecasts(grants)
+        grants.queue.weight = self._weight
 
     # -- tenants --------------------------------------------------------------------------------
 
     def set_tenants(self, tenants: Mapping[str, Tenant], now: float) -> None:
         """Replace the tenants and their limits; what each has used so far still counts."""
         self._known = tenants
-        self._grants.queue.weights = {name: tenant.weight for name, tenant in tenants.items()}
         for name, tenancy in self._tenancies.items():
             if name in tenants:
                 tenancy.account.change(tenants[name], now)
+
+    def _weight(self, flow: str) -> float:
+        """The weight of the images that queue under this name."""
+        tenant = (self._known or {}).get(tenant_of(flow))
+        weight = tenant.weight if tenant else 1.0
+        return weight * self.batch_weight if flow.endswith(BATCH) else weight
+
+    def hold_for_jobs(self, held: Mapping[str, float]) -> None:
+        """Keep the work of accepted jobs free in their tenants' budgets; `held`: by tenant."""
+        before, self._held = self._held, set(held)
+        for name in before | held.keys():
+            self.account(name).held = held.get(name, 0.0)
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
         """Begin a month. `spent`: each tenant's work in it so far; `ends`: the time of its end."""
@@ -307,13 +339,19 @@ class Admission:
             raise _RefusedError("database_unavailable", DATABASE_RETRY_S)
         if (request.tenant, request.request_id) in self._request_ids:
             raise _RefusedError("request_id_in_use")
-        if account.requests:
+        if account.requests and request.lane not in STORED:  # it was paid at the acceptance
             if late_s := account.requests.wait_s(1, now):
                 raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
             account.requests.take(1, now)
-        account.counted[0] += 1
+        account.counted[0] += request.lane not in STORED
+        if request.lane == "acceptance":
+            if account.leased is None and not account.may_reserve(request.work_s):
+                raise self._over_budget(request, account, now)
+            return None
         if not all(self._grants.possible(image.pools) for image in images):
             raise _RefusedError("no_capacity")
+        if request.lane in STORED:
+            return self._check_stored(request, account, now)
         calls = self._tenancy(request.tenant).calls
         open_calls = len(calls) + account.open_elsewhere
         if tenant.max_requests is not None and open_calls >= tenant.max_requests:
@@ -325,15 +363,33 @@ class Admission:
         if account.work and (late_s := account.work.wait_s(request.work_s, now)):
             raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
         if not account.may_reserve(request.work_s):
-            never = request.work_s > (tenant.monthly_work or 0.0)
-            later_s = None if never else self.month_ends - now
-            raise _RefusedError("insufficient_quota", later_s, own_limit=True)
+            raise self._over_budget(request, account, now)
         self._check_queue(request, tenant, now)
         forecast = self._forecasts.forecast(request, now)
         if forecast is None:
             return None
         self._check_deadline(request, forecast, now)
         return sum(forecast)
+
+    def _over_budget(
+        self, request: AdmissionRequest, account: TenantAccount, now: float
+    ) -> _RefusedError:
+        never = request.work_s > (account.tenant.monthly_work or 0.0)
+        later_s = None if never else self.month_ends - now
+        return _RefusedError("insufficient_quota", later_s, own_limit=True)
+
+    def _check_stored(
+        self, request: AdmissionRequest, account: TenantAccount, now: float
+    ) -> float | None:
+        """Check the call of a job, which waits as long as it must; returns what `_check` does."""
+        if account.work and (late_s := account.work.wait_s(request.work_s, now)):
+            raise _RefusedError("rate_limit_exceeded", late_s, own_limit=True)
+        if not account.may_reserve(request.work_s, held=True):
+            raise self._over_budget(request, account, now)
+        if len(request.images) > self.max_queued - self._grants.queue_depth:
+            raise _RefusedError("queue_full")
+        forecast = self._forecasts.forecast(request, now)
+        return None if forecast is None else sum(forecast)
 
     def _check_queue(self, request: AdmissionRequest, tenant: Tenant, now: float) -> None:
         queued, work_s = self._grants.queue.waiting(request.tenant)
@@ -389,6 +445,7 @@ class Admission:
             _pools_of(request),
             predicted_s,
             request.work_s,
+            request.lane,
         )
         self._calls[session, request.call_id] = call
         self._request_ids.setdefault((request.tenant, request.request_id), call)
@@ -400,6 +457,8 @@ class Admission:
         tenancy.account.counted[1] += request.work_s
         if tenancy.account.work:
             tenancy.account.work.take(request.work_s, now)
+        if request.lane in STORED:  # what waits for them is known, and nobody predicts what comes
+            return
         self._count_arrival(request)
         self._forecasts.count_arrival(request, now)
 

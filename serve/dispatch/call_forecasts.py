@@ -92,7 +92,7 @@ class CallForecasts:
         coming = len(request.images)
         wait_s = 0.0
         if backlogs or running + coming > slots:
-            own_s = backlogs.get(request.tenant, 0.0) if own_backlog else 0.0
+            own_s = backlogs.get(request.flow, 0.0) if own_backlog else 0.0
             wait_s = self.wait_s(request, own_s + request.work_s, backlogs, now)
         return Forecast(wait_s, self._service_s(request, full=wait_s > 0))
 
@@ -143,13 +143,13 @@ class CallForecasts:
         for pool in pools:
             for name, rate in self._rates.get(pool, {}).items():
                 arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
-        arriving.pop(request.tenant, None)
+        arriving.pop(request.flow, None)
         others = [
             TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
             for name, per_s in arriving.items()
         ]
         speed, _, _ = self._capacity(pools)
-        return fluid_wait_s(own_s, queue.weight(request.tenant), others, speed)
+        return fluid_wait_s(own_s, queue.weight(request.flow), others, speed)
 
     def grants_in_s(self, request: AdmissionRequest, images: int) -> float | None:
         """Seconds until `images` of the waiting images have been granted slots.

@@ -33,6 +33,7 @@ from .cordoning import Cordoning, read_cordons
 from .cordons import Cordons, card_or_node
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
+from .job_backlog import JobBacklog, StoredWork, stored_work
 from .metering import Metering
 from .node_watch import NodeWatch
 from .overview import nodes_overview, overview
@@ -55,6 +56,7 @@ from .protocol import (
     SessionUpdate,
     StoppedImage,
     Timing,
+    flow_of,
 )
 from .quarantine import Quarantine
 from .ray_default_scaling import RayDefaultScaling
@@ -142,6 +144,8 @@ class Dispatcher:
             )
         else:
             self._store_opened(None)
+        self.jobs = JobBacklog(self._stored_work, self._jobs_read)
+        self._accepted: list[tuple[int, str, float]] = []  # see `_end_acceptance`
         self._early = WaitingCalls()  # calls that came during the recovery
         self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
         self._quarantine, self._results = Quarantine(), SharedResults()
@@ -172,7 +176,11 @@ class Dispatcher:
             for work in (
                 upkeep.run(self.end_session, self._beat, self._may_decide),
                 self._nodes.run(timing.nodes_s),
-                *((self.store.run(timing.tenants_s),) if self.store else ()),
+                *(
+                    (self.store.run(timing.tenants_s), self.jobs.run(timing.tenants_s))
+                    if self.store
+                    else ()
+                ),
                 self._cordoning.run(timing.heartbeat_s),
                 self.metering.run(),
             )
@@ -188,6 +196,10 @@ class Dispatcher:
             model.pool_name(pool): pool.need for model in settings.models for pool in model.pools
         }
         encoders = [encoder.need for encoder in settings.text_encoders]
+        self.jobs.set_models(settings.models, settings.jobs)
+        self.admission.batch_weight = settings.jobs.batch_weight
+        self.admission.batches_scale = settings.jobs.batches_scale
+        self.grants.kept_from_batches = settings.jobs.batch_free_slots
         self.apply(needs, scaling_limits(settings), settings.max_queued, encoders)
 
     def apply(
@@ -253,6 +265,8 @@ class Dispatcher:
             return None
         for usage in update.usages:
             self.metering.charge(session, usage)
+        for usage in update.written:
+            self.metering.charge(session, usage, written=True)
         for release in update.releases:
             if self._cordons.suspicious and release.took_s:
                 self._clear_suspect(session, release.image_id)
@@ -263,6 +277,7 @@ class Dispatcher:
             log.warning("a replica of %s died on %s", dead.heartbeat.pool, dead.heartbeat.node[:8])
             self._cordons.died(dead.heartbeat, dead.calls, now)
         for call_id in update.ended_calls:
+            self._end_acceptance(session, call_id)
             self.admission.end(session, call_id, now)
         for waiting in self._waiting():
             waiting.forget(session, update.ended_calls)
@@ -280,6 +295,9 @@ class Dispatcher:
         if self.store:
             for id, when in update.keys_used:
                 self.store.key_used(id, when)
+        for progress in update.progress:
+            if call := self.admission.call(session, progress.call_id):
+                call.progress = progress
         if update.quarantined or update.lifted or new_faults:
             self.sessions.set_status(self._status())
         for query in update.queries:
@@ -494,7 +512,7 @@ class Dispatcher:
                 for usage in request.usages:
                     self.metering.charge(session, usage)
                 for image in request.images:
-                    self._queue(session, image, request.tenant)
+                    self._queue(session, image, request.flow)
                 queued += request.images
         self._grant()
         self._report_positions(queued)
@@ -504,7 +522,8 @@ class Dispatcher:
         call, state = self.admission.find(query.tenant, query.request_id), None
         if call:
             queued, running, position = self.grants.images_of(call.session, call.id)
-            state = CallState(queued, running, position, time.monotonic() - call.opened)
+            age_s = time.monotonic() - call.opened
+            state = CallState(queued, running, position, age_s, call.progress)
             if query.cancel:
                 self.sessions.deliver([Cancelled(call.session, call.id)])
         self.sessions.deliver([CallAnswer(session, query, state, self.recovery.over)])
@@ -519,12 +538,12 @@ class Dispatcher:
     def _queue_retries(self, session: str, images: Iterable[QueuedImage]) -> None:
         for image in images:
             if call := self.admission.call(session, image.call_id):
-                self._queue(session, image, call.tenant)
+                self._queue(session, image, flow_of(call.tenant, call.lane))
         self._grant()
         self._report_positions(images)
 
-    def _queue(self, session: str, image: QueuedImage, tenant: str) -> None:
-        if refused := self.grants.submit(session, image, tenant, time.monotonic()):
+    def _queue(self, session: str, image: QueuedImage, flow: str) -> None:
+        if refused := self.grants.submit(session, image, flow, time.monotonic()):
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:
@@ -556,6 +575,34 @@ class Dispatcher:
         recovering = not self.recovery.over
         cordoned = self._cordons.cordoned.keys() & self._nodes.nodes.keys()
         self._metrics.report(lag_s, len(self.sessions), cordoned, recovering=recovering)
+
+    # -- stored jobs ----------------------------------------------------------------------------
+
+    async def _stored_work(self) -> list[StoredWork]:
+        """Read the jobs that wait in the database. Raises `OSError` without the database."""
+        return await self.store.read(stored_work) if self.store else []
+
+    def _end_acceptance(self, session: str, call_id: str) -> None:
+        """Hold the work of an accepted job until it has been read from the database.
+
+        Otherwise a request could get that part of the budget in between.
+        """
+        call = self.admission.call(session, call_id)
+        if call and call.lane == "acceptance" and call.reserved:
+            self._accepted.append((self.jobs.readings, call.tenant, call.reserved))
+            call.reserved = 0.0
+            self.jobs.look()
+
+    def _jobs_read(self) -> None:
+        """Hold the stored work in the budgets, and count it for the number of replicas."""
+        self.admission.hold_for_jobs(self.jobs.held())
+        self.scaling.stored = self.jobs.as_queue(self.scaling.limits.tuning.target_wait_s)
+        waiting, self._accepted = self._accepted, []
+        for readings, tenant, work_s in waiting:
+            if readings < self.jobs.readings:  # the reading began after the job was stored
+                self.admission.free(tenant, work_s)
+            else:
+                self._accepted.append((readings, tenant, work_s))
 
     # -- the store ------------------------------------------------------------------------------
 

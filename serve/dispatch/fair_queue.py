@@ -26,7 +26,7 @@ Pure: standard library only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, merge
 from typing import Generic, Protocol, TypeVar
@@ -163,6 +163,16 @@ class _PoolQueue(Generic[T]):
             heappop(self._heap)
         return None
 
+    def first_of(self, may: Callable[[str], bool]) -> T | None:
+        """The first item of those tenants for which `may` is true; takes O(tenants)."""
+        keys = (
+            (flow.key, flow) for name in self.waiting if may(name) and (flow := self.flows[name])
+        )
+        found = min(
+            ((key, flow) for key, flow in keys if key), key=lambda pair: pair[0], default=None
+        )
+        return found[1].line[found[0][1]] if found else None
+
     def _place(self, tenant: str, flow: _Flow[T]) -> None:
         """Put a flow into the heap again if its key has changed, or among the idle flows.
 
@@ -209,11 +219,12 @@ class _Backlog:
 class FairQueue(Generic[T]):
     """A fair queue for several pools, as the module's docstring describes it.
 
-    `weights`: the weight of each tenant; a tenant that is missing there has weight 1.
+    `weight`: returns a tenant's weight. Its share of a pool is this weight ÷ the weights of all
+    that wait.
     """
 
-    def __init__(self) -> None:
-        self.weights: Mapping[str, float] = {}
+    def __init__(self, weight: Callable[[str], float] = lambda _: 1.0) -> None:
+        self.weight = weight
         self._pools: dict[str, _PoolQueue[T]] = {}
         self._arrivals = 0
         self._waiting: dict[int, T] = {}
@@ -252,10 +263,15 @@ class FairQueue(Generic[T]):
         for pool in item.pools:
             self._pools[pool].leave(item)
 
-    def first(self, pool: str) -> T | None:
-        """The item that gets the pool's next free slot; None if no item waits for the pool."""
-        queue = self._pools.get(pool)
-        return queue.first() if queue else None
+    def first(self, pool: str, may: Callable[[str], bool] | None = None) -> T | None:
+        """The item that gets the pool's next free slot; None if no item waits for the pool.
+
+        `may`: whether a tenant may have that slot; None: all may.
+        """
+        if (queue := self._pools.get(pool)) is None:
+            return None
+        found = queue.first()
+        return found if found is None or may is None or may(found.tenant) else queue.first_of(may)
 
     def take(self, item: T, pool: str) -> None:
         """Serve an item in one of its pools. The caller must call `settle` when it has ended."""
@@ -287,10 +303,6 @@ class FairQueue(Generic[T]):
         lines = (self._tagged(name, queue.flows[name]) for name in queue.waiting)
         for _, _, item in merge(*lines):
             yield item
-
-    def weight(self, tenant: str) -> float:
-        """A tenant's weight: its share of a pool is weight ÷ the weights of all that wait."""
-        return self.weights.get(tenant, 1.0)
 
     def backlogs(self, pools: tuple[str, ...]) -> dict[str, float]:
         """The work in seconds that each tenant has waiting for these pools.

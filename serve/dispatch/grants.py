@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 from ..usage.record import UsageRecord
 from .fair_queue import FairQueue
 from .protocol import (
+    BATCH,
     Granted,
     Heartbeat,
     Lease,
@@ -35,6 +36,7 @@ from .protocol import (
     Release,
     RunningImage,
     StoppedImage,
+    tenant_of,
 )
 
 UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
@@ -48,9 +50,9 @@ REPORTED_POSITIONS = 1000  # images further back hear their position when they h
 class WaitingImage:
     """An image in the fair queue.
 
-    `since`: the time at which it arrived; a further attempt at an image keeps the time of the
-    first. `number`: set by the queue. `position`: its place in the queue as last reported; 0 before
-    the first report.
+    `tenant`: the name under which it queues, see `flow_of`. `since`: the time at which it arrived;
+    a further attempt at an image keeps the time of the first. `number`: set by the queue.
+    `position`: its place in the queue as last reported; 0 before the first report.
     """
 
     image: QueuedImage
@@ -121,6 +123,7 @@ class Grants:
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
         self.draining: frozenset[str] = frozenset()  # ids of nodes that are about to go
+        self.kept_from_batches = 0  # free slots of each pool that batches leave to others
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, dict[str, _Replica]] = {}  # of each pool
         self._removed: frozenset[str] = frozenset()  # pools that are no longer there
@@ -166,10 +169,10 @@ class Grants:
         """
         self._hold(session, running)
         counted = self._counted.pop((session, running.image_id), None) is not None
-        self.queue.taken_before(running.tenant, running.pool, 0 if counted else running.work_s)
+        self.queue.taken_before(running.flow, running.pool, 0 if counted else running.work_s)
 
-    def submit(self, session: str, image: QueuedImage, tenant: str, now: float) -> Refused | None:
-        """Queue an image; returns a refusal if none of its pools is possible."""
+    def submit(self, session: str, image: QueuedImage, flow: str, now: float) -> Refused | None:
+        """Queue an image under the name `flow`; returns a refusal if no pool of it is possible."""
         holder = self._sessions[session]
         if image.id in holder.waiting or image.id in holder.running:
             return None
@@ -178,7 +181,7 @@ class Grants:
         for pool in image.pools:
             if pool not in self._replicas and pool not in self._removed:
                 self._unknown.setdefault(pool, now)
-        waiting = WaitingImage(image, tenant, session, now - image.waited_s)
+        waiting = WaitingImage(image, flow, session, now - image.waited_s)
         self.queue.add(waiting)
         holder.waiting[image.id] = waiting
         if image.report_position:
@@ -327,7 +330,7 @@ class Grants:
         """Give every free slot to the image that is next in the fair queue of its pool."""
         granted = []
         for pool in self._replicas:
-            while self.free_slots(pool) > 0 and (waiting := self.queue.first(pool)):
+            while waiting := self._next_in(pool):
                 # Pools come in order of preference, but a further attempt may prefer another one.
                 best = next(p for p in waiting.pools if p == pool or self._next_in(p) is waiting)
                 self.queue.take(waiting, best)
@@ -350,8 +353,9 @@ class Grants:
         """Take at least `images` waiting images out of the queue, to make room for a newcomer.
 
         They are the newest of the tenants with the most waiting work ÷ weight, apart from the
-        tenant `newcomer`. All waiting images of a call go together, because a call fails as a
-        whole. Returns each image's tenant and its refusal.
+        tenant `newcomer`. A tenant's batches count as a tenant of their own. All waiting images of
+        a call go together, because a call fails as a whole. Returns each image's tenant and its
+        refusal.
         """
         evicted: list[tuple[str, Refused]] = []
         while len(evicted) < images and (tenant := self.queue.largest_backlog(but=newcomer)):
@@ -360,7 +364,7 @@ class Grants:
             waiting = self._sessions[session].waiting
             for image_id in [i for i, w in waiting.items() if w.image.call_id == call_id]:
                 self._leave_queue(waiting.pop(image_id))
-                evicted.append((tenant, Refused(session, image_id, "evicted")))
+                evicted.append((tenant_of(tenant), Refused(session, image_id, "evicted")))
         return evicted
 
     def images_of(self, session: str, call_id: str) -> tuple[int, int, int | None]:
@@ -481,7 +485,9 @@ class Grants:
     def running_by_tenant(self) -> Counter[str]:
         """The number of granted slots of each tenant."""
         sessions = self._sessions.values()
-        return Counter(image.tenant for held in sessions for image in held.running.values())
+        return Counter(
+            tenant_of(image.flow) for held in sessions for image in held.running.values()
+        )
 
     def _staying(self, pool: str) -> list[_Replica]:
         alive = [
@@ -500,7 +506,9 @@ class Grants:
 
     def _next_in(self, pool: str) -> WaitingImage | None:
         """The image that the pool's next free slot belongs to; None without a free slot."""
-        return self.queue.first(pool) if self.free_slots(pool) > 0 else None
+        if (free := self.free_slots(pool)) <= 0:
+            return None
+        return self.queue.first(pool, None if free > self.kept_from_batches else _is_no_batch)
 
     def _hold(self, session: str, running: RunningImage) -> None:
         self._sessions[session].running[running.image_id] = running
@@ -530,4 +538,8 @@ class Grants:
         self._watched.pop(waiting.number, None)
 
     def _settle(self, running: RunningImage, took_s: float) -> None:
-        self.queue.settle(running.tenant, running.pool, took_s - running.work_s)
+        self.queue.settle(running.flow, running.pool, took_s - running.work_s)
+
+
+def _is_no_batch(flow: str) -> bool:
+    return not flow.endswith(BATCH)

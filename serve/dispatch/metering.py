@@ -23,12 +23,14 @@ log = logging.getLogger("ray.serve")
 class _Charge(NamedTuple):
     """A usage record that is to be written, and the session that hears of it.
 
-    `held`: the work that is reserved in the tenant's budget until the record is written.
+    `held`: the work that is reserved in the tenant's budget until the record is written. `written`:
+    whether the session has written the record itself, so that only the sums are to be read.
     """
 
     session: str
     usage: UsageRecord
     held: float
+    written: bool = False
 
 
 class Metering:
@@ -68,10 +70,13 @@ class Metering:
             self._begin_month(month_of(time.time()), ledger.spent)
         self._begun.set()
 
-    def charge(self, session: str, usage: UsageRecord) -> None:
-        """Charge an image that was generated, or take such a charge back."""
+    def charge(self, session: str, usage: UsageRecord, *, written: bool = False) -> None:
+        """Charge an image that was generated, or take such a charge back.
+
+        `written`: the session has written the record itself; only its tenant's account is left.
+        """
         held = 0.0 if usage.outcome == "reversed" else self._admission.hold(session, usage)
-        self._put(_Charge(session, usage, held))
+        self._put(_Charge(session, usage, held, written))
 
     def cancelled(
         self, session: str, usage: UsageRecord, report: StoppedImage | Literal["awaited"] | None
@@ -131,7 +136,7 @@ class Metering:
             now = time.time()
             fresh = batch
             if self.ledger:
-                usages = [charge.usage for charge in batch]
+                usages = [charge.usage for charge in batch if not charge.written]
                 try:
                     written = await self.ledger.append_soon(usages, now)
                 except OSError as error:
@@ -140,7 +145,7 @@ class Metering:
                     for charge in batch:
                         loop.call_later(self._retry_s, self._charges.put_nowait, charge)
                     continue
-                fresh = _charges_of(written, batch)
+                fresh = _charges_of(written, batch) + [c for c in batch if c.written]
                 self._set_fault("")
             self.turn_month(month_of(now))
             self._confirm(batch, fresh)
@@ -161,12 +166,12 @@ class Metering:
         events: dict[tuple[str, str], Recorded] = {}
         new = {id(charge) for charge in fresh}
         for charge in batch:
-            session, usage, held = charge
+            session, usage, held, _ = charge
             self._admission.free(usage.tenant, held)
             if id(charge) not in new and usage.work_s > 0:  # the database has charged the lease
                 self._admission.account(usage.tenant).lease(-usage.work_s)
             events[session, usage.call] = Recorded(session, usage.call)
-        for session, usage, _ in fresh:
+        for session, usage, _, _ in fresh:
             spent: float | None = self.ledger.spent[usage.tenant] if self.ledger else None
             if self.ledger and self.ledger.month < self._month:  # written in the month before
                 spent = self._admission.account(usage.tenant).spent

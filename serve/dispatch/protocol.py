@@ -22,6 +22,21 @@ from ..tenants.keys import TenantChanges
 from ..usage.record import UsageRecord
 
 Pools = tuple[str, ...]  # names of pools, preferred first
+# How a call has come: from a client that waits for its answer, to have a job accepted, for a job,
+# or for a line of a batch.
+Lane = Literal["request", "acceptance", "job", "batch"]
+STORED = "job", "batch"  # lanes of work that is stored, and waits as long as it must
+BATCH = "/batch"  # ends the name of the flow in which a tenant's batches queue
+
+
+def flow_of(tenant: str, lane: Lane) -> str:
+    """The name under which a call's images queue: batches queue like a tenant of their own."""
+    return tenant + BATCH if lane == "batch" else tenant
+
+
+def tenant_of(flow: str) -> str:
+    """The tenant whose images queue under this name."""
+    return flow.removesuffix(BATCH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +106,9 @@ class AdmissionRequest(NamedTuple):
     the call is admitted, because its images are there already. `key_id`: of the API key that the
     client has sent. `result_key`: the key under which
     its images will be in the result cache that all Ingresses share; empty if there is none.
-    `follows`: the accepted call waits for an equal call of another Ingress.
+    `follows`: the accepted call waits for an equal call of another Ingress. `lane`: how the call
+    has come. The call of an acceptance has no images, and asks whether a job may be accepted whose
+    images will cost `work_s`.
     """
 
     call_id: str
@@ -106,14 +123,23 @@ class AdmissionRequest(NamedTuple):
     result_key: str = ""
     follows: bool = False
     key_id: str = ""
+    lane: Lane = "request"
+
+    @property
+    def flow(self) -> str:
+        """The name under which its images queue."""
+        return flow_of(self.tenant, self.lane)
 
 
 class RunningImage(NamedTuple):
-    """An image that holds a slot of `pool`; `work_s`: its predicted work."""
+    """An image that holds a slot of `pool`; `work_s`: its predicted work.
+
+    `flow`: the name under which it has queued.
+    """
 
     image_id: str
     call_id: str
-    tenant: str
+    flow: str
     pool: str
     work_s: float = 0.0
 
@@ -153,6 +179,18 @@ class CallQuery(NamedTuple):
     cancel: bool
 
 
+class CallProgress(NamedTuple):
+    """How far an open call is: `step` of its `steps` are done, of all its images together.
+
+    `eta_s`: seconds until the call is expected to be done; None if that is not known.
+    """
+
+    call_id: str
+    step: int
+    steps: int
+    eta_s: float | None = None
+
+
 class SessionUpdate(NamedTuple):
     """The events at an Ingress since its last update.
 
@@ -160,6 +198,7 @@ class SessionUpdate(NamedTuple):
     """
 
     usages: tuple[UsageRecord, ...] = ()
+    written: tuple[UsageRecord, ...] = ()  # records that the sender has written itself
     releases: tuple[Release, ...] = ()
     ended_calls: tuple[str, ...] = ()
     finished_results: tuple[str, ...] = ()  # result keys whose images are cached, or have failed
@@ -170,6 +209,7 @@ class SessionUpdate(NamedTuple):
     lifted: tuple[str, ...] = ()  # ids of requests that an operator lets pass again
     faults: tuple[tuple[str, str], ...] = ()  # at present: what does not work there, and why
     keys_used: tuple[tuple[str, float], ...] = ()  # ids of API keys, and when (Unix time)
+    progress: tuple[CallProgress, ...] = ()  # of calls whose progress has changed
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -268,13 +308,15 @@ class CallState(NamedTuple):
     """An open call: its `queued` and `running` images, and its age in seconds.
 
     `position`: the place in the queue of its first queued image, 1 for the next; None if no image
-    is queued, or if the place is beyond those that are counted.
+    is queued, or if the place is beyond those that are counted. `progress`: None if the call's
+    Ingress does not tell it.
     """
 
     queued: int
     running: int
     position: int | None
     age_s: float
+    progress: CallProgress | None = None
 
 
 class CallAnswer(NamedTuple):

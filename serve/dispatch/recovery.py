@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 
-from ..deployments import INGRESS
+from ..deployments import INGRESS, JOBS
 from .protocol import Timing
 from .serve_status import ReplicaStates
 
@@ -18,8 +18,9 @@ log = logging.getLogger("ray.serve")
 class Recovery:
     """The time in which a Dispatcher grants nothing and admits no new calls.
 
-    It begins with the first message. It ends when as many Ingresses have opened a session as Ray
-    Serve has running, or after `recovery_s`; in both cases only once the tenants' usage was read.
+    It begins with the first message. It ends when as many Ingresses and runners of jobs have opened
+    a session as Ray Serve has running, or after `recovery_s`; in both cases only once the tenants'
+    usage was read.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Recovery:
         except Exception:  # Ray's errors have no common class; then the whole time is waited for
             log.warning("could not count the Ingresses", exc_info=True)
             return
+        running = {name: states.get(name, {}).get("RUNNING", 0) for name in (INGRESS, JOBS)}
         # Without any running Ingress the application itself is starting.
-        self._expected = states.get(INGRESS, {}).get("RUNNING", 0) or math.inf
+        self._expected = sum(running.values()) if running[INGRESS] else math.inf
         self._end_if_all_were_heard()
 
     def _end_if_all_were_heard(self) -> None:

@@ -18,7 +18,7 @@ from autoscaling.report import ScalingReport
 from ..deployments import generator_deployment
 from .admission import Admission, Arrivals
 from .grants import Grants
-from .protocol import Pools
+from .protocol import BATCH, Pools
 
 SEEN_S = 3.0  # Ray Serve has fetched a new number after that time
 
@@ -39,6 +39,7 @@ class Scaling:
         self._grants, self._admission, self._began = grants, admission, began
         self._state = PolicyState(at=began)
         self._settled = False  # whether replicas from before this process have had time to report
+        self.stored: Mapping[Pools, float] = {}  # work of stored jobs that counts as waiting
         self._recent: dict[str, list[tuple[float, int]]] = {}  # by pool: what was wanted lately
         self._all_since: dict[str, float] = {}  # by pool: since when all its replicas are wanted
 
@@ -101,7 +102,10 @@ class Scaling:
         """The input of the policy: demand by pools, supply of each pool, open requests."""
         queued: dict[Pools, float] = {}
         since: dict[Pools, float] = {}
+        queued |= self.stored
         for waiting in self._grants.queue:
+            if waiting.tenant.endswith(BATCH) and not self._admission.batches_scale:
+                continue
             queued[waiting.pools] = queued.get(waiting.pools, 0.0) + waiting.work_s
             since[waiting.pools] = min(since.get(waiting.pools, now), waiting.since)
         arrived = self._admission.arrived

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import OctetError, SettingsError
 from ..tenants.keys import TenantChanges
@@ -21,6 +21,8 @@ from ..tenants.watched_files import WatchedFiles
 from ..usage.months import month_of
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from ..store.answers import Answer, Answers, Claim, Claimed
     from ..store.database import Database
     from ..tenants.administration import Administration
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from ..usage.ledger import UsageLedger
 
 log = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 OLD_USAGE = "usage"  # the folder in the data folder where earlier releases kept usage records
 SWEEP_S = 600.0  # between two searches for old answers
@@ -148,6 +152,10 @@ class StoreLink:
         if "actor" in arguments:  # it was a change
             await self.follow()
         return found
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """Call `work` in a transaction that only reads. Raises `OSError` without the database."""
+        return await self._opened_store().database.read_soon(work)
 
     async def claim(self, claim: Claim, sessions: Collection[str]) -> Claimed:
         """Claim a request with an Idempotency-Key; see `Answers.claim`."""

@@ -56,13 +56,15 @@ class TenantAccount:
 
     `spent`: the work charged in the present calendar month. `requests`, `work`: the limits of the
     request rate and the work rate; None if there is no such limit. `leased`: the work that may be
-    reserved here, if other clusters share the budget; None if this is the only cluster.
+    reserved here, if other clusters share the budget; None if this is the only cluster. `held`: the
+    work of accepted jobs that wait in the database. Requests leave so much of the budget to them.
     """
 
     def __init__(self, tenant: Tenant) -> None:
         self.reserved = 0.0  # work that open calls may still be charged
         self.spent = 0.0
         self.leased: float | None = None
+        self.held = 0.0
         self.counted = [0.0, 0.0]  # requests and work since the start, for other clusters
         self.used_at = float("-inf")  # when a call was admitted last
         self.open_elsewhere = 0  # open requests at other clusters
@@ -82,7 +84,7 @@ class TenantAccount:
         """Work that may still be reserved this month; None if the tenant has no budget."""
         if self.tenant.monthly_work is None:
             return None
-        return self.tenant.monthly_work - self.spent - self.reserved
+        return self.tenant.monthly_work - self.spent - self.reserved - self.held
 
     def lacks(self, work_s: float) -> float:
         """The work that must be leased before so much can be reserved; 0 without such a budget."""
@@ -96,11 +98,13 @@ class TenantAccount:
         if self.leased is not None:
             self.leased = max(self.leased + more, 0.0)
 
-    def may_reserve(self, work_s: float) -> bool:
-        """Return whether the budget allows so much more work."""
+    def may_reserve(self, work_s: float, *, held: bool = False) -> bool:
+        """Return whether the budget allows so much more work; `held`: it is a part of `held`."""
         if self.leased is not None:
             return not self.lacks(work_s)
-        return self.budget_left is None or work_s <= self.budget_left + DUST
+        if self.budget_left is None:
+            return True
+        return work_s <= self.budget_left + (self.held if held else 0.0) + DUST
 
     def rate_limits(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
         """How much the tenant has left of each of its limits.

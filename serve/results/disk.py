@@ -6,12 +6,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..atomic_file import replace_file
+from ..atomic_file import replace_file, sync_folder
 from ..errors import NotFound, StoreFailed
-from .store import NAME, StoreFault, folder_of
+from .store import NAME, StoreFault, folders_of
 
 NEARLY_FULL = "the disk is nearly full"
 DISK_FULL = "the disk that keeps images is full: ask for b64_json"
@@ -33,12 +33,18 @@ class DiskStore:
     """Keeps images as files in `folder`/images; its methods are those of `ResultStore`."""
 
     def __init__(
-        self, folder: str | Path, is_nearly_full: Callable[[Path], bool] = is_nearly_full
+        self,
+        folder: str | Path,
+        is_nearly_full: Callable[[Path], bool] = is_nearly_full,
+        *,
+        sync: bool = False,
     ) -> None:
         """Make the folder if needed. Raises `OSError` if that fails.
 
-        `is_nearly_full`: whether a folder's disk has no room for images.
+        `is_nearly_full`: whether a folder's disk has no room for images. `sync`: whether an image
+        must be on disk, safe from a power cut, before `put` returns.
         """
+        self._sync = sync
         self._images, self._is_nearly_full = Path(folder) / "images", is_nearly_full
         self._images.mkdir(parents=True, exist_ok=True)
         self.full = is_nearly_full(self._images)
@@ -59,16 +65,22 @@ class DiskStore:
             if self.full:
                 raise OSError(errno.ENOSPC, NEARLY_FULL)
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(file, image)
+                self._write(file, image)
             except FileNotFoundError:  # another Ingress has just deleted the day's empty folder
-                file.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(file, image)
+                self._write(file, image)
         except OSError as error:
             self._fault = self._fault_of(error)
             message = DISK_FULL if self.full else "the image could not be stored"
             raise StoreFailed(message) from error
         self._fault = None
+
+    def _write(self, file: Path, image: bytes) -> None:
+        new_folders = [f for f in (file.parent, *file.parent.parents) if not f.exists()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, image, sync=self._sync)
+        if self._sync:
+            for folder in new_folders:
+                sync_folder(folder.parent)
 
     def get(self, name: str) -> bytes:
         if NAME.fullmatch(name):
@@ -78,7 +90,7 @@ class DiskStore:
 
     read = get
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int, max_job_age_s: float) -> None:
         self.full = self._is_nearly_full(self._images)
         found = []
         for file in self._files():
@@ -88,8 +100,10 @@ class DiskStore:
         found.sort(reverse=True)
         total = 0
         for changed, size, file in found:
-            total += size
-            if now - changed > max_age_s or total > max_bytes:
+            of_job = file.relative_to(self._images).parts[0] == "j"
+            total += 0 if of_job else size
+            too_many = total > max_bytes and not of_job
+            if now - changed > (max_job_age_s if of_job else max_age_s) or too_many:
                 file.unlink(missing_ok=True)
                 if file.parent != self._images:
                     with contextlib.suppress(OSError):  # the day's folder holds other images
@@ -100,12 +114,16 @@ class DiskStore:
             probe.unlink()
             self._fault = None
 
+    def delete(self, names: Sequence[str]) -> None:
+        for name in filter(NAME.fullmatch, names):
+            (self._images / name).unlink(missing_ok=True)
+
     def erase(self, tenant: str) -> int:
-        folder = self._images / folder_of(tenant)
-        if not folder.is_dir():
-            return 0
-        images = sum(file.is_file() for file in folder.rglob("*"))
-        shutil.rmtree(folder)
+        images = 0
+        for folder in (self._images / name for name in folders_of(tenant)):
+            if folder.is_dir():
+                images += sum(file.is_file() for file in folder.rglob("*"))
+                shutil.rmtree(folder)
         return images
 
     def close(self) -> None:

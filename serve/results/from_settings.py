@@ -13,11 +13,15 @@ from .store import ResultStore
 log = logging.getLogger("ray.serve")
 
 
-def open_store(settings: FrontSettings, *, drain: bool = True) -> ResultStore:
+def open_store(
+    settings: FrontSettings, *, drain: bool = True, durable: bool = False
+) -> ResultStore:
     """Open the result store of the settings: a folder, or a bucket behind a spool.
 
     `drain`: whether the spool also repeats failed uploads, and uploads images that earlier
-    processes have left on this node. Raises `OSError` if the folder cannot be used.
+    processes have left on this node. `durable`: an image that was put must survive the loss of this
+    node's power, or with a bucket of the node: there is no spool then. Raises `OSError` if the
+    folder cannot be used.
     """
     folder = Path(str(settings.data_folder)).expanduser()
     if settings.s3 is None:
@@ -25,11 +29,13 @@ def open_store(settings: FrontSettings, *, drain: bool = True) -> ResultStore:
             log.error(
                 "images in %s wait for their upload, but the settings name no s3 bucket", folder
             )
-        return DiskStore(folder)
+        return DiskStore(folder, sync=durable)
     from .s3 import S3Store  # importing boto3 takes long
     from .spool import Spool
 
     bucket = S3Store(settings.s3)
+    if durable:
+        return bucket
     return Spool(bucket, folder / "spool", settings.s3.spool_bytes, drain=drain)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from ..errors import NotFound, StoreFailed
 from ..settings.application import S3Settings
-from .store import NAME, StoreFault, folder_of, new_name
+from .store import NAME, StoreFault, folders_of, new_name
 
 CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # by default boto3 tries a dead endpoint for 5 min
 CONNECTIONS = 32
@@ -131,24 +131,28 @@ class S3Store:
         except BotoCoreError as error:
             raise StoreFailed("the store does not answer") from error
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
-        """Delete the images of each day on which all images are older than `max_age_s`.
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int, max_job_age_s: float) -> None:
+        """Delete the images of each day on which all images are older than their greatest age.
 
         A call within an hour of the last sweep does nothing.
         """
         if now - self._swept < SWEEP_EVERY_S:
             return
-        last = time.strftime("%Y/%m/%d", time.gmtime(now - max_age_s - DAY_S))
-        for tenant in self._folders("t/"):
-            for year in self._folders(tenant):
-                for month in self._folders(year):
-                    for day in self._folders(month):
-                        if day.removeprefix(tenant).rstrip("/") <= last:
-                            self._delete(day)
+        for kind, age_s in (("t/", max_age_s), ("j/", max_job_age_s)):
+            last = time.strftime("%Y/%m/%d", time.gmtime(now - age_s - DAY_S))
+            for tenant in self._folders(kind):
+                for year in self._folders(tenant):
+                    for month in self._folders(year):
+                        for day in self._folders(month):
+                            if day.removeprefix(tenant).rstrip("/") <= last:
+                                self._delete(day)
         self._swept = now
 
+    def delete(self, names: Sequence[str]) -> None:
+        self._delete_objects([name for name in names if NAME.fullmatch(name)])
+
     def erase(self, tenant: str) -> int:
-        return self._delete(folder_of(tenant))
+        return sum(map(self._delete, folders_of(tenant)))
 
     def close(self) -> None:
         self._client.close()
@@ -167,18 +171,24 @@ class S3Store:
         """
         deleted = 0
         for page in self._pages(prefix):
-            objects = [{"Key": found["Key"]} for found in page.get("Contents", ())]
-            if objects:
-                try:
-                    response = self._client.delete_objects(
-                        Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
-                    )
-                except (BotoCoreError, ClientError) as error:
-                    raise StoreFailed("the store does not answer") from error
-                if response.get("Errors"):
-                    raise StoreFailed(f"{len(response['Errors'])} images could not be deleted")
-                deleted += len(objects)
+            names = [found["Key"] for found in page.get("Contents", ())]
+            self._delete_objects(names)
+            deleted += len(names)
         return deleted
+
+    def _delete_objects(self, names: Sequence[str]) -> None:
+        """Delete at most 1000 objects."""
+        if not names:
+            return
+        try:
+            response = self._client.delete_objects(
+                Bucket=self._bucket,
+                Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise StoreFailed("the store does not answer") from error
+        if response.get("Errors"):
+            raise StoreFailed(f"{len(response['Errors'])} images could not be deleted")
 
     def _pages(self, prefix: str, **more: str) -> Iterator[Any]:
         pages = self._client.get_paginator("list_objects_v2")

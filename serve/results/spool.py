@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from ..atomic_file import replace_file
 from ..errors import OctetError
 from .disk import is_nearly_full
-from .store import ResultStore, StoreFault, folder_of
+from .store import ResultStore, StoreFault, folders_of
 
 log = logging.getLogger("ray.serve")
 
@@ -116,11 +116,18 @@ class Spool:
             return self._waiting(name)
         return self._store.read(name)
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
-        self._store.sweep(now, max_age_s=max_age_s, max_bytes=max_bytes)
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int, max_job_age_s: float) -> None:
+        self._store.sweep(
+            now, max_age_s=max_age_s, max_bytes=max_bytes, max_job_age_s=max_job_age_s
+        )
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            (self._folder / quote(name, safe="")).unlink(missing_ok=True)
+        self._store.delete(names)
 
     def erase(self, tenant: str) -> int:
-        waiting = list(self._folder.glob(quote(folder_of(tenant), safe="") + "*"))
+        waiting = [f for name in folders_of(tenant) for f in self._waiting_of(name)]
         for file in waiting:
             file.unlink(missing_ok=True)
         return len(waiting) + self._store.erase(tenant)
@@ -129,6 +136,9 @@ class Spool:
         self._closed.set()
         self._uploads.shutdown(wait=False, cancel_futures=True)
         self._store.close()
+
+    def _waiting_of(self, folder: str) -> Iterator[Path]:
+        return self._folder.glob(quote(folder, safe="") + "*")
 
     def _waiting(self, name: str) -> bytes:
         return _read(self._folder / quote(name, safe=""))[1]

@@ -5,24 +5,28 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 from ..tenants.tenant import ID
 
-NAME = re.compile(rf"t/{ID.pattern}/\d{{4}}/\d\d/\d\d/[0-9a-f]{{32}}\.(png|jpeg|webp)")
+# Images of requests are kept for a day or so under t/; those of jobs, and the pictures that jobs
+# edit, are kept under j/ until their jobs are forgotten.
+NAME = re.compile(rf"[tj]/{ID.pattern}/\d{{4}}/\d\d/\d\d/[0-9a-f]{{32}}\.(png|jpeg|webp)")
 
 
-def new_name(tenant: str, extension: str, now: float) -> str:
-    """A new image name: t/TENANT/YYYY/MM/DD/RANDOM.EXTENSION, with the day of `now` in UTC.
+def new_name(tenant: str, extension: str, now: float, kind: Literal["t", "j"] = "t") -> str:
+    """A new image name: KIND/TENANT/YYYY/MM/DD/RANDOM.EXTENSION, with the day of `now` in UTC.
 
-    RANDOM is 128 bits in hexadecimal, so that nobody can guess it.
+    KIND is t for an image of a request, and j for one of a job. RANDOM is 128 bits in hexadecimal,
+    so that nobody can guess it.
     """
     day = time.strftime("%Y/%m/%d", time.gmtime(now))
-    return f"t/{tenant}/{day}/{secrets.token_hex(16)}.{extension}"
+    return f"{kind}/{tenant}/{day}/{secrets.token_hex(16)}.{extension}"
 
 
-def folder_of(tenant: str) -> str:
-    """The beginning of the names of all images of a tenant.
+def folders_of(tenant: str) -> tuple[str, str]:
+    """The beginnings of the names of all images of a tenant.
 
     Raises `ValueError` if `tenant` is not a valid id.
     """
@@ -31,7 +35,7 @@ def folder_of(tenant: str) -> str:
             f"'{tenant}' is no tenant's id: an id is 1 to 63 characters of a-z 0-9 -, and neither "
             "begins nor ends with -"
         )
-    return f"t/{tenant}/"
+    return f"t/{tenant}/", f"j/{tenant}/"
 
 
 class StoreFault(NamedTuple):
@@ -76,12 +80,16 @@ class ResultStore(Protocol):
     def read(self, name: str) -> bytes:
         """Return the bytes of an image, never a URL. Raises the same errors as `get`."""
 
-    def sweep(self, now: float, *, max_age_s: float, max_bytes: int) -> None:
-        """Delete images older than `max_age_s` at `now`, in Unix time.
+    def sweep(self, now: float, *, max_age_s: float, max_bytes: int, max_job_age_s: float) -> None:
+        """Delete images of requests that are older than `max_age_s` at `now`, in Unix time.
 
-        A store with a bounded size also deletes the oldest images beyond `max_bytes`. Raises
-        `OSError` or `StoreFailed` if the store fails.
+        Images of jobs are deleted when they are older than `max_job_age_s`: no job knows them any
+        more. A store with a bounded size also deletes the oldest images of requests beyond
+        `max_bytes`. Raises `OSError` or `StoreFailed` if the store fails.
         """
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete these images, as far as they are there; raises the same errors as `sweep`."""
 
     def close(self) -> None:
         """Release connections and threads; no other method may be called afterwards."""

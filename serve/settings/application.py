@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -229,6 +230,11 @@ class FrontSettings(Frozen):
     dispatcher_num_cpus: Share = Field(
         default=0.5, description="CPU cores that Ray reserves for the Dispatcher."
     )
+    job_runner: Resources = Field(
+        default=Resources(num_cpus=0.1),
+        description="Resources and number of the processes that run jobs and batches and send "
+        "webhooks; several need PostgreSQL.",
+    )
     data_folder: str | None = Field(
         default=None,
         description="Folder for the database (unless `store` names another), and for images that "
@@ -277,6 +283,11 @@ class FrontSettings(Frozen):
         return self.store.model_dump() | {"url": url} if url else None
 
     @property
+    def runs_jobs(self) -> bool:
+        """Return whether jobs can be kept: in a database, and their images in a store."""
+        return bool(self.database and self.data_folder)
+
+    @property
     def database_is_of_one_node(self) -> bool:
         """Return whether there is a database that only the processes of one node may use."""
         return bool(self.database and self.database["url"].startswith("sqlite:"))
@@ -286,6 +297,15 @@ class FrontSettings(Frozen):
         if not self.ingress.least:
             raise ValueError(
                 "ingress: min_replicas must be at least 1, because an Ingress receives the requests"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_runs_jobs_with_sqlite(self) -> FrontSettings:
+        if self.job_runner.replicas > 1 and self.database_is_of_one_node:
+            raise ValueError(
+                f"job_runner: replicas {self.job_runner.replicas} must be 1 with SQLite; several "
+                "need PostgreSQL, which store: url names"
             )
         return self
 
@@ -420,6 +440,52 @@ class EditSettings(Frozen):
         return self
 
 
+class JobSettings(Frozen):
+    """Jobs and batches: how long they may take and are kept, and what they may use."""
+
+    max_age_s: PositiveFloat = Field(
+        default=24 * 3600.0,
+        description="Longest `timeout_s` of a job, in seconds, and the deadline of jobs without "
+        "one.",
+    )
+    keep_s: PositiveInt = Field(
+        default=7 * 24 * 3600,
+        description="Seconds for which an ended job or batch is kept, with its images.",
+    )
+    max_queued: PositiveInt = Field(
+        default=100_000,
+        description="Most jobs and lines of batches that a tenant may have waiting; more are "
+        "refused with 429 `queue_full`. A tenant's `max_queued_jobs` may be lower.",
+    )
+    target_wait_s: PositiveFloat = Field(
+        default=600.0,
+        description="Seconds within which waiting jobs are to be done, for the number of replicas.",
+    )
+    batch_weight: Annotated[float, Field(ge=0.001, le=1)] = Field(
+        default=0.1,
+        description="Weight of a tenant's batches, as a part of the tenant's own weight.",
+    )
+    batch_free_slots: NonNegativeInt = Field(
+        default=0,
+        description="Free slots of each pool that batches leave to others. A pool with no more "
+        "slots than that runs no batches.",
+    )
+    batches_scale: bool = Field(
+        default=True,
+        description="Whether replicas may be added for batches; otherwise batches use only those "
+        "that are there for other work.",
+    )
+    max_file_bytes: PositiveInt = Field(
+        default=200_000_000, description="Largest file of a batch, in bytes."
+    )
+    max_lines: PositiveInt = Field(default=50_000, description="Most lines of a batch.")
+    webhook_networks: tuple[IPvAnyNetwork, ...] = Field(
+        default=(),
+        description="Private networks to which webhooks may be sent, such as 10.0.0.0/8, also "
+        "without TLS; all other webhooks go to public addresses by https.",
+    )
+
+
 class LiveSettings(Frozen):
     """Live settings: they may change while requests are served, and restart nothing."""
 
@@ -455,6 +521,10 @@ class LiveSettings(Frozen):
         default=ResultSettings(),
         description="How long images that are answered as URLs are kept, and how long their links "
         "work.",
+    )
+    jobs: JobSettings = Field(
+        default=JobSettings(),
+        description="Jobs and batches: how long they may take and are kept, and what they may use.",
     )
     drain_timeout_s: PositiveFloat = Field(
         default=300.0,

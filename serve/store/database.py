@@ -41,7 +41,9 @@ class StoreUnavailable(OSError):
 
 
 class Database:
-    """A database and its transactions. All methods but `write_soon` block: call them in a thread.
+    """A database and its transactions.
+
+    Methods block, except those whose names end in `_soon`: call them in a thread.
 
     A transaction that writes is the only one of all processes that does. So the numbers that it
     reads are still true when it commits.
@@ -101,8 +103,15 @@ class Database:
 
     async def write_soon(self, work: Callable[[Connection], T]) -> T:
         """Like `write`, for an event loop, which goes on meanwhile."""
+        return await self._run_soon(work, locked=True)
+
+    async def read_soon(self, work: Callable[[Connection], T]) -> T:
+        """Like `read`, for an event loop, which goes on meanwhile."""
+        return await self._run_soon(work, locked=False)
+
+    async def _run_soon(self, work: Callable[[Connection], T], *, locked: bool) -> T:
         with self._failures_named():
-            running = self._thread.submit(self._transaction, work, True)
+            running = self._thread.submit(self._transaction, work, locked)
             try:
                 async with asyncio.timeout(self._answer_s) as limit:
                     return await asyncio.wrap_future(running)

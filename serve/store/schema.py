@@ -188,6 +188,166 @@ ANSWERS = Table(
 )
 
 
+# One row for each job and each line of a batch, until it is forgotten. `number` grows in the order
+# in which jobs were accepted. Times are Unix times by the database's clock.
+JOBS = Table(
+    "octet_jobs",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("lane", String(8), nullable=False),  # "job" or "batch"
+    Column("endpoint", String(16), nullable=False),  # "generations" or "edits"
+    Column("model", String(200), nullable=False),
+    Column("precision", String(8), nullable=False),  # as the client asks for it
+    Column("work_s", Float(53), nullable=False),  # the work of all its images, as predicted
+    Column("images", Integer, nullable=False),
+    Column("request", Text, nullable=False),  # JSON, see serve.jobs.encoding
+    Column("request_id", String(200), nullable=False),
+    Column("key_id", String(12), nullable=False),
+    Column("batch", String(40)),
+    Column("line", Integer),  # of the batch's file, from 1
+    Column("custom_id", String(512)),
+    Column("state", String(10), nullable=False),
+    Column("fence", Integer, nullable=False),  # how often it was claimed
+    Column("owner", String(32)),  # the process that runs it
+    Column("lease_until", Float(53)),
+    Column("lost", Integer, nullable=False),  # how often it was claimed and then given up
+    Column("not_before", Float(53), nullable=False),  # before that nobody claims it
+    Column("created", Float(53), nullable=False),
+    Column("started", Float(53)),
+    Column("ended", Float(53)),
+    Column("expires", Float(53), nullable=False),  # when it must have ended
+    Column("result", Text),  # JSON: where its images are, and how they were generated
+    Column("error", Text),  # JSON: the error with which it ended
+    UniqueConstraint("batch", "line"),
+    Index("octet_jobs_tenant", "tenant", "number"),
+    Index("octet_jobs_ended", "ended"),
+    *(
+        Index(name, *columns, sqlite_where=text(of), postgresql_where=text(of))
+        for name, of, columns in (
+            (
+                "octet_jobs_waiting",
+                "state = 'queued'",
+                ("tenant", "lane", "model", "precision", "number"),
+            ),
+            ("octet_jobs_expiring", "state = 'queued'", ("expires",)),
+            ("octet_jobs_running", "state = 'running'", ("lease_until",)),
+        )
+    ),
+)
+
+# How many jobs of one kind wait and run, changed in the transactions that change the jobs.
+JOB_COUNTS = Table(
+    "octet_job_counts",
+    METADATA,
+    Column("tenant", String(63), nullable=False),
+    Column("lane", String(8), nullable=False),
+    Column("model", String(200), nullable=False),
+    Column("precision", String(8), nullable=False),
+    Column("queued", Integer, nullable=False),
+    Column("queued_work_s", Float(53), nullable=False),
+    Column("running", Integer, nullable=False),
+    PrimaryKeyConstraint("tenant", "lane", "model", "precision"),
+)
+
+# Files that tenants have uploaded, in parts; the files that batches make are written when they are
+# read, so they have no parts.
+FILES = Table(
+    "octet_files",
+    METADATA,
+    Column("id", String(48), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", BigInteger),  # null: not known before it is read
+    Column("lines", BigInteger, nullable=False),
+    Column("batch", String(40)),  # that has made it
+    Column("whole", Integer, nullable=False),  # 1: all parts are there
+    Column("created", Float(53), nullable=False),
+    Column("expires", Float(53)),
+    Index("octet_files_tenant", "tenant", "number"),
+    Index("octet_files_expires", "expires"),
+)
+FILE_PARTS = Table(
+    "octet_file_parts",
+    METADATA,
+    Column("file", String(48), nullable=False),
+    Column("part", Integer, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("file", "part"),
+)
+
+# One row for each batch. Its lines are jobs.
+BATCHES = Table(
+    "octet_batches",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("key_id", String(12), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file", String(48), nullable=False),
+    Column("metadata", Text, nullable=False),  # JSON
+    Column("output_expires_s", Integer),
+    Column("state", String(12), nullable=False),
+    Column("times", Text, nullable=False),  # JSON: the Unix time of each state
+    Column("errors", Text, nullable=False),  # JSON: why the file cannot be used
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("ended_lines", Integer, nullable=False),
+    Column("next_line", Integer, nullable=False),  # of the file, that is to become a job
+    Column("next_part", Integer, nullable=False),  # of the file, where that line begins,
+    Column("next_byte", Integer, nullable=False),  # and the place in the part
+    Column("lease_until", Float(53), nullable=False),  # of the process that reads the file
+    Column("created", Float(53), nullable=False),
+    Column("expires", Float(53), nullable=False),
+    Column("ended", Float(53)),
+    Index("octet_batches_tenant", "tenant", "number"),
+    Index("octet_batches_ended", "ended"),
+)
+
+# Where tenants want to hear of events, and what is still to be sent there.
+WEBHOOKS = Table(
+    "octet_webhook_endpoints",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("events", Text, nullable=False),  # separated by spaces; empty: all
+    Column("secret", String(64), nullable=False),
+    Column("created", Float(53), nullable=False),
+    Column("disabled", String(200)),  # why nothing is sent there any more
+    Index("octet_webhooks_tenant", "tenant", "number"),
+)
+DELIVERIES = Table(
+    "octet_webhook_deliveries",
+    METADATA,
+    Column("id", String(48), primary_key=True),
+    Column("endpoint", String(40), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("body", Text, nullable=False),  # JSON, as it is sent
+    Column("state", String(10), nullable=False),  # "waiting", "delivered" or "dead"
+    Column("attempts", Integer, nullable=False),
+    Column("next", Float(53), nullable=False),  # when it is due, or its sender's lease ends
+    Column("answer", String(200), nullable=False),  # to the last attempt
+    Column("created", Float(53), nullable=False),
+    Column("ended", Float(53)),
+    Index("octet_deliveries_endpoint", "endpoint"),
+    Index("octet_deliveries_ended", "ended"),
+    Index(
+        "octet_deliveries_due",
+        "next",
+        sqlite_where=text("state = 'waiting'"),
+        postgresql_where=text("state = 'waiting'"),
+    ),
+)
+
+
 # Made once, because making a statement costs more than executing it.
 _TAKE = (
     update(COUNTERS)
@@ -223,8 +383,14 @@ def _tenants_and_clusters(connection: Connection) -> None:
             connection.execute(text(f"ALTER TABLE {USAGE.name} ADD COLUMN {column.name} {kind}"))
 
 
+def _jobs(connection: Connection) -> None:
+    numbered = [JOBS, FILES, BATCHES, WEBHOOKS]
+    METADATA.create_all(connection, tables=[*numbered, JOB_COUNTS, FILE_PARTS, DELIVERIES])
+    connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in numbered])
+
+
 # Step n brings a database from version n to n + 1.
-STEPS = (_first_tables, _tenants_and_clusters)
+STEPS = (_first_tables, _tenants_and_clusters, _jobs)
 
 
 def bring_up_to_date(connection: Connection) -> int:

@@ -11,7 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-MAY_BE_NOTHING = "max_requests", "monthly_work"  # limits that may be 0: nothing is allowed
+MAY_BE_NOTHING = (
+    "max_requests",
+    "max_queued_jobs",
+    "monthly_work",
+)  # limits that may be 0: nothing is allowed
 BURST_S = 10.0  # a tenant without a burst may use what its rate allows in this time at once
 
 
@@ -34,6 +38,7 @@ class Tenant:
     work_burst: float | None = None
     max_requests: int | None = None  # requests that may be open at a time
     max_queued_work: float | None = None  # work that may wait at a time
+    max_queued_jobs: int | None = None  # jobs and lines of batches that may wait at a time
     monthly_work: float | None = None  # work in a calendar month, UTC
     timeout_s: float | None = None  # deadline of requests without one; None: the settings' own
     operator: bool = False  # whether the tenant may read the state of the whole server

@@ -73,8 +73,9 @@ class UsagePage(NamedTuple):
 
 
 class UsageLedger:
-    """One writer of the usage in a database. All methods but
-    `append_soon` block: call them in a thread, one at a time.
+    """One writer of the usage in a database.
+
+    All methods but `append_soon` block: call them in a thread, one at a time.
 
     `spent` is the work that each tenant was charged in `month`. It includes the records of other
     writers up to the last append.
@@ -104,8 +105,14 @@ class UsageLedger:
         return self._learned(self._database.write(self._writing(usages, now)))
 
     async def append_soon(self, usages: Iterable[UsageRecord], now: float) -> list[UsageRecord]:
-        """Like `append`, for an event loop, which goes on meanwhile."""
-        return self._learned(await self._database.write_soon(self._writing(usages, now)))
+        """Like `append`, for an event loop, which goes on meanwhile.
+
+        Without records it only reads what other writers have charged.
+        """
+        given, write = list(usages), self._database.write_soon
+        if not given:
+            write = self._database.read_soon
+        return self._learned(await write(self._writing(given, now)))
 
     def charged_elsewhere(self) -> set[str]:
         """The tenants that other writers have charged since the last call of this method."""
@@ -134,21 +141,15 @@ class UsageLedger:
         given, month = list(usages), max(self.month, month_of(now))
 
         def write(connection: Connection) -> _Written:
-            fresh, last = _fresh(connection, given, now), self._last_id
-            if fresh:
-                stamp = timestamp(now)
-                last = _insert(connection, fresh, [stamp] * len(fresh), RELEASE)
-                _add_to_sums(connection, month, fresh.values(), last)
-            if fresh and self._cluster:
-                work = _work_by_tenant(fresh.values())
-                charge_lease(connection, self._cluster, month, work)
+            fresh, last = write_usage(connection, given, now, month, self._cluster)
+            last = last or self._last_id
             # Without other writers since the last append, and if that has not committed after it
             # was given up, the sums are known.
-            alone = last - len(fresh) == self._last_id and len(fresh) == len(given)
+            alone = last - len(fresh) == self._last_id and 0 < len(fresh) == len(given)
             since = self._last_id if month == self.month else 0
             sums = None if alone and month == self.month else self._sums(connection, month, since)
             last = max([last, *(row.last_id for row in sums or ())])
-            return _Written(month, list(fresh.values()), last, sums)
+            return _Written(month, fresh, last, sums)
 
         return write
 
@@ -177,6 +178,29 @@ class UsageLedger:
             self.spent[tenant] = work_s
             if tenant not in ours:
                 self._elsewhere.add(tenant)
+
+
+def write_usage(
+    connection: Connection,
+    usages: Sequence[UsageRecord],
+    now: float,
+    month: str,
+    cluster: str | None,
+) -> tuple[list[UsageRecord], int]:
+    """Write the records that are new, in the caller's transaction.
+
+    `month`: whose sums they are added to. `cluster`: from whose leases they are taken; None: no
+    other cluster shares the budgets. Returns the records that are new, and the id of the last of
+    them; 0 if there are none.
+    """
+    fresh = _fresh(connection, usages, now)
+    if not fresh:
+        return [], 0
+    last = _insert(connection, fresh, [timestamp(now)] * len(fresh), RELEASE)
+    _add_to_sums(connection, month, fresh.values(), last)
+    if cluster:
+        charge_lease(connection, cluster, month, _work_by_tenant(fresh.values()))
+    return list(fresh.values()), last
 
 
 def _fresh(

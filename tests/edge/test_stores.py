@@ -117,7 +117,7 @@ def test_old_images_are_deleted(store: ResultStore, tmp_path: Path) -> None:
         store.put(name, b"x", "r")
         if (file := tmp_path / "images" / name).exists():
             os.utime(file, (NOW - age_s, NOW - age_s))
-    store.sweep(NOW, max_age_s=7 * DAY_S, max_bytes=10**6)
+    store.sweep(NOW, max_age_s=7 * DAY_S, max_bytes=10**6, max_job_age_s=DAY_S)
     assert read(store, new) == b"x"
     with pytest.raises(NotFound):
         store.get(old)
@@ -133,7 +133,7 @@ def test_in_a_folder_the_oldest_go_beyond_a_number_of_bytes(tmp_path: Path) -> N
         store.put(name, b"x" * 10, "r")
         os.utime(tmp_path / "images" / name, (NOW - age, NOW - age))
     (tmp_path / "images" / "lost+found").mkdir()
-    store.sweep(NOW, max_age_s=100, max_bytes=20)
+    store.sweep(NOW, max_age_s=100, max_bytes=20, max_job_age_s=DAY_S)
     assert [(tmp_path / "images" / name).exists() for name in names] == [True, True, False, False]
 
 
@@ -143,13 +143,13 @@ def test_a_folder_that_is_gone_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreFailed):
         store.put(new_name("t", "png", NOW), b"x", "r")
     with pytest.raises(OSError, match="images"):
-        store.sweep(NOW, max_age_s=1, max_bytes=1)
+        store.sweep(NOW, max_age_s=1, max_bytes=1, max_job_age_s=DAY_S)
 
 
 def test_when_all_images_of_an_older_layout_have_gone_their_folder_stays(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     (tmp_path / "images" / "abc.png").write_bytes(b"x")
-    store.sweep(time.time() + 10, max_age_s=1, max_bytes=10)
+    store.sweep(time.time() + 10, max_age_s=1, max_bytes=10, max_job_age_s=DAY_S)
     assert not list((tmp_path / "images").iterdir())
     store.put(new_name("t", "png", NOW), b"x", "r")
 
@@ -186,9 +186,9 @@ def test_a_day_is_deleted_when_all_of_it_is_too_old_and_a_failed_sweep_is_repeat
         store.put(name, b"x", "r")
     proxy.fault = "refuse"
     with pytest.raises(StoreFailed):
-        store.sweep(noon, max_age_s=DAY_S, max_bytes=1)
+        store.sweep(noon, max_age_s=DAY_S, max_bytes=1, max_job_age_s=DAY_S)
     proxy.fault = "none"
-    store.sweep(noon + 10, max_age_s=DAY_S, max_bytes=1)
+    store.sweep(noon + 10, max_age_s=DAY_S, max_bytes=1, max_job_age_s=DAY_S)
     assert sorted(keys(bucket)) == sorted(days[:2])
 
 
@@ -214,13 +214,13 @@ def test_a_disk_that_is_nearly_full_takes_no_images(tmp_path: Path) -> None:
     with pytest.raises(StoreFailed, match="disk that keeps images is full"):
         store.put(name, b"picture", "r")
     full[0] = False
-    store.sweep(NOW, max_age_s=1, max_bytes=1)
+    store.sweep(NOW, max_age_s=1, max_bytes=1, max_job_age_s=DAY_S)
     assert not store.full
     assert store.fault is None
     store.put(name, b"picture", "r")
     assert store.get(name) == b"picture"
     full[0] = True
-    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6)
+    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6, max_job_age_s=DAY_S)
     assert store.fault
 
 
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_written_to_has_a_fault_until_it_can(tmp_path: P
     assert store.fault
     assert store.fault.cause == "ENOTDIR"
     (images / "t").unlink()
-    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6)
+    store.sweep(NOW, max_age_s=DAY_S, max_bytes=10**6, max_job_age_s=DAY_S)
     assert store.fault is None
     assert not list(images.iterdir())  # what the sweep has tried is gone
 

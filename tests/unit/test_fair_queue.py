@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -28,13 +29,23 @@ class Item:
     number: int = 0
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The weights of these tenants, and 1 for all others."""
+
+    by_name: Mapping[str, float]
+
+    def __call__(self, tenant: str) -> float:
+        return self.by_name.get(tenant, 1.0)
+
+
 def item(tenant: str, work_s: float = 1.0, pools: tuple[str, ...] = (P,), label: str = "") -> Item:
     return Item(tenant, work_s, pools, label)
 
 
 def filled(*items: Item, **weights: float) -> FairQueue[Item]:
     queue: FairQueue[Item] = FairQueue()
-    queue.weights = weights
+    queue.weight = Weights(weights)
     for one in items:
         queue.add(one)
     return queue
@@ -287,7 +298,7 @@ class FairQueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue: FairQueue[Item] = FairQueue()
-        self.queue.weights = {"tenant-a": 1.0, "tenant-b": 2.0}
+        self.queue.weight = Weights({"tenant-b": 2.0})
         self.items: list[Item] = []
         self.taken: list[tuple[str, str]] = []
         self.clocks: dict[tuple[str, str], float] = {}
@@ -358,7 +369,7 @@ class FairQueueMachine(RuleBasedStateMachine):
                 self.queue.add(item("last", work_s, (pool,)))
                 served(self.queue, 1, pool)
                 self.queue.settle("last", pool, 0.0)
-        self.queue.weights = {}
+        self.queue.weight = Weights({})
         kept = pickle.dumps(self.queue)
         assert [tenant for tenant in TENANTS if tenant.encode() in kept] == []
 

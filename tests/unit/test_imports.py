@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (
     *("bench", "demo"),
     *("serve.cli", "k8s", "serve.app", "serve.launch"),
-    *("serve.api", "serve.api.wire"),
+    *("serve.api", "serve.api.wire", "serve.jobs"),
     "serve.engine",
     *("serve.results.cache", "serve.results"),
     *("serve.dispatch.client", "serve.dispatch"),

@@ -94,11 +94,15 @@ class PendingGrant:
 
 @dataclass(slots=True)
 class Recording:
-    """Usage records that the Dispatcher writes; `answered`: whether it has told the outcome."""
+    """Usage records that the Dispatcher writes, or that are `written` already.
+
+    `answered`: whether the Dispatcher has told that they are written and counted.
+    """
 
     usages: tuple[UsageRecord, ...]
     done: asyncio.Future[None]
     answered: bool = False
+    written: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -193,6 +197,14 @@ class OpenCall:
         self.recording = Recording(records, asyncio.get_running_loop().create_future())
         self.session.record(self)
         await self.recorded()
+
+    async def count(self, usages: Sequence[UsageRecord]) -> None:
+        """Have the Dispatcher count usage records that are written already, and wait for that."""
+        self.generated.clear()
+        done = asyncio.get_running_loop().create_future()
+        self.recording = Recording(tuple(usages), done, written=True)
+        self.session.record(self)
+        await done
 
     async def recorded(self) -> None:
         """Wait until the usage records are written that were sent by `record` or with the call.

@@ -30,11 +30,13 @@ from ..protocol import (
     AdmissionDecision,
     AdmissionRequest,
     CallAnswer,
+    CallProgress,
     CallQuery,
     Cancelled,
     DispatcherStatus,
     DispatchEvent,
     Granted,
+    Lane,
     Position,
     QuarantinedRequest,
     QueuedImage,
@@ -74,6 +76,7 @@ class DispatchSession:
         self._new_grants: dict[str, PendingGrant] = {}
         self._new_recordings: dict[str, OpenCall] = {}
         self._usages: list[UsageRecord] = []  # that belong to no open call
+        self._progress: dict[str, CallProgress] = {}  # by call, as it has changed
         self._releases: list[Release] = []
         self._ended: list[str] = []
         self._finished: list[str] = []
@@ -127,6 +130,8 @@ class DispatchSession:
         result_key: str = "",
         key_id: str = "",
         call_id: str = "",
+        lane: Lane = "request",
+        work_s: float | None = None,
     ) -> OpenCall:
         """Ask the Dispatcher to admit a call and to queue its images.
 
@@ -136,7 +141,8 @@ class DispatchSession:
         message; `OpenCall.recorded` waits for that. Their field `call` is filled in here.
         `result_key`: under which the images will be in the result cache that all Ingresses share;
         if the call is admitted, `finish` must be called for it. `key_id`: of the client's API key.
-        `call_id`: an id that no other call has, if the caller has chosen one. The caller must
+        `call_id`: an id that no other call has, if the caller has chosen one. `lane`: how the call
+        has come; `work_s`: what it may cost, if its images are not named here. The caller must
         always close the call.
         """
         loop = asyncio.get_running_loop()
@@ -144,7 +150,8 @@ class DispatchSession:
         named = tuple(
             image._replace(id=str(next(self._numbers)), call_id=call_id) for image in images
         )
-        work_s = sum(image.work_s for image in named)
+        if work_s is None:
+            work_s = sum(image.work_s for image in named)
         records = tuple(usage._replace(call=call_id) for usage in usages)
         request = AdmissionRequest(
             call_id,
@@ -156,6 +163,7 @@ class DispatchSession:
             usages=records,
             result_key=result_key,
             key_id=key_id,
+            lane=lane,
         )
         call = OpenCall(
             self,
@@ -186,6 +194,10 @@ class DispatchSession:
             self._new_queries.add(query)
             self._changed.set()
         return await asyncio.shield(self._asked[query])
+
+    def tell_progress(self, progress: CallProgress) -> None:
+        """Tell the Dispatcher with the next update how far a call is."""
+        self._progress[progress.call_id] = progress
 
     def quarantine(self, request: QuarantinedRequest) -> None:
         """Have all Ingresses refuse equal requests for a while."""
@@ -338,10 +350,8 @@ class DispatchSession:
                 self._new_recordings[call_id] = call
             for grant in call.grants.values():
                 if grant.pool:
-                    image, tenant = grant.image, call.request.tenant
-                    running.append(
-                        RunningImage(image.id, call_id, tenant, grant.pool, image.work_s)
-                    )
+                    image, flow = grant.image, call.request.flow
+                    running.append(RunningImage(image.id, call_id, flow, grant.pool, image.work_s))
             waiting = tuple(
                 grant.image._replace(waited_s=now - call.began)
                 for grant in call.grants.values()
@@ -453,10 +463,8 @@ class DispatchSession:
         now = asyncio.get_running_loop().time()
         recordings = [r for call in self._new_recordings.values() if (r := call.unanswered)]
         update = SessionUpdate(
-            usages=(
-                *self._usages,
-                *(usage for recording in recordings for usage in recording.usages),
-            ),
+            usages=(*self._usages, *(u for r in recordings if not r.written for u in r.usages)),
+            written=tuple(u for r in recordings if r.written for u in r.usages),
             releases=tuple(self._releases),
             ended_calls=tuple(self._ended),
             finished_results=tuple(self._finished),
@@ -470,8 +478,10 @@ class DispatchSession:
             lifted=tuple(self._lifted),
             faults=tuple(self._faults.items()),
             keys_used=tuple(self._keys_used.items()),
+            progress=tuple(self._progress.values()),
         )
         self._keys_used.clear()
+        self._progress.clear()
         for sent in (self._new_recordings, self._new_calls, self._new_grants):
             sent.clear()
         self._releases.clear()

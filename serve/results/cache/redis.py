@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from ...errors import NotFound
 from ...request import ImageResult, Timings
 from ...settings.application import CacheSettings
-from ..store import folder_of
+from ..store import folders_of
 from .circuit_breaker import CircuitBreaker
 from .memory import CachedImages
 
@@ -75,7 +75,7 @@ class RedisCache:
             return None
         try:
             images = json.loads(value)
-            if not all(image["name"].startswith(folder_of(tenant)) for image in images):
+            if not all(image["name"].startswith(folders_of(tenant)) for image in images):
                 raise ValueError("an image of another tenant")
             async with asyncio.timeout(READ_S), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._image(dict(image))) for image in images]

@@ -1,0 +1,267 @@
+"""Batches in the database. Each function is a part of a transaction.
+
+The lines of a batch become jobs a few at a time, and the place in the file moves on in the same
+transaction: so reading goes on where it stopped, whatever dies meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from sqlalchemy import Connection, insert, select, update
+
+from ..store.schema import BATCHES, FILES, JOBS, next_numbers
+from .counts import CountChanges
+from .job import Kind, NewJob, new_id
+from .outbox import tell
+
+BatchState = Literal[
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+]
+STATES: tuple[BatchState, ...] = get_args(BatchState)
+READ = "validating", "in_progress", "cancelling"  # states in which the file is still needed
+SOME = 500  # lines that are cancelled in one transaction
+
+
+class Batch(NamedTuple):
+    """A batch as it is stored. Times are Unix times by the database's clock.
+
+    `times`: JSON, when it came into each state. `errors`: JSON, why its file cannot be used.
+    `next_line`, `next_part`, `next_byte`: where reading of its file goes on. `lease_until`: until
+    then a process reads it.
+    """
+
+    id: str
+    number: int
+    tenant: str
+    key_id: str
+    endpoint: str
+    input_file: str
+    metadata: str
+    output_expires_s: int | None
+    state: BatchState
+    times: str
+    errors: str
+    total: int
+    completed: int
+    failed: int
+    ended_lines: int
+    next_line: int
+    next_part: int
+    next_byte: int
+    lease_until: float
+    created: float
+    expires: float
+    ended: float | None
+
+
+class NewLine(NamedTuple):
+    """A line of a batch as a job; `state`: "queued", or how it has ended with the `error`."""
+
+    job: NewJob
+    state: Literal["queued", "failed", "expired", "cancelled"] = "queued"
+    error: str | None = None
+
+
+class Place(NamedTuple):
+    """A place in a batch's file: a line from 1, and where it begins."""
+
+    line: int
+    part: int
+    byte: int
+
+
+def create(connection: Connection, batch: Batch) -> Batch:
+    """Store a batch, or return the one that is stored under its id already."""
+    if there := find(connection, batch.id):
+        return there
+    number = next_numbers(connection, BATCHES.name) + 1
+    stored = batch._replace(number=number)
+    connection.execute(insert(BATCHES).values(**stored._asdict()))
+    return stored
+
+
+def find(connection: Connection, id: str) -> Batch | None:
+    row = connection.execute(select(BATCHES).where(BATCHES.c.id == id)).first()
+    return Batch(*row) if row else None
+
+
+def take_reading(connection: Connection, until: float, now: float) -> Batch | None:
+    """Lease the reading of the oldest batch whose file is not read; None: there is none."""
+    unread = (BATCHES.c.state == "validating") | (BATCHES.c.next_line <= BATCHES.c.total)
+    due = select(BATCHES).where(BATCHES.c.state.in_(READ), unread, BATCHES.c.lease_until < now)
+    row = connection.execute(due.order_by(BATCHES.c.number).limit(1)).first()
+    if row is None:
+        return None
+    lease_reading(connection, row.id, until)
+    return Batch(*row)
+
+
+def lease_reading(connection: Connection, id: str, until: float) -> None:
+    """Keep others from reading a batch's file until then."""
+    connection.execute(update(BATCHES).where(BATCHES.c.id == id).values(lease_until=until))
+
+
+def begin(connection: Connection, id: str, lines: int, until: float, now: float) -> None:
+    """Begin a batch whose file was found valid, with so many lines."""
+    batch = find(connection, id)
+    if batch and batch.state == "validating":
+        enter(connection, batch, "in_progress", now, total=lines, lease_until=until)
+
+
+def refuse(
+    connection: Connection, id: str, errors: Sequence[Mapping[str, Any]], now: float
+) -> None:
+    """End a batch whose file cannot be used."""
+    batch = find(connection, id)
+    if batch and batch.state == "validating":
+        enter(connection, batch, "failed", now, errors=json.dumps(errors), ended=now)
+        tell(connection, batch.tenant, "batch.failed", id, now)
+
+
+def add_lines(
+    connection: Connection,
+    batch: Batch,
+    lines: Sequence[NewLine],
+    after: Place,
+    until: float,
+    now: float,
+) -> Batch | None:
+    """Store lines of a batch, and note that reading goes on at `after`; returns the batch then.
+
+    Returns None, and stores nothing, if another process has read these lines meanwhile.
+    """
+    there = find(connection, batch.id)
+    if there is None or there.next_line != batch.next_line or there.state not in READ:
+        return None
+    before = next_numbers(connection, JOBS.name, len(lines))
+    counts, ended = CountChanges(), Counter[str]()
+    rows = []
+    for number, (job, state, error) in enumerate(lines, before + 1):
+        over = state != "queued"
+        more = {"state": state, "error": error, "ended": now if over else None}
+        same = {"fence": 0, "lost": 0, "not_before": job.created, "number": number}
+        rows.append({**job._asdict(), **more, **same})
+        if over:
+            ended[state] += 1
+        else:
+            kind = Kind(job.tenant, job.lane, job.model, job.precision)
+            counts.queued(kind, 1, job.work_s)
+    connection.execute(insert(JOBS), rows)
+    counts.write(connection)
+    values = {"next_line": after.line, "next_part": after.part, "next_byte": after.byte}
+    connection.execute(
+        update(BATCHES).where(BATCHES.c.id == batch.id).values(**values, lease_until=until)
+    )
+    for how, count in ended.items():
+        count_ended(connection, batch.id, how, now, count)
+    return find(connection, batch.id)
+
+
+def count_ended(connection: Connection, id: str, state: str, now: float, lines: int = 1) -> None:
+    """Count lines that have ended; with the last one the batch ends."""
+    counted = {"succeeded": BATCHES.c.completed, "failed": BATCHES.c.failed}.get(state)
+    more = {counted.name: counted + lines} if counted is not None else {}
+    connection.execute(
+        update(BATCHES)
+        .where(BATCHES.c.id == id)
+        .values(ended_lines=BATCHES.c.ended_lines + lines, **more)
+    )
+    batch = find(connection, id)
+    if batch and batch.ended is None and batch.ended_lines == batch.total > 0:
+        _finish(connection, batch, now)
+
+
+def _finish(connection: Connection, batch: Batch, now: float) -> None:
+    """End a batch whose lines have all ended, and make its files."""
+    state: BatchState = "completed"
+    if batch.state == "cancelling":
+        state = "cancelled"
+    elif batch.completed + batch.failed < batch.total:
+        state = "expired"
+    expires = None if batch.output_expires_s is None else now + batch.output_expires_s
+    made = [("output", batch.completed), ("error", batch.total - batch.completed)]
+    for kind, lines in made:
+        if lines:
+            row = {
+                "id": new_id("file"),
+                "number": next_numbers(connection, FILES.name) + 1,
+                "tenant": batch.tenant,
+                "name": f"{batch.id}_{kind}.jsonl",
+                "purpose": "batch_output",
+                "bytes": None,
+                "lines": lines,
+                "batch": batch.id,
+                "whole": 1,
+                "created": now,
+                "expires": expires,
+            }
+            connection.execute(insert(FILES).values(row))
+    if state != "cancelled":
+        batch = enter(connection, batch, "finalizing", now)
+    enter(connection, batch, state, now, ended=now)
+    tell(connection, batch.tenant, f"batch.{state}", batch.id, now)
+
+
+def ask_to_cancel(connection: Connection, batch: Batch, now: float) -> bool:
+    """Begin to cancel a batch, of which `cancel_some` does the rest; False: it has ended."""
+    there = find(connection, batch.id)
+    if there is None or there.ended is not None:
+        return False
+    if there.state == "validating":
+        batch = enter(connection, there, "cancelling", now)
+        enter(connection, batch, "cancelled", now, ended=now)
+        tell(connection, batch.tenant, "batch.cancelled", batch.id, now)
+    elif there.state == "in_progress":
+        enter(connection, there, "cancelling", now)
+    return True
+
+
+def cancel_some(connection: Connection, now: float) -> int:
+    """Cancel some lines that wait, of batches that are being cancelled; returns their number."""
+    cancelling = select(BATCHES.c.id).where(BATCHES.c.state == "cancelling")
+    found = 0
+    for id in connection.execute(cancelling).scalars().all():
+        waiting = select(JOBS.c.id).where(JOBS.c.batch == id, JOBS.c.state == "queued").limit(SOME)
+        ended = (
+            update(JOBS)
+            .where(JOBS.c.id.in_(waiting.scalar_subquery()))
+            .values(state="cancelled", ended=now)
+            .returning(JOBS.c.tenant, JOBS.c.lane, JOBS.c.model, JOBS.c.precision, JOBS.c.work_s)
+        )
+        rows = connection.execute(ended).all()
+        counts = CountChanges()
+        for *kind, work_s in rows:
+            counts.queued(Kind(*kind), -1, -work_s)
+        counts.write(connection)
+        if rows:
+            count_ended(connection, id, "cancelled", now, len(rows))
+        found += len(rows)
+    return found
+
+
+def cancelling(connection: Connection) -> Collection[str]:
+    """The ids of running lines whose batches are being cancelled, a few of them."""
+    of = select(BATCHES.c.id).where(BATCHES.c.state == "cancelling").scalar_subquery()
+    lines = select(JOBS.c.id).where(JOBS.c.batch.in_(of), JOBS.c.state == "running").limit(SOME)
+    return connection.execute(lines).scalars().all()
+
+
+def enter(
+    connection: Connection, batch: Batch, state: BatchState, now: float, **more: Any
+) -> Batch:
+    """Bring a batch into a state, and change further columns."""
+    times = json.dumps({**json.loads(batch.times), state: now})
+    values = {"state": state, "times": times, **more}
+    connection.execute(update(BATCHES).where(BATCHES.c.id == batch.id).values(values))
+    return batch._replace(**values)
