@@ -58,6 +58,10 @@ class DiskStore:
         cause = errno.errorcode.get(error.errno or 0, type(error).__name__)
         return StoreFault(f"folder {self._images}", cause, error.strerror or str(error))
 
+    def look(self) -> None:
+        """Find out whether the disk has room again."""
+        self.full = self._is_nearly_full(self._images)
+
     def put(self, name: str, image: bytes, request_id: str) -> None:
         file = self._images / name
         try:
@@ -91,7 +95,7 @@ class DiskStore:
     read = get
 
     def sweep(self, now: float, *, max_age_s: float, max_bytes: int, max_job_age_s: float) -> None:
-        self.full = self._is_nearly_full(self._images)
+        self.look()
         found = []
         for file in self._files():
             with contextlib.suppress(FileNotFoundError):  # another Ingress sweeps too

@@ -15,7 +15,8 @@ class ClientCall:
     """One request as its client sees it: with a deadline, and perhaps cancelled.
 
     The deadline is `timeout_s` seconds after the call began, which was `age_s` seconds ago.
-    `shortened`: whether the client made that time shorter than the default.
+    `shortened`: whether the client made that time shorter than the default. `cancelled`: whether
+    `cancel` was called.
     """
 
     def __init__(self, timeout_s: float, *, shortened: bool = False, age_s: float = 0.0) -> None:
@@ -24,11 +25,11 @@ class ClientCall:
         self._deadline = self._began + timeout_s
         self._client: asyncio.Task[Any] | None = None  # the task that waits for the work
         self._work: asyncio.Task[Any] | None = None
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Make `run` raise `RequestCancelled`, now or when it is called next."""
-        self._cancelled = True
+        self.cancelled = True
         if self._work:
             self._work.cancel()
 
@@ -40,7 +41,7 @@ class ClientCall:
         missed a deadline which the client had shortened. It has not ended a call that missed the
         default deadline.
         """
-        if self._cancelled:
+        if self.cancelled:
             return True
         if self._late:
             return self._shortened
@@ -63,7 +64,7 @@ class ClientCall:
         """
         self._client = own = asyncio.current_task()
         self._work = task = asyncio.create_task(work)
-        if self._cancelled:
+        if self.cancelled:
             task.cancel()
         try:
             async with asyncio.timeout_at(self._deadline) as limit:
@@ -73,7 +74,7 @@ class ClientCall:
                 raise  # the error was raised by the work
             raise DeadlineExceeded(f"the images were not done in {self._timeout_s:g} s") from None
         except asyncio.CancelledError:
-            if not self._cancelled or (own and own.cancelling()):
+            if not self.cancelled or (own and own.cancelling()):
                 raise  # the client has gone
             raise RequestCancelled("the request was cancelled") from None
         finally:
