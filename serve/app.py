@@ -19,10 +19,12 @@ from cluster.cost import CostCoefficients
 from cluster.placement import Selector, card_selectors, selectors
 
 from .api.ingress import Ingress
+from .api.job_requests import parse_images
 from .deployments import (
     APPLICATION,
     DISPATCHER,
     INGRESS,
+    JOBS,
     generator_deployment,
     text_encoder_deployment,
 )
@@ -52,6 +54,7 @@ class Parts(NamedTuple):
 
     generator: str | type[Any] = "serve.engine.generator.Generator"
     text_encoder: str | type[Any] = "serve.engine.text_encoder.TextEncoder"
+    jobs: str | type[Any] = "serve.jobs.deployment.Jobs"
     ingress: type[Ingress] = Ingress
     units: Callable[[CatalogueSettings], Mapping[str, CostCoefficients]] = units
 
@@ -72,9 +75,11 @@ def application(args: dict[str, Any], parts: Parts) -> serve.Application:
         return _pool(found.pool, parts)
     if found.text_encoder:
         return _text_encoder(found.text_encoder, parts)
+    if found.jobs:
+        return _jobs(found.jobs, parts)
     if found.front:
         return _front(found.front, parts)
-    raise ValueError("args: give one of front, pool and text_encoder")
+    raise ValueError("args: give one of front, jobs, pool and text_encoder")
 
 
 def pool_handle(pool: str) -> DeploymentHandle:
@@ -107,6 +112,22 @@ def _front(settings: FrontSettings, parts: Parts) -> serve.Application:
     )
     bound: serve.Application = ingress.bind(
         settings.model_dump(mode="json"), dispatcher, pool_handle, parts.units
+    )
+    return bound
+
+
+def _jobs(settings: FrontSettings, parts: Parts) -> serve.Application:
+    """The processes that run jobs; each calls the Dispatcher and the Generators."""
+    bound: serve.Application = (
+        _deployment(parts.jobs, JOBS)
+        .options(ray_actor_options=settings.job_runner.ray_actor_options)
+        .bind(
+            settings.model_dump(mode="json"),
+            DeploymentHandle(DISPATCHER, APPLICATION),
+            pool_handle,
+            parts.units,
+            parse_images,
+        )
     )
     return bound
 

@@ -183,6 +183,39 @@ METRICS: dict[str, dict[str, Metric]] = {
             ("file",),
         ),
     },
+    "Jobs and webhooks, at the processes that run them": {
+        "octet_job_claims": Metric("counter", "Jobs that were claimed."),
+        "octet_job_ends": Metric(
+            "counter",
+            "Runs of claimed jobs by lane (job, batch) and outcome: succeeded, failed, cancelled, "
+            "expired; given_back (to be claimed again), fenced (the claim was lost).",
+            ("lane", "outcome"),
+        ),
+        "octet_job_claims_lost": Metric(
+            "counter", "Claims whose leases ended, because their process died or was paused."
+        ),
+        "octet_jobs_paused": Metric(
+            "gauge", "1 while no job is claimed, because the store of images is full."
+        ),
+        "octet_webhook_attempts": Metric(
+            "counter",
+            "Attempts to send a message, by outcome: delivered, waiting (for another attempt), "
+            "dead (the last one failed), disabled (the endpoint answered 410).",
+            ("outcome",),
+        ),
+    },
+    "Jobs that wait, at the Dispatcher": {
+        "octet_jobs_waiting": Metric(
+            "gauge",
+            "Jobs and lines of batches that wait in the database, by preferred pool and lane.",
+            ("pool", "lane"),
+        ),
+        "octet_jobs_waiting_work_seconds": Metric(
+            "gauge",
+            "Work of the jobs that wait, in seconds of a reference replica.",
+            ("pool", "lane"),
+        ),
+    },
     "Generators": {
         "octet_engine_images": Metric(
             "counter",

@@ -569,6 +569,7 @@ class Dispatcher:
         self._grant()
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
+        self._metrics.stored(self.jobs.by_pool())
         faults = self.store.file_faults if self.store else {}
         files = {name: name in faults for name in (TENANTS, KEYS)}
         self._tenant_metrics.faults(files, database=bool(self._database_fault))

@@ -14,6 +14,7 @@ from typing import Any
 from ..metric_catalogue import metric
 from ..usage.record import UsageRecord
 from .grants import Grants
+from .job_backlog import StoredWork
 from .overview import TenantRow
 from .scaling import Scaling
 
@@ -33,6 +34,8 @@ class DispatcherMetrics:
         self._sessions = metric("octet_dispatcher_sessions")
         self._recovering = metric("octet_dispatcher_recovering")
         self._cordoned = metric("octet_nodes_cordoned")
+        self._stored = metric("octet_jobs_waiting"), metric("octet_jobs_waiting_work_seconds")
+        self._stored_before: set[tuple[str, str]] = set()
 
     def report(
         self, lag_s: float, sessions: int, cordoned: Iterable[str], *, recovering: bool
@@ -46,6 +49,16 @@ class DispatcherMetrics:
         self._recovering.set(int(recovering))
         for node in cordoned:
             self._cordoned.set(1, {"node": node})
+
+    def stored(self, work: Mapping[tuple[str, str], StoredWork]) -> None:
+        """Report the jobs that wait, by pool and lane; called once per heartbeat."""
+        before, self._stored_before = self._stored_before, set(work)
+        for pool, lane in before | work.keys():
+            found = work.get((pool, lane))
+            for gauge, value in zip(
+                self._stored, (found.jobs, found.work_s) if found else (0, 0.0), strict=True
+            ):
+                gauge.set(value, {"pool": pool, "lane": lane})
 
 
 class PoolMetrics:

@@ -250,7 +250,7 @@ def cancel_some(connection: Connection, now: float) -> int:
     return found
 
 
-def cancelling(connection: Connection) -> Collection[str]:
+def running_to_cancel(connection: Connection) -> Collection[str]:
     """The ids of running lines whose batches are being cancelled, a few of them."""
     of = select(BATCHES.c.id).where(BATCHES.c.state == "cancelling").scalar_subquery()
     lines = select(JOBS.c.id).where(JOBS.c.batch.in_(of), JOBS.c.state == "running").limit(SOME)

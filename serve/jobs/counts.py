@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ..store.schema import JOB_COUNTS as COUNTS
@@ -56,3 +56,11 @@ _ADD = {"sqlite": _adding(sqlite.insert(COUNTS)), "postgresql": _adding(postgres
 def forget_empty(connection: Connection) -> None:
     """Delete the counts of kinds that have no job."""
     connection.execute(delete(COUNTS).where(COUNTS.c.queued == 0, COUNTS.c.running == 0))
+
+
+def any_waiting(connection: Connection) -> bool:
+    """Return whether any job waits."""
+    return connection.execute(_WAITING).first() is not None
+
+
+_WAITING = select(COUNTS.c.tenant).where(COUNTS.c.queued > 0).limit(1)

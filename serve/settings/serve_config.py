@@ -20,6 +20,7 @@ from ..deployments import (
     APPLICATION,
     DISPATCHER,
     INGRESS,
+    JOBS,
     generator_deployment,
     text_encoder_deployment,
 )
@@ -32,6 +33,7 @@ BUILD = "serve.app:build"
 LOGGING = {"encoding": "JSON", "enable_access_log": False}
 # Settings as the operator wrote them; what was left out has the same default in the replicas.
 AS_WRITTEN: dict[str, Any] = {"mode": "json", "exclude_unset": True}
+OF_JOBS = {"data_folder", "store", "s3", "auth", "job_runner"}  # settings that start them anew
 NUMBERS = {"replicas", "min_replicas"}  # of replicas: no arguments, because they change live
 
 
@@ -85,6 +87,7 @@ class ApplicationArguments(Frozen):
     """The arguments of `serve.app.build`: those of the one application that it is to make."""
 
     front: FrontSettings | None = None
+    jobs: FrontSettings | None = None
     pool: PoolArguments | None = None
     text_encoder: EncoderArguments | None = None
 
@@ -115,6 +118,7 @@ def serve_config(
     """
     found = [
         _front(settings),
+        *([_jobs(settings)] if settings.runs_jobs else []),
         *(_encoder(settings, encoder) for encoder in settings.text_encoders),
         *(
             _pool(settings, model, pool, 0 if pools_start_empty else pool.least)
@@ -153,7 +157,9 @@ def versions(settings: Settings) -> dict[str, Any]:
 
 def _front(settings: Settings) -> dict[str, Any]:
     arguments = settings.model_dump(
-        **AS_WRITTEN, include=set(FrontSettings.model_fields), exclude={"ingress": NUMBERS}
+        **AS_WRITTEN,
+        include=set(FrontSettings.model_fields) - {"job_runner"},
+        exclude={"ingress": NUMBERS},
     )
     live = settings.model_dump(**AS_WRITTEN)
     return {
@@ -170,6 +176,16 @@ def _front(settings: Settings) -> dict[str, Any]:
             {"name": DISPATCHER, "user_config": live},
         ],
     }
+
+
+def _jobs(settings: Settings) -> dict[str, Any]:
+    arguments = settings.model_dump(**AS_WRITTEN, include=OF_JOBS, exclude={"job_runner": NUMBERS})
+    return _application(
+        JOBS,
+        {"jobs": arguments},
+        num_replicas=settings.job_runner.replicas,
+        user_config=settings.model_dump(**AS_WRITTEN),
+    )
 
 
 def _encoder(settings: Settings, encoder: Encoder) -> dict[str, Any]:

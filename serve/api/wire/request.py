@@ -106,9 +106,9 @@ class GenerationRequest:
     """A parsed request body: its images, and the form and deadline of the answer.
 
     `seeded`: whether the client chose the seed. `as_url`: whether to answer with URLs instead of
-    image data. `timeout_s`: seconds until the deadline. `shortened`: whether the client made that
-    time shorter than the default. `stream`: whether to answer with events. `ignored`: the body's
-    unknown fields, if the settings allow them.
+    image data; `as_b64`: whether the client named the image data. `timeout_s`: seconds until the
+    deadline. `shortened`: whether the client made that time shorter than the default. `stream`:
+    whether to answer with events. `ignored`: the body's unknown fields, if the settings allow them.
     """
 
     images: list[ImageRequest]
@@ -119,6 +119,12 @@ class GenerationRequest:
     stream: bool
     options: StreamOptions
     ignored: tuple[str, ...] = ()
+    as_b64: bool = False
+
+    def check_stored(self) -> None:
+        """Raise `InvalidRequest` if this cannot be a job."""
+        if self.stream:
+            raise InvalidRequest("stream: a job has no stream; see its events", param="stream")
 
 
 def parse(
@@ -228,6 +234,7 @@ def generation_request(
             progress=bool(asked.progress), partial_images=asked.partial_images or 0
         ),
         ignored=tuple(asked.model_extra or ()),
+        as_b64=asked.response_format == "b64_json",
     )
 
 

@@ -1,0 +1,298 @@
+"""The Jobs deployment: runs jobs and batches, and sends webhooks.
+
+It opens calls at the Dispatcher as an Ingress does, and keeps a few of each tenant's jobs in the
+Dispatcher's queue: enough that fairness is the queue's, few enough that requests find room there.
+With PostgreSQL there may be several replicas; the database keeps them apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from sqlalchemy import Connection
+
+from cluster.ray_nodes import cluster_id
+
+from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.session import DispatchSession
+from ..dispatch.protocol import TIMING, Timing
+from ..errors import KeyInvalid, OctetError
+from ..models.model_files import ModelFiles, Units
+from ..models.structures import unknown_structures
+from ..request import ImageRequest, StreamOptions
+from ..settings.application import FrontSettings, Settings
+from ..store.link import DatabaseLink
+from . import batch_rows, counts, reading
+from .batch_reader import BatchReader, ParsedRequest
+from .claims import Claim, claim, look_after, renew
+from .endings import cancel
+from .job import Job, Kind
+from .job_images import JobImages
+from .jobs_metrics import JobsMetrics
+from .runner import JobRunner
+from .timing import JOB_TIMING, JobTiming
+from .webhook_sender import WebhookSender
+
+log = logging.getLogger("ray.serve")
+
+AHEAD = 2  # jobs of a kind in the Dispatcher's queue, for each slot that they may use
+LEAST = 4  # of a kind, however few slots there are: without any, no replica would be started
+QUEUE_SHARE = 4  # all jobs together take at most this part of the queue: 1 ÷ 4
+
+# Parses a body in JSON with these settings; returns its images, and whether it asks for base64.
+ParseImages = Callable[[bytes, Settings], tuple[tuple[ImageRequest, ...], bool]]
+
+
+class Jobs:
+    """What one replica needs to run jobs."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
+        self,
+        front: dict[str, Any],
+        dispatcher: Any,
+        pool_handle: Callable[[str], Any],
+        units: Units,
+        parse: ParseImages,
+        timing: JobTiming = JOB_TIMING,
+        dispatch_timing: Timing = TIMING,
+        cluster: Callable[[], str] = cluster_id,
+    ) -> None:
+        """`front`: the fields of `FrontSettings`. `dispatcher`: the handle of the Dispatcher.
+
+        `pool_handle`: returns the handle of a pool's Generators. `units`: returns the reference
+        work of each model. `cluster`: returns an id that no other cluster has. The models come with
+        `reconfigure`. Raises `OSError` if the data folder cannot be used.
+        """
+        settings = FrontSettings.model_validate(front)
+        if settings.database is None:
+            raise ValueError("jobs need a database")
+        self._timing, self._units, self._parse = timing, units, parse
+        self._keyed = settings.auth == "keys"
+        self._owner = uuid.uuid4().hex
+        self._metrics = JobsMetrics()
+        self._database = DatabaseLink(settings.database)
+        self._find_cluster, self._cluster = cluster, ""
+        self._session = DispatchSession(dispatcher, dispatch_timing)
+        self._attempts = Attempts(pool_handle, self._metrics, dispatch_timing)
+        self._images = JobImages(settings)
+        self._live: Settings | None = None
+        self._files = ModelFiles(set(), {}, {})
+        self.runner = JobRunner(
+            self._database,
+            self._session,
+            self._attempts,
+            self._images,
+            timing,
+            self._lease_cluster,
+            self._metrics.ended,
+        )
+        self._reader = BatchReader(
+            self._database, self._parsed, timing.lease_s, self._limits_of_batches
+        )
+        self._sender = WebhookSender(
+            self._database, lambda: self.live.jobs.webhook_networks, self._metrics.sent
+        )
+        self._tasks = [
+            asyncio.create_task(self._again(work, every_s))
+            for work, every_s in (
+                (self._claim, timing.poll_s),
+                (self._renew, timing.renew_s),
+                (self._look_after, timing.sweep_s),
+                (self._read_batches, timing.sweep_s),
+                (self._forget, timing.forget_s),
+                (self._send, timing.poll_s),
+            )
+        ]
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply the models and the live settings of `user_config`, which are all settings.
+
+        Ray Serve calls this before the first request and whenever the settings change.
+        """
+        settings = Settings.model_validate(user_config)
+        self._files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
+        self._attempts.set_models(settings.models, self._files.work)
+        self._live = settings
+
+    @property
+    def live(self) -> Settings:
+        """The present settings."""
+        if self._live is None:
+            raise RuntimeError("Jobs got no user_config")
+        return self._live
+
+    async def check_health(self) -> None:
+        """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
+
+        This is also the time to find out whether weights that were not there have been pulled.
+        """
+        self._session.check()
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("jobs are without their task")
+        settings = self.live
+        if self._files.unknown and self._files.unknown != await asyncio.to_thread(
+            unknown_structures, settings
+        ):
+            await self.reconfigure(settings.model_dump(mode="json", exclude_unset=True))
+
+    async def __del__(self) -> None:
+        """Give all jobs back, so that another process runs them; Ray Serve awaits this at the end.
+
+        A process that dies without this loses its jobs when their leases end.
+        """
+        for task in self._tasks:
+            task.cancel()
+        try:
+            async with asyncio.timeout(self._timing.renew_s):
+                await self.runner.stop()
+                await self._sender.close()
+        except (OSError, TimeoutError):
+            log.warning("jobs could not be given back; their leases will end")
+        await asyncio.to_thread(self._database.close)
+
+    # -- what is done again and again -----------------------------------------------------------
+
+    async def _again(self, work: Callable[[], Coroutine[Any, Any, None]], every_s: float) -> None:
+        while True:
+            pause_s = every_s
+            try:
+                if self._live:
+                    await work()
+            except OSError as error:  # the database's, or the store's
+                log.warning("jobs: %s; trying again", error)
+                pause_s = max(every_s, self._timing.pause_s)
+            except OctetError as error:
+                log.warning("jobs: %s; trying again", error.__cause__ or error)
+                pause_s = max(every_s, self._timing.pause_s)
+            await asyncio.sleep(pause_s)
+
+    async def _claim(self) -> None:
+        """Claim jobs as long as the queue has room for them."""
+        status, _ = self._session.status()
+        if status is None or status.draining:
+            return
+        self._metrics.paused(full=self._images.full)
+        if self._images.full:
+            return
+        most = self.live.max_queued // QUEUE_SHARE - len(self.runner.running)
+        if most <= 0:
+            return
+        slots = {pool: found.slots for pool, found in status.pools.items()}
+
+        def window(kind: Kind) -> int:
+            pools = self._pools(kind.model, kind.precision)
+            if not pools:  # it may be served elsewhere, or again
+                return 0
+            return max(AHEAD * sum(slots.get(pool, 0) for pool in pools), LEAST)
+
+        database, lease_s = await self._database.opened(), self._timing.lease_s
+
+        def work(connection: Connection) -> tuple[list[Job], float]:
+            now = database.now(connection)
+            return claim(connection, self._owner, most, window, now + lease_s, now), now
+
+        if not await self._database.read(counts.any_waiting):
+            return
+        jobs, now = await self._database.write(work)
+        for job in jobs:
+            self.runner.start(job, now)
+        self._metrics.claimed(len(jobs))
+
+    def _pools(self, model: str, precision: str) -> tuple[str, ...]:
+        for one in self.live.models:
+            if one.id == model:
+                return tuple(
+                    one.pool_name(p) for p in one.pools if precision in ("auto", p.precision)
+                )
+        return ()
+
+    async def _renew(self) -> None:
+        """Renew the claims of all jobs that run here, and stop those that are lost or cancelled."""
+        claims = {Claim(job.id, job.fence): job for job in self.runner.running.values()}
+        if not claims:
+            return
+        database = await self._database.opened()
+
+        def work(connection: Connection) -> dict[str, tuple[str, int]]:
+            until = database.now(connection) + self._timing.lease_s
+            return dict(renew(connection, claims.keys(), until))
+
+        gone = await self._database.write(work)
+        for (id, fence), job in claims.items():
+            if id in gone and gone[id] == ("cancelled", fence):
+                self.runner.cancel(job.call_id)
+            elif id in gone:
+                self.runner.drop(job.call_id)
+
+    async def _look_after(self) -> None:
+        """Queue jobs again whose process died, end those that expired, cancel batches."""
+        await self._images.look()
+        database = await self._database.opened()
+
+        def work(connection: Connection) -> int:
+            now = database.now(connection)
+            lost, _ = look_after(connection, now)
+            batch_rows.cancel_some(connection, now)
+            for id in batch_rows.running_to_cancel(connection):
+                if job := reading.find_job(connection, id):
+                    cancel(connection, job, now)
+            return lost
+
+        self._metrics.lost(await self._database.write(work))
+
+    async def _read_batches(self) -> None:
+        while await self._reader.read_next():
+            pass
+
+    async def _forget(self) -> None:
+        """Forget old jobs with their images, and old batches, files and messages."""
+        database, keep_s = await self._database.opened(), self.live.jobs.keep_s
+
+        def work(connection: Connection) -> reading.Forgotten:
+            now = database.now(connection)
+            forgotten = reading.forget_jobs(connection, now - keep_s)
+            reading.forget_files(connection, now - keep_s, now)
+            reading.forget_deliveries(connection, now - keep_s)
+            counts.forget_empty(connection)
+            return forgotten
+
+        while True:
+            forgotten = await self._database.write(work)
+            if forgotten.names:
+                await self._images.delete(forgotten.names)
+            if forgotten.jobs < reading.SOME:
+                return
+
+    async def _send(self) -> None:
+        await self._sender.send_due()
+
+    # -- what the parts ask for -----------------------------------------------------------------
+
+    async def _lease_cluster(self) -> str | None:
+        """This cluster's id if other clusters share the budgets, else None."""
+        if not (await self._database.opened()).is_shared:
+            return None
+        self._cluster = self._cluster or await asyncio.to_thread(self._find_cluster)
+        return self._cluster
+
+    def _limits_of_batches(self) -> tuple[int, int, int]:
+        jobs = self.live.jobs
+        return jobs.max_lines, self.live.max_body_bytes, jobs.max_queued
+
+    def _parsed(self, body: bytes, tenant: str) -> ParsedRequest:
+        """Parse a line's body for a tenant. Raises an `OctetError` if it cannot be served."""
+        settings = self.live
+        if self._keyed:
+            access = self._session.tenants and self._session.tenants.get(tenant)
+            if not access:
+                raise KeyInvalid("the tenant of this batch may not call any more")
+            if access.models is not None:
+                allowed = tuple(m for m in settings.models if m.id in access.models)
+                settings = settings.model_copy(update={"models": allowed})
+        images, as_b64 = self._parse(body, settings)
+        queued = [self._attempts.queued_image(image, StreamOptions()) for image in images]
+        return ParsedRequest(images, as_b64, round(sum(image.work_s for image in queued), 6))

@@ -1,0 +1,74 @@
+"""Files that tenants have uploaded, in the database. Each function is a part of a transaction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from ..store.schema import FILE_PARTS, FILES, next_numbers
+
+PART_BYTES = 2**20
+
+
+class StoredFile(NamedTuple):
+    """A file. `bytes`: None if it is written when it is read. `lines`: how many of them hold text.
+
+    `batch`: the batch that has made it. `whole`: 1 once all its parts are there. Times are Unix
+    times.
+    """
+
+    id: str
+    number: int
+    tenant: str
+    name: str
+    purpose: str
+    bytes: int | None
+    lines: int
+    batch: str | None
+    whole: int
+    created: float
+    expires: float | None
+
+
+def begin(connection: Connection, file: StoredFile) -> None:
+    """Begin an upload. The file is not found before `finish`."""
+    number = next_numbers(connection, FILES.name) + 1
+    connection.execute(insert(FILES).values(**file._replace(number=number)._asdict()))
+
+
+def add_part(connection: Connection, id: str, part: int, content: bytes) -> None:
+    """Store a part of a file; storing it twice makes no difference."""
+    there = FILE_PARTS.c.file == id, FILE_PARTS.c.part == part
+    connection.execute(delete(FILE_PARTS).where(*there))
+    connection.execute(insert(FILE_PARTS).values(file=id, part=part, content=content))
+
+
+def finish(connection: Connection, id: str, size: int, lines: int) -> StoredFile:
+    """End an upload of so many bytes and lines."""
+    values = {"bytes": size, "lines": lines, "whole": 1}
+    row = connection.execute(
+        update(FILES).where(FILES.c.id == id).values(**values).returning(FILES)
+    ).one()
+    return StoredFile(*row)
+
+
+def find(connection: Connection, id: str, tenant: str, now: float) -> StoredFile | None:
+    """A tenant's file; None if it has none with this id, or it has expired by `now`."""
+    there = FILES.c.id == id, FILES.c.tenant == tenant, FILES.c.whole == 1
+    row = connection.execute(select(FILES).where(*there)).first()
+    file = StoredFile(*row) if row else None
+    return None if file and file.expires is not None and file.expires <= now else file
+
+
+def remove(connection: Connection, id: str) -> None:
+    """Delete a file; deleting it twice makes no difference."""
+    connection.execute(delete(FILE_PARTS).where(FILE_PARTS.c.file == id))
+    connection.execute(delete(FILES).where(FILES.c.id == id))
+
+
+def read_part(connection: Connection, id: str, part: int) -> bytes | None:
+    """A part of a file, from 0; None behind the last one."""
+    there = FILE_PARTS.c.file == id, FILE_PARTS.c.part == part
+    content = connection.execute(select(FILE_PARTS.c.content).where(*there)).scalar()
+    return None if content is None else bytes(content)

@@ -1,0 +1,123 @@
+"""Sends what webhooks are to tell, signed as Standard Webhooks 1.0 says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+from sqlalchemy import Connection
+from standardwebhooks import Webhook
+
+from ..store.link import DatabaseLink
+from .addresses import ForbiddenAddressError, Network, checked_socket
+from .webhook_rows import Message, Outcome, note, take_due
+
+log = logging.getLogger("ray.serve")
+
+ANSWER_S = 20.0
+LEASE_S = 60.0  # after which a message is sent again whose sender has died
+MOST, EACH = 32, 4  # messages at a time, in all and to one endpoint
+READ_BYTES = 1024  # of an answer
+
+
+class WebhookSender:
+    """Sends messages in the background, however slow their receivers are."""
+
+    def __init__(
+        self,
+        database: DatabaseLink,
+        networks: Callable[[], Iterable[Network]],
+        on_outcome: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`networks`: returns the private networks to which messages may be sent.
+
+        `on_outcome` is called with the outcome of each attempt, see `webhook_rows.note`. Needs a
+        running event loop.
+        """
+        self._database, self._on_outcome = database, on_outcome
+        self._networks = networks
+        self._clients: dict[str, aiohttp.ClientSession] = {}  # by scheme
+        self._sending: Counter[str] = Counter()  # by endpoint
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def send_due(self) -> int:
+        """Begin to send messages that are due; returns their number.
+
+        Raises `OSError` if the database cannot be used.
+        """
+        if (most := MOST - len(self._tasks)) <= 0:
+            return 0
+        database = await self._database.opened()
+
+        def take(connection: Connection) -> list[Message]:
+            now = database.now(connection)
+            return take_due(connection, self._sending, most, EACH, now + LEASE_S, now)
+
+        found = await self._database.write(take)
+        for message in found:
+            self._sending[message.endpoint.id] += 1
+            task = asyncio.create_task(self._send(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return len(found)
+
+    async def close(self) -> None:
+        """Stop; what was being sent is sent again later."""
+        for task in self._tasks:
+            task.cancel()
+        for client in self._clients.values():
+            await client.close()
+
+    async def _send(self, message: Message) -> None:
+        try:
+            outcome = await self._post(message)
+            database = await self._database.opened()
+            how = await self._database.write(
+                lambda connection: note(connection, message, outcome, database.now(connection))
+            )
+            self._on_outcome(how)
+        except OSError:  # of the database: the message is sent again when its lease ends
+            log.warning("the outcome of message %s could not be noted", message.id)
+        finally:
+            self._sending[message.endpoint.id] -= 1
+
+    async def _post(self, message: Message) -> Outcome:
+        """Send a message; returns the answer, or status 0 without one."""
+        now = datetime.now(UTC)
+        signature = Webhook(message.endpoint.secret).sign(message.id, now, message.body)
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "octet-webhooks",
+            "webhook-id": message.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": signature,
+        }
+        url = message.endpoint.url
+        try:
+            async with self._client(url).post(
+                url, data=message.body.encode(), headers=headers, allow_redirects=False
+            ) as answer:
+                await answer.content.read(READ_BYTES)
+                return Outcome(answer.status, f"{answer.status} {answer.reason}")
+        except ForbiddenAddressError as error:
+            return Outcome(0, str(error))
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            return Outcome(0, f"{type(error).__name__}: {error}".rstrip(": "))
+
+    def _client(self, url: str) -> Any:
+        """The client for a URL. Without TLS only private networks are allowed."""
+        scheme = url.partition(":")[0].lower()
+        if scheme not in self._clients:
+            sockets = checked_socket(self._networks, private_only=scheme != "https")
+            self._clients[scheme] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(socket_factory=sockets, limit=MOST),
+                timeout=aiohttp.ClientTimeout(total=ANSWER_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+            )
+        return self._clients[scheme]
