@@ -54,9 +54,9 @@ class Parts(NamedTuple):
 
     generator: str | type[Any] = "serve.engine.generator.Generator"
     text_encoder: str | type[Any] = "serve.engine.text_encoder.TextEncoder"
-    jobs: str | type[Any] = "serve.jobs.deployment.Jobs"
     ingress: type[Ingress] = Ingress
     units: Callable[[CatalogueSettings], Mapping[str, CostCoefficients]] = units
+    jobs: str | type[Any] = "serve.jobs.deployment.Jobs"
 
 
 def build(args: dict[str, Any]) -> serve.Application:

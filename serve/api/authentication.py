@@ -20,7 +20,7 @@ from .wire.http_errors import error_answer
 
 ANONYMOUS = "anonymous"  # the one tenant of a server without authentication
 OPEN_PATHS = {"/", "/favicon.ico", "/health", "/ready"}
-OPEN_FOLDER = "/v1/files/"  # needs no key, because its links are signed
+OPEN_FOLDERS = "/v1/files/t/", "/v1/files/j/"  # need no key, because their links are signed
 OPERATORS = "/admin/", "/v1/state", "/v1/quarantine/", "/v1/nodes/"  # how their paths begin
 
 
@@ -101,4 +101,4 @@ def scope_needed(method: str, path: str) -> Scope:
 
 def is_open(path: str) -> bool:
     """Return whether a path needs no key."""
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)

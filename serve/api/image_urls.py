@@ -23,6 +23,7 @@ from .ingress_metrics import IngressMetrics
 log = logging.getLogger("ray.serve")
 
 THREADS = 32
+FILES = "/v1/files/"
 JOB_SPARE_S = 86400.0  # for which images of jobs outlast the longest time of a job
 NO_IMAGES = "this server keeps no images"
 
@@ -132,7 +133,7 @@ class ImageUrls:
         """
         if not self._kept:
             raise NotFound(NO_IMAGES)
-        name, link = http.path_params["name"], http.query_params
+        name, link = http.url.path.removeprefix(FILES), http.query_params
         expires, signature = link.get("expires", ""), link.get("signature", "")
         self._links.check(name, expires, signature, time.time())
         image = await asyncio.get_running_loop().run_in_executor(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -26,7 +27,6 @@ from ..dispatch.client.attempts import Attempts
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
-    DeadlineExceeded,
     InvalidRequest,
     KeyInvalid,
     NotFound,
@@ -40,29 +40,24 @@ from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
 from ..tenants.keys import TenantAccess
 from .admin_routes import AdminRoutes
-from .authentication import Authentication, is_open
-from .body import read_body
+from .authentication import OPEN_FOLDERS, Authentication, is_open
 from .cors import Cors
 from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
-from .idempotency import Idempotency, IdempotentRequest, idempotent
+from .idempotency import Idempotency, idempotent
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
+from .job_requests import wants_job
 from .operator_routes import OperatorRoutes
 from .request_log import RefusalLog
+from .request_reader import ReadRequest, RequestReader
 from .result_reuse import ResultReuse
 from .tenant_gate import TenantGate
 from .timing import INGRESS_TIMING, IngressTiming
-from .wire.edit import parse_edit
-from .wire.http_errors import HANDLERS
+from .wire.http_errors import HANDLERS, unknown_path
 from .wire.openapi import document
 from .wire.paths import EDITS, GENERATIONS, VARIATIONS
-from .wire.request import (
-    GenerationRequest,
-    check_request_id,
-    model_not_found,
-    parse,
-)
+from .wire.request import check_request_id, model_not_found
 from .wire.response import (
     CancelledRequest,
     ModelItem,
@@ -71,9 +66,11 @@ from .wire.response import (
     model_item,
 )
 
+if TYPE_CHECKING:
+    from .stored_routes import StoredRoutes
+
 log = logging.getLogger("ray.serve")
 
-LARGE_BODY = 2**16  # bytes; a longer body is parsed in a thread, because it may take long
 PLAYGROUND = Path(__file__).with_name("playground.html")
 FAVICON = Path(__file__).with_name("favicon.svg")
 
@@ -123,6 +120,16 @@ class Ingress:
             self._authenticate_again,
             lambda: self.live.max_body_bytes,
         )
+        self._reader = RequestReader(
+            self._gate,
+            self._uploads,
+            self._access,
+            self._allowed,
+            self._authenticate_again,
+            lambda: self.live,
+            timing,
+        )
+        self._stored = await self._open_stored(settings) if settings.runs_jobs else None
         self._idempotency = Idempotency(
             self._session, dispatcher, timing, self._refused, self._replayed
         )
@@ -142,6 +149,34 @@ class Ingress:
             metrics,
             timing.keep_alive_s,
         )
+
+    async def _open_stored(self, settings: FrontSettings) -> StoredRoutes:
+        """Make the routes of jobs, batches and webhooks."""
+        # SQLAlchemy takes half a second to import, and other requests need it not.
+        routes = await asyncio.to_thread(importlib.import_module, "serve.api.stored_routes")
+        found: StoredRoutes = routes.StoredRoutes(
+            settings,
+            self._gate,
+            self._access,
+            self._authenticate_again,
+            lambda: self.live,
+            self._session,
+            self._attempts,
+            self._urls,
+            self._metrics,
+            self._timing,
+        )
+        return found
+
+    @property
+    def _stored_routes(self) -> list[Route]:
+        if self._stored is None:
+            return []
+        return [
+            Route("/v1/jobs", self.create_job, methods=["POST"]),
+            Route("/v1/batches", self.create_batch, methods=["POST"]),
+            *self._stored.routes,
+        ]
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply the models and the live settings of `user_config`, which are all settings.
@@ -193,7 +228,8 @@ class Ingress:
                 Route("/v1/requests/{id}", self.request_status),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model}", self.model),
-                Route("/v1/files/{name:path}", self.file),
+                *(Route(folder + "{name:path}", self.image) for folder in OPEN_FOLDERS),
+                *self._stored_routes,
                 Route("/openapi.json", self.openapi),
                 *self._operators.routes,
                 *self._admin.routes,
@@ -220,91 +256,110 @@ class Ingress:
     # -- routes -------------------------------------------------------------------------------
 
     async def generate(self, http: Request) -> Response:
-        tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
+        as_job = self._takes_job(http)
         try:
-            access = self._access(tenant)
-            with self._gate.reading(tenant, access) as received:
-                check_request_id(request_id)
-                body = await read_body(
-                    http, received, self.live.max_body_bytes, self._timing.body_s
-                )
-                self._authenticate_again(http)
-                asked = idempotent(http, body)
-                arguments = body, self._allowed(tenant), request_id, access.timeout_s
-                large = len(body) > LARGE_BODY
-                parsed = await asyncio.to_thread(parse, *arguments) if large else parse(*arguments)
+            read = await self._reader.generation(http, request_id, as_job=as_job)
         except OctetError as error:
             self._refused(error, http.scope)
             raise
-        return await self._answered_once(asked, parsed, tenant, request_id, http)
+        return await self._answered_once(read, request_id, http, as_job=as_job)
 
     async def edit(self, http: Request) -> Response:
-        tenant: str = http.scope["tenant"]
         request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
-        held = HeldPicture(self._uploads, tenant)
+        held, as_job = HeldPicture(self._uploads, http.scope["tenant"]), self._takes_job(http)
+        with self._letting_go(held, http):
+            read = await self._reader.edit(http, request_id, held, as_job=as_job)
+        return await self._answered_once(read, request_id, http, held, as_job=as_job)
+
+    async def create_job(self, http: Request) -> Response:
+        request_id = http.headers.get("x-request-id", uuid.uuid4().hex)
+        held = HeldPicture(self._uploads, http.scope["tenant"])
+        with self._letting_go(held, http):
+            read = await self._reader.job(http, request_id, held)
+        return await self._answered_once(read, request_id, http, held, as_job=True)
+
+    async def create_batch(self, http: Request) -> Response:
+        """Answer `POST /v1/batches`."""
+        if self._stored is None:
+            raise unknown_path(http.method, http.url.path)
         try:
-            asked, parsed = await self._read_edit(http, tenant, request_id, held)
+            body = await self._stored.requests.body(http)
+            asked = idempotent(http, body)
+            create = partial(self._stored.batches.create, http, body)
+            if asked is None:
+                return await create()
+            return await self._idempotency.answer(asked, http, self._timing.store_s, create)
+        except OctetError as error:
+            self._refused(error, http.scope)
+            raise
+
+    def _takes_job(self, http: Request) -> bool:
+        """Return whether a request is to become a job, and can; a preference may be ignored."""
+        return self._stored is not None and wants_job(http)
+
+    @contextmanager
+    def _letting_go(self, held: HeldPicture, http: Request) -> Iterator[None]:
+        """Let go of a picture, and count the refusal, if reading its request fails."""
+        try:
+            yield
         except BaseException as error:
             held.release()
             if isinstance(error, OctetError):
                 self._refused(error, http.scope)
             raise
-        return await self._answered_once(asked, parsed, tenant, request_id, http, held)
 
     async def _answered_once(
         self,
-        asked: IdempotentRequest | None,
-        parsed: GenerationRequest,
-        tenant: str,
+        read: ReadRequest,
         request_id: str,
         http: Request,
         held: HeldPicture | None = None,
+        *,
+        as_job: bool,
     ) -> Response:
-        """Answer a request for images, or with the answer that its Idempotency-Key got before."""
-        generate = partial(self._generations.answer, parsed, tenant, request_id, http, held)
-        if asked is None:
-            return await generate()
+        """Answer a request for images, or with the answer that its Idempotency-Key got before.
+
+        `as_job`: accept it as a job.
+        """
+        asked, parsed = read.asked, read.parsed
+        work: Callable[[str], Awaitable[Response]]
+        if not as_job:
+            tenant: str = http.scope["tenant"]
+            work = partial(self._generations.answer, parsed, tenant, request_id, http, held)
+        elif self._stored is None:
+            raise unknown_path(http.method, http.url.path)
+        else:
+            work = partial(self._accepted, self._stored, read, request_id, http, held)
         try:
+            if asked is None:
+                return await work("")
             if parsed.stream:
                 error = InvalidRequest("stream: an idempotency-key allows none", param="stream")
                 self._refused(error, http.scope)
                 raise error
-            return await self._idempotency.answer(asked, http, parsed.timeout_s, generate)
+            return await self._idempotency.answer(asked, http, parsed.timeout_s, work)
         finally:
-            if held:
+            if held and (asked or as_job):
                 held.release()
 
-    async def _read_edit(
-        self, http: Request, tenant: str, request_id: str, held: HeldPicture
-    ) -> tuple[IdempotentRequest | None, GenerationRequest]:
-        """Read and parse the body of an edit; `held` then has its picture and mask.
-
-        Returns its Idempotency-Key, if it has one, and what it asks for. Raises an `OctetError` for
-        a body that is refused or late.
-        """
-        access, live = self._access(tenant), self.live
-        with self._gate.reading(tenant, access):
-            check_request_id(request_id)
-            limit = live.edits.largest_body_bytes(live.max_body_bytes)
-            body = await read_body(http, held.add, limit, self._timing.body_s, held.check)
-            self._authenticate_again(http)
-            asked = idempotent(http, body)
-            kind = http.headers.get("content-type", "")
-            arguments = body, kind, self._allowed(tenant), request_id, access.timeout_s
-            del body  # the thread has it, and lets it go before the images are generated
-            limit_s = access.timeout_s or live.request_timeout_s
-            try:
-                async with asyncio.timeout(limit_s) as deadline:
-                    parsed, pixels = await self._uploads.read(
-                        tenant, partial(parse_edit, *arguments)
-                    )
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                raise DeadlineExceeded(f"the picture was not read in {limit_s:g} s") from None
-        held.keep(pixels)
-        return asked, parsed
+    async def _accepted(
+        self,
+        stored: StoredRoutes,
+        read: ReadRequest,
+        request_id: str,
+        http: Request,
+        held: HeldPicture | None,
+        call_id: str,
+    ) -> Response:
+        """Accept a request as a job, and count and log it if it is refused."""
+        try:
+            return await stored.jobs.accept(
+                read.parsed, read.endpoint, request_id, http, held, call_id
+            )
+        except OctetError as error:
+            self._refused(error, http.scope)
+            raise
 
     async def vary(self, http: Request) -> Response:
         raise NotFound(f"{VARIATIONS} does not exist any more: use {EDITS}")
@@ -363,7 +418,7 @@ class Ingress:
     def _item(self, model: Model) -> ModelItem:
         return model_item(model, self._started, self._files.example_prompts.get(model.id, []))
 
-    async def file(self, http: Request) -> Response:
+    async def image(self, http: Request) -> Response:
         return await self._urls.read(http)
 
     async def openapi(self, _: Request) -> Response:

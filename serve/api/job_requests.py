@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from starlette.requests import Request
+
 from ..request import ImageRequest
 from ..settings.application import Settings
 from .wire.request import parse
+
+PREFER, ASYNC = "prefer", "respond-async"  # RFC 7240
+
+
+def wants_job(http: Request) -> bool:
+    """Return whether a request is to be answered at once with 202, and done later."""
+    given = ",".join(http.headers.getlist(PREFER))
+    return any(part.partition(";")[0].strip().lower() == ASYNC for part in given.split(","))
 
 
 def for_jobs(settings: Settings) -> Settings:

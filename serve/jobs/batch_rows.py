@@ -96,6 +96,12 @@ def find(connection: Connection, id: str) -> Batch | None:
     return Batch(*row) if row else None
 
 
+def reads(connection: Connection, file: str) -> bool:
+    """Return whether a batch that has not ended needs a file."""
+    open_batches = select(BATCHES.c.id).where(BATCHES.c.input_file == file)
+    return connection.execute(open_batches.where(BATCHES.c.ended.is_(None))).first() is not None
+
+
 def take_reading(connection: Connection, until: float, now: float) -> Batch | None:
     """Lease the reading of the oldest batch whose file is not read; None: there is none."""
     unread = (BATCHES.c.state == "validating") | (BATCHES.c.next_line <= BATCHES.c.total)
@@ -201,6 +207,7 @@ def _finish(connection: Connection, batch: Batch, now: float) -> None:
                 "purpose": "batch_output",
                 "bytes": None,
                 "lines": lines,
+                "kind": kind,
                 "batch": batch.id,
                 "whole": 1,
                 "created": now,

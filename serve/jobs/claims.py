@@ -27,7 +27,7 @@ LOST = StoredError(
 )
 
 
-class Claim(NamedTuple):
+class JobClaim(NamedTuple):
     """A job and the fence of a claim of it."""
 
     id: str
@@ -42,7 +42,7 @@ def claim(
     until: float,
     now: float,
 ) -> list[Job]:
-    """Claim jobs that wait, at most `most`, the oldest of each kind first.
+    """JobClaim jobs that wait, at most `most`, the oldest of each kind first.
 
     `owner`: this process. `window`: returns how many jobs of a kind may run at a time, in all
     processes together. `until`: when the leases end.
@@ -86,7 +86,7 @@ def _claim(
 
 
 def renew(
-    connection: Connection, claims: Collection[Claim], until: float
+    connection: Connection, claims: Collection[JobClaim], until: float
 ) -> dict[str, tuple[State, int]]:
     """Renew claims; return the state and fence of those jobs that are no longer claimed by them."""
     fences = dict(claims)
@@ -103,7 +103,7 @@ def renew(
 
 
 def give_back(
-    connection: Connection, claims: Iterable[Claim], not_before: float, now: float, *, lost: bool
+    connection: Connection, claims: Iterable[JobClaim], not_before: float, now: float, *, lost: bool
 ) -> None:
     """Queue claimed jobs again; `lost`: their processes did not end as they should.
 
@@ -133,7 +133,7 @@ def look_after(connection: Connection, now: float) -> tuple[int, int]:
     """
     late = select(JOBS.c.id, JOBS.c.fence)
     late = late.where(JOBS.c.state == "running", JOBS.c.lease_until < now).limit(SOME)
-    lost = [Claim(*row) for row in connection.execute(late)]
+    lost = [JobClaim(*row) for row in connection.execute(late)]
     give_back(connection, lost, now, now, lost=True)
     old = select(JOBS.c.id).where(JOBS.c.state == "queued", JOBS.c.expires <= now).limit(SOME)
     expired = connection.execute(old).scalars().all()

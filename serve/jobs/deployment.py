@@ -28,7 +28,7 @@ from ..settings.application import FrontSettings, Settings
 from ..store.link import DatabaseLink
 from . import batch_rows, counts, reading
 from .batch_reader import BatchReader, ParsedRequest
-from .claims import Claim, claim, look_after, renew
+from .claims import JobClaim, claim, look_after, renew
 from .endings import cancel
 from .job import Job, Kind
 from .job_images import JobImages
@@ -96,6 +96,9 @@ class Jobs:
         self._sender = WebhookSender(
             self._database, lambda: self.live.jobs.webhook_networks, self._metrics.sent
         )
+        # Ray Serve awaits this at the end of a replica. As an attribute of the object, and not of its
+        # class, it is nothing that Python calls by itself.
+        setattr(self, "__del__", self.close)  # noqa: B010 - mypy knows no such attribute
         self._tasks = [
             asyncio.create_task(self._again(work, every_s))
             for work, every_s in (
@@ -139,8 +142,8 @@ class Jobs:
         ):
             await self.reconfigure(settings.model_dump(mode="json", exclude_unset=True))
 
-    async def __del__(self) -> None:
-        """Give all jobs back, so that another process runs them; Ray Serve awaits this at the end.
+    async def close(self) -> None:
+        """Give all jobs back, so that another process runs them at once.
 
         A process that dies without this loses its jobs when their leases end.
         """
@@ -153,6 +156,7 @@ class Jobs:
         except (OSError, TimeoutError):
             log.warning("jobs could not be given back; their leases will end")
         await asyncio.to_thread(self._database.close)
+        self._images.close()
 
     # -- what is done again and again -----------------------------------------------------------
 
@@ -171,7 +175,7 @@ class Jobs:
             await asyncio.sleep(pause_s)
 
     async def _claim(self) -> None:
-        """Claim jobs as long as the queue has room for them."""
+        """JobClaim jobs as long as the queue has room for them."""
         status, _ = self._session.status()
         if status is None or status.draining:
             return
@@ -212,7 +216,7 @@ class Jobs:
 
     async def _renew(self) -> None:
         """Renew the claims of all jobs that run here, and stop those that are lost or cancelled."""
-        claims = {Claim(job.id, job.fence): job for job in self.runner.running.values()}
+        claims = {JobClaim(job.id, job.fence): job for job in self.runner.running.values()}
         if not claims:
             return
         database = await self._database.opened()

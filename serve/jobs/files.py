@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -14,8 +14,8 @@ PART_BYTES = 2**20
 class StoredFile(NamedTuple):
     """A file. `bytes`: None if it is written when it is read. `lines`: how many of them hold text.
 
-    `batch`: the batch that has made it. `whole`: 1 once all its parts are there. Times are Unix
-    times.
+    `kind`: what a batch has made it for, or that it was uploaded. `batch`: that has made it.
+    `whole`: 1 once all its parts are there. Times are Unix times.
     """
 
     id: str
@@ -25,6 +25,7 @@ class StoredFile(NamedTuple):
     purpose: str
     bytes: int | None
     lines: int
+    kind: Literal["upload", "output", "error"]
     batch: str | None
     whole: int
     created: float

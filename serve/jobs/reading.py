@@ -99,7 +99,11 @@ def forget_files(connection: Connection, before: float, now: float) -> int:
         select(BATCHES.c.id).where(BATCHES.c.id == FILES.c.batch).exists()
     )
     unfinished = (FILES.c.whole == 0) & (FILES.c.created < before)
-    gone = select(FILES.c.id).where((FILES.c.expires <= now) | of_old | unfinished).limit(SOME)
+    needed = select(BATCHES.c.id).where(
+        BATCHES.c.input_file == FILES.c.id, BATCHES.c.ended.is_(None)
+    )
+    old = (FILES.c.expires <= now) | of_old | unfinished
+    gone = select(FILES.c.id).where(old, ~needed.exists()).limit(SOME)
     ids = connection.execute(gone).scalars().all()
     connection.execute(delete(FILE_PARTS).where(FILE_PARTS.c.file.in_(ids)))
     connection.execute(delete(FILES).where(FILES.c.id.in_(ids)))

@@ -33,7 +33,7 @@ from ..errors import (
 from ..request import OnProgress, PartialImage, Progress, StreamOptions
 from ..store.link import DatabaseLink
 from ..usage.record import UsageRecord
-from .claims import Claim, give_back
+from .claims import JobClaim, give_back
 from .encoding import StoredError, StoredImage, StoredRequest, images_as_json
 from .endings import Ending, end
 from .job import Job
@@ -96,7 +96,7 @@ class JobRunner:
 
     async def stop(self) -> None:
         """Stop all jobs, and give them back."""
-        claims = [Claim(job.id, job.fence) for job in self.running.values()]
+        claims = [JobClaim(job.id, job.fence) for job in self.running.values()]
         for call_id in list(self._tasks):
             self.drop(call_id)
         now = (await self._database.opened()).now
@@ -220,7 +220,7 @@ class JobRunner:
 
             def work(connection: Any) -> None:
                 now = database.now(connection)
-                claims = [Claim(job.id, job.fence)]
+                claims = [JobClaim(job.id, job.fence)]
                 give_back(connection, claims, now + pause_s, now, lost=lost)
 
             await self._database.write(work)

@@ -1,5 +1,4 @@
-"""Webhooks in the database: endpoints, and messages to them. Functions are parts of transactions.
-"""
+"""Webhook endpoints and messages in the database. Each function is a part of a transaction."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ class Message(NamedTuple):
     attempts: int
 
 
-class Outcome(NamedTuple):
+class DeliveryOutcome(NamedTuple):
     """The answer to a message: its status, or 0 without an answer; and what is kept of it."""
 
     status: int
@@ -112,7 +111,7 @@ def take_due(
     return found
 
 
-def note(connection: Connection, message: Message, outcome: Outcome, now: float) -> str:
+def note(connection: Connection, message: Message, outcome: DeliveryOutcome, now: float) -> str:
     """Note how an attempt ended; returns "delivered", "waiting", "dead", or "disabled".
 
     An endpoint that answers 410 is disabled, with everything that waits for it.

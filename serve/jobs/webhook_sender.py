@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 
 from ..store.link import DatabaseLink
 from .addresses import ForbiddenAddressError, Network, checked_socket
-from .webhook_rows import Message, Outcome, note, take_due
+from .webhook_rows import DeliveryOutcome, Message, note, take_due
 
 log = logging.getLogger("ray.serve")
 
@@ -86,7 +86,7 @@ class WebhookSender:
         finally:
             self._sending[message.endpoint.id] -= 1
 
-    async def _post(self, message: Message) -> Outcome:
+    async def _post(self, message: Message) -> DeliveryOutcome:
         """Send a message; returns the answer, or status 0 without one."""
         now = datetime.now(UTC)
         signature = Webhook(message.endpoint.secret).sign(message.id, now, message.body)
@@ -103,11 +103,11 @@ class WebhookSender:
                 url, data=message.body.encode(), headers=headers, allow_redirects=False
             ) as answer:
                 await answer.content.read(READ_BYTES)
-                return Outcome(answer.status, f"{answer.status} {answer.reason}")
+                return DeliveryOutcome(answer.status, f"{answer.status} {answer.reason}")
         except ForbiddenAddressError as error:
-            return Outcome(0, str(error))
+            return DeliveryOutcome(0, str(error))
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            return Outcome(0, f"{type(error).__name__}: {error}".rstrip(": "))
+            return DeliveryOutcome(0, f"{type(error).__name__}: {error}".rstrip(": "))
 
     def _client(self, url: str) -> Any:
         """The client for a URL. Without TLS only private networks are allowed."""

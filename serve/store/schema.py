@@ -263,6 +263,7 @@ FILES = Table(
     Column("purpose", String(32), nullable=False),
     Column("bytes", BigInteger),  # null: not known before it is read
     Column("lines", BigInteger, nullable=False),
+    Column("kind", String(8), nullable=False),  # "upload", or "output" or "error" of a batch
     Column("batch", String(40)),  # that has made it
     Column("whole", Integer, nullable=False),  # 1: all parts are there
     Column("created", Float(53), nullable=False),

@@ -19,11 +19,14 @@ from cluster.cost import CostCoefficients
 from serve.api.early_body import EarlyBody
 from serve.api.flood_guard import FloodGuard, FloodTiming
 from serve.api.ingress import Ingress
+from serve.api.job_requests import parse_images
 from serve.api.proxy_guard import ProxyGuard
 from serve.api.timing import INGRESS_TIMING, IngressTiming
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.protocol import Heartbeat, Lease, StoppedImage
 from serve.edit_pixels import EditPixels
+from serve.jobs.deployment import Jobs
+from serve.jobs.timing import JobTiming
 from serve.request import (
     Acknowledgement,
     ImageRequest,
@@ -39,6 +42,10 @@ from ..in_process import Handle, a_dispatcher
 from ..ports import free_port
 from ..wait import wait_for
 
+# Quick, so that tests need not wait; a lease outlasts what a busy machine may hold up.
+JOB_TIMING = JobTiming(
+    lease_s=3.0, renew_s=0.5, poll_s=0.02, sweep_s=0.1, forget_s=0.2, pause_s=0.1, retry_s=0.1
+)
 LONG_HOLD = FloodTiming(hold_s=60.0)  # so that no test depends on the machine's speed
 WORK = CostCoefficients(0.001, 0.0002, 0.0, 0.0, 0.0)  # seconds of an image and of a step
 
@@ -132,12 +139,15 @@ class Edge:
         remote: Any = None,
         *,
         stored: bool = False,
+        runners: int = 0,
     ) -> None:
         """`remote`: a Dispatcher in another process; None: it is in this one.
 
-        `stored`: whether usage is kept in the database also without keys.
+        `stored`: whether usage is kept in the database also without keys. `runners`: of jobs.
         """
-        self._remote, self._stored = remote, stored
+        self._remote, self._stored = remote, stored or bool(runners)
+        self._runners = runners
+        self.jobs: list[Jobs] = []
         self.settings, self._timing, self._units = settings, timing, units
         self._ports = [free_port() for _ in range(ingresses)]
         self.urls = [f"http://127.0.0.1:{port}" for port in self._ports]
@@ -187,15 +197,46 @@ class Edge:
             serving.append(asyncio.create_task(server.serve()))
             while not (server.started or serving[-1].done()):  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0.01)
+        for _ in range(self._runners):
+            await self.add_runner()
         await self._tune(self.settings)  # after the start, like Ray Serve
         self.up = all(server.started for server in self._servers)
         await asyncio.gather(*serving)
+        for jobs in list(self.jobs):
+            await self.end_runner(jobs)
         heartbeat.cancel()
         for ingress in self.ingresses:
+            if ingress._stored:
+                ingress._stored.database.close()
             if isinstance(ingress.reuse.cache, RedisCache):
                 await ingress.reuse.cache.close()
         if self._remote is None and dispatcher.store:
             dispatcher.store.close()
+
+    async def add_runner(self) -> Jobs:
+        """Start another runner of jobs, in the edge's loop."""
+        jobs = Jobs.__new__(Jobs)
+        await jobs.__init__(  # type: ignore[misc]  # like Ray Serve
+            front(self.settings),
+            Handle(self.dispatcher),
+            lambda _pool: Handle(self.painter),
+            self._units,
+            parse_images,
+            JOB_TIMING,
+            cluster=lambda: "here",
+        )
+        await jobs.reconfigure(self.settings.model_dump(mode="json", exclude_unset=True))
+        self.jobs.append(jobs)
+        return jobs
+
+    async def end_runner(self, jobs: Jobs, *, killed: bool = False) -> None:
+        """End a runner; `killed`: without a word, so that its leases have to end."""
+        self.jobs.remove(jobs)
+        if killed:
+            for task in (*jobs._tasks, *jobs.runner._tasks.values(), *jobs._session._tasks):
+                task.cancel()
+        else:
+            await jobs.close()
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         """Count the requests that reach the Ingress in `passed`."""
@@ -231,8 +272,11 @@ class Edge:
         asyncio.run_coroutine_threadsafe(self._tune(settings), self.loop).result()
 
     async def _tune(self, settings: Settings) -> None:
+        live = settings.model_dump(mode="json", exclude_unset=True)
         for ingress in self.ingresses:
-            await ingress.reconfigure(settings.model_dump(mode="json", exclude_unset=True))
+            await ingress.reconfigure(live)
+        for jobs in self.jobs:
+            await jobs.reconfigure(live)
 
     def stop(self) -> None:
         """End all servers, once their requests are answered."""
@@ -250,9 +294,10 @@ def started(
     remote: Any = None,
     *,
     stored: bool = False,
+    runners: int = 0,
 ) -> Iterator[Edge]:
     """Start an edge; it answers until the block ends."""
-    edge = Edge(settings, timing, ingresses, units, remote, stored=stored)
+    edge = Edge(settings, timing, ingresses, units, remote, stored=stored, runners=runners)
     edge.thread.start()
     wait_for(lambda: edge.up or not edge.thread.is_alive())
     assert edge.up

@@ -251,10 +251,23 @@ class ModelList(BaseModel):
 def response(
     requests: Sequence[ImageRequest], results: Sequence[ImageResult], links: Sequence[str] = ()
 ) -> bytes:
-    """Make an `ImagesResponse` as JSON.
+    """Make an `ImagesResponse` as JSON; see `images_response`.
 
-    `links`: URLs, which are sent instead of the image data if there are any. This function takes
-    milliseconds for each megabyte, so call it in a thread.
+    This function takes milliseconds for each megabyte, so call it in a thread.
+    """
+    answer = images_response(requests, results, links, time.time())
+    return answer.model_dump_json(exclude_none=True).encode()
+
+
+def images_response(
+    requests: Sequence[ImageRequest],
+    results: Sequence[ImageResult],
+    links: Sequence[str],
+    created: float,
+) -> ImagesResponse:
+    """Make an `ImagesResponse`; `created`: Unix time.
+
+    `links`: URLs, which are sent instead of the image data if there are any.
     """
     first = requests[0]
     data = [
@@ -265,15 +278,14 @@ def response(
         )
         for i, result in enumerate(results)
     ]
-    answer = ImagesResponse(
-        created=int(time.time()),
+    return ImagesResponse(
+        created=int(created),
         model=first.model,
         size=first.size,
         output_format=first.output_format,
         data=data,
         usage=_usage(requests, results),
     )
-    return answer.model_dump_json(exclude_none=True).encode()
 
 
 def partial_image_event(request: ImageRequest, preview: PartialImage) -> PartialImageEvent:

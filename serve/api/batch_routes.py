@@ -1,0 +1,353 @@
+"""The routes of files and batches, as in OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Connection, Select, select
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from ..dispatch.client.client_call import ClientCall
+from ..dispatch.client.session import DispatchSession
+from ..errors import Conflict, InvalidRequest, NotFound, OwnQueueFull
+from ..jobs import batch_rows, files
+from ..jobs.acceptance import allowance
+from ..jobs.batch_rows import Batch
+from ..jobs.files import PART_BYTES, StoredFile
+from ..jobs.job import Job, new_id
+from ..jobs.reading import page
+from ..store.schema import BATCHES, FILES, JOBS
+from .stored import StoredRequests, json_answer
+from .timing import IngressTiming
+from .upload import file_of, uploaded_form
+from .wire.batches import (
+    LEAST_EXPIRY_S,
+    MOST_EXPIRY_S,
+    BatchItem,
+    BatchList,
+    DeletedFile,
+    FileList,
+    NewBatchBody,
+    batch_item,
+    file_item,
+    output_line,
+    parse_batch,
+)
+from .wire.jobs import parse_page
+from .wire.response import ImagesResponse
+
+WINDOW_S = 24 * 3600.0
+ADMISSION_S = 30.0
+UPLOADS = 2  # at a time at one Ingress, so that temporary files do not fill its disk
+ROWS = 100  # lines of an output file that are read at a time
+MOST_FILES = 10_000  # entries of a page of files, as in OpenAI's API
+AnswerOf = Callable[[Request], Callable[[Job], Awaitable[ImagesResponse | None]]]
+
+
+class BatchRoutes:
+    """Answers requests about files and batches."""
+
+    def __init__(
+        self,
+        stored: StoredRequests,
+        session: DispatchSession,
+        answer_of: AnswerOf,
+        timing: IngressTiming,
+    ) -> None:
+        """`answer_of`: returns what makes the answer of a line that succeeded."""
+        self._stored, self._session, self._answer_of = stored, session, answer_of
+        self._timing = timing
+        self._uploading = asyncio.Semaphore(UPLOADS)
+        self.routes = [
+            Route("/v1/files", self.upload, methods=["POST"]),
+            Route("/v1/files", self.files, methods=["GET"]),
+            Route("/v1/files/{id}", self.file, methods=["GET"]),
+            Route("/v1/files/{id}", self.delete_file, methods=["DELETE"]),
+            Route("/v1/files/{id}/content", self.content, methods=["GET"]),
+            Route("/v1/batches", self.batches, methods=["GET"]),
+            Route("/v1/batches/{id}", self.batch, methods=["GET"]),
+            Route("/v1/batches/{id}/cancel", self.cancel, methods=["POST"]),
+        ]
+
+    # -- files ----------------------------------------------------------------------------------
+
+    async def upload(self, http: Request) -> Response:
+        """Answer `POST /v1/files`."""
+        with self._stored.reading(http):
+            pass  # it counts for the rate of requests
+        jobs = self._stored.live.jobs
+        async with (
+            self._uploading,
+            uploaded_form(http, jobs.max_file_bytes, self._timing.body_s) as form,
+        ):
+            self._stored.authenticate_again(http)
+            file = file_of(form)
+            if file.size and file.size > jobs.max_file_bytes:
+                raise InvalidRequest(
+                    f"file: has {file.size} bytes, more than {jobs.max_file_bytes}", param="file"
+                )
+            keep_s = _keep_s(form, jobs.keep_s)
+            now = await self._stored.now()
+            begun = StoredFile(
+                id=new_id("file"),
+                number=0,
+                tenant=http.scope["tenant"],
+                name=(file.filename or "file")[:255],
+                purpose="batch",
+                bytes=None,
+                lines=0,
+                kind="upload",
+                batch=None,
+                whole=0,
+                created=now,
+                expires=now + keep_s,
+            )
+            await self._stored.write(lambda connection, _: files.begin(connection, begun))
+            size = lines = part = 0
+            while content := await file.read(PART_BYTES):
+                await self._stored.write(
+                    partial(_add_part, id=begun.id, part=part, content=content)
+                )
+                size, lines, part = size + len(content), lines + content.count(b"\n"), part + 1
+            made = await self._stored.write(
+                lambda connection, _: files.finish(connection, begun.id, size, lines)
+            )
+        return json_answer(file_item(made))
+
+    async def files(self, http: Request) -> Response:
+        """Answer `GET /v1/files`: the tenant's files, newest first."""
+        asked = parse_page(http.query_params, "purpose", "order", most=MOST_FILES)
+        if asked.only.get("order", "desc") != "desc":
+            raise InvalidRequest("order must be desc", param="order")
+        only: dict[str, Any] = {"whole": 1}
+        if purpose := asked.only.get("purpose"):
+            only["purpose"] = purpose
+        tenant = http.scope["tenant"]
+        rows = await self._stored.read(
+            lambda connection: page(connection, FILES, tenant, asked.after, asked.limit, **only)
+        )
+        data = [file_item(StoredFile(*row)) for row in rows[: asked.limit]]
+        return json_answer(
+            FileList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+                has_more=len(rows) > asked.limit,
+            )
+        )
+
+    async def file(self, http: Request) -> Response:
+        """Answer `GET /v1/files/ID`."""
+        return json_answer(file_item(await self._file(http)))
+
+    async def delete_file(self, http: Request) -> Response:
+        """Answer `DELETE /v1/files/ID`."""
+        file = await self._file(http)
+
+        def delete(connection: Connection, _: float) -> None:
+            if batch_rows.reads(connection, file.id):
+                raise Conflict("a batch reads this file: cancel the batch, or wait for its end")
+            files.remove(connection, file.id)
+
+        await self._stored.write(delete)
+        return json_answer(DeletedFile(id=file.id))
+
+    async def content(self, http: Request) -> Response:
+        """Answer `GET /v1/files/ID/content`. Files of batches are written now, line by line."""
+        file = await self._file(http)
+        lines = self._parts(file) if file.kind == "upload" else self._lines(file, http)
+        return StreamingResponse(lines, media_type="application/jsonl")
+
+    async def _parts(self, file: StoredFile) -> AsyncIterator[bytes]:
+        part = 0
+        while content := await self._stored.read(partial(files.read_part, id=file.id, part=part)):
+            yield content
+            part += 1
+
+    async def _lines(self, file: StoredFile, http: Request) -> AsyncIterator[bytes]:
+        """The lines of a batch's output or error file, in the order of its input file."""
+        answer, last = self._answer_of(http), 0
+        succeeded = JOBS.c.state == "succeeded"
+        wanted = succeeded if file.kind == "output" else JOBS.c.state != "succeeded"
+        while True:
+            of_batch = select(JOBS).where(JOBS.c.batch == file.batch, wanted, JOBS.c.line > last)
+            jobs = await self._stored.read(
+                partial(_jobs_of, found=of_batch.order_by(JOBS.c.line).limit(ROWS))
+            )
+            for job in jobs:
+                made = await answer(job)
+                body = made.model_dump(mode="json", exclude_none=True) if made else None
+                yield output_line(job, body)
+                last = job.line or last
+            if len(jobs) < ROWS:
+                return
+
+    async def _file(self, http: Request) -> StoredFile:
+        """The tenant's file that the path names. Raises `NotFound` if there is none."""
+        id, tenant = http.path_params["id"], http.scope["tenant"]
+        now = await self._stored.now()
+        file = await self._stored.read(lambda connection: files.find(connection, id, tenant, now))
+        if file is None:
+            raise NotFound(f"no file has the id '{id[:80]}', or it is no longer kept")
+        return file
+
+    # -- batches --------------------------------------------------------------------------------
+
+    async def create(self, http: Request, body: bytes, call_id: str = "") -> Response:
+        """Make a batch; the body was read already. `call_id`: from which it gets its id."""
+        asked, tenant = parse_batch(body), http.scope["tenant"]
+        jobs = self._stored.live.jobs
+        expiry = asked.output_expires_after
+        if expiry and expiry.seconds > jobs.keep_s:
+            raise InvalidRequest(
+                f"output_expires_after.seconds {expiry.seconds} must be at most {jobs.keep_s}, "
+                "for which this server keeps batches",
+                param="output_expires_after.seconds",
+            )
+        id = f"batch_{call_id or uuid.uuid4().hex}"
+        client = ClientCall(ADMISSION_S)
+        key_id = http.scope.get("key_id", "")
+        call = self._session.open(
+            tenant, id, (), ADMISSION_S, client, key_id=key_id, lane="acceptance"
+        )
+        try:
+            await client.run(call.admitted())
+
+            def make(connection: Connection, now: float) -> Batch:
+                file = files.find(connection, asked.input_file_id, tenant, now)
+                if file is None:
+                    raise InvalidRequest(
+                        f"input_file_id '{asked.input_file_id[:80]}' is none of your files",
+                        param="input_file_id",
+                    )
+                if file.kind != "upload":
+                    raise InvalidRequest(
+                        "input_file_id: this is the file of a batch", param="input_file_id"
+                    )
+                allowed = allowance(connection, tenant, jobs.max_queued, now)
+                if allowed.jobs < min(file.lines, jobs.max_lines):
+                    raise OwnQueueFull(
+                        f"the file has {file.lines} lines, and you may have {allowed.jobs} more "
+                        "waiting: try again later"
+                    )
+                return batch_rows.create(connection, _new_batch(id, tenant, key_id, asked, now))
+
+            batch = await self._stored.write(make)
+        finally:
+            call.close()
+        return json_answer(await self._item(batch))
+
+    async def batches(self, http: Request) -> Response:
+        """Answer `GET /v1/batches`: the tenant's batches, newest first."""
+        asked, tenant = parse_page(http.query_params), http.scope["tenant"]
+        rows = await self._stored.read(
+            lambda connection: page(connection, BATCHES, tenant, asked.after, asked.limit)
+        )
+        data = [await self._item(Batch(*row)) for row in rows[: asked.limit]]
+        return json_answer(
+            BatchList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+                has_more=len(rows) > asked.limit,
+            )
+        )
+
+    async def batch(self, http: Request) -> Response:
+        """Answer `GET /v1/batches/ID`."""
+        return json_answer(await self._item(await self._batch(http)))
+
+    async def cancel(self, http: Request) -> Response:
+        """Answer `POST /v1/batches/ID/cancel`: its lines that wait or run end as cancelled."""
+        batch = await self._batch(http)
+        begun = await self._stored.write(
+            lambda connection, now: batch_rows.ask_to_cancel(connection, batch, now)
+        )
+        batch = await self._batch(http)
+        if not begun and batch.state != "cancelled":
+            raise Conflict(f"the batch has ended already: {batch.state}")
+        return json_answer(await self._item(batch))
+
+    async def _batch(self, http: Request) -> Batch:
+        id, tenant = http.path_params["id"], http.scope["tenant"]
+        batch = await self._stored.read(lambda connection: batch_rows.find(connection, id))
+        if batch is None or batch.tenant != tenant:
+            raise NotFound(f"no batch has the id '{id[:80]}', or it is no longer kept")
+        return batch
+
+    async def _item(self, batch: Batch) -> BatchItem:
+        made = await self._stored.read(
+            lambda connection: connection.execute(
+                select(FILES.c.kind, FILES.c.id).where(FILES.c.batch == batch.id)
+            ).all()
+        )
+        ids = {row.kind: row.id for row in made}
+        return batch_item(batch, ids.get("output"), ids.get("error"))
+
+
+def _jobs_of(connection: Connection, found: Select[Any]) -> list[Job]:
+    return [Job(*row) for row in connection.execute(found)]
+
+
+def _add_part(connection: Connection, _: float, id: str, part: int, content: bytes) -> None:
+    files.add_part(connection, id, part, content)
+
+
+def _keep_s(form: FormData, default_s: float) -> float:
+    """For how long an uploaded file is kept, in seconds.
+
+    Raises `InvalidRequest` for another purpose than batches, and a time that is not allowed.
+    """
+    purpose = form.get("purpose")
+    if purpose != "batch":
+        raise InvalidRequest("purpose must be batch", param="purpose")
+    anchor, text = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+    if anchor is None and text is None:
+        return default_s
+    seconds = str(text)
+    if anchor != "created_at":
+        raise InvalidRequest("expires_after[anchor] must be created_at", param="expires_after")
+    if not (seconds.isdecimal() and len(seconds) < 9):
+        raise InvalidRequest("expires_after[seconds] must be a number", param="expires_after")
+    if not LEAST_EXPIRY_S <= int(seconds) <= MOST_EXPIRY_S:
+        raise InvalidRequest(
+            f"expires_after[seconds] {seconds} must be from {LEAST_EXPIRY_S} to {MOST_EXPIRY_S}",
+            param="expires_after",
+        )
+    return float(seconds)
+
+
+def _new_batch(id: str, tenant: str, key_id: str, asked: NewBatchBody, now: float) -> Batch:
+    expiry = asked.output_expires_after
+    return Batch(
+        id=id,
+        number=0,
+        tenant=tenant,
+        key_id=key_id,
+        endpoint=asked.endpoint,
+        input_file=asked.input_file_id,
+        metadata=json.dumps(asked.metadata),
+        output_expires_s=expiry.seconds if expiry else None,
+        state="validating",
+        times=json.dumps({"validating": now}),
+        errors="[]",
+        total=0,
+        completed=0,
+        failed=0,
+        ended_lines=0,
+        next_line=1,
+        next_part=0,
+        next_byte=0,
+        lease_until=0.0,
+        created=now,
+        expires=now + WINDOW_S,
+        ended=None,
+    )

@@ -1,0 +1,288 @@
+"""The routes of jobs: accepted with 202, read, watched, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.client_call import ClientCall
+from ..dispatch.client.refusals import rate_limit_headers
+from ..dispatch.client.session import DispatchSession
+from ..dispatch.protocol import CallQuery, CallState
+from ..errors import Conflict, InvalidRequest, NotFound, OctetError
+from ..jobs.acceptance import accept
+from ..jobs.encoding import StoredPictures, StoredRequest, images_of
+from ..jobs.endings import cancel
+from ..jobs.job import OPEN, Job, NewJob
+from ..jobs.job_images import JobImages
+from ..jobs.reading import find_job, page, place_of
+from ..request import StreamOptions
+from ..store.schema import JOBS
+from .edit_uploads import HeldPicture
+from .image_urls import ImageUrls
+from .ingress_metrics import IngressMetrics
+from .job_events import JobWatch, job_events
+from .job_requests import ASYNC, wants_job
+from .stored import StoredRequests, json_answer
+from .timing import IngressTiming
+from .wire.jobs import ENDPOINTS, JobItem, JobList, job_item, parse_page
+from .wire.request import GenerationRequest, ignored_header
+from .wire.response import ImagesResponse, images_response
+
+POLL_S = 2  # after which a client may look at its job again
+ADMISSION_S = 30.0  # for the Dispatcher to decide whether a job may be accepted
+STATES = ("queued", "running", "succeeded", "failed", "cancelled", "expired")
+
+
+class JobRoutes:
+    """Answers requests about jobs."""
+
+    def __init__(
+        self,
+        stored: StoredRequests,
+        session: DispatchSession,
+        attempts: Attempts,
+        urls: ImageUrls,
+        images: JobImages,
+        metrics: IngressMetrics,
+        timing: IngressTiming,
+    ) -> None:
+        self._stored, self._session, self._attempts = stored, session, attempts
+        self._urls, self._images, self._metrics, self._timing = urls, images, metrics, timing
+        self._watch = JobWatch(stored)
+        self.routes = [
+            Route("/v1/jobs", self.list, methods=["GET"]),
+            Route("/v1/jobs/{id}", self.read, methods=["GET"]),
+            Route("/v1/jobs/{id}", self.cancel, methods=["DELETE"]),
+            Route("/v1/jobs/{id}/events", self.events, methods=["GET"]),
+        ]
+
+    # -- acceptance -----------------------------------------------------------------------------
+
+    async def accept(
+        self,
+        parsed: GenerationRequest,
+        endpoint: str,
+        request_id: str,
+        http: Request,
+        held: HeldPicture | None = None,
+        call_id: str = "",
+    ) -> Response:
+        """Accept a job: 202 once it is stored.
+
+        `endpoint`: the path of its request. `held`: the pixels of an edit, which are let go in any
+        case. `call_id`: from which the job gets its id, so that a repeated request gets the same
+        job; empty: a new one. Raises an `OctetError` for a job that is refused.
+        """
+        try:
+            job = await self._accepted(parsed, endpoint, request_id, http, held, call_id)
+        finally:
+            if held:
+                held.release()
+        self._metrics.ended(endpoint, job.model, "accepted", 202)
+        headers = {
+            "location": f"/v1/jobs/{job.id}",
+            "retry-after": str(POLL_S),
+            **ignored_header(parsed.ignored),
+        }
+        if wants_job(http):
+            headers["preference-applied"] = ASYNC
+        return json_answer(await self._item(job, http), 202, headers)
+
+    async def _accepted(
+        self,
+        parsed: GenerationRequest,
+        endpoint: str,
+        request_id: str,
+        http: Request,
+        held: HeldPicture | None,
+        call_id: str,
+    ) -> Job:
+        parsed.check_stored()
+        tenant, key_id = http.scope["tenant"], http.scope.get("key_id", "")
+        options = StreamOptions()
+        queued = [self._attempts.queued_image(image, options) for image in parsed.images]
+        work_s = round(sum(image.work_s for image in queued), 6)
+        client = ClientCall(ADMISSION_S)
+        call = self._session.open(
+            tenant,
+            request_id,
+            (),
+            ADMISSION_S,
+            client,
+            key_id=key_id,
+            lane="acceptance",
+            work_s=work_s,
+        )
+        try:
+            await client.run(call.admitted())
+            pictures: StoredPictures | None = None
+            if held and held.pixels:
+                pictures = await self._images.put_pictures(tenant, held.pixels, request_id)
+                held.release()
+            stored = StoredRequest(tuple(parsed.images), parsed.as_b64, pictures)
+            first = parsed.images[0]
+
+            def store(connection: Connection, now: float) -> Job:
+                job = NewJob(
+                    id=f"job_{call_id or uuid.uuid4().hex}",
+                    tenant=tenant,
+                    lane="job",
+                    endpoint=ENDPOINTS[endpoint],
+                    model=first.model,
+                    precision=first.precision.value,
+                    work_s=work_s,
+                    images=len(parsed.images),
+                    request=stored.as_json(),
+                    request_id=request_id,
+                    key_id=key_id,
+                    created=now,
+                    expires=now + parsed.timeout_s,
+                )
+                return accept(connection, job, self._stored.live.jobs.max_queued, now)
+
+            return await self._stored.write(store)
+        except OctetError as error:
+            error.headers = {**rate_limit_headers(call.rate_limits), **error.headers}
+            raise
+        finally:
+            call.close()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    async def read(self, http: Request) -> Response:
+        """Answer `GET /v1/jobs/ID`."""
+        return json_answer(await self._item(await self._job(http), http))
+
+    async def list(self, http: Request) -> Response:
+        """Answer `GET /v1/jobs`: the newest first; with `batch_id` the lines of a batch."""
+        asked = parse_page(http.query_params, "status", "batch_id")
+        only: dict[str, Any] = {"lane": "job"}
+        if batch := asked.only.get("batch_id"):
+            only = {"batch": batch}
+        if state := asked.only.get("status"):
+            if state not in STATES:
+                raise InvalidRequest(
+                    f"status '{state[:80]}' must be one of {', '.join(STATES)}", param="status"
+                )
+            only["state"] = state
+        tenant = http.scope["tenant"]
+        rows = await self._stored.read(
+            lambda connection: page(connection, JOBS, tenant, asked.after, asked.limit, **only)
+        )
+        jobs = [Job(*row) for row in rows[: asked.limit]]
+        data = [job_item(job, self._links(job, http)) for job in jobs]
+        return json_answer(
+            JobList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+                has_more=len(rows) > asked.limit,
+            )
+        )
+
+    async def events(self, http: Request) -> Response:
+        """Answer `GET /v1/jobs/ID/events`: each change of the job, until it has ended."""
+        job = await self._job(http)
+
+        async def item(job: Job) -> JobItem:
+            return await self._item(job, http, links=True)
+
+        last = http.headers.get("last-event-id", "")
+        return await job_events(self._watch, job, item, last, self._timing.keep_alive_s)
+
+    async def _job(self, http: Request) -> Job:
+        """The tenant's job that the path names. Raises `NotFound` if there is none."""
+        id, tenant = http.path_params["id"], http.scope["tenant"]
+        job = await self._stored.read(lambda connection: find_job(connection, id, tenant))
+        if job is None:
+            raise NotFound(f"no job has the id '{id[:80]}', or it is no longer kept")
+        return job
+
+    async def _item(self, job: Job, http: Request, *, links: bool = False) -> JobItem:
+        """Describe a job with its images; `links`: as links, whatever it has asked for."""
+        if job.state in OPEN:
+            return job_item(job, **await self._present(job))
+        if job.result and StoredRequest.of(job.request).as_b64 and not links:
+            return job_item(job, await self.images(job))
+        return job_item(job, self._links(job, http))
+
+    async def _present(self, job: Job) -> dict[str, Any]:
+        """What is known of a job that has not ended: where it is, and how far."""
+        state = await self._call_state(job) if job.state == "running" else None
+        if state is None:
+            if job.state == "running":
+                return {}
+            place = await self._stored.read(lambda connection: place_of(connection, job))
+            return {"queue_position": place}
+        if not state.running:
+            return {"status": "queued", "queue_position": state.position}
+        told = state.progress
+        if told is None:
+            return {}
+        eta_s = None if told.eta_s is None else round(told.eta_s, 3)
+        return {"progress": round(told.step / max(told.steps, 1), 4), "eta_s": eta_s}
+
+    async def _call_state(self, job: Job, *, cancel: bool = False) -> CallState | None:
+        """Ask the Dispatcher about the job's call; None if it does not know or does not answer."""
+        query = CallQuery(job.tenant, job.call_id, cancel)
+        try:
+            async with asyncio.timeout(self._timing.dispatcher_s):
+                answer = await self._session.ask(query)
+        except TimeoutError:
+            return None
+        return answer.state if answer else None
+
+    def _links(self, job: Job, http: Request) -> ImagesResponse | None:
+        """The images of a job that has succeeded, as links."""
+        if job.result is None:
+            return None
+        images = images_of(job.result)
+        urls = [self._urls.url(image.name, http) for image in images]
+        requests = StoredRequest.of(job.request).images
+        results = [image.result() for image in images]
+        return images_response(requests, results, urls, job.ended or 0.0)
+
+    async def images(self, job: Job) -> ImagesResponse:
+        """The images of a job that has succeeded, in base64.
+
+        Raises `NotFound` if they are gone, and `StoreFailed` if they cannot be read.
+        """
+        images = images_of(job.result or "[]")
+        files = [await self._urls.image(image.name) for image in images]
+        results = [image.result(file) for image, file in zip(images, files, strict=True)]
+        requests = StoredRequest.of(job.request).images
+        return await asyncio.to_thread(images_response, requests, results, (), job.ended or 0.0)
+
+    def answer_of(self, http: Request) -> Callable[[Job], Any]:
+        """Returns what makes the answer of a line of a batch: its images, as it has asked for."""
+
+        async def answer(job: Job) -> ImagesResponse | None:
+            if job.result is None:
+                return None
+            if StoredRequest.of(job.request).as_b64:
+                return await self.images(job)
+            return self._links(job, http)
+
+        return answer
+
+    # -- cancelling -----------------------------------------------------------------------------
+
+    async def cancel(self, http: Request) -> Response:
+        """Answer `DELETE /v1/jobs/ID`: the job ends as cancelled, and its images stop."""
+        job = await self._job(http)
+        cancelled = await self._stored.write(lambda connection, now: cancel(connection, job, now))
+        now = await self._job(http)
+        if not cancelled and now.state != "cancelled":
+            raise Conflict(f"the job has ended already: {now.state}")
+        if cancelled and now.fence:
+            await self._call_state(now, cancel=True)
+        return json_answer(await self._item(now, http))

@@ -1,0 +1,53 @@
+"""The routes of jobs, batches and webhooks, joined with what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.requests import Request
+
+from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.session import DispatchSession
+from ..jobs.job_images import JobImages
+from ..settings.application import FrontSettings, Settings
+from ..store.link import DatabaseLink
+from ..tenants.keys import TenantAccess
+from .batch_routes import BatchRoutes
+from .image_urls import ImageUrls
+from .ingress_metrics import IngressMetrics
+from .job_routes import JobRoutes
+from .stored import StoredRequests
+from .tenant_gate import TenantGate
+from .timing import IngressTiming
+from .webhook_routes import WebhookRoutes
+
+
+class StoredRoutes:
+    """All routes of work that is stored. `requests`: reads their bodies and the database."""
+
+    def __init__(
+        self,
+        settings: FrontSettings,
+        gate: TenantGate,
+        access: Callable[[str], TenantAccess],
+        authenticate_again: Callable[[Request], None],
+        live: Callable[[], Settings],
+        session: DispatchSession,
+        attempts: Attempts,
+        urls: ImageUrls,
+        metrics: IngressMetrics,
+        timing: IngressTiming,
+    ) -> None:
+        """The arguments are those of the parts. Raises `OSError` without the data folder."""
+        self.database = DatabaseLink(settings.database or {})
+        self.requests = StoredRequests(
+            self.database, gate, access, authenticate_again, live, timing
+        )
+        images = JobImages(settings)
+        self.jobs = JobRoutes(self.requests, session, attempts, urls, images, metrics, timing)
+        self.batches = BatchRoutes(self.requests, session, self.jobs.answer_of, timing)
+        self.routes = [
+            *self.jobs.routes,
+            *self.batches.routes,
+            *WebhookRoutes(self.requests).routes,
+        ]

@@ -1,0 +1,87 @@
+"""The routes of webhook endpoints, as in OpenAI's API."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..errors import Conflict, NotFound
+from ..jobs.reading import page
+from ..jobs.webhook_rows import (
+    MOST_ENDPOINTS,
+    WebhookEndpoint,
+    add_endpoint,
+    find_endpoint,
+    remove_endpoint,
+)
+from ..store.schema import WEBHOOKS
+from .stored import StoredRequests, json_answer
+from .wire.jobs import parse_page
+from .wire.webhooks import (
+    DeletedWebhook,
+    WebhookList,
+    new_webhook_item,
+    parse_webhook,
+    webhook_item,
+)
+
+PATH = "/v1/webhook_endpoints"
+
+
+class WebhookRoutes:
+    """Answers requests about webhook endpoints."""
+
+    def __init__(self, stored: StoredRequests) -> None:
+        self._stored = stored
+        self.routes = [
+            Route(PATH, self.create, methods=["POST"]),
+            Route(PATH, self.list, methods=["GET"]),
+            Route(PATH + "/{id}", self.read, methods=["GET"]),
+            Route(PATH + "/{id}", self.delete, methods=["DELETE"]),
+        ]
+
+    async def create(self, http: Request) -> Response:
+        """Answer `POST /v1/webhook_endpoints`; only this answer has the secret."""
+        body = await self._stored.body(http)
+        url, events = parse_webhook(body, without_tls=bool(self._stored.live.jobs.webhook_networks))
+        tenant = http.scope["tenant"]
+        made = await self._stored.write(
+            lambda connection, now: add_endpoint(connection, tenant, url, events, now)
+        )
+        if made is None:
+            raise Conflict(f"you have {MOST_ENDPOINTS} endpoints already: delete one")
+        return json_answer(new_webhook_item(made), 201)
+
+    async def list(self, http: Request) -> Response:
+        """Answer `GET /v1/webhook_endpoints`."""
+        asked, tenant = parse_page(http.query_params), http.scope["tenant"]
+        rows = await self._stored.read(
+            lambda connection: page(connection, WEBHOOKS, tenant, asked.after, asked.limit)
+        )
+        data = [webhook_item(WebhookEndpoint(*row)) for row in rows[: asked.limit]]
+        return json_answer(
+            WebhookList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+                has_more=len(rows) > asked.limit,
+            )
+        )
+
+    async def read(self, http: Request) -> Response:
+        """Answer `GET /v1/webhook_endpoints/ID`."""
+        return json_answer(webhook_item(await self._endpoint(http)))
+
+    async def delete(self, http: Request) -> Response:
+        """Answer `DELETE /v1/webhook_endpoints/ID`; nothing more is sent there."""
+        endpoint = await self._endpoint(http)
+        await self._stored.write(lambda connection, _: remove_endpoint(connection, endpoint.id))
+        return json_answer(DeletedWebhook(id=endpoint.id))
+
+    async def _endpoint(self, http: Request) -> WebhookEndpoint:
+        id, tenant = http.path_params["id"], http.scope["tenant"]
+        found = await self._stored.read(lambda connection: find_endpoint(connection, id, tenant))
+        if found is None:
+            raise NotFound(f"no webhook endpoint has the id '{id[:80]}'")
+        return found
