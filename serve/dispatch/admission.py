@@ -24,7 +24,7 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -128,6 +128,7 @@ class Admission:
         self._grants = grants
         self._leasing = False  # whether other clusters share the budgets
         self._tenancies: dict[str, _Tenancy] = {}
+        self._accepted: list[tuple[str, float]] = []  # see `accepted`
         self._held: set[str] = set()  # tenants with work of jobs that is held
         self._known: Mapping[str, Tenant] | None = None  # None: any tenant may call
         self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and call id
@@ -155,6 +156,24 @@ class Admission:
         before, self._held = self._held, set(held)
         for name in before | held.keys():
             self.account(name).held = held.get(name, 0.0)
+
+    def accepted(self) -> list[tuple[str, float]]:
+        """The tenants and the work of acceptances that have ended since the last call of this.
+
+        Their work stays free in the budgets until `forget_accepted` is called with them.
+        """
+        found, self._accepted = self._accepted, []
+        return found
+
+    @property
+    def any_accepted(self) -> bool:
+        """Return whether `accepted` would return any."""
+        return bool(self._accepted)
+
+    def forget_accepted(self, accepted: Iterable[tuple[str, float]]) -> None:
+        """Keep nothing free for these acceptances any more: their jobs are among those held."""
+        for tenant, work_s in accepted:
+            self.account(tenant).accepting -= work_s
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
         """Begin a month. `spent`: each tenant's work in it so far; `ends`: the time of its end."""
@@ -299,7 +318,10 @@ class Admission:
                 self._learn(call, now)  # the call took at least this long
             tenancy = self._tenancy(call.tenant)
             tenancy.calls.discard(call)
-            tenancy.account.reserved -= call.reserved
+            if call.lane == "acceptance":  # its job may be stored now, but was not read yet
+                self._accepted.append((call.tenant, call.reserved))
+            else:
+                tenancy.account.reserved -= call.reserved
             if self._request_ids.get((call.tenant, call.request_id)) is call:
                 del self._request_ids[call.tenant, call.request_id]
 
@@ -450,7 +472,10 @@ class Admission:
         self._calls[session, request.call_id] = call
         self._request_ids.setdefault((request.tenant, request.request_id), call)
         tenancy.calls.add(call)
-        tenancy.account.reserved += request.work_s
+        if request.lane == "acceptance":
+            tenancy.account.accepting += request.work_s
+        else:
+            tenancy.account.reserved += request.work_s
         if request.accepted:
             return
         tenancy.account.used_at = now

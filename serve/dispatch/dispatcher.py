@@ -38,6 +38,7 @@ from .metering import Metering
 from .node_watch import NodeWatch
 from .overview import nodes_overview, overview
 from .protocol import (
+    STORED,
     TIMING,
     AdmissionRequest,
     CallAnswer,
@@ -145,7 +146,7 @@ class Dispatcher:
         else:
             self._store_opened(None)
         self.jobs = JobBacklog(self._stored_work, self._jobs_read)
-        self._accepted: list[tuple[int, str, float]] = []  # see `_end_acceptance`
+        self._accepted: list[tuple[str, float]] = []  # acceptances that ended before this reading
         self._early = WaitingCalls()  # calls that came during the recovery
         self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
         self._quarantine, self._results = Quarantine(), SharedResults()
@@ -277,8 +278,9 @@ class Dispatcher:
             log.warning("a replica of %s died on %s", dead.heartbeat.pool, dead.heartbeat.node[:8])
             self._cordons.died(dead.heartbeat, dead.calls, now)
         for call_id in update.ended_calls:
-            self._end_acceptance(session, call_id)
             self.admission.end(session, call_id, now)
+        if update.ended_calls and self.admission.any_accepted:
+            self.jobs.look()
         for waiting in self._waiting():
             waiting.forget(session, update.ended_calls)
         for result_key in update.finished_results:
@@ -509,6 +511,8 @@ class Dispatcher:
                 self._results.admitted(session, request)
                 if not request.accepted:
                     self._make_room(request)
+                if request.lane in STORED:  # its work is no longer held, but reserved
+                    self.jobs.look()
                 for usage in request.usages:
                     self.metering.charge(session, usage)
                 for image in request.images:
@@ -581,29 +585,15 @@ class Dispatcher:
 
     async def _stored_work(self) -> list[StoredWork]:
         """Read the jobs that wait in the database. Raises `OSError` without the database."""
+        self._accepted += self.admission.accepted()  # these are stored by now
         return await self.store.read(stored_work) if self.store else []
-
-    def _end_acceptance(self, session: str, call_id: str) -> None:
-        """Hold the work of an accepted job until it has been read from the database.
-
-        Otherwise a request could get that part of the budget in between.
-        """
-        call = self.admission.call(session, call_id)
-        if call and call.lane == "acceptance" and call.reserved:
-            self._accepted.append((self.jobs.readings, call.tenant, call.reserved))
-            call.reserved = 0.0
-            self.jobs.look()
 
     def _jobs_read(self) -> None:
         """Hold the stored work in the budgets, and count it for the number of replicas."""
         self.admission.hold_for_jobs(self.jobs.held())
+        self.admission.forget_accepted(self._accepted)
+        self._accepted.clear()
         self.scaling.stored = self.jobs.as_queue(self.scaling.limits.tuning.target_wait_s)
-        waiting, self._accepted = self._accepted, []
-        for readings, tenant, work_s in waiting:
-            if readings < self.jobs.readings:  # the reading began after the job was stored
-                self.admission.free(tenant, work_s)
-            else:
-                self._accepted.append((readings, tenant, work_s))
 
     # -- the store ------------------------------------------------------------------------------
 

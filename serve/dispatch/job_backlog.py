@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 
+LEAST_S = 0.05  # between two readings
+
+
 class StoredWork(NamedTuple):
     """The jobs of a tenant, lane, model and precision that wait; `work_s`: of all their images."""
 
@@ -57,7 +60,6 @@ class JobBacklog:
         self._asked = asyncio.Event()
         self._settings = JobSettings()
         self.rows: list[StoredWork] = []
-        self.readings = 0  # that have begun
 
     def set_models(self, models: Iterable[Model], settings: JobSettings) -> None:
         """Serve these models from now on, with these settings."""
@@ -73,19 +75,19 @@ class JobBacklog:
         }
 
     def look(self) -> None:
-        """Read again at once."""
+        """Read again soon, because the stored work has changed."""
         self._asked.set()
 
     async def run(self, every_s: float) -> None:
         """Read the stored work for ever."""
         while True:
             with contextlib.suppress(OSError):  # the database's fault is told elsewhere
-                self.readings += 1
                 self.rows = await self._read()
                 self._then()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(every_s):
                     await self._asked.wait()
+            await asyncio.sleep(LEAST_S)
             self._asked.clear()
 
     def held(self) -> dict[str, float]:

@@ -57,7 +57,8 @@ class TenantAccount:
     `spent`: the work charged in the present calendar month. `requests`, `work`: the limits of the
     request rate and the work rate; None if there is no such limit. `leased`: the work that may be
     reserved here, if other clusters share the budget; None if this is the only cluster. `held`: the
-    work of accepted jobs that wait in the database. Requests leave so much of the budget to them.
+    work of accepted jobs that wait in the database. `accepting`: that of jobs that are being
+    accepted. Requests leave so much of the budget to these jobs.
     """
 
     def __init__(self, tenant: Tenant) -> None:
@@ -65,6 +66,7 @@ class TenantAccount:
         self.spent = 0.0
         self.leased: float | None = None
         self.held = 0.0
+        self.accepting = 0.0
         self.counted = [0.0, 0.0]  # requests and work since the start, for other clusters
         self.used_at = float("-inf")  # when a call was admitted last
         self.open_elsewhere = 0  # open requests at other clusters
@@ -84,7 +86,8 @@ class TenantAccount:
         """Work that may still be reserved this month; None if the tenant has no budget."""
         if self.tenant.monthly_work is None:
             return None
-        return self.tenant.monthly_work - self.spent - self.reserved - self.held
+        used = self.spent + self.reserved + self.held + self.accepting
+        return self.tenant.monthly_work - used
 
     def lacks(self, work_s: float) -> float:
         """The work that must be leased before so much can be reserved; 0 without such a budget."""
@@ -99,12 +102,13 @@ class TenantAccount:
             self.leased = max(self.leased + more, 0.0)
 
     def may_reserve(self, work_s: float, *, held: bool = False) -> bool:
-        """Return whether the budget allows so much more work; `held`: it is a part of `held`."""
+        """Return whether the budget allows so much more work; `held`: it was held for a job."""
         if self.leased is not None:
             return not self.lacks(work_s)
         if self.budget_left is None:
             return True
-        return work_s <= self.budget_left + (self.held if held else 0.0) + DUST
+        for_jobs = self.held + self.accepting if held else 0.0
+        return work_s <= self.budget_left + for_jobs + DUST
 
     def rate_limits(self, now: float, month_left_s: float) -> tuple[RateLimitStatus, ...]:
         """How much the tenant has left of each of its limits.

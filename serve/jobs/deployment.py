@@ -96,8 +96,8 @@ class Jobs:
         self._sender = WebhookSender(
             self._database, lambda: self.live.jobs.webhook_networks, self._metrics.sent
         )
-        # Ray Serve awaits this at the end of a replica. As an attribute of the object, and not of its
-        # class, it is nothing that Python calls by itself.
+        # Ray Serve awaits this at the end of a replica. As an attribute of the object, and not of
+        # its class, it is nothing that Python calls by itself.
         setattr(self, "__del__", self.close)  # noqa: B010 - mypy knows no such attribute
         self._tasks = [
             asyncio.create_task(self._again(work, every_s))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench.tenants import add_tenants
+from serve.jobs.claims import JobClaim, give_back
 from serve.settings.application import Settings
 
 from ..stored import store_in, usage_in
@@ -90,3 +97,297 @@ def test_a_generation_that_prefers_it_becomes_a_job_and_is_charged_once(server: 
         (1, "delivered", "mine"),
     ]
     assert all(record["work_s"] > 0 for record in records)
+
+
+def accepted(answer: httpx.Response) -> str:
+    assert answer.status_code == 202, answer.text
+    id: str = answer.json()["id"]
+    return id
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_a_job_is_posted_with_the_path_and_body_of_its_request(server: Server) -> None:
+    body = {"prompt": "x", "response_format": "b64_json", "output_format": "webp"}
+    id = accepted(server.acme.post(JOBS, json={"url": GENERATE, "body": body}))
+    (image,) = server.ended(id)["result"]["data"]
+    assert base64.b64decode(image["b64_json"]).startswith(b"RIFF")
+    (listed,) = [j for j in server.acme.get(JOBS).json()["data"] if j["id"] == id]
+    assert listed["result"]["data"][0]["url"].startswith("http")  # a list holds no images
+
+
+def test_an_edit_becomes_a_job_with_its_picture_and_mask(server: Server) -> None:
+    mask = (Path(__file__).parents[1] / "edits" / "mask_alpha.png").read_bytes()
+    files = {"image": ("a.png", PICTURE), "mask": ("m.png", mask)}
+    at_once = server.acme.post(EDIT, data={"prompt": "night", "seed": "3"}, files=files)
+    id = accepted(
+        server.acme.post(EDIT, data={"prompt": "night", "seed": "3"}, files=files, headers=ASYNC)
+    )
+    done = server.ended(id)
+    assert (done["status"], done["endpoint"]) == ("succeeded", EDIT)
+    image = httpx.get(done["result"]["data"][0]["url"]).content
+    expected = base64.b64decode(at_once.json()["data"][0]["b64_json"])
+    with Image.open(io.BytesIO(image)) as got, Image.open(io.BytesIO(expected)) as want:
+        assert np.array_equal(np.asarray(got), np.asarray(want))
+    url = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
+    asked = {"url": EDIT, "body": {"prompt": "night", "images": [{"image_url": url}]}}
+    assert server.ended(accepted(server.acme.post(JOBS, json=asked)))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"url": GENERATE}, "body is required"),
+        ({"url": "/v1/images/generation", "body": {}}, "did you mean '/v1/images/generations'"),
+        ({"url": GENERATE, "body": {"prompt": "x", "sise": "1"}}, "did you mean 'size'"),
+        ({"url": GENERATE, "body": {"prompt": "x", "stream": True}}, "a job has no stream"),
+        ({"url": GENERATE, "body": {"prompt": "x", "timeout_s": 86401}}, "at most 86400"),
+        ({"url": GENERATE, "body": {"prompt": ""}}, "prompt is empty"),
+        ({"url": EDIT, "body": {"prompt": "x"}}, "images is required"),
+        ([], "object"),
+    ],
+)
+def test_a_wrong_job_is_refused_at_once(server: Server, asked: Any, expected: str) -> None:
+    answer = server.acme.post(JOBS, json=asked)
+    assert code(answer) == (400, "invalid_value")
+    assert expected in answer.json()["error"]["message"]
+
+
+def test_a_job_may_take_longer_than_a_request(server: Server) -> None:
+    body = {"prompt": "x", "timeout_s": 80000}
+    assert code(server.acme.post(GENERATE, json=body)) == (400, "invalid_value")
+    job = server.acme.post(GENERATE, json=body, headers=ASYNC).json()
+    assert job["expires_at"] - job["created_at"] == pytest.approx(80000, abs=1)
+    server.ended(job["id"])
+
+
+def test_a_key_gets_the_same_job_again(server: Server) -> None:
+    headers = {**ASYNC, "idempotency-key": "job-one"}
+    body = {"prompt": "once"}
+    first = accepted(server.acme.post(GENERATE, json=body, headers=headers))
+    assert accepted(server.acme.post(GENERATE, json=body, headers=headers)) == first
+    other = server.acme.post(GENERATE, json={"prompt": "twice"}, headers=headers)
+    assert code(other) == (422, "idempotency_key_reused")
+    server.ended(first)
+
+
+def test_jobs_of_others_do_not_exist(server: Server) -> None:
+    id = accepted(server.acme.post(GENERATE, json={"prompt": "mine"}, headers=ASYNC))
+    other = server.clients["other"]
+    for answer in (
+        other.get(f"{JOBS}/{id}"),
+        other.delete(f"{JOBS}/{id}"),
+        other.get(f"{JOBS}/{id}/events"),
+        other.get(f"{JOBS}/no-such-job"),
+    ):
+        assert code(answer) == (404, "not_found")
+    assert other.get(JOBS).json()["data"] == []
+    assert server.ended(id)["status"] == "succeeded"
+
+
+def test_jobs_are_listed_in_pages_the_newest_first(server: Server) -> None:
+    client = server.clients["other"]
+    ids = [
+        accepted(client.post(GENERATE, json={"prompt": str(i)}, headers=ASYNC)) for i in range(5)
+    ]
+    for id in ids:
+        server.ended(id, "other")
+    found: list[str] = []
+    after: dict[str, str] = {}
+    pages = 0
+    while True:
+        page = client.get(JOBS, params={"limit": 2, **after}).json()
+        found += [job["id"] for job in page["data"]]
+        after, pages = {"after": page["last_id"]}, pages + 1
+        if not page["has_more"]:
+            break
+    assert found == ids[::-1]
+    assert pages == 3
+    assert client.get(JOBS, params={"status": "failed"}).json()["data"] == []
+    for wrong in ({"limit": "0"}, {"limit": "x"}, {"status": "done"}, {"afer": "x"}):
+        assert code(client.get(JOBS, params=wrong)) == (400, "invalid_value")
+
+
+def test_a_failed_job_says_why_and_costs_nothing(server: Server) -> None:
+    id = accepted(server.acme.post(GENERATE, json={"prompt": "deadly"}, headers=ASYNC))
+    done = server.ended(id)
+    assert (done["status"], done["result"]) == ("failed", None)
+    assert done["error"]["code"] == "replica_failed"
+    assert server.usage(id) == []
+
+
+def test_a_job_that_breaks_the_runner_fails_after_three_claims(server: Server) -> None:
+    id = accepted(server.acme.post(GENERATE, json={"prompt": "broken"}, headers=ASYNC))
+    done = server.ended(id)
+    assert (done["status"], done["error"]["code"]) == ("failed", "job_lost")
+    assert server.usage(id) == []
+
+
+def test_a_job_that_is_not_done_in_time_expires(server: Server) -> None:
+    with server.edge.painter.holding():
+        body = {"prompt": "held", "timeout_s": 0.5}
+        id = accepted(server.acme.post(GENERATE, json=body, headers=ASYNC))
+        assert server.ended(id)["status"] == "expired"
+    assert server.usage(id) == []
+
+
+def test_a_running_job_is_cancelled_and_pays_for_its_steps(server: Server) -> None:
+    with server.edge.painter.holding():
+        cancelled = server.edge.painter.cancelled
+        body = {"prompt": "held", "num_inference_steps": 10}
+        id = accepted(server.acme.post(GENERATE, json=body, headers=ASYNC))
+        wait_for(lambda: server.acme.get(f"{JOBS}/{id}").json()["status"] == "running")
+        answer = server.acme.delete(f"{JOBS}/{id}")
+        assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+        wait_for(lambda: server.edge.painter.cancelled == cancelled + 1)
+        wait_for(lambda: bool(server.usage(id)))
+    assert [(r["outcome"], r["steps"]) for r in server.usage(id)] == [("cancelled", 5)]
+    assert server.acme.delete(f"{JOBS}/{id}").json()["status"] == "cancelled"
+    with httpx.Client() as client:
+        assert client.get(server.edge.url + "/health").status_code == 200
+
+
+def test_a_job_that_has_ended_is_not_cancelled(server: Server) -> None:
+    id = accepted(server.acme.post(GENERATE, json={"prompt": "x"}, headers=ASYNC))
+    server.ended(id)
+    assert code(server.acme.delete(f"{JOBS}/{id}")) == (409, "conflict")
+
+
+def test_a_waiting_job_is_cancelled_for_nothing(server: Server) -> None:
+    with server.edge.painter.holding():
+        ids = [
+            accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+            for _ in range(40)
+        ]
+        wait_for(lambda: sum(server.edge.dispatcher.grants.running_by_tenant().values()) == 8)
+        last = server.acme.get(f"{JOBS}/{ids[-1]}").json()
+        assert last["status"] == "queued"
+        assert last["queue_position"] > 1
+        for id in reversed(ids):
+            assert server.acme.delete(f"{JOBS}/{id}").json()["status"] == "cancelled"
+    assert server.usage(ids[-1]) == []
+    wait_for(lambda: not server.edge.jobs[0].runner.running)
+
+
+def test_jobs_are_accepted_as_far_as_the_budget_holds_them(server: Server) -> None:
+    poor = server.clients["poor"]
+    with server.edge.painter.holding():
+        body = {"prompt": "held", "num_inference_steps": 100}  # 0.021 s of work
+        ids = [accepted(poor.post(GENERATE, json=body, headers=ASYNC)) for _ in range(2)]
+        assert code(poor.post(GENERATE, json=body, headers=ASYNC)) == (429, "insufficient_quota")
+        # What jobs will cost is kept for them.
+        assert code(poor.post(GENERATE, json={**body, "prompt": "x"})) == (
+            429,
+            "insufficient_quota",
+        )
+    assert [server.ended(id, "poor")["status"] for id in ids] == ["succeeded"] * 2
+    small = {"prompt": "x", "num_inference_steps": 10}
+    wait_for(lambda: poor.post(GENERATE, json=small).status_code == 200)
+    assert code(poor.post(GENERATE, json={**body, "prompt": "x"})) == (429, "insufficient_quota")
+
+
+def test_a_tenant_may_have_only_so_many_jobs_waiting(server: Server) -> None:
+    few = server.clients["few"]
+    with server.edge.painter.holding():
+        answers: list[httpx.Response] = []
+        while len(answers) < 60 and (not answers or answers[-1].status_code == 202):
+            answers.append(few.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        assert code(answers[-1]) == (429, "queue_full")
+        for answer in answers[:-1]:
+            few.delete(f"{JOBS}/{answer.json()['id']}")
+
+
+def test_the_request_rate_is_paid_at_the_acceptance(server: Server) -> None:
+    rated = server.clients["rated"]
+    ids = [accepted(rated.post(GENERATE, json={"prompt": "x"}, headers=ASYNC)) for _ in range(2)]
+    refused = rated.post(GENERATE, json={"prompt": "x"}, headers=ASYNC)
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) > 100
+    assert [server.ended(id, "rated")["status"] for id in ids] == ["succeeded"] * 2
+
+
+def events_of(client: httpx.Client, id: str, last: str = "") -> Iterator[dict[str, Any]]:
+    headers = {"last-event-id": last} if last else {}
+    with client.stream("GET", f"{JOBS}/{id}/events", headers=headers) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        event: dict[str, Any] = {}
+        for line in stream.iter_lines():
+            name, _, value = line.partition(": ")
+            if name in ("id", "event"):
+                event[name] = value
+            elif name == "data":
+                event["job"] = json.loads(value)
+            elif not line and event:
+                yield event
+                event = {}
+
+
+def test_a_job_tells_its_events_and_a_client_takes_them_up_again(server: Server) -> None:
+    with server.edge.painter.holding():
+        id = accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        for event in events_of(server.acme, id):
+            if event["event"] == "job.running":
+                break
+        wait_for(lambda: server.acme.get(f"{JOBS}/{id}").json()["progress"] == 0.0)
+    seen = list(events_of(server.acme, id, event["id"]))
+    assert event["id"] not in [one["id"] for one in seen]
+    assert seen[-1]["event"] == "job.succeeded"
+    assert seen[-1]["job"]["result"]["data"][0]["url"]
+    again = server.acme.get(f"{JOBS}/{id}/events", headers={"last-event-id": seen[-1]["id"]})
+    assert again.status_code == 204  # nothing more will come
+
+
+def run(server: Server, work: Any) -> Any:
+    return asyncio.run_coroutine_threadsafe(work, server.edge.loop).result()
+
+
+def test_a_runner_that_ends_gives_its_jobs_back_at_once(server: Server) -> None:
+    with server.edge.painter.holding():
+        id = accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        wait_for(lambda: server.acme.get(f"{JOBS}/{id}").json()["status"] == "running")
+        run(server, server.edge.end_runner(server.edge.jobs[0]))
+        assert server.acme.get(f"{JOBS}/{id}").json()["status"] == "queued"
+    run(server, server.edge.add_runner())
+    assert server.ended(id)["status"] == "succeeded"
+    assert [r["outcome"] for r in server.usage(id)] == ["delivered"]
+
+
+def test_a_runner_that_is_killed_loses_no_job_and_none_is_charged_twice(server: Server) -> None:
+    with server.edge.painter.holding():
+        ids = [
+            accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+            for _ in range(3)
+        ]
+        wait_for(
+            lambda: all(server.acme.get(f"{JOBS}/{id}").json()["status"] == "running" for id in ids)
+        )
+        run(server, server.edge.end_runner(server.edge.jobs[0], killed=True))
+        run(server, server.edge.add_runner())
+        wait_for(lambda: len(server.edge.jobs[0].runner.running) == len(ids))
+    for id in ids:
+        assert server.ended(id)["status"] == "succeeded"
+        assert [r["outcome"] for r in server.usage(id)] == ["delivered"]
+
+
+def test_a_runner_that_was_paused_past_its_lease_ends_nothing(server: Server) -> None:
+    jobs = server.edge.jobs[0]
+    with server.edge.painter.holding():
+        id = accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        wait_for(lambda: server.acme.get(f"{JOBS}/{id}").json()["status"] == "running")
+        (job,) = jobs.runner.running.values()
+
+        async def lose() -> None:
+            database = await jobs._database.opened()
+
+            def work(connection: Any) -> None:
+                now = database.now(connection)
+                give_back(connection, [JobClaim(job.id, job.fence)], now, now, lost=True)
+
+            await jobs._database.write(work)
+
+        run(server, lose())
+    assert server.ended(id)["status"] == "succeeded"
+    (record,) = server.usage(id)
+    assert record["call"] == f"{id}.{job.fence + 1}"  # only the later claim has charged
