@@ -24,7 +24,8 @@ from cluster.placement import Node, NodeRequirement
 from cluster.ray_nodes import cluster_id, drain_for_good, living_nodes
 
 from ..models.replica_bounds import scaling_limits
-from ..settings.application import LiveSettings, Settings
+from ..settings.application import JobSettings, LiveSettings, Settings
+from ..settings.models import Model
 from ..tenants.files import KEYS, TENANTS
 from ..tenants.keys import TenantChanges
 from ..tenants.tenant import Tenant
@@ -197,10 +198,7 @@ class Dispatcher:
             model.pool_name(pool): pool.need for model in settings.models for pool in model.pools
         }
         encoders = [encoder.need for encoder in settings.text_encoders]
-        self.jobs.set_models(settings.models, settings.jobs)
-        self.admission.batch_weight = settings.jobs.batch_weight
-        self.admission.batches_scale = settings.jobs.batches_scale
-        self.grants.kept_from_batches = settings.jobs.batch_free_slots
+        self.apply_jobs(settings.models, settings.jobs)
         self.apply(needs, scaling_limits(settings), settings.max_queued, encoders)
 
     def apply(
@@ -222,6 +220,13 @@ class Dispatcher:
         self._nodes.set_needs(needs, encoders)
         self.sessions.deliver(self.grants.refuse())
         self.sessions.set_status(self._status())
+
+    def apply_jobs(self, models: Iterable[Model], settings: JobSettings) -> None:
+        """Treat jobs and batches of these models by these settings from now on."""
+        self.jobs.set_models(models, settings)
+        self.admission.batch_weight = settings.batch_weight
+        self.admission.batches_scale = settings.batches_scale
+        self.grants.kept_from_batches = settings.batch_free_slots
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the scaling report, which Ray Serve fetches for `autoscaling.ray_policy`."""

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from standardwebhooks import Webhook
 
 from ..store.link import DatabaseLink
-from .addresses import ForbiddenAddressError, Network, checked_socket
+from .addresses import Network, checked_socket
 from .webhook_rows import DeliveryOutcome, Message, note, take_due
 
 log = logging.getLogger("ray.serve")
@@ -104,8 +104,8 @@ class WebhookSender:
             ) as answer:
                 await answer.content.read(READ_BYTES)
                 return DeliveryOutcome(answer.status, f"{answer.status} {answer.reason}")
-        except ForbiddenAddressError as error:
-            return DeliveryOutcome(0, str(error))
+        except aiohttp.ClientConnectorError as error:  # its own message leaves out the reason
+            return DeliveryOutcome(0, f"no connection: {getattr(error, 'os_error', error)}")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             return DeliveryOutcome(0, f"{type(error).__name__}: {error}".rstrip(": "))
 

@@ -75,6 +75,7 @@ class Painter:
     def __init__(self) -> None:
         self.stopped: list[StoppedImage] = []
         self.begun = self.generated = self.cancelled = 0
+        self.prompts: list[str] = []  # of the images, in the order in which they were generated
         self._held = False
 
     @contextmanager
@@ -113,6 +114,7 @@ class Painter:
                 self.stopped.append(StoppedImage(lease, request.steps // 2, 0.0))
                 raise
         self.generated += 1
+        self.prompts.append(request.prompt)
         file = io.BytesIO()
         colour = f"#{request.seed % 2**24:06x}"
         if edited:
@@ -273,6 +275,8 @@ class Edge:
 
     async def _tune(self, settings: Settings) -> None:
         live = settings.model_dump(mode="json", exclude_unset=True)
+        if self._remote is None:
+            self.dispatcher.apply_jobs(settings.models, settings.jobs)
         for ingress in self.ingresses:
             await ingress.reconfigure(live)
         for jobs in self.jobs:
