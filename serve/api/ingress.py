@@ -105,7 +105,9 @@ class Ingress:
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
         self._favicon = FAVICON.read_bytes()
-        self._openapi = document(version("octet-serve"), self._needs_key)
+        self._openapi = document(
+            version("octet-serve"), self._needs_key, takes_jobs=settings.runs_jobs
+        )
         self._urls = ImageUrls(
             settings, lambda: self.live, metrics, timing.sweep_s, self._report_store_fault
         )

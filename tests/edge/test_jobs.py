@@ -13,7 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
 from bench.tenants import add_tenants
 from serve.jobs.claims import JobClaim, give_back
@@ -21,6 +25,7 @@ from serve.settings.application import Settings
 
 from ..stored import store_in, usage_in
 from ..wait import wait_for
+from .conforms import CONFORMS
 from .edge import Edge, started
 
 GENERATE, EDIT, JOBS = "/v1/images/generations", "/v1/images/edits", "/v1/jobs"
@@ -391,3 +396,29 @@ def test_a_runner_that_was_paused_past_its_lease_ends_nothing(server: Server) ->
     assert server.ended(id)["status"] == "succeeded"
     (record,) = server.usage(id)
     assert record["call"] == f"{id}.{job.fence + 1}"  # only the later claim has charged
+
+
+def test_answers_are_what_the_openapi_document_says(server: Server) -> None:
+    key = server.acme.headers["authorization"]
+    document = schemathesis.openapi.from_url(
+        f"{server.edge.url}/openapi.json", headers={"authorization": key}
+    )
+    results = document.get_all_operations()
+    operations = [found.ok() for found in results if isinstance(found, Ok)]
+    starts = "/v1/jobs", "/v1/batches", "/v1/webhook_endpoints", "/v1/files/{id}"
+    operations = [o for o in operations if o.path.startswith(starts) or o.path == "/v1/files"]
+    assert len(operations) == 18
+    statuses = set()
+    for operation in operations:
+        has_body = operation.method == "post"
+        for mode in GenerationMode if has_body else [GenerationMode.POSITIVE]:
+
+            @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(operation.as_strategy(generation_mode=mode))
+            def call(case: Any) -> None:
+                answer = case.call_and_validate(checks=CONFORMS, headers={"authorization": key})
+                assert answer.status_code < 500
+                statuses.add(answer.status_code)
+
+            call()
+    assert statuses >= {200, 400, 404}, statuses

@@ -17,7 +17,6 @@ from ...errors import (
     LinkInvalid,
     ModelNotFound,
     NotFound,
-    OctetError,
     StoreFailed,
     Unavailable,
     tree,
@@ -37,8 +36,19 @@ from .admin import (
     TenantList,
 )
 from .edit import EditFields, ImageEdit
+from .openapi_parts import (
+    answer_of,
+    error_answers,
+    idempotency_key_header,
+    json_content,
+    parameter,
+    reference,
+    request_id_header,
+    whole_number,
+)
+from .openapi_stored import WITHOUT_KEY, accepted, prefer_header, stored_paths, stored_schemas
 from .paths import EDITS, GENERATIONS
-from .request import REQUEST_ID, ImageGeneration
+from .request import ImageGeneration
 from .response import (
     CancelledRequest,
     CompletedEvent,
@@ -77,8 +87,13 @@ EVENTS: dict[str, type[BaseModel]] = {
 }
 
 
-def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document as plain data; `needs_key`: whether a path needs an API key."""
+def document(
+    version: str, needs_key: Callable[[str], bool], *, takes_jobs: bool = True
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 document as plain data.
+
+    `needs_key`: whether a path needs an API key. `takes_jobs`: whether the server takes jobs.
+    """
     _, schemas = models_json_schema(
         [
             (ImageGeneration, "validation"),
@@ -96,18 +111,24 @@ def document(version: str, needs_key: Callable[[str], bool]) -> dict[str, Any]:
             *((item, "serialization") for item in ADMIN),
             (ErrorEvent, "serialization"),
             *((event, "serialization") for event in EVENTS.values()),
+            *(stored_schemas() if takes_jobs else ()),
         ],
         ref_template="#/components/schemas/{model}",
     )
     paths, defined = _paths(), schemas["$defs"]
+    if takes_jobs:
+        paths |= stored_paths()
+        for path in (GENERATIONS, EDITS):
+            paths[path]["post"]["parameters"].append(prefer_header())
+            paths[path]["post"]["responses"]["202"] = accepted()
     for path, methods in paths.items():
-        if post := methods.get("post"):
-            post["parameters"].append(_idempotency_key())
-            post["responses"] |= _errors(IdempotencyKeyReused)
+        if (post := methods.get("post")) and path not in WITHOUT_KEY:
+            post["parameters"].append(idempotency_key_header())
+            post["responses"] |= error_answers(IdempotencyKeyReused)
         if needs_key(path):
             for operation in methods.values():
                 operation["security"] = [{"key": []}]
-                operation["responses"] |= _errors(KeyInvalid)
+                operation["responses"] |= error_answers(KeyInvalid)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -129,43 +150,43 @@ def _paths() -> dict[str, Any]:
             "post": {
                 "operationId": "createImage",
                 "summary": "Generate images",
-                "parameters": [_request_id(), _cache_control()],
-                "requestBody": {"required": True, **_json("ImageGeneration")},
-                "responses": {"200": _images("image_generation"), **_errors(*IMAGE_ERRORS)},
+                "parameters": [request_id_header(), _cache_control()],
+                "requestBody": {"required": True, **json_content("ImageGeneration")},
+                "responses": {"200": _images("image_generation"), **error_answers(*IMAGE_ERRORS)},
             }
         },
         EDITS: {
             "post": {
                 "operationId": "createImageEdit",
                 "summary": "Edit an image",
-                "parameters": [_request_id(), _cache_control()],
+                "parameters": [request_id_header(), _cache_control()],
                 "requestBody": {
                     "required": True,
                     "content": {
-                        **_json("ImageEdit")["content"],
-                        "multipart/form-data": {"schema": _reference("ImageEditForm")},
+                        **json_content("ImageEdit")["content"],
+                        "multipart/form-data": {"schema": reference("ImageEditForm")},
                     },
                 },
-                "responses": {"200": _images("image_edit"), **_errors(*IMAGE_ERRORS)},
+                "responses": {"200": _images("image_edit"), **error_answers(*IMAGE_ERRORS)},
             }
         },
         "/v1/requests/{id}": {
             "get": {
                 "operationId": "readRequest",
                 "summary": "Read where an open request is, by its x-request-id",
-                "parameters": [_parameter("id", "path")],
+                "parameters": [parameter("id", "path")],
                 "responses": {
-                    "200": _answer("The request is open", "RequestStatus"),
-                    **_errors(InvalidRequest, NotFound, Unavailable),
+                    "200": answer_of("The request is open", "RequestStatus"),
+                    **error_answers(InvalidRequest, NotFound, Unavailable),
                 },
             },
             "delete": {
                 "operationId": "cancelRequest",
                 "summary": "Cancel a request by its x-request-id",
-                "parameters": [_parameter("id", "path")],
+                "parameters": [parameter("id", "path")],
                 "responses": {
-                    "200": _answer("The request is being cancelled", "CancelledRequest"),
-                    **_errors(InvalidRequest, NotFound, Unavailable),
+                    "200": answer_of("The request is being cancelled", "CancelledRequest"),
+                    **error_answers(InvalidRequest, NotFound, Unavailable),
                 },
             },
         },
@@ -173,38 +194,43 @@ def _paths() -> dict[str, Any]:
             "get": {
                 "operationId": "listModels",
                 "summary": "List the models that are served",
-                "responses": {"200": _answer("The models", "ModelList")},
+                "responses": {"200": answer_of("The models", "ModelList")},
             }
         },
         "/v1/models/{model}": {
             "get": {
                 "operationId": "retrieveModel",
                 "summary": "Read one model",
-                "parameters": [_parameter("model", "path")],
+                "parameters": [parameter("model", "path")],
                 "responses": {
-                    "200": _answer("The model", "ModelItem"),
-                    **_errors(ModelNotFound),
+                    "200": answer_of("The model", "ModelItem"),
+                    **error_answers(ModelNotFound),
                 },
             }
         },
-        "/v1/files/{name}": {
-            "get": {
-                "operationId": "readImage",
-                "summary": "Read an image that was answered as a URL",
-                "parameters": [
-                    _parameter("name", "path"),
-                    _parameter("expires", "query"),
-                    _parameter("signature", "query"),
-                ],
-                "responses": {
-                    "200": {
-                        "description": "The image file",
-                        "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
+        **{
+            f"/v1/files/{folder}/{{name}}": {
+                "get": {
+                    "operationId": f"read{of}Image",
+                    "summary": "Read an image that was answered as a URL",
+                    "parameters": [
+                        parameter("name", "path"),
+                        parameter("expires", "query"),
+                        parameter("signature", "query"),
+                    ],
+                    "responses": {
+                        "200": {
+                            "description": "The image file",
+                            "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")},
+                        },
+                        "307": {
+                            "description": "A link to the image in its bucket, valid for a while"
+                        },
+                        **error_answers(LinkInvalid, NotFound, StoreFailed),
                     },
-                    "307": {"description": "A link to the image in its bucket, valid for a while"},
-                    **_errors(LinkInvalid, NotFound, StoreFailed),
-                },
+                }
             }
+            for folder, of in (("t", ""), ("j", "Job"))
         },
         "/v1/state": {
             "get": {
@@ -215,7 +241,7 @@ def _paths() -> dict[str, Any]:
                         "description": "The state",
                         "content": {"application/json": {"schema": {"type": "object"}}},
                     },
-                    **_errors(NotFound, Unavailable),
+                    **error_answers(NotFound, Unavailable),
                 },
             }
         },
@@ -224,10 +250,10 @@ def _paths() -> dict[str, Any]:
             "delete": {
                 "operationId": "liftQuarantine",
                 "summary": "Let a request pass again that has killed replicas (operators only)",
-                "parameters": [_parameter("id", "path")],
+                "parameters": [parameter("id", "path")],
                 "responses": {
-                    "200": _answer("The request passes again", "LiftedQuarantine"),
-                    **_errors(NotFound),
+                    "200": answer_of("The request passes again", "LiftedQuarantine"),
+                    **error_answers(NotFound),
                 },
             }
         },
@@ -235,10 +261,10 @@ def _paths() -> dict[str, Any]:
             method: {
                 "operationId": f"{name}Node",
                 "summary": f"{text} (operators only)",
-                "parameters": [_parameter("id", "path")],
+                "parameters": [parameter("id", "path")],
                 "responses": {
-                    "200": _answer("What holds now", "NodeCordon"),
-                    **_errors(NotFound, Unavailable),
+                    "200": answer_of("What holds now", "NodeCordon"),
+                    **error_answers(NotFound, Unavailable),
                 },
             }
             for method, name, text in (
@@ -330,12 +356,12 @@ def _admin(
     `path`: the parameters in its path. `page`: the kind of ids by which a list is read in pages.
     `of_tenant`: whether the list has the parameter `tenant`.
     """
-    parameters = [_parameter(name, "path") for name in path]
+    parameters = [parameter(name, "path") for name in path]
     if page:
-        number = _whole("after", "Entries behind this id", 0, 0, LAST_ID)
+        number = whole_number("after", "Entries behind this id", 0, 0, LAST_ID)
         text = {**number, "schema": {"type": "string", "default": ""}}
         parameters += [number if page == "number" else text]
-        parameters += [_whole("limit", "Most entries of the answer", DEFAULT, 1, MOST)]
+        parameters += [whole_number("limit", "Most entries of the answer", DEFAULT, 1, MOST)]
     if of_tenant:
         schema = {"type": "string"}
         parameters += [{"name": "tenant", "in": "query", "required": False, "schema": schema}]
@@ -345,7 +371,7 @@ def _admin(
         "operationId": operation,
         "summary": f"{summary} (operators only)",
         "parameters": parameters,
-        "responses": {status: _answer(summary, answer), **_errors(*errors)},
+        "responses": {status: answer_of(summary, answer), **error_answers(*errors)},
     }
     if body:
         found["requestBody"] = {"content": {"application/json": {"schema": body}}}
@@ -364,19 +390,6 @@ def _form(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reference(schema: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{schema}"}
-
-
-def _json(schema: str) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": _reference(schema)}}}
-
-
-def _answer(description: str, schema: str, *headers: str) -> dict[str, Any]:
-    named = {name: {"schema": {"type": "string"}} for name in ("x-request-id", *headers)}
-    return {"description": description, "headers": named, **_json(schema)}
-
-
 def _images(kind: str) -> dict[str, Any]:
     """Describe the successful answer: images as JSON, or as events for a request with `stream`.
 
@@ -384,7 +397,7 @@ def _images(kind: str) -> dict[str, Any]:
     how the types of the events begin.
     """
     headers = "x-octet-cache", "x-octet-ignored", "x-octet-eta-s", *LIMITS
-    answer = _answer("The images, or events", "ImagesResponse", *headers)
+    answer = answer_of("The images, or events", "ImagesResponse", *headers)
     events = [_event(f"{kind}.{name}", event) for name, event in EVENTS.items()]
     schema = {"oneOf": [*events, _event("error", ErrorEvent)]}
     answer["content"]["text/event-stream"] = {"schema": schema}
@@ -395,47 +408,12 @@ def _event(name: str, event: type[BaseModel]) -> dict[str, Any]:
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": _reference(event.__name__),
+        "contentSchema": reference(event.__name__),
     }
     return {
         "type": "object",
         "required": ["event", "data"],
         "properties": {"event": {"const": name}, "data": data},
-    }
-
-
-def _errors(*errors: type[OctetError]) -> dict[str, Any]:
-    """Describe the responses for these errors, one for each HTTP status."""
-    codes: dict[str, list[str]] = {}
-    for error in errors:
-        codes.setdefault(str(error.status), []).append(error.code)
-    return {
-        status: _answer("error.code: " + ", ".join(found), "ErrorResponse", "x-should-retry")
-        for status, found in sorted(codes.items())
-    }
-
-
-def _parameter(name: str, place: str) -> dict[str, Any]:
-    return {"name": name, "in": place, "required": True, "schema": {"type": "string"}}
-
-
-def _whole(name: str, description: str, default: int, least: int, most: int) -> dict[str, Any]:
-    limits = {"type": "integer", "default": default, "minimum": least, "maximum": most}
-    return {"name": name, "in": "query", "description": description, "schema": limits}
-
-
-def _request_id() -> dict[str, Any]:
-    schema = {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}
-    return {"name": "x-request-id", "in": "header", "required": False, "schema": schema}
-
-
-def _idempotency_key() -> dict[str, Any]:
-    return {
-        "name": "idempotency-key",
-        "in": "header",
-        "required": False,
-        "description": "The same key and request get the same answer for 24 hours.",
-        "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
     }
 
 
