@@ -297,9 +297,39 @@ ENGINE = [
         tuple((quantile(q, "octet_eta_ratio"), f"p{100 * q:g}") for q in QUANTILES),
     ),
 ]
+JOBS = [
+    one("Jobs that wait", "short", most("octet_jobs_waiting", "pool, lane"), "{{pool}} {{lane}}"),
+    one(
+        "Work that waits",
+        "s",
+        most("octet_jobs_waiting_work_seconds", "pool, lane"),
+        "{{pool}} {{lane}}",
+        "In seconds of a reference replica.",
+        stacked=True,
+    ),
+    one("Claims", "ops", rate("octet_job_claims"), "claimed"),
+    one(
+        "Runs by outcome",
+        "ops",
+        rate("octet_job_ends", "lane, outcome"),
+        "{{lane}} {{outcome}}",
+        "`given_back` is claimed again; with `fenced` the claim was lost meanwhile.",
+        stacked=True,
+    ),
+    one("Lost claims", "ops", rate("octet_job_claims_lost"), "lost"),
+    one("Paused", "short", most("octet_jobs_paused"), "paused"),
+    one(
+        "Webhooks by outcome",
+        "ops",
+        rate("octet_webhook_attempts", "outcome"),
+        "{{outcome}}",
+        stacked=True,
+    ),
+]
 DASHBOARDS = {
     "octet-overview": ("Octet: overview", OVERVIEW),
     "octet-tenants": ("Octet: tenants", TENANTS),
+    "octet-jobs": ("Octet: jobs and webhooks", JOBS),
     "octet-cards": ("Octet: GPUs and pools", CARDS),
     "octet-engine": ("Octet: engine", ENGINE),
 }

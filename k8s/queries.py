@@ -86,6 +86,10 @@ class Queries:
         grouped = ", ".join(filter(None, (*self.apart, tags)))
         return f" by ({grouped})" if grouped else ""
 
+    def on(self) -> str:
+        """The clause that compares series of the same cluster."""
+        return f" on ({', '.join(self.apart)})" if self.apart else ""
+
     def _selector(self, matching: dict[str, str]) -> str:
         pairs = [self.selected] if self.selected else []
         for tag, value in matching.items():

@@ -39,7 +39,7 @@ from pydantic import (
 
 from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Node, NodeRequirement, fits
-from serve.deployments import DISPATCHER, INGRESS
+from serve.deployments import DISPATCHER, INGRESS, JOBS
 from serve.errors import SettingsError, did_you_mean
 from serve.settings.application import Settings
 from serve.settings.models import Frozen, Resources
@@ -214,8 +214,7 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
     The module's docstring lists the additions.
     """
     config = serve_config(settings, pools_start_empty=False)
-    front, *_ = config["applications"]
-    deployments = {deployment["name"]: deployment for deployment in front["deployments"]}
+    deployments = {d["name"]: d for one in config["applications"] for d in one["deployments"]}
     deployments[INGRESS]["ray_actor_options"] = {
         **settings.ingress.ray_actor_options,
         "label_selector": FRONT,
@@ -225,6 +224,11 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
         "num_cpus": settings.dispatcher_num_cpus,
         "label_selector": FRONT,
     }
+    if settings.runs_jobs:
+        deployments[JOBS]["ray_actor_options"] = {
+            **settings.job_runner.ray_actor_options,
+            "label_selector": FRONT,
+        }
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": settings.http.port},  # noqa: S104 - all addresses of the pod
@@ -249,7 +253,8 @@ def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
     """
     kinds = tuple(kinds)
     deployed = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
-    front = Resources(num_cpus=settings.dispatcher_num_cpus), settings.ingress
+    dispatcher = Resources(num_cpus=settings.dispatcher_num_cpus)
+    front = dispatcher, settings.ingress, settings.job_runner
     found = []
     for card in dict.fromkeys(kind.card for kind in kinds):
         nodes = [kind for kind in kinds if kind.card == card]
@@ -330,7 +335,7 @@ def _check(
     if any(source.revision for source in sources) and not settings.models_folder:
         raise SettingsError("models_folder: must be set, because models are pulled from the hub")
     for name, need in _needs(settings):
-        front = name in (INGRESS, DISPATCHER)
+        front = name in (INGRESS, DISPATCHER, JOBS)
         if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
             raise SettingsError(f"{name}: none of the nodes can hold a replica")
     autoscaled = any(kind.min_nodes < kind.max_nodes for kind in kinds if kind.card)
@@ -345,6 +350,7 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
     """Yield the name of each deployment, and what one replica of it needs of its node."""
     yield INGRESS, NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
     yield DISPATCHER, NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
+    yield JOBS, NodeRequirement("fp16", settings.job_runner.num_cpus, 0.0)
     for model in settings.models:
         for pool in model.pools:
             yield f"pool {model.pool_name(pool)}", pool.need
@@ -355,7 +361,7 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
 def _loads(settings: Settings, kind: NodeKind) -> bool:
     """Return whether a replica that loads weights may run on nodes of this kind."""
     needs = dict(_needs(settings))
-    del needs[INGRESS], needs[DISPATCHER]
+    del needs[INGRESS], needs[DISPATCHER], needs[JOBS]
     return any(fits(need, kind.node) for need in needs.values())
 
 
@@ -379,7 +385,8 @@ def _head(
     """
     nodes = sum(kind.max_nodes for kind in kinds)
     pools = [pool for model in settings.models for pool in model.pools]
-    replicas = sum(part.replicas for part in (settings.ingress, *settings.text_encoders, *pools))
+    parts = settings.ingress, settings.job_runner, *settings.text_encoders, *pools
+    replicas = sum(part.replicas for part in parts)
     memory = f"{ceil(4 + (replicas + nodes) / 50)}Gi"
     (container,) = copy.deepcopy(pattern["template"]["spec"]["containers"])
     container["resources"] = {

@@ -197,6 +197,32 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "critical",
         "The database of tenants and usage cannot be used, so all new work is refused.",
     ),
+    "OctetJobsNotClaimed": (
+        f"{Q.most('octet_jobs_waiting')} > 0 "
+        f"unless{Q.on()} {Q.increase('octet_job_claims', '15m')} > 0",
+        "15m",
+        "warning",
+        "{{ $value }} jobs wait, and none was claimed for 15 minutes.",
+    ),
+    "OctetJobsPaused": (
+        f"{Q.most('octet_jobs_paused')} > 0",
+        "5m",
+        "warning",
+        "No job is claimed, because the store of images is full.",
+    ),
+    "OctetJobClaimsLost": (
+        Q.happened("octet_job_claims_lost", "15m"),
+        "0m",
+        "warning",
+        "{{ $value | humanize }} jobs were claimed and then lost with their process; they are "
+        "claimed again.",
+    ),
+    "OctetWebhooksDead": (
+        Q.happened("octet_webhook_attempts", "1h", outcome="dead"),
+        "0m",
+        "warning",
+        "{{ $value | humanize }} messages could not be sent to their webhook for three days.",
+    ),
     "OctetTenantsFile": (
         f"{Q.most('octet_tenants_file_faults', 'file')} > 0",
         "1m",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 from ..request import ModelLimits
 from .application import CatalogueSettings, FrontSettings, LiveSettings, Settings
 from .models import LiveModelSettings
-from .serve_config import NUMBERS
+from .serve_config import NUMBERS, OF_JOBS
 
 NOTHING = "nothing"
 RESTARTS = {  # by the key that holds the changed one
@@ -39,6 +39,7 @@ EXCEPTIONS = {
     **dict.fromkeys(("models", "pools", "text_encoders"), "what changes"),
     **dict.fromkeys(("emulate_fp8", "compiled_folder"), "pools"),
     "autoscaling_policy": "every replica",
+    "job_runner": "Jobs",
 }
 
 
@@ -157,6 +158,8 @@ def _restarts(group: str, name: str) -> str:
         (CatalogueSettings, "pools and text encoders"),
     ):
         if name in part.model_fields:
+            if part is FrontSettings and name in OF_JOBS:
+                restarts = "Ingresses, Dispatcher, Jobs"
             return EXCEPTIONS.get(name, restarts)
     return "`octet serve`"
 

@@ -149,7 +149,7 @@ def test_ray_serve_accepts_the_config_and_every_name_in_it_exists(overlay: str) 
         deployed = {d.name for d in deployments(app.build(application.args))}
         assert {d.name for d in application.deployments} == deployed
     settings = settings_of(overlay)
-    assert len(applications) == 1 + len(settings.text_encoders) + sum(
+    assert len(applications) == 2 + len(settings.text_encoders) + sum(
         len(model.pools) for model in settings.models
     )
     assert config["proxy_location"] == "EveryNode"

@@ -253,6 +253,28 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         {"ray_octet_database_fault": "1 0 0 1 0 0 0 0 0"},
         9,
     ),
+    "OctetJobsNotClaimed": (
+        {
+            'ray_octet_jobs_waiting{pool="p",lane="job"}': "3x40",
+            "ray_octet_job_claims_total": "0+1x10 10x30",
+        },
+        {
+            'ray_octet_jobs_waiting{pool="p",lane="job"}': "3x40",
+            "ray_octet_job_claims_total": "0+1x40",
+        },
+        40,
+    ),
+    "OctetJobsPaused": ({"ray_octet_jobs_paused": "1x9"}, {"ray_octet_jobs_paused": "0x9"}, 9),
+    "OctetJobClaimsLost": (
+        {"ray_octet_job_claims_lost_total": "_x26 1x5"},
+        {"ray_octet_job_claims_lost_total": "1x30"},
+        30,
+    ),
+    "OctetWebhooksDead": (
+        {'ray_octet_webhook_attempts_total{outcome="dead"}': "_x26 1x5"},
+        {'ray_octet_webhook_attempts_total{outcome="waiting"}': "_x26 1x5"},
+        30,
+    ),
     "OctetStoreFault": (
         {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1x9"},
         {'ray_octet_store_faults{NodeAddress="n",place="bucket b",cause="X"}': "1 1 0 0 1 0 0 0 0"},
