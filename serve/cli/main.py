@@ -19,6 +19,7 @@ from . import (
     check_config,
     compile_pools,
     doctor,
+    jobs,
     k8s,
     node,
     plan,
@@ -185,6 +186,7 @@ _add(
     "octet top",
     "octet top https://images.example --once --json",
 )
+app.add_typer(jobs.app, name="jobs", rich_help_panel=OPERATE)
 app.add_typer(store.app, name="store", rich_help_panel=OPERATE)
 app.add_typer(node.app, name="node", rich_help_panel=OPERATE)
 app.add_typer(k8s.app, name="k8s", rich_help_panel=OPERATE)

@@ -391,7 +391,7 @@ def erase(
     config: ConfigOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a tenant's images and usage records for ever. Revoke its keys first."""
+    """Delete a tenant's images, usage records and jobs for ever. Revoke its keys first."""
     if config is None:
         raise UsageError("whose images? Name a settings file with --config")
     settings = load_settings(config)
@@ -399,16 +399,19 @@ def erase(
     if not yes:
         _confirm_erasure(settings, tenant, source)
     with ExitStack() as cleanup:
-        images = erased = 0
+        images = erased = jobs = 0
         try:
             if settings.data_folder:
                 store = open_store(settings, drain=False)
                 cleanup.callback(store.close)
                 images = store.erase(tenant)
-            erased = source.erase(tenant)
+            erased, jobs = source.erase(tenant)
         except (OSError, StoreFailed) as error:
             raise SettingsError(str(error)) from None
-    console.print(f"{images} images and {erased} records of {tenant} are deleted", highlight=False)
+    console.print(
+        f"{images} images, {erased} records and {jobs} jobs of {tenant} are deleted",
+        highlight=False,
+    )
 
 
 def _confirm_erasure(settings: Settings, tenant: str, source: StoredUsage) -> None:
@@ -419,7 +422,8 @@ def _confirm_erasure(settings: Settings, tenant: str, source: StoredUsage) -> No
     place = f"the bucket {settings.s3.bucket}" if settings.s3 else settings.data_folder
     images = f"all images of {tenant} in {place}, and " if place else ""
     console.print(
-        f"This deletes {images}{records} usage records in {source.place}.", highlight=False
+        f"This deletes {images}{records} usage records and all jobs in {source.place}.",
+        highlight=False,
     )
     if has_keys:
         console.print(

@@ -37,9 +37,14 @@ class StoredUsage:
         with closing(self._open()) as database:
             yield from records(database, since, tenant)
 
-    def erase(self, tenant: str) -> int:
-        """Delete a tenant's records; return their number. Raises `OSError`."""
-        from ..usage.ledger import erase
+    def erase(self, tenant: str) -> tuple[int, int]:
+        """Delete a tenant's records, and its jobs with all that belongs to them.
+
+        Returns the number of records and of jobs. Raises `OSError`.
+        """
+        from ..jobs import reading
+        from ..usage import ledger
 
         with closing(self._open()) as database:
-            return erase(database, tenant)
+            jobs = database.write(lambda connection: reading.erase(connection, tenant))
+            return ledger.erase(database, tenant), jobs

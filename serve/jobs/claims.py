@@ -126,6 +126,22 @@ def give_back(
     counts.write(connection)
 
 
+def queue_again(connection: Connection, id: str, now: float) -> bool:
+    """Queue a failed job again, with the time that it had; returns False if it is none."""
+    failed = JOBS.c.id == id, JOBS.c.state == "failed", JOBS.c.batch.is_(None)
+    row = connection.execute(select(JOBS).where(*failed)).first()
+    if row is None:
+        return False
+    job = Job(*row)
+    values = {"state": "queued", "lost": 0, "error": None, "ended": None, "not_before": now}
+    expires = now + job.expires - job.created
+    connection.execute(update(JOBS).where(*failed).values(**values, expires=expires))
+    counts = CountChanges()
+    counts.queued(kind_of(job), 1, job.work_s)
+    counts.write(connection)
+    return True
+
+
 def look_after(connection: Connection, now: float) -> tuple[int, int]:
     """Queue jobs again whose lease has ended, and end those that have expired while they waited.
 

@@ -18,11 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
+from typer.testing import CliRunner
 
 from bench.tenants import add_tenants
+from serve.cli.main import app
 from serve.jobs.claims import JobClaim, give_back
 from serve.settings.application import Settings
 
+from ..builders import ROOT
 from ..stored import store_in, usage_in
 from ..wait import wait_for
 from .conforms import CONFORMS
@@ -422,3 +425,51 @@ def test_answers_are_what_the_openapi_document_says(server: Server) -> None:
 
             call()
     assert statuses >= {200, 400, 404}, statuses
+
+
+# -- octet jobs -----------------------------------------------------------------------------------
+
+
+def octet(server: Server, *words: str) -> tuple[int, str]:
+    """The exit code and the output of `octet jobs WORDS` with the server's settings."""
+    config = server.folder / "octet.yaml"
+    laptop = (ROOT / "examples" / "laptop.yaml").read_text()
+    laptop = laptop.replace("../demo/model", str(ROOT / "demo" / "model"))
+    config.write_text(f"data_folder: {server.folder}\n{laptop}")
+    command, *more = words
+    result = CliRunner().invoke(app, ["jobs", command, str(config), *more], prog_name="octet")
+    return result.exit_code, result.output
+
+
+def test_an_operator_sees_jobs_but_not_what_their_tenants_wrote(server: Server) -> None:
+    asked = {"prompt": "a secret plan"}
+    id = accepted(server.acme.post(GENERATE, json=asked, headers=ASYNC))
+    server.ended(id)
+    status, output = octet(server, "list", "--tenant", "acme", "--json", "--limit", "10000")
+    (listed,) = [job for job in json.loads(output) if job["id"] == id]
+    assert (status, listed["state"], listed["lane"]) == (0, "succeeded", "job")
+    status, output = octet(server, "show", id)
+    assert (status, json.loads(output)) == (0, listed)
+    assert "secret" not in output
+    assert octet(server, "list", "--tenant", "nobody", "--json") == (0, "[]\n")
+    for command in ("retry", "cancel"):
+        status, output = octet(server, command, id)
+        assert status == 1
+    assert "has ended already" in output
+
+
+def test_an_operator_repeats_a_lost_job_and_cancels_it(server: Server) -> None:
+    id = accepted(server.acme.post(GENERATE, json={"prompt": "broken"}, headers=ASYNC))
+    assert server.ended(id)["error"]["code"] == "job_lost"
+    _, output = octet(server, "dead", "--json")
+    assert [(d["why"], d["tenant"]) for d in json.loads(output) if d["id"] == id] == [
+        ("lost", "acme")
+    ]
+    assert octet(server, "retry", id)[0] == 0
+    assert server.ended(id)["error"]["code"] == "job_lost"  # again, after three more claims
+    with server.edge.painter.holding():
+        held = accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        wait_for(lambda: server.acme.get(f"{JOBS}/{held}").json()["status"] == "running")
+        assert octet(server, "cancel", held)[0] == 0
+        wait_for(lambda: bool(server.usage(held)))  # the runner has heard of it
+    assert server.ended(held)["status"] == "cancelled"

@@ -214,10 +214,16 @@ def test_a_tenant_is_erased(tmp_path: Path) -> None:
     charge(tmp_path, "acme")
     code, output = octet("tenant", "erase", "acme", "--config", settings)
     said = " ".join(output.split())
-    assert (code, "1 usage records in" in said, "add --yes" in said) == (2, True, True), output
+    assert (code, "1 usage records and all jobs in" in said, "add --yes" in said) == (
+        2,
+        True,
+        True,
+    ), output
     assert store.get(names[0]) == b"x"
     code, output = octet("tenant", "erase", "acme", "--config", settings, "--yes")
-    assert (code, "1 images and 1 records of acme are deleted" in output) == (0, True), output
+    assert (code, "1 images, 1 records and 0 jobs of acme are deleted" in output) == (0, True), (
+        output
+    )
     assert store.get(names[1]) == b"x"
     assert not usage_in(tmp_path / "data")
 
