@@ -194,13 +194,14 @@ def _database(config: Any) -> Iterator[Database]:
 
 def _facts(job: Job) -> dict[str, Any]:
     """What an operator may see of a job: everything but what its tenant has written."""
+    from ..jobs.encoding import StoredError
+
     facts = job._asdict()
     for name in ("request", "result", "custom_id"):
         del facts[name]
     for name in ("created", "started", "ended", "expires", "not_before", "lease_until"):
         facts[name] = _time(facts[name])
-    error = json.loads(job.error) if job.error else {}
-    facts["error"] = error.get("code")
+    facts["error"] = StoredError.read(job.error).code if job.error else None
     return facts
 
 

@@ -438,6 +438,8 @@ def octet(server: Server, *words: str) -> tuple[int, str]:
     config.write_text(f"data_folder: {server.folder}\n{laptop}")
     command, *more = words
     result = CliRunner().invoke(app, ["jobs", command, str(config), *more], prog_name="octet")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result.exit_code, result.output
 
 
