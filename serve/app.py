@@ -120,7 +120,10 @@ def _jobs(settings: FrontSettings, parts: Parts) -> serve.Application:
     """The processes that run jobs; each calls the Dispatcher and the Generators."""
     bound: serve.Application = (
         _deployment(parts.jobs, JOBS)
-        .options(ray_actor_options=settings.job_runner.ray_actor_options)
+        .options(
+            ray_actor_options=settings.job_runner.ray_actor_options,
+            health_check_period_s=1,  # its jobs wait until its death is noticed
+        )
         .bind(
             settings.model_dump(mode="json"),
             DeploymentHandle(DISPATCHER, APPLICATION),

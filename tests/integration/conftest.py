@@ -6,6 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 
 from serve.engine.fp8_checkpoint import quantize
 from serve.launch import RunningApplication, run_application
+from serve.settings.application import JobSettings
 
 from ..builders import DEMO_MODEL, laptop_settings
 from ..ports import free_port
@@ -52,6 +54,8 @@ def octet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplicati
             "OCTET_MODELS__0__POOLS__0__SOURCE__LOCATION": str(fp8),
         }
     )
+    jobs = JobSettings(webhook_networks=(ip_network("127.0.0.0/8"),))
+    settings = settings.model_copy(update={"jobs": jobs})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray warns while it starts
         application = run_application(settings, import_path="tests.integration.faulty:build")
