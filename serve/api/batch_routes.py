@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -201,8 +200,8 @@ class BatchRoutes:
 
     # -- batches --------------------------------------------------------------------------------
 
-    async def create(self, http: Request, body: bytes, call_id: str = "") -> Response:
-        """Make a batch; the body was read already. `call_id`: from which it gets its id."""
+    async def create(self, http: Request, body: bytes, id: str) -> Response:
+        """Make a batch; the body was read already. `id`: its id without its beginning."""
         asked, tenant = parse_batch(body), http.scope["tenant"]
         jobs = self._stored.live.jobs
         expiry = asked.output_expires_after
@@ -212,7 +211,7 @@ class BatchRoutes:
                 "for which this server keeps batches",
                 param="output_expires_after.seconds",
             )
-        id = f"batch_{call_id or uuid.uuid4().hex}"
+        id = f"batch_{id}"
         client = ClientCall(ADMISSION_S)
         key_id = http.scope.get("key_id", "")
         call = self._session.open(

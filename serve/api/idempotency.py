@@ -51,6 +51,15 @@ class IdempotentRequest:
     def __init__(self, key: str, digest: str) -> None:
         self.key, self.digest = key, digest
 
+    def id(self, tenant: str) -> str:
+        """The same hexadecimal text whenever the tenant sends this request with this key.
+
+        What is stored under this id is stored once, also if the answer to the first attempt was
+        that nobody knows whether it is.
+        """
+        text = "\n".join((tenant, self.key, self.digest))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
 
 def idempotent(http: Request, body: bytes) -> IdempotentRequest | None:
     """The key of a request and the digest of what it asks for; None if it has no key.

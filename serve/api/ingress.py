@@ -288,10 +288,12 @@ class Ingress:
         try:
             body = await self._stored.requests.body(http)
             asked = idempotent(http, body)
-            create = partial(self._stored.batches.create, http, body)
+            stored, tenant = self._stored, http.scope["tenant"]
             if asked is None:
-                return await create()
-            return await self._idempotency.answer(asked, http, self._timing.store_s, create)
+                return await stored.batches.create(http, body, uuid.uuid4().hex)
+            create = partial(stored.batches.create, http, body, asked.id(tenant))
+            takes_s = self._timing.store_s
+            return await self._idempotency.answer(asked, http, takes_s, lambda _: create())
         except OctetError as error:
             self._refused(error, http.scope)
             raise
@@ -325,14 +327,16 @@ class Ingress:
         `as_job`: accept it as a job.
         """
         asked, parsed = read.asked, read.parsed
+        tenant: str = http.scope["tenant"]
         work: Callable[[str], Awaitable[Response]]
         if not as_job:
-            tenant: str = http.scope["tenant"]
             work = partial(self._generations.answer, parsed, tenant, request_id, http, held)
         elif self._stored is None:
             raise unknown_path(http.method, http.url.path)
         else:
-            work = partial(self._accepted, self._stored, read, request_id, http, held)
+            id = asked.id(tenant) if asked else uuid.uuid4().hex
+            accept = partial(self._accepted, self._stored, read, request_id, http, held, id)
+            work = lambda _: accept()  # noqa: E731 - the id of a call is of no use here
         try:
             if asked is None:
                 return await work("")
@@ -352,13 +356,11 @@ class Ingress:
         request_id: str,
         http: Request,
         held: HeldPicture | None,
-        call_id: str,
+        id: str,
     ) -> Response:
         """Accept a request as a job, and count and log it if it is refused."""
         try:
-            return await stored.jobs.accept(
-                read.parsed, read.endpoint, request_id, http, held, call_id
-            )
+            return await stored.jobs.accept(read.parsed, read.endpoint, request_id, http, held, id)
         except OctetError as error:
             self._refused(error, http.scope)
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -73,17 +72,17 @@ class JobRoutes:
         endpoint: str,
         request_id: str,
         http: Request,
-        held: HeldPicture | None = None,
-        call_id: str = "",
+        held: HeldPicture | None,
+        id: str,
     ) -> Response:
         """Accept a job: 202 once it is stored.
 
         `endpoint`: the path of its request. `held`: the pixels of an edit, which are let go in any
-        case. `call_id`: from which the job gets its id, so that a repeated request gets the same
-        job; empty: a new one. Raises an `OctetError` for a job that is refused.
+        case. `id`: hexadecimal, the job's id without its beginning; a job that is stored already is
+        not stored again. Raises an `OctetError` for a job that is refused.
         """
         try:
-            job = await self._accepted(parsed, endpoint, request_id, http, held, call_id)
+            job = await self._accepted(parsed, endpoint, request_id, http, held, id)
         finally:
             if held:
                 held.release()
@@ -104,7 +103,7 @@ class JobRoutes:
         request_id: str,
         http: Request,
         held: HeldPicture | None,
-        call_id: str,
+        id: str,
     ) -> Job:
         parsed.check_stored()
         tenant, key_id = http.scope["tenant"], http.scope.get("key_id", "")
@@ -133,7 +132,7 @@ class JobRoutes:
 
             def store(connection: Connection, now: float) -> Job:
                 job = NewJob(
-                    id=f"job_{call_id or uuid.uuid4().hex}",
+                    id=f"job_{id}",
                     tenant=tenant,
                     lane="job",
                     endpoint=ENDPOINTS[endpoint],
