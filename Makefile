@@ -91,6 +91,11 @@ bench-autoscaling: .venv/bench
 bench-autoscaling-ray: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling_ray
 
+# Jobs and batches with Generators that only wait; URL: a PostgreSQL to measure too. About 15 minutes;
+# QUICK=1: 3 minutes.
+bench-jobs: .venv/bench
+	$(BIN)/python -W ignore -m bench.jobs $(if $(QUICK),--quick) $(if $(URL),--url $(URL))
+
 # Repeated requests, from memory and through Redis; about 4 minutes.
 bench-repeats: .venv/bench servers
 	$(BIN)/python -W ignore -m bench.repeats
