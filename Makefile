@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib|moto|transformers/models)/' $(1) || true
 
 .PHONY: install servers demo demo-check test test-long check check-kernels \
-	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-gpu bench-gpu-wheels accept-gpu \
+	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
 install: $(INSTALLED)

@@ -88,7 +88,7 @@ class JobJournal:
             except httpx.TransportError as error:
                 self.refused[type(error).__name__] += 1
             else:
-                if answer.headers.get("x-should-retry") != "true":
+                if answer.status_code < 500 and answer.headers.get("x-should-retry") != "true":
                     return answer.json()
                 self.refused[str(answer.status_code)] += 1
             time.sleep(PAUSE_S)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Select, select
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.session import DispatchSession
-from ..errors import Conflict, InvalidRequest, NotFound, OwnQueueFull
+from ..errors import (
+    Conflict,
+    InvalidRequest,
+    OwnQueueFull,
+    QuotaExceeded,
+    RateLimited,
+    Unavailable,
+)
 from ..jobs import batch_rows, files
 from ..jobs.acceptance import allowance
 from ..jobs.batch_rows import Batch
+from ..jobs.encoding import is_storable
 from ..jobs.files import PART_BYTES, StoredFile
 from ..jobs.job import Job, new_id
 from ..jobs.reading import page
@@ -45,7 +54,7 @@ from .wire.response import ImagesResponse
 
 WINDOW_S = 24 * 3600.0
 ADMISSION_S = 30.0
-UPLOADS = 2  # at a time at one Ingress, so that temporary files do not fill its disk
+UPLOADS, UPLOADS_OF_ONE = 8, 2  # at a time at one Ingress, in all and of one tenant
 ROWS = 100  # lines of an output file that are read at a time
 MOST_FILES = 10_000  # entries of a page of files, as in OpenAI's API
 AnswerOf = Callable[[Request], Callable[[Job], Awaitable[ImagesResponse | None]]]
@@ -64,7 +73,7 @@ class BatchRoutes:
         """`answer_of`: returns what makes the answer of a line that succeeded."""
         self._stored, self._session, self._answer_of = stored, session, answer_of
         self._timing = timing
-        self._uploading = asyncio.Semaphore(UPLOADS)
+        self._uploading: Counter[str] = Counter()  # by tenant
         self.routes = [
             Route("/v1/files", self.upload, methods=["POST"]),
             Route("/v1/files", self.files, methods=["GET"]),
@@ -80,46 +89,60 @@ class BatchRoutes:
 
     async def upload(self, http: Request) -> Response:
         """Answer `POST /v1/files`."""
-        with self._stored.reading(http):
-            pass  # it counts for the rate of requests
-        jobs = self._stored.live.jobs
-        async with (
-            self._uploading,
-            uploaded_form(http, jobs.max_file_bytes, self._timing.body_s) as form,
-        ):
-            self._stored.authenticate_again(http)
-            file = file_of(form)
-            if file.size and file.size > jobs.max_file_bytes:
-                raise InvalidRequest(
-                    f"file: has {file.size} bytes, more than {jobs.max_file_bytes}", param="file"
+        tenant: str = http.scope["tenant"]
+        with self._stored.reading(http), self._upload_of(tenant):
+            jobs = self._stored.live.jobs
+            used = await self._stored.read(partial(files.stored_bytes, tenant=tenant))
+            left = jobs.max_files_bytes - used
+            if left <= 0:
+                raise QuotaExceeded(
+                    f"your files have {used} bytes of {jobs.max_files_bytes}: delete some of them"
                 )
-            keep_s = _keep_s(form, jobs.keep_s)
-            now = await self._stored.now()
-            begun = StoredFile(
-                id=new_id("file"),
-                number=0,
-                tenant=http.scope["tenant"],
-                name=(file.filename or "file")[:255],
-                purpose="batch",
-                bytes=None,
-                lines=0,
-                kind="upload",
-                batch=None,
-                whole=0,
-                created=now,
-                expires=now + keep_s,
-            )
-            await self._stored.write(lambda connection, _: files.begin(connection, begun))
-            size = lines = part = 0
-            while content := await file.read(PART_BYTES):
-                await self._stored.write(
-                    partial(_add_part, id=begun.id, part=part, content=content)
-                )
-                size, lines, part = size + len(content), lines + content.count(b"\n"), part + 1
-            made = await self._stored.write(
-                lambda connection, _: files.finish(connection, begun.id, size, lines)
-            )
+            most = min(jobs.max_file_bytes, left)
+            async with uploaded_form(http, most, self._timing.body_s) as form:
+                self._stored.authenticate_again(http)
+                made = await self._kept(tenant, file_of(form, most), _keep_s(form, jobs.keep_s))
         return json_answer(file_item(made))
+
+    @contextmanager
+    def _upload_of(self, tenant: str) -> Iterator[None]:
+        """Count an upload in the block. Raises an `OctetError` if there are too many."""
+        if self._uploading[tenant] >= UPLOADS_OF_ONE:
+            raise RateLimited("you are uploading as many files at a time as you may: try again")
+        if self._uploading.total() >= UPLOADS:
+            raise Unavailable("too many files are being uploaded: try again")
+        self._uploading[tenant] += 1
+        try:
+            yield
+        finally:
+            self._uploading[tenant] -= 1
+            self._uploading += Counter()  # forgets those with none
+
+    async def _kept(self, tenant: str, file: UploadFile, keep_s: float) -> StoredFile:
+        """Store a file in the database, part by part."""
+        name = "".join(c for c in (file.filename or "file") if c.isprintable() and is_storable(c))
+        begun = StoredFile(
+            id=new_id("file"),
+            number=0,
+            tenant=tenant,
+            name=name[:255],
+            purpose="batch",
+            bytes=None,
+            lines=0,
+            kind="upload",
+            batch=None,
+            whole=0,
+            created=0.0,
+            expires=keep_s,
+        )
+        await self._stored.write(partial(files.begin, file=begun))
+        size = lines = part = 0
+        while content := await file.read(PART_BYTES):
+            await self._stored.write(partial(_add_part, id=begun.id, part=part, content=content))
+            size, lines, part = size + len(content), lines + content.count(b"\n"), part + 1
+        return await self._stored.write(
+            lambda connection, _: files.finish(connection, begun.id, size, lines)
+        )
 
     async def files(self, http: Request) -> Response:
         """Answer `GET /v1/files`: the tenant's files, newest first."""
@@ -191,11 +214,11 @@ class BatchRoutes:
 
     async def _file(self, http: Request) -> StoredFile:
         """The tenant's file that the path names. Raises `NotFound` if there is none."""
-        id, tenant = http.path_params["id"], http.scope["tenant"]
+        id, tenant = self._stored.id(http), http.scope["tenant"]
         now = await self._stored.now()
         file = await self._stored.read(lambda connection: files.find(connection, id, tenant, now))
         if file is None:
-            raise NotFound(f"no file has the id '{id[:80]}', or it is no longer kept")
+            raise self._stored.not_found(http)
         return file
 
     # -- batches --------------------------------------------------------------------------------
@@ -276,10 +299,10 @@ class BatchRoutes:
         return json_answer(await self._item(batch))
 
     async def _batch(self, http: Request) -> Batch:
-        id, tenant = http.path_params["id"], http.scope["tenant"]
+        id, tenant = self._stored.id(http), http.scope["tenant"]
         batch = await self._stored.read(lambda connection: batch_rows.find(connection, id))
         if batch is None or batch.tenant != tenant:
-            raise NotFound(f"no batch has the id '{id[:80]}', or it is no longer kept")
+            raise self._stored.not_found(http)
         return batch
 
     async def _item(self, batch: Batch) -> BatchItem:

@@ -59,18 +59,24 @@ async def job_events(
     item: Callable[[Job], Awaitable[JobItem]],
     last_id: str,
     keep_alive_s: float,
+    ended: Callable[[], None],
 ) -> Response:
     """Stream an event for each change of a job, until it has ended.
 
     `item`: describes the job. `last_id`: the id of the last event that the client has; the same
     event is not sent again. A client that has the last event of all gets 204, so that it does not
-    come back.
+    come back. `ended` is called when the stream has ended, or if there is none.
     """
-    first = await item(job)
-    if job.state not in OPEN and last_id == _id(job, first):
-        return Response(status_code=204)
-    frames = _frames(watch, job, first, item, last_id, keep_alive_s)
-    return EventStream(await anext(frames), frames, {}, lambda: None)
+    try:
+        first = await item(job)
+        if job.state not in OPEN and last_id == _id(job, first):
+            ended()
+            return Response(status_code=204)
+        frames = _frames(watch, job, first, item, last_id, keep_alive_s)
+        return EventStream(await anext(frames), frames, {}, ended)
+    except BaseException:
+        ended()
+        raise
 
 
 async def _frames(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.refusals import rate_limit_headers
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState
-from ..errors import Conflict, InvalidRequest, NotFound, OctetError
+from ..errors import Conflict, InvalidRequest, OctetError, RateLimited
 from ..jobs.acceptance import accept
 from ..jobs.encoding import StoredPictures, StoredRequest, images_of
 from ..jobs.endings import cancel
@@ -36,6 +37,7 @@ from .wire.jobs import ENDPOINTS, JobItem, JobList, job_item, parse_page
 from .wire.request import GenerationRequest, ignored_header
 from .wire.response import ImagesResponse, images_response
 
+MOST_STREAMS = 100  # of events, of one tenant at one Ingress
 POLL_S = 2  # after which a client may look at its job again
 ADMISSION_S = 30.0  # for the Dispatcher to decide whether a job may be accepted
 STATES = ("queued", "running", "succeeded", "failed", "cancelled", "expired")
@@ -57,6 +59,7 @@ class JobRoutes:
         self._stored, self._session, self._attempts = stored, session, attempts
         self._urls, self._images, self._metrics, self._timing = urls, images, metrics, timing
         self._watch = JobWatch(stored)
+        self._streams: Counter[str] = Counter()  # of events, by tenant
         self.routes = [
             Route("/v1/jobs", self.list, methods=["GET"]),
             Route("/v1/jobs/{id}", self.read, methods=["GET"]),
@@ -190,20 +193,27 @@ class JobRoutes:
 
     async def events(self, http: Request) -> Response:
         """Answer `GET /v1/jobs/ID/events`: each change of the job, until it has ended."""
-        job = await self._job(http)
+        job, tenant = await self._job(http), http.scope["tenant"]
+        if self._streams[tenant] >= MOST_STREAMS:
+            raise RateLimited(f"you watch {MOST_STREAMS} jobs already, which is the most")
 
         async def item(job: Job) -> JobItem:
             return await self._item(job, http, links=True)
 
+        def ended() -> None:
+            self._streams[tenant] -= 1
+            self._streams += Counter()  # forgets those with none
+
         last = http.headers.get("last-event-id", "")
-        return await job_events(self._watch, job, item, last, self._timing.keep_alive_s)
+        self._streams[tenant] += 1
+        return await job_events(self._watch, job, item, last, self._timing.keep_alive_s, ended)
 
     async def _job(self, http: Request) -> Job:
         """The tenant's job that the path names. Raises `NotFound` if there is none."""
-        id, tenant = http.path_params["id"], http.scope["tenant"]
+        id, tenant = self._stored.id(http), http.scope["tenant"]
         job = await self._stored.read(lambda connection: find_job(connection, id, tenant))
         if job is None:
-            raise NotFound(f"no job has the id '{id[:80]}', or it is no longer kept")
+            raise self._stored.not_found(http)
         return job
 
     async def _item(self, job: Job, http: Request, *, links: bool = False) -> JobItem:

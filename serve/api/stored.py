@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -10,7 +11,7 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import OctetError, Unavailable
+from ..errors import NotFound, OctetError, Unavailable
 from ..settings.application import Settings
 from ..store.link import DatabaseLink
 from ..tenants.keys import TenantAccess
@@ -19,6 +20,8 @@ from .tenant_gate import TenantGate
 from .timing import IngressTiming
 
 T = TypeVar("T")
+
+ID = re.compile(r"[a-z0-9_]{1,48}")
 
 
 class StoredRequests:
@@ -76,6 +79,20 @@ class StoredRequests:
             )
         except OSError:
             raise _unavailable() from None
+
+    @staticmethod
+    def id(http: Request) -> str:
+        """The id in the path. Raises `NotFound` if it cannot be one."""
+        id: str = http.path_params["id"]
+        if not ID.fullmatch(id):
+            raise StoredRequests.not_found(http)
+        return id
+
+    @staticmethod
+    def not_found(http: Request) -> NotFound:
+        """The error for a path that names nothing of the tenant's."""
+        id: str = http.path_params["id"]
+        return NotFound(f"nothing here has the id '{id[:80]}', or it is no longer kept")
 
     async def now(self) -> float:
         """The Unix time by the database's clock. Raises `Unavailable` without the database."""

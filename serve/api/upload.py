@@ -65,9 +65,14 @@ async def uploaded_form(http: Request, limit: int, body_s: float) -> AsyncIterat
             await form.close()
 
 
-def file_of(form: FormData) -> UploadFile:
-    """The file of a form. Raises `InvalidRequest` if there is none."""
+def file_of(form: FormData, limit: int) -> UploadFile:
+    """The file of a form.
+
+    Raises `InvalidRequest` if there is none, and `BodyTooLarge` if it has more bytes than `limit`.
+    """
     file = form.get("file")
     if not isinstance(file, UploadFile):
         raise InvalidRequest("file is required, and must be sent as a file", param="file")
+    if file.size and file.size > limit:
+        raise BodyTooLarge(f"the file is larger than {limit} bytes", param="file")
     return file

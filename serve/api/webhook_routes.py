@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ..errors import Conflict, NotFound
+from ..errors import Conflict
 from ..jobs.reading import page
 from ..jobs.webhook_rows import (
     MOST_ENDPOINTS,
@@ -80,8 +80,8 @@ class WebhookRoutes:
         return json_answer(DeletedWebhook(id=endpoint.id))
 
     async def _endpoint(self, http: Request) -> WebhookEndpoint:
-        id, tenant = http.path_params["id"], http.scope["tenant"]
+        id, tenant = self._stored.id(http), http.scope["tenant"]
         found = await self._stored.read(lambda connection: find_endpoint(connection, id, tenant))
         if found is None:
-            raise NotFound(f"no webhook endpoint has the id '{id[:80]}'")
+            raise self._stored.not_found(http)
         return found

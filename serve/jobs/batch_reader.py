@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ from ..store.link import DatabaseLink
 from . import batch_rows, files
 from .acceptance import DUST, allowance
 from .batch_rows import Batch, NewLine, Place
-from .encoding import StoredError, StoredRequest
+from .encoding import StoredError, StoredRequest, is_storable
 from .job import NewJob, new_id
 
+log = logging.getLogger("ray.serve")
+
+UNEXPECTED = "an unexpected error in the server; its log holds the details"
 LINES = 100  # that become jobs in one transaction
 MOST_ERRORS = 50  # that are reported of a file
 MOST_ID = 512  # characters of a `custom_id`
@@ -184,6 +188,9 @@ class BatchReader:
             parsed = self._parse(json.dumps(asked["body"]).encode(), batch.tenant)
         except OctetError as error:
             return NewLine(job, "failed", StoredError.of(error).as_json())
+        except Exception:  # a fault of this program must not hold up the batch
+            log.exception("line %d of %s: an unexpected error", number, batch.id)
+            return NewLine(job, "failed", StoredError.of(OctetError(UNEXPECTED)).as_json())
         first = parsed.images[0]
         stored = StoredRequest(parsed.images, parsed.as_b64)
         return NewLine(
@@ -254,7 +261,7 @@ def _fault_of(
     if missing := sorted(FIELDS - asked.keys()):
         return _fault("missing_required_parameter", f"{missing[0]} is required", number, missing[0])
     name = asked["custom_id"]
-    if not (isinstance(name, str) and 1 <= len(name) <= MOST_ID):
+    if not (isinstance(name, str) and 1 <= len(name) <= MOST_ID and is_storable(name)):
         what = f"custom_id must be a text of 1 to {MOST_ID} characters"
         return _fault("invalid_custom_id", what, number, "custom_id")
     if name in ids:

@@ -172,6 +172,9 @@ class Jobs:
             except OctetError as error:
                 log.warning("jobs: %s; trying again", error.__cause__ or error)
                 pause_s = max(every_s, self._timing.pause_s)
+            except Exception:  # a restart would meet the same again, and stop all jobs meanwhile
+                log.exception("jobs: an unexpected error; trying again")
+                pause_s = max(every_s, self._timing.pause_s)
             await asyncio.sleep(pause_s)
 
     async def _claim(self) -> None:

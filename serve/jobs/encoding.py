@@ -84,6 +84,11 @@ class StoredError(NamedTuple):
         return _ERRORS.validate_json(text)
 
 
+def is_storable(text: str) -> bool:
+    """Return whether every database can hold a text, without NUL and lone surrogates."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 _REQUESTS = TypeAdapter(StoredRequest)
 _IMAGES = TypeAdapter(tuple[StoredImage, ...])
 _ERRORS = TypeAdapter(StoredError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from ..store.schema import FILE_PARTS, FILES, next_numbers
 
@@ -32,10 +32,20 @@ class StoredFile(NamedTuple):
     expires: float | None
 
 
-def begin(connection: Connection, file: StoredFile) -> None:
-    """Begin an upload. The file is not found before `finish`."""
+def stored_bytes(connection: Connection, tenant: str) -> int:
+    """The bytes of all files that a tenant has uploaded."""
+    found = select(func.sum(FILES.c.bytes)).where(FILES.c.tenant == tenant)
+    return int(connection.execute(found).scalar() or 0)
+
+
+def begin(connection: Connection, now: float, file: StoredFile) -> None:
+    """Begin an upload at the Unix time `now`. The file is not found before `finish`.
+
+    `file`: its field `expires` says for how many seconds it is kept.
+    """
     number = next_numbers(connection, FILES.name) + 1
-    connection.execute(insert(FILES).values(**file._replace(number=number)._asdict()))
+    times = {"created": now, "expires": now + (file.expires or 0.0)}
+    connection.execute(insert(FILES).values(**{**file._asdict(), **times, "number": number}))
 
 
 def add_part(connection: Connection, id: str, part: int, content: bytes) -> None:

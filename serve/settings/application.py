@@ -478,6 +478,10 @@ class JobSettings(Frozen):
     max_file_bytes: PositiveInt = Field(
         default=200_000_000, description="Largest file of a batch, in bytes."
     )
+    max_files_bytes: PositiveInt = Field(
+        default=2_000_000_000,
+        description="Most bytes of all files that a tenant has uploaded and not deleted.",
+    )
     max_lines: PositiveInt = Field(default=50_000, description="Most lines of a batch.")
     webhook_networks: tuple[IPvAnyNetwork, ...] = Field(
         default=(),

@@ -231,6 +231,7 @@ JOBS = Table(
                 "state = 'queued'",
                 ("tenant", "lane", "model", "precision", "number"),
             ),
+            ("octet_jobs_alone", "lane = 'job'", ("tenant", "number")),
             ("octet_jobs_expiring", "state = 'queued'", ("expires",)),
             ("octet_jobs_running", "state = 'running'", ("lease_until",)),
         )

@@ -169,6 +169,9 @@ def test_lines_that_cannot_be_served_are_in_the_error_file(server: Server) -> No
         (line("a").replace(b"generations", b"edits"), "mismatched_url", 1),
         (line("").replace(b'""', b"5"), "invalid_custom_id", 1),
         (line("a").replace(b"{}", b"[]"), "invalid_body", 1),
+        # PostgreSQL could not keep these.
+        (line("a\0"), "invalid_custom_id", 1),
+        (line("a\ud800"), "invalid_custom_id", 1),
         (line("a", prompt="x" * 2_000_000), "line_too_long", 1),
         (b"".join(line(str(i), prompt="x") for i in range(301)), "too_many_lines", None),
         (b"[" * 100_000 + b"\n", "invalid_json_line", 1),
@@ -270,6 +273,26 @@ def test_a_file_that_a_batch_reads_stays(server: Server) -> None:
             server.acme.files.delete(batch.input_file_id)
     server.ended(batch.id)
     assert server.acme.files.delete(batch.input_file_id).deleted
+
+
+def test_a_tenant_may_keep_only_so_many_bytes(server: Server) -> None:
+    settings, poor = server.edge.settings, server.clients["poor"]
+    for file in poor.files.list():
+        poor.files.delete(file.id)
+    jobs = settings.jobs.model_copy(update={"max_files_bytes": 100})
+    server.edge.tune(settings.model_copy(update={"jobs": jobs}))
+    try:
+        id = server.upload(b"x" * 90, "poor")
+        with pytest.raises(openai.APIStatusError) as refused:
+            server.upload(b"x" * 90, "poor")
+        assert refused.value.status_code == 413
+        server.upload(b"x" * 10, "poor")
+        with pytest.raises(openai.RateLimitError, match="delete some of them"):
+            server.upload(b"x", "poor")
+        poor.files.delete(id)
+        server.upload(b"x", "poor")
+    finally:
+        server.edge.tune(settings)
 
 
 def test_a_large_file_is_stored_in_parts(server: Server) -> None:

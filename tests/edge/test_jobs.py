@@ -189,6 +189,10 @@ def test_jobs_of_others_do_not_exist(server: Server) -> None:
         other.delete(f"{JOBS}/{id}"),
         other.get(f"{JOBS}/{id}/events"),
         other.get(f"{JOBS}/no-such-job"),
+        other.get(f"{JOBS}/%00"),
+        other.get("/v1/batches/%F0%9F%8E%A8"),
+        other.get("/v1/files/file_0/content"),
+        other.get("/v1/webhook_endpoints/we_0"),
     ):
         assert code(answer) == (404, "not_found")
     assert other.get(JOBS).json()["data"] == []
@@ -214,7 +218,13 @@ def test_jobs_are_listed_in_pages_the_newest_first(server: Server) -> None:
     assert found == ids[::-1]
     assert pages == 3
     assert client.get(JOBS, params={"status": "failed"}).json()["data"] == []
-    for wrong in ({"limit": "0"}, {"limit": "x"}, {"status": "done"}, {"afer": "x"}):
+    for wrong in (
+        {"limit": "0"},
+        {"limit": "x"},
+        {"status": "done"},
+        {"afer": "x"},
+        {"after": "\0"},
+    ):
         assert code(client.get(JOBS, params=wrong)) == (400, "invalid_value")
 
 
@@ -345,6 +355,23 @@ def test_a_job_tells_its_events_and_a_client_takes_them_up_again(server: Server)
     assert seen[-1]["job"]["result"]["data"][0]["url"]
     again = server.acme.get(f"{JOBS}/{id}/events", headers={"last-event-id": seen[-1]["id"]})
     assert again.status_code == 204  # nothing more will come
+
+
+def test_a_tenant_may_watch_only_so_many_jobs_at_a_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = server.edge.ingress._stored
+    assert stored
+    wait_for(lambda: not stored.jobs._streams)  # those of earlier tests have ended
+    monkeypatch.setattr("serve.api.job_routes.MOST_STREAMS", 1)
+    with server.edge.painter.holding():
+        id = accepted(server.acme.post(GENERATE, json={"prompt": "held"}, headers=ASYNC))
+        with server.acme.stream("GET", f"{JOBS}/{id}/events") as stream:
+            assert stream.status_code == 200
+            refused = server.acme.get(f"{JOBS}/{id}/events")
+            assert code(refused) == (429, "rate_limit_exceeded")
+    server.ended(id)
+    wait_for(lambda: server.acme.get(f"{JOBS}/{id}/events").status_code == 200)
 
 
 def run(server: Server, work: Any) -> Any:

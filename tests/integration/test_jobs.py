@@ -160,9 +160,7 @@ def report(journal: JobJournal, killed: Counter[str], states: Counter[str], seco
         *(f"| {state} | {number} |" for state, number in states.items()),
         *(f"| {name} | 0 |" for name in ("lost", "accepted or charged twice", "left open")),
         "",
-        "Answers and errors after which clients sent a request again: "
-        + ", ".join(f"{what}: {times}" for what, times in sorted(journal.refused.items()))
-        + ".",
+        f"Requests that clients had to send again: {journal.refused.total()}.",
         "",
     ]
     return "\n".join(lines)

@@ -64,7 +64,7 @@ class NewBatchBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input_file_id: str
+    input_file_id: Annotated[str, Field(max_length=64, pattern="^[A-Za-z0-9_-]+$")]
     endpoint: Literal["/v1/images/generations"]
     completion_window: Literal["24h"]
     metadata: (

@@ -77,7 +77,9 @@ def parse_page(query: Mapping[str, str], *only: str, most: int = MOST) -> PageQu
     Raises `InvalidRequest` for an unknown parameter, or a `limit` that is not from 1 to `most`.
     """
     known = "after", "limit", *only
-    for name in query:
+    for name, value in query.items():
+        if name in known and not (value.isascii() and value.isprintable()):
+            raise InvalidRequest(f"{name} must be printable ASCII", param=name)
         if name not in known:
             raise InvalidRequest(
                 f"unknown parameter '{name[:80]}': {did_you_mean(name, known)}", param=name[:80]
