@@ -226,7 +226,7 @@ def serve_config_v2(settings: Settings, kinds: Iterable[NodeKind]) -> dict[str, 
     }
     if settings.runs_jobs:
         deployments[JOBS]["ray_actor_options"] = {
-            **settings.job_runner.ray_actor_options,
+            "num_cpus": settings.job_runner.num_cpus,
             "label_selector": FRONT,
         }
     return {
@@ -254,7 +254,9 @@ def too_few(settings: Settings, kinds: Iterable[NodeKind]) -> list[str]:
     kinds = tuple(kinds)
     deployed = [*settings.text_encoders, *(p for model in settings.models for p in model.pools)]
     dispatcher = Resources(num_cpus=settings.dispatcher_num_cpus)
-    front = dispatcher, settings.ingress, settings.job_runner
+    runner = settings.job_runner
+    jobs = Resources(num_cpus=runner.num_cpus, replicas=runner.replicas)
+    front = dispatcher, settings.ingress, jobs
     found = []
     for card in dict.fromkeys(kind.card for kind in kinds):
         nodes = [kind for kind in kinds if kind.card == card]
@@ -385,8 +387,8 @@ def _head(
     """
     nodes = sum(kind.max_nodes for kind in kinds)
     pools = [pool for model in settings.models for pool in model.pools]
-    parts = settings.ingress, settings.job_runner, *settings.text_encoders, *pools
-    replicas = sum(part.replicas for part in parts)
+    parts = settings.ingress, *settings.text_encoders, *pools
+    replicas = settings.job_runner.replicas + sum(part.replicas for part in parts)
     memory = f"{ceil(4 + (replicas + nodes) / 50)}Gi"
     (container,) = copy.deepcopy(pattern["template"]["spec"]["containers"])
     container["resources"] = {

@@ -121,7 +121,7 @@ def _jobs(settings: FrontSettings, parts: Parts) -> serve.Application:
     bound: serve.Application = (
         _deployment(parts.jobs, JOBS)
         .options(
-            ray_actor_options=settings.job_runner.ray_actor_options,
+            ray_actor_options={"num_cpus": settings.job_runner.num_cpus},
             health_check_period_s=1,  # its jobs wait until its death is noticed
         )
         .bind(

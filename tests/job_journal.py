@@ -22,7 +22,7 @@ import httpx
 from sqlalchemy import select
 
 from serve.jobs.job import OPEN, Job
-from serve.jobs.reading import names_of
+from serve.jobs.retention import names_of
 from serve.store.database import Database
 from serve.store.schema import DELIVERIES, JOB_COUNTS, JOBS, USAGE
 

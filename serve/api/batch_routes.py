@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +21,13 @@ from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.session import DispatchSession
 from ..errors import (
     Conflict,
+    IdempotencyKeyReused,
     InvalidRequest,
+    NotFound,
     OwnQueueFull,
     QuotaExceeded,
     RateLimited,
+    StoreFailed,
     Unavailable,
 )
 from ..jobs import batch_rows, files
@@ -31,8 +36,9 @@ from ..jobs.batch_rows import Batch
 from ..jobs.encoding import is_storable
 from ..jobs.files import PART_BYTES, StoredFile
 from ..jobs.job import Job, new_id
-from ..jobs.reading import page
+from ..jobs.queries import page
 from ..store.schema import BATCHES, FILES, JOBS
+from .idempotency import REPLAYED, REUSED, idempotent
 from .stored import StoredRequests, json_answer
 from .timing import IngressTiming
 from .upload import file_of, uploaded_form
@@ -52,9 +58,11 @@ from .wire.batches import (
 from .wire.jobs import parse_page
 from .wire.response import ImagesResponse
 
+GIVEN = "input_file", "endpoint", "metadata", "output_expires_s"  # what a client has chosen
 WINDOW_S = 24 * 3600.0
 ADMISSION_S = 30.0
 UPLOADS, UPLOADS_OF_ONE = 8, 2  # at a time at one Ingress, in all and of one tenant
+PAUSES_S = 1.0, 3.0  # between the attempts to read the images of a line
 ROWS = 100  # lines of an output file that are read at a time
 MOST_FILES = 10_000  # entries of a page of files, as in OpenAI's API
 AnswerOf = Callable[[Request], Callable[[Job], Awaitable[ImagesResponse | None]]]
@@ -81,6 +89,7 @@ class BatchRoutes:
             Route("/v1/files/{id}", self.delete_file, methods=["DELETE"]),
             Route("/v1/files/{id}/content", self.content, methods=["GET"]),
             Route("/v1/batches", self.batches, methods=["GET"]),
+            Route("/v1/batches", self.create, methods=["POST"]),
             Route("/v1/batches/{id}", self.batch, methods=["GET"]),
             Route("/v1/batches/{id}/cancel", self.cancel, methods=["POST"]),
         ]
@@ -93,10 +102,11 @@ class BatchRoutes:
         with self._stored.reading(http), self._upload_of(tenant):
             jobs = self._stored.live.jobs
             used = await self._stored.read(partial(files.stored_bytes, tenant=tenant))
-            left = jobs.max_files_bytes - used
+            left = jobs.max_stored_file_bytes - used
             if left <= 0:
                 raise QuotaExceeded(
-                    f"your files have {used} bytes of {jobs.max_files_bytes}: delete some of them"
+                    f"your files have {used} bytes of {jobs.max_stored_file_bytes}: "
+                    "delete some of them"
                 )
             most = min(jobs.max_file_bytes, left)
             async with uploaded_form(http, most, self._timing.body_s) as form:
@@ -205,9 +215,7 @@ class BatchRoutes:
                 partial(_jobs_of, found=of_batch.order_by(JOBS.c.line).limit(ROWS))
             )
             for job in jobs:
-                made = await answer(job)
-                body = made.model_dump(mode="json", exclude_none=True) if made else None
-                yield output_line(job, body)
+                yield await _line(job, answer)
                 last = job.line or last
             if len(jobs) < ROWS:
                 return
@@ -223,8 +231,10 @@ class BatchRoutes:
 
     # -- batches --------------------------------------------------------------------------------
 
-    async def create(self, http: Request, body: bytes, id: str) -> Response:
-        """Make a batch; the body was read already. `id`: its id without its beginning."""
+    async def create(self, http: Request) -> Response:
+        """Answer `POST /v1/batches`. With an Idempotency-Key a batch is made once."""
+        body = await self._stored.body(http)
+        keyed = idempotent(http, body)
         asked, tenant = parse_batch(body), http.scope["tenant"]
         jobs = self._stored.live.jobs
         expiry = asked.output_expires_after
@@ -234,9 +244,14 @@ class BatchRoutes:
                 "for which this server keeps batches",
                 param="output_expires_after.seconds",
             )
-        id = f"batch_{id}"
-        client = ClientCall(ADMISSION_S)
+        id = f"batch_{keyed.id(tenant) if keyed else uuid.uuid4().hex}"
         key_id = http.scope.get("key_id", "")
+        if there := await self._stored.read(lambda connection: batch_rows.find(connection, id)):
+            new = _new_batch(id, tenant, key_id, asked, there.created)
+            if any(getattr(there, name) != getattr(new, name) for name in GIVEN):
+                raise IdempotencyKeyReused(REUSED)
+            return json_answer(await self._item(there), headers={REPLAYED: "true"})
+        client = ClientCall(ADMISSION_S)
         call = self._session.open(
             tenant, id, (), ADMISSION_S, client, key_id=key_id, lane="acceptance"
         )
@@ -244,6 +259,8 @@ class BatchRoutes:
             await client.run(call.admitted())
 
             def make(connection: Connection, now: float) -> Batch:
+                if there := batch_rows.find(connection, id):
+                    return there
                 file = files.find(connection, asked.input_file_id, tenant, now)
                 if file is None:
                     raise InvalidRequest(
@@ -254,10 +271,17 @@ class BatchRoutes:
                     raise InvalidRequest(
                         "input_file_id: this is the file of a batch", param="input_file_id"
                     )
-                allowed = allowance(connection, tenant, jobs.max_queued, now)
-                if allowed.jobs < min(file.lines, jobs.max_lines):
+                most = allowance(connection, tenant, jobs.max_queued, now)
+                lines = min(file.lines, jobs.max_lines)
+                if lines > most.limit:
+                    raise InvalidRequest(
+                        f"the file has {file.lines} lines, and you may have {most.limit} waiting",
+                        param="input_file_id",
+                    )
+                left = most.jobs - batch_rows.unread_lines(connection, tenant)
+                if lines > left:
                     raise OwnQueueFull(
-                        f"the file has {file.lines} lines, and you may have {allowed.jobs} more "
+                        f"the file has {file.lines} lines, and you may have {max(left, 0)} more "
                         "waiting: try again later"
                     )
                 return batch_rows.create(connection, _new_batch(id, tenant, key_id, asked, now))
@@ -313,6 +337,22 @@ class BatchRoutes:
         )
         ids = {row.kind: row.id for row in made}
         return batch_item(batch, ids.get("output"), ids.get("error"))
+
+
+async def _line(job: Job, answer: Callable[[Job], Awaitable[ImagesResponse | None]]) -> bytes:
+    """A line of an output file; one whose images cannot be read says so."""
+    for pause_s in (*PAUSES_S, None):
+        try:
+            made = await answer(job)
+            body = made.model_dump(mode="json", exclude_none=True) if made else None
+            return output_line(job, body)
+        except StoreFailed as error:
+            if pause_s is None:
+                return output_line(job, None, error)
+            await asyncio.sleep(pause_s)
+        except NotFound as error:
+            return output_line(job, None, error)
+    raise AssertionError("the last attempt returns")
 
 
 def _jobs_of(connection: Connection, found: Select[Any]) -> list[Job]:

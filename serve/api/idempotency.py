@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 HEADER = "idempotency-key"
-REPLAYED = "idempotent-replayed"  # the header of an answer that was remembered
+REPLAYED = "idempotent-replayed"  # the header of an answer to a repeated request
+REUSED = f"another request was sent with this {HEADER}"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 BOUNDARY = re.compile(r"boundary=\"?([^\";]+)")
 SPARE_S = 60.0  # for which a request may take longer than its deadline
@@ -52,13 +53,12 @@ class IdempotentRequest:
         self.key, self.digest = key, digest
 
     def id(self, tenant: str) -> str:
-        """The same hexadecimal text whenever the tenant sends this request with this key.
+        """The same hexadecimal text whenever the tenant uses this key.
 
-        What is stored under this id is stored once, also if the answer to the first attempt was
-        that nobody knows whether it is.
+        What is stored under this id is stored once. So nothing else has to be remembered of the
+        key, also if the answer to the first attempt was that nobody knows whether it is stored.
         """
-        text = "\n".join((tenant, self.key, self.digest))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{tenant}\n{self.key}".encode()).hexdigest()[:32]
 
 
 def idempotent(http: Request, body: bytes) -> IdempotentRequest | None:
@@ -168,7 +168,7 @@ class Idempotency:
         if found.state == "running":
             raise IdempotencyKeyInUse(f"a request with this {HEADER} is still being answered")
         if found.state == "other":
-            raise IdempotencyKeyReused(f"another request was sent with this {HEADER}")
+            raise IdempotencyKeyReused(REUSED)
         return found
 
     async def _remember(self, claim: Claim, response: Response) -> None:

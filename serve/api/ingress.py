@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -44,7 +44,7 @@ from .authentication import OPEN_FOLDERS, Authentication, is_open
 from .cors import Cors
 from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
-from .idempotency import Idempotency, idempotent
+from .idempotency import Idempotency
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_requests import wants_job
@@ -176,7 +176,6 @@ class Ingress:
             return []
         return [
             Route("/v1/jobs", self.create_job, methods=["POST"]),
-            Route("/v1/batches", self.create_batch, methods=["POST"]),
             *self._stored.routes,
         ]
 
@@ -281,23 +280,6 @@ class Ingress:
             read = await self._reader.job(http, request_id, held)
         return await self._answered_once(read, request_id, http, held, as_job=True)
 
-    async def create_batch(self, http: Request) -> Response:
-        """Answer `POST /v1/batches`."""
-        if self._stored is None:
-            raise unknown_path(http.method, http.url.path)
-        try:
-            body = await self._stored.requests.body(http)
-            asked = idempotent(http, body)
-            stored, tenant = self._stored, http.scope["tenant"]
-            if asked is None:
-                return await stored.batches.create(http, body, uuid.uuid4().hex)
-            create = partial(stored.batches.create, http, body, asked.id(tenant))
-            takes_s = self._timing.store_s
-            return await self._idempotency.answer(asked, http, takes_s, lambda _: create())
-        except OctetError as error:
-            self._refused(error, http.scope)
-            raise
-
     def _takes_job(self, http: Request) -> bool:
         """Return whether a request is to become a job, and can; a preference may be ignored."""
         return self._stored is not None and wants_job(http)
@@ -327,40 +309,32 @@ class Ingress:
         `as_job`: accept it as a job.
         """
         asked, parsed = read.asked, read.parsed
+        if as_job:
+            return await self._accepted(read, request_id, http, held)
         tenant: str = http.scope["tenant"]
-        work: Callable[[str], Awaitable[Response]]
-        if not as_job:
-            work = partial(self._generations.answer, parsed, tenant, request_id, http, held)
-        elif self._stored is None:
-            raise unknown_path(http.method, http.url.path)
-        else:
-            id = asked.id(tenant) if asked else uuid.uuid4().hex
-            accept = partial(self._accepted, self._stored, read, request_id, http, held, id)
-            work = lambda _: accept()  # noqa: E731 - the id of a call is of no use here
+        generate = partial(self._generations.answer, parsed, tenant, request_id, http, held)
+        if asked is None:
+            return await generate()
         try:
-            if asked is None:
-                return await work("")
             if parsed.stream:
                 error = InvalidRequest("stream: an idempotency-key allows none", param="stream")
                 self._refused(error, http.scope)
                 raise error
-            return await self._idempotency.answer(asked, http, parsed.timeout_s, work)
+            return await self._idempotency.answer(asked, http, parsed.timeout_s, generate)
         finally:
-            if held and (asked or as_job):
+            if held:
                 held.release()
 
     async def _accepted(
-        self,
-        stored: StoredRoutes,
-        read: ReadRequest,
-        request_id: str,
-        http: Request,
-        held: HeldPicture | None,
-        id: str,
+        self, read: ReadRequest, request_id: str, http: Request, held: HeldPicture | None
     ) -> Response:
         """Accept a request as a job, and count and log it if it is refused."""
+        if self._stored is None:
+            raise unknown_path(http.method, http.url.path)
         try:
-            return await stored.jobs.accept(read.parsed, read.endpoint, request_id, http, held, id)
+            return await self._stored.jobs.accept(
+                read.parsed, read.endpoint, request_id, http, held, read.asked
+            )
         except OctetError as error:
             self._refused(error, http.scope)
             raise

@@ -10,7 +10,7 @@ from functools import partial
 from starlette.responses import Response
 
 from ..jobs.job import OPEN, Job
-from ..jobs.reading import find_jobs
+from ..jobs.queries import find_jobs
 from .stored import StoredRequests
 from .wire.event_stream import EventStream
 from .wire.jobs import JobItem

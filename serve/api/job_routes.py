@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +18,24 @@ from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.refusals import rate_limit_headers
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState
-from ..errors import Conflict, InvalidRequest, OctetError, RateLimited
-from ..jobs.acceptance import accept
+from ..errors import (
+    Conflict,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    OctetError,
+    RateLimited,
+    Unavailable,
+)
+from ..jobs.acceptance import accept, check
 from ..jobs.encoding import StoredPictures, StoredRequest, images_of
 from ..jobs.endings import cancel
 from ..jobs.job import OPEN, Job, NewJob
 from ..jobs.job_images import JobImages
-from ..jobs.reading import find_job, page, place_of
+from ..jobs.queries import find_job, page, place_of
 from ..request import StreamOptions
 from ..store.schema import JOBS
 from .edit_uploads import HeldPicture
+from .idempotency import REPLAYED, REUSED, IdempotentRequest
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_events import JobWatch, job_events
@@ -76,16 +85,24 @@ class JobRoutes:
         request_id: str,
         http: Request,
         held: HeldPicture | None,
-        id: str,
+        asked: IdempotentRequest | None,
     ) -> Response:
-        """Accept a job: 202 once it is stored.
+        """Accept a job: 202 once it is stored. With an Idempotency-Key it is stored once.
 
         `endpoint`: the path of its request. `held`: the pixels of an edit, which are let go in any
-        case. `id`: hexadecimal, the job's id without its beginning; a job that is stored already is
-        not stored again. Raises an `OctetError` for a job that is refused.
+        case. `asked`: its key, if it has one. Raises an `OctetError` for a job that is refused.
         """
+        tenant: str = http.scope["tenant"]
+        id = f"job_{asked.id(tenant) if asked else uuid.uuid4().hex}"
+        digest = asked.digest if asked else ""
         try:
-            job = await self._accepted(parsed, endpoint, request_id, http, held, id)
+            there = await self._stored.read(lambda connection: find_job(connection, id))
+            if there:
+                job = there
+            else:
+                job = await self._accepted(id, digest, parsed, endpoint, request_id, http, held)
+            if job.digest != digest:
+                raise IdempotencyKeyReused(REUSED)
         finally:
             if held:
                 held.release()
@@ -94,6 +111,7 @@ class JobRoutes:
             "location": f"/v1/jobs/{job.id}",
             "retry-after": str(POLL_S),
             **ignored_header(parsed.ignored),
+            **({REPLAYED: "true"} if there else {}),
         }
         if wants_job(http):
             headers["preference-applied"] = ASYNC
@@ -101,18 +119,35 @@ class JobRoutes:
 
     async def _accepted(
         self,
+        id: str,
+        digest: str,
         parsed: GenerationRequest,
         endpoint: str,
         request_id: str,
         http: Request,
         held: HeldPicture | None,
-        id: str,
     ) -> Job:
         parsed.check_stored()
         tenant, key_id = http.scope["tenant"], http.scope.get("key_id", "")
         options = StreamOptions()
         queued = [self._attempts.queued_image(image, options) for image in parsed.images]
-        work_s = round(sum(image.work_s for image in queued), 6)
+        first = parsed.images[0]
+        job = NewJob(
+            id=id,
+            tenant=tenant,
+            lane="job",
+            endpoint=ENDPOINTS[endpoint],
+            model=first.model,
+            precision=first.precision.value,
+            work_s=round(sum(image.work_s for image in queued), 6),
+            images=len(parsed.images),
+            request="",
+            digest=digest,
+            request_id=request_id,
+            key_id=key_id,
+            created=0.0,
+            expires=0.0,
+        )
         client = ClientCall(ADMISSION_S)
         call = self._session.open(
             tenant,
@@ -122,41 +157,41 @@ class JobRoutes:
             client,
             key_id=key_id,
             lane="acceptance",
-            work_s=work_s,
+            work_s=job.work_s,
         )
         try:
             await client.run(call.admitted())
-            pictures: StoredPictures | None = None
-            if held and held.pixels:
-                pictures = await self._images.put_pictures(tenant, held.pixels, request_id)
-                held.release()
-            stored = StoredRequest(tuple(parsed.images), parsed.as_b64, pictures)
-            first = parsed.images[0]
-
-            def store(connection: Connection, now: float) -> Job:
-                job = NewJob(
-                    id=f"job_{id}",
-                    tenant=tenant,
-                    lane="job",
-                    endpoint=ENDPOINTS[endpoint],
-                    model=first.model,
-                    precision=first.precision.value,
-                    work_s=work_s,
-                    images=len(parsed.images),
-                    request=stored.as_json(),
-                    request_id=request_id,
-                    key_id=key_id,
-                    created=now,
-                    expires=now + parsed.timeout_s,
-                )
-                return accept(connection, job, self._stored.live.jobs.max_queued, now)
-
-            return await self._stored.write(store)
+            return await self._store(job, parsed, held)
         except OctetError as error:
             error.headers = {**rate_limit_headers(call.rate_limits), **error.headers}
             raise
         finally:
             call.close()
+
+    async def _store(self, job: NewJob, parsed: GenerationRequest, held: HeldPicture | None) -> Job:
+        """Store a job, after the pictures of an edit; these are deleted if it is refused."""
+        most = self._stored.live.jobs.max_queued
+        pictures: StoredPictures | None = None
+        if held and held.pixels:
+            await self._stored.write(lambda connection, now: check(connection, job, most, now))
+            pictures = await self._images.put_pictures(job.tenant, held.pixels, job.request_id)
+            held.release()
+        request = StoredRequest(tuple(parsed.images), parsed.as_b64, pictures).as_json()
+
+        def store(connection: Connection, now: float) -> Job:
+            dated = job._replace(request=request, created=now, expires=now + parsed.timeout_s)
+            return accept(connection, dated, most, now)
+
+        try:
+            stored = await self._stored.write(store)
+        except Unavailable:  # it may be stored
+            raise
+        except OctetError:
+            await self._images.delete_soon(pictures or ())
+            raise
+        if stored.request != request:
+            await self._images.delete_soon(pictures or ())
+        return stored
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -288,6 +323,8 @@ class JobRoutes:
     async def cancel(self, http: Request) -> Response:
         """Answer `DELETE /v1/jobs/ID`: the job ends as cancelled, and its images stop."""
         job = await self._job(http)
+        if job.batch:
+            raise Conflict(f"the job is a line of {job.batch}: cancel the batch")
         cancelled = await self._stored.write(lambda connection, now: cancel(connection, job, now))
         now = await self._job(http)
         if not cancelled and now.state != "cancelled":

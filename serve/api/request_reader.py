@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from starlette.requests import Request
 
 from ..edit_pixels import EditPixels
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, InvalidRequest
 from ..settings.application import Settings
 from ..tenants.keys import TenantAccess
 from .body import read_body
@@ -19,12 +19,13 @@ from .idempotency import IdempotentRequest, idempotent
 from .job_requests import for_jobs
 from .tenant_gate import TenantGate
 from .timing import IngressTiming
-from .wire.edit import JSON, parse_edit
+from .wire.edit import FORM, JSON, parse_edit
 from .wire.jobs import parse_new_job
 from .wire.paths import EDITS, GENERATIONS
 from .wire.request import GenerationRequest, check_request_id, parse
 
 LARGE_BODY = 2**16  # bytes; a longer body is parsed in a thread, because it may take long
+MOST_VALUES = 100_000  # of a JSON body that may have pictures
 T = TypeVar("T")
 
 
@@ -126,6 +127,10 @@ class RequestReader:
         limit = live.edits.largest_body_bytes(live.max_body_bytes)
         body = await read_body(http, held.add, limit, self._timing.body_s, held.check)
         self._authenticate_again(http)
+        kind = http.headers.get("content-type", "")
+        # Parsing takes memory for each value. Pictures in base64 have none of these characters.
+        if not kind.startswith(FORM) and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+            raise InvalidRequest(f"the body has more than {MOST_VALUES} values")
         return body, idempotent(http, body)
 
     async def _in_turn(self, tenant: str, access: TenantAccess, read: Callable[[], T]) -> T:

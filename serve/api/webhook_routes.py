@@ -7,19 +7,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..errors import Conflict
-from ..jobs.reading import page
+from ..jobs.queries import page
 from ..jobs.webhook_rows import (
     MOST_ENDPOINTS,
+    EndpointChange,
     WebhookEndpoint,
     add_endpoint,
+    change_endpoint,
     find_endpoint,
+    new_secret,
     remove_endpoint,
 )
 from ..store.schema import WEBHOOKS
 from .stored import StoredRequests, json_answer
 from .wire.jobs import parse_page
 from .wire.webhooks import (
+    ChangedWebhookBody,
     DeletedWebhook,
+    NewWebhookBody,
     WebhookList,
     new_webhook_item,
     parse_webhook,
@@ -38,20 +43,42 @@ class WebhookRoutes:
             Route(PATH, self.create, methods=["POST"]),
             Route(PATH, self.list, methods=["GET"]),
             Route(PATH + "/{id}", self.read, methods=["GET"]),
+            Route(PATH + "/{id}", self.change, methods=["POST"]),
+            Route(PATH + "/{id}/rotate_secret", self.rotate, methods=["POST"]),
             Route(PATH + "/{id}", self.delete, methods=["DELETE"]),
         ]
 
     async def create(self, http: Request) -> Response:
         """Answer `POST /v1/webhook_endpoints`; only this answer has the secret."""
-        body = await self._stored.body(http)
-        url, events = parse_webhook(body, without_tls=bool(self._stored.live.jobs.webhook_networks))
+        given = await self._given(http, NewWebhookBody)
         tenant = http.scope["tenant"]
         made = await self._stored.write(
-            lambda connection, now: add_endpoint(connection, tenant, url, events, now)
+            lambda connection, now: add_endpoint(connection, tenant, given, now)
         )
         if made is None:
             raise Conflict(f"you have {MOST_ENDPOINTS} endpoints already: delete one")
         return json_answer(new_webhook_item(made), 201)
+
+    async def change(self, http: Request) -> Response:
+        """Answer `POST /v1/webhook_endpoints/ID`: change it, and enable it again."""
+        given = await self._given(http, ChangedWebhookBody)
+        endpoint = await self._endpoint(http)
+        changed = await self._stored.write(
+            lambda connection, _: change_endpoint(connection, endpoint, given)
+        )
+        return json_answer(webhook_item(changed))
+
+    async def rotate(self, http: Request) -> Response:
+        """Answer `POST /v1/webhook_endpoints/ID/rotate_secret` with the new secret."""
+        endpoint = await self._endpoint(http)
+        changed = await self._stored.write(lambda connection, _: new_secret(connection, endpoint))
+        return json_answer(new_webhook_item(changed))
+
+    async def _given(
+        self, http: Request, kind: type[NewWebhookBody | ChangedWebhookBody]
+    ) -> EndpointChange:
+        body = await self._stored.body(http)
+        return parse_webhook(body, kind, without_tls=bool(self._stored.live.jobs.webhook_networks))
 
     async def list(self, http: Request) -> Response:
         """Answer `GET /v1/webhook_endpoints`."""

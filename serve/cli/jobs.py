@@ -1,4 +1,4 @@
-"""`octet jobs`: list, read, cancel and repeat jobs in the database of the settings."""
+"""`octet jobs`: list, show, retry and cancel jobs in the database of the settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from ..errors import SettingsError
@@ -18,13 +19,17 @@ from ..settings.file import load_settings
 from .terminal import AsJson, ConfigFile, console, examples
 
 if TYPE_CHECKING:
+    from ..jobs.batch_rows import Batch
     from ..jobs.job import Job
     from ..store.database import Database
 
-app = typer.Typer(help="List, read, cancel and repeat jobs.", no_args_is_help=True)
+app = typer.Typer(help="List, show, retry and cancel jobs and batches.", no_args_is_help=True)
 
-Id = Annotated[
-    str, typer.Argument(metavar="ID", help="Id of a job, batch or message.", show_default=False)
+JobOrBatch = Annotated[
+    str, typer.Argument(metavar="ID", help="Id of a job or a batch.", show_default=False)
+]
+JobOrMessage = Annotated[
+    str, typer.Argument(metavar="ID", help="Id of a job or a message.", show_default=False)
 ]
 LOST = "%job_lost%"
 
@@ -56,7 +61,7 @@ def list_jobs(
 ) -> None:
     """List jobs in the database of CONFIG, the newest first."""
     from ..jobs.job import Job
-    from ..jobs.reading import page
+    from ..jobs.queries import page
     from ..store.schema import JOBS
 
     only = {"state": state and state.value, "batch": batch}
@@ -71,23 +76,23 @@ def list_jobs(
     table = Table(*(Column(name, overflow="fold") for name in names))
     for job in jobs:
         facts = _facts(job)
-        table.add_row(*(str(facts[name] or "") for name in names))
+        table.add_row(*(escape(str(facts[name] or "")) for name in names))
     Console().print(table)
 
 
 @app.command(
     epilog=examples("octet jobs show octet.yaml job_5f", "octet jobs show octet.yaml batch_5f")
 )
-def show(config: ConfigFile, id: Id) -> None:
-    """Print what is known of a job or a batch, as JSON. Prompts are left out."""
+def show(config: ConfigFile, id: JobOrBatch) -> None:
+    """Print a job or a batch as JSON, without what its tenant has written."""
     from ..jobs.batch_rows import find
-    from ..jobs.reading import find_job
+    from ..jobs.queries import find_job
 
     with _database(config) as database:
         if job := database.read(lambda c: find_job(c, id)):
             typer.echo(json.dumps(_facts(job), indent=1))
         elif batch := database.read(lambda c: find(c, id)):
-            typer.echo(json.dumps(batch._asdict(), indent=1))
+            typer.echo(json.dumps(_batch_facts(batch), indent=1))
         else:
             raise _unknown(id, database)
 
@@ -95,15 +100,15 @@ def show(config: ConfigFile, id: Id) -> None:
 @app.command(
     epilog=examples("octet jobs retry octet.yaml job_5f", "octet jobs retry octet.yaml evt_5f")
 )
-def retry(config: ConfigFile, id: Id) -> None:
+def retry(config: ConfigFile, id: JobOrMessage) -> None:
     """Queue a failed job again, or send a message again that its webhook did not take."""
     from ..jobs.claims import queue_again
-    from ..jobs.reading import find_job
+    from ..jobs.queries import find_job
     from ..jobs.webhook_rows import send_again
 
     with _database(config) as database:
         if database.write(lambda c: send_again(c, id, database.now(c))):
-            console.print(f"{id}: is sent again", highlight=False)
+            console.print(f"{id}: will be sent again", highlight=False)
         elif database.write(lambda c: queue_again(c, id, database.now(c))):
             console.print(f"{id}: is queued again", highlight=False)
         elif job := database.read(lambda c: find_job(c, id)):
@@ -117,14 +122,16 @@ def retry(config: ConfigFile, id: Id) -> None:
 @app.command(
     epilog=examples("octet jobs cancel octet.yaml job_5f", "octet jobs cancel octet.yaml batch_5f")
 )
-def cancel(config: ConfigFile, id: Id) -> None:
+def cancel(config: ConfigFile, id: JobOrBatch) -> None:
     """Cancel a job or a batch. A job that runs stops within seconds; its steps are charged."""
     from ..jobs.batch_rows import ask_to_cancel, find
     from ..jobs.endings import cancel
-    from ..jobs.reading import find_job
+    from ..jobs.queries import find_job
 
     with _database(config) as database:
         if job := database.read(lambda c: find_job(c, id)):
+            if job.batch:
+                raise SettingsError(f"{id} is a line of {job.batch}: cancel the batch")
             done = database.write(lambda c: cancel(c, job, database.now(c)))
         elif batch := database.read(lambda c: find(c, id)):
             done = database.write(lambda c: ask_to_cancel(c, batch, database.now(c)))
@@ -132,12 +139,12 @@ def cancel(config: ConfigFile, id: Id) -> None:
             raise _unknown(id, database)
     if not done:
         raise SettingsError(f"{id} has ended already")
-    console.print(f"{id}: is cancelled", highlight=False)
+    console.print(f"{id}: is being cancelled", highlight=False)
 
 
 @app.command(epilog=examples("octet jobs dead octet.yaml", "octet jobs dead octet.yaml --json"))
 def dead(config: ConfigFile, as_json: AsJson = False) -> None:
-    """List what needs an operator: jobs whose processes died three times, and unsent messages."""
+    """List jobs whose processes died three times, and messages that no webhook took."""
     from sqlalchemy import select
 
     from ..jobs.job import Job
@@ -169,11 +176,11 @@ def dead(config: ConfigFile, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(found, indent=1))
         return
     if not found:
-        console.print("nothing is dead")
+        console.print("no job was lost, and every message was delivered")
         return
     table = Table(*(Column(name, overflow="fold") for name in found[0]))
     for one in found:
-        table.add_row(*map(str, one.values()))
+        table.add_row(*(escape(str(value)) for value in one.values()))
     Console().print(table)
 
 
@@ -202,6 +209,17 @@ def _facts(job: Job) -> dict[str, Any]:
     for name in ("created", "started", "ended", "expires", "not_before", "lease_until"):
         facts[name] = _time(facts[name])
     facts["error"] = StoredError.read(job.error).code if job.error else None
+    return facts
+
+
+def _batch_facts(batch: Batch) -> dict[str, Any]:
+    """Everything about a batch but what its tenant has written."""
+    facts = batch._asdict()
+    for name in ("metadata", "errors"):
+        del facts[name]
+    facts["times"] = {state: _time(at) for state, at in json.loads(batch.times).items()}
+    for name in ("created", "expires", "ended", "lease_until"):
+        facts[name] = _time(facts[name])
     return facts
 
 

@@ -401,11 +401,11 @@ def erase(
     with ExitStack() as cleanup:
         images = erased = jobs = 0
         try:
+            erased, jobs = source.erase(tenant)  # first, because running jobs would add images
             if settings.data_folder:
                 store = open_store(settings, drain=False)
                 cleanup.callback(store.close)
                 images = store.erase(tenant)
-            erased, jobs = source.erase(tenant)
         except (OSError, StoreFailed) as error:
             raise SettingsError(str(error)) from None
     console.print(

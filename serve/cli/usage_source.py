@@ -42,9 +42,9 @@ class StoredUsage:
 
         Returns the number of records and of jobs. Raises `OSError`.
         """
-        from ..jobs import reading
+        from ..jobs import retention
         from ..usage import ledger
 
         with closing(self._open()) as database:
-            jobs = database.write(lambda connection: reading.erase(connection, tenant))
+            jobs = retention.erase(database, tenant)
             return ledger.erase(database, tenant), jobs

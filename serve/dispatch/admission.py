@@ -108,7 +108,7 @@ class _RefusedError(Exception):
 @dataclass(slots=True)
 class _Tenancy:
     account: TenantAccount
-    calls: set[AdmittedCall] = field(default_factory=set)
+    calls: set[AdmittedCall] = field(default_factory=set)  # open requests, without jobs
 
 
 class Admission:
@@ -414,7 +414,7 @@ class Admission:
         return None if forecast is None else sum(forecast)
 
     def _check_queue(self, request: AdmissionRequest, tenant: Tenant, now: float) -> None:
-        queued, work_s = self._grants.queue.waiting(request.tenant)
+        queued, work_s = self._grants.waiting_requests(request.tenant)
         coming, free = len(request.images), self.max_queued - self._grants.queue_depth
         if not queued and (coming <= free or self._may_displace(request)):
             return
@@ -471,7 +471,8 @@ class Admission:
         )
         self._calls[session, request.call_id] = call
         self._request_ids.setdefault((request.tenant, request.request_id), call)
-        tenancy.calls.add(call)
+        if request.lane == "request":
+            tenancy.calls.add(call)
         if request.lane == "acceptance":
             tenancy.account.accepting += request.work_s
         else:

@@ -93,6 +93,8 @@ class CallForecasts:
         wait_s = 0.0
         if backlogs or running + coming > slots:
             own_s = backlogs.get(request.flow, 0.0) if own_backlog else 0.0
+            if request.lane == "request":  # it comes before the tenant's jobs
+                own_s = max(own_s - self._grants.waiting_jobs(request.tenant)[1], 0.0)
             wait_s = self.wait_s(request, own_s + request.work_s, backlogs, now)
         return Forecast(wait_s, self._service_s(request, full=wait_s > 0))
 

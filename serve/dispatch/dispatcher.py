@@ -50,6 +50,7 @@ from .protocol import (
     DispatchEvent,
     Heartbeat,
     HeartbeatReply,
+    Lane,
     Lease,
     PoolStatus,
     QueuedImage,
@@ -225,7 +226,7 @@ class Dispatcher:
         """Treat jobs and batches of these models by these settings from now on."""
         self.jobs.set_models(models, settings)
         self.admission.batch_weight = settings.batch_weight
-        self.admission.batches_scale = settings.batches_scale
+        self.admission.batches_scale = settings.scale_up_for_batches
         self.grants.kept_from_batches = settings.batch_free_slots
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -521,7 +522,7 @@ class Dispatcher:
                 for usage in request.usages:
                     self.metering.charge(session, usage)
                 for image in request.images:
-                    self._queue(session, image, request.flow)
+                    self._queue(session, image, request.tenant, request.lane)
                 queued += request.images
         self._grant()
         self._report_positions(queued)
@@ -547,12 +548,13 @@ class Dispatcher:
     def _queue_retries(self, session: str, images: Iterable[QueuedImage]) -> None:
         for image in images:
             if call := self.admission.call(session, image.call_id):
-                self._queue(session, image, flow_of(call.tenant, call.lane))
+                self._queue(session, image, call.tenant, call.lane)
         self._grant()
         self._report_positions(images)
 
-    def _queue(self, session: str, image: QueuedImage, flow: str) -> None:
-        if refused := self.grants.submit(session, image, flow, time.monotonic()):
+    def _queue(self, session: str, image: QueuedImage, tenant: str, lane: Lane) -> None:
+        flow, now = flow_of(tenant, lane), time.monotonic()
+        if refused := self.grants.submit(session, image, flow, now, of_job=lane == "job"):
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:

@@ -75,7 +75,7 @@ class PoolMetrics:
         waiting = {pool: [0, 0.0, 0.0] for pool in scaling.limits.pools}
         for image in grants.queue:
             row = waiting.setdefault(image.pools[0], [0, 0.0, 0.0])
-            row[:] = row[0] + 1, row[1] + image.work_s, max(row[2], now - image.since)
+            row[:] = row[0] + 1, row[1] + image.work_s, max(row[2], now - image.arrived)
         for pool in scaling.limits.pools:
             row = waiting[pool]
             tags = {"model": scaling.limits.pools[pool].model, "pool": pool}

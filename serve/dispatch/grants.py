@@ -43,24 +43,31 @@ UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then 
 COUNTED_S = 600.0  # a session that comes back later than that may count its images again
 UNKNOWN_S = 10.0  # for this time, a pool that is not in the settings may still be on its way
 EXCESS_S = 600.0  # Ray Serve stops no replica in excess later than that
+AFTER_REQUESTS_S = 1e9  # by which images of jobs count as later than those of requests
 REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
 
 
 @dataclass(slots=True, eq=False)
 class WaitingImage:
-    """An image in the fair queue.
+    """An image in the fair queue. Within a tenant, images of requests come before those of jobs.
 
-    `tenant`: the name under which it queues, see `flow_of`. `since`: the time at which it arrived;
-    a further attempt at an image keeps the time of the first. `number`: set by the queue.
+    `tenant`: the name under which it queues, see `flow_of`. `arrived`: the time at which it
+    arrived; a further attempt at an image keeps the time of the first. `number`: set by the queue.
     `position`: its place in the queue as last reported; 0 before the first report.
     """
 
     image: QueuedImage
     tenant: str
     session: str
-    since: float
+    arrived: float
     number: int = 0
     position: int = 0
+    of_job: bool = False
+
+    @property
+    def since(self) -> float:
+        """The time that decides on its place among its tenant's images."""
+        return self.arrived + AFTER_REQUESTS_S if self.of_job else self.arrived
 
     @property
     def work_s(self) -> float:
@@ -131,6 +138,7 @@ class Grants:
         self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
         self._excess: dict[str, _Excess] = {}
         self._running: dict[str, int] = {}  # granted slots by pool
+        self._jobs: dict[str, tuple[int, float]] = {}  # waiting images of jobs and their work
         self._dead: list[DeadReplica] = []  # not yet returned by `dead`
         self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
         self._unsettled: dict[Lease, _Unsettled] = {}
@@ -171,8 +179,19 @@ class Grants:
         counted = self._counted.pop((session, running.image_id), None) is not None
         self.queue.taken_before(running.flow, running.pool, 0 if counted else running.work_s)
 
-    def submit(self, session: str, image: QueuedImage, flow: str, now: float) -> Refused | None:
-        """Queue an image under the name `flow`; returns a refusal if no pool of it is possible."""
+    def submit(
+        self,
+        session: str,
+        image: QueuedImage,
+        flow: str,
+        now: float,
+        *,
+        of_job: bool = False,
+    ) -> Refused | None:
+        """Queue an image under the name `flow`; returns a refusal if no pool of it is possible.
+
+        `of_job`: whether it waits behind the images of the tenant's requests.
+        """
         holder = self._sessions[session]
         if image.id in holder.waiting or image.id in holder.running:
             return None
@@ -181,8 +200,10 @@ class Grants:
         for pool in image.pools:
             if pool not in self._replicas and pool not in self._removed:
                 self._unknown.setdefault(pool, now)
-        waiting = WaitingImage(image, flow, session, now - image.waited_s)
+        waiting = WaitingImage(image, flow, session, now - image.waited_s, of_job=of_job)
         self.queue.add(waiting)
+        if of_job:
+            self._count_job(waiting, 1)
         holder.waiting[image.id] = waiting
         if image.report_position:
             self._watched[waiting.number] = waiting
@@ -324,6 +345,16 @@ class Grants:
         session = self._sessions.get(lease.session)
         return session is not None and lease.image_id in session.running
 
+    def waiting_jobs(self, tenant: str) -> tuple[int, float]:
+        """The number of a tenant's waiting images of jobs, and their work in seconds."""
+        return self._jobs.get(tenant, (0, 0.0))
+
+    def waiting_requests(self, tenant: str) -> tuple[int, float]:
+        """The number of a tenant's waiting images of requests, and their work in seconds."""
+        images, work_s = self.queue.waiting(tenant)
+        of_jobs, jobs_work_s = self.waiting_jobs(tenant)
+        return images - of_jobs, max(work_s - jobs_work_s, 0.0)
+
     # -- decisions ------------------------------------------------------------------------------
 
     def grant(self) -> list[Granted]:
@@ -334,6 +365,8 @@ class Grants:
                 # Pools come in order of preference, but a further attempt may prefer another one.
                 best = next(p for p in waiting.pools if p == pool or self._next_in(p) is waiting)
                 self.queue.take(waiting, best)
+                if waiting.of_job:
+                    self._count_job(waiting, -1)
                 self._watched.pop(waiting.number, None)
                 image = waiting.image
                 del self._sessions[waiting.session].waiting[image.id]
@@ -533,8 +566,18 @@ class Grants:
                 self._dead.append(DeadReplica(replica.heartbeat, frozenset({call_id, *others})))
                 del replicas[name]
 
+    def _count_job(self, waiting: WaitingImage, change: int) -> None:
+        """Count an image of a job that waits, or no longer does; those of batches are apart."""
+        images, work_s = self._jobs.get(waiting.tenant, (0, 0.0))
+        images, work_s = images + change, work_s + change * waiting.work_s
+        self._jobs[waiting.tenant] = images, work_s
+        if not images:
+            del self._jobs[waiting.tenant]
+
     def _leave_queue(self, waiting: WaitingImage) -> None:
         self.queue.remove(waiting)
+        if waiting.of_job:
+            self._count_job(waiting, -1)
         self._watched.pop(waiting.number, None)
 
     def _settle(self, running: RunningImage, took_s: float) -> None:

@@ -120,6 +120,6 @@ class JobBacklog:
         found: defaultdict[Pools, float] = defaultdict(float)
         for row in self.rows:
             pools = self._pools.get((row.model, row.precision))
-            if pools and (row.lane != "batch" or self._settings.batches_scale):
+            if pools and (row.lane != "batch" or self._settings.scale_up_for_batches):
                 found[pools] += part * row.work_s
         return found

@@ -107,7 +107,7 @@ class Scaling:
             if waiting.tenant.endswith(BATCH) and not self._admission.batches_scale:
                 continue
             queued[waiting.pools] = queued.get(waiting.pools, 0.0) + waiting.work_s
-            since[waiting.pools] = min(since.get(waiting.pools, now), waiting.since)
+            since[waiting.pools] = min(since.get(waiting.pools, now), waiting.arrived)
         arrived = self._admission.arrived
         demands = []
         for pools in {*arrived, *queued}:

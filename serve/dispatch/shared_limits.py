@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..usage.months import month_of
 from ..usage.record import Used
 from .admission import Admission
-from .protocol import AdmissionRequest
+from .protocol import STORED, AdmissionRequest
 from .waiting_calls import WaitingCall, WaitingCalls
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class SharedLimits:
 
     def must_wait(self, session: str, request: AdmissionRequest, now: float) -> bool:
         """Return whether a call has to wait for a lease; it then waits here."""
-        if request.accepted or self._was_refused(request, now):
+        if request.accepted or request.lane == "acceptance" or self._was_refused(request, now):
             return False
         if now - self._beaten > VALID_S:  # this process was paused: its leases may be gone
             self._admission.begin_leases({})
@@ -110,13 +110,15 @@ class SharedLimits:
 
     async def _extend(self) -> None:
         """Lease the work of the calls that wait, and have them decided on."""
-        from ..usage.leases import Need
+        from ..usage.leases import Need, NeededWork
 
         month = self._turned()
-        works: dict[str, list[float]] = {}
+        works: dict[str, list[NeededWork]] = {}
         asked = list(self.waiting)
         for call in asked:
-            works.setdefault(call.request.tenant, []).append(call.request.work_s)
+            request, account = call.request, self._admission.account(call.request.tenant)
+            kept_s = 0.0 if request.lane in STORED else account.held + account.accepting
+            works.setdefault(request.tenant, []).append(NeededWork(request.work_s, kept_s))
         needs = {}
         for tenant, each in works.items():
             account = self._admission.account(tenant)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, func, insert, select
 
 from ..errors import OwnQueueFull, QuotaExceeded
-from ..store.schema import JOB_COUNTS, JOBS, LEASES, SUMS, TENANTS, next_numbers
+from ..store.schema import JOB_COUNTS, JOBS, SUMS, TENANTS, next_numbers
 from ..tenants.limits import known_tenant
 from ..usage.months import month_of
 from .counts import CountChanges
@@ -19,9 +19,14 @@ DUST = 1e-6  # seconds of work by which sums of the same numbers may differ
 
 
 class Allowance(NamedTuple):
-    """What a tenant may still have accepted; None: no limit. `work_s`: of its monthly budget."""
+    """The jobs and the work that may still be accepted of a tenant.
+
+    `limit`: the most jobs that it may have waiting. `work_s`: what its budget of this month holds
+    beside the jobs that wait; None: it has no budget.
+    """
 
     jobs: int
+    limit: int
     work_s: float | None
 
 
@@ -34,17 +39,22 @@ def accept(connection: Connection, job: NewJob, most_queued: int, now: float) ->
     """
     if row := connection.execute(select(JOBS).where(JOBS.c.id == job.id)).first():
         return Job(*row)
+    check(connection, job, most_queued, now)
+    insert_jobs(connection, [job])
+    return Job(*connection.execute(select(JOBS).where(JOBS.c.id == job.id)).one())
+
+
+def check(connection: Connection, job: NewJob, most_queued: int, now: float) -> None:
+    """Raise the error of `accept` for a job that would be refused now."""
     allowed = allowance(connection, job.tenant, most_queued, now)
     if allowed.jobs < 1:
         raise OwnQueueFull("you have as many jobs waiting as you may: try again later")
     if allowed.work_s is not None and job.work_s > allowed.work_s + DUST:
         raise QuotaExceeded("your budget of this month does not hold this job's work")
-    insert_jobs(connection, [job])
-    return Job(*connection.execute(select(JOBS).where(JOBS.c.id == job.id)).one())
 
 
 def allowance(connection: Connection, tenant: str, most_queued: int, now: float) -> Allowance:
-    """What a tenant may still have accepted at the Unix time `now`."""
+    """Compute what may still be accepted of a tenant at the Unix time `now`."""
     limits = select(TENANTS.c.limits).where(TENANTS.c.id == tenant, TENANTS.c.deleted.is_(None))
     text = connection.execute(limits).scalar()
     known = known_tenant(json.loads(text) if text else {})
@@ -54,14 +64,17 @@ def allowance(connection: Connection, tenant: str, most_queued: int, now: float)
     if known.max_queued_jobs is not None:
         most_queued = min(most_queued, known.max_queued_jobs)
     if known.monthly_work is None:
-        return Allowance(most_queued - queued, None)
+        return Allowance(most_queued - queued, most_queued, None)
     month = month_of(now)
     spent = select(SUMS.c.work_s).where(SUMS.c.month == month, SUMS.c.tenant == tenant)
-    leases = LEASES.c.month == month, LEASES.c.tenant == tenant
-    leased = select(func.sum(LEASES.c.work_s)).where(*leases)
     used_s = (connection.execute(spent).scalar() or 0.0) + held_s
-    used_s += connection.execute(leased).scalar() or 0.0
-    return Allowance(most_queued - queued, known.monthly_work - used_s)
+    return Allowance(most_queued - queued, most_queued, known.monthly_work - used_s)
+
+
+def may_be_paid(connection: Connection, job: Job, now: float) -> bool:
+    """Return whether a tenant's budget of this month would hold a job if nothing else ran."""
+    allowed = allowance(connection, job.tenant, 0, now)
+    return allowed.work_s is None or job.work_s <= allowed.work_s + DUST
 
 
 def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> None:

@@ -1,4 +1,4 @@
-"""To which addresses webhooks may be sent.
+"""Check of the addresses to which webhooks are sent.
 
 A tenant chooses the URL, so a server that believed it would send requests into its own network
 (server-side request forgery). The address is checked when the socket is made: a name that answers
@@ -15,6 +15,7 @@ from typing import Any
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
+GLOBAL_UNICAST = ip_network("2000::/3")
 # IPv6 addresses that hold an IPv4 address, to which some networks send their packets.
 TRANSLATED = tuple(
     ip_network(name)
@@ -31,7 +32,7 @@ def is_public(address: Address) -> bool:
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped:
             return is_public(address.ipv4_mapped)
-        if any(address in network for network in TRANSLATED):
+        if address not in GLOBAL_UNICAST or any(address in network for network in TRANSLATED):
             return False
     return address.is_global and not address.is_multicast
 

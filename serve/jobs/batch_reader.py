@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ class BatchReader:
         """
         self._database, self._parse, self._lease_s = database, parse, lease_s
         self._limits = limits
+        # Its own, because the threads of the loop may all wait for names of webhooks.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     async def read_next(self) -> bool:
         """Read the file of the oldest batch that needs it; returns False if there is none.
@@ -142,21 +145,25 @@ class BatchReader:
 
     async def _store(self, batch: Batch, lines: list[bytes], places: list[Place]) -> Batch | None:
         """Store lines as jobs; returns the batch then, or None if reading must end for now."""
-        made = await asyncio.to_thread(self._lines, batch, lines)
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._thread, self._lines, batch, lines)
         most_queued = self._limits()[2]
 
         def store(connection: Connection, until: float, now: float) -> Batch | None:
-            allowed = allowance(connection, batch.tenant, most_queued, now)
-            waiting = sum(line.state == "queued" for line in made)
-            if waiting > allowed.jobs:  # later, when some of its jobs have ended
-                return None
             there = batch_rows.find(connection, batch.id)
-            found = _within(made, allowed.work_s)
+            allowed = allowance(connection, batch.tenant, most_queued, now)
+            found = made
             if there and there.state == "cancelling":
                 found = [line._replace(state="cancelled") for line in found]
             elif now >= batch.expires:
                 found = [line._replace(state="expired") for line in found]
-            return batch_rows.add_lines(connection, batch, found, places[-1], until, now)
+            found = _within(found, allowed.work_s)
+            fitting = _as_many(found, allowed.jobs)
+            if not fitting:  # later, when some of the tenant's jobs have ended
+                return None
+            after = places[fitting - 1]
+            stored = batch_rows.add_lines(connection, batch, found[:fitting], after, until, now)
+            return stored if fitting == len(found) else None
 
         stored: Batch | None = await self._write(store)
         return stored
@@ -176,6 +183,7 @@ class BatchReader:
             work_s=0.0,
             images=0,
             request="",
+            digest="",
             request_id=batch.id,
             key_id=batch.key_id,
             created=batch.created,
@@ -217,6 +225,16 @@ def _within(lines: list[NewLine], left_s: float | None) -> list[NewLine]:
             left_s -= line.job.work_s
         found.append(line)
     return found
+
+
+def _as_many(lines: list[NewLine], most_waiting: int) -> int:
+    """How many of the first lines may be stored if so many of them may wait."""
+    for place, line in enumerate(lines):
+        if line.state == "queued":
+            most_waiting -= 1
+        if most_waiting < 0:
+            return place
+    return len(lines)
 
 
 async def lines_of(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, case, func, insert, select, update
 
 from ..store.schema import BATCHES, FILES, JOBS, next_numbers
 from .counts import CountChanges
@@ -82,9 +82,7 @@ class Place(NamedTuple):
 
 
 def create(connection: Connection, batch: Batch) -> Batch:
-    """Store a batch, or return the one that is stored under its id already."""
-    if there := find(connection, batch.id):
-        return there
+    """Store a batch."""
     number = next_numbers(connection, BATCHES.name) + 1
     stored = batch._replace(number=number)
     connection.execute(insert(BATCHES).values(**stored._asdict()))
@@ -96,6 +94,17 @@ def find(connection: Connection, id: str) -> Batch | None:
     return Batch(*row) if row else None
 
 
+def unread_lines(connection: Connection, tenant: str) -> int:
+    """How many lines of a tenant's open batches have not become jobs yet."""
+    lines = case(
+        (BATCHES.c.state == "validating", FILES.c.lines),
+        else_=BATCHES.c.total - BATCHES.c.next_line + 1,
+    )
+    mine = BATCHES.c.tenant == tenant, BATCHES.c.ended.is_(None), BATCHES.c.state.in_(READ)
+    found = select(func.sum(lines)).join(FILES, FILES.c.id == BATCHES.c.input_file).where(*mine)
+    return int(connection.execute(found).scalar() or 0)
+
+
 def reads(connection: Connection, file: str) -> bool:
     """Return whether a batch that has not ended needs a file."""
     open_batches = select(BATCHES.c.id).where(BATCHES.c.input_file == file)
@@ -103,10 +112,12 @@ def reads(connection: Connection, file: str) -> bool:
 
 
 def take_reading(connection: Connection, until: float, now: float) -> Batch | None:
-    """Lease the reading of the oldest batch whose file is not read; None: there is none."""
+    """Lease the reading of a batch whose file is not read to its end; None: there is none."""
     unread = (BATCHES.c.state == "validating") | (BATCHES.c.next_line <= BATCHES.c.total)
     due = select(BATCHES).where(BATCHES.c.state.in_(READ), unread, BATCHES.c.lease_until < now)
-    row = connection.execute(due.order_by(BATCHES.c.number).limit(1)).first()
+    # The one that has waited longest, so that one which cannot go on does not hold up the others.
+    order = BATCHES.c.lease_until, BATCHES.c.number
+    row = connection.execute(due.order_by(*order).limit(1)).first()
     if row is None:
         return None
     lease_reading(connection, row.id, until)
@@ -193,7 +204,7 @@ def _finish(connection: Connection, batch: Batch, now: float) -> None:
     state: BatchState = "completed"
     if batch.state == "cancelling":
         state = "cancelled"
-    elif batch.completed + batch.failed < batch.total:
+    elif batch.completed + batch.failed < batch.total and now >= batch.expires:
         state = "expired"
     expires = None if batch.output_expires_s is None else now + batch.output_expires_s
     made = [("output", batch.completed), ("error", batch.total - batch.completed)]

@@ -18,7 +18,8 @@ from .encoding import StoredError
 from .endings import Ending, end
 from .job import MOST_LOST, Job, Kind, State, kind_of
 
-SOME = 500  # jobs that are looked after in one transaction
+SOME = 500  # jobs that one statement names
+FEW = 100  # jobs that are changed one by one in a transaction
 LOST = StoredError(
     500,
     "server_error",
@@ -42,7 +43,7 @@ def claim(
     until: float,
     now: float,
 ) -> list[Job]:
-    """JobClaim jobs that wait, at most `most`, the oldest of each kind first.
+    """Claim jobs that wait, at most `most`, the oldest of each kind first.
 
     `owner`: this process. `window`: returns how many jobs of a kind may run at a time, in all
     processes together. `until`: when the leases end.
@@ -142,20 +143,34 @@ def queue_again(connection: Connection, id: str, now: float) -> bool:
     return True
 
 
-def look_after(connection: Connection, now: float) -> tuple[int, int]:
-    """Queue jobs again whose lease has ended, and end those that have expired while they waited.
+def give_back_unknown(
+    connection: Connection, owner: str, known: Collection[str], now: float
+) -> None:
+    """Queue jobs again that `owner` has claimed without knowing it, because the answer was lost.
 
-    Returns the number of each.
+    `known`: the ids of the jobs that it runs.
     """
+    mine = select(JOBS.c.id, JOBS.c.fence).where(JOBS.c.state == "running", JOBS.c.owner == owner)
+    unknown = [JobClaim(*row) for row in connection.execute(mine) if row.id not in known]
+    give_back(connection, unknown, now, now, lost=False)
+
+
+def requeue_lost(connection: Connection, now: float) -> int:
+    """Queue some jobs again whose lease has ended; return their number."""
     late = select(JOBS.c.id, JOBS.c.fence)
-    late = late.where(JOBS.c.state == "running", JOBS.c.lease_until < now).limit(SOME)
+    late = late.where(JOBS.c.state == "running", JOBS.c.lease_until < now).limit(FEW)
     lost = [JobClaim(*row) for row in connection.execute(late)]
     give_back(connection, lost, now, now, lost=True)
-    old = select(JOBS.c.id).where(JOBS.c.state == "queued", JOBS.c.expires <= now).limit(SOME)
+    return len(lost)
+
+
+def expire_waiting(connection: Connection, now: float) -> int:
+    """End some jobs that have expired while they waited; return their number."""
+    old = select(JOBS.c.id).where(JOBS.c.state == "queued", JOBS.c.expires <= now).limit(FEW)
     expired = connection.execute(old).scalars().all()
     for id in expired:
         end(connection, Ending(id, None, "expired"), now)
-    return len(lost), len(expired)
+    return len(expired)
 
 
 def _parts(ids: Iterable[str]) -> Iterable[list[str]]:

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
@@ -25,10 +26,18 @@ from ..models.model_files import ModelFiles, Units
 from ..models.structures import unknown_structures
 from ..request import ImageRequest, StreamOptions
 from ..settings.application import FrontSettings, Settings
+from ..store.database import Database
 from ..store.link import DatabaseLink
-from . import batch_rows, counts, reading
+from . import batch_rows, counts, queries, retention
 from .batch_reader import BatchReader, ParsedRequest
-from .claims import JobClaim, claim, look_after, renew
+from .claims import (
+    JobClaim,
+    claim,
+    expire_waiting,
+    give_back_unknown,
+    renew,
+    requeue_lost,
+)
 from .endings import cancel
 from .job import Job, Kind
 from .job_images import JobImages
@@ -38,6 +47,8 @@ from .timing import JOB_TIMING, JobTiming
 from .webhook_sender import WebhookSender
 
 log = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 AHEAD = 2  # jobs of a kind in the Dispatcher's queue, for each slot that they may use
 LEAST = 4  # of a kind, however few slots there are: without any, no replica would be started
@@ -79,6 +90,8 @@ class Jobs:
         self._session = DispatchSession(dispatcher, dispatch_timing)
         self._attempts = Attempts(pool_handle, self._metrics, dispatch_timing)
         self._images = JobImages(settings)
+        self._paused: dict[str, float] = {}  # tenants of which no job is claimed, and until when
+        self._claiming = False
         self._live: Settings | None = None
         self._files = ModelFiles(set(), {}, {})
         self.runner = JobRunner(
@@ -88,6 +101,7 @@ class Jobs:
             self._images,
             timing,
             self._lease_cluster,
+            self._pause,
             self._metrics.ended,
         )
         self._reader = BatchReader(
@@ -178,7 +192,7 @@ class Jobs:
             await asyncio.sleep(pause_s)
 
     async def _claim(self) -> None:
-        """JobClaim jobs as long as the queue has room for them."""
+        """Claim jobs as long as the queue has room for them."""
         status, _ = self._session.status()
         if status is None or status.draining:
             return
@@ -190,7 +204,12 @@ class Jobs:
             return
         slots = {pool: found.slots for pool, found in status.pools.items()}
 
+        now = asyncio.get_running_loop().time()
+        self._paused = {name: until for name, until in self._paused.items() if until > now}
+
         def window(kind: Kind) -> int:
+            if kind.tenant in self._paused:
+                return 0
             pools = self._pools(kind.model, kind.precision)
             if not pools:  # it may be served elsewhere, or again
                 return 0
@@ -204,10 +223,18 @@ class Jobs:
 
         if not await self._database.read(counts.any_waiting):
             return
-        jobs, now = await self._database.write(work)
+        self._claiming = True
+        try:
+            jobs, claimed_at = await self._database.write(work)
+        finally:
+            self._claiming = False
         for job in jobs:
-            self.runner.start(job, now)
+            self.runner.start(job, claimed_at)
         self._metrics.claimed(len(jobs))
+
+    def _pause(self, tenant: str, seconds: float) -> None:
+        """Claim no job of a tenant for a while, because it has reached its work rate."""
+        self._paused[tenant] = asyncio.get_running_loop().time() + seconds
 
     def _pools(self, model: str, precision: str) -> tuple[str, ...]:
         for one in self.live.models:
@@ -236,22 +263,30 @@ class Jobs:
                 self.runner.drop(job.call_id)
 
     async def _look_after(self) -> None:
-        """Queue jobs again whose process died, end those that expired, cancel batches."""
+        """Queue jobs again whose process died, end those that expired, cancel batches.
+
+        The own claims are renewed before: after an outage of the database they are no lost ones.
+        """
         await self._images.look()
         database = await self._database.opened()
+        mine = [JobClaim(job.id, job.fence) for job in self.runner.running.values()]
+        unknown = None if self._claiming else {claim.id for claim in mine}
 
-        def work(connection: Connection) -> int:
+        def requeue(connection: Connection) -> int:
             now = database.now(connection)
-            lost, _ = look_after(connection, now)
-            batch_rows.cancel_some(connection, now)
-            for id in batch_rows.running_to_cancel(connection):
-                if job := reading.find_job(connection, id):
-                    cancel(connection, job, now)
-            return lost
+            if mine:
+                renew(connection, mine, now + self._timing.lease_s)
+            if unknown is not None:
+                give_back_unknown(connection, self._owner, unknown, now)
+            return requeue_lost(connection, now)
 
-        self._metrics.lost(await self._database.write(work))
+        self._metrics.lost(await self._database.write(requeue))
+        for work in (expire_waiting, batch_rows.cancel_some, _cancel_running):
+            await self._database.write(partial(_at_present, database, work))
 
     async def _read_batches(self) -> None:
+        if self._keyed and self._session.tenants is None:
+            return  # which models a tenant may use is not known yet
         while await self._reader.read_next():
             pass
 
@@ -259,20 +294,25 @@ class Jobs:
         """Forget old jobs with their images, and old batches, files and messages."""
         database, keep_s = await self._database.opened(), self.live.jobs.keep_s
 
-        def work(connection: Connection) -> reading.Forgotten:
-            now = database.now(connection)
-            forgotten = reading.forget_jobs(connection, now - keep_s)
-            reading.forget_files(connection, now - keep_s, now)
-            reading.forget_deliveries(connection, now - keep_s)
-            counts.forget_empty(connection)
-            return forgotten
+        def forget_jobs(connection: Connection, now: float) -> retention.Forgotten:
+            return retention.forget_jobs(connection, now - keep_s)
+
+        def forget_file(connection: Connection, now: float) -> bool:
+            return retention.forget_file(connection, now - keep_s, now)
+
+        def forget_deliveries(connection: Connection, now: float) -> bool:
+            return retention.forget_deliveries(connection, now - keep_s)
 
         while True:
-            forgotten = await self._database.write(work)
+            forgotten = await self._database.write(partial(_at_present, database, forget_jobs))
             if forgotten.names:
                 await self._images.delete(forgotten.names)
-            if forgotten.jobs < reading.SOME:
-                return
+            if forgotten.jobs < retention.SOME:
+                break
+        for work in (forget_file, forget_deliveries):
+            while await self._database.write(partial(_at_present, database, work)):
+                pass
+        await self._database.write(counts.forget_empty)
 
     async def _send(self) -> None:
         await self._sender.send_due()
@@ -303,3 +343,19 @@ class Jobs:
         images, as_b64 = self._parse(body, settings)
         queued = [self._attempts.queued_image(image, StreamOptions()) for image in images]
         return ParsedRequest(images, as_b64, round(sum(image.work_s for image in queued), 6))
+
+
+def _at_present(
+    database: Database, work: Callable[[Connection, float], T], connection: Connection
+) -> T:
+    """Call `work` with the time by the database's clock."""
+    return work(connection, database.now(connection))
+
+
+def _cancel_running(connection: Connection, now: float) -> int:
+    """End running lines whose batches are being cancelled; return their number."""
+    ids = batch_rows.running_to_cancel(connection)
+    for id in ids:
+        if job := queries.find_job(connection, id):
+            cancel(connection, job, now)
+    return len(ids)

@@ -34,6 +34,7 @@ class NewJob(NamedTuple):
     work_s: float
     images: int
     request: str
+    digest: str
     request_id: str
     key_id: str
     created: float
@@ -47,7 +48,8 @@ class Job(NamedTuple):
     """A job as it is stored. Times are Unix times by the database's clock.
 
     `number`: grows in the order of acceptance. `lane`: "job", or "batch" for a line of a batch.
-    `work_s`: the predicted work of all its `images`. `request`, `result`, `error`: JSON, see
+    `work_s`: the predicted work of all its `images`. `digest`: SHA-256 of the request as it was
+    sent, if it had an Idempotency-Key. `request`, `result`, `error`: JSON, see
     `encoding`. `line`: of the batch's file, from 1. `lost`: how many claims were given up.
     `not_before`: when it may be claimed. `expires`: when it must have ended.
     """
@@ -62,6 +64,7 @@ class Job(NamedTuple):
     work_s: float
     images: int
     request: str
+    digest: str
     request_id: str
     key_id: str
     batch: str | None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..edit_pixels import EditPixels
@@ -15,6 +16,8 @@ from ..results.store import new_name
 from ..settings.application import FrontSettings
 from .encoding import StoredPictures
 from .pictures import files_of, pixels_of
+
+log = logging.getLogger("ray.serve")
 
 THREADS = 16
 RETRY_S, LONGEST_S = 0.5, 10.0  # the first pause after a failure, and the longest
@@ -72,6 +75,13 @@ class JobImages:
             return StoredPictures(*names)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, put)
+
+    async def delete_soon(self, names: Iterable[str | None]) -> None:
+        """Delete images that no job has; if that fails, they are swept when they are old."""
+        try:
+            await self.delete([name for name in names if name])
+        except (OSError, StoreFailed):
+            log.warning("images of no job are left until they are swept", exc_info=True)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete images. Raises `OSError` or `StoreFailed` if the store fails."""

@@ -33,14 +33,18 @@ from ..errors import (
 from ..request import OnProgress, PartialImage, Progress, StreamOptions
 from ..store.link import DatabaseLink
 from ..usage.record import UsageRecord
+from .acceptance import may_be_paid
 from .claims import JobClaim, give_back
 from .encoding import StoredError, StoredImage, StoredRequest, images_as_json
 from .endings import Ending, end
 from .job import Job
 from .job_images import JobImages
+from .queries import find_job
 from .timing import JobTiming
 
 log = logging.getLogger("ray.serve")
+
+EDITS = 16  # jobs with pictures that run at a time, because each holds its pixels in memory
 
 T = TypeVar("T")
 
@@ -64,18 +68,22 @@ class JobRunner:
         images: JobImages,
         timing: JobTiming,
         cluster: Callable[[], Awaitable[str | None]],
+        on_rate_limit: Callable[[str, float], None] = lambda _tenant, _seconds: None,
         on_end: Callable[[Job, str], None] = lambda _job, _how: None,
     ) -> None:
         """`cluster`: returns from whose leases charges are taken; None: no other cluster shares
-        the budgets. `on_end` is called with each job and how its run has ended here: its state, or
-        "given_back", or "fenced" if the claim was lost.
+        the budgets. `on_rate_limit` is called with a tenant that has reached its work rate, and for
+        how many seconds. `on_end` is called with each job and how its run has ended here: its
+        state, or "given_back", or "fenced" if the claim was lost.
         """
         self._database, self._session, self._attempts = database, session, attempts
         self._images, self._timing, self._cluster = images, timing, cluster
-        self._on_end = on_end
+        self._on_rate_limit, self._on_end = on_rate_limit, on_end
+        self._edits = asyncio.Semaphore(EDITS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._calls: dict[str, JobCall] = {}
         self.running: dict[str, Job] = {}
+        self._stopping = False
 
     def start(self, job: Job, now: float) -> None:
         """Run a claimed job in the background; `now`: by the database's clock."""
@@ -96,6 +104,7 @@ class JobRunner:
 
     async def stop(self) -> None:
         """Stop all jobs, and give them back."""
+        self._stopping = True
         claims = [JobClaim(job.id, job.fence) for job in self.running.values()]
         for call_id in list(self._tasks):
             self.drop(call_id)
@@ -115,6 +124,7 @@ class JobRunner:
         try:
             how = await self._to_its_end(job, client)
         except asyncio.CancelledError:
+            how = "given_back" if self._stopping else "fenced"
             raise
         except Exception:  # of the job or of this program: after some attempts the job fails
             log.exception("%s: an unexpected error", job.id)
@@ -126,18 +136,26 @@ class JobRunner:
         """Run a job; return how that ended."""
         try:
             stored = StoredRequest.of(job.request)
-            edited = await self._images.pictures(stored.pictures) if stored.pictures else None
-            return await self._generate(job, stored, edited, client)
+            if stored.pictures is None:
+                return await self._generate(job, stored, None, client)
+            async with self._edits:
+                edited = await self._images.pictures(stored.pictures)
+                return await self._generate(job, stored, edited, client)
         except RequestCancelled:
             return await self._end(Ending(job.id, job.fence, "cancelled"))
         except DeadlineExceeded:
             return await self._end(Ending(job.id, job.fence, "expired"))
         except QuotaExceeded as error:
-            return await self._fail(job, error)
+            if not await self._may_be_paid(job):
+                return await self._fail(job, error)
+            return await self._give_back(job, self._timing.retry_s, lost=False)
         except (Unavailable, RateLimited) as error:
             if not error.retryable and not isinstance(error, RateLimited):
                 return await self._fail(job, error)
-            return await self._give_back(job, _pause_s(error, self._timing.retry_s), lost=False)
+            pause_s = _pause_s(error, self._timing.retry_s)
+            if isinstance(error, RateLimited):
+                self._on_rate_limit(job.tenant, pause_s)
+            return await self._give_back(job, pause_s, lost=False)
         except OctetError as error:
             if type(error) is OctetError:  # nobody foresaw it
                 raise
@@ -184,10 +202,14 @@ class JobRunner:
             result = images_as_json(tuple(image for image, _ in made))
             usages = [usage._replace(call=job.call_id) for _, usage in made]
             how = await self._end(Ending(job.id, job.fence, "succeeded", result, usages=usages))
-            call.generated.clear()
             self.running.pop(job.call_id, None)
             if how == "succeeded":
                 await call.count(usages)
+                return how
+            await self._images.delete_soon([image.name for image, _ in made])
+            if await self._was_cancelled(job):  # a moment before it would have succeeded
+                client.cancel()
+                return "cancelled"
             return how
         except ReplicaFailed:
             id = request_digest(job.tenant, images)
@@ -197,6 +219,29 @@ class JobRunner:
             if not client.unwanted:
                 call.generated.clear()  # they are charged when the job ends, or never
             call.close()
+
+    async def _may_be_paid(self, job: Job) -> bool:
+        """Return whether the budget would hold a job whose call was refused for it.
+
+        Other work may be reserved in the budget now, and be given back later.
+        """
+
+        async def read() -> bool:
+            database = await self._database.opened()
+            return await self._database.read(
+                lambda connection: may_be_paid(connection, job, database.now(connection))
+            )
+
+        return await self._until_written(read)
+
+    async def _was_cancelled(self, job: Job) -> bool:
+        """Return whether the tenant has cancelled this claim of a job."""
+
+        async def read() -> bool:
+            there = await self._database.read(lambda connection: find_job(connection, job.id))
+            return bool(there and there.state == "cancelled" and there.fence == job.fence)
+
+        return await self._until_written(read)
 
     async def _fail(self, job: Job, error: OctetError) -> str:
         text = StoredError.of(error).as_json()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import random
 import secrets
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -14,6 +16,7 @@ from .job import new_id
 
 # Seconds after each failed attempt until the next one: three days in all.
 PAUSES_S = (5, 60, 300, 1800, 7200, 18000, 36000, 50400, 64800, 82800)
+OF_ENDPOINT, OF_TENANT = 4, 8  # messages that one process sends at a time
 MOST_ENDPOINTS = 20  # of a tenant
 SECRET_BYTES = 32
 GONE = 410
@@ -30,6 +33,7 @@ class WebhookEndpoint(NamedTuple):
     id: str
     number: int
     tenant: str
+    name: str
     url: str
     events: str
     secret: str
@@ -53,18 +57,57 @@ class DeliveryOutcome(NamedTuple):
     answer: str
 
 
+class EndpointChange(NamedTuple):
+    """New values of an endpoint; None: as before. `events` as in `WebhookEndpoint`."""
+
+    name: str | None = None
+    url: str | None = None
+    events: str | None = None
+
+
 def add_endpoint(
-    connection: Connection, tenant: str, url: str, events: str, now: float
+    connection: Connection, tenant: str, given: EndpointChange, now: float
 ) -> WebhookEndpoint | None:
     """Add an endpoint with a new secret; None if the tenant has `MOST_ENDPOINTS` already."""
     mine = select(func.count()).select_from(WEBHOOKS).where(WEBHOOKS.c.tenant == tenant)
     if connection.execute(mine).scalar_one() >= MOST_ENDPOINTS:
         return None
-    secret = "whsec_" + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
-    number = next_numbers(connection, WEBHOOKS.name) + 1
-    made = WebhookEndpoint(new_id("we"), number, tenant, url, events, secret, now, None)
+    made = WebhookEndpoint(
+        id=new_id("we"),
+        number=next_numbers(connection, WEBHOOKS.name) + 1,
+        tenant=tenant,
+        name=given.name or "",
+        url=given.url or "",
+        events=given.events or "",
+        secret=_new_secret(),
+        created=now,
+        disabled=None,
+    )
     connection.execute(insert(WEBHOOKS).values(**made._asdict()))
     return made
+
+
+def change_endpoint(
+    connection: Connection, endpoint: WebhookEndpoint, change: EndpointChange
+) -> WebhookEndpoint:
+    """Change an endpoint; one that was disabled is sent to again."""
+    given = {name: value for name, value in change._asdict().items() if value is not None}
+    changed = endpoint._replace(**given, disabled=None)
+    there = WEBHOOKS.c.id == endpoint.id
+    connection.execute(update(WEBHOOKS).where(there).values(**changed._asdict()))
+    return changed
+
+
+def new_secret(connection: Connection, endpoint: WebhookEndpoint) -> WebhookEndpoint:
+    """Give an endpoint a new secret, with which all further messages are signed."""
+    secret = _new_secret()
+    there = WEBHOOKS.c.id == endpoint.id
+    connection.execute(update(WEBHOOKS).where(there).values(secret=secret))
+    return endpoint._replace(secret=secret)
+
+
+def _new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 def find_endpoint(connection: Connection, id: str, tenant: str) -> WebhookEndpoint | None:
@@ -80,23 +123,38 @@ def remove_endpoint(connection: Connection, id: str) -> None:
 
 
 def take_due(
-    connection: Connection, sending: Counter[str], most: int, each: int, until: float, now: float
+    connection: Connection,
+    sending: Mapping[WebhookEndpoint, int],
+    most: int,
+    until: float,
+    now: float,
 ) -> list[Message]:
     """Take messages that are due, at most `most`, so that no other process sends them.
 
-    `sending`: by endpoint, how many messages this process is sending; at most `each` may be sent to
-    one at a time, so that a slow one does not delay the others. `until`: when they are due again,
-    if this process dies.
+    `sending`: how many messages this process is sending to each endpoint. At most `OF_ENDPOINT` are
+    sent to one at a time and `OF_TENANT` to those of a tenant, so that slow ones do not delay the
+    others. `until`: when the messages are due again, if this process dies.
     """
     due = DELIVERIES.c.state == "waiting", DELIVERIES.c.next <= now
-    waiting = select(DELIVERIES.c.endpoint).where(*due).group_by(DELIVERIES.c.endpoint)
+    waiting = select(WEBHOOKS).where(
+        WEBHOOKS.c.id.in_(select(DELIVERIES.c.endpoint).where(*due).distinct().scalar_subquery())
+    )
+    endpoints = [WebhookEndpoint(*row) for row in connection.execute(waiting)]
+    random.shuffle(endpoints)  # so that none is always the last
+    by_endpoint, by_tenant = Counter[str](), Counter[str]()
+    for endpoint, count in sending.items():
+        by_endpoint[endpoint.id] += count
+        by_tenant[endpoint.tenant] += count
     found: list[Message] = []
-    for id in connection.execute(waiting).scalars().all():
-        some = min(each - sending[id], most - len(found))
-        row = connection.execute(select(WEBHOOKS).where(WEBHOOKS.c.id == id)).first()
-        if some <= 0 or row is None:
+    for endpoint in endpoints:
+        some = min(
+            OF_ENDPOINT - by_endpoint[endpoint.id],
+            OF_TENANT - by_tenant[endpoint.tenant],
+            most - len(found),
+        )
+        if some <= 0:
             continue
-        of = select(DELIVERIES.c.id).where(*due, DELIVERIES.c.endpoint == id)
+        of = select(DELIVERIES.c.id).where(*due, DELIVERIES.c.endpoint == endpoint.id)
         first = of.order_by(DELIVERIES.c.next).limit(some).scalar_subquery()
         taken = (
             update(DELIVERIES)
@@ -104,10 +162,9 @@ def take_due(
             .values(next=until, attempts=DELIVERIES.c.attempts + 1)
             .returning(DELIVERIES.c.id, DELIVERIES.c.body, DELIVERIES.c.attempts)
         )
-        endpoint = WebhookEndpoint(*row)
-        found += [
-            Message(one.id, endpoint, one.body, one.attempts) for one in connection.execute(taken)
-        ]
+        rows = connection.execute(taken).all()
+        found += [Message(row.id, endpoint, row.body, row.attempts) for row in rows]
+        by_tenant[endpoint.tenant] += len(rows)
     return found
 
 
@@ -117,7 +174,8 @@ def note(connection: Connection, message: Message, outcome: DeliveryOutcome, now
     An endpoint that answers 410 is disabled, with everything that waits for it.
     """
     there = DELIVERIES.c.id == message.id, DELIVERIES.c.attempts == message.attempts
-    values = {"answer": outcome.answer[:SHOWN]}
+    answer = outcome.answer.encode("ascii", "replace").decode().replace("\0", "?")
+    values = {"answer": answer[:SHOWN]}
     if 200 <= outcome.status < 300:
         state = {"state": "delivered", "ended": now}
         connection.execute(update(DELIVERIES).where(*there).values(**values, **state))

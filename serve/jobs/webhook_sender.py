@@ -15,13 +15,13 @@ from standardwebhooks import Webhook
 
 from ..store.link import DatabaseLink
 from .addresses import Network, checked_socket
-from .webhook_rows import DeliveryOutcome, Message, note, take_due
+from .webhook_rows import DeliveryOutcome, Message, WebhookEndpoint, note, take_due
 
 log = logging.getLogger("ray.serve")
 
 ANSWER_S = 20.0
 LEASE_S = 60.0  # after which a message is sent again whose sender has died
-MOST, EACH = 32, 4  # messages at a time, in all and to one endpoint
+MOST = 64  # messages at a time
 READ_BYTES = 1024  # of an answer
 
 
@@ -42,7 +42,7 @@ class WebhookSender:
         self._database, self._on_outcome = database, on_outcome
         self._networks = networks
         self._clients: dict[str, aiohttp.ClientSession] = {}  # by scheme
-        self._sending: Counter[str] = Counter()  # by endpoint
+        self._sending: Counter[WebhookEndpoint] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def send_due(self) -> int:
@@ -56,11 +56,11 @@ class WebhookSender:
 
         def take(connection: Connection) -> list[Message]:
             now = database.now(connection)
-            return take_due(connection, self._sending, most, EACH, now + LEASE_S, now)
+            return take_due(connection, self._sending, most, now + LEASE_S, now)
 
         found = await self._database.write(take)
         for message in found:
-            self._sending[message.endpoint.id] += 1
+            self._sending[message.endpoint] += 1
             task = asyncio.create_task(self._send(message))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -81,10 +81,11 @@ class WebhookSender:
                 lambda connection: note(connection, message, outcome, database.now(connection))
             )
             self._on_outcome(how)
-        except OSError:  # of the database: the message is sent again when its lease ends
-            log.warning("the outcome of message %s could not be noted", message.id)
+        except Exception:  # such as the database's: it is sent again when its lease ends
+            log.warning("message %s: the outcome is not noted", message.id, exc_info=True)
         finally:
-            self._sending[message.endpoint.id] -= 1
+            self._sending[message.endpoint] -= 1
+            self._sending += Counter()  # forgets those with none
 
     async def _post(self, message: Message) -> DeliveryOutcome:
         """Send a message; returns the answer, or status 0 without one."""

@@ -21,6 +21,7 @@ CONNECT_S, READ_S, ATTEMPTS = 2.0, 5.0, 3  # by default boto3 tries a dead endpo
 CONNECTIONS = 32
 SWEEP_EVERY_S = 3600.0
 DAY_S = 86400.0
+MOST_DELETED = 1000  # objects of one request
 PROBE = "octet-probe"
 
 
@@ -149,7 +150,9 @@ class S3Store:
         self._swept = now
 
     def delete(self, names: Sequence[str]) -> None:
-        self._delete_objects([name for name in names if NAME.fullmatch(name)])
+        valid = [name for name in names if NAME.fullmatch(name)]
+        for begin in range(0, len(valid), MOST_DELETED):
+            self._delete_objects(valid[begin : begin + MOST_DELETED])
 
     def erase(self, tenant: str) -> int:
         return sum(map(self._delete, folders_of(tenant)))
@@ -177,7 +180,7 @@ class S3Store:
         return deleted
 
     def _delete_objects(self, names: Sequence[str]) -> None:
-        """Delete at most 1000 objects."""
+        """Delete at most `MOST_DELETED` objects."""
         if not names:
             return
         try:

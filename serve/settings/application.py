@@ -217,6 +217,17 @@ class CatalogueSettings(Frozen):
         return self
 
 
+class JobRunnerSettings(Frozen):
+    """Number and CPU of the processes that run jobs and batches and send webhooks."""
+
+    replicas: PositiveInt = Field(
+        default=1, description="Number of processes; more than one needs PostgreSQL."
+    )
+    num_cpus: Share = Field(
+        default=0.1, description="CPU cores that Ray reserves for one of them; may be a fraction."
+    )
+
+
 class FrontSettings(Frozen):
     """The settings of Ingresses and the Dispatcher; a change of any of them restarts these.
 
@@ -230,10 +241,9 @@ class FrontSettings(Frozen):
     dispatcher_num_cpus: Share = Field(
         default=0.5, description="CPU cores that Ray reserves for the Dispatcher."
     )
-    job_runner: Resources = Field(
-        default=Resources(num_cpus=0.1),
-        description="Resources and number of the processes that run jobs and batches and send "
-        "webhooks; several need PostgreSQL.",
+    job_runner: JobRunnerSettings = Field(
+        default=JobRunnerSettings(),
+        description="Number and CPU of the processes that run jobs and batches and send webhooks.",
     )
     data_folder: str | None = Field(
         default=None,
@@ -470,7 +480,7 @@ class JobSettings(Frozen):
         description="Free slots of each pool that batches leave to others. A pool with no more "
         "slots than that runs no batches.",
     )
-    batches_scale: bool = Field(
+    scale_up_for_batches: bool = Field(
         default=True,
         description="Whether replicas may be added for batches; otherwise batches use only those "
         "that are there for other work.",
@@ -478,7 +488,7 @@ class JobSettings(Frozen):
     max_file_bytes: PositiveInt = Field(
         default=200_000_000, description="Largest file of a batch, in bytes."
     )
-    max_files_bytes: PositiveInt = Field(
+    max_stored_file_bytes: PositiveInt = Field(
         default=2_000_000_000,
         description="Most bytes of all files that a tenant has uploaded and not deleted.",
     )

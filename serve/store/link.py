@@ -1,4 +1,4 @@
-"""A process's link to the database: opened at the first use, and again after a failure to open."""
+"""A process's connection to the database, which is opened at its first use."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PAUSE_S = 1.0  # for which a failed attempt to open the database answers for the next ones
+
 
 class DatabaseLink:
     """The database, for an event loop. Its methods raise `OSError` if it cannot be used."""
@@ -23,16 +25,26 @@ class DatabaseLink:
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: of the `Database`."""
         self._arguments = arguments
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[Database] | None = None  # the last attempt
+        self._failed_at = -PAUSE_S
         self._database: Database | None = None
         self._writes: GroupedWrites | None = None
 
     async def opened(self) -> Database:
-        """Return the database."""
-        async with self._opening:
-            if self._database is None:
-                self._database = await asyncio.to_thread(self._open)
-            return self._database
+        """Return the database. All who wait share one attempt to open it."""
+        if self._database is None:
+            now = asyncio.get_running_loop().time()
+            if self._opening is None or (self._opening.done() and now - self._failed_at >= PAUSE_S):
+                self._opening = asyncio.create_task(self._open_soon())
+            self._database = await asyncio.shield(self._opening)
+        return self._database
+
+    async def _open_soon(self) -> Database:
+        try:
+            return await asyncio.to_thread(self._open)
+        except OSError:
+            self._failed_at = asyncio.get_running_loop().time()
+            raise
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Call `work` in a transaction that only reads; see `Database.read`."""

@@ -203,6 +203,7 @@ JOBS = Table(
     Column("work_s", Float(53), nullable=False),  # the work of all its images, as predicted
     Column("images", Integer, nullable=False),
     Column("request", Text, nullable=False),  # JSON, see serve.jobs.encoding
+    Column("digest", String(64), nullable=False),  # SHA-256 of the request with an Idempotency-Key
     Column("request_id", String(200), nullable=False),
     Column("key_id", String(12), nullable=False),
     Column("batch", String(40)),
@@ -318,6 +319,7 @@ WEBHOOKS = Table(
     Column("id", String(40), primary_key=True),
     Column("number", BigInteger, nullable=False),
     Column("tenant", String(63), nullable=False),
+    Column("name", String(255), nullable=False),
     Column("url", Text, nullable=False),
     Column("events", Text, nullable=False),  # separated by spaces; empty: all
     Column("secret", String(64), nullable=False),

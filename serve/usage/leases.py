@@ -27,14 +27,21 @@ DUST = 1e-6  # seconds of work by which sums of the same numbers may differ
 PLENTY, AHEAD = 200.0, 8.0  # budget left ÷ work needed; work leased in advance ÷ work needed
 
 
+class NeededWork(NamedTuple):
+    """The work of a call that waits; `kept_s`: work that it must leave to accepted jobs."""
+
+    work_s: float
+    kept_s: float = 0.0
+
+
 class Need(NamedTuple):
     """The work that a tenant needs beyond its lease, and its whole monthly work.
 
-    `owed_s`: work of open calls that its lease does not hold. `works_s`: of each call that waits.
+    `owed_s`: work of open calls that its lease does not hold. `works`: of each call that waits.
     """
 
     owed_s: float
-    works_s: tuple[float, ...]
+    works: tuple[NeededWork, ...]
     monthly_work: float
 
 
@@ -171,12 +178,13 @@ class BudgetLeases:
 
 def leased_of(left: float, need: Need) -> float:
     """The work to lease for a need, if `left` is left: more than needed while there is plenty."""
-    total = need.owed_s + sum(need.works_s)
-    if left >= total * PLENTY:
+    total = need.owed_s + sum(work.work_s for work in need.works)
+    kept_s = max((work.kept_s for work in need.works), default=0.0)
+    if left - kept_s >= total * PLENTY:
         return total * (1 + AHEAD)
     granted = need.owed_s if need.owed_s <= left else 0.0
-    for work_s in need.works_s:
-        if granted + work_s <= left + DUST:
+    for work_s, kept_s in need.works:
+        if granted + work_s <= left - kept_s + DUST:
             granted += work_s
     return granted
 

@@ -279,7 +279,7 @@ def test_a_tenant_may_keep_only_so_many_bytes(server: Server) -> None:
     settings, poor = server.edge.settings, server.clients["poor"]
     for file in poor.files.list():
         poor.files.delete(file.id)
-    jobs = settings.jobs.model_copy(update={"max_files_bytes": 100})
+    jobs = settings.jobs.model_copy(update={"max_stored_file_bytes": 100})
     server.edge.tune(settings.model_copy(update={"jobs": jobs}))
     try:
         id = server.upload(b"x" * 90, "poor")

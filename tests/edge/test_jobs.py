@@ -437,7 +437,7 @@ def test_answers_are_what_the_openapi_document_says(server: Server) -> None:
     operations = [found.ok() for found in results if isinstance(found, Ok)]
     starts = "/v1/jobs", "/v1/batches", "/v1/webhook_endpoints", "/v1/files/{id}"
     operations = [o for o in operations if o.path.startswith(starts) or o.path == "/v1/files"]
-    assert len(operations) == 18
+    assert len(operations) == 20
     statuses = set()
     for operation in operations:
         has_body = operation.method == "post"

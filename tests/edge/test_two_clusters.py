@@ -16,7 +16,7 @@ from bench.tenants import add_tenants
 from serve.settings.application import Settings, StoreSettings
 from serve.store.database import Database
 from serve.usage import leases
-from serve.usage.leases import BudgetLeases, ForgottenError, Need, ReplacedError
+from serve.usage.leases import BudgetLeases, ForgottenError, Need, NeededWork, ReplacedError
 from serve.usage.ledger import UsageLedger, records
 from serve.usage.record import Used
 
@@ -139,7 +139,7 @@ def both(postgres: PostgresServer) -> Iterator[tuple[BudgetLeases, BudgetLeases,
 
 
 def needs(*works: float, budget: float = 10.0) -> dict[str, Need]:
-    return {"t": Need(0.0, works, budget)}
+    return {"t": Need(0.0, tuple(map(NeededWork, works)), budget)}
 
 
 def test_leases_and_charges_are_never_more_than_the_budget(

@@ -74,7 +74,7 @@ class Server:
         )
 
     def endpoint(self, url: str, *events: str) -> dict[str, Any]:
-        body = {"url": url, **({"enabled_events": list(events)} if events else {})}
+        body = {"url": url, **({"event_types": list(events)} if events else {})}
         answer = self.client.post("/v1/webhook_endpoints", json=body)
         assert answer.status_code == 201, answer.text
         found: dict[str, Any] = answer.json()
@@ -128,7 +128,7 @@ def test_openais_client_verifies_what_it_is_sent(server: Server, receiver: Recei
     id = server.job()
     wait_for(lambda: len(receiver.got) == 1)
     headers, body = receiver.got[0]
-    with openai.OpenAI(api_key="x", webhook_secret=endpoint["secret"]) as client:
+    with openai.OpenAI(api_key="x", webhook_secret=endpoint["signing_secret"]) as client:
         event: Any = client.webhooks.unwrap(body, headers)
         assert (event.type, event.data.id) == ("job.succeeded", id)
         with pytest.raises(openai.InvalidWebhookSignatureError):
@@ -136,7 +136,25 @@ def test_openais_client_verifies_what_it_is_sent(server: Server, receiver: Recei
     assert headers["webhook-id"] == json.loads(body)["id"]
     wait_for(lambda: server.delivery(endpoint["id"]).state == "delivered")
     listed = server.client.get("/v1/webhook_endpoints").json()["data"]
-    assert "secret" not in listed[0]
+    assert "signing_secret" not in listed[0]
+
+
+def test_openais_client_manages_endpoints(server: Server, receiver: Receiver) -> None:
+    key = server.client.headers["authorization"].removeprefix("Bearer ")
+    with openai.OpenAI(base_url=f"{server.edge.url}/v1", api_key=key, max_retries=0) as client:
+        made = client.webhooks.create(
+            name="mine", url=receiver.url, event_types=["batch.completed"]
+        )
+        assert made.signing_secret.startswith("whsec_")
+        assert client.webhooks.list().data[0].id == made.id
+        changed = client.webhooks.update(made.id, name="other")
+        assert (changed.name, changed.event_types) == ("other", ["batch.completed"])
+        fresh = client.webhooks.rotate_secret(made.id)
+        assert fresh.signing_secret != made.signing_secret
+        assert client.webhooks.retrieve(made.id).url == receiver.url
+        assert client.webhooks.delete(made.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.webhooks.retrieve(made.id)
 
 
 def test_only_the_events_that_are_asked_for_are_sent(server: Server, receiver: Receiver) -> None:
@@ -207,6 +225,10 @@ def test_an_endpoint_that_is_gone_is_disabled(server: Server, receiver: Receiver
     wait_for(lambda: server.client.get(f"/v1/jobs/{id}").json()["completed_at"])
     assert {d.state for d in server.deliveries(endpoint["id"])} == {"dead"}
     assert len(receiver.got) == before
+    receiver.status = 200
+    assert server.client.post(path, json={}).json()["disabled"] is None  # enabled again
+    server.job()
+    wait_for(lambda: len(receiver.got) == before + 1)
 
 
 def test_a_receiver_that_never_answers_delays_neither_images_nor_other_receivers(
@@ -233,7 +255,7 @@ def test_a_receiver_that_never_answers_delays_neither_images_nor_other_receivers
         ({"url": "https://"}, "must be https"),
         ({"url": "https://exa mple.com"}, "must be https"),
         ({"url": "https://[::1"}, "must be https"),
-        ({"url": "https://x.example", "enabled_events": ["job.suceeded"]}, "did you mean"),
+        ({"url": "https://x.example", "event_types": ["job.suceeded"]}, "did you mean"),
         ({}, "url is required"),
     ],
 )
@@ -246,6 +268,7 @@ def test_a_wrong_endpoint_is_refused(server: Server, body: dict[str, Any], expec
 PRIVATE = (
     *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0"),  # noqa: S104
     *("100.64.0.1", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1"),
+    *("fec0::1", "::ffff:0:7f00:1", "5f00::1", "fe00::1"),
     *("::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "2001:0:1::1"),
 )
 

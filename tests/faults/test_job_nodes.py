@@ -21,9 +21,14 @@ from ..job_journal import JobJournal
 from ..ports import free_port
 from ..stored import store_in
 from ..wait import wait_for
-from .test_placement import FP8_CARD, SETTINGS, add_card, die, nodes_of
+from .conftest import add_node
+from .test_placement import FP8_CARD, SETTINGS, die, nodes_of
 
 BODY = {"prompt": "dunes", "num_inference_steps": 4}
+
+
+def add_large_node(cluster: Any) -> Any:
+    return add_node(cluster, num_cpus=6, num_gpus=2, labels={"ray.io/accelerator-type": FP8_CARD})
 
 
 @pytest.mark.long
@@ -35,18 +40,17 @@ def test_a_node_dies_with_the_runner_of_jobs(
         **SETTINGS,
         "OCTET_HTTP__PORT": str(free_port()),
         "OCTET_DATA_FOLDER": str(tmp_path),
-        "OCTET_JOB_RUNNER__NUM_GPUS": "0.01",  # so that it is on a node with cards
-        "OCTET_JOB_RUNNER__NUM_CPUS": "0.1",
+        "OCTET_JOB_RUNNER__NUM_CPUS": "4.5",  # more than the head has
     }
     settings = load_settings(ROOT / "examples" / "laptop.yaml", environ)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.http.host, "port": settings.http.port},
     )
-    first = add_card(cluster, FP8_CARD)
+    first = add_large_node(cluster)
     octet = deploy(settings)
     octet.wait()
-    add_card(cluster, FP8_CARD)
+    add_large_node(cluster)
     (before,) = nodes_of("Jobs")
     journal = JobJournal(octet.url)
     bodies = [{**BODY, "seed": i} for i in range(200)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...errors import InvalidRequest
+from ...errors import InvalidRequest, OctetError
 from ...jobs.batch_rows import Batch, BatchState
 from ...jobs.encoding import StoredError
 from ...jobs.files import StoredFile
@@ -200,10 +200,15 @@ ENDED_WITHOUT = {  # by the state of a line that was not answered
 }
 
 
-def output_line(job: Job, body: dict[str, Any] | None) -> bytes:
-    """A line of a batch's output or error file; `body`: the answer of a line that succeeded."""
+def output_line(job: Job, body: dict[str, Any] | None, unread: OctetError | None = None) -> bytes:
+    """A line of a batch's output or error file.
+
+    `body`: the answer of a line that succeeded. `unread`: why its images cannot be read now.
+    """
     response, error = None, None
     stored = StoredError.read(job.error) if job.error else None
+    if unread:
+        stored = StoredError.of(unread)
     if body is not None:
         response = {"status_code": 200, "request_id": job.id, "body": body}
     elif stored:

@@ -31,16 +31,28 @@ from .openapi_parts import (
     request_id_header,
     whole_number,
 )
-from .webhooks import DeletedWebhook, NewWebhookBody, NewWebhookItem, WebhookItem, WebhookList
+from .webhooks import (
+    ChangedWebhookBody,
+    DeletedWebhook,
+    NewWebhookBody,
+    NewWebhookItem,
+    WebhookItem,
+    WebhookList,
+)
 
-BODIES: tuple[type[BaseModel], ...] = (NewJobBody, NewBatchBody, NewWebhookBody)
+BODIES: tuple[type[BaseModel], ...] = (
+    *(NewJobBody, NewBatchBody, NewWebhookBody, ChangedWebhookBody),
+)
 ANSWERS: tuple[type[BaseModel], ...] = (
     *(JobItem, JobList, FileItem, FileList, DeletedFile, BatchItem, BatchList),
     *(WebhookItem, NewWebhookItem, WebhookList, DeletedWebhook),
 )
 ACCEPTANCE = tuple(error for error in tree() if error.status in (400, 404, 408, 409, 413, 429, 503))
 # POST requests that are done again if they are sent again.
-WITHOUT_KEY = "/v1/files", "/v1/batches/{id}/cancel", "/v1/webhook_endpoints"
+WITHOUT_KEY = (
+    *("/v1/files", "/v1/batches/{id}/cancel", "/v1/webhook_endpoints"),
+    *("/v1/webhook_endpoints/{id}", "/v1/webhook_endpoints/{id}/rotate_secret"),
+)
 ID = parameter("id", "path")
 READING = NotFound, Unavailable
 
@@ -176,9 +188,20 @@ def stored_paths() -> dict[str, Any]:
         },
         hooks + "/{id}": {
             "get": _operation("readWebhookEndpoint", "Read an endpoint", "WebhookItem", ID),
+            "post": _operation(
+                "changeWebhookEndpoint",
+                "Change an endpoint",
+                "WebhookItem",
+                ID,
+                body="ChangedWebhookBody",
+                errors=(BodyTimeout, BodyTooLarge, RateLimited),
+            ),
             "delete": _operation(
                 "deleteWebhookEndpoint", "Delete an endpoint", "DeletedWebhook", ID
             ),
+        },
+        hooks + "/{id}/rotate_secret": {
+            "post": _operation("rotateWebhookSecret", "Get a new secret", "NewWebhookItem", ID)
         },
     }
 

@@ -1,4 +1,4 @@
-"""The formats of webhook endpoints."""
+"""The formats of webhook endpoints, which are those of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,36 +9,48 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import InvalidRequest, did_you_mean
 from ...jobs.outbox import EVENTS
-from ...jobs.webhook_rows import WebhookEndpoint
+from ...jobs.webhook_rows import EndpointChange, WebhookEndpoint
 from .request import explained
 
 MOST_CHARS = 2000  # of a URL
 
 
 class NewWebhookBody(BaseModel):
-    """The body of `POST /v1/webhook_endpoints`; without `enabled_events` all are sent."""
+    """The body of `POST /v1/webhook_endpoints`; without `event_types` all events are sent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     url: Annotated[str, Field(max_length=MOST_CHARS)]
-    enabled_events: list[str] | None = None
+    name: Annotated[str, Field(max_length=255)] = ""
+    event_types: list[str] | None = None
+
+
+class ChangedWebhookBody(BaseModel):
+    """The body of `POST /v1/webhook_endpoints/ID`: what is to change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: Annotated[str, Field(max_length=MOST_CHARS)] | None = None
+    name: Annotated[str, Field(max_length=255)] | None = None
+    event_types: list[str] | None = None
 
 
 class WebhookItem(BaseModel):
-    """Where events are sent; `disabled`: why nothing is sent there any more."""
+    """A webhook endpoint; `disabled`: why nothing is sent there any more."""
 
     id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    name: str
     url: str
-    enabled_events: list[str]
+    event_types: list[str]
     created_at: int
     disabled: str | None
 
 
 class NewWebhookItem(WebhookItem):
-    """An endpoint that was made just now; `secret` is shown only this once."""
+    """An endpoint with a new secret, which is shown only this once."""
 
-    secret: str
+    signing_secret: str
 
 
 class WebhookList(BaseModel):
@@ -55,50 +67,61 @@ class DeletedWebhook(BaseModel):
     """The response to `DELETE /v1/webhook_endpoints/ID`."""
 
     id: str
-    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
     deleted: Literal[True] = True
 
 
-def parse_webhook(body: bytes, *, without_tls: bool) -> tuple[str, str]:
-    """Parse the body of a new endpoint; return its URL, and its events separated by spaces.
+def parse_webhook(
+    body: bytes, kind: type[NewWebhookBody | ChangedWebhookBody], *, without_tls: bool
+) -> EndpointChange:
+    """Parse the body of a new or changed endpoint.
 
     `without_tls`: whether http: URLs may be used. Raises `InvalidRequest` with the first wrong
     field.
     """
     try:
-        asked = NewWebhookBody.model_validate_json(body)
+        asked = kind.model_validate_json(body)
     except ValidationError as error:
         raise explained(error) from None
-    try:
-        url = urlsplit(asked.url)
-        wrong = not url.hostname or url.username or url.port == 0 or not asked.url.isascii()
-    except ValueError:
-        wrong = True
-    schemes = ("https", "http") if without_tls else ("https",)
-    if wrong or url.scheme not in schemes or any(c <= " " for c in asked.url):
-        raise InvalidRequest(
-            f"url '{asked.url[:80]}' must be {' or '.join(s + '://HOST/…' for s in schemes)}, "
-            "without a user name",
-            param="url",
-        )
-    for event in asked.enabled_events or ():
+    if asked.url is not None:
+        _check_url(asked.url, ("https", "http") if without_tls else ("https",))
+    if asked.name and not asked.name.isprintable():
+        raise InvalidRequest("name must be printable", param="name")
+    for event in asked.event_types or ():
         if event not in EVENTS:
             raise InvalidRequest(
-                f"enabled_events: '{event[:80]}' is no event: {did_you_mean(event, EVENTS)}",
-                param="enabled_events",
+                f"event_types: '{event[:80]}' is no event: {did_you_mean(event, EVENTS)}",
+                param="event_types",
             )
-    return asked.url, " ".join(dict.fromkeys(asked.enabled_events or ()))
+    types = asked.event_types
+    events = None if types is None else " ".join(dict.fromkeys(types))
+    return EndpointChange(asked.name, asked.url, events)
+
+
+def _check_url(text: str, schemes: tuple[str, ...]) -> None:
+    try:
+        url = urlsplit(text)
+        wrong = not url.hostname or url.username or url.port == 0 or not text.isascii()
+    except ValueError:
+        wrong = True
+    if wrong or url.scheme not in schemes or any(c <= " " for c in text):
+        raise InvalidRequest(
+            f"url '{text[:80]}' must be {' or '.join(s + '://HOST/…' for s in schemes)}, without a "
+            "user name",
+            param="url",
+        )
 
 
 def webhook_item(endpoint: WebhookEndpoint) -> WebhookItem:
     return WebhookItem(
         id=endpoint.id,
+        name=endpoint.name,
         url=endpoint.url,
-        enabled_events=endpoint.events.split() or list(EVENTS),
+        event_types=endpoint.events.split() or list(EVENTS),
         created_at=int(endpoint.created),
         disabled=endpoint.disabled,
     )
 
 
 def new_webhook_item(endpoint: WebhookEndpoint) -> NewWebhookItem:
-    return NewWebhookItem(**webhook_item(endpoint).model_dump(), secret=endpoint.secret)
+    return NewWebhookItem(**webhook_item(endpoint).model_dump(), signing_secret=endpoint.secret)
