@@ -36,7 +36,7 @@ from .machine import machine
 from .step_time import STEP_S
 
 CLIENTS = 16
-SLOTS = 32  # of each of the two pools, so that they are not what is measured
+SLOTS = 16  # of each of the two pools, so that they are not what is measured
 FEW = 4  # slots of each pool, for the requests beside a batch
 BODY = {"prompt": "the sea", "size": "64x64", "num_inference_steps": 1}
 SERVICE_STEPS = 20

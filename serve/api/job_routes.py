@@ -156,6 +156,7 @@ class JobRoutes:
             ADMISSION_S,
             client,
             key_id=key_id,
+            call_id=f"{id}.{uuid.uuid4().hex[:8]}",  # by which the Dispatcher knows the job
             lane="acceptance",
             work_s=job.work_s,
         )

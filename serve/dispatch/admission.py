@@ -41,6 +41,7 @@ from .protocol import (
     Lane,
     Pools,
     RefusalReason,
+    job_of,
     tenant_of,
 )
 from .tenant_account import DUST, TenantAccount
@@ -128,7 +129,10 @@ class Admission:
         self._grants = grants
         self._leasing = False  # whether other clusters share the budgets
         self._tenancies: dict[str, _Tenancy] = {}
-        self._accepted: list[tuple[str, float]] = []  # see `accepted`
+        # The tenants and the work of acceptances, by the ids of their job and of their call; and
+        # which of them have ended.
+        self._accepting: dict[str, dict[str, tuple[str, float]]] = {}
+        self._accepted: list[str] = []
         self._held: set[str] = set()  # tenants with work of jobs that is held
         self._known: Mapping[str, Tenant] | None = None  # None: any tenant may call
         self._calls: dict[tuple[str, str], AdmittedCall] = {}  # by session and call id
@@ -157,10 +161,11 @@ class Admission:
         for name in before | held.keys():
             self.account(name).held = held.get(name, 0.0)
 
-    def accepted(self) -> list[tuple[str, float]]:
-        """The tenants and the work of acceptances that have ended since the last call of this.
+    def accepted(self) -> list[str]:
+        """The ids of acceptances that have ended since the last call of this.
 
-        Their work stays free in the budgets until `forget_accepted` is called with them.
+        Their work stays free in the budgets until `forget_accepted` is called with them, or their
+        job's own call comes.
         """
         found, self._accepted = self._accepted, []
         return found
@@ -170,10 +175,15 @@ class Admission:
         """Return whether `accepted` would return any."""
         return bool(self._accepted)
 
-    def forget_accepted(self, accepted: Iterable[tuple[str, float]]) -> None:
+    def forget_accepted(self, accepted: Iterable[str]) -> None:
         """Keep nothing free for these acceptances any more: their jobs are among those held."""
-        for tenant, work_s in accepted:
-            self.account(tenant).accepting -= work_s
+        for call_id in accepted:
+            of_job = self._accepting.get(job_of(call_id), {})
+            if kept := of_job.pop(call_id, None):
+                tenant, work_s = kept
+                self.account(tenant).accepting -= work_s
+            if not of_job:
+                self._accepting.pop(job_of(call_id), None)
 
     def begin_month(self, spent: Mapping[str, float], ends: float) -> None:
         """Begin a month. `spent`: each tenant's work in it so far; `ends`: the time of its end."""
@@ -319,7 +329,7 @@ class Admission:
             tenancy = self._tenancy(call.tenant)
             tenancy.calls.discard(call)
             if call.lane == "acceptance":  # its job may be stored now, but was not read yet
-                self._accepted.append((call.tenant, call.reserved))
+                self._accepted.append(call.id)
             else:
                 tenancy.account.reserved -= call.reserved
             if self._request_ids.get((call.tenant, call.request_id)) is call:
@@ -474,9 +484,13 @@ class Admission:
         if request.lane == "request":
             tenancy.calls.add(call)
         if request.lane == "acceptance":
+            of_job = self._accepting.setdefault(job_of(request.call_id), {})
+            of_job[request.call_id] = request.tenant, request.work_s
             tenancy.account.accepting += request.work_s
         else:
             tenancy.account.reserved += request.work_s
+        if request.lane in STORED:  # what was kept for the job is reserved now
+            self.forget_accepted(list(self._accepting.get(job_of(request.call_id), ())))
         if request.accepted:
             return
         tenancy.account.used_at = now

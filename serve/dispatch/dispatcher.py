@@ -148,7 +148,7 @@ class Dispatcher:
         else:
             self._store_opened(None)
         self.jobs = JobBacklog(self._stored_work, self._jobs_read)
-        self._accepted: list[tuple[str, float]] = []  # acceptances that ended before this reading
+        self._accepted: list[str] = []  # ids of acceptances that ended before this reading
         self._early = WaitingCalls()  # calls that came during the recovery
         self._faults: dict[str, dict[str, str]] = {}  # of Ingresses, by session
         self._quarantine, self._results = Quarantine(), SharedResults()

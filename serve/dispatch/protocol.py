@@ -79,6 +79,11 @@ TIMING = Timing()
 # -- an Ingress to the Dispatcher -----------------------------------------------------------------
 
 
+def job_of(call_id: str) -> str:
+    """The id of the job of a call, which was opened by its acceptance or by a claim."""
+    return call_id.partition(".")[0]
+
+
 class QueuedImage(NamedTuple):
     """One image that needs a slot, as its Ingress sends it to the Dispatcher's fair queue.
 

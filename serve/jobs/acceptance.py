@@ -22,7 +22,7 @@ class Allowance(NamedTuple):
     """The jobs and the work that may still be accepted of a tenant.
 
     `limit`: the most jobs that it may have waiting. `work_s`: what its budget of this month holds
-    beside the jobs that wait; None: it has no budget.
+    beside the jobs that wait and run; None: it has no budget.
     """
 
     jobs: int
@@ -58,23 +58,23 @@ def allowance(connection: Connection, tenant: str, most_queued: int, now: float)
     limits = select(TENANTS.c.limits).where(TENANTS.c.id == tenant, TENANTS.c.deleted.is_(None))
     text = connection.execute(limits).scalar()
     known = known_tenant(json.loads(text) if text else {})
-    sums = func.sum(JOB_COUNTS.c.queued), func.sum(JOB_COUNTS.c.queued_work_s)
-    waiting = connection.execute(select(*sums).where(JOB_COUNTS.c.tenant == tenant)).one()
-    queued, held_s = waiting[0] or 0, waiting[1] or 0.0
+    columns = JOB_COUNTS.c.queued, JOB_COUNTS.c.queued_work_s, JOB_COUNTS.c.running_work_s
+    sums = select(*map(func.sum, columns)).where(JOB_COUNTS.c.tenant == tenant)
+    queued, queued_s, running_s = (found or 0 for found in connection.execute(sums).one())
     if known.max_queued_jobs is not None:
         most_queued = min(most_queued, known.max_queued_jobs)
     if known.monthly_work is None:
         return Allowance(most_queued - queued, most_queued, None)
     month = month_of(now)
     spent = select(SUMS.c.work_s).where(SUMS.c.month == month, SUMS.c.tenant == tenant)
-    used_s = (connection.execute(spent).scalar() or 0.0) + held_s
+    used_s = (connection.execute(spent).scalar() or 0.0) + queued_s + running_s
     return Allowance(most_queued - queued, most_queued, known.monthly_work - used_s)
 
 
 def may_be_paid(connection: Connection, job: Job, now: float) -> bool:
-    """Return whether a tenant's budget of this month would hold a job if nothing else ran."""
+    """Return whether a tenant's budget of this month holds all its jobs; `job` is running."""
     allowed = allowance(connection, job.tenant, 0, now)
-    return allowed.work_s is None or job.work_s <= allowed.work_s + DUST
+    return allowed.work_s is None or allowed.work_s >= -DUST
 
 
 def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> None:

@@ -59,7 +59,7 @@ def claim(
     counts = CountChanges()
     for job in found:
         counts.queued(kind_of(job), -1, -job.work_s)
-        counts.running(kind_of(job), 1)
+        counts.running(kind_of(job), 1, job.work_s)
     counts.write(connection)
     return found
 
@@ -123,7 +123,7 @@ def give_back(
         connection.execute(update(JOBS).where(*there).values(**values, lost=row.lost + lost))
         job = Job(*row)
         counts.queued(kind_of(job), 1, job.work_s)
-        counts.running(kind_of(job), -1)
+        counts.running(kind_of(job), -1, -job.work_s)
     counts.write(connection)
 
 

@@ -16,6 +16,7 @@ class _Change(NamedTuple):
     queued: int = 0
     queued_work_s: float = 0.0
     running: int = 0
+    running_work_s: float = 0.0
 
 
 class CountChanges:
@@ -31,10 +32,12 @@ class CountChanges:
             queued=before.queued + jobs, queued_work_s=before.queued_work_s + work_s
         )
 
-    def running(self, kind: Kind, jobs: int) -> None:
-        """Count jobs that are running; a negative number: that are no longer."""
+    def running(self, kind: Kind, jobs: int, work_s: float) -> None:
+        """Count jobs that are running; negative numbers: that are no longer."""
         before = self._changes[kind]
-        self._changes[kind] = before._replace(running=before.running + jobs)
+        self._changes[kind] = before._replace(
+            running=before.running + jobs, running_work_s=before.running_work_s + work_s
+        )
 
     def write(self, connection: Connection) -> None:
         rows = [kind._asdict() | change._asdict() for kind, change in self._changes.items()]

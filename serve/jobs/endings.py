@@ -79,7 +79,7 @@ def _end(connection: Connection, job: Job, ending: Ending, now: float) -> None:
     if job.state == "queued":
         counts.queued(kind_of(job), -1, -job.work_s)
     else:
-        counts.running(kind_of(job), -1)
+        counts.running(kind_of(job), -1, -job.work_s)
     counts.write(connection)
     if job.batch:
         count_ended(connection, job.batch, ending.state, now)

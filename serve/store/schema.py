@@ -250,6 +250,7 @@ JOB_COUNTS = Table(
     Column("queued", Integer, nullable=False),
     Column("queued_work_s", Float(53), nullable=False),
     Column("running", Integer, nullable=False),
+    Column("running_work_s", Float(53), nullable=False),
     PrimaryKeyConstraint("tenant", "lane", "model", "precision"),
 )
 

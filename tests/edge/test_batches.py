@@ -204,6 +204,57 @@ def test_a_cancelled_batch_ends_and_says_so_of_each_line(server: Server) -> None
         server.acme.batches.cancel(server.ended(server.create(line("a", prompt="x")).id).id)
 
 
+def test_a_batch_is_cancelled_although_its_tenant_may_have_nothing_waiting(
+    server: Server,
+) -> None:
+    """Lines that end at once need no place among those that wait."""
+    settings = server.edge.settings
+    few = settings.jobs.model_copy(update={"max_queued": 150})
+    with server.edge.painter.holding():
+        server.edge.tune(settings.model_copy(update={"jobs": few}))
+        batch = server.create(b"".join(line(str(i), prompt="held") for i in range(150)))
+        wait_for(lambda: server.acme.batches.retrieve(batch.id).status == "in_progress")
+        none = settings.jobs.model_copy(update={"max_queued": 1})
+        server.edge.tune(settings.model_copy(update={"jobs": none}))
+        server.acme.batches.cancel(batch.id)
+        assert server.ended(batch.id).status == "cancelled"
+        with pytest.raises(openai.BadRequestError, match="you may have 1 waiting"):
+            server.create(line("a", prompt="x") + line("b", prompt="x"))
+    server.edge.tune(settings)
+
+
+def test_a_line_is_not_cancelled_alone(server: Server) -> None:
+    with server.edge.painter.holding():
+        batch = server.create(line("a", prompt="held"))
+        headers = {"authorization": f"Bearer {server.keys['acme']}"}
+        url, query = f"{server.edge.url}/v1/jobs", {"batch_id": batch.id}
+        wait_for(lambda: bool(httpx.get(url, params=query, headers=headers).json()["data"]))
+        (job,) = httpx.get(url, params=query, headers=headers).json()["data"]
+        assert httpx.delete(f"{url}/{job['id']}", headers=headers).status_code == 409
+    assert server.ended(batch.id).status == "completed"
+
+
+def test_a_key_gets_the_same_batch_again(server: Server) -> None:
+    file = server.upload(line("a", prompt="x"))
+    given = {"endpoint": GENERATE, "completion_window": "24h"}
+    made = [
+        server.acme.batches.create(
+            input_file_id=file,
+            extra_headers={"idempotency-key": "batch-one"},
+            **given,  # type: ignore[arg-type]
+        )
+        for _ in range(2)
+    ]
+    assert made[0].id == made[1].id
+    with pytest.raises(openai.UnprocessableEntityError):
+        server.acme.batches.create(
+            input_file_id=server.upload(line("b", prompt="x")),
+            extra_headers={"idempotency-key": "batch-one"},
+            **given,  # type: ignore[arg-type]
+        )
+    server.ended(made[0].id)
+
+
 def test_a_budget_ends_a_batch_in_its_middle(server: Server) -> None:
     content = b"".join(line(str(i), prompt="x", num_inference_steps=10) for i in range(5))  # 3 ms
     done = server.ended(server.create(content, "poor").id, "poor")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 
+from bench.tenants import add_tenants
 from serve.api.timing import INGRESS_TIMING
 from serve.errors import NotFound
 from serve.results.from_settings import open_store
 from serve.settings.application import CacheSettings, Settings, StoreSettings
 from serve.store.database import Database
+from serve.usage.ledger import records
 
 from ..full_disk import full_disk
 from ..in_process import PROMPT
@@ -33,6 +36,7 @@ from .databases import emptied
 from .edge import Edge, started
 
 TIMING = replace(INGRESS_TIMING, dispatch=replace(PROMPT, record_s=3.0))
+GENERATE = "/v1/images/generations"
 JOBS = 50
 
 
@@ -265,3 +269,39 @@ def test_redis_is_killed_and_stopped(on_s3: Settings) -> None:
             jobs.wait_for_more()
     finally:
         redis.close()
+
+
+# -- budgets, with one database and the other -----------------------------------------------------
+
+
+def test_a_budget_holds_for_requests_beside_accepted_jobs(settings: Settings) -> None:
+    """With PostgreSQL the work of requests is leased from the budget, and jobs wait in it."""
+    work_s = 0.001 + 28 * 0.0002  # of an image, see `WORK`
+    limits = {"t": {"monthly_work": 10.2 * work_s}}
+    keys = add_tenants(settings.database or {}, limits)
+    headers = {"authorization": f"Bearer {keys['t']}"}
+    with started(settings.model_copy(update={"auth": "keys"}), TIMING, runners=1) as edge:
+        wait_for(lambda: edge.ingress._session.tenants is not None)
+        wait_for(lambda: edge.dispatcher.metering.ledger is not None)
+        with httpx.Client(base_url=edge.url, headers=headers, timeout=30) as client:
+
+            def send(n: int, prompt: str, **more: str) -> httpx.Response:
+                return client.post(GENERATE, json={"prompt": prompt, "n": n}, headers=more)
+
+            with edge.painter.holding():
+                jobs = [send(3, "held", prefer="respond-async") for _ in range(2)]
+                assert [one.status_code for one in jobs] == [202, 202]  # 6 of 10
+                wait_for(lambda: edge.dispatcher.grants.running_by_tenant()["t"] == 6)
+                wait_for(lambda: send(4, "held", prefer="respond-async").status_code == 202)
+                refused = send(1, "held", prefer="respond-async")
+                assert refused.json()["error"]["code"] == "insufficient_quota"
+                wait_for(lambda: send(1, "x").status_code == 429)
+            ids = [one.json()["id"] for one in jobs]
+            wait_for(lambda: all(succeeded(client, id) for id in ids))
+        database_of = {**(settings.database or {}), "answer_s": 5.0}
+        with closing(Database(**database_of)) as database:
+            wait_for(lambda: len(list(records(database, tenant="t"))) == 10)
+
+
+def succeeded(client: httpx.Client, id: str) -> bool:
+    return bool(client.get(f"/v1/jobs/{id}").json()["status"] == "succeeded")

@@ -157,6 +157,19 @@ def test_leases_and_charges_are_never_more_than_the_budget(
     assert second.extend(needs(0.1), MONTH) == {"t": 0.0}
 
 
+def test_a_request_leaves_what_is_kept_for_accepted_jobs(
+    both: tuple[BudgetLeases, BudgetLeases, Database],
+) -> None:
+    first, second, _ = both
+
+    def need(work_s: float, kept_s: float) -> dict[str, Need]:
+        return {"t": Need(0.0, (NeededWork(work_s, kept_s),), 10.0)}
+
+    assert first.extend(need(5.0, 6.0), MONTH) == {"t": 0.0}
+    assert first.extend(need(4.0, 6.0), MONTH) == {"t": 4.0}
+    assert second.extend(need(6.0, 0.0), MONTH) == {"t": 6.0}
+
+
 def test_with_plenty_left_a_lease_is_for_several_calls(
     both: tuple[BudgetLeases, BudgetLeases, Database],
 ) -> None:

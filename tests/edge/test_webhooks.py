@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address, ip_network
@@ -14,11 +16,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 
 from bench.tenants import add_tenants
 from serve.jobs.addresses import ForbiddenAddressError, checked_socket, is_public
-from serve.jobs.webhook_rows import PAUSES_S, send_again
+from serve.jobs.outbox import tell
+from serve.jobs.webhook_rows import (
+    PAUSES_S,
+    EndpointChange,
+    add_endpoint,
+    send_again,
+    take_due,
+)
 from serve.settings.application import JobSettings, Settings, sqlite_url
 from serve.store.database import Database
 from serve.store.schema import DELIVERIES
@@ -37,6 +46,7 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.status = 204
+        self.reason: str | None = None
         self.answering = threading.Event()
         self.answering.set()
         receiver = self
@@ -46,7 +56,7 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.got.append(({k.lower(): v for k, v in self.headers.items()}, body))
                 receiver.answering.wait(30)
-                self.send_response(receiver.status)
+                self.send_response(receiver.status, receiver.reason)
                 self.send_header("location", "http://127.0.0.1:1/")
                 self.end_headers()
 
@@ -212,6 +222,35 @@ def test_a_message_is_dead_after_three_days_and_an_operator_sends_it_again(
     assert server.database.write(lambda c: send_again(c, dead.id, 0.0))
     wait_for(lambda: server.delivery(endpoint["id"]).state == "delivered")
     assert not server.database.write(lambda c: send_again(c, dead.id, 0.0))
+
+
+def test_an_answer_that_is_no_text_is_an_answer(server: Server, receiver: Receiver) -> None:
+    receiver.status, receiver.reason = 500, "O\xffK\x01"
+    endpoint = server.endpoint(receiver.url)
+    server.job()
+    wait_for(lambda: server.delivery(endpoint["id"]).answer.startswith("500 O?K"))
+    receiver.status = 200
+    server.make_due(endpoint["id"])
+    wait_for(lambda: server.delivery(endpoint["id"]).state == "delivered")
+
+
+def test_many_endpoints_of_one_tenant_do_not_delay_those_of_another(tmp_path: Path) -> None:
+    with closing(Database(sqlite_url(tmp_path))) as database:
+
+        def prepare(connection: Connection) -> None:
+            for tenant, endpoints in (("many", 20), ("one", 1)):
+                for _ in range(endpoints):
+                    given = EndpointChange("", "https://x.example", "")
+                    add_endpoint(connection, tenant, given, 0.0)
+                for number in range(10):
+                    tell(connection, tenant, "job.succeeded", f"job_{number}", 0.0)
+
+        database.write(prepare)
+        taken = database.write(lambda c: take_due(c, {}, 64, 60.0, 1.0))
+        by_tenant = Counter(message.endpoint.tenant for message in taken)
+        assert by_tenant == {"many": 8, "one": 4}
+        sending = Counter(message.endpoint for message in taken)
+        assert database.write(lambda c: take_due(c, sending, 64, 60.0, 1.0)) == []
 
 
 def test_an_endpoint_that_is_gone_is_disabled(server: Server, receiver: Receiver) -> None:

@@ -62,8 +62,9 @@ class AdmissionHarness:
         )
         decision = self.admission.open("s", request, now)
         if not decision.refusal:
+            of_job = request.lane == "job"
             for image in images:
-                self.grants.submit("s", image, tenant, 0.0)
+                self.grants.submit("s", image, request.flow, 0.0, of_job=of_job)
             self.grants.grant()
         return decision
 
@@ -345,3 +346,61 @@ class BudgetMachine(RuleBasedStateMachine):
 
 TestBudgetMachine = BudgetMachine.TestCase
 TestBudgetMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+def test_jobs_take_nothing_of_the_limits_of_requests() -> None:
+    limits = Tenant(max_requests=1, max_queued_work=2, requests_per_s=0.001, request_burst=1)
+    harness = AdmissionHarness(t=limits)
+    for lane in ("job", "batch", "job", "job"):
+        assert harness.open_call(work_s=9, lane=lane).refusal is None
+    assert harness.open_call(work_s=9).refusal is None
+    assert harness.open_call().refusal == "rate_limit_exceeded"
+
+
+def test_a_job_does_not_count_in_the_forecast_of_a_request_which_comes_before_it() -> None:
+    harness = AdmissionHarness(t=Tenant())
+    for _ in range(5):
+        assert harness.open_call(work_s=10, lane="job").refusal is None
+    assert harness.open_call(work_s=1, timeout_s=15).refusal is None
+    assert harness.open_call(work_s=1, timeout_s=1.5).refusal == "deadline_unreachable"
+
+
+def test_a_budget_is_kept_for_accepted_jobs() -> None:
+    harness = AdmissionHarness(t=Tenant(monthly_work=10), slots=9)
+    admission, account = harness.admission, harness.admission.account("t")
+    assert harness.open_call(work_s=6, n=0, lane="acceptance").refusal is None
+    account.accepting += 6  # `open_call` counts the work of images only
+    assert harness.open_call(work_s=5).refusal == "insufficient_quota"
+    admission.end("s", "c1", 0.0)
+    assert harness.open_call(work_s=5).refusal == "insufficient_quota"  # not read yet
+    admission.hold_for_jobs({"t": 6.0})
+    account.accepting = 0.0
+    assert harness.open_call(work_s=5).refusal == "insufficient_quota"
+    assert harness.open_call(work_s=4).refusal is None
+    assert harness.open_call(work_s=6, lane="job").refusal is None  # it was kept for this
+    admission.hold_for_jobs({})
+    assert harness.open_call(work_s=1, lane="job").refusal == "insufficient_quota"
+
+
+def test_an_acceptance_is_held_until_its_job_was_read() -> None:
+    harness = AdmissionHarness(t=Tenant(monthly_work=10))
+    request = AdmissionRequest("c", "t", "r", (), 60.0, 6.0, lane="acceptance")
+    assert harness.admission.open("s", request, 0.0).refusal is None
+    harness.admission.end("s", "c", 0.0)
+    account = harness.admission.account("t")
+    assert (account.reserved, account.accepting) == (0.0, 6.0)
+    ended = harness.admission.accepted()
+    assert harness.admission.accepted() == []
+    harness.admission.forget_accepted(ended)
+    assert account.accepting == 0.0
+
+
+def test_a_batch_queues_with_a_part_of_its_tenants_weight() -> None:
+    harness = AdmissionHarness(t=Tenant(weight=3.0))
+    harness.admission.batch_weight = 0.1
+    weight = harness.grants.queue.weight
+    weights = [weight(flow) for flow in ("t", "t/batch", "other/batch")]
+    assert weights == pytest.approx([3.0, 0.3, 0.1])

@@ -405,3 +405,35 @@ class GrantsMachine(RuleBasedStateMachine):
 
 TestGrantsMachine = GrantsMachine.TestCase
 TestGrantsMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_tenants_requests_come_before_its_jobs_and_other_tenants_take_turns() -> None:
+    book = grants(m_fp8=1)
+    submit(book, waiting_image("running"))
+    book.grant()
+    for image in ("job-1", "job-2"):
+        assert book.submit("s", waiting_image(image, (FP8,)), "t", 0.0, of_job=True) is None
+    submit(book, waiting_image("late", (FP8,)))
+    submit(book, waiting_image("other", (FP8,)), tenant="u")
+    assert book.waiting_jobs("t") == (2, 2.0)
+    assert book.waiting_requests("t") == (1, 1.0)
+    order = []
+    last = "running"
+    for _ in range(4):
+        release(book, last)
+        ((last, _),) = ids(book.grant())
+        order.append(last)
+    assert order.index("late") < order.index("job-1") < order.index("job-2")
+    assert order.index("other") < order.index("job-1")
+    assert book.waiting_jobs("t") == (0, 0.0)
+
+
+def test_batches_leave_free_slots_to_others() -> None:
+    book = grants(m_fp8=3)
+    book.kept_from_batches = 2
+    for image in ("a", "b"):
+        submit(book, waiting_image(image, (FP8,)), tenant="t/batch")
+    assert ids(book.grant()) == [("a", FP8)]
+    submit(book, waiting_image("request", (FP8,)))
+    assert ids(book.grant()) == [("request", FP8)]
+    assert book.evict(1, newcomer="u")[0][0] == "t"  # the tenant, not the name of its queue
