@@ -56,7 +56,7 @@ class Client:
         async with self._http.request(method, self._url + path, headers=headers, **more) as answer:
             text = await answer.text()
             assert answer.status < 300, text
-            return json.loads(text) if text.startswith("{") else text
+            return json.loads(text) if answer.content_type == "application/json" else text
 
     async def accept(self) -> float:
         """Send a job; return the seconds until its 202."""
