@@ -188,7 +188,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_job_ends": Metric(
             "counter",
             "Runs of claimed jobs by lane (job, batch) and outcome: succeeded, failed, cancelled, "
-            "expired; given_back (to be claimed again), fenced (the claim was lost).",
+            "expired; given_back (to be claimed again), fenced (the claim was lost). Jobs that end "
+            "while they wait are not counted.",
             ("lane", "outcome"),
         ),
         "octet_job_claims_lost": Metric(

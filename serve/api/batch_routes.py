@@ -39,7 +39,7 @@ from ..jobs.job import Job, new_id
 from ..jobs.queries import page
 from ..store.schema import BATCHES, FILES, JOBS
 from .idempotency import REPLAYED, REUSED, idempotent
-from .stored import StoredRequests, json_answer
+from .route_context import RouteContext, json_answer
 from .timing import IngressTiming
 from .upload import file_of, uploaded_form
 from .wire.batches import (
@@ -55,7 +55,7 @@ from .wire.batches import (
     output_line,
     parse_batch,
 )
-from .wire.jobs import parse_page
+from .wire.pages import parse_page
 from .wire.response import ImagesResponse
 
 GIVEN = "input_file", "endpoint", "metadata", "output_expires_s"  # what a client has chosen
@@ -73,13 +73,13 @@ class BatchRoutes:
 
     def __init__(
         self,
-        stored: StoredRequests,
+        context: RouteContext,
         session: DispatchSession,
         answer_of: AnswerOf,
         timing: IngressTiming,
     ) -> None:
         """`answer_of`: returns what makes the answer of a line that succeeded."""
-        self._stored, self._session, self._answer_of = stored, session, answer_of
+        self._context, self._session, self._answer_of = context, session, answer_of
         self._timing = timing
         self._uploading: Counter[str] = Counter()  # by tenant
         self.routes = [
@@ -99,9 +99,9 @@ class BatchRoutes:
     async def upload(self, http: Request) -> Response:
         """Answer `POST /v1/files`."""
         tenant: str = http.scope["tenant"]
-        with self._stored.reading(http), self._upload_of(tenant):
-            jobs = self._stored.live.jobs
-            used = await self._stored.read(partial(files.stored_bytes, tenant=tenant))
+        with self._context.reading(http), self._upload_of(tenant):
+            jobs = self._context.live.jobs
+            used = await self._context.read(partial(files.stored_bytes, tenant=tenant))
             left = jobs.max_stored_file_bytes - used
             if left <= 0:
                 raise QuotaExceeded(
@@ -110,7 +110,7 @@ class BatchRoutes:
                 )
             most = min(jobs.max_file_bytes, left)
             async with uploaded_form(http, most, self._timing.body_s) as form:
-                self._stored.authenticate_again(http)
+                self._context.authenticate_again(http)
                 made = await self._kept(tenant, file_of(form, most), _keep_s(form, jobs.keep_s))
         return json_answer(file_item(made))
 
@@ -145,12 +145,12 @@ class BatchRoutes:
             created=0.0,
             expires=keep_s,
         )
-        await self._stored.write(partial(files.begin, file=begun))
+        await self._context.write(partial(files.begin, file=begun))
         size = lines = part = 0
         while content := await file.read(PART_BYTES):
-            await self._stored.write(partial(_add_part, id=begun.id, part=part, content=content))
+            await self._context.write(partial(_add_part, id=begun.id, part=part, content=content))
             size, lines, part = size + len(content), lines + content.count(b"\n"), part + 1
-        return await self._stored.write(
+        return await self._context.write(
             lambda connection, _: files.finish(connection, begun.id, size, lines)
         )
 
@@ -163,7 +163,7 @@ class BatchRoutes:
         if purpose := asked.only.get("purpose"):
             only["purpose"] = purpose
         tenant = http.scope["tenant"]
-        rows = await self._stored.read(
+        rows = await self._context.read(
             lambda connection: page(connection, FILES, tenant, asked.after, asked.limit, **only)
         )
         data = [file_item(StoredFile(*row)) for row in rows[: asked.limit]]
@@ -189,7 +189,7 @@ class BatchRoutes:
                 raise Conflict("a batch reads this file: cancel the batch, or wait for its end")
             files.remove(connection, file.id)
 
-        await self._stored.write(delete)
+        await self._context.write(delete)
         return json_answer(DeletedFile(id=file.id))
 
     async def content(self, http: Request) -> Response:
@@ -200,7 +200,7 @@ class BatchRoutes:
 
     async def _parts(self, file: StoredFile) -> AsyncIterator[bytes]:
         part = 0
-        while content := await self._stored.read(partial(files.read_part, id=file.id, part=part)):
+        while content := await self._context.read(partial(files.read_part, id=file.id, part=part)):
             yield content
             part += 1
 
@@ -211,7 +211,7 @@ class BatchRoutes:
         wanted = succeeded if file.kind == "output" else JOBS.c.state != "succeeded"
         while True:
             of_batch = select(JOBS).where(JOBS.c.batch == file.batch, wanted, JOBS.c.line > last)
-            jobs = await self._stored.read(
+            jobs = await self._context.read(
                 partial(_jobs_of, found=of_batch.order_by(JOBS.c.line).limit(ROWS))
             )
             for job in jobs:
@@ -222,21 +222,21 @@ class BatchRoutes:
 
     async def _file(self, http: Request) -> StoredFile:
         """The tenant's file that the path names. Raises `NotFound` if there is none."""
-        id, tenant = self._stored.id(http), http.scope["tenant"]
-        now = await self._stored.now()
-        file = await self._stored.read(lambda connection: files.find(connection, id, tenant, now))
+        id, tenant = self._context.id(http), http.scope["tenant"]
+        now = await self._context.now()
+        file = await self._context.read(lambda connection: files.find(connection, id, tenant, now))
         if file is None:
-            raise self._stored.not_found(http)
+            raise self._context.not_found(http)
         return file
 
     # -- batches --------------------------------------------------------------------------------
 
     async def create(self, http: Request) -> Response:
         """Answer `POST /v1/batches`. With an Idempotency-Key a batch is made once."""
-        body = await self._stored.body(http)
+        body = await self._context.body(http)
         keyed = idempotent(http, body)
         asked, tenant = parse_batch(body), http.scope["tenant"]
-        jobs = self._stored.live.jobs
+        jobs = self._context.live.jobs
         expiry = asked.output_expires_after
         if expiry and expiry.seconds > jobs.keep_s:
             raise InvalidRequest(
@@ -246,7 +246,7 @@ class BatchRoutes:
             )
         id = f"batch_{keyed.id(tenant) if keyed else uuid.uuid4().hex}"
         key_id = http.scope.get("key_id", "")
-        if there := await self._stored.read(lambda connection: batch_rows.find(connection, id)):
+        if there := await self._context.read(lambda connection: batch_rows.find(connection, id)):
             new = _new_batch(id, tenant, key_id, asked, there.created)
             if any(getattr(there, name) != getattr(new, name) for name in GIVEN):
                 raise IdempotencyKeyReused(REUSED)
@@ -286,7 +286,7 @@ class BatchRoutes:
                     )
                 return batch_rows.create(connection, _new_batch(id, tenant, key_id, asked, now))
 
-            batch = await self._stored.write(make)
+            batch = await self._context.write(make)
         finally:
             call.close()
         return json_answer(await self._item(batch))
@@ -294,7 +294,7 @@ class BatchRoutes:
     async def batches(self, http: Request) -> Response:
         """Answer `GET /v1/batches`: the tenant's batches, newest first."""
         asked, tenant = parse_page(http.query_params), http.scope["tenant"]
-        rows = await self._stored.read(
+        rows = await self._context.read(
             lambda connection: page(connection, BATCHES, tenant, asked.after, asked.limit)
         )
         data = [await self._item(Batch(*row)) for row in rows[: asked.limit]]
@@ -314,7 +314,7 @@ class BatchRoutes:
     async def cancel(self, http: Request) -> Response:
         """Answer `POST /v1/batches/ID/cancel`: its lines that wait or run end as cancelled."""
         batch = await self._batch(http)
-        begun = await self._stored.write(
+        begun = await self._context.write(
             lambda connection, now: batch_rows.ask_to_cancel(connection, batch, now)
         )
         batch = await self._batch(http)
@@ -323,14 +323,14 @@ class BatchRoutes:
         return json_answer(await self._item(batch))
 
     async def _batch(self, http: Request) -> Batch:
-        id, tenant = self._stored.id(http), http.scope["tenant"]
-        batch = await self._stored.read(lambda connection: batch_rows.find(connection, id))
+        id, tenant = self._context.id(http), http.scope["tenant"]
+        batch = await self._context.read(lambda connection: batch_rows.find(connection, id))
         if batch is None or batch.tenant != tenant:
-            raise self._stored.not_found(http)
+            raise self._context.not_found(http)
         return batch
 
     async def _item(self, batch: Batch) -> BatchItem:
-        made = await self._stored.read(
+        made = await self._context.read(
             lambda connection: connection.execute(
                 select(FILES.c.kind, FILES.c.id).where(FILES.c.batch == batch.id)
             ).all()

@@ -8,9 +8,19 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 METHODS = "GET", "POST", "DELETE"
-SENT = "authorization", "cache-control", "content-type", "idempotency-key", "x-request-id"
+SENT = (
+    *("authorization", "cache-control", "content-type", "idempotency-key", "last-event-id"),
+    *("prefer", "x-request-id"),
+)
 SHOWN = (
-    *("idempotent-replayed", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry"),
+    *(
+        "idempotent-replayed",
+        "location",
+        "retry-after",
+        "retry-after-ms",
+        "x-request-id",
+        "x-should-retry",
+    ),
     *("x-octet-cache", "x-octet-eta-s", "x-octet-ignored"),
     *(
         f"x-ratelimit-{part}-{of}"

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ..jobs.job import OPEN, Job
 from ..jobs.queries import find_jobs
-from .stored import StoredRequests
+from .route_context import RouteContext
 from .wire.event_stream import EventStream
 from .wire.jobs import JobItem
 
@@ -21,8 +21,8 @@ POLL_S = 0.5  # between two looks at the jobs that are watched
 class JobWatch:
     """Looks at the jobs that clients watch, all of them at a time."""
 
-    def __init__(self, stored: StoredRequests) -> None:
-        self._stored = stored
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
         self._asked: dict[str, asyncio.Future[Job | None]] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -42,7 +42,7 @@ class JobWatch:
             await asyncio.sleep(POLL_S)
             asked, self._asked = self._asked, {}
             try:
-                found = await self._stored.read(partial(find_jobs, ids=list(asked)))
+                found = await self._context.read(partial(find_jobs, ids=list(asked)))
             except Exception as error:
                 for future in asked.values():
                     future.set_exception(error)

@@ -40,9 +40,10 @@ from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_events import JobWatch, job_events
 from .job_requests import ASYNC, wants_job
-from .stored import StoredRequests, json_answer
+from .route_context import RouteContext, json_answer
 from .timing import IngressTiming
-from .wire.jobs import ENDPOINTS, JobItem, JobList, job_item, parse_page
+from .wire.jobs import ENDPOINTS, JobItem, JobList, job_item
+from .wire.pages import parse_page
 from .wire.request import GenerationRequest, ignored_header
 from .wire.response import ImagesResponse, images_response
 
@@ -57,7 +58,7 @@ class JobRoutes:
 
     def __init__(
         self,
-        stored: StoredRequests,
+        context: RouteContext,
         session: DispatchSession,
         attempts: Attempts,
         urls: ImageUrls,
@@ -65,9 +66,9 @@ class JobRoutes:
         metrics: IngressMetrics,
         timing: IngressTiming,
     ) -> None:
-        self._stored, self._session, self._attempts = stored, session, attempts
+        self._context, self._session, self._attempts = context, session, attempts
         self._urls, self._images, self._metrics, self._timing = urls, images, metrics, timing
-        self._watch = JobWatch(stored)
+        self._watch = JobWatch(context)
         self._streams: Counter[str] = Counter()  # of events, by tenant
         self.routes = [
             Route("/v1/jobs", self.list, methods=["GET"]),
@@ -96,7 +97,7 @@ class JobRoutes:
         id = f"job_{asked.id(tenant) if asked else uuid.uuid4().hex}"
         digest = asked.digest if asked else ""
         try:
-            there = await self._stored.read(lambda connection: find_job(connection, id))
+            there = await self._context.read(lambda connection: find_job(connection, id))
             if there:
                 job = there
             else:
@@ -171,10 +172,10 @@ class JobRoutes:
 
     async def _store(self, job: NewJob, parsed: GenerationRequest, held: HeldPicture | None) -> Job:
         """Store a job, after the pictures of an edit; these are deleted if it is refused."""
-        most = self._stored.live.jobs.max_queued
+        most = self._context.live.jobs.max_queued
         pictures: StoredPictures | None = None
         if held and held.pixels:
-            await self._stored.write(lambda connection, now: check(connection, job, most, now))
+            await self._context.write(lambda connection, now: check(connection, job, most, now))
             pictures = await self._images.put_pictures(job.tenant, held.pixels, job.request_id)
             held.release()
         request = StoredRequest(tuple(parsed.images), parsed.as_b64, pictures).as_json()
@@ -184,7 +185,7 @@ class JobRoutes:
             return accept(connection, dated, most, now)
 
         try:
-            stored = await self._stored.write(store)
+            stored = await self._context.write(store)
         except Unavailable:  # it may be stored
             raise
         except OctetError:
@@ -213,7 +214,7 @@ class JobRoutes:
                 )
             only["state"] = state
         tenant = http.scope["tenant"]
-        rows = await self._stored.read(
+        rows = await self._context.read(
             lambda connection: page(connection, JOBS, tenant, asked.after, asked.limit, **only)
         )
         jobs = [Job(*row) for row in rows[: asked.limit]]
@@ -246,10 +247,10 @@ class JobRoutes:
 
     async def _job(self, http: Request) -> Job:
         """The tenant's job that the path names. Raises `NotFound` if there is none."""
-        id, tenant = self._stored.id(http), http.scope["tenant"]
-        job = await self._stored.read(lambda connection: find_job(connection, id, tenant))
+        id, tenant = self._context.id(http), http.scope["tenant"]
+        job = await self._context.read(lambda connection: find_job(connection, id, tenant))
         if job is None:
-            raise self._stored.not_found(http)
+            raise self._context.not_found(http)
         return job
 
     async def _item(self, job: Job, http: Request, *, links: bool = False) -> JobItem:
@@ -261,12 +262,12 @@ class JobRoutes:
         return job_item(job, self._links(job, http))
 
     async def _present(self, job: Job) -> dict[str, Any]:
-        """What is known of a job that has not ended: where it is, and how far."""
+        """Return the place and the progress of a job that has not ended."""
         state = await self._call_state(job) if job.state == "running" else None
         if state is None:
             if job.state == "running":
                 return {}
-            place = await self._stored.read(lambda connection: place_of(connection, job))
+            place = await self._context.read(lambda connection: place_of(connection, job))
             return {"queue_position": place}
         if not state.running:
             return {"status": "queued", "queue_position": state.position}
@@ -326,7 +327,7 @@ class JobRoutes:
         job = await self._job(http)
         if job.batch:
             raise Conflict(f"the job is a line of {job.batch}: cancel the batch")
-        cancelled = await self._stored.write(lambda connection, now: cancel(connection, job, now))
+        cancelled = await self._context.write(lambda connection, now: cancel(connection, job, now))
         now = await self._job(http)
         if not cancelled and now.state != "cancelled":
             raise Conflict(f"the job has ended already: {now.state}")

@@ -16,14 +16,14 @@ from .batch_routes import BatchRoutes
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_routes import JobRoutes
-from .stored import StoredRequests
+from .route_context import RouteContext
 from .tenant_gate import TenantGate
 from .timing import IngressTiming
 from .webhook_routes import WebhookRoutes
 
 
 class StoredRoutes:
-    """All routes of work that is stored. `requests`: reads their bodies and the database."""
+    """All routes of work that is stored. `context`: reads their bodies and the database."""
 
     def __init__(
         self,
@@ -40,14 +40,12 @@ class StoredRoutes:
     ) -> None:
         """The arguments are those of the parts. Raises `OSError` without the data folder."""
         self.database = DatabaseLink(settings.database or {})
-        self.requests = StoredRequests(
-            self.database, gate, access, authenticate_again, live, timing
-        )
+        self.context = RouteContext(self.database, gate, access, authenticate_again, live, timing)
         images = JobImages(settings)
-        self.jobs = JobRoutes(self.requests, session, attempts, urls, images, metrics, timing)
-        self.batches = BatchRoutes(self.requests, session, self.jobs.answer_of, timing)
+        self.jobs = JobRoutes(self.context, session, attempts, urls, images, metrics, timing)
+        self.batches = BatchRoutes(self.context, session, self.jobs.answer_of, timing)
         self.routes = [
             *self.jobs.routes,
             *self.batches.routes,
-            *WebhookRoutes(self.requests).routes,
+            *WebhookRoutes(self.context).routes,
         ]

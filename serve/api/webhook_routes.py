@@ -19,8 +19,8 @@ from ..jobs.webhook_rows import (
     remove_endpoint,
 )
 from ..store.schema import WEBHOOKS
-from .stored import StoredRequests, json_answer
-from .wire.jobs import parse_page
+from .route_context import RouteContext, json_answer
+from .wire.pages import parse_page
 from .wire.webhooks import (
     ChangedWebhookBody,
     DeletedWebhook,
@@ -37,8 +37,8 @@ PATH = "/v1/webhook_endpoints"
 class WebhookRoutes:
     """Answers requests about webhook endpoints."""
 
-    def __init__(self, stored: StoredRequests) -> None:
-        self._stored = stored
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
         self.routes = [
             Route(PATH, self.create, methods=["POST"]),
             Route(PATH, self.list, methods=["GET"]),
@@ -52,7 +52,7 @@ class WebhookRoutes:
         """Answer `POST /v1/webhook_endpoints`; only this answer has the secret."""
         given = await self._given(http, NewWebhookBody)
         tenant = http.scope["tenant"]
-        made = await self._stored.write(
+        made = await self._context.write(
             lambda connection, now: add_endpoint(connection, tenant, given, now)
         )
         if made is None:
@@ -63,7 +63,7 @@ class WebhookRoutes:
         """Answer `POST /v1/webhook_endpoints/ID`: change it, and enable it again."""
         given = await self._given(http, ChangedWebhookBody)
         endpoint = await self._endpoint(http)
-        changed = await self._stored.write(
+        changed = await self._context.write(
             lambda connection, _: change_endpoint(connection, endpoint, given)
         )
         return json_answer(webhook_item(changed))
@@ -71,19 +71,19 @@ class WebhookRoutes:
     async def rotate(self, http: Request) -> Response:
         """Answer `POST /v1/webhook_endpoints/ID/rotate_secret` with the new secret."""
         endpoint = await self._endpoint(http)
-        changed = await self._stored.write(lambda connection, _: new_secret(connection, endpoint))
+        changed = await self._context.write(lambda connection, _: new_secret(connection, endpoint))
         return json_answer(new_webhook_item(changed))
 
     async def _given(
         self, http: Request, kind: type[NewWebhookBody | ChangedWebhookBody]
     ) -> EndpointChange:
-        body = await self._stored.body(http)
-        return parse_webhook(body, kind, without_tls=bool(self._stored.live.jobs.webhook_networks))
+        body = await self._context.body(http)
+        return parse_webhook(body, kind, without_tls=bool(self._context.live.jobs.webhook_networks))
 
     async def list(self, http: Request) -> Response:
         """Answer `GET /v1/webhook_endpoints`."""
         asked, tenant = parse_page(http.query_params), http.scope["tenant"]
-        rows = await self._stored.read(
+        rows = await self._context.read(
             lambda connection: page(connection, WEBHOOKS, tenant, asked.after, asked.limit)
         )
         data = [webhook_item(WebhookEndpoint(*row)) for row in rows[: asked.limit]]
@@ -103,12 +103,12 @@ class WebhookRoutes:
     async def delete(self, http: Request) -> Response:
         """Answer `DELETE /v1/webhook_endpoints/ID`; nothing more is sent there."""
         endpoint = await self._endpoint(http)
-        await self._stored.write(lambda connection, _: remove_endpoint(connection, endpoint.id))
+        await self._context.write(lambda connection, _: remove_endpoint(connection, endpoint.id))
         return json_answer(DeletedWebhook(id=endpoint.id))
 
     async def _endpoint(self, http: Request) -> WebhookEndpoint:
-        id, tenant = self._stored.id(http), http.scope["tenant"]
-        found = await self._stored.read(lambda connection: find_endpoint(connection, id, tenant))
+        id, tenant = self._context.id(http), http.scope["tenant"]
+        found = await self._context.read(lambda connection: find_endpoint(connection, id, tenant))
         if found is None:
-            raise self._stored.not_found(http)
+            raise self._context.not_found(http)
         return found

@@ -64,6 +64,9 @@ WorkOption = Annotated[
     typer.Option(help="Limit of work per second; work is in seconds of a reference replica."),
 ]
 OpenOption = Annotated[int | None, typer.Option(help="Limit of requests that are open at a time.")]
+JobsOption = Annotated[
+    int | None, typer.Option(help="Limit of jobs and lines of batches that wait at a time.")
+]
 MonthlyOption = Annotated[
     Limit,
     typer.Option(help="Budget of work per calendar month, in seconds of a reference replica."),
@@ -90,6 +93,7 @@ def add(
     requests_per_s: RequestsOption = None,
     work_per_s: WorkOption = None,
     max_requests: OpenOption = None,
+    max_queued_jobs: JobsOption = None,
     monthly_work: MonthlyOption = None,
     timeout_s: TimeoutOption = None,
     operator: Annotated[
@@ -103,6 +107,7 @@ def add(
         requests_per_s=requests_per_s,
         work_per_s=work_per_s,
         max_requests=max_requests,
+        max_queued_jobs=max_queued_jobs,
         monthly_work=monthly_work,
         timeout_s=timeout_s,
         operator=operator or None,
@@ -129,6 +134,7 @@ def change(
     requests_per_s: RequestsOption = None,
     work_per_s: WorkOption = None,
     max_requests: OpenOption = None,
+    max_queued_jobs: JobsOption = None,
     monthly_work: MonthlyOption = None,
     timeout_s: TimeoutOption = None,
     operator: Annotated[
@@ -147,6 +153,7 @@ def change(
         requests_per_s=requests_per_s,
         work_per_s=work_per_s,
         max_requests=max_requests,
+        max_queued_jobs=max_queued_jobs,
         monthly_work=monthly_work,
         timeout_s=timeout_s,
         operator=operator,

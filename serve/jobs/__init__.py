@@ -1,1 +1,1 @@
-"""Jobs and batches: work that is stored, runs without an open connection, and is never lost."""
+"""Jobs, batches and webhooks: stored requests, and the deployment that runs them."""

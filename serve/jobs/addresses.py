@@ -47,10 +47,10 @@ def is_in(address: Address, networks: Iterable[Network]) -> bool:
 def checked_socket(
     networks: Callable[[], Iterable[Network]], *, private_only: bool
 ) -> Callable[[Any], socket.socket]:
-    """What makes the sockets of a client that may connect to allowed addresses only.
+    """Return a function that makes sockets, for a client that may reach allowed addresses only.
 
     `networks`: returns the private networks that are allowed. `private_only`: no others are. The
-    sockets' maker raises `ForbiddenAddressError` for all other addresses.
+    function raises `ForbiddenAddressError` for all other addresses.
     """
 
     def make(info: Any) -> socket.socket:

@@ -31,7 +31,7 @@ FIELDS = {"custom_id", "method", "url", "body"}
 
 
 class ParsedRequest(NamedTuple):
-    """What a body asks for. `work_s`: the predicted work of all images."""
+    """A body that was parsed. `work_s`: the predicted work of all its images."""
 
     images: tuple[ImageRequest, ...]
     as_b64: bool
@@ -228,7 +228,7 @@ def _within(lines: list[NewLine], left_s: float | None) -> list[NewLine]:
 
 
 def _as_many(lines: list[NewLine], most_waiting: int) -> int:
-    """How many of the first lines may be stored if so many of them may wait."""
+    """Count the first lines that may be stored if so many of them may wait."""
     for place, line in enumerate(lines):
         if line.state == "queued":
             most_waiting -= 1
@@ -267,7 +267,7 @@ async def lines_of(
 def _fault_of(
     line: bytes, number: int, endpoint: str, ids: set[str], most_bytes: int
 ) -> dict[str, Any] | None:
-    """What is wrong with a line; None if nothing is. Adds its `custom_id` to `ids`."""
+    """Return the fault of a line, or None. Adds its `custom_id` to `ids`."""
     if len(line) > most_bytes:
         return _fault("line_too_long", f"a line has at most {most_bytes} bytes", number)
     try:

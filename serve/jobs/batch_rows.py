@@ -16,7 +16,7 @@ from sqlalchemy import Connection, case, func, insert, select, update
 from ..store.schema import BATCHES, FILES, JOBS, next_numbers
 from .counts import CountChanges
 from .job import Kind, NewJob, new_id
-from .outbox import tell
+from .outbox import enqueue_event
 
 BatchState = Literal[
     "validating",
@@ -95,7 +95,7 @@ def find(connection: Connection, id: str) -> Batch | None:
 
 
 def unread_lines(connection: Connection, tenant: str) -> int:
-    """How many lines of a tenant's open batches have not become jobs yet."""
+    """Count the lines of a tenant's open batches that have not become jobs yet."""
     lines = case(
         (BATCHES.c.state == "validating", FILES.c.lines),
         else_=BATCHES.c.total - BATCHES.c.next_line + 1,
@@ -133,7 +133,7 @@ def begin(connection: Connection, id: str, lines: int, until: float, now: float)
     """Begin a batch whose file was found valid, with so many lines."""
     batch = find(connection, id)
     if batch and batch.state == "validating":
-        enter(connection, batch, "in_progress", now, total=lines, lease_until=until)
+        set_state(connection, batch, "in_progress", now, total=lines, lease_until=until)
 
 
 def refuse(
@@ -142,8 +142,8 @@ def refuse(
     """End a batch whose file cannot be used."""
     batch = find(connection, id)
     if batch and batch.state == "validating":
-        enter(connection, batch, "failed", now, errors=json.dumps(errors), ended=now)
-        tell(connection, batch.tenant, "batch.failed", id, now)
+        set_state(connection, batch, "failed", now, errors=json.dumps(errors), ended=now)
+        enqueue_event(connection, batch.tenant, "batch.failed", id, now)
 
 
 def add_lines(
@@ -226,9 +226,9 @@ def _finish(connection: Connection, batch: Batch, now: float) -> None:
             }
             connection.execute(insert(FILES).values(row))
     if state != "cancelled":
-        batch = enter(connection, batch, "finalizing", now)
-    enter(connection, batch, state, now, ended=now)
-    tell(connection, batch.tenant, f"batch.{state}", batch.id, now)
+        batch = set_state(connection, batch, "finalizing", now)
+    set_state(connection, batch, state, now, ended=now)
+    enqueue_event(connection, batch.tenant, f"batch.{state}", batch.id, now)
 
 
 def ask_to_cancel(connection: Connection, batch: Batch, now: float) -> bool:
@@ -237,11 +237,11 @@ def ask_to_cancel(connection: Connection, batch: Batch, now: float) -> bool:
     if there is None or there.ended is not None:
         return False
     if there.state == "validating":
-        batch = enter(connection, there, "cancelling", now)
-        enter(connection, batch, "cancelled", now, ended=now)
-        tell(connection, batch.tenant, "batch.cancelled", batch.id, now)
+        batch = set_state(connection, there, "cancelling", now)
+        set_state(connection, batch, "cancelled", now, ended=now)
+        enqueue_event(connection, batch.tenant, "batch.cancelled", batch.id, now)
     elif there.state == "in_progress":
-        enter(connection, there, "cancelling", now)
+        set_state(connection, there, "cancelling", now)
     return True
 
 
@@ -275,7 +275,7 @@ def running_to_cancel(connection: Connection) -> Collection[str]:
     return connection.execute(lines).scalars().all()
 
 
-def enter(
+def set_state(
     connection: Connection, batch: Batch, state: BatchState, now: float, **more: Any
 ) -> Batch:
     """Bring a batch into a state, and change further columns."""

@@ -1,4 +1,4 @@
-"""How many jobs of each kind wait and run: kept beside the jobs, because counting takes long."""
+"""Counts jobs that wait and run, by kind; kept beside the jobs, because counting takes long."""
 
 from __future__ import annotations
 

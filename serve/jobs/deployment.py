@@ -59,7 +59,7 @@ ParseImages = Callable[[bytes, Settings], tuple[tuple[ImageRequest, ...], bool]]
 
 
 class Jobs:
-    """What one replica needs to run jobs."""
+    """Runs jobs, reads the files of batches and sends webhooks."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits async constructors
         self,

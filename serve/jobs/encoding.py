@@ -21,7 +21,7 @@ class StoredPictures(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredRequest:
-    """What a job is to generate.
+    """The request of a job.
 
     `as_b64`: whether the answer is to hold the images themselves, and not links. `pictures`: of an
     edit.

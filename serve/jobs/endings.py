@@ -14,11 +14,11 @@ from ..usage.record import UsageRecord
 from .batch_rows import count_ended
 from .counts import CountChanges
 from .job import OPEN, End, Job, kind_of
-from .outbox import tell
+from .outbox import enqueue_event
 
 
 class Ending(NamedTuple):
-    """How a job ends. `fence`: of the claim that ends it; None: nobody has claimed it.
+    """The end of a job. `fence`: of the claim that ends it; None: nobody has claimed it.
 
     `result`, `error`: JSON. `usages`: the charges of its images.
     """
@@ -84,4 +84,4 @@ def _end(connection: Connection, job: Job, ending: Ending, now: float) -> None:
     if job.batch:
         count_ended(connection, job.batch, ending.state, now)
     else:
-        tell(connection, job.tenant, f"job.{ending.state}", job.id, now)
+        enqueue_event(connection, job.tenant, f"job.{ending.state}", job.id, now)

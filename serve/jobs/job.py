@@ -90,7 +90,7 @@ class Job(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What jobs have in common that queue together."""
+    """The properties that jobs share which queue together."""
 
     tenant: str
     lane: str

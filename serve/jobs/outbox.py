@@ -1,4 +1,4 @@
-"""The outbox: what webhooks are to tell, written in the transaction that makes it true."""
+"""Writes the messages of webhooks in the transaction that makes them true (an outbox)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVENTS = (
 )
 
 
-def tell(connection: Connection, tenant: str, event: str, id: str, now: float) -> None:
+def enqueue_event(connection: Connection, tenant: str, event: str, id: str, now: float) -> None:
     """Have all webhooks of a tenant told of an event of the job or batch with this id.
 
     The message names the id only: a receiver reads the rest, so it never believes a stranger.

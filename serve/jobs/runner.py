@@ -290,7 +290,7 @@ class _ToldProgress:
         self._done: dict[int, int] = {}
 
     def of(self, index: int) -> OnProgress:
-        """What is to be called with the progress of image `index`."""
+        """Return a function that takes the progress of image `index`."""
 
         def told(progress: Progress | PartialImage) -> None:
             if isinstance(progress, Progress):

@@ -24,7 +24,7 @@ SHOWN = 200  # characters of an answer that are kept
 
 
 class WebhookEndpoint(NamedTuple):
-    """Where a tenant wants to hear of events.
+    """A URL of a tenant that hears of events.
 
     `events`: their types, separated by spaces; empty: all. `secret`: whsec_… in base64. `disabled`:
     why nothing is sent there any more. `created`: Unix time.
@@ -168,8 +168,10 @@ def take_due(
     return found
 
 
-def note(connection: Connection, message: Message, outcome: DeliveryOutcome, now: float) -> str:
-    """Note how an attempt ended; returns "delivered", "waiting", "dead", or "disabled".
+def record_attempt(
+    connection: Connection, message: Message, outcome: DeliveryOutcome, now: float
+) -> str:
+    """Record how an attempt ended; returns "delivered", "waiting", "dead", or "disabled".
 
     An endpoint that answers 410 is disabled, with everything that waits for it.
     """

@@ -1,4 +1,4 @@
-"""Sends what webhooks are to tell, signed as Standard Webhooks 1.0 says."""
+"""Sends the messages of webhooks, signed as Standard Webhooks 1.0 says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 
 from ..store.link import DatabaseLink
 from .addresses import Network, checked_socket
-from .webhook_rows import DeliveryOutcome, Message, WebhookEndpoint, note, take_due
+from .webhook_rows import DeliveryOutcome, Message, WebhookEndpoint, record_attempt, take_due
 
 log = logging.getLogger("ray.serve")
 
@@ -36,8 +36,8 @@ class WebhookSender:
     ) -> None:
         """`networks`: returns the private networks to which messages may be sent.
 
-        `on_outcome` is called with the outcome of each attempt, see `webhook_rows.note`. Needs a
-        running event loop.
+        `on_outcome` is called with the outcome of each attempt, see `webhook_rows.record_attempt`.
+        Needs a running event loop.
         """
         self._database, self._on_outcome = database, on_outcome
         self._networks = networks
@@ -78,7 +78,9 @@ class WebhookSender:
             outcome = await self._post(message)
             database = await self._database.opened()
             how = await self._database.write(
-                lambda connection: note(connection, message, outcome, database.now(connection))
+                lambda connection: record_attempt(
+                    connection, message, outcome, database.now(connection)
+                )
             )
             self._on_outcome(how)
         except Exception:  # such as the database's: it is sent again when its lease ends

@@ -332,7 +332,7 @@ def test_browsers_may_call_from_the_origins_that_the_settings_allow(
     preflight = {
         **origin,
         "access-control-request-method": "POST",
-        "access-control-request-headers": "authorization,content-type,x-request-id",
+        "access-control-request-headers": "authorization,content-type,prefer,x-request-id",
     }
     allowed = "access-control-allow-origin"
     assert client.options(GENERATE, headers=preflight).status_code == 405

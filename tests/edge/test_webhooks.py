@@ -20,7 +20,7 @@ from sqlalchemy import Connection, select, update
 
 from bench.tenants import add_tenants
 from serve.jobs.addresses import ForbiddenAddressError, checked_socket, is_public
-from serve.jobs.outbox import tell
+from serve.jobs.outbox import enqueue_event
 from serve.jobs.webhook_rows import (
     PAUSES_S,
     EndpointChange,
@@ -243,7 +243,7 @@ def test_many_endpoints_of_one_tenant_do_not_delay_those_of_another(tmp_path: Pa
                     given = EndpointChange("", "https://x.example", "")
                     add_endpoint(connection, tenant, given, 0.0)
                 for number in range(10):
-                    tell(connection, tenant, "job.succeeded", f"job_{number}", 0.0)
+                    enqueue_event(connection, tenant, "job.succeeded", f"job_{number}", 0.0)
 
         database.write(prepare)
         taken = database.write(lambda c: take_due(c, {}, 64, 60.0, 1.0))

@@ -265,7 +265,7 @@ def test_the_reference_has_every_key_of_the_classes() -> None:
         assert set(keys_in(data)) <= found
     restarts = {s.key: s.restarts for s in groups[""]}
     assert restarts["max_queued"] == "nothing"
-    assert restarts["s3"] == "Ingresses and Dispatcher"
+    assert restarts["s3"] == "Ingresses, Dispatcher, Jobs"
     assert restarts["emulate_fp8"] == "pools"
     assert restarts["autoscaling_policy"] == "every replica"
     assert restarts["http"] == "`octet serve`"

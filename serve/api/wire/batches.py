@@ -90,7 +90,7 @@ class BatchError(BaseModel):
 
 
 class BatchErrors(BaseModel):
-    """What is wrong with a batch's file."""
+    """The faults of a batch's file."""
 
     object: Literal["list"] = "list"
     data: list[BatchError]

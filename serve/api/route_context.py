@@ -1,4 +1,4 @@
-"""What the routes of jobs, batches and webhooks share: bodies, and the database of jobs."""
+"""Reading bodies and the database, for the routes of jobs, batches and webhooks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 ID = re.compile(r"[a-z0-9_]{1,48}")
 
 
-class StoredRequests:
-    """Reads bodies and the database for requests that are stored."""
+class RouteContext:
+    """Reads bodies and the database for the routes of jobs, batches and webhooks."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StoredRequests:
         """The id in the path. Raises `NotFound` if it cannot be one."""
         id: str = http.path_params["id"]
         if not ID.fullmatch(id):
-            raise StoredRequests.not_found(http)
+            raise RouteContext.not_found(http)
         return id
 
     @staticmethod
