@@ -2,8 +2,8 @@
 
     python -m bench.jobs [--quick] [--url postgresql://…]
 
-Runs on real Ray with real HTTP and a real database: SQLite, and PostgreSQL if `--url` names one,
-whose tables are used and kept. Generators only wait (`bench/timed.py`).
+Runs on real Ray with real HTTP and a real database: SQLite, and PostgreSQL if `--url` names an
+empty one, where the tables stay. Generators only wait (`bench/timed.py`).
 
     accept       seconds from a request to its 202: one client, then 16
     jobs         jobs a second from the first 202 to the last end, each of one image of 50 ms
@@ -228,7 +228,7 @@ def with_slots(slots: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer jobs and lines")
-    parser.add_argument("--url", help="a PostgreSQL database to measure too")
+    parser.add_argument("--url", help="an empty PostgreSQL database to measure too")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     jobs, lines, seconds = (400, 2000, 20.0) if options.quick else (2000, 50_000, 60.0)

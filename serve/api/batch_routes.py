@@ -104,10 +104,7 @@ class BatchRoutes:
             used = await self._context.read(partial(files.stored_bytes, tenant=tenant))
             left = jobs.max_stored_file_bytes - used
             if left <= 0:
-                raise QuotaExceeded(
-                    f"your files have {used} bytes of {jobs.max_stored_file_bytes}: "
-                    "delete some of them"
-                )
+                raise _no_room(jobs.max_stored_file_bytes)
             most = min(jobs.max_file_bytes, left)
             async with uploaded_form(http, most, self._timing.body_s) as form:
                 self._context.authenticate_again(http)
@@ -150,9 +147,13 @@ class BatchRoutes:
         while content := await file.read(PART_BYTES):
             await self._context.write(partial(_add_part, id=begun.id, part=part, content=content))
             size, lines, part = size + len(content), lines + content.count(b"\n"), part + 1
-        return await self._context.write(
-            lambda connection, _: files.finish(connection, begun.id, size, lines)
+        most = self._context.live.jobs.max_stored_file_bytes
+        made = await self._context.write(
+            lambda connection, _: files.finish(connection, begun, size, lines, most)
         )
+        if made is None:
+            raise _no_room(most)
+        return made
 
     async def files(self, http: Request) -> Response:
         """Answer `GET /v1/files`: the tenant's files, newest first."""
@@ -361,6 +362,10 @@ def _jobs_of(connection: Connection, found: Select[Any]) -> list[Job]:
 
 def _add_part(connection: Connection, _: float, id: str, part: int, content: bytes) -> None:
     files.add_part(connection, id, part, content)
+
+
+def _no_room(most: int) -> QuotaExceeded:
+    return QuotaExceeded(f"all your files together may have {most} bytes: delete some of them")
 
 
 def _keep_s(form: FormData, default_s: float) -> float:

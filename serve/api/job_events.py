@@ -16,6 +16,8 @@ from .wire.event_stream import EventStream
 from .wire.jobs import JobItem
 
 POLL_S = 0.5  # between two looks at the jobs that are watched
+PROGRESS_S = 1.0  # between two looks at the progress of one that runs
+PLACE_S = 5.0  # between two looks at the place of one that waits
 
 
 class JobWatch:
@@ -89,7 +91,7 @@ async def _frames(
 ) -> AsyncGenerator[bytes, None]:
     yield b": the events of a job\n\n"
     loop = asyncio.get_running_loop()
-    sent_at = loop.time()
+    sent_at = described_at = loop.time()
     present: Job | None = job
     while present:
         if (id := _id(present, shown)) != last_id:
@@ -101,9 +103,10 @@ async def _frames(
             sent_at = loop.time()
         if present.state not in OPEN:
             return
-        present = await watch.next(job.id)
-        if present:
-            shown = await item(present)
+        described, present = present, await watch.next(job.id)
+        every_s = PLACE_S if shown.status == "queued" else PROGRESS_S
+        if present and (present != described or loop.time() - described_at >= every_s):
+            shown, described_at = await item(present), loop.time()
 
 
 def _id(job: Job, shown: JobItem) -> str:

@@ -62,16 +62,22 @@ class WebhookRoutes:
     async def change(self, http: Request) -> Response:
         """Answer `POST /v1/webhook_endpoints/ID`: change it, and enable it again."""
         given = await self._given(http, ChangedWebhookBody)
-        endpoint = await self._endpoint(http)
+        id, tenant = self._context.id(http), http.scope["tenant"]
         changed = await self._context.write(
-            lambda connection, _: change_endpoint(connection, endpoint, given)
+            lambda connection, _: change_endpoint(connection, id, tenant, given)
         )
+        if changed is None:
+            raise self._context.not_found(http)
         return json_answer(webhook_item(changed))
 
     async def rotate(self, http: Request) -> Response:
         """Answer `POST /v1/webhook_endpoints/ID/rotate_secret` with the new secret."""
-        endpoint = await self._endpoint(http)
-        changed = await self._context.write(lambda connection, _: new_secret(connection, endpoint))
+        id, tenant = self._context.id(http), http.scope["tenant"]
+        changed = await self._context.write(
+            lambda connection, _: new_secret(connection, id, tenant)
+        )
+        if changed is None:
+            raise self._context.not_found(http)
         return json_answer(new_webhook_item(changed))
 
     async def _given(

@@ -106,10 +106,11 @@ def retry(config: ConfigFile, id: JobOrMessage) -> None:
     from ..jobs.queries import find_job
     from ..jobs.webhook_rows import send_again
 
+    most_s = load_settings(config).jobs.max_age_s
     with _database(config) as database:
         if database.write(lambda c: send_again(c, id, database.now(c))):
             console.print(f"{id}: will be sent again", highlight=False)
-        elif database.write(lambda c: queue_again(c, id, database.now(c))):
+        elif database.write(lambda c: queue_again(c, id, most_s, database.now(c))):
             console.print(f"{id}: is queued again", highlight=False)
         elif job := database.read(lambda c: find_job(c, id)):
             if job.batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -129,12 +130,12 @@ class BatchReader:
     # -- its lines ------------------------------------------------------------------------------
 
     async def _store_lines(self, batch: Batch) -> None:
-        _, most_bytes, _ = self._limits()
         place = Place(batch.next_line, batch.next_part, batch.next_byte)
         lines: list[bytes] = []
         places: list[Place] = []
         current: Batch | None = batch
-        async for line, after in lines_of(partial(self._part, batch), place, most_bytes):
+        # No limit: the lines were checked, and the settings may have changed since.
+        async for line, after in lines_of(partial(self._part, batch), place, sys.maxsize):
             lines.append(line)
             places.append(after)
             if len(lines) == LINES or after.line > batch.total:

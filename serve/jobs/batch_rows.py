@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from sqlalchemy import Connection, case, func, insert, select, update
+from sqlalchemy import Connection, Select, case, func, insert, select, update
 
 from ..store.schema import BATCHES, FILES, JOBS, next_numbers
 from .counts import CountChanges
@@ -30,7 +30,8 @@ BatchState = Literal[
 ]
 STATES: tuple[BatchState, ...] = get_args(BatchState)
 READ = "validating", "in_progress", "cancelling"  # states in which the file is still needed
-SOME = 500  # lines that are cancelled in one transaction
+SOME = 500  # lines that wait and are cancelled in one transaction
+FEW = 100  # lines that run and are cancelled, one by one
 
 
 class Batch(NamedTuple):
@@ -114,7 +115,8 @@ def reads(connection: Connection, file: str) -> bool:
 def take_reading(connection: Connection, until: float, now: float) -> Batch | None:
     """Lease the reading of a batch whose file is not read to its end; None: there is none."""
     unread = (BATCHES.c.state == "validating") | (BATCHES.c.next_line <= BATCHES.c.total)
-    due = select(BATCHES).where(BATCHES.c.state.in_(READ), unread, BATCHES.c.lease_until < now)
+    open_ones = BATCHES.c.ended.is_(None), BATCHES.c.state.in_(READ)
+    due = select(BATCHES).where(*open_ones, unread, BATCHES.c.lease_until < now)
     # The one that has waited longest, so that one which cannot go on does not hold up the others.
     order = BATCHES.c.lease_until, BATCHES.c.number
     row = connection.execute(due.order_by(*order).limit(1)).first()
@@ -247,10 +249,12 @@ def ask_to_cancel(connection: Connection, batch: Batch, now: float) -> bool:
 
 def cancel_some(connection: Connection, now: float) -> int:
     """Cancel some lines that wait, of batches that are being cancelled; returns their number."""
-    cancelling = select(BATCHES.c.id).where(BATCHES.c.state == "cancelling")
     found = 0
-    for id in connection.execute(cancelling).scalars().all():
-        waiting = select(JOBS.c.id).where(JOBS.c.batch == id, JOBS.c.state == "queued").limit(SOME)
+    for id in connection.execute(_cancelling()).scalars().all():
+        if found >= SOME:
+            break
+        waiting = select(JOBS.c.id).where(JOBS.c.batch == id, JOBS.c.state == "queued")
+        waiting = waiting.limit(SOME - found)
         ended = (
             update(JOBS)
             .where(JOBS.c.id.in_(waiting.scalar_subquery()))
@@ -270,9 +274,13 @@ def cancel_some(connection: Connection, now: float) -> int:
 
 def running_to_cancel(connection: Connection) -> Collection[str]:
     """The ids of running lines whose batches are being cancelled, a few of them."""
-    of = select(BATCHES.c.id).where(BATCHES.c.state == "cancelling").scalar_subquery()
-    lines = select(JOBS.c.id).where(JOBS.c.batch.in_(of), JOBS.c.state == "running").limit(SOME)
+    of = _cancelling().scalar_subquery()
+    lines = select(JOBS.c.id).where(JOBS.c.batch.in_(of), JOBS.c.state == "running").limit(FEW)
     return connection.execute(lines).scalars().all()
+
+
+def _cancelling() -> Select[Any]:
+    return select(BATCHES.c.id).where(BATCHES.c.ended.is_(None), BATCHES.c.state == "cancelling")
 
 
 def set_state(

@@ -38,24 +38,33 @@ class JobClaim(NamedTuple):
 def claim(
     connection: Connection,
     owner: str,
-    most: int,
+    room: Mapping[str, int],
+    group: Callable[[Kind], str],
     window: Callable[[Kind], int],
     until: float,
     now: float,
 ) -> list[Job]:
-    """Claim jobs that wait, at most `most`, the oldest of each kind first.
+    """Claim jobs that wait, the oldest of each kind first; lines of batches after all others.
 
-    `owner`: this process. `window`: returns how many jobs of a kind may run at a time, in all
-    processes together. `until`: when the leases end.
+    `owner`: this process. `room`: how many jobs may be claimed of a group, and of "all"; a group
+    that it does not name has no limit of its own. `group`: returns the group of a kind. `window`:
+    returns how many jobs of a kind may run at a time, in all processes together. `until`: when the
+    leases end.
     """
     kinds = connection.execute(select(COUNTS).where(COUNTS.c.queued > 0)).all()
     random.shuffle(kinds)  # type: ignore[arg-type]  # so that no kind is always the last
+    kinds.sort(key=lambda row: row.lane == "batch")  # type: ignore[attr-defined]
+    left = dict(room)
     found: list[Job] = []
     for row in kinds:
         kind = Kind(row.tenant, row.lane, row.model, row.precision)
-        some = min(window(kind) - row.running, most - len(found), SOME)
+        groups = [name for name in ("all", group(kind)) if name in left]
+        some = min(window(kind) - row.running, SOME, *(left[name] for name in groups))
         if some > 0:
-            found += _claim(connection, kind, owner, some, until, now)
+            claimed = _claim(connection, kind, owner, some, until, now)
+            found += claimed
+            for name in groups:
+                left[name] -= len(claimed)
     counts = CountChanges()
     for job in found:
         counts.queued(kind_of(job), -1, -job.work_s)
@@ -127,15 +136,18 @@ def give_back(
     counts.write(connection)
 
 
-def queue_again(connection: Connection, id: str, now: float) -> bool:
-    """Queue a failed job again, with the time that it had; returns False if it is none."""
+def queue_again(connection: Connection, id: str, most_s: float, now: float) -> bool:
+    """Queue a failed job again, with the time that it had; returns False if it is none.
+
+    `most_s`: seconds that a job may take at most.
+    """
     failed = JOBS.c.id == id, JOBS.c.state == "failed", JOBS.c.batch.is_(None)
     row = connection.execute(select(JOBS).where(*failed)).first()
     if row is None:
         return False
     job = Job(*row)
     values = {"state": "queued", "lost": 0, "error": None, "ended": None, "not_before": now}
-    expires = now + job.expires - job.created
+    expires = now + min(job.expires - job.created, most_s)
     connection.execute(update(JOBS).where(*failed).values(**values, expires=expires))
     counts = CountChanges()
     counts.queued(kind_of(job), 1, job.work_s)

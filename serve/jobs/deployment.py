@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from ..store.link import DatabaseLink
 from . import batch_rows, counts, queries, retention
 from .batch_reader import BatchReader, ParsedRequest
 from .claims import (
+    FEW,
     JobClaim,
     claim,
     expire_waiting,
@@ -39,11 +41,12 @@ from .claims import (
     requeue_lost,
 )
 from .endings import cancel
-from .job import Job, Kind
+from .job import Job, Kind, kind_of
 from .job_images import JobImages
 from .jobs_metrics import JobsMetrics
 from .runner import JobRunner
 from .timing import JOB_TIMING, JobTiming
+from .webhook_rows import give_up_old
 from .webhook_sender import WebhookSender
 
 log = logging.getLogger("ray.serve")
@@ -165,7 +168,7 @@ class Jobs:
             task.cancel()
         try:
             async with asyncio.timeout(self._timing.renew_s):
-                await self.runner.stop()
+                await self.runner.stop(self._owner)
                 await self._sender.close()
         except (OSError, TimeoutError):
             log.warning("jobs could not be given back; their leases will end")
@@ -199,10 +202,17 @@ class Jobs:
         self._metrics.paused(full=self._images.full)
         if self._images.full:
             return
-        most = self.live.max_queued // QUEUE_SHARE - len(self.runner.running)
-        if most <= 0:
-            return
         slots = {pool: found.slots for pool, found in status.pools.items()}
+        live = self.live
+        most = live.max_queued // QUEUE_SHARE
+        mine = Counter(self._group(kind_of(job), slots) for job in self.runner.running.values())
+        room = {
+            "all": most - mine.total(),
+            "batch": max(most // 2, 1) - mine["batch"],
+            "idle": max(most // 4, 1) - mine["idle"],
+        }
+        if room["all"] <= 0:
+            return
 
         now = asyncio.get_running_loop().time()
         self._paused = {name: until for name, until in self._paused.items() if until > now}
@@ -213,13 +223,22 @@ class Jobs:
             pools = self._pools(kind.model, kind.precision)
             if not pools:  # it may be served elsewhere, or again
                 return 0
-            return max(AHEAD * sum(slots.get(pool, 0) for pool in pools), LEAST)
+            every = usable = sum(slots.get(pool, 0) for pool in pools)
+            if kind.lane == "batch":
+                free = live.jobs.batch_free_slots
+                usable = sum(max(slots.get(pool, 0) - free, 0) for pool in pools)
+                if not usable and (every or not live.jobs.scale_up_for_batches):
+                    return 0
+            return max(AHEAD * usable, LEAST)
+
+        def group(kind: Kind) -> str:
+            return self._group(kind, slots)
 
         database, lease_s = await self._database.opened(), self._timing.lease_s
 
         def work(connection: Connection) -> tuple[list[Job], float]:
             now = database.now(connection)
-            return claim(connection, self._owner, most, window, now + lease_s, now), now
+            return claim(connection, self._owner, room, group, window, now + lease_s, now), now
 
         if not await self._database.read(counts.any_waiting):
             return
@@ -231,6 +250,15 @@ class Jobs:
         for job in jobs:
             self.runner.start(job, claimed_at)
         self._metrics.claimed(len(jobs))
+
+    def _group(self, kind: Kind, slots: Mapping[str, int]) -> str:
+        """The group of a kind: "idle" without any slot, else its lane.
+
+        Lines of batches, and jobs that no replica can run yet, get only a part of the queue each,
+        so that they do not keep all others from it.
+        """
+        pools = self._pools(kind.model, kind.precision)
+        return kind.lane if any(slots.get(pool) for pool in pools) else "idle"
 
     def _pause(self, tenant: str, seconds: float) -> None:
         """Claim no job of a tenant for a while, because it has reached its work rate."""
@@ -259,7 +287,7 @@ class Jobs:
         for (id, fence), job in claims.items():
             if id in gone and gone[id] == ("cancelled", fence):
                 self.runner.cancel(job.call_id)
-            elif id in gone:
+            elif id in gone and gone[id] != ("succeeded", fence):  # that is its own end
                 self.runner.drop(job.call_id)
 
     async def _look_after(self) -> None:
@@ -281,8 +309,10 @@ class Jobs:
             return requeue_lost(connection, now)
 
         self._metrics.lost(await self._database.write(requeue))
-        for work in (expire_waiting, batch_rows.cancel_some, _cancel_running):
-            await self._database.write(partial(_at_present, database, work))
+        for work, some in ((expire_waiting, FEW), (batch_rows.cancel_some, batch_rows.SOME)):
+            while await self._database.write(partial(_at_present, database, work)) >= some:
+                pass
+        await self._database.write(partial(_at_present, database, _cancel_running))
 
     async def _read_batches(self) -> None:
         if self._keyed and self._session.tenants is None:
@@ -297,19 +327,16 @@ class Jobs:
         def forget_jobs(connection: Connection, now: float) -> retention.Forgotten:
             return retention.forget_jobs(connection, now - keep_s)
 
-        def forget_file(connection: Connection, now: float) -> bool:
-            return retention.forget_file(connection, now - keep_s, now)
-
         def forget_deliveries(connection: Connection, now: float) -> bool:
             return retention.forget_deliveries(connection, now - keep_s)
 
         while True:
             forgotten = await self._database.write(partial(_at_present, database, forget_jobs))
             if forgotten.names:
-                await self._images.delete(forgotten.names)
+                await self._images.delete_soon(forgotten.names)
             if forgotten.jobs < retention.SOME:
                 break
-        for work in (forget_file, forget_deliveries):
+        for work in (retention.forget_file, forget_deliveries, give_up_old):
             while await self._database.write(partial(_at_present, database, work)):
                 pass
         await self._database.write(counts.forget_empty)

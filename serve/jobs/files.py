@@ -55,11 +55,19 @@ def add_part(connection: Connection, id: str, part: int, content: bytes) -> None
     connection.execute(insert(FILE_PARTS).values(file=id, part=part, content=content))
 
 
-def finish(connection: Connection, id: str, size: int, lines: int) -> StoredFile:
-    """End an upload of so many bytes and lines."""
+def finish(
+    connection: Connection, begun: StoredFile, size: int, lines: int, most: int
+) -> StoredFile | None:
+    """End an upload of so many bytes and lines.
+
+    Returns None, and deletes the file, if the tenant's files would have more than `most` bytes.
+    """
+    if stored_bytes(connection, begun.tenant) + size > most:
+        remove(connection, begun.id)
+        return None
     values = {"bytes": size, "lines": lines, "whole": 1}
     row = connection.execute(
-        update(FILES).where(FILES.c.id == id).values(**values).returning(FILES)
+        update(FILES).where(FILES.c.id == begun.id).values(**values).returning(FILES)
     ).one()
     return StoredFile(*row)
 

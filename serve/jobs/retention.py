@@ -18,6 +18,7 @@ from .job import Job
 
 SOME = 200  # rows in one transaction
 PARTS = 16  # parts of files in one transaction, of a megabyte each
+UPLOAD_S = 86400.0  # after which an upload that did not end is forgotten
 
 
 class Forgotten(NamedTuple):
@@ -44,16 +45,16 @@ def forget_jobs(connection: Connection, before: float) -> Forgotten:
     return Forgotten(len(jobs), tuple(name for job in jobs for name in names_of(job)))
 
 
-def forget_file(connection: Connection, before: float, now: float) -> bool:
+def forget_file(connection: Connection, now: float) -> bool:
     """Forget a part of a file; returns whether there may be more to forget.
 
-    Files are forgotten that have expired by `now`, whose batch is forgotten, or whose upload was
-    begun before `before` and never ended. A file that a batch still needs stays.
+    Files are forgotten that have expired by `now`, whose batch is forgotten, or whose upload has
+    not ended within `UPLOAD_S`. A file that a batch still needs stays.
     """
     of_old = FILES.c.batch.is_not(None) & ~(
         select(BATCHES.c.id).where(BATCHES.c.id == FILES.c.batch).exists()
     )
-    unfinished = (FILES.c.whole == 0) & (FILES.c.created < before)
+    unfinished = (FILES.c.whole == 0) & (FILES.c.created < now - UPLOAD_S)
     needed = select(BATCHES.c.id).where(
         BATCHES.c.input_file == FILES.c.id, BATCHES.c.ended.is_(None)
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from ..dispatch.client.attempts import Attempts
@@ -20,7 +21,6 @@ from ..dispatch.client.client_call import ClientCall
 from ..dispatch.client.quarantine import QUARANTINED, request_digest
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallProgress, QuarantinedRequest
-from ..edit_pixels import EditPixels
 from ..errors import (
     DeadlineExceeded,
     OctetError,
@@ -34,7 +34,7 @@ from ..request import OnProgress, PartialImage, Progress, StreamOptions
 from ..store.link import DatabaseLink
 from ..usage.record import UsageRecord
 from .acceptance import may_be_paid
-from .claims import JobClaim, give_back
+from .claims import JobClaim, give_back, give_back_unknown
 from .encoding import StoredError, StoredImage, StoredRequest, images_as_json
 from .endings import Ending, end
 from .job import Job
@@ -43,8 +43,6 @@ from .queries import find_job
 from .timing import JobTiming
 
 log = logging.getLogger("ray.serve")
-
-EDITS = 16  # jobs with pictures that run at a time, because each holds its pixels in memory
 
 T = TypeVar("T")
 
@@ -79,7 +77,6 @@ class JobRunner:
         self._database, self._session, self._attempts = database, session, attempts
         self._images, self._timing, self._cluster = images, timing, cluster
         self._on_rate_limit, self._on_end = on_rate_limit, on_end
-        self._edits = asyncio.Semaphore(EDITS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._calls: dict[str, JobCall] = {}
         self.running: dict[str, Job] = {}
@@ -102,17 +99,14 @@ class JobRunner:
         if task := self._tasks.get(call_id):
             task.cancel()
 
-    async def stop(self) -> None:
-        """Stop all jobs, and give them back."""
+    async def stop(self, owner: str) -> None:
+        """Stop all jobs, and give back all that `owner`, this process, has claimed."""
         self._stopping = True
-        claims = [JobClaim(job.id, job.fence) for job in self.running.values()]
         for call_id in list(self._tasks):
             self.drop(call_id)
         now = (await self._database.opened()).now
         await self._database.write(
-            lambda connection: give_back(
-                connection, claims, now(connection), now(connection), lost=False
-            )
+            lambda connection: give_back_unknown(connection, owner, (), now(connection))
         )
 
     def _forget(self, job: Job) -> None:
@@ -135,12 +129,7 @@ class JobRunner:
     async def _to_its_end(self, job: Job, client: JobCall) -> str:
         """Run a job; return how that ended."""
         try:
-            stored = StoredRequest.of(job.request)
-            if stored.pictures is None:
-                return await self._generate(job, stored, None, client)
-            async with self._edits:
-                edited = await self._images.pictures(stored.pictures)
-                return await self._generate(job, stored, edited, client)
+            return await self._generate(job, StoredRequest.of(job.request), client)
         except RequestCancelled:
             return await self._end(Ending(job.id, job.fence, "cancelled"))
         except DeadlineExceeded:
@@ -161,10 +150,10 @@ class JobRunner:
                 raise
             return await self._fail(job, error)
 
-    async def _generate(
-        self, job: Job, stored: StoredRequest, edited: EditPixels | None, client: JobCall
-    ) -> str:
+    async def _generate(self, job: Job, stored: StoredRequest, client: JobCall) -> str:
         images, session = stored.images, self._session
+        pictures = stored.pictures
+        edited = partial(self._images.pictures, pictures) if pictures else None
         if request_digest(job.tenant, images) in session.quarantined:
             raise ReplicaFailed(QUARANTINED)
         options = StreamOptions(progress=job.lane == "job")

@@ -6,7 +6,7 @@ import base64
 import random
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -16,10 +16,13 @@ from .job import new_id
 
 # Seconds after each failed attempt until the next one: three days in all.
 PAUSES_S = (5, 60, 300, 1800, 7200, 18000, 36000, 50400, 64800, 82800)
+OLDEST_S = 4 * 86400  # after which a message is given up, however often it was sent
 OF_ENDPOINT, OF_TENANT = 4, 8  # messages that one process sends at a time
+OF_SLOW_ENDPOINT, OF_SLOW_TENANT = 1, 2  # the same, to endpoints that did not confirm the last one
 MOST_ENDPOINTS = 20  # of a tenant
 SECRET_BYTES = 32
 GONE = 410
+GIVEN_UP = 200  # messages that are given up in one transaction
 SHOWN = 200  # characters of an answer that are kept
 
 
@@ -88,22 +91,25 @@ def add_endpoint(
 
 
 def change_endpoint(
-    connection: Connection, endpoint: WebhookEndpoint, change: EndpointChange
-) -> WebhookEndpoint:
-    """Change an endpoint; one that was disabled is sent to again."""
+    connection: Connection, id: str, tenant: str, change: EndpointChange
+) -> WebhookEndpoint | None:
+    """Change a tenant's endpoint; one that was disabled is sent to again. None: there is none."""
     given = {name: value for name, value in change._asdict().items() if value is not None}
-    changed = endpoint._replace(**given, disabled=None)
-    there = WEBHOOKS.c.id == endpoint.id
-    connection.execute(update(WEBHOOKS).where(there).values(**changed._asdict()))
-    return changed
+    return _updated(connection, id, tenant, {**given, "disabled": None})
 
 
-def new_secret(connection: Connection, endpoint: WebhookEndpoint) -> WebhookEndpoint:
+def new_secret(connection: Connection, id: str, tenant: str) -> WebhookEndpoint | None:
     """Give an endpoint a new secret, with which all further messages are signed."""
-    secret = _new_secret()
-    there = WEBHOOKS.c.id == endpoint.id
-    connection.execute(update(WEBHOOKS).where(there).values(secret=secret))
-    return endpoint._replace(secret=secret)
+    return _updated(connection, id, tenant, {"secret": _new_secret()})
+
+
+def _updated(
+    connection: Connection, id: str, tenant: str, values: Mapping[str, str | None]
+) -> WebhookEndpoint | None:
+    there = WEBHOOKS.c.id == id, WEBHOOKS.c.tenant == tenant
+    changed = update(WEBHOOKS).where(*there).values(**values).returning(WEBHOOKS)
+    row = connection.execute(changed).first()
+    return WebhookEndpoint(*row) if row else None
 
 
 def _new_secret() -> str:
@@ -122,18 +128,26 @@ def remove_endpoint(connection: Connection, id: str) -> None:
     connection.execute(delete(WEBHOOKS).where(WEBHOOKS.c.id == id))
 
 
+def any_due(connection: Connection, now: float) -> bool:
+    """Return whether a message is due."""
+    due = DELIVERIES.c.state == "waiting", DELIVERIES.c.next <= now
+    return connection.execute(select(DELIVERIES.c.id).where(*due).limit(1)).first() is not None
+
+
 def take_due(
     connection: Connection,
     sending: Mapping[WebhookEndpoint, int],
+    slow: Collection[str],
     most: int,
     until: float,
     now: float,
 ) -> list[Message]:
     """Take messages that are due, at most `most`, so that no other process sends them.
 
-    `sending`: how many messages this process is sending to each endpoint. At most `OF_ENDPOINT` are
-    sent to one at a time and `OF_TENANT` to those of a tenant, so that slow ones do not delay the
-    others. `until`: when the messages are due again, if this process dies.
+    `sending`: how many messages this process is sending to each endpoint. `slow`: the ids of those
+    that did not confirm their last message. At most `OF_ENDPOINT` are sent to one at a time and
+    `OF_TENANT` to those of a tenant, and fewer to slow ones, so that they do not delay the others.
+    `until`: when the messages are due again, if this process dies.
     """
     due = DELIVERIES.c.state == "waiting", DELIVERIES.c.next <= now
     waiting = select(WEBHOOKS).where(
@@ -147,9 +161,10 @@ def take_due(
         by_tenant[endpoint.tenant] += count
     found: list[Message] = []
     for endpoint in endpoints:
+        is_slow = endpoint.id in slow
         some = min(
-            OF_ENDPOINT - by_endpoint[endpoint.id],
-            OF_TENANT - by_tenant[endpoint.tenant],
+            (OF_SLOW_ENDPOINT if is_slow else OF_ENDPOINT) - by_endpoint[endpoint.id],
+            (OF_SLOW_TENANT if is_slow else OF_TENANT) - by_tenant[endpoint.tenant],
             most - len(found),
         )
         if some <= 0:
@@ -199,8 +214,22 @@ def record_attempt(
     return "waiting"
 
 
+def give_up_old(connection: Connection, now: float) -> bool:
+    """Give up some messages that are too old; returns whether there may be more.
+
+    A server that answers slowly gets messages one after another, so some may never be sent.
+    """
+    old = select(DELIVERIES.c.id).where(
+        DELIVERIES.c.state == "waiting", DELIVERIES.c.created < now - OLDEST_S
+    )
+    some = old.limit(GIVEN_UP).scalar_subquery()
+    dead = {"state": "dead", "ended": now}
+    given_up = update(DELIVERIES).where(DELIVERIES.c.id.in_(some)).values(**dead)
+    return connection.execute(given_up).rowcount == GIVEN_UP
+
+
 def send_again(connection: Connection, id: str, now: float) -> bool:
     """Have a dead message sent again; returns False if there is none with this id."""
     there = DELIVERIES.c.id == id, DELIVERIES.c.state == "dead"
-    fresh = {"state": "waiting", "attempts": 0, "next": now, "ended": None}
+    fresh = {"state": "waiting", "attempts": 0, "next": now, "created": now, "ended": None}
     return bool(connection.execute(update(DELIVERIES).where(*there).values(**fresh)).rowcount)

@@ -15,13 +15,20 @@ from standardwebhooks import Webhook
 
 from ..store.link import DatabaseLink
 from .addresses import Network, checked_socket
-from .webhook_rows import DeliveryOutcome, Message, WebhookEndpoint, record_attempt, take_due
+from .webhook_rows import (
+    DeliveryOutcome,
+    Message,
+    WebhookEndpoint,
+    any_due,
+    record_attempt,
+    take_due,
+)
 
 log = logging.getLogger("ray.serve")
 
 ANSWER_S = 20.0
 LEASE_S = 60.0  # after which a message is sent again whose sender has died
-MOST = 64  # messages at a time
+MOST = 256  # messages at a time
 READ_BYTES = 1024  # of an answer
 
 
@@ -43,6 +50,7 @@ class WebhookSender:
         self._networks = networks
         self._clients: dict[str, aiohttp.ClientSession] = {}  # by scheme
         self._sending: Counter[WebhookEndpoint] = Counter()
+        self._slow: set[str] = set()  # endpoints that did not confirm their last message
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def send_due(self) -> int:
@@ -53,10 +61,16 @@ class WebhookSender:
         if (most := MOST - len(self._tasks)) <= 0:
             return 0
         database = await self._database.opened()
+        sending, slow = dict(self._sending), set(self._slow)  # read by the database's thread
 
         def take(connection: Connection) -> list[Message]:
             now = database.now(connection)
-            return take_due(connection, self._sending, most, now + LEASE_S, now)
+            return take_due(connection, sending, slow, most, now + LEASE_S, now)
+
+        if not await self._database.read(
+            lambda connection: any_due(connection, database.now(connection))
+        ):
+            return 0
 
         found = await self._database.write(take)
         for message in found:
@@ -76,6 +90,8 @@ class WebhookSender:
     async def _send(self, message: Message) -> None:
         try:
             outcome = await self._post(message)
+            confirmed = 200 <= outcome.status < 300
+            (self._slow.discard if confirmed else self._slow.add)(message.endpoint.id)
             database = await self._database.opened()
             how = await self._database.write(
                 lambda connection: record_attempt(

@@ -233,6 +233,7 @@ JOBS = Table(
                 ("tenant", "lane", "model", "precision", "number"),
             ),
             ("octet_jobs_alone", "lane = 'job'", ("tenant", "number")),
+            ("octet_jobs_by_state", "lane = 'job'", ("tenant", "state", "number")),
             ("octet_jobs_expiring", "state = 'queued'", ("expires",)),
             ("octet_jobs_running", "state = 'running'", ("lease_until",)),
         )
@@ -273,6 +274,7 @@ FILES = Table(
     Column("expires", Float(53)),
     Index("octet_files_tenant", "tenant", "number"),
     Index("octet_files_expires", "expires"),
+    Index("octet_files_batch", "batch"),
 )
 FILE_PARTS = Table(
     "octet_file_parts",
@@ -311,6 +313,13 @@ BATCHES = Table(
     Column("ended", Float(53)),
     Index("octet_batches_tenant", "tenant", "number"),
     Index("octet_batches_ended", "ended"),
+    Index("octet_batches_file", "input_file"),
+    Index(
+        "octet_batches_open",
+        "state",
+        sqlite_where=text("ended IS NULL"),
+        postgresql_where=text("ended IS NULL"),
+    ),
 )
 
 # Where tenants want to hear of events, and what is still to be sent there.
@@ -344,11 +353,14 @@ DELIVERIES = Table(
     Column("ended", Float(53)),
     Index("octet_deliveries_endpoint", "endpoint"),
     Index("octet_deliveries_ended", "ended"),
-    Index(
-        "octet_deliveries_due",
-        "next",
-        sqlite_where=text("state = 'waiting'"),
-        postgresql_where=text("state = 'waiting'"),
+    *(
+        Index(
+            name,
+            column,
+            sqlite_where=text("state = 'waiting'"),
+            postgresql_where=text("state = 'waiting'"),
+        )
+        for name, column in (("octet_deliveries_due", "next"), ("octet_deliveries_old", "created"))
     ),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,14 @@ from serve.dispatch.client.attempts import ATTEMPTS, FREE_RETRIES, Attempts
 from serve.dispatch.client.session import DispatchSession
 from serve.dispatch.protocol import Heartbeat, Lease, Timing
 from serve.edit_pixels import EditPixels
-from serve.errors import InvalidRequest, NonFiniteImage, OctetError, ReplicaFailed, Unavailable
+from serve.errors import (
+    InvalidRequest,
+    NonFiniteImage,
+    OctetError,
+    ReplicaFailed,
+    StoreFailed,
+    Unavailable,
+)
 from serve.ray_errors import REPLICA_LOST
 from serve.request import (
     Acknowledgement,
@@ -113,7 +120,7 @@ def generate(
     alive: tuple[str, ...] = ("landscapes-fp8", "landscapes-fp16"),
     placeable: bool = True,
     timing: Timing = PROMPT,
-    edited: EditPixels | None = None,
+    edited: EditPixels | Callable[[], Awaitable[EditPixels]] | None = None,
 ) -> ImageResult:
     async def main() -> ImageResult:
         generators = {"landscapes-fp8": fp8, "landscapes-fp16": fp16}
@@ -157,6 +164,28 @@ def test_every_attempt_gets_the_picture_of_an_edit(laptop: Settings) -> None:
     fp8, fp16 = Generator("fp8", ActorDiedError()), Generator("bf16")
     generate(laptop, fp8, fp16, edited=picture)
     assert [*fp8.edited, *fp16.edited] == [picture, picture]
+
+
+def test_a_picture_is_read_once_for_all_attempts(laptop: Settings) -> None:
+    picture, read = EditPixels(np.zeros((64, 64, 3), np.uint8)), 0
+
+    async def pictures() -> EditPixels:
+        nonlocal read
+        read += 1
+        return picture
+
+    fp8, fp16 = Generator("fp8", ActorDiedError()), Generator("bf16")
+    generate(laptop, fp8, fp16, edited=pictures)
+    assert [*fp8.edited, *fp16.edited] == [picture, picture]
+    assert read == 1
+
+
+def test_a_picture_that_cannot_be_read_gives_the_slot_back(laptop: Settings) -> None:
+    async def pictures() -> EditPixels:
+        raise StoreFailed("the bucket is away")
+
+    with pytest.raises(StoreFailed):
+        generate(laptop, Generator("fp8"), Generator("fp16"), edited=pictures)
 
 
 @pytest.mark.parametrize("error", [ObjectStoreFullError(""), OutOfDiskError("")])

@@ -246,11 +246,11 @@ def test_many_endpoints_of_one_tenant_do_not_delay_those_of_another(tmp_path: Pa
                     enqueue_event(connection, tenant, "job.succeeded", f"job_{number}", 0.0)
 
         database.write(prepare)
-        taken = database.write(lambda c: take_due(c, {}, 64, 60.0, 1.0))
+        taken = database.write(lambda c: take_due(c, {}, (), 64, 60.0, 1.0))
         by_tenant = Counter(message.endpoint.tenant for message in taken)
         assert by_tenant == {"many": 8, "one": 4}
         sending = Counter(message.endpoint for message in taken)
-        assert database.write(lambda c: take_due(c, sending, 64, 60.0, 1.0)) == []
+        assert database.write(lambda c: take_due(c, sending, (), 64, 60.0, 1.0)) == []
 
 
 def test_an_endpoint_that_is_gone_is_disabled(server: Server, receiver: Receiver) -> None:

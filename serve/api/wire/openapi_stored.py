@@ -22,7 +22,7 @@ from ...errors import (
     tree,
 )
 from .batches import BatchItem, BatchList, DeletedFile, FileItem, FileList, NewBatchBody
-from .jobs import DEFAULT, MOST, JobItem, JobList, NewJobBody
+from .jobs import JobItem, JobList, NewJobBody
 from .openapi_parts import (
     answer_of,
     error_answers,
@@ -31,6 +31,7 @@ from .openapi_parts import (
     request_id_header,
     whole_number,
 )
+from .pages import DEFAULT, MOST
 from .webhooks import (
     ChangedWebhookBody,
     DeletedWebhook,

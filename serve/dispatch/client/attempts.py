@@ -13,7 +13,7 @@ import contextvars
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -132,11 +132,12 @@ class Attempts:
         index: int = 0,
         options: StreamOptions = StreamOptions(),  # noqa: B008 - immutable
         on_progress: OnProgress = lambda _: None,
-        edited: EditPixels | None = None,
+        edited: EditPixels | Callable[[], Awaitable[EditPixels]] | None = None,
     ) -> GeneratedImage:
         """Generate image `index` of the call; return it with its usage record.
 
-        `edited`: an edit's picture and mask. `on_progress` is called with the progress and previews
+        `edited`: an edit's picture and mask, or a function that reads them: it is called when the
+        image has its slot. `on_progress` is called with the progress and previews
         that `options` ask for. Raises an `OctetError` if no pool can generate the image or its last
         attempt failed, and `RayTaskError` for an unexpected error of the Generator.
         """
@@ -153,6 +154,10 @@ class Attempts:
                     queue_s = time.monotonic() - began
                     self._metrics.queued(slot.lease.pool, queue_s)
                     try:
+                        if callable(edited):
+                            slot.took_s = 0.0
+                            edited = await edited()
+                            slot.took_s = None
                         result = await self._attempt(
                             request, slot, history, options, on_progress, edited
                         )
