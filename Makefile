@@ -91,7 +91,7 @@ bench-autoscaling: .venv/bench
 bench-autoscaling-ray: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling_ray
 
-# Jobs and batches with Generators that only wait; URL: a PostgreSQL to measure too. About 15 minutes;
+# Jobs and batches with Generators that only wait; URL: an empty PostgreSQL to measure too. About 20 minutes;
 # QUICK=1: 3 minutes.
 bench-jobs: .venv/bench
 	$(BIN)/python -W ignore -m bench.jobs $(if $(QUICK),--quick) $(if $(URL),--url $(URL))

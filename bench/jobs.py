@@ -1,4 +1,4 @@
-"""Measure jobs and batches: `make bench-jobs`, about 15 minutes; `QUICK=1`: 3 minutes.
+"""Measure jobs and batches: `make bench-jobs`, about 20 minutes; `QUICK=1`: 3 minutes.
 
     python -m bench.jobs [--quick] [--url postgresql://…]
 
