@@ -381,7 +381,7 @@ def test_batches_leave_free_slots_to_others(server: Server) -> None:
     try:
         with painter.holding():
             batch = server.create(b"".join(line(str(i), prompt="held") for i in range(60)))
-            wait_for(lambda: len(grants.queue) >= SLOTS)
+            wait_for(lambda: len(grants.queue) >= 2)  # two lines run, and as many wait
             assert [grants.free_slots(pool) for pool in grants.pools] == [3, 3]
             assert server.acme.images.generate(prompt="x").data  # finds a free slot
         assert server.ended(batch.id).status == "completed"
