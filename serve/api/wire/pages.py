@@ -1,4 +1,7 @@
-"""The query of lists: where a page begins, and how many entries it has."""
+"""The query of lists: where a page begins, and how many entries it has.
+
+Pure: standard library only.
+"""
 
 from __future__ import annotations
 
