@@ -201,7 +201,7 @@ def _database(config: Any) -> Iterator[Database]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """What an operator may see of a job: everything but what its tenant has written."""
+    """Describe a job for an operator, without what its tenant has written."""
     from ..jobs.encoding import StoredError
 
     facts = job._asdict()
@@ -214,7 +214,7 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _batch_facts(batch: Batch) -> dict[str, Any]:
-    """Everything about a batch but what its tenant has written."""
+    """Describe a batch for an operator, without what its tenant has written."""
     facts = batch._asdict()
     for name in ("metadata", "errors"):
         del facts[name]

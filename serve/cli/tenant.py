@@ -43,7 +43,7 @@ UrlOption = Annotated[
 
 
 class ManagedBy(StrEnum):
-    """Who changes tenants after they were applied."""
+    """The way by which tenants are changed after they were applied."""
 
     FILE = "file"
     API = "api"
