@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.live_models import LiveModels
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import CallQuery, CallState, PoolStatus
 from ..errors import (
@@ -33,8 +34,7 @@ from ..errors import (
     OctetError,
     Unavailable,
 )
-from ..models.model_files import ModelFiles, Units
-from ..models.structures import unknown_structures
+from ..models.model_files import Units
 from ..results.store import StoreFault
 from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
@@ -95,12 +95,11 @@ class Ingress:
         settings = FrontSettings.model_validate(front)
         self._auth, self._open_to_all = settings.auth, settings.auth != "keys"
         self._gate, self._refusal_log = TenantGate(), RefusalLog()
-        self._dispatcher, self._units = dispatcher, units
+        self._dispatcher = dispatcher
         self._session = DispatchSession(dispatcher, timing.dispatch)
         self._metrics = metrics = IngressMetrics()
         self._attempts = Attempts(pool_handle, metrics, timing.dispatch)
-        self._live: Settings | None = None
-        self._files = ModelFiles(set(), {}, {})
+        self._models = LiveModels(self._attempts, units)
         self._awaited: set[str] = set()  # models without which this server is not ready
         self._started = int(time.time())
         self._playground = PLAYGROUND.read_text(encoding="utf-8")
@@ -187,37 +186,25 @@ class Ingress:
         settings = Settings.model_validate(user_config)
         names = {model.id for model in settings.models}
         # A model that comes later does not make a server unready which serves the others.
-        self._awaited = names if self._live is None else self._awaited & names
+        self._awaited = self._awaited & names if self._models.begun else names
         await self.reuse.set_models(settings)
-        self._files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
-        self._attempts.set_models(settings.models, self._files.work)
-        self._live = settings
+        await self._models.set(settings)
 
     @property
     def live(self) -> Settings:
         """The present settings."""
-        if self._live is None:
-            raise RuntimeError("the Ingress got no user_config")
-        return self._live
+        return self._models.settings
 
     async def check_health(self) -> None:
         """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
 
         These are the tasks of the session with the Dispatcher and of the stored images. This is
-        also the time to find out whether weights that were not there have been pulled: the work of
-        their model is then known.
+        also the time to look for weights that were not there.
         """
         self._session.check()
         self._urls.check()
         self._metrics.held(self._uploads.held)
-        if not self._files.unknown:
-            return
-        settings = self.live
-        if self._files.unknown != await asyncio.to_thread(unknown_structures, settings):
-            files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
-            if settings is self.live:  # and no other settings have come meanwhile
-                self._files = files
-                self._attempts.set_models(settings.models, files.work)
+        await self._models.look_again()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = Starlette(
@@ -394,7 +381,9 @@ class Ingress:
         raise model_not_found(name, offer)
 
     def _item(self, model: Model) -> ModelItem:
-        return model_item(model, self._started, self._files.example_prompts.get(model.id, []))
+        return model_item(
+            model, self._started, self._models.files.example_prompts.get(model.id, [])
+        )
 
     async def image(self, http: Request) -> Response:
         return await self._urls.read(http)

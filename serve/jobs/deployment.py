@@ -20,11 +20,11 @@ from sqlalchemy import Connection
 from cluster.ray_nodes import cluster_id
 
 from ..dispatch.client.attempts import Attempts
+from ..dispatch.client.live_models import LiveModels
 from ..dispatch.client.session import DispatchSession
 from ..dispatch.protocol import TIMING, Timing
 from ..errors import KeyInvalid, OctetError
-from ..models.model_files import ModelFiles, Units
-from ..models.structures import unknown_structures
+from ..models.model_files import Units
 from ..request import ImageRequest, StreamOptions
 from ..settings.application import FrontSettings, Settings
 from ..store.database import Database
@@ -84,7 +84,7 @@ class Jobs:
         settings = FrontSettings.model_validate(front)
         if settings.database is None:
             raise ValueError("jobs need a database")
-        self._timing, self._units, self._parse = timing, units, parse
+        self._timing, self._parse = timing, parse
         self._keyed = settings.auth == "keys"
         self._owner = uuid.uuid4().hex
         self._metrics = JobsMetrics()
@@ -92,11 +92,10 @@ class Jobs:
         self._find_cluster, self._cluster = cluster, ""
         self._session = DispatchSession(dispatcher, dispatch_timing)
         self._attempts = Attempts(pool_handle, self._metrics, dispatch_timing)
+        self._models = LiveModels(self._attempts, units)
         self._images = JobImages(settings)
         self._paused: dict[str, float] = {}  # tenants of which no job is claimed, and until when
         self._claiming = False
-        self._live: Settings | None = None
-        self._files = ModelFiles(set(), {}, {})
         self.runner = JobRunner(
             self._database,
             self._session,
@@ -134,30 +133,22 @@ class Jobs:
         Ray Serve calls this before the first request and whenever the settings change.
         """
         settings = Settings.model_validate(user_config)
-        self._files = await asyncio.to_thread(ModelFiles.read, settings, self._units)
-        self._attempts.set_models(settings.models, self._files.work)
-        self._live = settings
+        await self._models.set(settings)
 
     @property
     def live(self) -> Settings:
         """The present settings."""
-        if self._live is None:
-            raise RuntimeError("Jobs got no user_config")
-        return self._live
+        return self._models.settings
 
     async def check_health(self) -> None:
         """Raise `RuntimeError` if a background task has ended; called by Ray Serve.
 
-        This is also the time to find out whether weights that were not there have been pulled.
+        This is also the time to look for weights that were not there.
         """
         self._session.check()
         if any(task.done() for task in self._tasks):
             raise RuntimeError("jobs are without their task")
-        settings = self.live
-        if self._files.unknown and self._files.unknown != await asyncio.to_thread(
-            unknown_structures, settings
-        ):
-            await self.reconfigure(settings.model_dump(mode="json", exclude_unset=True))
+        await self._models.look_again()
 
     async def close(self) -> None:
         """Give all jobs back, so that another process runs them at once.
@@ -181,7 +172,7 @@ class Jobs:
         while True:
             pause_s = every_s
             try:
-                if self._live:
+                if self._models.begun:
                     await work()
             except OSError as error:  # the database's, or the store's
                 log.warning("jobs: %s; trying again", error)
