@@ -40,7 +40,7 @@ from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_events import JobWatch, job_events
 from .job_requests import ASYNC, wants_job
-from .route_context import RouteContext, json_answer
+from .route_context import RouteContext, json_answer, list_answer
 from .timing import IngressTiming
 from .wire.jobs import ENDPOINTS, JobItem, JobList, job_item
 from .wire.pages import parse_page
@@ -219,14 +219,7 @@ class JobRoutes:
         )
         jobs = [Job(*row) for row in rows[: asked.limit]]
         data = [job_item(job, self._links(job, http)) for job in jobs]
-        return json_answer(
-            JobList(
-                data=data,
-                first_id=data[0].id if data else None,
-                last_id=data[-1].id if data else None,
-                has_more=len(rows) > asked.limit,
-            )
-        )
+        return list_answer(JobList, data, has_more=len(rows) > asked.limit)
 
     async def events(self, http: Request) -> Response:
         """Answer `GET /v1/jobs/ID/events`: each change of the job, until it has ended."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -112,3 +112,9 @@ def json_answer(
 ) -> Response:
     """A JSON response of a model of the wire formats."""
     return JSONResponse(answer.model_dump(mode="json"), status, headers)  # type: ignore[attr-defined]
+
+
+def list_answer(kind: Callable[..., object], data: Sequence[Any], *, has_more: bool) -> Response:
+    """A page of a list as JSON; `kind`: its model of the wire formats."""
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return json_answer(kind(data=data, first_id=first, last_id=last, has_more=has_more))

@@ -13,6 +13,7 @@ from ..settings.application import FrontSettings, Settings
 from ..store.link import DatabaseLink
 from ..tenants.keys import TenantAccess
 from .batch_routes import BatchRoutes
+from .file_routes import FileRoutes
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .job_routes import JobRoutes
@@ -43,9 +44,9 @@ class StoredRoutes:
         self.context = RouteContext(self.database, gate, access, authenticate_again, live, timing)
         images = JobImages(settings)
         self.jobs = JobRoutes(self.context, session, attempts, urls, images, metrics, timing)
-        self.batches = BatchRoutes(self.context, session, self.jobs.answer_of, timing)
         self.routes = [
             *self.jobs.routes,
-            *self.batches.routes,
+            *FileRoutes(self.context, self.jobs.answer_of, timing).routes,
+            *BatchRoutes(self.context, session).routes,
             *WebhookRoutes(self.context).routes,
         ]

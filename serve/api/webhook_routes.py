@@ -19,7 +19,7 @@ from ..jobs.webhook_rows import (
     remove_endpoint,
 )
 from ..store.schema import WEBHOOKS
-from .route_context import RouteContext, json_answer
+from .route_context import RouteContext, json_answer, list_answer
 from .wire.pages import parse_page
 from .wire.webhooks import (
     ChangedWebhookBody,
@@ -93,14 +93,7 @@ class WebhookRoutes:
             lambda connection: page(connection, WEBHOOKS, tenant, asked.after, asked.limit)
         )
         data = [webhook_item(WebhookEndpoint(*row)) for row in rows[: asked.limit]]
-        return json_answer(
-            WebhookList(
-                data=data,
-                first_id=data[0].id if data else None,
-                last_id=data[-1].id if data else None,
-                has_more=len(rows) > asked.limit,
-            )
-        )
+        return list_answer(WebhookList, data, has_more=len(rows) > asked.limit)
 
     async def read(self, http: Request) -> Response:
         """Answer `GET /v1/webhook_endpoints/ID`."""

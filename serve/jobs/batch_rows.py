@@ -30,6 +30,7 @@ BatchState = Literal[
 ]
 STATES: tuple[BatchState, ...] = get_args(BatchState)
 READ = "validating", "in_progress", "cancelling"  # states in which the file is still needed
+WINDOW_S = 24 * 3600.0  # that a batch may take
 SOME = 500  # lines that wait and are cancelled in one transaction
 FEW = 100  # lines that run and are cancelled, one by one
 
@@ -80,6 +81,44 @@ class Place(NamedTuple):
     line: int
     part: int
     byte: int
+
+
+def new_batch(
+    id: str,
+    tenant: str,
+    key_id: str,
+    endpoint: str,
+    input_file: str,
+    now: float,
+    *,
+    metadata: str = "{}",
+    output_expires_s: int | None = None,
+) -> Batch:
+    """A batch that begins at the Unix time `now`, before its file is read."""
+    return Batch(
+        id=id,
+        number=0,
+        tenant=tenant,
+        key_id=key_id,
+        endpoint=endpoint,
+        input_file=input_file,
+        metadata=metadata,
+        output_expires_s=output_expires_s,
+        state="validating",
+        times=json.dumps({"validating": now}),
+        errors="[]",
+        total=0,
+        completed=0,
+        failed=0,
+        ended_lines=0,
+        next_line=1,
+        next_part=0,
+        next_byte=0,
+        lease_until=0.0,
+        created=now,
+        expires=now + WINDOW_S,
+        ended=None,
+    )
 
 
 def create(connection: Connection, batch: Batch) -> Batch:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from ..store.schema import FILE_PARTS, FILES, next_numbers
+from .job import new_id
 
 PART_BYTES = 2**20
 
@@ -30,6 +31,24 @@ class StoredFile(NamedTuple):
     whole: int
     created: float
     expires: float | None
+
+
+def new_upload(tenant: str, name: str, keep_s: float) -> StoredFile:
+    """A file that is to be uploaded; `begin` sets its times."""
+    return StoredFile(
+        id=new_id("file"),
+        number=0,
+        tenant=tenant,
+        name=name,
+        purpose="batch",
+        bytes=None,
+        lines=0,
+        kind="upload",
+        batch=None,
+        whole=0,
+        created=0.0,
+        expires=keep_s,
+    )
 
 
 def stored_bytes(connection: Connection, tenant: str) -> int:

@@ -188,6 +188,11 @@ ANSWERS = Table(
 )
 
 
+def _partial(name: str, where: str, *columns: str) -> Index:
+    """An index of the rows for which `where` holds."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 # One row for each job and each line of a batch, until it is forgotten. `number` grows in the order
 # in which jobs were accepted. Times are Unix times by the database's clock.
 JOBS = Table(
@@ -224,20 +229,13 @@ JOBS = Table(
     UniqueConstraint("batch", "line"),
     Index("octet_jobs_tenant", "tenant", "number"),
     Index("octet_jobs_ended", "ended"),
-    *(
-        Index(name, *columns, sqlite_where=text(of), postgresql_where=text(of))
-        for name, of, columns in (
-            (
-                "octet_jobs_waiting",
-                "state = 'queued'",
-                ("tenant", "lane", "model", "precision", "number"),
-            ),
-            ("octet_jobs_alone", "lane = 'job'", ("tenant", "number")),
-            ("octet_jobs_by_state", "lane = 'job'", ("tenant", "state", "number")),
-            ("octet_jobs_expiring", "state = 'queued'", ("expires",)),
-            ("octet_jobs_running", "state = 'running'", ("lease_until",)),
-        )
+    _partial(
+        "octet_jobs_waiting", "state = 'queued'", "tenant", "lane", "model", "precision", "number"
     ),
+    _partial("octet_jobs_alone", "lane = 'job'", "tenant", "number"),
+    _partial("octet_jobs_by_state", "lane = 'job'", "tenant", "state", "number"),
+    _partial("octet_jobs_expiring", "state = 'queued'", "expires"),
+    _partial("octet_jobs_running", "state = 'running'", "lease_until"),
 )
 
 # How many jobs of one kind wait and run, changed in the transactions that change the jobs.
@@ -314,12 +312,7 @@ BATCHES = Table(
     Index("octet_batches_tenant", "tenant", "number"),
     Index("octet_batches_ended", "ended"),
     Index("octet_batches_file", "input_file"),
-    Index(
-        "octet_batches_open",
-        "state",
-        sqlite_where=text("ended IS NULL"),
-        postgresql_where=text("ended IS NULL"),
-    ),
+    _partial("octet_batches_open", "ended IS NULL", "state"),
 )
 
 # Where tenants want to hear of events, and what is still to be sent there.
@@ -353,15 +346,8 @@ DELIVERIES = Table(
     Column("ended", Float(53)),
     Index("octet_deliveries_endpoint", "endpoint"),
     Index("octet_deliveries_ended", "ended"),
-    *(
-        Index(
-            name,
-            column,
-            sqlite_where=text("state = 'waiting'"),
-            postgresql_where=text("state = 'waiting'"),
-        )
-        for name, column in (("octet_deliveries_due", "next"), ("octet_deliveries_old", "created"))
-    ),
+    _partial("octet_deliveries_due", "state = 'waiting'", "next"),
+    _partial("octet_deliveries_old", "state = 'waiting'", "created"),
 )
 
 

@@ -13,9 +13,8 @@ from sqlalchemy import Connection, select, update
 
 from serve.jobs import batch_rows, files
 from serve.jobs.acceptance import insert_jobs
-from serve.jobs.batch_rows import Batch, NewLine, Place
+from serve.jobs.batch_rows import NewLine, Place
 from serve.jobs.claims import claim, queue_again
-from serve.jobs.files import StoredFile
 from serve.jobs.job import Kind, NewJob
 from serve.jobs.outbox import enqueue_event
 from serve.jobs.queries import find_job
@@ -49,30 +48,7 @@ A_JOB = NewJob(
     created=0.0,
     expires=100.0,
 )
-A_BATCH = Batch(
-    id="batch_1",
-    number=0,
-    tenant="acme",
-    key_id="",
-    endpoint="/v1/images/generations",
-    input_file="file_1",
-    metadata="{}",
-    output_expires_s=None,
-    state="in_progress",
-    times="{}",
-    errors="[]",
-    total=0,
-    completed=0,
-    failed=0,
-    ended_lines=0,
-    next_line=1,
-    next_part=0,
-    next_byte=0,
-    lease_until=0.0,
-    created=0.0,
-    expires=100.0,
-    ended=None,
-)
+A_BATCH = batch_rows.new_batch("batch_1", "acme", "", "/v1/images/generations", "file_1", 0.0)
 
 
 @pytest.fixture
@@ -83,7 +59,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 def begin_batch(database: Database, id: str, tenant: str, lines: int) -> None:
     """Store a batch with so many lines, all of which wait."""
-    batch = A_BATCH._replace(id=id, tenant=tenant, total=lines)
+    batch = A_BATCH._replace(id=id, tenant=tenant, state="in_progress", total=lines)
     job = A_JOB._replace(tenant=tenant, lane="batch", batch=id, custom_id="x")
     made = [NewLine(job._replace(id=f"{id}_{i}", line=i)) for i in range(1, lines + 1)]
 
@@ -159,21 +135,7 @@ def test_a_job_that_is_queued_again_gets_no_more_than_the_longest_time(database:
 
 
 def test_uploads_at_the_same_time_do_not_exceed_the_limit(database: Database) -> None:
-    upload = StoredFile(
-        id="file_1",
-        number=0,
-        tenant="acme",
-        name="lines",
-        purpose="batch",
-        bytes=None,
-        lines=0,
-        kind="upload",
-        batch=None,
-        whole=0,
-        created=0.0,
-        expires=60.0,
-    )
-    both = upload, upload._replace(id="file_2")
+    both = [files.new_upload("acme", "lines", 60.0) for _ in range(2)]
     for one in both:
         database.write(partial(files.begin, now=0.0, file=one))
     ended = [
