@@ -122,9 +122,10 @@ def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningAp
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             fill = {**LONG, "num_inference_steps": 10}
             work = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
+            # 8 images hold the slots. Before that, too, there may be a moment in which one waits.
             await asyncio.to_thread(
-                wait_for, lambda: octet.status().queued == 1
-            )  # 8 images hold the slots
+                wait_for, lambda: running(octet) == 8 and octet.status().queued == 1
+            )
             quick = {"prompt": "dunes", "num_inference_steps": 1, "progress": True}
             events = [event async for event in lines(client, quick)]
             places = [e["queue_position"] for e in events if e["type"].endswith("progress")]
