@@ -32,6 +32,17 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class Sampler(StrEnum):
+    """The solver that denoises an image; the noise levels of its steps belong to it.
+
+    `euler` is the solver of SD3.5's own code. `dpmpp_2m`, DPM-Solver++ 2M, comes as close to the
+    exact solution with fewer steps.
+    """
+
+    EULER = "euler"
+    DPMPP_2M = "dpmpp_2m"
+
+
 class OutputFormat(StrEnum):
     """The image file formats that a client may ask for."""
 
@@ -84,6 +95,7 @@ class ImageRequest:
     `output_compression`: the quality of a JPEG or WebP file, 0 to 100. `edit`: how the image is
     made from a picture; None for a generation. An edit may have any size. It is generated on a
     `canvas` with both sides rounded up to multiples of 16, and then cropped: 100 × 75 on 112 × 80.
+    `preset`: the name of the model's preset that chose the sampler and the steps; "" without one.
 
     Raises `InvalidRequest`, which names the field, if no model can ever generate one of the values.
     `check` compares the request with the limits of one model.
@@ -103,6 +115,8 @@ class ImageRequest:
     output_compression: int | None = None
     deterministic: bool = False
     edit: Edit | None = None
+    sampler: Sampler = Sampler.EULER
+    preset: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):

@@ -28,12 +28,12 @@ from safetensors.torch import load_file
 
 from ..edit_pixels import EditPixels
 from ..models.checkpoints import CheckpointError, read_json
-from ..request import SIZE_MULTIPLE_PX
+from ..request import SIZE_MULTIPLE_PX, Sampler
 from .card import check_device
 from .fp8_format import TRANSFORMER, WEIGHTS, is_fp8
 from .fused_attention import fuse_qkv
 from .modulation import STEPS, Modulation
-from .noise_schedule import TRAIN_STEPS, shift_of, sigmas
+from .noise_schedule import TRAIN_STEPS, Schedule, schedule, shift_of
 from .precision import RECIPES, Recipe, apply_recipe
 from .preview import VAE_FACTOR, LatentToRgb
 from .prompt_embeds import PromptEmbeds
@@ -69,20 +69,20 @@ class EditLatents:
 class DenoisingState:
     """An image between two steps: its latents, and everything that its next step needs.
 
-    `latents`: the image so far. `velocity`: the transformer's output in the last step. Both are
-    (1, 16, height_px/8, width_px/8) in float32. `embeds`: the prompt's row; with guidance two rows,
-    first the negative prompt's, then the prompt's. `sigmas`: the noise level before the first step,
-    then the level after each step. `step`: the number of steps that are done. `modulation`: that of
-    the steps from `modulated_from` on, (steps, rows, modulation width). `first_step`: the value
-    with which `step` began; above 0 for an edit. `edit`: the picture of an edit.
+    `latents`: the image so far. `predicted`: the finished latents as the last step predicted them.
+    Both are (1, 16, height_px/8, width_px/8) in float32. `embeds`: the prompt's row; with guidance
+    two rows, first the negative prompt's, then the prompt's. `schedule`: the noise levels and
+    corrections of the steps. `step`: the number of steps that are done. `modulation`: that of the
+    steps from `modulated_from` on, (steps, rows, modulation width). `first_step`: the value with
+    which `step` began; above 0 for an edit. `edit`: the picture of an edit.
     """
 
     latents: torch.Tensor
     embeds: PromptEmbeds
     guidance_scale: float
-    sigmas: tuple[float, ...]
+    schedule: Schedule
     step: int = 0
-    velocity: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
     modulation: torch.Tensor | None = None
     modulated_from: int = 0
     first_step: int = 0
@@ -94,7 +94,7 @@ class DenoisingState:
 
     @property
     def steps_left(self) -> int:
-        return len(self.sigmas) - 1 - self.step
+        return len(self.schedule.corrections) - self.step
 
     @property
     def steps_done(self) -> int:
@@ -106,15 +106,13 @@ class DenoisingState:
 
     @property
     def estimate(self) -> torch.Tensor:
-        """The finished latents as the last step predicts them; before any step, the latents.
+        """The finished latents as the last step predicted them; before any step, the latents.
 
-        The prediction is x − σ · v, with latents x, noise level σ and velocity v, because v
-        predicts noise − image. Latents that a mask keeps are those of the picture.
+        Latents that a mask keeps are those of the picture.
         """
-        if self.velocity is None:
+        if self.predicted is None:
             return self.latents
-        predicted = self.latents - self.sigmas[self.step] * self.velocity
-        return self.edit.blended(predicted, 0.0) if self.edit else predicted
+        return self.edit.blended(self.predicted, 0.0) if self.edit else self.predicted
 
 
 class Denoiser:
@@ -169,6 +167,7 @@ class Denoiser:
         num_inference_steps: int,
         guidance_scale: float,
         seed: int,
+        sampler: Sampler = Sampler.EULER,
         first_step: int = 0,
         edit: EditLatents | None = None,
     ) -> DenoisingState:
@@ -177,9 +176,9 @@ class Denoiser:
         The noise is generated in float32 on the CPU, so it is the same for every precision. An
         `edit` begins at `first_step`, with its picture at the noise level of that step.
         """
-        schedule = sigmas(num_inference_steps, self.shift)
+        steps = schedule(sampler, num_inference_steps, self.shift)
         if edit:
-            latents = edit.at(schedule[first_step])
+            latents = edit.at(steps.levels[first_step])
         else:
             generator = torch.Generator("cpu").manual_seed(seed)
             latents = torch.randn(self._latent_shape(width, height), generator=generator)
@@ -191,7 +190,7 @@ class Denoiser:
             latents.to(self.device),
             rows,
             guidance_scale,
-            schedule,
+            steps,
             step=first_step,
             first_step=first_step,
             edit=edit,
@@ -231,9 +230,9 @@ class Denoiser:
         """Take one step with every image of the batch, in one call of the transformer.
 
         All images must have the same size and text length, because SD3 has no attention mask. The
-        call is padded to `rows` rows if the batch has fewer. Guidance and Euler's step
-        x += (sigma_next − sigma) · v are computed in float32. After each step of an edit, latents
-        that the mask keeps are replaced by the picture's, at the noise level that is reached.
+        call is padded to `rows` rows if the batch has fewer. Guidance and the step itself
+        (`Schedule`) are computed in float32. After each step of an edit, latents that the mask
+        keeps are replaced by the picture's, at the noise level that is reached.
         """
         own = [d.rows for d in batch]
         padding = max(rows - sum(own), 0)
@@ -246,15 +245,19 @@ class Denoiser:
         )[0].float()
         stepped = []  # applied to all images or to none: a failed step may be repeated
         for d, v in zip(batch, velocity[: sum(own)].split(own), strict=True):
-            # A copy also without guidance: a view would keep the velocities of the whole batch.
-            v = v[:1] + d.guidance_scale * (v[1:] - v[:1]) if d.rows == 2 else v.clone()
-            level, next_level = d.sigmas[d.step], d.sigmas[d.step + 1]
+            if d.rows == 2:
+                v = v[:1] + d.guidance_scale * (v[1:] - v[:1])
+            level, next_level = d.schedule.levels[d.step : d.step + 2]
+            predicted = d.latents - level * v  # v predicts noise − image
             next_latents = d.latents + (next_level - level) * v
+            # The first step of an edit may have a correction, but there is no step before it.
+            if d.predicted is not None and (correction := d.schedule.corrections[d.step]):
+                next_latents += correction * (predicted - d.predicted)
             if d.edit:
                 next_latents = d.edit.blended(next_latents, next_level)
-            stepped.append((d, next_latents, v))
-        for d, next_latents, v in stepped:
-            d.latents, d.velocity = next_latents, v
+            stepped.append((d, next_latents, predicted))
+        for d, next_latents, predicted in stepped:
+            d.latents, d.predicted = next_latents, predicted
             d.step += 1
         # Otherwise steps would pile up on the card before images can join and leave.
         if self.on_cuda:
@@ -265,8 +268,8 @@ class Denoiser:
         ahead = d.step - d.modulated_from
         if d.modulation is None or ahead >= len(d.modulation):
             # Always for as many steps, so that these numbers do not depend on the image's length.
-            last = len(d.sigmas) - 2
-            levels = [d.sigmas[min(d.step + i, last)] * TRAIN_STEPS for i in range(STEPS)]
+            last = len(d.schedule.corrections) - 1
+            levels = [d.schedule.levels[min(d.step + i, last)] * TRAIN_STEPS for i in range(STEPS)]
             # Timesteps stay float32: rounding them to bf16 moves latents by up to 8e-2.
             times = torch.tensor(levels, dtype=torch.float32, device=self.device)
             found = self._modulation(

@@ -295,6 +295,7 @@ class DenoisingLoop:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             seed=request.seed,
+            sampler=request.sampler,
             first_step=request.first_step,
             edit=new.latents,
         )

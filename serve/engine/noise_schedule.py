@@ -1,16 +1,23 @@
-"""SD3's noise schedule in closed form.
+"""The noise schedules of the samplers, as tables that are known before an image begins.
 
-The schedule equals that of diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift (Esser
-et al. 2024, section 5.3.2) to within 6e-8. This schedule consists of plain numbers instead of a
-scheduler object's state, so every row of a batch can be at its own step.
+A schedule consists of plain numbers instead of a scheduler object's state, so every row of a batch
+can be at its own step. It does not look at the image, so its cost is known at admission: one call
+of the transformer for each step.
 
-Pure: standard library only.
+Euler's method takes the levels of diffusers' `FlowMatchEulerDiscreteScheduler` with a static shift
+(Esser et al. 2024, section 5.3.2), to within 6e-8. DPM-Solver++ 2M (Lu et al. 2022) adds a
+correction from the step before, and needs other levels: on Euler's, its last steps are too long.
+
+Pure: imports the standard library and pure files only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from ..request import Sampler
 
 TRAIN_STEPS = 1000
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -45,15 +52,60 @@ def shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigmas(num_inference_steps: int, shift: float = 3.0) -> tuple[float, ...]:
-    """The `num_inference_steps` + 1 noise levels of a denoising run, from 1 down to 0.
+class Schedule(NamedTuple):
+    """The table of a denoising run of n steps.
 
-    The transformer's timestep is 1000 · sigma. Raises `ValueError` for less than one step.
+    `levels`: the n + 1 noise levels, from 1 down to 0. The transformer's timestep is 1000 · level.
+    `corrections`: n numbers, one for each step. A step goes from the level σ to σ' by
+
+        x += (σ' − σ) · v + c · (D − D_before)
+
+    with the velocity v, the correction c, and the predicted finished latents D = x − σ · v of this
+    step and of the one before.
     """
+
+    levels: tuple[float, ...]
+    corrections: tuple[float, ...]
+
+
+def schedule(sampler: Sampler, num_inference_steps: int, shift: float = 3.0) -> Schedule:
+    """The schedule of a sampler. Raises `ValueError` for less than one step."""
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps {num_inference_steps} must be 1 or more")
+    if sampler is Sampler.DPMPP_2M:
+        levels = _halved_levels(num_inference_steps, shift)
+        return Schedule(levels, _multistep_corrections(levels))
+    return Schedule(_euler_levels(num_inference_steps, shift), (0.0,) * num_inference_steps)
+
+
+def _euler_levels(steps: int, shift: float) -> tuple[float, ...]:
     # diffusers shifts twice: first the range of the training levels, then the levels spaced in it.
     high, low = shifted(1.0, shift), shifted(1 / TRAIN_STEPS, shift)
-    gaps = max(1, num_inference_steps - 1)
-    spaced = (high + (low - high) * i / gaps for i in range(num_inference_steps))
+    gaps = max(1, steps - 1)
+    spaced = (high + (low - high) * i / gaps for i in range(steps))
     return (*(shifted(s, shift) for s in spaced), 0.0)
+
+
+def _halved_levels(steps: int, shift: float) -> tuple[float, ...]:
+    """Shifted levels of equal distances, of which the first interval is halved.
+
+    The first two steps have no correction, so they should be short.
+    """
+    if steps == 1:
+        return 1.0, 0.0
+    first, *others = (shifted(1 - i / (steps - 1), shift) for i in range(steps))
+    return first, (first + others[0]) / 2, *others
+
+
+def _multistep_corrections(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """The corrections of DPM-Solver++ 2M for a flow-matching model.
+
+    The first step has no step before it. The second has one of infinite length in the logarithm of
+    the signal-to-noise ratio, and the last step is itself infinitely long: these have none.
+    """
+    ratios = [math.log((1 - level) / level) for level in levels[1:-1]]  # log(signal / noise)
+    lengths = [b - a for a, b in zip(ratios, ratios[1:], strict=False)]  # of all but the ends
+    found = [0.0] * (len(levels) - 1)
+    for i, (before, length) in enumerate(zip(lengths, lengths[1:], strict=False), 2):
+        found[i] = (1 - levels[i + 1] / levels[i]) * length / (2 * before)
+    return tuple(found)

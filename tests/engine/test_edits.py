@@ -171,7 +171,7 @@ def test_a_mask_keeps_latents_in_each_step_and_in_each_preview(editor: Editor) -
     half = image.latents.shape[-1] // 2
     while not image.finished:
         editor.denoiser.denoise_step([image])
-        level = image.sigmas[image.step]
+        level = image.schedule.levels[image.step]
         kept = image.edit.at(level)[..., :half]
         assert torch.equal(image.latents[..., :half], kept)
         assert torch.equal(image.estimate[..., :half], image.edit.image[..., :half])

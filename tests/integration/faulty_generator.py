@@ -22,7 +22,7 @@ class FaultyGenerator(Generator):
                 raise torch.OutOfMemoryError("a test's")
             waiting = [image for image in batch if image.guidance_scale == IDLE]
             for image in waiting:
-                image.velocity, image.step = torch.zeros_like(image.latents), image.step + 1
+                image.predicted, image.step = image.latents, image.step + 1
             if waiting:
                 time.sleep(IDLE_STEP_S)
             if computed := [image for image in batch if image.guidance_scale != IDLE]:
