@@ -19,10 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from cluster.telemetry import NoTelemetry, driver_version
 from serve.engine.compiled import compile_blocks
@@ -31,6 +28,7 @@ from serve.engine.precision import ENCODER_RECIPES, RECIPES
 from serve.engine.prompt_embeds import PromptEmbeds
 from serve.engine.prompt_encoder import PromptEncoder
 from serve.models.checkpoints import pull
+from serve.quality.metrics import Pixels, distance
 from serve.settings.file import load_settings
 
 from .model import RESULTS, Bench, save
@@ -67,8 +65,6 @@ PROMPTS = (
     "a paper boat on a puddle",
 )
 SEED, GUIDANCE = 1, 4.5
-
-Pixels = NDArray[np.uint8]
 
 
 def embeddings(folder: Path, device: str, prompts: tuple[str, ...]) -> list[PromptEmbeds]:
@@ -120,10 +116,7 @@ def real_weights(bench: Bench, folder: Path, prompts: int, side: int, steps: int
     if not fp8_here(bench):
         return {"bf16": in_bf16, "fp8": "left out: the card has no FP8"}
     eight_bit, in_fp8 = generated(bench, folder, "fp8", embeds, side, steps)
-    alike = [
-        ssim(_batch(a), _batch(b), data_range=255.0).item()  # type: ignore[union-attr]  # one tensor
-        for a, b in zip(exact, eight_bit, strict=True)
-    ]
+    alike = [distance(a, b).ssim for a, b in zip(exact, eight_bit, strict=True)]
     return {
         "folder": folder.name,
         "side": side,
@@ -135,11 +128,6 @@ def real_weights(bench: Bench, folder: Path, prompts: int, side: int, steps: int
         "ssim_median": statistics.median(alike),
         "ssim_least": min(alike),
     }
-
-
-def _batch(pixels: Pixels) -> torch.Tensor:
-    """Pixels (height_px, width_px, 3) as a tensor (1, 3, height_px, width_px)."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
 
 
 def weights(given: Path | None) -> Path | str:

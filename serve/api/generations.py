@@ -442,6 +442,7 @@ def _free_usages(
             work_s=0.0,
             outcome=outcome,
             key_id=request.key_id,
+            preset=image.preset,
         )
 
     pairs = zip(request.parsed.images, results, strict=True)

@@ -35,6 +35,7 @@ from ..errors import (
     Unavailable,
 )
 from ..models.model_files import Units
+from ..models.reference_work import relative_costs
 from ..results.store import StoreFault
 from ..settings.application import FrontSettings, Settings
 from ..settings.models import Model
@@ -381,9 +382,10 @@ class Ingress:
         raise model_not_found(name, offer)
 
     def _item(self, model: Model) -> ModelItem:
-        return model_item(
-            model, self._started, self._models.files.example_prompts.get(model.id, [])
-        )
+        files = self._models.files
+        prompts = files.example_prompts.get(model.id, [])
+        costs = relative_costs(model, files.work[model.id])
+        return model_item(model, self._started, prompts, costs)
 
     async def image(self, http: Request) -> Response:
         return await self._urls.read(http)

@@ -16,6 +16,7 @@ from ..launch import LaunchError
 from ..models.checkpoints import CheckpointError
 from . import (
     bench,
+    calibrate,
     check_config,
     compile_pools,
     doctor,
@@ -34,7 +35,8 @@ from . import (
 from .exit_codes import FAULT, USED_WRONGLY, UsageError
 from .terminal import complain, examples
 
-RUN, MODELS, CAPACITY, TENANTS, OPERATE = "Run", "Models", "Capacity", "Tenants", "Operate"
+RUN, MODELS, QUALITY, CAPACITY = "Run", "Models", "Quality", "Capacity"
+TENANTS, OPERATE = "Tenants", "Operate"
 
 
 class Commands(TyperGroup):
@@ -149,6 +151,13 @@ _add(
     compile_pools.compile_pools,
     "octet compile octet.yaml",
     "octet compile octet.yaml --pool sd3.5-large-fp8",
+)
+_add(
+    QUALITY,
+    "calibrate",
+    calibrate.calibrate,
+    "octet calibrate landscapes --config examples/laptop.yaml",
+    "octet calibrate landscapes --config examples/laptop.yaml --guidance 5 --settings presets.yaml",
 )
 _add(
     CAPACITY,

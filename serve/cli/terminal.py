@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .exit_codes import UsageError
 
@@ -61,6 +69,20 @@ def working(on: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         progress.add_task(on, total=None)
         yield
+
+
+@contextmanager
+def counting(on: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar until the `with` block ends; yields a function that counts one more.
+
+    Without a terminal nothing is shown.
+    """
+    text = TextColumn("{task.description}", markup=False)
+    columns = text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(on, total=total)
+        yield lambda: progress.advance(task)
 
 
 def examples(*commands: str) -> str:

@@ -25,6 +25,7 @@ def parameters(request: ImageRequest, precision: str) -> tuple[str, str]:
     The text of `parameters` is the JSON body that generates the same image again when sent to
     /v1/images/generations. The text of `edit_parameters` holds the fields that do so for an edit,
     together with the same picture and mask. Neither of these is in the file, nor are their digests.
+    A preset stands there as its sampler and steps, so that it may change in the settings.
     """
     body: dict[str, object] = {
         "model": request.model,
@@ -33,6 +34,7 @@ def parameters(request: ImageRequest, precision: str) -> tuple[str, str]:
         "size": request.size,
         "seed": request.seed,
         "num_inference_steps": request.num_inference_steps,
+        "sampler": request.sampler,
         "guidance_scale": request.guidance_scale,
         "precision": "fp8" if precision == "fp8" else "fp16",
         "deterministic": request.deterministic,

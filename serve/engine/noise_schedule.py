@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ..request import Sampler
@@ -104,8 +105,8 @@ def _multistep_corrections(levels: tuple[float, ...]) -> tuple[float, ...]:
     the signal-to-noise ratio, and the last step is itself infinitely long: these have none.
     """
     ratios = [math.log((1 - level) / level) for level in levels[1:-1]]  # log(signal / noise)
-    lengths = [b - a for a, b in zip(ratios, ratios[1:], strict=False)]  # of all but the ends
+    lengths = [b - a for a, b in pairwise(ratios)]  # of all but the ends
     found = [0.0] * (len(levels) - 1)
-    for i, (before, length) in enumerate(zip(lengths, lengths[1:], strict=False), 2):
+    for i, (before, length) in enumerate(pairwise(lengths), 2):
         found[i] = (1 - levels[i + 1] / levels[i]) * length / (2 * before)
     return tuple(found)

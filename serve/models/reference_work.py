@@ -8,6 +8,7 @@ work can be a price. A real replica learns its speed: the seconds of work that i
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from cluster.cards import CARDS
 from cluster.cost import UNKNOWN_GPU, CostCoefficients, ImageShape, reference
@@ -16,7 +17,7 @@ from cluster.structure import structure
 from ..errors import SettingsError
 from ..request import ImageRequest
 from ..settings.application import CatalogueSettings
-from ..settings.models import Pool, ServedModel
+from ..settings.models import Model, Pool, ServedModel
 from .structures import structure_of
 
 CLIP_TOKENS = 77  # text tokens of CLIP, which the transformer reads before those of T5
@@ -61,6 +62,21 @@ def shape_of(request: ImageRequest, text_tokens: int) -> ImageShape:
         steps=request.steps,
         edit=request.edit is not None,
     )
+
+
+def relative_costs(model: Model, cost: CostCoefficients) -> dict[str, float]:
+    """The work of an image by the value of `quality`: "auto", and the model's presets.
+
+    The image has the model's default size and guidance. The work of "auto" is 1.
+    """
+    usual = ImageRequest(id="", model=model.id, prompt="x", seed=0, **model.defaults.model_dump())
+    tokens = text_tokens(model.max_sequence_length)
+    requests = {
+        "auto": usual,
+        **{name: replace(usual, **preset.model_dump()) for name, preset in model.presets.items()},
+    }
+    work_s = {name: cost.work_s(shape_of(each, tokens)) for name, each in requests.items()}
+    return {name: each / work_s["auto"] for name, each in work_s.items()}
 
 
 def text_tokens(max_sequence_length: int) -> int:

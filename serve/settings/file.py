@@ -94,6 +94,9 @@ def _changed(
         elif items and all(isinstance(item, BaseModel) for item in items):
             for i, item in enumerate(items):
                 yield from _changed(item, (*here, i), origins)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield from _changed(item, (*here, key), origins)
         elif origin := _nearest(here, origins):
             yield _key(here), value, origin
 

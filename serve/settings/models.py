@@ -24,11 +24,17 @@ from cluster.cards import CARDS
 from cluster.placement import NodeRequirement
 
 from ..errors import InvalidRequest, did_you_mean
-from ..request import SIZE_MULTIPLE_PX, ImageRequest, ModelLimits
+from ..request import SIZE_MULTIPLE_PX, ImageRequest, ModelLimits, Sampler
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$")]
+PresetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 Share = Annotated[float, Field(ge=0)]
+
+# Values of a request's `quality` that mean the model's defaults. OpenAI's other two, `medium` and
+# `low`, do so for a model that has no presets of these names.
+DEFAULT_QUALITIES = "auto", "high", "hd", "standard"
+CHEAP_QUALITIES = "medium", "low"
 
 
 def refuse_unknown_keys(data: Any, known: Collection[str]) -> Any:
@@ -269,12 +275,31 @@ class Defaults(Frozen):
     guidance_scale: float = Field(
         description="Strength of classifier-free guidance; 1 or less turns it off."
     )
+    sampler: Sampler = Field(
+        default=Sampler.EULER,
+        description="Solver that denoises: `euler`, as in SD3.5's own code, or `dpmpp_2m`, which "
+        "needs fewer steps.",
+    )
+
+
+class Preset(Frozen):
+    """The sampler and the steps of requests that name this preset as their `quality`."""
+
+    sampler: Sampler = Field(description="Solver that denoises: `euler` or `dpmpp_2m`.")
+    num_inference_steps: PositiveInt = Field(
+        description="Number of denoising steps, fewer than the default's."
+    )
 
 
 class LiveModelSettings(Frozen):
-    """The live settings of one model: defaults and limits of its requests."""
+    """The live settings of one model: defaults, presets and limits of its requests."""
 
     defaults: Defaults = Field(description="Values of requests that do not state their own.")
+    presets: dict[PresetName, Preset] = Field(
+        default={},
+        description="Cheaper ways to generate, by the value of `quality` that chooses them; "
+        "`octet calibrate` proposes them.",
+    )
     limits: Limits = Field(
         default=ModelLimits(), description="Largest and smallest values that requests may ask for."
     )
@@ -288,6 +313,23 @@ class LiveModelSettings(Frozen):
         except InvalidRequest as error:
             raise ValueError(f"defaults: {error.message}") from None
         return self
+
+    @model_validator(mode="after")
+    def _presets_cost_less_than_the_default(self) -> LiveModelSettings:
+        for name, preset in self.presets.items():
+            if name in DEFAULT_QUALITIES:
+                raise ValueError(f"presets.{name}: quality '{name}' is the model's default")
+            if preset.num_inference_steps >= self.defaults.num_inference_steps:
+                raise ValueError(
+                    f"presets.{name}: {preset.num_inference_steps} steps are not fewer than the "
+                    f"default's {self.defaults.num_inference_steps}"
+                )
+        return self
+
+    @property
+    def qualities(self) -> tuple[str, ...]:
+        """The values of `quality` that requests for this model may have."""
+        return tuple(dict.fromkeys((*DEFAULT_QUALITIES, *CHEAP_QUALITIES, *self.presets)))
 
 
 class ServedModel(Frozen):

@@ -63,7 +63,7 @@ def groups() -> dict[str, list[Setting]]:
         found[group] = [
             Setting(
                 name,
-                _type(value),
+                _type(value, schema["$defs"]),
                 "required" if name in required else _default(value),
                 next((unit for end, unit in UNITS.items() if name.endswith(end)), ""),
                 _meaning(value, schema["$defs"]).replace("|", "\\|"),
@@ -110,6 +110,8 @@ def _inner(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the schema of the keys below a setting, and `[]` if the setting is a list of them.
 
+    For a setting whose keys are names it is `.NAME`.
+
     `value`: the setting's own schema. A setting without keys below it yields nothing.
     """
     options = [value, *value.get("anyOf", ())]
@@ -117,9 +119,22 @@ def _inner(
         for reference, suffix in (
             (option.get("$ref"), ""),
             (option.get("items", {}).get("$ref"), "[]"),
+            (_by_name(option).get("$ref"), ".NAME"),
         ):
-            if reference:
-                yield definitions[reference.rpartition("/")[2]], suffix
+            if reference and "enum" not in _defined(reference, definitions):
+                yield _defined(reference, definitions), suffix
+
+
+def _defined(reference: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a `$ref` refers to."""
+    found: dict[str, Any] = definitions[reference.rpartition("/")[2]]
+    return found
+
+
+def _by_name(option: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the values of a setting whose keys are names; {} for any other setting."""
+    found: dict[str, Any] = next(iter(option.get("patternProperties", {}).values()), {})
+    return found
 
 
 def _meaning(value: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -164,14 +179,18 @@ def _restarts(group: str, name: str) -> str:
     return "`octet serve`"
 
 
-def _type(value: dict[str, Any]) -> str:
+def _type(value: dict[str, Any], definitions: dict[str, Any]) -> str:
     """The type of a setting with its bounds, in words."""
     options = [o for o in value.get("anyOf", [value]) if o.get("type") != "null"]
     (option,) = options
+    if "$ref" in option:
+        option = _defined(option["$ref"], definitions)
     if "enum" in option:
         return ", ".join(f"`{one}`" for one in option["enum"])
-    if "$ref" in option:
+    if "properties" in option:
         return "keys below"
+    if _by_name(option):
+        return "keys below, by name"
     if option["type"] == "array":
         least = " of one or more" if option.get("minItems") else ""
         inner = "keys below" if "$ref" in option["items"] else "text"
@@ -191,7 +210,7 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def _default(value: dict[str, Any]) -> str:
-    if isinstance(value["default"], dict):
+    if value["default"] and isinstance(value["default"], dict):
         return "as below"
     return f"`{json.dumps(value['default'])}`"
 

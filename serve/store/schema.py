@@ -6,6 +6,8 @@ database that a newer one has brought up to date, for the time of an upgrade.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -62,6 +64,7 @@ USAGE = Table(
     Column("outcome", String(16), nullable=False),
     Column("key_id", String(12)),  # of the API key that asked for the image
     Column("release", String(32)),  # of Octet that wrote the record
+    Column("preset", String(32)),  # of the model's settings, by which the image was cheaper
     UniqueConstraint("call", "image", "reversal"),
     Index("octet_usage_tenant_id", "tenant", "id"),
     Index("octet_usage_time", "time"),
@@ -379,11 +382,7 @@ def _tenants_and_clusters(connection: Connection) -> None:
         connection, tables=[TENANTS, KEYS, AUDIT, IMPORTS, CLUSTERS, LEASES, ANSWERS]
     )
     connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in (TENANTS, AUDIT)])
-    there = {column["name"] for column in inspect(connection).get_columns(USAGE.name)}
-    for column in (USAGE.c.key_id, USAGE.c.release):
-        if column.name not in there:
-            kind = column.type.compile(connection.dialect)
-            connection.execute(text(f"ALTER TABLE {USAGE.name} ADD COLUMN {column.name} {kind}"))
+    _add_usage_columns(connection, USAGE.c.key_id, USAGE.c.release)
 
 
 def _jobs(connection: Connection) -> None:
@@ -392,8 +391,21 @@ def _jobs(connection: Connection) -> None:
     connection.execute(insert(COUNTERS), [{"name": t.name, "value": 0} for t in numbered])
 
 
+def _presets(connection: Connection) -> None:
+    _add_usage_columns(connection, USAGE.c.preset)
+
+
+def _add_usage_columns(connection: Connection, *columns: Column[Any]) -> None:
+    """Add the columns that the table of usage records does not have yet."""
+    there = {column["name"] for column in inspect(connection).get_columns(USAGE.name)}
+    for column in columns:
+        if column.name not in there:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {USAGE.name} ADD COLUMN {column.name} {kind}"))
+
+
 # Step n brings a database from version n to n + 1.
-STEPS = (_first_tables, _tenants_and_clusters, _jobs)
+STEPS = (_first_tables, _tenants_and_clusters, _jobs, _presets)
 
 
 def bring_up_to_date(connection: Connection) -> int:

@@ -17,6 +17,7 @@ class UsageRecord(NamedTuple):
     the same time
     ("shared"). A "reversed" record takes back the charge of the image's earlier record, so its
     charge is negative. `key_id`: the id of the API key that asked for the image; "" without keys.
+    `preset`: the preset by which the image was cheaper; "" without one.
     """
 
     call: str
@@ -30,6 +31,7 @@ class UsageRecord(NamedTuple):
     work_s: float
     outcome: Literal["delivered", "cancelled", "hit", "shared", "reversed"] = "delivered"
     key_id: str = ""
+    preset: str = ""
 
     def reversal(self) -> UsageRecord:
         """The record that takes this charge back."""

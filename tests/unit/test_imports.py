@@ -17,6 +17,7 @@ ROOMS = (
     *("bench", "demo"),
     *("serve.cli", "k8s", "serve.app", "serve.launch"),
     *("serve.api", "serve.api.wire", "serve.jobs"),
+    "serve.quality",
     "serve.engine",
     *("serve.results.cache", "serve.results"),
     *("serve.dispatch.client", "serve.dispatch"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.api.result_reuse import pixel_digest
-from serve.request import Edit, ImageRequest, Precision
+from serve.request import Edit, ImageRequest, Precision, Sampler
 from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
 from serve.results.cache.memory import CachedImages, MemoryCache, cache_key
 
@@ -30,7 +30,7 @@ def images(size: int, count: int = 1) -> CachedImages:
     return CachedImages((image_result(bytes(size)),) * count)
 
 
-def test_every_field_but_the_id_makes_another_key() -> None:
+def test_every_field_that_changes_the_image_makes_another_key() -> None:
     others: dict[str, Any] = {
         "model": "n",
         "prompt": "dunes ",
@@ -45,19 +45,20 @@ def test_every_field_but_the_id_makes_another_key() -> None:
         "output_compression": 100,
         "deterministic": True,
         "edit": EDIT,
+        "sampler": Sampler.DPMPP_2M,
     }
     edits = [
         replace(EDIT, strength=0.6),
         replace(EDIT, image_sha256="b"),
         replace(EDIT, mask_sha256="a"),
     ]
-    assert {*others, "id"} == set(ImageRequest.__dataclass_fields__)
+    assert {*others, "id", "preset"} == set(ImageRequest.__dataclass_fields__)
     keys = {key(replace(REQUEST, **{name: value})) for name, value in others.items()}
     keys |= {key(replace(REQUEST, edit=edit)) for edit in edits}
     keys |= {key(REQUEST), key(REQUEST, REQUEST), key(REQUEST, tenant="u")}
     keys |= {key(REQUEST, version="2"), cache_key(b"1" * 32, "t", "1", [REQUEST])}
     assert len(keys) == len(others) + len(edits) + 5
-    assert key(replace(REQUEST, id="b/0")) == key(REQUEST)
+    assert key(replace(REQUEST, id="b/0", preset="medium")) == key(REQUEST)
 
 
 @given(st.text(max_size=9), st.text(max_size=9))

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from serve.api.wire.request import ImageGeneration, check_request_id, ignored_header, parse
 from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
-from serve.request import Edit, OutputFormat, Precision, StreamOptions
+from serve.request import Edit, OutputFormat, Precision, Sampler, StreamOptions
+from serve.settings.application import Settings
+from serve.settings.models import Preset
 
 from ..builders import laptop_settings
 
@@ -119,6 +121,7 @@ def test_fields_that_cannot_change_the_image_are_accepted() -> None:
         "style": "vivid",
         "moderation": "low",
         "quality": "hd",
+        "sampler": None,
         "complexity": "high",
         "background": "opaque",
         "stream": False,
@@ -128,6 +131,47 @@ def test_fields_that_cannot_change_the_image_are_accepted() -> None:
     }
     (request,) = parse(body(seed=1, **fields), LIVE).images
     assert replace(request, output_compression=None) == plain.images[0]
+
+
+def with_presets() -> Settings:
+    """The laptop's settings, with two presets of its model."""
+    (model,) = LIVE.models
+    presets = {
+        "medium": Preset(sampler=Sampler.DPMPP_2M, num_inference_steps=16),
+        "draft": Preset(sampler=Sampler.EULER, num_inference_steps=6),
+    }
+    return LIVE.model_copy(update={"models": (model.model_copy(update={"presets": presets}),)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ("", "euler", 28)),
+        ({"quality": None}, ("", "euler", 28)),
+        *(({"quality": name}, ("", "euler", 28)) for name in ("auto", "high", "hd", "standard")),
+        ({"quality": "medium"}, ("medium", "dpmpp_2m", 16)),
+        ({"quality": "draft"}, ("draft", "euler", 6)),
+        # The model has no such preset, so the image is never worse than the client expects.
+        ({"quality": "low"}, ("", "euler", 28)),
+        ({"sampler": "dpmpp_2m"}, ("", "dpmpp_2m", 28)),
+        ({"num_inference_steps": 20}, ("", "euler", 20)),
+        # What a request states itself wins, so it generates what it did before there were presets.
+        ({"quality": "medium", "num_inference_steps": 20}, ("", "euler", 20)),
+        ({"quality": "medium", "sampler": "euler"}, ("", "euler", 28)),
+        ({"quality": "low", "sampler": "dpmpp_2m", "num_inference_steps": 9}, ("", "dpmpp_2m", 9)),
+    ],
+)
+def test_quality_chooses_a_preset(fields: dict[str, Any], expected: tuple[str, str, int]) -> None:
+    (request,) = parse(body(**fields), with_presets()).images
+    assert (request.preset, request.sampler, request.num_inference_steps) == expected
+
+
+def test_a_quality_that_the_model_lacks_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="did you mean 'draft'") as caught:
+        parse(body(quality="daft"), with_presets())
+    assert caught.value.param == "quality"
+    with pytest.raises(InvalidRequest, match="quality 'draft' does not exist"):
+        parse(body(quality="draft"), LIVE)
 
 
 @pytest.mark.parametrize("prompt", ["雪山上的月亮", "🌇🌊", "منظر جبلي", "x" * 32_000])
@@ -149,9 +193,9 @@ def test_an_unknown_field_names_the_nearest(field: str, nearest: str) -> None:
 
 def test_settings_may_allow_unknown_fields_and_their_names_are_returned() -> None:
     lenient = LIVE.model_copy(update={"ignore_unknown_fields": True})
-    request = parse(body(sampler="ddim", n=1, **{"ä\n": 1}), lenient)
-    assert request.ignored == ("sampler", "ä\n")
-    assert ignored_header(request.ignored) == {"x-octet-ignored": "sampler, %C3%A4%0A"}
+    request = parse(body(scheduler="ddim", n=1, **{"ä\n": 1}), lenient)
+    assert request.ignored == ("scheduler", "ä\n")
+    assert ignored_header(request.ignored) == {"x-octet-ignored": "scheduler, %C3%A4%0A"}
     assert ignored_header(()) == {}
     with pytest.raises(InvalidRequest, match="partial_images"):
         parse(body(partial_images=1), lenient)

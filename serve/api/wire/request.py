@@ -24,7 +24,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from ...errors import InvalidRequest, ModelNotFound, did_you_mean
-from ...request import MAX_SEED, Edit, ImageRequest, OutputFormat, Precision, StreamOptions
+from ...request import (
+    MAX_SEED,
+    Edit,
+    ImageRequest,
+    OutputFormat,
+    Precision,
+    Sampler,
+    StreamOptions,
+)
 from ...settings.application import Settings
 from ...settings.models import Model
 
@@ -57,12 +65,21 @@ class ImageFields(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    quality: Annotated[
+        str | None,
+        Field(
+            description="auto, high, hd and standard: the model's default. medium, low, and other "
+            "names that GET /v1/models lists: its presets that cost less. A request that states "
+            "num_inference_steps or sampler uses no preset."
+        ),
+    ] = None
 
     # Octet's own fields.
     negative_prompt: str | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    sampler: Sampler | None = None
     precision: Precision | None = None
     deterministic: bool | None = None
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -71,7 +88,6 @@ class ImageFields(BaseModel):
     # OpenAI's fields that change nothing here.
     user: Ignored = None
     safety_identifier: Ignored = None
-    quality: Ignored = None
     complexity: Ignored = None
     background: Literal["auto", "opaque"] | None = None
 
@@ -202,7 +218,8 @@ def generation_request(
     default_s = min(default_timeout_s or longest_s, longest_s)
     width, height = size
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
-    steps, guidance = asked.num_inference_steps, asked.guidance_scale
+    guidance = asked.guidance_scale
+    preset, sampler, steps = _sampling(asked, model)
     images = [
         ImageRequest(
             id=f"{request_id}/{i}",
@@ -211,7 +228,7 @@ def generation_request(
             negative_prompt=asked.negative_prompt or "",
             width=width,
             height=height,
-            num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+            num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if guidance is None else guidance,
             seed=seed + i,
             precision=asked.precision or Precision.AUTO,
@@ -219,6 +236,8 @@ def generation_request(
             output_compression=asked.output_compression,
             deterministic=bool(asked.deterministic),
             edit=edit,
+            sampler=sampler,
+            preset=preset,
         )
         for i in range(asked.n or 1)
     ]
@@ -236,6 +255,26 @@ def generation_request(
         ignored=tuple(asked.model_extra or ()),
         as_b64=asked.response_format == "b64_json",
     )
+
+
+def _sampling(asked: ImageFields, model: Model) -> tuple[str, Sampler, int]:
+    """The preset of a request, "" without one; its sampler; and its number of steps.
+
+    A request that states its own sampler or steps uses no preset. Raises `InvalidRequest` for a
+    quality that the model does not have.
+    """
+    quality, defaults = asked.quality or "auto", model.defaults
+    if quality not in model.qualities:
+        nearest = did_you_mean(quality, model.qualities)
+        raise InvalidRequest(
+            f"quality '{quality[:SHOWN_CHARS]}' does not exist: {nearest}", param="quality"
+        )
+    if asked.sampler or asked.num_inference_steps is not None:
+        steps = asked.num_inference_steps or defaults.num_inference_steps
+        return "", asked.sampler or defaults.sampler, steps
+    if preset := model.presets.get(quality):
+        return quality, preset.sampler, preset.num_inference_steps
+    return "", defaults.sampler, defaults.num_inference_steps
 
 
 def _check_streaming(asked: ImageFields) -> None:

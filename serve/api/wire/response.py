@@ -18,7 +18,7 @@ from cluster.structure import TOKEN_PX
 
 from ...errors import OctetError
 from ...request import ImageRequest, ImageResult, OutputFormat, PartialImage, Progress
-from ...settings.models import Model
+from ...settings.models import Defaults, Model, Preset
 
 
 class GenerationDetails(BaseModel):
@@ -70,7 +70,7 @@ class StreamedImage(BaseModel):
     size: str
     output_format: OutputFormat
     background: Literal["opaque"] = "opaque"
-    quality: Literal["auto"] = "auto"
+    quality: Annotated[str, Field(description="The preset that was used; auto without one.")]
 
 
 class PartialImageEvent(StreamedImage):
@@ -108,6 +108,7 @@ class ImagesResponse(BaseModel):
     model: str
     size: str
     output_format: OutputFormat
+    quality: Annotated[str, Field(description="The preset that was used; auto without one.")]
     data: list[ImageItem]
     usage: Usage
 
@@ -194,6 +195,9 @@ class UsageItem(BaseModel):
     outcome: str
     key_id: Annotated[str | None, Field(description="Id of the API key that asked for the image.")]
     release: Annotated[str | None, Field(description="Octet's version; null: not known.")]
+    preset: Annotated[
+        str | None, Field(description="The preset by which the image was cheaper; empty: none.")
+    ]
 
 
 class UsageList(BaseModel):
@@ -211,8 +215,22 @@ def usage_list(records: Sequence[Mapping[str, Any]], has_more: bool, after: int)
     return UsageList(data=data, has_more=has_more, next=data[-1].id if data else after)
 
 
+class QualityItem(BaseModel):
+    """How the images of one value of `quality` are generated, and what they cost."""
+
+    sampler: str
+    num_inference_steps: int
+    cost: Annotated[
+        float,
+        Field(description="The work of an image of the default size; that of auto is 1."),
+    ]
+
+
 class ModelItem(BaseModel):
-    """A model that is served; `limits`, `defaults` and `example_prompts` are Octet's own fields."""
+    """A model that is served.
+
+    `limits`, `defaults`, `qualities` and `example_prompts` are Octet's own fields.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -223,20 +241,39 @@ class ModelItem(BaseModel):
         Field(description="Largest and smallest values of requests, by name."),
     ]
     defaults: Annotated[
-        dict[str, int | float], Field(description="Values of requests that name none, by name.")
+        dict[str, int | float | str],
+        Field(description="Values of requests that name none, by name."),
+    ]
+    qualities: Annotated[
+        dict[str, QualityItem],
+        Field(description="auto, and each preset, by the value of `quality` that chooses it."),
     ]
     example_prompts: Annotated[
         list[str], Field(description="Prompts that the model knows well; may be empty.")
     ]
 
 
-def model_item(model: Model, created: int, example_prompts: list[str]) -> ModelItem:
-    """Describe a served model; `created`: when, in seconds since 1970."""
+def model_item(
+    model: Model, created: int, example_prompts: list[str], costs: Mapping[str, float]
+) -> ModelItem:
+    """Describe a served model.
+
+    `created`: when, in seconds since 1970. `costs`: see `serve.models.reference_work`.
+    """
+    ways: dict[str, Defaults | Preset] = {"auto": model.defaults, **model.presets}
     return ModelItem(
         id=model.id,
         created=created,
         limits=asdict(model.limits),
         defaults=model.defaults.model_dump(),
+        qualities={
+            name: QualityItem(
+                sampler=way.sampler,
+                num_inference_steps=way.num_inference_steps,
+                cost=round(costs[name], 3),
+            )
+            for name, way in ways.items()
+        },
         example_prompts=example_prompts,
     )
 
@@ -283,6 +320,7 @@ def images_response(
         model=first.model,
         size=first.size,
         output_format=first.output_format,
+        quality=first.preset or "auto",
         data=data,
         usage=_usage(requests, results),
     )
@@ -352,6 +390,7 @@ def _image_fields(request: ImageRequest, image: bytes) -> dict[str, Any]:
         "created_at": int(time.time()),
         "size": request.size,
         "output_format": request.output_format,
+        "quality": request.preset or "auto",
     }
 
 

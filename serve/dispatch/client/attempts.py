@@ -188,6 +188,7 @@ class Attempts:
             steps=request.steps,
             work_s=call.request.images[index].work_s,
             key_id=call.request.key_id,
+            preset=request.preset,
         )
 
     async def _attempt(

@@ -48,11 +48,15 @@ def cache_key(secret: bytes, tenant: str, version: str, requests: Sequence[Image
     """The cache key of a call: 64 hexadecimal digits, an HMAC-SHA256 with `secret`.
 
     The key depends on everything that makes a difference to the images: the tenant, `version`, and
-    every field of the requests except their ids. `version` is a digest of the weights and the code
-    that generate the images. The key reveals nothing about the call to a reader without `secret`.
+    every field of the requests except their ids and presets, because a preset only names the
+    sampler and the steps. `version` is a digest of the weights and the code that generate the
+    images. The key reveals nothing about the call to a reader without `secret`.
     """
     own = hmac.digest(secret, f"octet result cache\0{tenant}".encode(), "sha256")
-    fields = [{k: v for k, v in asdict(request).items() if k != "id"} for request in requests]
+    fields = [
+        {k: v for k, v in asdict(request).items() if k not in ("id", "preset")}
+        for request in requests
+    ]
     return hmac.new(own, json.dumps([version, fields]).encode(), hashlib.sha256).hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Image quality: comparisons of pictures by category, and the calibration of presets."""

@@ -1,0 +1,112 @@
+"""Suites: the prompts by which pictures are compared, sorted by category.
+
+A suite is a YAML file with a `description` and `categories`, a list of prompts by the name of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import SettingsError, did_you_mean
+from ..request import ImageRequest
+from ..settings.models import Model
+
+FOLDER = Path(__file__).with_name("suites")
+DEFAULT = "sd35"
+
+
+class SuitePrompt(NamedTuple):
+    """A prompt and its category."""
+
+    category: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The prompts of a suite, in the order of its file."""
+
+    name: str
+    prompts: tuple[SuitePrompt, ...]
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The names of the categories."""
+        return tuple(dict.fromkeys(one.category for one in self.prompts))
+
+    def spread(self, count: int) -> list[SuitePrompt]:
+        """`count` prompts, as evenly from all categories as possible; they repeat if needed."""
+        by_category = [[p for p in self.prompts if p.category == c] for c in self.categories]
+        longest = max(map(len, by_category))
+        turns = [prompts[i] for i in range(longest) for prompts in by_category if i < len(prompts)]
+        return list(islice(cycle(turns), count))
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    description: str = ""
+    categories: dict[str, list[str]] = Field(min_length=1)
+
+
+def suite_of(model_id: str) -> str:
+    """The name of the suite for a model: one that has its id, or else the usual one."""
+    return model_id if model_id in _names() else DEFAULT
+
+
+def load_suite(name: str) -> Suite:
+    """Load a suite that comes with Octet, by its name, or one's own, by the path of its file.
+
+    Raises `SettingsError` if there is none, or the file is no suite.
+    """
+    file = FOLDER / f"{name}.yaml" if name in _names() else Path(name)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"--suite {name}: {error.strerror}, and no suite has this name: "
+            f"{did_you_mean(name, _names())}"
+        ) from None
+    try:
+        found = _File.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise SettingsError(
+            f"{file} is no suite: it needs `categories`, a list of prompts by name ({detail})"
+        ) from None
+    prompts = tuple(
+        SuitePrompt(category, prompt)
+        for category, prompts in found.categories.items()
+        for prompt in prompts
+    )
+    if not prompts or not all(one.prompt.strip() for one in prompts):
+        raise SettingsError(f"{file}: a suite needs at least one prompt, and no empty ones")
+    return Suite(file.stem, prompts)
+
+
+def image_requests(
+    prompts: Sequence[SuitePrompt], model: Model, seed: int, **changes: Any
+) -> list[ImageRequest]:
+    """A request for each prompt with the model's defaults, and `changes` of them.
+
+    Prompt i gets the seed `seed` + i. Raises `InvalidRequest` for values that the model refuses.
+    """
+    fields = {**model.defaults.model_dump(), **changes}
+    found = [
+        ImageRequest(id=str(i), model=model.id, prompt=one.prompt, seed=seed + i, **fields)
+        for i, one in enumerate(prompts)
+    ]
+    for request in found:
+        request.check(model.limits)
+    return found
+
+
+def _names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
