@@ -346,6 +346,19 @@ def test_an_older_release_writes_to_the_database_of_a_newer_one(
         database.write(lambda c: c.execute(text("DROP TABLE octet_more")))
 
 
+def test_an_older_database_gets_the_column_for_presets(database: Database, url: str) -> None:
+    UsageLedger(database, NOW).append([usage(1)], NOW)
+
+    def age(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE octet_usage DROP COLUMN preset"))
+        connection.execute(text("UPDATE octet_schema SET version = 3"))
+
+    database.write(age)
+    with closing(Database(url)) as newer:
+        UsageLedger(newer, NOW).append([usage(2)._replace(preset="medium")], NOW)
+        assert [r["preset"] for r in records(newer)] == [None, "medium"]
+
+
 def test_a_backup_is_a_database(tmp_path: Path) -> None:
     with closing(Database(sqlite_url(tmp_path))) as database:
         UsageLedger(database, NOW).append([usage(1)], NOW)

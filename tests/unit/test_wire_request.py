@@ -285,6 +285,14 @@ def test_a_png_holds_the_parameters_to_generate_it_again() -> None:
         assert getattr(again, field) == getattr(request, field)
 
 
+def test_a_png_of_a_preset_generates_the_same_image_without_it() -> None:
+    (request,) = parse(body(seed=5, quality="medium"), with_presets()).images
+    texts = text_chunks(encode_image(np.zeros((128, 128, 3), np.uint8), request, "fp32"))
+    (again,) = parse(texts["parameters"].encode(), LIVE).images
+    assert again.preset == ""
+    assert (again.sampler, again.num_inference_steps) == (Sampler.DPMPP_2M, 16)
+
+
 def test_a_png_of_an_edit_says_how_it_was_edited_and_is_no_generation() -> None:
     edit = Edit(strength=0.25, image_sha256="digest", mask_sha256="digest")
     (request,) = parse(body(seed=5, size="96x96"), LIVE).images
