@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InvalidRequest, SettingsError, did_you_mean
+from ..errors import did_you_mean
 from ..settings.application import Settings
 from ..settings.file import load_settings
 from ..settings.models import Model
@@ -75,10 +75,8 @@ def calibrate(
     asked, usual = calibration.ways(default), served.defaults.guidance_scale
     scales = list(dict.fromkeys([usual, *(guidance or ())]))
     chosen = load_suite(suite or suite_of(model))
-    try:
-        requests = image_requests(chosen.spread(images), served, seed)
-    except InvalidRequest as error:
-        raise SettingsError(f"--suite {chosen.name}: {error.message}") from None
+    defaults, limits = served.defaults.model_dump(), served.limits
+    requests = image_requests(chosen.spread(images), model, defaults, limits, seed)
     embeddings = Embeddings(settings, served)
     models = {
         name: LocalModel.load(settings, served.source, name, embeddings)

@@ -18,6 +18,7 @@ from . import (
     bench,
     calibrate,
     check_config,
+    compare,
     compile_pools,
     doctor,
     jobs,
@@ -151,6 +152,13 @@ _add(
     compile_pools.compile_pools,
     "octet compile octet.yaml",
     "octet compile octet.yaml --pool sd3.5-large-fp8",
+)
+_add(
+    QUALITY,
+    "compare",
+    compare.compare,
+    "octet compare recipe=bf16 recipe=fp8 --config octet.yaml --min-ssim 0.97",
+    "octet compare url=http://127.0.0.1:8000,precision=fp16 url=http://127.0.0.1:8000,precision=fp8",
 )
 _add(
     QUALITY,

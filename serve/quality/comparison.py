@@ -1,0 +1,184 @@
+"""A comparison of two sides: the distances of their pictures, by category, and a verdict.
+
+Beside a side in FP8, bfloat16 is compared with float32 too, on the same prompts and seeds: rounding
+to fewer bits always changes pictures, and this shows how much of it 16 bit does by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..request import ImageRequest
+from .metrics import Distance, Spread, distance
+from .optional_metrics import OptionalMetrics
+from .pictures import PictureFolder
+from .sides import Side
+
+WORST_TILES = 3
+PROTOCOL = {
+    "pictures": "8-bit sRGB at full size, both sides from the same prompt, seed and size",
+    "ssim": "mean over the channels; Gaussian window of sigma 1.5, cut off at 11 x 11 pixels; "
+    "K1 0.01, K2 0.03, range 255 (scikit-image)",
+    "psnr_db": "from the mean squared error of all channels, range 255 (scikit-image)",
+    "latents": "root mean square of the difference by step, as a part of the reference's, of the "
+    "first image of each category",
+    "worst_tiles": "squares of 32 px with the lowest mean SSIM",
+}
+
+
+class Shot(NamedTuple):
+    """A request of a comparison and its category."""
+
+    category: str
+    request: ImageRequest
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A shot with the distance of its two pictures; `more`: metrics that need other packages."""
+
+    shot: Shot
+    distance: Distance
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        request = self.shot.request
+        return {
+            "index": int(request.id),
+            "category": self.shot.category,
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "size": request.size,
+            "guidance_scale": request.guidance_scale,
+            **asdict(self.distance),
+            **self.more,
+        }
+
+
+class Gate(NamedTuple):
+    """What a comparison must reach to pass; all are SSIM.
+
+    `median`: the least median of all images. `p5`: the least 5th percentile of all images.
+    `categories`: the least median of a category, by its name.
+    """
+
+    median: float | None = None
+    p5: float | None = None
+    categories: Mapping[str, float] = {}
+
+    def failures(self, images: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the images of a comparison miss, in words; empty if they pass."""
+        found = []
+        whole = spread(images, "ssim")
+        if self.median is not None and whole.median < self.median:
+            found.append(f"median SSIM {whole.median:.4f} is below {self.median:g}")
+        if self.p5 is not None and whole.p5 < self.p5:
+            found.append(f"5th percentile of SSIM {whole.p5:.4f} is below {self.p5:g}")
+        for name in self.failing_categories(images):
+            median = spread(images, "ssim", name).median
+            found.append(f"{name}: median SSIM {median:.4f} is below {self.categories[name]:g}")
+        return found
+
+    def failing_categories(self, images: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The categories whose median is too low."""
+        return [
+            name
+            for name, least in self.categories.items()
+            if spread(images, "ssim", name).median < least
+        ]
+
+
+def spread(images: Sequence[Mapping[str, Any]], metric: str, category: str | None = None) -> Spread:
+    """The distribution of a metric over images as JSON has them; `category`: of these only."""
+    values = [one[metric] for one in images if category in (None, one["category"])]
+    return Spread.of(values)
+
+
+def generate(
+    sides: Sequence[Side], shots: Sequence[Shot], folder: PictureFolder, count: Callable[[], None]
+) -> None:
+    """Generate all pictures that are missing in the folder; `count` is called for each."""
+    requests = [shot.request for shot in shots]
+    for side in sides:
+        folder.generate(side, requests, [shot.request for shot in _firsts(shots)], count)
+
+
+def compare(
+    reference: Side,
+    tested: Side,
+    shots: Sequence[Shot],
+    folder: PictureFolder,
+    optional: OptionalMetrics | None = None,
+) -> dict[str, Any]:
+    """Compare the pictures of two sides, which must be in the folder; returns plain data for JSON.
+
+    The images come in the order of the shots.
+    """
+    images = []
+    for shot in shots:
+        a, b = (folder.picture(side, shot.request) for side in (reference, tested))
+        more = optional.measured(shot.request.prompt, a, b) if optional else {}
+        images.append(Compared(shot, distance(a, b, WORST_TILES), more).as_json())
+    categories = list(dict.fromkeys(shot.category for shot in shots))
+    return {
+        "reference": {"label": reference.label, **reference.identity},
+        "tested": {"label": tested.label, **tested.identity},
+        "all": _summary(images),
+        "categories": {name: _summary(images, name) for name in categories},
+        "images": images,
+        "latents": _latents(reference, tested, shots, folder),
+    }
+
+
+def _summary(images: Sequence[Mapping[str, Any]], category: str | None = None) -> dict[str, Any]:
+    mine = [one for one in images if category in (None, one["category"])]
+    found: dict[str, Any] = {"images": len(mine)}
+    found |= {metric: spread(mine, metric)._asdict() for metric in ("ssim", "psnr_db")}
+    for metric in OptionalMetrics.NAMES:
+        if metric in mine[0]:
+            found[f"{metric}_median"] = float(np.median([one[metric] for one in mine]))
+    return found
+
+
+def _firsts(shots: Sequence[Shot]) -> list[Shot]:
+    """The first shot of each category."""
+    found: dict[str, Shot] = {}
+    for shot in shots:
+        found.setdefault(shot.category, shot)
+    return list(found.values())
+
+
+def _latents(
+    reference: Side, tested: Side, shots: Sequence[Shot], folder: PictureFolder
+) -> dict[str, list[float]] | str:
+    """The difference of latents after each step, by category; or the reason why there is none."""
+    found = {}
+    for category, request in _firsts(shots):
+        a, b = (side.asked(request) for side in (reference, tested))
+        if (a.sampler, a.num_inference_steps) != (b.sampler, b.num_inference_steps):
+            return "the sides have different noise levels"
+        pair = [folder.latents(side, request) for side in (reference, tested)]
+        if pair[0] is None or pair[1] is None:
+            return "a server does not tell its latents"
+        found[category] = [
+            round(float(np.linalg.norm(y - x) / np.linalg.norm(x)), 6)
+            for x, y in zip(*pair, strict=True)
+        ]
+    return found
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """How two comparisons differ that have categories in common: median and 5th percentile of each.
+
+    Returns the SSIM before and after by category, with "all" first.
+    """
+    pairs = {"all": (before["all"], after["all"])} | {
+        name: (before["categories"][name], after["categories"][name])
+        for name in before["categories"]
+        if name in after["categories"]
+    }
+    return {name: {"before": a["ssim"], "after": b["ssim"]} for name, (a, b) in pairs.items()}
