@@ -234,10 +234,9 @@ def _asked(gate: Gate) -> str:
 
 def _routing(rules: Mapping[str, str]) -> str:
     lines = ["# Categories whose median SSIM was too low in FP8.", "routing:"]
-    lines += [
-        f"  - {{ name: {name.lower().replace(' ', '-')}, prompt: {json.dumps(rule, ensure_ascii=False)} }}"
-        for name, rule in rules.items()
-    ]
+    for category, rule in rules.items():
+        name = category.lower().replace(" ", "-")
+        lines.append(f"  - {{ name: {name}, prompt: {json.dumps(rule, ensure_ascii=False)} }}")
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,8 @@ def call(
 ) -> dict[str, Any]:
     """The answer of a server to an operator's request; an empty `key` is not sent.
 
-    `answer_s`: seconds in which the server must answer. Raises `SettingsError` if the server does not answer, refuses the request, or is not Octet's.
+    `answer_s`: seconds in which the server must answer. Raises
+    `SettingsError` if the server does not answer, refuses the request, or is not Octet's.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"'{url}' is no http address: expected http://HOST:PORT")

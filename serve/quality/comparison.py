@@ -7,7 +7,7 @@ to fewer bits always changes pictures, and this shows how much of it 16 bit does
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +54,9 @@ class Compared:
             "seed": request.seed,
             "size": request.size,
             "guidance_scale": request.guidance_scale,
-            **asdict(self.distance),
+            "ssim": self.distance.ssim,
+            "psnr_db": self.distance.psnr_db,
+            "worst_tiles": [tile._asdict() for tile in self.distance.worst_tiles],
             **self.more,
         }
 

@@ -47,7 +47,8 @@ def report(found: Mapping[str, Any], pair: Pair, shown: int = SHOWN) -> str:
 def _difference(reference: Pixels, tested: Pixels) -> Pixels:
     """Where two pictures differ, `STRONGER` times as strong as they do; equal parts are black."""
     apart = np.abs(reference.astype(int) - tested.astype(int)) * STRONGER
-    return apart.clip(0, 255).astype(np.uint8)
+    found: Pixels = apart.clip(0, 255).astype(np.uint8)
+    return found
 
 
 def _data_url(picture: Pixels, largest_px: int) -> str:

@@ -32,9 +32,14 @@ class Side(Protocol):
     as plain data for JSON. `recipe`: its recipe, "" if a server decides.
     """
 
-    label: str
-    identity: Mapping[str, Any]
-    recipe: str
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    @property
+    def recipe(self) -> str: ...
 
     def asked(self, request: ImageRequest) -> ImageRequest:
         """The request as this side generates it, with its own sampler and steps."""

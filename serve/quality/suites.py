@@ -1,7 +1,7 @@
 """Suites: the prompts by which pictures are compared, sorted by category.
 
-A suite is a YAML file with a `description` and `categories`. A category is a list of prompts. It may
-also have a `rule`, a regular expression that tells prompts of this kind, for the setting `routing`.
+A suite is a YAML file with a `description` and `categories`. A category is a list of prompts. It
+may also have a `rule`, a regular expression that tells such prompts, for the setting `routing`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SuitePrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Suite:
-    """The prompts of a suite, in the order of its file; `rules`: those of categories that have one."""
+    """The prompts of a suite, in the order of its file; `rules`: by category, where it has one."""
 
     name: str
     prompts: tuple[SuitePrompt, ...]
