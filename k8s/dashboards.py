@@ -158,6 +158,24 @@ OVERVIEW = [
         "{{NodeAddress}} {{place}} {{cause}}",
     ),
     one(
+        "SSIM of FP8 to 16 bit",
+        "none",
+        most("octet_shadow_ssim", "model"),
+        "{{model}}",
+    ),
+    one(
+        "Images generated again in 16 bit to compare",
+        "ops",
+        rate("octet_shadow_images", "model, outcome"),
+        "{{model}} {{outcome}}",
+    ),
+    one(
+        "Images routed to 16 bit",
+        "ops",
+        rate("octet_routed_images", "model, rule"),
+        "{{model}} {{rule}}",
+    ),
+    one(
         "Images generated again",
         "ops",
         rate("octet_retried", "pool, reason"),

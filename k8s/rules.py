@@ -26,6 +26,7 @@ OBJECTIVE = 0.995  # share of requests answered without 5xx, over 30 days
 FAST_ENOUGH = 0.95  # share of a model's requests that take at most SLOW_S, over 30 days
 SLOW_S = 37.779  # a bucket of the histogram
 LEAST = 50  # requests
+LEAST_SSIM = 0.9  # of FP8 to 16 bit; `octet compare` says what is usual for a model
 Q = Queries(apart=CLUSTER)
 POOLS, STARTS = Q.name("octet_pool_replicas"), Q.name("octet_engine_start_seconds")
 
@@ -222,6 +223,13 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "0m",
         "warning",
         "{{ $value | humanize }} messages could not be sent to their webhook for three days.",
+    ),
+    "OctetFp8Drifts": (
+        f"min{Q.by('model')} ({Q.name('octet_shadow_ssim')}) < {LEAST_SSIM}",
+        "30m",
+        "warning",
+        "Images of {{ $labels.model }} in FP8 differ from those in 16 bit: the median SSIM of the "
+        "last ones that were compared is {{ $value | humanize }}.",
     ),
     "OctetTenantsFile": (
         f"{Q.most('octet_tenants_file_faults', 'file')} > 0",

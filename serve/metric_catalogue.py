@@ -64,6 +64,25 @@ METRICS: dict[str, dict[str, Metric]] = {
             RATIOS,
         ),
     },
+    "Routing and shadows, at an Ingress": {
+        "octet_routed_images": Metric(
+            "counter",
+            "Images that a rule of `routing` sent to 16-bit pools, by the rule's name; also those "
+            "of jobs.",
+            ("model", "rule"),
+        ),
+        "octet_shadow_images": Metric(
+            "counter",
+            "FP8 images that were chosen to be generated again in 16 bit, by outcome: compared, "
+            "skipped (too many waited), too_late (no idle capacity in time), failed.",
+            ("model", "outcome"),
+        ),
+        "octet_shadow_ssim": Metric(
+            "gauge",
+            "Median SSIM of the last 100 FP8 images that were compared with 16 bit.",
+            ("model",),
+        ),
+    },
     "Pictures to edit, at an Ingress": {
         "octet_edit_bytes": Metric(
             "gauge",

@@ -18,6 +18,7 @@ from .errors import InvalidRequest
 
 SIZE_MULTIPLE_PX = 16  # VAE factor 8 × patch size 2
 MAX_SEED = 2**63 - 1
+SHADOW = "shadow"  # the id of requests that are generated again, only to compare the images
 
 
 class Precision(StrEnum):
@@ -96,6 +97,7 @@ class ImageRequest:
     made from a picture; None for a generation. An edit may have any size. It is generated on a
     `canvas` with both sides rounded up to multiples of 16, and then cropped: 100 × 75 on 112 × 80.
     `preset`: the name of the model's preset that chose the sampler and the steps; "" without one.
+    `routed_by`: the name of the model's rule that chose the precision; "" without one.
 
     Raises `InvalidRequest`, which names the field, if no model can ever generate one of the values.
     `check` compares the request with the limits of one model.
@@ -117,6 +119,7 @@ class ImageRequest:
     edit: Edit | None = None
     sampler: Sampler = Sampler.EULER
     preset: str = ""
+    routed_by: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):

@@ -106,10 +106,14 @@ class GenerationHandler:
         reuse: ResultReuse,
         metrics: IngressMetrics,
         keep_alive_s: float,
+        on_generated: Callable[[ImageRequest, ImageResult], None] = lambda _request, _result: None,
     ) -> None:
-        """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds."""
+        """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds.
+
+        `on_generated` is called with each image that was generated here and is charged.
+        """
         self.session, self._attempts = session, attempts
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s, self._on_generated = keep_alive_s, on_generated
         self._urls, self.reuse, self._metrics = urls, reuse, metrics
         self._tasks: set[asyncio.Task[None]] = set()  # tasks that nobody awaits
 
@@ -245,6 +249,9 @@ class GenerationHandler:
             call, reused = shared.call, "shared" if shared.from_elsewhere else None
             self._metrics.predicted(call.eta_s, client.age_s)
             request.cleanup.callback(call.close)  # also if others still take part
+            if not shared.from_elsewhere:
+                for image, result in zip(request.parsed.images, found.results, strict=True):
+                    self._on_generated(image, result)
         if (key := request.cache_key) and not shared.from_elsewhere:
             shared.cache(lambda: self._write_to_cache(key, request, found))
         return self._json_answer(request, call, reused or _cache_miss(request), content)
@@ -293,6 +300,7 @@ class GenerationHandler:
                 raise
             self._metrics.predicted(call.eta_s, client.age_s)
             request.results = (result,)
+            self._on_generated(image, result)
             if key := request.cache_key:
                 self._in_background(self._write_to_cache(key, request, CachedImages((result,))))
             return result

@@ -42,6 +42,7 @@ from ..settings.models import Model
 from ..tenants.keys import TenantAccess
 from .admin_routes import AdminRoutes
 from .authentication import OPEN_FOLDERS, Authentication, is_open
+from .canary import Canary
 from .cors import Cors
 from .edit_uploads import EditUploads, HeldPicture
 from .generations import GenerationHandler
@@ -143,6 +144,7 @@ class Ingress:
             self._authenticate_again,
             lambda: self.live.max_body_bytes,
         )
+        self._canary = Canary(self._session, self._attempts, lambda: self.live, metrics)
         self._generations = GenerationHandler(
             self._session,
             self._attempts,
@@ -150,6 +152,7 @@ class Ingress:
             self.reuse,
             metrics,
             timing.keep_alive_s,
+            self._canary.offer,
         )
 
     async def _open_stored(self, settings: FrontSettings) -> StoredRoutes:

@@ -14,6 +14,8 @@ class IngressMetrics:
         self._requests, self._seconds = metric("octet_requests"), metric("octet_request_seconds")
         self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")
         self._eta = metric("octet_eta_ratio")
+        self._routed, self._shadows = metric("octet_routed_images"), metric("octet_shadow_images")
+        self._shadow_ssim = metric("octet_shadow_ssim")
         self._stored = metric("octet_store_seconds")
         self._spool = {of: metric(f"octet_spool_{of}") for of in ("images", "bytes", "limit_bytes")}
         self._store_faults = metric("octet_store_faults")
@@ -41,6 +43,15 @@ class IngressMetrics:
 
     def retried(self, pool: str, reason: str) -> None:
         self._retried.inc(tags={"pool": pool, "reason": reason})
+
+    def routed(self, model: str, rule: str) -> None:
+        self._routed.inc(tags={"model": model, "rule": rule})
+
+    def shadow(self, model: str, outcome: str) -> None:
+        self._shadows.inc(tags={"model": model, "outcome": outcome})
+
+    def shadow_ssim(self, model: str, ssim: float) -> None:
+        self._shadow_ssim.set(ssim, {"model": model})
 
     def stored(self, seconds: float) -> None:
         self._stored.observe(seconds)

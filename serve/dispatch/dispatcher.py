@@ -67,6 +67,7 @@ from .recovery import Recovery
 from .scaling import Scaling
 from .serve_status import ReplicaStates, replica_states
 from .sessions import SessionStreams
+from .shadows import Shadows
 from .shared_limits import SharedLimits
 from .shared_results import SharedResults
 from .store_link import StoreLink
@@ -119,6 +120,7 @@ class Dispatcher:
             replica_lease_s=timing.replica_lease_s,
         )
         self.admission = Admission(self.grants, max_queued=LiveSettings().max_queued)
+        self._shadows = Shadows(self.grants)
         now = time.monotonic()
         self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, now)
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
@@ -277,6 +279,7 @@ class Dispatcher:
         for release in update.releases:
             if self._cordons.suspicious and release.took_s:
                 self._clear_suspect(session, release.image_id)
+            self._shadows.release(session, release.image_id)
             report = self.grants.release(session, release, now)
             if release.cancelled:
                 self.metering.cancelled(session, release.cancelled, report)
@@ -291,6 +294,8 @@ class Dispatcher:
             waiting.forget(session, update.ended_calls)
         for result_key in update.finished_results:
             self.sessions.deliver(self._results.finish(session, result_key))
+        for image in update.shadows:
+            self._shadows.ask(session, image)
         self._open_calls(session, update.admissions)
         self._queue_retries(session, update.retries)
         for request in update.quarantined:
@@ -315,6 +320,7 @@ class Dispatcher:
     def end_session(self, session: str) -> None:
         """Close a session: remove its images from the queue, free its slots, close its calls."""
         self.grants.close(session, time.monotonic())
+        self._shadows.end_session(session)
         self.admission.end_session(session, time.monotonic())
         for waiting in self._waiting():
             waiting.forget(session)
@@ -348,7 +354,8 @@ class Dispatcher:
             if usage := self.grants.stopped(report, now):
                 self.metering.stopped(report.lease.session, usage, report)
         self._grant()
-        orphans = tuple(lease for lease in running if not self.grants.holds(lease))
+        held = self.grants.holds, self._shadows.holds
+        orphans = tuple(lease for lease in running if not any(holds(lease) for holds in held))
         leaving = heartbeat.node in self.grants.draining
         return HeartbeatReply(orphans, leaving, self._cordons.careful(heartbeat, now))
 
@@ -574,10 +581,12 @@ class Dispatcher:
     def _grant(self) -> None:
         if self.recovery.over:
             self.sessions.deliver(self.grants.grant())
+            self.sessions.deliver(self._shadows.stop())
 
     def _beat(self, lag_s: float) -> None:
         """Grant what can be granted, and send positions and status to the sessions."""
         self._grant()
+        self.sessions.deliver(self._shadows.begin())
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
         self._metrics.stored(self.jobs.by_pool())

@@ -6,7 +6,7 @@ connection to the Dispatcher. The Ingress's end of the session gives calls and i
     Ingress → Dispatcher     AdmissionRequest, QueuedImage, Release, UsageRecord, CallQuery: in a
                              SessionUpdate
     Dispatcher → Ingress     AdmissionDecision, Granted, Refused, Position, Cancelled, Recorded,
-                             CallAnswer: in a SessionMessage
+                             CallAnswer, ShadowGranted, ShadowStopped: in a SessionMessage
     Generator → Dispatcher   Heartbeat, StoppedImage; answered with a HeartbeatReply
     Ingress → Generator      Lease: the grant by which an image is generated
 
@@ -215,6 +215,7 @@ class SessionUpdate(NamedTuple):
     faults: tuple[tuple[str, str], ...] = ()  # at present: what does not work there, and why
     keys_used: tuple[tuple[str, float], ...] = ()  # ids of API keys, and when (Unix time)
     progress: tuple[CallProgress, ...] = ()  # of calls whose progress has changed
+    shadows: tuple[QueuedImage, ...] = ()  # images to generate again in idle capacity
 
 
 # -- the Dispatcher to an Ingress -----------------------------------------------------------------
@@ -287,6 +288,21 @@ class Refused(NamedTuple):
     reason: Literal["no_capacity", "evicted"] = "no_capacity"
 
 
+class ShadowGranted(NamedTuple):
+    """A shadow may run in `pool`, which is idle."""
+
+    session: str
+    image_id: str
+    pool: str
+
+
+class ShadowStopped(NamedTuple):
+    """A shadow must stop, because its pool is needed."""
+
+    session: str
+    image_id: str
+
+
 class Position(NamedTuple):
     """An image's place in the queue changed; 1 is the next to be granted."""
 
@@ -348,6 +364,8 @@ DispatchEvent = (
     AdmissionDecision
     | Granted
     | Refused
+    | ShadowGranted
+    | ShadowStopped
     | Position
     | Cancelled
     | ResultFinished

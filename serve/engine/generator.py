@@ -29,6 +29,7 @@ from ..models.checkpoints import open_checkpoint
 from ..models.reference_work import cost_of, shape_of
 from ..ray_errors import REPLICA_LOST
 from ..request import (
+    SHADOW,
     Acknowledgement,
     ImageRequest,
     ImageResult,
@@ -379,9 +380,10 @@ class Generator:
     def _heartbeat_message(self) -> Heartbeat:
         """The heartbeat with this replica's present state.
 
-        While an image runs alone, or waits to do so, the replica reports no free slot.
+        While an image runs alone, or waits to do so, the replica reports no free slot. Shadows do
+        not count: they are stopped when anything else needs the replica.
         """
-        running = list(self._running.values())
+        running = [call for call in self._running.values() if call.request.id != SHADOW]
         work_s = sum(
             self._cost.coefficients.work_s(replace(c.shape, steps=c.shape.steps - c.step))
             for c in running

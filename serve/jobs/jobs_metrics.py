@@ -11,6 +11,7 @@ class JobsMetrics:
 
     def __init__(self) -> None:
         self._queue, self._retried = metric("octet_queue_seconds"), metric("octet_retried")
+        self._routed = metric("octet_routed_images")
         self._claims, self._ends = metric("octet_job_claims"), metric("octet_job_ends")
         self._lost, self._paused = metric("octet_job_claims_lost"), metric("octet_jobs_paused")
         self._webhooks = metric("octet_webhook_attempts")
@@ -20,6 +21,9 @@ class JobsMetrics:
 
     def retried(self, pool: str, reason: str) -> None:
         self._retried.inc(tags={"pool": pool, "reason": reason})
+
+    def routed(self, model: str, rule: str) -> None:
+        self._routed.inc(tags={"model": model, "rule": rule})
 
     def claimed(self, jobs: int) -> None:
         if jobs:

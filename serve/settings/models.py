@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,13 +30,15 @@ from ..request import SIZE_MULTIPLE_PX, ImageRequest, ModelLimits, Sampler
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}$")]
-PresetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+RuleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+PresetName = RuleName
 Share = Annotated[float, Field(ge=0)]
 
 # Values of a request's `quality` that mean the model's defaults. OpenAI's other two, `medium` and
 # `low`, do so for a model that has no presets of these names.
 DEFAULT_QUALITIES = "auto", "high", "hd", "standard"
 CHEAP_QUALITIES = "medium", "low"
+ROUTED_CHARS = 2000  # of a prompt, which a rule of `routing` reads
 
 
 def refuse_unknown_keys(data: Any, known: Collection[str]) -> Any:
@@ -291,14 +295,54 @@ class Preset(Frozen):
     )
 
 
+class RoutingRule(Frozen):
+    """A rule that sends requests to the model's 16-bit pools, because of their prompt.
+
+    Requests that ask for a precision themselves are not routed.
+    """
+
+    name: RuleName = Field(description="Name of the rule in answers and metrics.")
+    prompt: str = Field(
+        min_length=1,
+        description="Regular expression, as Python's `re` has them; it is searched for in the "
+        f"first {ROUTED_CHARS} characters of the prompt, and the case of letters does not matter.",
+    )
+
+    @model_validator(mode="after")
+    def _prompt_is_a_regular_expression(self) -> RoutingRule:
+        try:
+            self._pattern  # noqa: B018 - compiles it
+        except re.error as error:
+            raise ValueError(f"prompt '{self.prompt}' is no regular expression: {error}") from None
+        return self
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.prompt, re.IGNORECASE)
+
+    def fits(self, prompt: str) -> bool:
+        """Return whether the rule sends requests with this prompt to the 16-bit pools."""
+        return self._pattern.search(prompt, 0, ROUTED_CHARS) is not None
+
+
 class LiveModelSettings(Frozen):
-    """The live settings of one model: defaults, presets and limits of its requests."""
+    """The live settings of one model: defaults, presets, routing and limits of its requests."""
 
     defaults: Defaults = Field(description="Values of requests that do not state their own.")
     presets: dict[PresetName, Preset] = Field(
         default={},
         description="Cheaper ways to generate, by the value of `quality` that chooses them; "
         "`octet calibrate` proposes them.",
+    )
+    routing: tuple[RoutingRule, ...] = Field(
+        default=(),
+        description="Rules that send requests to the 16-bit pools; the first that fits counts. "
+        "`octet compare` proposes them.",
+    )
+    shadow_percent: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.0,
+        description="Percentage of FP8 images that are generated again in 16 bit to compare both, "
+        "only while that pool is idle and without a charge.",
     )
     limits: Limits = Field(
         default=ModelLimits(), description="Largest and smallest values that requests may ask for."
@@ -330,6 +374,10 @@ class LiveModelSettings(Frozen):
     def qualities(self) -> tuple[str, ...]:
         """The values of `quality` that requests for this model may have."""
         return tuple(dict.fromkeys((*DEFAULT_QUALITIES, *CHEAP_QUALITIES, *self.presets)))
+
+    def routed_by(self, prompt: str) -> str:
+        """The name of the rule that sends a prompt to the 16-bit pools; "" if none does."""
+        return next((rule.name for rule in self.routing if rule.fits(prompt)), "")
 
 
 class ServedModel(Frozen):
@@ -380,3 +428,9 @@ class ServedModel(Frozen):
 
 class Model(ServedModel, LiveModelSettings):
     """All settings of one model, as the settings file has them."""
+
+    @model_validator(mode="after")
+    def _routing_leads_to_a_pool(self) -> Model:
+        if self.routing and not any(pool.precision == "fp16" for pool in self.pools):
+            raise ValueError(f"model '{self.id}': routing needs a pool with precision fp16")
+        return self

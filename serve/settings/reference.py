@@ -33,6 +33,7 @@ UNITS = {
     "_cpus": "cores",
     "_gpus": "GPUs",
     "_steps": "steps",
+    "_percent": "%",
     "_length": "tokens",
 }
 EXCEPTIONS = {

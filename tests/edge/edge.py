@@ -28,6 +28,7 @@ from serve.edit_pixels import EditPixels
 from serve.jobs.deployment import Jobs
 from serve.jobs.timing import JobTiming
 from serve.request import (
+    SHADOW,
     Acknowledgement,
     ImageRequest,
     Progress,
@@ -69,12 +70,15 @@ class Painter:
 
     The prompt "slow" takes half a second, "held" takes until the end of `holding`, "broken" fails,
     and "deadly" kills the replica. Every other image is done at once. A stopped image has had half
-    of its steps.
+    of its steps. A shadow is done at once, or waits while `hold_shadows`; its colour differs from
+    the image's if the prompt is "drifts".
     """
 
     def __init__(self) -> None:
         self.stopped: list[StoppedImage] = []
         self.begun = self.generated = self.cancelled = 0
+        self.shadows = self.stopped_shadows = 0
+        self.hold_shadows = False
         self.prompts: list[str] = []  # of the images, in the order in which they were generated
         self._held = False
 
@@ -97,6 +101,8 @@ class Painter:
     ) -> AsyncIterator[Any]:
         yield Acknowledgement.RECEIVED
         yield Acknowledgement.STARTED
+        if request.id == SHADOW:
+            await self._shadow()
         self.begun += 1
         if options.progress:
             yield Progress(0, request.steps)
@@ -116,14 +122,31 @@ class Painter:
         self.generated += 1
         self.prompts.append(request.prompt)
         file = io.BytesIO()
-        colour = f"#{request.seed % 2**24:06x}"
+        drift = 0x404040 * (request.id == SHADOW and request.prompt == "drifts")
+        colour = f"#{(request.seed + drift) % 2**24:06x}"
         if edited:
             canvas = np.asarray(Image.new("RGB", request.canvas, colour))
             image = Image.fromarray(edited.finished(canvas))
         else:
-            image = Image.new("RGB", (8, 8), colour)
+            image = Image.new("RGB", (16, 16), colour)
         image.save(file, request.output_format)
-        yield image_result(file.getvalue(), seed=request.seed, emulated=True, text_tokens=77)
+        precision = "bf16" if lease.pool.endswith("fp16") else "fp8"
+        yield image_result(
+            file.getvalue(),
+            seed=request.seed,
+            precision=precision,
+            emulated=True,
+            text_tokens=77,
+        )
+
+    async def _shadow(self) -> None:
+        self.shadows += 1
+        try:
+            while self.hold_shadows:  # noqa: ASYNC110 - threads set it
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.stopped_shadows += 1
+            raise
 
 
 class Edge:

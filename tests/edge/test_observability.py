@@ -264,6 +264,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         },
         40,
     ),
+    "OctetFp8Drifts": (
+        {'ray_octet_shadow_ssim{model="m"}': "0.85x60"},
+        {'ray_octet_shadow_ssim{model="m"}': "0.95x30 0.85x10 0.95x20"},
+        60,
+    ),
     "OctetJobsPaused": ({"ray_octet_jobs_paused": "1x9"}, {"ray_octet_jobs_paused": "0x9"}, 9),
     "OctetJobClaimsLost": (
         {"ray_octet_job_claims_lost_total": "_x26 1x5"},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serve.api.result_reuse import pixel_digest
 from serve.request import Edit, ImageRequest, Precision, Sampler
 from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
-from serve.results.cache.memory import CachedImages, MemoryCache, cache_key
+from serve.results.cache.memory import NO_DIFFERENCE, CachedImages, MemoryCache, cache_key
 
 from ..builders import image_request, image_result, laptop_settings
 
@@ -52,13 +52,13 @@ def test_every_field_that_changes_the_image_makes_another_key() -> None:
         replace(EDIT, image_sha256="b"),
         replace(EDIT, mask_sha256="a"),
     ]
-    assert {*others, "id", "preset"} == set(ImageRequest.__dataclass_fields__)
+    assert {*others, *NO_DIFFERENCE} == set(ImageRequest.__dataclass_fields__)
     keys = {key(replace(REQUEST, **{name: value})) for name, value in others.items()}
     keys |= {key(replace(REQUEST, edit=edit)) for edit in edits}
     keys |= {key(REQUEST), key(REQUEST, REQUEST), key(REQUEST, tenant="u")}
     keys |= {key(REQUEST, version="2"), cache_key(b"1" * 32, "t", "1", [REQUEST])}
     assert len(keys) == len(others) + len(edits) + 5
-    assert key(replace(REQUEST, id="b/0", preset="medium")) == key(REQUEST)
+    assert key(replace(REQUEST, id="b/0", preset="medium", routed_by="a")) == key(REQUEST)
 
 
 @given(st.text(max_size=9), st.text(max_size=9))

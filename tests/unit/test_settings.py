@@ -40,6 +40,7 @@ def test_sd35_serves_the_three_models_with_one_set_of_text_encoders() -> None:
 
 
 Change = Callable[[dict[str, Any]], object]
+WAY = {"sampler": "dpmpp_2m", "num_inference_steps": 9}
 
 
 def write(folder: Path, change: Change) -> Path:
@@ -66,6 +67,29 @@ def write(folder: Path, change: Change) -> Path:
         (lambda d: d["models"][0].update(text_encoder="clip"), ["'clip'", "['landscapes']"]),
         (lambda d: d["models"].append(d["models"][0]), ["'landscapes' is defined twice"]),
         (lambda d: d["models"][0]["defaults"].update(width=130), ["130x128", "multiples of 16"]),
+        (
+            lambda d: d["models"][0].update(presets={"high": WAY}),
+            ["presets.high: quality 'high' is the model's default"],
+        ),
+        (
+            lambda d: d["models"][0].update(presets={"low": WAY | {"num_inference_steps": 28}}),
+            ["presets.low: 28 steps are not fewer than the default's 28"],
+        ),
+        (lambda d: d["models"][0].update(presets={"Low": WAY}), ["models[0].presets.Low"]),
+        (
+            lambda d: d["models"][0].update(presets={"low": WAY | {"sampler": "ddim"}}),
+            ["models[0].presets.low.sampler", "'dpmpp_2m'"],
+        ),
+        (
+            lambda d: d["models"][0].update(routing=[{"name": "a", "prompt": "("}]),
+            ["models[0].routing[0]", "prompt '(' is no regular expression"],
+        ),
+        (
+            lambda d: d["models"][0].update(
+                routing=[{"name": "a", "prompt": "a"}], pools=d["models"][0]["pools"][:1]
+            ),
+            ["routing needs a pool with precision fp16"],
+        ),
         (
             lambda d: d["models"][0].update(source={"location": "org/model"}),
             ["models[0].source", "'org/model' is not a folder", "revision"],

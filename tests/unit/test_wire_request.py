@@ -22,7 +22,7 @@ from serve.engine.image_file import encode_image
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.request import Edit, OutputFormat, Precision, Sampler, StreamOptions
 from serve.settings.application import Settings
-from serve.settings.models import Preset
+from serve.settings.models import Preset, RoutingRule
 
 from ..builders import laptop_settings
 
@@ -164,6 +164,32 @@ def with_presets() -> Settings:
 def test_quality_chooses_a_preset(fields: dict[str, Any], expected: tuple[str, str, int]) -> None:
     (request,) = parse(body(**fields), with_presets()).images
     assert (request.preset, request.sampler, request.num_inference_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "precision", "expected"),
+    [
+        ('a shop sign: "BREAD"', None, ("fp16", "text")),
+        ("A SHOP SIGN", "auto", ("fp16", "text")),
+        ("two hands", None, ("fp16", "hands")),
+        ("two hands hold a sign", None, ("fp16", "text")),  # the first rule counts
+        ("a design", None, ("auto", "")),
+        ("a sign", "fp8", ("fp8", "")),  # the client has decided
+        ("a sign", "fp16", ("fp16", "")),
+        ("x" * 2500 + " sign", None, ("auto", "")),  # too far back to be looked for
+    ],
+)
+def test_rules_send_prompts_to_16_bit(
+    prompt: str, precision: str | None, expected: tuple[str, str]
+) -> None:
+    rules = (
+        RoutingRule(name="text", prompt=r"\bsigns?\b"),
+        RoutingRule(name="hands", prompt=r"\bhands?\b"),
+    )
+    (model,) = LIVE.models
+    routed = LIVE.model_copy(update={"models": (model.model_copy(update={"routing": rules}),)})
+    (request,) = parse(body(prompt=prompt, precision=precision), routed).images
+    assert (request.precision, request.routed_by) == expected
 
 
 def test_a_quality_that_the_model_lacks_is_refused() -> None:

@@ -220,6 +220,9 @@ def generation_request(
     seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
     guidance = asked.guidance_scale
     preset, sampler, steps = _sampling(asked, model)
+    precision, rule = asked.precision or Precision.AUTO, ""
+    if precision is Precision.AUTO and (rule := model.routed_by(asked.prompt)):
+        precision = Precision.FP16
     images = [
         ImageRequest(
             id=f"{request_id}/{i}",
@@ -231,13 +234,14 @@ def generation_request(
             num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if guidance is None else guidance,
             seed=seed + i,
-            precision=asked.precision or Precision.AUTO,
+            precision=precision,
             output_format=asked.output_format or OutputFormat.PNG,
             output_compression=asked.output_compression,
             deterministic=bool(asked.deterministic),
             edit=edit,
             sampler=sampler,
             preset=preset,
+            routed_by=rule,
         )
         for i in range(asked.n or 1)
     ]

@@ -30,6 +30,10 @@ class GenerationDetails(BaseModel):
     ]
     emulated: Annotated[bool, Field(description="FP8 arithmetic without FP8 hardware.")]
     timings: Annotated[dict[str, float], Field(description="Seconds of each stage.")]
+    routed_by: Annotated[
+        str | None,
+        Field(description="The rule of the settings that chose 16 bit because of the prompt."),
+    ] = None
 
 
 class ImageItem(GenerationDetails):
@@ -311,7 +315,7 @@ def images_response(
         ImageItem(
             b64_json=None if links else _base64(result.image),
             url=links[i] if links else None,
-            **_generation_details(result),
+            **_generation_details(first, result),
         )
         for i, result in enumerate(results)
     ]
@@ -336,7 +340,7 @@ def completed_event(request: ImageRequest, result: ImageResult) -> CompletedEven
     usage = _usage([request], [result])
     fields = _image_fields(request, result.image)
     kind = _event_type(request, "completed")
-    return CompletedEvent(type=kind, usage=usage, **fields, **_generation_details(result))
+    return CompletedEvent(type=kind, usage=usage, **fields, **_generation_details(request, result))
 
 
 def progress_event(request: ImageRequest, progress: Progress) -> ProgressEvent:
@@ -373,9 +377,10 @@ def _usage(requests: Sequence[ImageRequest], results: Sequence[ImageResult]) -> 
     )
 
 
-def _generation_details(result: ImageResult) -> dict[str, Any]:
+def _generation_details(request: ImageRequest, result: ImageResult) -> dict[str, Any]:
     """The fields of `GenerationDetails`."""
     return {
+        "routed_by": request.routed_by or None,
         "seed": result.seed,
         "precision": result.precision,
         "emulated": result.emulated,

@@ -87,6 +87,9 @@ class AttemptMetrics(Protocol):
     def retried(self, pool: str, reason: str) -> None:
         """Note an attempt after which the image is generated again."""
 
+    def routed(self, model: str, rule: str) -> None:
+        """Note an image that a rule of the model's `routing` sends to the 16-bit pools."""
+
 
 class Attempts:
     """Generates images: waits for slots, calls Generators, and tries again after failures."""
@@ -143,6 +146,8 @@ class Attempts:
         """
         began = time.monotonic()
         history = _AttemptHistory(call.request.images[index].pools)
+        if request.routed_by:
+            self._metrics.routed(request.model, request.routed_by)
 
         def on_position(place: int) -> None:
             on_progress(Progress(0, request.steps, queue_position=place))
@@ -174,6 +179,15 @@ class Attempts:
                 usage = self._usage(request, call, index, slot.lease.pool)
                 call.generated.append(usage)
                 return GeneratedImage(replace(result, timings=timings), usage)
+
+    async def shadow(self, request: ImageRequest, lease: Lease) -> ImageResult:
+        """Generate an image again, by the lease of a shadow; nobody is charged.
+
+        Raises what the attempt fails with.
+        """
+        return await self._on_replica(
+            request, lease, StreamOptions(), lambda _: None, None, alone=False
+        )
 
     def _usage(self, request: ImageRequest, call: OpenCall, index: int, pool: str) -> UsageRecord:
         """The usage record of an image with its full charge; `pool`: where it was generated."""

@@ -46,10 +46,13 @@ from ..protocol import (
     ResultFinished,
     RunningImage,
     SessionUpdate,
+    ShadowGranted,
+    ShadowStopped,
     Timing,
 )
 from .open_call import CallClient, OpenCall, PendingGrant, Recording
 from .refusals import EVICTED, NO_CAPACITY
+from .shadow_slots import ShadowSlots
 
 log = logging.getLogger("ray.serve")
 
@@ -92,6 +95,7 @@ class DispatchSession:
         self._status: DispatcherStatus | None = None
         self._status_at = 0.0
         self._changed = asyncio.Event()
+        self.shadows = ShadowSlots(self.name, self._changed.set)
         self._open = False
         self._stream: Any = None
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._talk())]
@@ -337,6 +341,7 @@ class DispatchSession:
         """
         self._releases.clear()
         self._ended.clear()
+        self.shadows.begin_session()
         self._finished.clear()  # with the session all its result keys have ended
         self._new_grants.clear()
         self._new_queries.update(self._asked)
@@ -385,6 +390,8 @@ class DispatchSession:
             case ResultFinished(call_id=call_id):
                 if (call := self._calls.get(call_id)) and call.leader_done:
                     call.leader_done.set()
+            case ShadowGranted() | ShadowStopped():
+                self.shadows.hear(event)
             case CallAnswer(query=query):
                 if asked := self._asked.pop(query, None):
                     asked.set_result(event)
@@ -462,10 +469,11 @@ class DispatchSession:
         """Move everything that is new into one update."""
         now = asyncio.get_running_loop().time()
         recordings = [r for call in self._new_recordings.values() if (r := call.unanswered)]
+        shadows, ended_shadows = self.shadows.take()
         update = SessionUpdate(
             usages=(*self._usages, *(u for r in recordings if not r.written for u in r.usages)),
             written=tuple(u for r in recordings if r.written for u in r.usages),
-            releases=tuple(self._releases),
+            releases=(*self._releases, *ended_shadows),
             ended_calls=tuple(self._ended),
             finished_results=tuple(self._finished),
             admissions=tuple(
@@ -479,6 +487,7 @@ class DispatchSession:
             faults=tuple(self._faults.items()),
             keys_used=tuple(self._keys_used.items()),
             progress=tuple(self._progress.values()),
+            shadows=shadows,
         )
         self._keys_used.clear()
         self._progress.clear()

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 
 from ...request import ImageRequest, ImageResult
 
+NO_DIFFERENCE = "id", "preset", "routed_by"  # fields of requests that do not change the image
+
 
 class CachedImages(NamedTuple):
     """The images of one call; `names`: their names in the result store, if they are kept there."""
@@ -48,14 +50,13 @@ def cache_key(secret: bytes, tenant: str, version: str, requests: Sequence[Image
     """The cache key of a call: 64 hexadecimal digits, an HMAC-SHA256 with `secret`.
 
     The key depends on everything that makes a difference to the images: the tenant, `version`, and
-    every field of the requests except their ids and presets, because a preset only names the
-    sampler and the steps. `version` is a digest of the weights and the code that generate the
+    every field of the requests except their ids and those that only name a reason for others
+    (`NO_DIFFERENCE`). `version` is a digest of the weights and the code that generate the
     images. The key reveals nothing about the call to a reader without `secret`.
     """
     own = hmac.digest(secret, f"octet result cache\0{tenant}".encode(), "sha256")
     fields = [
-        {k: v for k, v in asdict(request).items() if k not in ("id", "preset")}
-        for request in requests
+        {k: v for k, v in asdict(request).items() if k not in NO_DIFFERENCE} for request in requests
     ]
     return hmac.new(own, json.dumps([version, fields]).encode(), hashlib.sha256).hexdigest()
 

@@ -1,0 +1,86 @@
+"""Shadows: images that are generated a second time, in otherwise idle capacity, to compare them.
+
+A shadow belongs to no tenant, waits in no queue and takes no slot. It begins only while nothing
+runs and nothing waits in any pool that has a replica beside one of the shadow's pool: on the same
+card, or on the same node without a card. As soon as any image is granted a slot there, or waits for
+one, the shadow is stopped before its next denoising step. So it delays others by a step at most.
+
+Pure: imports the standard library and pure files only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .grants import Grants
+from .protocol import Lease, QueuedImage, ShadowGranted, ShadowStopped
+
+
+@dataclass(slots=True)
+class _Shadow:
+    """A shadow of a session; `pool`: where it runs, None while it waits."""
+
+    session: str
+    image: QueuedImage
+    pool: str | None = None
+
+
+class Shadows:
+    """The shadows of all sessions, in the order in which they were asked for."""
+
+    def __init__(self, grants: Grants) -> None:
+        self._grants = grants
+        self._shadows: dict[tuple[str, str], _Shadow] = {}  # by session and image id
+
+    def ask(self, session: str, image: QueuedImage) -> None:
+        """Let a shadow wait until one of its pools is idle."""
+        self._shadows[session, image.id] = _Shadow(session, image)
+
+    def release(self, session: str, image_id: str) -> None:
+        """Forget a shadow that is done or no longer wanted; does nothing for another image."""
+        self._shadows.pop((session, image_id), None)
+
+    def end_session(self, session: str) -> None:
+        """Forget the shadows of a session."""
+        self._shadows = {key: one for key, one in self._shadows.items() if key[0] != session}
+
+    def holds(self, lease: Lease) -> bool:
+        """Return whether a lease is that of a shadow which may run."""
+        shadow = self._shadows.get((lease.session, lease.image_id))
+        return shadow is not None and shadow.pool == lease.pool
+
+    def stop(self) -> list[ShadowStopped]:
+        """Stop the shadows whose room is needed; call this after every grant."""
+        running = [shadow for shadow in self._shadows.values() if shadow.pool]
+        needed = [shadow for shadow in running if shadow.pool and self._needed(shadow.pool)]
+        for shadow in needed:
+            self.release(shadow.session, shadow.image.id)
+        return [ShadowStopped(shadow.session, shadow.image.id) for shadow in needed]
+
+    def begin(self) -> list[ShadowGranted]:
+        """Begin the shadows that can run, one in each pool."""
+        found = []
+        taken = {shadow.pool for shadow in self._shadows.values()}
+        for shadow in self._shadows.values():
+            idle = (pool for pool in shadow.image.pools if pool not in taken)
+            if shadow.pool is None and (pool := next(filter(self._is_idle, idle), None)):
+                shadow.pool = pool
+                taken.add(pool)
+                found.append(ShadowGranted(shadow.session, shadow.image.id, pool))
+        return found
+
+    def _is_idle(self, pool: str) -> bool:
+        return bool(self._grants.staying(pool)) and not self._needed(pool)
+
+    def _needed(self, pool: str) -> bool:
+        """Return whether anything runs or waits beside a pool's replicas."""
+        grants, places = self._grants, self._places(pool)
+        return any(
+            (grants.running_in(other) or grants.queue.first(other))
+            and (other == pool or places & self._places(other))
+            for other in grants.pools
+        )
+
+    def _places(self, pool: str) -> set[tuple[str, str]]:
+        """The nodes and cards of a pool's replicas."""
+        return {(one.node, one.card) for one in self._grants.replicas(pool)}
