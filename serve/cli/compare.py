@@ -20,7 +20,6 @@ from .operator_client import OperatorKey
 from .terminal import AsJson, ConfigOption, complain, console, counting, working
 
 if TYPE_CHECKING:
-    from ..quality.comparison import Gate
     from .compare_sides import Served
 
 RESULTS, REPORT, ROUTING, PICTURES = "results.json", "report.html", "routing.yaml", "pictures"
@@ -97,8 +96,7 @@ def compare(
         _compare_results(_results(reference), _results(tested), as_json)
         return
     with working("loading"):
-        from ..quality.comparison import PROTOCOL, Gate, Shot, generate
-        from ..quality.comparison import compare as compared
+        from ..quality.comparison import Comparison, Gate, Shot
         from ..quality.local_model import device_name
         from ..quality.optional_metrics import OptionalMetrics
         from ..quality.pictures import PictureFolder
@@ -122,61 +120,46 @@ def compare(
     shots = [Shot(one.category, request) for one, request in zip(prompts, requests, strict=True)]
     sides = Sides(served, key, batch)
     a, b = (sides.side(one) for one in fields)
-    exact = (sides.rounding(b) or sides.rounding(a)) if rounding else None
-    folder = PictureFolder(out / PICTURES)
-    # Sides that are equal have the same pictures.
-    all_sides = list(
-        {str(s.identity) + str(s.asked(requests[0])): s for s in (a, b, *(exact or ()))}.values()
+    exact = (sides.rounding(b) or sides.rounding(a)) if rounding else "--no-rounding was given"
+    comparison = Comparison(
+        a, b, shots, PictureFolder(out / PICTURES), exact or "no side on this machine is in FP8"
     )
-    total = sum(len(folder.missing(side, requests)) for side in all_sides)
-    with counting(f"{total} images", total) as count:
-        generate(all_sides, shots, folder, count)
+    with counting("images", comparison.missing) as count:
+        comparison.generate(count)
     with working("comparing"):
-        optional = OptionalMetrics(clip)
-        found = compared(a, b, shots, folder, optional)
-        why = "a server has no float32" if "url" in fields[1] else "neither side is in FP8"
-        found["rounding"] = compared(*exact, shots, folder) if exact else why
-        if exact:
-            found["rounding"] = {k: found["rounding"][k] for k in ("all", "categories")}
-        elif not rounding:
-            found["rounding"] = "--no-rounding was given"
-        found |= {
-            "about": {
-                "model": served.id,
-                "suite": chosen.name,
-                "size": requests[0].size,
-                "device": device_name(),
-                "version": version("octet-serve"),
-                "date": time.strftime("%Y-%m-%d"),
-            },
-            "protocol": PROTOCOL,
-            "absent": optional.absent,
-            "gate": {"asked": _asked(gate), "failures": gate.failures(found["images"])},
+        found = comparison.results(gate, OptionalMetrics(clip))
+        found["about"] = {
+            "model": served.id,
+            "suite": chosen.name,
+            "size": requests[0].size,
+            "device": device_name() if served.settings else "on servers",
+            "version": version("octet-serve"),
+            "date": time.strftime("%Y-%m-%d"),
         }
-        (out / RESULTS).write_text(json.dumps(found, indent=1, ensure_ascii=False), "utf-8")
-        page = report(
-            found, lambda i: (folder.picture(a, requests[i]), folder.picture(b, requests[i]))
-        )
-        (out / REPORT).write_text(page, "utf-8")
+        text = json.dumps(found, indent=1, ensure_ascii=False)
+        (out / RESULTS).write_text(text, "utf-8")
+        (out / REPORT).write_text(report(found, comparison.pictures), "utf-8")
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(text)
     else:
         Console().print(_table(found))
-        console.print(f"{out / REPORT}: the report", highlight=False, soft_wrap=True)
+        _say(f"{out / REPORT}: the report")
     failing = gate.failing_categories(found["images"])
     rules = {name: chosen.rules[name] for name in failing if name in chosen.rules}
     if rules:
         (out / ROUTING).write_text(_routing(rules), "utf-8")
-        console.print(
-            f"{out / ROUTING}: rules for the settings of {served.id}, which send these categories "
-            "to the 16-bit pool",
-            highlight=False,
-            soft_wrap=True,
+        _say(
+            f"{out / ROUTING}: rules for the settings of {served.id}, which send prompts of "
+            f"{', '.join(rules)} to the 16-bit pool"
         )
     for failure in found["gate"]["failures"]:
         complain(failure)
     if found["gate"]["failures"]:
         raise typer.Exit(FAULT)
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _served(
@@ -219,17 +202,6 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise UsageError(f"--size '{text}': expected WIDTHxHEIGHT in pixels")
     return int(width), int(height)
-
-
-def _asked(gate: Gate) -> str:
-    """What a gate asks for, in words; empty without a gate."""
-    parts = []
-    if gate.median is not None:
-        parts.append(f"median SSIM of at least {gate.median:g}")
-    if gate.p5 is not None:
-        parts.append(f"5th percentile of at least {gate.p5:g}")
-    parts += [f"{name}: median of at least {least:g}" for name, least in gate.categories.items()]
-    return ", ".join(parts)
 
 
 def _routing(rules: Mapping[str, str]) -> str:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..request import ImageRequest
-from .metrics import Distance, Spread, distance
+from .metrics import Distance, Pixels, Spread, distance
 from .optional_metrics import OptionalMetrics
 from .pictures import PictureFolder
-from .sides import Side
+from .sides import Side, digest
 
 WORST_TILES = 3
 PROTOCOL = {
@@ -72,6 +72,17 @@ class Gate(NamedTuple):
     p5: float | None = None
     categories: Mapping[str, float] = {}
 
+    @property
+    def asked(self) -> str:
+        """What the gate asks for, in words; empty if nothing."""
+        parts = []
+        if self.median is not None:
+            parts.append(f"median SSIM of at least {self.median:g}")
+        if self.p5 is not None:
+            parts.append(f"5th percentile of at least {self.p5:g}")
+        parts += [f"{name}: median of at least {x:g}" for name, x in self.categories.items()]
+        return ", ".join(parts)
+
     def failures(self, images: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the images of a comparison miss, in words; empty if they pass."""
         found = []
@@ -100,40 +111,106 @@ def spread(images: Sequence[Mapping[str, Any]], metric: str, category: str | Non
     return Spread.of(values)
 
 
-def generate(
-    sides: Sequence[Side], shots: Sequence[Shot], folder: PictureFolder, count: Callable[[], None]
-) -> None:
-    """Generate all pictures that are missing in the folder; `count` is called for each."""
-    requests = [shot.request for shot in shots]
-    for side in sides:
-        folder.generate(side, requests, [shot.request for shot in _firsts(shots)], count)
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides that generate the same shots, and the folder of their pictures.
 
-
-def compare(
-    reference: Side,
-    tested: Side,
-    shots: Sequence[Shot],
-    folder: PictureFolder,
-    optional: OptionalMetrics | None = None,
-) -> dict[str, Any]:
-    """Compare the pictures of two sides, which must be in the folder; returns plain data for JSON.
-
-    The images come in the order of the shots.
+    `rounding`: float32 and bfloat16 in place of FP8, or the reason why there is none.
     """
-    images = []
-    for shot in shots:
-        a, b = (folder.picture(side, shot.request) for side in (reference, tested))
-        more = optional.measured(shot.request.prompt, a, b) if optional else {}
-        images.append(Compared(shot, distance(a, b, WORST_TILES), more).as_json())
-    categories = list(dict.fromkeys(shot.category for shot in shots))
-    return {
-        "reference": {"label": reference.label, **reference.identity},
-        "tested": {"label": tested.label, **tested.identity},
-        "all": _summary(images),
-        "categories": {name: _summary(images, name) for name in categories},
-        "images": images,
-        "latents": _latents(reference, tested, shots, folder),
-    }
+
+    reference: Side
+    tested: Side
+    shots: Sequence[Shot]
+    folder: PictureFolder
+    rounding: tuple[Side, Side] | str
+
+    @property
+    def _sides(self) -> list[Side]:
+        """All sides, without those that have the same pictures as another."""
+        exact = () if isinstance(self.rounding, str) else self.rounding
+        first = self.shots[0].request
+        return list({digest(s, first): s for s in (self.reference, self.tested, *exact)}.values())
+
+    @property
+    def _requests(self) -> list[ImageRequest]:
+        return [shot.request for shot in self.shots]
+
+    @property
+    def missing(self) -> int:
+        """The number of pictures that are not in the folder yet."""
+        return sum(len(self.folder.missing(side, self._requests)) for side in self._sides)
+
+    def generate(self, count: Callable[[], None]) -> None:
+        """Generate all pictures that are missing in the folder; `count` is called for each."""
+        first = [shot.request for shot in self._firsts()]
+        for side in self._sides:
+            self.folder.generate(side, self._requests, first, count)
+
+    def pictures(self, index: int) -> tuple[Pixels, Pixels]:
+        """The pictures of both sides for the shot with an index."""
+        request = self.shots[index].request
+        a, b = (self.folder.picture(side, request) for side in (self.reference, self.tested))
+        return a, b
+
+    def results(self, gate: Gate, optional: OptionalMetrics | None = None) -> dict[str, Any]:
+        """Compare the pictures, which must all be in the folder; returns plain data for JSON.
+
+        The images come in the order of the shots.
+        """
+        images = self._compared(self.reference, self.tested, optional)
+        found = {
+            "reference": {"label": self.reference.label, **self.reference.identity},
+            "tested": {"label": self.tested.label, **self.tested.identity},
+            **self._summaries(images),
+            "rounding": self.rounding,
+            "gate": {"asked": gate.asked, "failures": gate.failures(images)},
+            "images": images,
+            "latents": self._latents(),
+            "protocol": PROTOCOL,
+            "absent": optional.absent if optional else {},
+        }
+        if not isinstance(self.rounding, str):
+            found["rounding"] = self._summaries(self._compared(*self.rounding))
+        return found
+
+    def _compared(
+        self, reference: Side, tested: Side, optional: OptionalMetrics | None = None
+    ) -> list[dict[str, Any]]:
+        images = []
+        for shot in self.shots:
+            a, b = (self.folder.picture(side, shot.request) for side in (reference, tested))
+            more = optional.measured(shot.request.prompt, a, b) if optional else {}
+            images.append(Compared(shot, distance(a, b, WORST_TILES), more).as_json())
+        return images
+
+    def _summaries(self, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(shot.category for shot in self.shots)
+        return {
+            "all": _summary(images),
+            "categories": {name: _summary(images, name) for name in names},
+        }
+
+    def _firsts(self) -> list[Shot]:
+        """The first shot of each category."""
+        found: dict[str, Shot] = {}
+        for shot in self.shots:
+            found.setdefault(shot.category, shot)
+        return list(found.values())
+
+    def _latents(self) -> dict[str, list[float]] | str:
+        """The difference of latents after each step, by category; or why there is none."""
+        found = {}
+        for category, request in self._firsts():
+            a, b = (side.asked(request) for side in (self.reference, self.tested))
+            if (a.sampler, a.num_inference_steps) != (b.sampler, b.num_inference_steps):
+                return "the sides have different noise levels"
+            x = self.folder.latents(self.reference, request)
+            y = self.folder.latents(self.tested, request)
+            if x is None or y is None:
+                return "a server does not tell its latents"
+            norms = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(x, y, strict=True)]
+            found[category] = [round(float(norm), 6) for norm in norms]
+        return found
 
 
 def _summary(images: Sequence[Mapping[str, Any]], category: str | None = None) -> dict[str, Any]:
@@ -143,33 +220,6 @@ def _summary(images: Sequence[Mapping[str, Any]], category: str | None = None) -
     for metric in OptionalMetrics.NAMES:
         if metric in mine[0]:
             found[f"{metric}_median"] = float(np.median([one[metric] for one in mine]))
-    return found
-
-
-def _firsts(shots: Sequence[Shot]) -> list[Shot]:
-    """The first shot of each category."""
-    found: dict[str, Shot] = {}
-    for shot in shots:
-        found.setdefault(shot.category, shot)
-    return list(found.values())
-
-
-def _latents(
-    reference: Side, tested: Side, shots: Sequence[Shot], folder: PictureFolder
-) -> dict[str, list[float]] | str:
-    """The difference of latents after each step, by category; or the reason why there is none."""
-    found = {}
-    for category, request in _firsts(shots):
-        a, b = (side.asked(request) for side in (reference, tested))
-        if (a.sampler, a.num_inference_steps) != (b.sampler, b.num_inference_steps):
-            return "the sides have different noise levels"
-        pair = [folder.latents(side, request) for side in (reference, tested)]
-        if pair[0] is None or pair[1] is None:
-            return "a server does not tell its latents"
-        found[category] = [
-            round(float(np.linalg.norm(y - x) / np.linalg.norm(x)), 6)
-            for x, y in zip(*pair, strict=True)
-        ]
     return found
 
 
