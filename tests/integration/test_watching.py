@@ -21,6 +21,7 @@ SILENT = {
     *("octet_retried", "octet_pool_decisions"),
     *("octet_tenant_refused", "octet_tenants_file_faults", "octet_nodes_cordoned"),
     "octet_store_faults",
+    *(name for name in ALL if "routed" in name or "shadow" in name),
     *(name for name in ALL if "job" in name or "webhook" in name),
 }
 EDIT = {"prompt": "dunes", "num_inference_steps": "1", "size": "64x64"}

@@ -12,6 +12,7 @@ import yaml
 from typer.main import get_command
 
 from serve.cli.main import app
+from serve.quality.suites import load_suite
 from serve.settings.application import Settings
 from serve.tenants.files import TENANTS, read_tenants
 
@@ -76,7 +77,7 @@ def test_every_block_says_what_tests_do_with_it(block: Block) -> None:
     if block.language in ("sh", "python"):
         assert re.fullmatch(r"run|not run, because \w.+", block.mark), block
     else:
-        assert block.mark in ("", "output", "settings", "tenants"), block
+        assert block.mark in ("", "output", "settings", "model", "suite", "tenants"), block
 
 
 @pytest.mark.parametrize(
@@ -87,10 +88,18 @@ def test_settings_in_the_docs_are_valid(block: Block, tmp_path: Path) -> None:
         (tmp_path / TENANTS).write_text(block.text)
         assert read_tenants(tmp_path)
         return
+    if block.mark == "suite":
+        (tmp_path / "suite.yaml").write_text(block.text)
+        assert load_suite(str(tmp_path / "suite.yaml")).prompts
+        return
     laptop = yaml.safe_load((ROOT / "examples" / "laptop.yaml").read_text())
     for part in (*laptop["models"], *laptop["text_encoders"]):
         part["source"]["location"] = str(DEMO_MODEL)
-    assert Settings.model_validate({**laptop, "data_folder": "data", **yaml.safe_load(block.text)})
+    changes = yaml.safe_load(block.text)
+    if block.mark == "model":
+        laptop["models"][0] |= changes
+        changes = {}
+    assert Settings.model_validate({**laptop, "data_folder": "data", **changes})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
