@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib|moto|transformers/models)/' $(1) || true
 
 .PHONY: install servers demo demo-check test test-long check check-kernels \
-	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-gpu bench-gpu-wheels accept-gpu \
+	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-presets bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
 install: $(INSTALLED)
@@ -95,6 +95,10 @@ bench-autoscaling-ray: .venv/bench
 # QUICK=1: 3 minutes.
 bench-jobs: .venv/bench
 	$(BIN)/python -W ignore -m bench.jobs $(if $(QUICK),--quick) $(if $(URL),--url $(URL))
+
+# What the demo model's presets save and lose; about 40 minutes; QUICK=1: 4 minutes.
+bench-presets: .venv/bench
+	$(BIN)/python -W ignore -m bench.presets $(if $(QUICK),--quick)
 
 # Repeated requests, from memory and through Redis; about 4 minutes.
 bench-repeats: .venv/bench servers
