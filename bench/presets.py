@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from demo.check import shows
@@ -55,6 +56,7 @@ SCALES = 3.0, 5.0
 MANY_EULER_STEPS = 400
 SLOTS, MAX_ROWS = 8, 16
 LOAD = 0.8
+CONSOLE = Console(stderr=True)  # the tables are printed to standard output
 
 
 def scenes(count: int) -> list[tuple[Scene, str]]:
@@ -105,7 +107,7 @@ def quality(presets: Presets, images: int) -> Iterator[dict[str, Any]]:
         ]
         found = models[recipe].pictures(requests, batch_images=8)
         name = f"{recipe} {way.sampler} {way.steps}, guidance {scale:g}"
-        return [picture for _, picture in track(found, description=name, total=count)]
+        return [picture for _, picture in track(found, name, count, console=CONSOLE)]
 
     for scale in SCALES:
         exact = pictures("fp32", CONVERGED, scale)

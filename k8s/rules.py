@@ -27,6 +27,7 @@ FAST_ENOUGH = 0.95  # share of a model's requests that take at most SLOW_S, over
 SLOW_S = 37.779  # a bucket of the histogram
 LEAST = 50  # requests
 LEAST_SSIM = 0.9  # of FP8 to 16 bit; `octet compare` says what is usual for a model
+LEAST_SHADOWS = 20  # comparisons from which that is known
 Q = Queries(apart=CLUSTER)
 POOLS, STARTS = Q.name("octet_pool_replicas"), Q.name("octet_engine_start_seconds")
 
@@ -225,11 +226,13 @@ ALERTS: dict[str, tuple[str, str, str, str]] = {  # expression, for, severity, s
         "{{ $value | humanize }} messages could not be sent to their webhook for three days.",
     ),
     "OctetFp8Drifts": (
-        f"min{Q.by('model')} ({Q.name('octet_shadow_ssim')}) < {LEAST_SSIM}",
-        "30m",
+        f"{Q.quantile(0.5, 'octet_shadow_ssim', 'model', '6h')} < {LEAST_SSIM} and "
+        f"{Q.increase('octet_shadow_images', '6h', 'model', outcome='compared')} "
+        f">= {LEAST_SHADOWS}",
+        "0m",
         "warning",
-        "Images of {{ $labels.model }} in FP8 differ from those in 16 bit: the median SSIM of the "
-        "last ones that were compared is {{ $value | humanize }}.",
+        "Images of {{ $labels.model }} in FP8 differ from those in 16 bit: the median SSIM within "
+        "six hours is {{ $value | humanize }}.",
     ),
     "OctetTenantsFile": (
         f"{Q.most('octet_tenants_file_faults', 'file')} > 0",

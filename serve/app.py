@@ -142,7 +142,7 @@ def _pool(arguments: PoolArguments, parts: Parts) -> serve.Application:
     bound: serve.Application = _deployment(
         parts.generator, generator_deployment(arguments.name)
     ).options(
-        max_ongoing_requests=pool.slots + 1,  # a shadow takes no slot
+        max_ongoing_requests=pool.slots,
         ray_actor_options={**pool.ray_actor_options, **_placed(selectors(pool.need))},
         request_router_config=PROMPT_ROUTER,
     ).bind(

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 # Neighbouring bounds differ by 60 %, so a p99 that is computed from them is right within 60 %.
 LATENCY_S = tuple(round(0.005 * 1.6**i, 3) for i in range(24))
 LOOKUP_S = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.15, 0.3, 1.0, 3.0)
+SSIM = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 1.0)
 RATIOS = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
 CARD = ("card", "uuid")
 PHASES = "text, latents (edits only), denoise, decode, encode"
@@ -74,13 +75,14 @@ METRICS: dict[str, dict[str, Metric]] = {
         "octet_shadow_images": Metric(
             "counter",
             "FP8 images that were chosen to be generated again in 16 bit, by outcome: compared, "
-            "skipped (too many waited), too_late (no idle capacity in time), failed.",
+            "skipped (too many waited), no_room (no idle capacity for long enough), failed.",
             ("model", "outcome"),
         ),
         "octet_shadow_ssim": Metric(
-            "gauge",
-            "Median SSIM of the last 100 FP8 images that were compared with 16 bit.",
+            "histogram",
+            "SSIM of FP8 images to the same images in 16 bit.",
             ("model",),
+            SSIM,
         ),
     },
     "Pictures to edit, at an Ingress": {

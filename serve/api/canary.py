@@ -1,8 +1,7 @@
 """The canary: some FP8 images are generated again in 16 bit, and both are compared.
 
 An image is compared after it was delivered. Its shadow runs only in idle capacity
-(`serve.dispatch.shadows`), so it delays and costs nobody anything; where there is none for
-`WAIT_S`, the image is not compared.
+(`serve.dispatch.shadows`). Where there is none for long enough, the image is not compared.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ import asyncio
 import io
 import logging
 import random
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -29,8 +27,8 @@ from .ingress_metrics import IngressMetrics
 log = logging.getLogger("ray.serve")
 
 WAIT_S = 600.0  # for idle capacity
+ATTEMPTS = 5  # to generate a shadow, which is stopped when its pool is needed
 AT_ONCE = 4  # images of an Ingress that wait to be compared; their files are in memory
-RECENT = 100  # comparisons of a model whose median is reported
 
 
 class Canary:
@@ -48,7 +46,7 @@ class Canary:
         self._session, self._attempts, self._live = session, attempts, live
         self._metrics, self._wait_s = metrics, wait_s
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recent: dict[str, deque[float]] = {}  # SSIM, by model
+        self._thread = ThreadPoolExecutor(1)  # comparing large images takes much memory
 
     def offer(self, request: ImageRequest, result: ImageResult) -> None:
         """Take note of a generated image; perhaps compare it, in the background."""
@@ -67,29 +65,34 @@ class Canary:
     async def _compare(self, request: ImageRequest, result: ImageResult) -> None:
         outcome = "failed"
         try:
-            async with asyncio.timeout(self._wait_s) as limit:
-                exact = await self._again(replace(request, id=SHADOW, precision=Precision.FP16))
-            ssim = await asyncio.to_thread(_ssim, exact.image, result.image)
-            recent = self._recent.setdefault(request.model, deque(maxlen=RECENT))
-            recent.append(ssim)
-            self._metrics.shadow_ssim(request.model, median(recent))
+            exact = await self._again(replace(request, id=SHADOW, precision=Precision.FP16))
+            if exact is None:
+                outcome = "no_room"
+                return
+            loop = asyncio.get_running_loop()
+            ssim = await loop.run_in_executor(self._thread, _ssim, exact.image, result.image)
+            self._metrics.shadow_ssim(request.model, ssim)
             outcome = "compared"
-        except TimeoutError:
-            outcome = "too_late" if limit.expired() else "failed"
         except Exception:  # the image itself was delivered
             log.warning("%s could not be compared with 16 bit", request.id, exc_info=True)
         finally:
             self._metrics.shadow(request.model, outcome)
 
-    async def _again(self, shadow: ImageRequest) -> ImageResult:
-        """Generate the shadow, anew whenever it had to make room for others."""
+    async def _again(self, shadow: ImageRequest) -> ImageResult | None:
+        """Generate the shadow, anew when it had to make room; None if that came too often."""
         pools = self._attempts.queued_image(shadow, StreamOptions()).pools
-        while True:
-            found = await self._session.shadows.run(
-                pools, lambda lease: self._attempts.shadow(shadow, lease)
-            )
-            if found:
-                return found
+        try:
+            async with asyncio.timeout(self._wait_s) as limit:
+                for _ in range(ATTEMPTS):
+                    found = await self._session.shadows.run(
+                        pools, lambda lease: self._attempts.shadow(shadow, lease)
+                    )
+                    if found:
+                        return found
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        return None
 
 
 def _ssim(reference: bytes, tested: bytes) -> float:

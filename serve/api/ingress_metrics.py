@@ -51,7 +51,7 @@ class IngressMetrics:
         self._shadows.inc(tags={"model": model, "outcome": outcome})
 
     def shadow_ssim(self, model: str, ssim: float) -> None:
-        self._shadow_ssim.set(ssim, {"model": model})
+        self._shadow_ssim.observe(ssim, {"model": model})
 
     def stored(self, seconds: float) -> None:
         self._stored.observe(seconds)

@@ -9,31 +9,21 @@ model generate images, and these are cached like new ones.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from .. import edit_pixels, engine, request
+from ..engine.pixel_digest import pixel_digest
 from ..errors import StoreFailed
 from ..request import ImageRequest
 from ..results.cache.memory import CachedImages, MemoryCache, ResultCache, cache_key
-from ..settings.application import CacheSettings, CatalogueSettings, FrontSettings, Settings
-from ..settings.models import CardResources, ServedModel, Source
+from ..settings.application import CacheSettings, FrontSettings, Settings
 from .image_urls import ImageUrls
 from .ingress_metrics import IngressMetrics
 from .single_flight import SharedGeneration
 from .wire.request import GenerationRequest
-
-# Settings of pools and text encoders that change no pixel.
-NO_PIXELS = {*CardResources.model_fields, "id", "slots", "warm_sizes", "cache_mib", "warm_prompts"}
-# Libraries whose version may change pixels.
-LIBRARIES = "diffusers", "optimum-quanto", "pillow", "torch", "transformers"
 
 
 class ResultReuse:
@@ -128,46 +118,3 @@ class ResultReuse:
             found = found._replace(names=())
         if age_s > 0:
             await self.cache.put(key, found, time.monotonic(), age_s)
-
-
-def pixel_digest(settings: CatalogueSettings, model: ServedModel) -> str:
-    """A digest of everything that decides a model's pixels, apart from the request.
-
-    This includes the engine's code, versions of libraries, settings of precision, and the revisions
-    or files of the weights. The number of replicas and their share of a card are left out, because
-    they change no pixel.
-    """
-    (encoder,) = (e for e in settings.text_encoders if e.id == model.text_encoder)
-    sources = [s for s in (model.source, encoder.source, *(p.source for p in model.pools)) if s]
-    found = [
-        _code_digest(),
-        {name: version(name) for name in LIBRARIES},
-        settings.emulate_fp8,
-        model.max_sequence_length,
-        [pool.model_dump(mode="json", exclude=NO_PIXELS) for pool in model.pools],
-        encoder.model_dump(mode="json", exclude=NO_PIXELS),
-        [(source.location, source.revision, _files(source)) for source in sources],
-    ]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def _code_digest() -> str:
-    """SHA-256 over the source files that decide pixels: the engine's, and those of requests."""
-    (folder,) = engine.__path__
-    code = hashlib.sha256()
-    others = (Path(str(module.__file__)) for module in (edit_pixels, request))
-    for file in [*sorted(Path(folder).glob("*.py")), *others]:
-        code.update(file.name.encode() + b"\0" + file.read_bytes())
-    return code.hexdigest()
-
-
-def _files(source: Source) -> list[tuple[str, int, int]]:
-    """The names, sizes and times of a local folder's files, which differ for other weights.
-
-    Empty for a source with a revision, or that is no folder.
-    """
-    folder = Path(source.location)
-    if source.revision or not folder.is_dir():
-        return []
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,6 @@ from rich.table import Table
 from ..errors import SettingsError, did_you_mean
 from ..settings.file import load_settings
 from .exit_codes import FAULT, UsageError
-from .operator_client import OperatorKey
 from .terminal import AsJson, ConfigOption, complain, console, counting, working
 
 if TYPE_CHECKING:
@@ -82,7 +82,14 @@ def compare(
         Path | None, typer.Option(help="Folder of a CLIP model, for the CLIP score.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=16, help="Images in a batch.")] = 4,
-    key: OperatorKey = "",
+    key: Annotated[
+        str,
+        typer.Option(
+            envvar="OCTET_KEY",
+            help="API key for servers, which charge the images to its tenant.",
+            show_default=False,
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Generate the same prompts and seeds in two ways, and compare the pictures by category.
@@ -92,9 +99,6 @@ def compare(
     which failed to the 16-bit pool. An interrupted comparison goes on where it was.
     """
     categories = _minima(category_min or [])
-    if reference.endswith(".json") and tested.endswith(".json"):
-        _compare_results(_results(reference), _results(tested), as_json)
-        return
     with working("loading"):
         from ..quality.comparison import Comparison, Gate, Shot
         from ..quality.local_model import device_name
@@ -104,13 +108,17 @@ def compare(
         from ..quality.suites import image_requests, load_suite, suite_of
         from .compare_sides import Sides, fields_of
     gate = Gate(min_ssim, min_ssim_p5, categories)
+    if reference.endswith(".json") and tested.endswith(".json"):
+        before, after = _results(reference), _results(tested)
+        _check_categories(categories, after["categories"])
+        _compare_results(before, after, as_json)
+        _end(gate.failures(after["images"]))
+        return
     fields = [fields_of(text) for text in (reference, tested)]
     served = _served(fields, config, model, key)
     chosen = load_suite(suite or suite_of(served.id))
-    for name in categories:
-        if name not in chosen.categories:
-            raise UsageError(f"--category-min {name}: {did_you_mean(name, chosen.categories)}")
     prompts = chosen.spread(images or len(chosen.prompts))
+    _check_categories(categories, {one.category for one in prompts})
     defaults = dict(served.defaults)
     if size:
         defaults["width"], defaults["height"] = _size(size)
@@ -120,10 +128,11 @@ def compare(
     shots = [Shot(one.category, request) for one, request in zip(prompts, requests, strict=True)]
     sides = Sides(served, key, batch)
     a, b = (sides.side(one) for one in fields)
-    exact = (sides.rounding(b) or sides.rounding(a)) if rounding else "--no-rounding was given"
-    comparison = Comparison(
-        a, b, shots, PictureFolder(out / PICTURES), exact or "no side on this machine is in FP8"
-    )
+    exact: Any = "--no-rounding was given"
+    if rounding:
+        found_exact = sides.rounding(fields[1]) or sides.rounding(fields[0])
+        exact = found_exact or "no side on this machine is in FP8"
+    comparison = Comparison(a, b, shots, PictureFolder(out / PICTURES), exact)
     with counting("images", comparison.missing) as count:
         comparison.generate(count)
     with working("comparing"):
@@ -144,18 +153,35 @@ def compare(
     else:
         Console().print(_table(found))
         _say(f"{out / REPORT}: the report")
+    (out / ROUTING).unlink(missing_ok=True)
     failing = gate.failing_categories(found["images"])
     rules = {name: chosen.rules[name] for name in failing if name in chosen.rules}
-    if rules:
+    if rules and _is_fp8(fields[1]) and not _is_fp8(fields[0]):
         (out / ROUTING).write_text(_routing(rules), "utf-8")
         _say(
             f"{out / ROUTING}: rules for the settings of {served.id}, which send prompts of "
             f"{', '.join(rules)} to the 16-bit pool"
         )
-    for failure in found["gate"]["failures"]:
+    _end(found["gate"]["failures"])
+
+
+def _end(failures: list[str]) -> None:
+    """End the command, with an error if the gate has failed."""
+    for failure in failures:
         complain(failure)
-    if found["gate"]["failures"]:
+    if failures:
         raise typer.Exit(FAULT)
+
+
+def _check_categories(given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UsageError(f"--category-min {name}: {did_you_mean(name, sorted(known))}")
+
+
+def _is_fp8(side: Mapping[str, str]) -> bool:
+    """Return whether a side is in FP8, here or on a server."""
+    return (side.get("recipe") or side.get("precision", "")).startswith("fp8")
 
 
 def _say(text: str) -> None:
@@ -206,8 +232,11 @@ def _size(text: str) -> tuple[int, int]:
 
 def _routing(rules: Mapping[str, str]) -> str:
     lines = ["# Categories whose median SSIM was too low in FP8.", "routing:"]
-    for category, rule in rules.items():
-        name = category.lower().replace(" ", "-")
+    for number, (category, rule) in enumerate(rules.items(), 1):
+        words = re.findall(r"[a-z0-9]+", category.lower())
+        name = "-".join(words)[:32].strip("-")
+        if not name[:1].isalpha():
+            name = f"rule-{number}"
         lines.append(f"  - {{ name: {name}, prompt: {json.dumps(rule, ensure_ascii=False)} }}")
     return "\n".join(lines) + "\n"
 
@@ -236,8 +265,8 @@ def _results(file: str) -> dict[str, Any]:
     """The results of an earlier comparison. Raises `SettingsError` if the file holds none."""
     try:
         found: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
-        found["all"]["ssim"]["median"], found["categories"]
-    except (ValueError, KeyError, TypeError):
+        found["all"]["ssim"]["median"], found["categories"], found["images"][0]["ssim"]
+    except (ValueError, KeyError, TypeError, IndexError):
         raise SettingsError(f"{file} holds no results of octet compare") from None
     return found
 

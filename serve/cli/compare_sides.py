@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import urllib3
+
+from ..engine.fp8_format import TRANSFORMER, is_fp8
+from ..engine.pixel_digest import code_digest, libraries, weights_of
 from ..engine.precision import RECIPES
 from ..errors import SettingsError, did_you_mean
-from ..quality.local_model import Embeddings, LocalModel
+from ..quality.local_model import Embeddings, LocalModel, device_name
 from ..quality.sides import LocalSide, ServerSide, Side
 from ..request import ModelLimits, Precision, Sampler
 from ..settings.application import Settings
-from ..settings.models import Model
+from ..settings.models import Model, Source
 from .exit_codes import UsageError
-from .operator_client import call
+from .operator_client import call, server_root
 from .weights import source_of
 
 LOCAL = ("recipe", "quality", "sampler", "steps", "weights")
 SERVER = ("url", "precision", "quality", "sampler", "steps")
-ANSWER_S = 600.0  # in which a busy server must generate an image
+ANSWER_S = 600.0  # in which a server must generate an image
+# A server that is busy, or whose tenant has reached a limit, says when to try again.
+BUSY = urllib3.Retry(
+    total=None,
+    connect=0,
+    read=0,
+    status=100,
+    status_forcelist=(429, 503),
+    allowed_methods=None,
+    backoff_factor=0.5,
+    backoff_max=10,
+    raise_on_status=False,
+)
 
 
 class Served(NamedTuple):
@@ -76,13 +95,17 @@ class Sides:
         """The side of parsed fields. Raises `UsageError` for a value that does not exist."""
         return self._server(fields) if "url" in fields else self._local(fields)
 
-    def rounding(self, side: Side) -> tuple[Side, Side] | None:
-        """float32 and bfloat16 in place of a side's FP8; None if the side has no FP8 here."""
-        if not isinstance(side, LocalSide) or not side.recipe.startswith("fp8"):
+    def rounding(self, fields: Mapping[str, str]) -> tuple[Side, Side] | None:
+        """float32 and bfloat16 in place of a side's FP8; None if the side has no FP8 here.
+
+        Weights that the side names are kept, unless they are in FP8 already.
+        """
+        if not fields.get("recipe", "").startswith("fp8"):
             return None
-        fields = {**side.identity, **side.changes}
-        steps = {"sampler": fields["sampler"], "steps": str(fields["num_inference_steps"])}
-        exact, rounded = (self._local({"recipe": name, **steps}) for name in ("fp32", "bf16"))
+        others = {name: value for name, value in fields.items() if name != "recipe"}
+        if "weights" in others and is_fp8(Path(others["weights"]), TRANSFORMER):
+            del others["weights"]
+        exact, rounded = (self._local({"recipe": name, **others}) for name in ("fp32", "bf16"))
         return exact, rounded
 
     def _sampling(self, fields: Mapping[str, str]) -> dict[str, Any]:
@@ -120,7 +143,12 @@ class Sides:
         return LocalSide(
             label=_label(fields),
             recipe=recipe,
-            identity={"recipe": recipe, "weights": source.location, "revision": source.revision},
+            identity={
+                "recipe": recipe,
+                "weights": source.location,
+                "revision": source.revision,
+                "pixels": _pixels(source, settings, model),
+            },
             changes=self._sampling(fields),
             load=load,
             batch_images=self._batch_images,
@@ -134,10 +162,44 @@ class Sides:
             if not steps.isdecimal():
                 raise UsageError(f"steps={steps} must be a whole number")
             body["num_inference_steps"] = int(steps)
-        post = partial(
-            call, fields["url"], self._key, "/v1/images/generations", "POST", answer_s=ANSWER_S
+        identity = {"url": fields["url"], **body, "served": self._served.defaults}
+        post = partial(_generated, fields["url"], self._key)
+        return ServerSide(_label(fields), identity, body, post)
+
+
+def _pixels(source: Source, settings: Settings, model: Model) -> str:
+    """A digest of code, libraries, text encoders and weights that decide pixels here."""
+    (encoder,) = [e for e in settings.text_encoders if e.id == model.text_encoder]
+    found = [
+        *(code_digest(), libraries(), device_name(), model.max_sequence_length),
+        *(encoder.precision, weights_of(encoder.source), encoder.source.revision),
+        weights_of(source),
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _generated(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a server to a request for an image, which is sent again while it is busy.
+
+    Raises `SettingsError` if the server does not answer, or refuses the request.
+    """
+    try:
+        answer = urllib3.request(
+            "POST",
+            f"{server_root(url)}/v1/images/generations",
+            json=body,
+            headers={"authorization": f"Bearer {key.strip()}"} if key else {},
+            timeout=ANSWER_S,
+            retries=BUSY,
+            redirect=False,
         )
-        return ServerSide(_label(fields), {"url": fields["url"], **body}, body, post)
+        found: dict[str, Any] = answer.json()
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise SettingsError(f"{url}: {type(error).__name__}: {error}") from None
+    if answer.status != 200:
+        message = found.get("error", {}).get("message", answer.reason)
+        raise SettingsError(f"{url}: {message}")
+    return found
 
 
 def _label(fields: Mapping[str, str]) -> str:

@@ -21,17 +21,11 @@ OperatorKey = Annotated[
 
 
 def call(
-    url: str,
-    key: str,
-    path: str,
-    method: str = "GET",
-    body: dict[str, Any] | None = None,
-    answer_s: float = ANSWER_S,
+    url: str, key: str, path: str, method: str = "GET", body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The answer of a server to an operator's request; an empty `key` is not sent.
 
-    `answer_s`: seconds in which the server must answer. Raises
-    `SettingsError` if the server does not answer, refuses the request, or is not Octet's.
+    Raises `SettingsError` if the server does not answer, refuses the request, or is not Octet's.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"'{url}' is no http address: expected http://HOST:PORT")
@@ -43,7 +37,7 @@ def call(
         data=None if body is None else json.dumps(body).encode(),
     )
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=answer_s) as answer:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_S) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:

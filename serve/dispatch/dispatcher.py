@@ -586,7 +586,8 @@ class Dispatcher:
     def _beat(self, lag_s: float) -> None:
         """Grant what can be granted, and send positions and status to the sessions."""
         self._grant()
-        self.sessions.deliver(self._shadows.begin())
+        if self.recovery.over:
+            self.sessions.deliver(self._shadows.begin())
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
         self._metrics.stored(self.jobs.by_pool())

@@ -3,7 +3,8 @@
 A shadow belongs to no tenant, waits in no queue and takes no slot. It begins only while nothing
 runs and nothing waits in any pool that has a replica beside one of the shadow's pool: on the same
 card, or on the same node without a card. As soon as any image is granted a slot there, or waits for
-one, the shadow is stopped before its next denoising step. So it delays others by a step at most.
+one, or a replica of its pool is about to go, the shadow is stopped before its next denoising step.
+So it delays others by a step, or by a decode if its steps are done.
 
 Pure: imports the standard library and pure files only.
 """
@@ -51,8 +52,11 @@ class Shadows:
 
     def stop(self) -> list[ShadowStopped]:
         """Stop the shadows whose room is needed; call this after every grant."""
-        running = [shadow for shadow in self._shadows.values() if shadow.pool]
-        needed = [shadow for shadow in running if shadow.pool and self._needed(shadow.pool)]
+        needed = [
+            shadow
+            for shadow in self._shadows.values()
+            if shadow.pool and (self._needed(shadow.pool) or self._leaving(shadow.pool))
+        ]
         for shadow in needed:
             self.release(shadow.session, shadow.image.id)
         return [ShadowStopped(shadow.session, shadow.image.id) for shadow in needed]
@@ -70,7 +74,12 @@ class Shadows:
         return found
 
     def _is_idle(self, pool: str) -> bool:
-        return bool(self._grants.staying(pool)) and not self._needed(pool)
+        there = bool(self._grants.staying(pool)) and not self._leaving(pool)
+        return there and not self._needed(pool)
+
+    def _leaving(self, pool: str) -> bool:
+        """Return whether a replica of a pool is about to go; a shadow must not hold it up."""
+        return len(self._grants.staying(pool)) < len(self._grants.replicas(pool))
 
     def _needed(self, pool: str) -> bool:
         """Return whether anything runs or waits beside a pool's replicas."""

@@ -201,13 +201,13 @@ class Generator:
             result = await call.task
             call.done = True
         except NonFiniteImage:
-            self._metrics.ended("non_finite")
+            self._ended(call, "non_finite")
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._metrics.ended("cancelled")
+            self._ended(call, "cancelled")
             raise
         except Exception:  # counted here, answered by the Ingress
-            self._metrics.ended("failed")
+            self._ended(call, "failed")
             raise
         finally:
             call.task.cancel()
@@ -216,7 +216,8 @@ class Generator:
                 done = replace(call.shape, steps=call.step)
                 took_s = self._cost.unit.work_s(done) if call.step else 0.0
                 self._stopped.append(StoppedImage(lease, call.step, took_s))
-        self._metrics.generated(result.timings)
+        if request.id != SHADOW:
+            self._metrics.generated(result.timings)
         log.info("generated %s", request.id)
         yield result
 
@@ -232,6 +233,11 @@ class Generator:
             raise RuntimeError("the heartbeat or the denoising loop has stopped")
 
     # -- one image ------------------------------------------------------------------------------
+
+    def _ended(self, call: _ImageCall, outcome: str) -> None:
+        """Count an image that was not generated; shadows are not counted."""
+        if call.request.id != SHADOW:
+            self._metrics.ended(outcome)
 
     def _new_call(
         self, request: ImageRequest, options: StreamOptions, edited: EditPixels | None = None
@@ -391,7 +397,7 @@ class Generator:
         return Heartbeat(
             pool=self._name,
             replica=self._replica,
-            slots=len(running) if self._lock.exclusive else self._pool.slots,
+            slots=len(self._running) if self._lock.exclusive else self._pool.slots,
             running_work_s=work_s,
             speed=self._cost.speed,
             node=self._node,
@@ -432,15 +438,17 @@ class Generator:
     def _drop(self, orphans: Iterable[Lease], now: float) -> None:
         """Stop images whose lease no session has held for `session_lease_s` seconds.
 
-        A session that was lost has this time to come back. `orphans`: the leases that the
-        Dispatcher says no session holds.
+        A session that was lost has this time to come back; shadows are stopped at once. `orphans`:
+        the leases that the Dispatcher says no session holds.
         """
         self._orphans = {
             lease: self._orphans.get(lease, now) for lease in map(Lease._make, orphans)
         }
         for lease, since in self._orphans.items():
             call = self._running.get(lease)
-            if now - since > TIMING.session_lease_s and call and call.task:
+            if call and call.task and call.request.id == SHADOW:
+                call.task.cancel()
+            elif now - since > TIMING.session_lease_s and call and call.task:
                 log.warning(
                     "nobody waits for image %s of session %s", lease.image_id, lease.session
                 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,8 +96,3 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         """The distribution of at least one value; `p5` is interpolated as numpy does."""
         return cls(float(np.median(values)), float(np.quantile(values, 0.05)), min(values))
-
-
-def relative_difference(reference: Any, tested: Any) -> float:
-    """The root mean square of the difference of two tensors, as a part of the reference's."""
-    return float((tested - reference).float().norm() / reference.float().norm())

@@ -43,6 +43,9 @@ class PictureFolder:
         `count` is called for each picture that is done. What was generated before an interruption
         stays.
         """
+        missing = self.missing(side, requests)
+        if not missing:  # so that no model is loaded
+            return
         wanted = {one.id for one in with_latents}
         steps: dict[str, list[Latents]] = {}
 
@@ -50,7 +53,7 @@ class PictureFolder:
             if request.id in wanted and state.step > len(steps.setdefault(request.id, [])):
                 steps[request.id].append(state.latents.cpu().numpy())
 
-        for request, picture in side.pictures(self.missing(side, requests), on_step):
+        for request, picture in side.pictures(missing, on_step):
             if kept := steps.pop(request.id, None):
                 latents = io.BytesIO()
                 np.save(latents, np.concatenate(kept))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import SettingsError
 from ..request import ImageRequest
-from .local_model import OnStep
+from .local_model import LocalModel, OnStep
 from .metrics import Pixels
 
 AT_ONCE = 4  # requests to a server at the same time
@@ -58,15 +58,6 @@ def digest(side: Side, request: ImageRequest) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Generates(Protocol):
-    """A model that is loaded; `serve.quality.local_model.LocalModel` is one."""
-
-    def pictures(
-        self, requests: Sequence[ImageRequest], batch_images: int, on_step: OnStep
-    ) -> Found:
-        """Generate a picture for each request, in their order."""
-
-
 @dataclass(frozen=True)
 class LocalSide:
     """A side that generates on this machine.
@@ -79,7 +70,7 @@ class LocalSide:
     recipe: str
     identity: Mapping[str, Any]
     changes: Mapping[str, Any]
-    load: Callable[[], Generates]
+    load: Callable[[], LocalModel]
     batch_images: int = 4
 
     def asked(self, request: ImageRequest) -> ImageRequest:
@@ -125,8 +116,8 @@ class ServerSide:
             **self.fields,
         }
         item = self.post(body)["data"][0]
-        wanted = self.fields.get("precision")
-        if wanted and (wanted == "fp8") != item["precision"].startswith("fp8"):
+        wanted = self.fields.get("precision", "auto")
+        if wanted != "auto" and (wanted == "fp8") != item["precision"].startswith("fp8"):
             raise SettingsError(f"{self.label}: the server generated in {item['precision']}")
         with Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) as image:
             return np.asarray(image.convert("RGB"))

@@ -17,9 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest, SettingsError, did_you_mean
 from ..request import ImageRequest, ModelLimits
+from ..settings.models import RoutingRule
 
 FOLDER = Path(__file__).with_name("suites")
 DEFAULT = "sd35"
+TOTAL = "all"  # what results call all categories together
 
 
 class SuitePrompt(NamedTuple):
@@ -100,7 +102,14 @@ def load_suite(name: str) -> Suite:
     )
     if not prompts or not all(one.prompt.strip() for one in prompts):
         raise SettingsError(f"{file}: a suite needs at least one prompt, and no empty ones")
+    if TOTAL in found:
+        raise SettingsError(f"{file}: no category can have the name '{TOTAL}'")
     rules = {name: category.rule for name, category in found.items() if category.rule}
+    for name, rule in rules.items():
+        try:
+            RoutingRule(name="rule", prompt=rule)
+        except ValueError:
+            raise SettingsError(f"{file}: the rule of '{name}' is no regular expression") from None
     return Suite(file.stem, prompts, rules)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import re2
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -38,7 +38,6 @@ Share = Annotated[float, Field(ge=0)]
 # `low`, do so for a model that has no presets of these names.
 DEFAULT_QUALITIES = "auto", "high", "hd", "standard"
 CHEAP_QUALITIES = "medium", "low"
-ROUTED_CHARS = 2000  # of a prompt, which a rule of `routing` reads
 
 
 def refuse_unknown_keys(data: Any, known: Collection[str]) -> Any:
@@ -304,25 +303,29 @@ class RoutingRule(Frozen):
     name: RuleName = Field(description="Name of the rule in answers and metrics.")
     prompt: str = Field(
         min_length=1,
-        description="Regular expression, as Python's `re` has them; it is searched for in the "
-        f"first {ROUTED_CHARS} characters of the prompt, and the case of letters does not matter.",
+        description="Regular expression that is searched for in the prompt, without regard to the "
+        "case of letters; the syntax is RE2's, whose search takes no more time for a long prompt "
+        "than its length.",
     )
 
     @model_validator(mode="after")
     def _prompt_is_a_regular_expression(self) -> RoutingRule:
         try:
             self._pattern  # noqa: B018 - compiles it
-        except re.error as error:
-            raise ValueError(f"prompt '{self.prompt}' is no regular expression: {error}") from None
+        except re2.error as error:
+            detail = error.args[0].decode() if error.args else ""
+            raise ValueError(f"prompt '{self.prompt}' is no regular expression: {detail}") from None
         return self
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(self.prompt, re.IGNORECASE)
+    def _pattern(self) -> Any:
+        options = re2.Options()
+        options.case_sensitive = options.log_errors = False
+        return re2.compile(self.prompt, options)
 
     def fits(self, prompt: str) -> bool:
         """Return whether the rule sends requests with this prompt to the 16-bit pools."""
-        return self._pattern.search(prompt, 0, ROUTED_CHARS) is not None
+        return self._pattern.search(prompt) is not None
 
 
 class LiveModelSettings(Frozen):
@@ -377,7 +380,8 @@ class LiveModelSettings(Frozen):
 
     def routed_by(self, prompt: str) -> str:
         """The name of the rule that sends a prompt to the 16-bit pools; "" if none does."""
-        return next((rule.name for rule in self.routing if rule.fits(prompt)), "")
+        allowed = prompt[: self.limits.max_prompt_chars]
+        return next((rule.name for rule in self.routing if rule.fits(allowed)), "")
 
 
 class ServedModel(Frozen):
@@ -430,7 +434,9 @@ class Model(ServedModel, LiveModelSettings):
     """All settings of one model, as the settings file has them."""
 
     @model_validator(mode="after")
-    def _routing_leads_to_a_pool(self) -> Model:
-        if self.routing and not any(pool.precision == "fp16" for pool in self.pools):
-            raise ValueError(f"model '{self.id}': routing needs a pool with precision fp16")
+    def _there_is_16_bit_where_it_is_needed(self) -> Model:
+        if not any(pool.precision == "fp16" for pool in self.pools):
+            for name in ("routing", "shadow_percent"):
+                if getattr(self, name):
+                    raise ValueError(f"model '{self.id}': {name} needs a pool with precision fp16")
         return self

@@ -103,6 +103,8 @@ class Painter:
         yield Acknowledgement.STARTED
         if request.id == SHADOW:
             await self._shadow()
+            if request.prompt == "fails again":
+                raise ZeroDivisionError
         self.begun += 1
         if options.progress:
             yield Progress(0, request.steps)

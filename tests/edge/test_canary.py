@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.api.canary import WAIT_S
 from serve.settings.application import Settings
 from serve.settings.models import RoutingRule
 
@@ -20,15 +22,23 @@ GENERATE = "/v1/images/generations"
 
 
 class Server:
-    """An edge that compares all its FP8 images; `folder`: its data."""
+    """An edge that compares all its FP8 images; `folder`: its data.
+
+    `compared`: the SSIM of the images that were compared so far. `outcomes`: how often each came.
+    """
 
     def __init__(self, edge: Edge, folder: Path) -> None:
         self.edge, self.folder = edge, folder
+        self.compared: list[float] = []
+        self.outcomes: Counter[str] = Counter()
+        self.canary = edge.ingress._canary
+        self.canary._metrics = self  # type: ignore[assignment]  # it notes what is reported
 
-    @property
-    def compared(self) -> list[float]:
-        """The SSIM of the images that were compared so far."""
-        return list(self.edge.ingress._canary._recent.get("landscapes", ()))
+    def shadow(self, model: str, outcome: str) -> None:
+        self.outcomes[outcome] += 1
+
+    def shadow_ssim(self, model: str, ssim: float) -> None:
+        self.compared.append(ssim)
 
     def post(self, **body: Any) -> dict[str, Any]:
         answer = httpx.post(self.edge.url + GENERATE, json={"prompt": "x", **body}, timeout=10)
@@ -37,7 +47,7 @@ class Server:
         return found
 
     def wait_until_quiet(self) -> None:
-        wait_for(lambda: not self.edge.ingress._canary._tasks)
+        wait_for(lambda: not self.canary._tasks)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,7 @@ def test_images_in_16_bit_and_edits_are_not_compared(server: Server) -> None:
     body = {"prompt": "x", "images": [image], "size": "64x64"}
     answer = httpx.post(f"{server.edge.url}/v1/images/edits", json=body, timeout=10)
     assert answer.json()["data"][0]["precision"] == "fp8"
-    assert not server.edge.ingress._canary._tasks
+    assert not server.canary._tasks
     assert server.edge.painter.shadows == before
 
 
@@ -102,9 +112,29 @@ def test_a_shadow_makes_room_for_a_request_and_runs_again(server: Server) -> Non
 def test_of_many_images_only_a_few_wait_to_be_compared(server: Server) -> None:
     painter = server.edge.painter
     painter.hold_shadows = True
+    skipped = server.outcomes["skipped"]
     server.post(n=4, seed=10)
     server.post(n=4, seed=20)
-    assert len(server.edge.ingress._canary._tasks) == 4
+    assert server.outcomes["skipped"] == skipped + 4
+
+
+def test_without_room_for_long_enough_the_image_is_not_compared(server: Server) -> None:
+    painter, canary = server.edge.painter, server.canary
+    painter.hold_shadows, canary._wait_s = True, 0.5
+    before = server.outcomes["no_room"]
+    try:
+        server.post(seed=30)
+        wait_for(lambda: server.outcomes["no_room"] == before + 1)
+    finally:
+        canary._wait_s = WAIT_S
+
+
+def test_a_shadow_that_fails_harms_nobody(server: Server) -> None:
+    before, charged = server.outcomes["failed"], len(usage_in(server.folder))
+    server.post(prompt="fails again", seed=31)
+    wait_for(lambda: server.outcomes["failed"] == before + 1)
+    server.post(seed=32)
+    assert len(usage_in(server.folder)) == charged + 2
 
 
 def test_a_rule_sends_a_prompt_to_16_bit_and_the_answer_says_so(server: Server) -> None:

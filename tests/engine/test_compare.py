@@ -156,6 +156,7 @@ def test_calibrate_writes_presets_that_settings_accept(folder: Path) -> None:
         *("calibrate", "landscapes", "--config", str(LAPTOP), "--images", "1", "--json"),
         *("--settings", str(file)),
         OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS="12",
+        OCTET_MODELS__0__PRESETS="{}",
         OCTET_MODELS__0__DEFAULTS__WIDTH="64",
         OCTET_MODELS__0__DEFAULTS__HEIGHT="64",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.result_reuse import pixel_digest
+from serve.engine.pixel_digest import pixel_digest
 from serve.request import Edit, ImageRequest, Precision, Sampler
 from serve.results.cache.circuit_breaker import FAILURES, REST_S, CircuitBreaker
 from serve.results.cache.memory import NO_DIFFERENCE, CachedImages, MemoryCache, cache_key

@@ -156,12 +156,12 @@ def test_one_fault_is_one_line(tmp_path: Path) -> None:
 def test_environment_overrides() -> None:
     environ = {
         "OCTET_HTTP__PORT": "9000",
-        "OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS": "12",
+        "OCTET_MODELS__0__DEFAULTS__NUM_INFERENCE_STEPS": "20",
         "HOME": "/root",
     }
     settings = load_settings(LAPTOP, environ)
     assert settings.http.port == 9000
-    assert settings.models[0].defaults.num_inference_steps == 12
+    assert settings.models[0].defaults.num_inference_steps == 20
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,10 @@ def keys_in(data: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(data, dict):
         for name, value in data.items():
             key = f"{prefix}.{name}".lstrip(".")
-            yield key
+            if prefix.endswith(".presets"):  # whose keys are names
+                key = f"{prefix}.NAME"
+            else:
+                yield key
             yield from keys_in(value, key)
 
 

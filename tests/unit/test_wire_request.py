@@ -176,7 +176,7 @@ def test_quality_chooses_a_preset(fields: dict[str, Any], expected: tuple[str, s
         ("a design", None, ("auto", "")),
         ("a sign", "fp8", ("fp8", "")),  # the client has decided
         ("a sign", "fp16", ("fp16", "")),
-        ("x" * 2500 + " sign", None, ("auto", "")),  # too far back to be looked for
+        ("x" * 25_000 + " sign", None, ("fp16", "text")),
     ],
 )
 def test_rules_send_prompts_to_16_bit(

@@ -26,10 +26,16 @@ class PoolChoice:
     def allowed(self, request: ImageRequest) -> Pools:
         """The pools of the request's model and precision.
 
-        Raises `InvalidRequest` if the model is not served in that precision, and `ModelNotFound` if
-        it is not served any more.
+        A request that a rule has sent to 16 bit may use any pool once its model has none of these,
+        because its client left the choice to Octet. Raises `InvalidRequest` if the model
+        is not served in that precision, and `ModelNotFound` if it is not served any more.
         """
-        return self._with_precision(request.model, request.precision)
+        try:
+            return self._with_precision(request.model, request.precision)
+        except InvalidRequest:
+            if not request.routed_by:
+                raise
+            return self._with_precision(request.model, Precision.AUTO)
 
     def after_failure(self, error: OctetError, request: ImageRequest) -> Pools:
         """The pools in which an image may be tried again after a Generator has raised `error`.
