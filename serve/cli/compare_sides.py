@@ -16,7 +16,7 @@ from ..engine.pixel_digest import code_digest, libraries, weights_of
 from ..engine.precision import RECIPES
 from ..errors import SettingsError, did_you_mean
 from ..quality.local_model import Embeddings, LocalModel, device_name
-from ..quality.sides import LocalSide, ServerSide, Side
+from ..quality.sides import AT_ONCE, LocalSide, ServerSide, Side
 from ..request import ModelLimits, Precision, Sampler
 from ..settings.application import Settings
 from ..settings.models import Model, Source
@@ -39,6 +39,7 @@ BUSY = urllib3.Retry(
     backoff_max=10,
     raise_on_status=False,
 )
+HTTP = urllib3.PoolManager(maxsize=AT_ONCE)
 
 
 class Served(NamedTuple):
@@ -184,7 +185,7 @@ def _generated(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
     Raises `SettingsError` if the server does not answer, or refuses the request.
     """
     try:
-        answer = urllib3.request(
+        answer = HTTP.request(
             "POST",
             f"{server_root(url)}/v1/images/generations",
             json=body,
