@@ -2,8 +2,8 @@
 
     python -m bench.presets [--quick] [--images 96]
 
-Quality: pictures of captions that no preset was chosen by are compared with their *converged*
-pictures, those of 100 steps of DPM-Solver++ 2M in float32; and `demo.check` tells whether they show
+Quality: images of captions that no preset was chosen by are compared with their *converged*
+images, those of 100 steps of DPM-Solver++ 2M in float32; and `demo.check` tells whether they show
 what was asked for. Two guidance scales; float32 and FP8. As a check of the reference itself, Euler
 with 400 steps is compared with it.
 
@@ -93,7 +93,7 @@ class Presets:
 
 
 def quality(presets: Presets, images: int) -> Iterator[dict[str, Any]]:
-    """The distances of each way's pictures to the converged ones: one row for each cell."""
+    """The distances of each way's images to the converged ones: one row for each cell."""
     asked = scenes(images)
     embeddings = Embeddings(presets.settings, presets.model)
     models = {
@@ -101,26 +101,28 @@ def quality(presets: Presets, images: int) -> Iterator[dict[str, Any]]:
         for recipe in ("fp32", "fp8")
     }
 
-    def pictures(recipe: str, way: Way, scale: float, count: int = images) -> list[Pixels]:
+    def generated(recipe: str, way: Way, scale: float, count: int = images) -> list[Pixels]:
         requests = [
             presets.request(text, seed, way, scale) for seed, (_, text) in enumerate(asked[:count])
         ]
-        found = models[recipe].pictures(requests, batch_images=8)
+        found = models[recipe].images(requests, batch_images=8)
         name = f"{recipe} {way.sampler} {way.steps}, guidance {scale:g}"
-        return [picture for _, picture in track(found, name, count, console=CONSOLE)]
+        return [pixels for _, pixels in track(found, name, count, console=CONSOLE)]
 
     for scale in SCALES:
-        exact = pictures("fp32", CONVERGED, scale)
+        exact = generated("fp32", CONVERGED, scale)
         many = Way(Sampler.EULER, MANY_EULER_STEPS)
         few = min(8, images)
-        yield row("reference", "fp32", many, scale, exact[:few], pictures("fp32", many, scale, few))
+        yield row(
+            "reference", "fp32", many, scale, exact[:few], generated("fp32", many, scale, few)
+        )
         for recipe in models:
             for name, way in presets.ways.items():
-                found = pictures(recipe, way, scale)
+                found = generated(recipe, way, scale)
                 cell = row(name, recipe, way, scale, exact, found)
                 cell["shown"] = statistics.mean(
-                    shows(Image.fromarray(picture), scene)
-                    for picture, (scene, _) in zip(found, asked, strict=True)
+                    shows(Image.fromarray(found_one), scene)
+                    for found_one, (scene, _) in zip(found, asked, strict=True)
                 )
                 yield cell
 

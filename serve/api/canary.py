@@ -49,7 +49,7 @@ class Canary:
         self._thread = ThreadPoolExecutor(1)  # comparing large images takes much memory
 
     def offer(self, request: ImageRequest, result: ImageResult) -> None:
-        """Take note of a generated image; perhaps compare it, in the background."""
+        """Compare an FP8 image with 16 bit in the background, by the chance `shadow_percent`."""
         percent = next((m.shadow_percent for m in self._live().models if m.id == request.model), 0)
         if not result.precision.startswith("fp8") or request.edit or not percent:
             return
@@ -79,7 +79,7 @@ class Canary:
             self._metrics.shadow(request.model, outcome)
 
     async def _again(self, shadow: ImageRequest) -> ImageResult | None:
-        """Generate the shadow, anew when it had to make room; None if that came too often."""
+        """Generate the shadow, again if it was stopped; None after `ATTEMPTS` or `wait_s`."""
         pools = self._attempts.queued_image(shadow, StreamOptions()).pools
         try:
             async with asyncio.timeout(self._wait_s) as limit:

@@ -32,16 +32,21 @@ def calibrate(
             "Default: the model's suite, or else sd35."
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of each way.")] = 24,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images for each sampler and number of steps.")
+    ] = 24,
     guidance: Annotated[
         list[float] | None,
-        typer.Option(help="Guidance scale; repeat the option for several. Default: the model's."),
+        typer.Option(
+            help="A further guidance scale to measure besides the model's; may be repeated. "
+            "economy and low are chosen at the model's."
+        ),
     ] = None,
     recipe: Annotated[
         str,
         typer.Option(
-            help="Recipe of the measured images: fp32, bf16, fp16 or fp8. The converged ones are "
-            "in fp32 on a CPU and in 16 bit on a card."
+            help="Recipe of the measured images: fp32, bf16, fp16, fp8 or fp8-adaln8. Default: "
+            "that of the converged images, fp32 on a CPU and 16 bit on a card."
         ),
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
@@ -85,15 +90,15 @@ def calibrate(
     with counting(f"calibrating {model}", len(scales) * (1 + len(asked)) * images) as count:
 
         def generate(name: str) -> calibration.Generate:
-            def run(asked: calibration.Requests) -> calibration.Pictures:
-                for _, picture in models[name].pictures(asked, batch):
+            def run(asked: calibration.Requests) -> calibration.Images:
+                for _, pixels in models[name].images(asked, batch):
                     count()
-                    yield picture
+                    yield pixels
 
             return run
 
-        pictures = generate(exact), generate(recipe)
-        measured = list(calibration.measure(requests, *pictures, asked, scales))
+        both = generate(exact), generate(recipe)
+        measured = list(calibration.measure(requests, *both, asked, scales))
     presets = calibration.proposed(measured, default, usual)
     size = f"{served.defaults.width}x{served.defaults.height}"
     about = f"{model}, {images} images of {size}, suite {chosen.name}, {recipe} against {exact}"
@@ -132,7 +137,7 @@ def _table(measured: list[Measured], presets: dict[str, Way], default: Way, abou
     table = Table("sampler", title=about, title_justify="left", caption_justify="left")
     table.caption = "distances to the converged images: median / 5th percentile"
     table.add_column("steps", justify="right")
-    table.add_column("faster", justify="right")
+    table.add_column("fewer steps", justify="right")
     for scale in scales:
         table.add_column(f"guidance {scale:g}: SSIM", justify="right")
         table.add_column("PSNR dB", justify="right")
@@ -143,6 +148,6 @@ def _table(measured: list[Measured], presets: dict[str, Way], default: Way, abou
             one = at[way, scale]
             cells.append(f"{one.ssim.median:.4f} / {one.ssim.p5:.4f}")
             cells.append(f"{one.psnr_db.median:.1f} / {one.psnr_db.p5:.1f}")
-        faster = f"{default.steps / way.steps:.2f}"
-        table.add_row(way.sampler, str(way.steps), faster, *cells, names.get(way, ""))
+        fewer = f"{default.steps / way.steps:.2f} ×"
+        table.add_row(way.sampler, str(way.steps), fewer, *cells, names.get(way, ""))
     return table

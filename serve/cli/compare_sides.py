@@ -66,6 +66,8 @@ def fields_of(text: str) -> dict[str, str]:
                 f"'{part}' in '{text}': expected NAME=VALUE; {did_you_mean(name, known)}"
             )
         found[name] = value
+    if "quality" in found and {"sampler", "steps"} & found.keys():
+        raise UsageError(f"'{text}': a side has a quality, or a sampler and steps of its own")
     if not {"recipe", "url"} & found.keys():
         raise UsageError(f"'{text}' needs recipe=… (a side on this machine) or url=… (a server)")
     return found

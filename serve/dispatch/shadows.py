@@ -1,10 +1,9 @@
 """Shadows: images that are generated a second time, in otherwise idle capacity, to compare them.
 
-A shadow belongs to no tenant, waits in no queue and takes no slot. It begins only while nothing
-runs and nothing waits in any pool that has a replica beside one of the shadow's pool: on the same
-card, or on the same node without a card. As soon as any image is granted a slot there, or waits for
-one, or a replica of its pool is about to go, the shadow is stopped before its next denoising step.
-So it delays others by a step, or by a decode if its steps are done.
+A shadow belongs to no tenant, waits in no queue and takes no slot. It runs only when its pool is
+idle, and so is every other pool with a replica on the same cards (without cards: on the same
+nodes). It is stopped as soon as an image arrives in one of these pools, or a replica of its own
+pool is to be removed. At worst that image waits for one denoising step, or one decode.
 
 Pure: imports the standard library and pure files only.
 """
@@ -51,7 +50,10 @@ class Shadows:
         return shadow is not None and shadow.pool == lease.pool
 
     def stop(self) -> list[ShadowStopped]:
-        """Stop the shadows whose room is needed; call this after every grant."""
+        """Stop the shadows whose pool others need, or is losing a replica.
+
+        Call this after every grant.
+        """
         needed = [
             shadow
             for shadow in self._shadows.values()

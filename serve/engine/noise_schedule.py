@@ -22,9 +22,7 @@ from ..request import Sampler
 
 TRAIN_STEPS = 1000
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# Of the first interval, for the first step of DPM-Solver++. Of the parts that were tried (0.15 to
-# 0.7), this one comes nearest to the converged images of the demo model at guidance 5, and as near
-# as a half at guidance 3.
+# Part of the first interval that the first step of DPM-Solver++ covers: see docs/decisions.md.
 FIRST_PART = 1 / 3
 # Fields that have no effect without `use_dynamic_shifting`.
 UNUSED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
@@ -105,8 +103,8 @@ def _divided_levels(steps: int, shift: float) -> tuple[float, ...]:
 def _multistep_corrections(levels: tuple[float, ...]) -> tuple[float, ...]:
     """The corrections of DPM-Solver++ 2M for a flow-matching model.
 
-    The first step has no step before it. The second has one of infinite length in the logarithm of
-    the signal-to-noise ratio, and the last step is itself infinitely long: these have none.
+    The first, the second and the last step get no correction: the first has no step before it, and
+    in the logarithm of the signal-to-noise ratio the first and the last step are infinitely long.
     """
     ratios = [math.log((1 - level) / level) for level in levels[1:-1]]  # log(signal / noise)
     lengths = [b - a for a, b in pairwise(ratios)]  # of all but the ends

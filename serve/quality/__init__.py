@@ -1,1 +1,1 @@
-"""Image quality: comparisons of pictures by category, and the calibration of presets."""
+"""Image quality: comparisons of images by category, and the calibration of presets."""

@@ -1,9 +1,9 @@
-"""Calibration: how few steps of which sampler come as close to the exact picture as the default.
+"""Calibration: find the fewest steps of each sampler that stay as close to the exact image.
 
-A picture is the solution of a differential equation; more steps come closer to it. The *converged*
-picture of a prompt and a seed is that of `REFERENCE_STEPS` steps of DPM-Solver++ 2M, in the most
+An image is the solution of a differential equation; more steps come closer to it. The *converged*
+image of a prompt and a seed is that of `REFERENCE_STEPS` steps of DPM-Solver++ 2M, in the most
 exact recipe. Each *way*, a sampler with a number of steps, is measured by the distances of its
-pictures to the converged ones, at several guidance scales. `proposed` chooses presets by rules.
+images to the converged ones, at several guidance scales. `proposed` chooses presets by rules.
 
 A distance says nothing about beauty, and it holds for one model and the prompts of one suite.
 """
@@ -46,7 +46,7 @@ CONVERGED = Way(Sampler.DPMPP_2M, REFERENCE_STEPS)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The distances of a way's pictures to the converged ones, at one guidance scale."""
+    """The distances of a way's images to the converged ones, at one guidance scale."""
 
     way: Way
     guidance_scale: float
@@ -80,8 +80,8 @@ def ways(default: Way) -> list[Way]:
     """
     if default.steps < FEWEST_STEPS:
         raise SettingsError(
-            f"the model's default of {default.steps} steps has none to save: a model that is "
-            "distilled to few steps is trained for just these"
+            f"calibration needs a default of at least {FEWEST_STEPS} steps, and this model has "
+            f"{default.steps}: a model that is distilled to few steps is trained for just these"
         )
     found = {
         Way(sampler, round(n * default.steps / USUAL_STEPS))
@@ -93,8 +93,8 @@ def ways(default: Way) -> list[Way]:
 
 
 Requests = Sequence[ImageRequest]
-Pictures = Iterable[Pixels]
-Generate = Callable[[Requests], Pictures]
+Images = Iterable[Pixels]
+Generate = Callable[[Requests], Images]
 
 
 def measure(
@@ -107,14 +107,14 @@ def measure(
     """Measure ways at each guidance scale, and yield each when it is done.
 
     `requests`: at least one; their samplers, steps and guidance are replaced. `exact` generates the
-    converged pictures, and `tested` those of the ways.
+    converged images, and `tested` those of the ways.
     """
     for scale in guidance_scales:
         guided = [replace(request, guidance_scale=scale) for request in requests]
         converged = list(exact([CONVERGED.of(request) for request in guided]))
         for way in asked:
-            pictures = tested([way.of(request) for request in guided])
-            found = [distance(*pair) for pair in zip(converged, pictures, strict=True)]
+            images = tested([way.of(request) for request in guided])
+            found = [distance(*pair) for pair in zip(converged, images, strict=True)]
             yield Measured(
                 way,
                 scale,
@@ -133,7 +133,7 @@ def proposed(measured: Sequence[Measured], default: Way, usual: float) -> dict[s
     - `low`: a draft: the nearest at the guidance scale `usual` of all that are at least
       `DRAFT_SPEED_UP` times cheaper.
 
-    Left out are names without such a way, and those that are not cheaper than the one before.
+    Leaves out a name that has no such way, or that is no cheaper than the one before.
     """
     at = {(one.way, one.guidance_scale): one for one in measured}
     scales = {scale for _, scale in at}
@@ -165,7 +165,7 @@ def settings_fragment(
     """
     lines = [
         f"# {about}",
-        "# Distances to the converged picture, median / 5th percentile.",
+        "# Distances to the converged image, median / 5th percentile.",
         "presets:" if presets else "presets: {} # no cheaper way was good enough",
     ]
     for name, way in presets.items():
@@ -228,7 +228,7 @@ def plot(measured: Sequence[Measured], presets: dict[str, Way], title: str, out:
         axes.set_title(f"guidance {scale:g}")
         axes.set_xlabel("steps: calls of the transformer")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("PSNR to the converged picture, dB\n(dotted: 5th percentile)")
+    panels[0][0].set_ylabel("PSNR to the converged image, dB\n(dotted: 5th percentile)")
     panels[0][0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(out, dpi=110)

@@ -1,7 +1,7 @@
-"""A comparison of two sides: the distances of their pictures, by category, and a verdict.
+"""A comparison of two sides: the distances of their images, by category, and a verdict.
 
 Beside a side in FP8, bfloat16 is compared with float32 too, on the same prompts and seeds: rounding
-to fewer bits always changes pictures, and this shows how much of it 16 bit does by itself.
+to fewer bits always changes images, and this shows how much of it 16 bit does by itself.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import torch
 
 from ..models.checkpoints import CheckpointError
 from ..request import ImageRequest
+from .image_folder import ImageFolder
 from .metrics import Distance, Pixels, Spread, distance
 from .optional_metrics import OptionalMetrics
-from .pictures import PictureFolder
 from .sides import Side, digest
 
 WORST_TILES = 3
 PROTOCOL = {
-    "pictures": "8-bit sRGB at full size, both sides from the same prompt, seed and size",
+    "images": "8-bit sRGB at full size, both sides from the same prompt, seed and size",
     "ssim": "mean over the channels; Gaussian window of sigma 1.5, cut off at 11 x 11 pixels; "
     "K1 0.01, K2 0.03, range 255 (scikit-image)",
     "psnr_db": "from the mean squared error of all channels, range 255 (scikit-image)",
     "latents": "root mean square of the difference by step, as a part of the reference's, of the "
     "first image of each category",
     "worst_tiles": "squares of 32 px with the lowest mean SSIM",
+    "lpips": "version 0.1 with AlexNet; lower is better",
+    "clip_score": "100 x cosine of the embeddings of image and prompt, not below 0; higher is "
+    "better",
 }
 
 
@@ -41,7 +44,7 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """A shot with the distance of its two pictures; `more`: metrics that need other packages."""
+    """A shot with the distance of its two images; `more`: metrics that need other packages."""
 
     shot: Shot
     distance: Distance
@@ -108,14 +111,17 @@ class Gate(NamedTuple):
 
 
 def spread(images: Sequence[Mapping[str, Any]], metric: str, category: str | None = None) -> Spread:
-    """The distribution of a metric over images as JSON has them; `category`: of these only."""
+    """The distribution of a metric over images as JSON has them.
+
+    `category`: only images of this one.
+    """
     values = [one[metric] for one in images if category in (None, one["category"])]
     return Spread.of(values)
 
 
 @dataclass
 class Comparison:
-    """Two sides that generate the same shots, and the folder of their pictures.
+    """Two sides that generate the same shots, and the folder of their images.
 
     `rounding`: float32 and bfloat16 in place of FP8, or the reason why there is none.
     """
@@ -123,12 +129,12 @@ class Comparison:
     reference: Side
     tested: Side
     shots: Sequence[Shot]
-    folder: PictureFolder
+    folder: ImageFolder
     rounding: tuple[Side, Side] | str
 
     @property
     def _sides(self) -> list[Side]:
-        """All sides, without those that have the same pictures as another."""
+        """All sides, without those that have the same images as another."""
         exact = () if isinstance(self.rounding, str) else self.rounding
         first = self.shots[0].request
         return list({digest(s, first): s for s in (self.reference, self.tested, *exact)}.values())
@@ -139,13 +145,13 @@ class Comparison:
 
     @property
     def missing(self) -> int:
-        """The number of pictures that are not in the folder yet."""
+        """The number of images that are not in the folder yet."""
         return sum(len(self.folder.missing(side, self._requests)) for side in self._sides)
 
     def generate(self, count: Callable[[], None]) -> None:
-        """Generate all pictures that are missing in the folder; `count` is called for each.
+        """Generate all images that are missing in the folder; `count` is called for each.
 
-        Where float32 or bfloat16 cannot be generated, `rounding` says why.
+        If float32 or bfloat16 does not fit here, `rounding` becomes the reason.
         """
         first = [shot.request for shot in self._firsts()]
         for side in self._sides:
@@ -157,14 +163,14 @@ class Comparison:
                 self.rounding = f"{side.label} cannot be generated here: {error}"
                 return
 
-    def pictures(self, index: int) -> tuple[Pixels, Pixels]:
-        """The pictures of both sides for the shot with an index."""
+    def images(self, index: int) -> tuple[Pixels, Pixels]:
+        """The images of both sides for the shot with an index."""
         request = self.shots[index].request
-        a, b = (self.folder.picture(side, request) for side in (self.reference, self.tested))
+        a, b = (self.folder.image(side, request) for side in (self.reference, self.tested))
         return a, b
 
     def results(self, gate: Gate, optional: OptionalMetrics | None = None) -> dict[str, Any]:
-        """Compare the pictures, which must all be in the folder; returns plain data for JSON.
+        """Compare the images, which must all be in the folder; returns plain data for JSON.
 
         The images come in the order of the shots.
         """
@@ -189,7 +195,7 @@ class Comparison:
     ) -> list[dict[str, Any]]:
         images = []
         for shot in self.shots:
-            a, b = (self.folder.picture(side, shot.request) for side in (reference, tested))
+            a, b = (self.folder.image(side, shot.request) for side in (reference, tested))
             more = optional.measured(shot.request.prompt, a, b) if optional else {}
             images.append(Compared(shot, distance(a, b, WORST_TILES), more).as_json())
         return images

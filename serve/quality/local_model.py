@@ -1,4 +1,4 @@
-"""A model on this machine that generates pictures without a server, by the server's engine."""
+"""A model on this machine that generates images without a server, by the server's engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def device_here() -> str:
 
 
 def device_name() -> str:
-    """What this process generates on, in words."""
+    """The name of the device on which this process generates."""
     return probe(device_here()).name
 
 
@@ -67,7 +67,7 @@ class Embeddings:
 
 
 class LocalModel:
-    """The transformer and VAE of a model in one recipe, which generate pictures."""
+    """The transformer and VAE of a model in one recipe, which generate images."""
 
     def __init__(self, denoiser: Denoiser, embeddings: Embeddings) -> None:
         self._denoiser, self._embeddings = denoiser, embeddings
@@ -84,25 +84,25 @@ class LocalModel:
         folder = open_checkpoint(source, settings.models_folder, DENOISER_COMPONENTS)
         return cls(Denoiser.load(folder, RECIPES[recipe], device_here()), embeddings)
 
-    def pictures(
+    def images(
         self,
         requests: Sequence[ImageRequest],
         batch_images: int = 4,
         on_step: OnStep = lambda _request, _state: None,
     ) -> Iterator[tuple[ImageRequest, Pixels]]:
-        """Generate a picture (height_px, width_px, 3) for each request, in their order.
+        """Generate a image (height_px, width_px, 3) for each request, in their order.
 
         Images of a batch should have one size and one number of steps. `batch_images`: the most
-        images in a batch. Raises `NonFiniteImage` if a picture holds non-finite numbers.
+        images in a batch. Raises `NonFiniteImage` if a image holds non-finite numbers.
         """
         for begin in range(0, len(requests), batch_images):
             part = requests[begin : begin + batch_images]
             for request, state in zip(part, self._denoised(part, on_step), strict=True):
-                picture = self._denoiser.decode(state.latents)[0]
-                if not picture.isfinite().all():
+                image = self._denoiser.decode(state.latents)[0]
+                if not image.isfinite().all():
                     name = self._denoiser.recipe.name
                     raise NonFiniteImage(f"the model produced non-finite numbers in {name}")
-                yield request, to_pixels(picture)
+                yield request, to_pixels(image)
 
     def _denoised(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[DenoisingState]:
         """Take all steps of images that share their batches."""

@@ -1,13 +1,13 @@
-"""Distances between two pictures of the same prompt and seed.
+"""Distances between two images of the same prompt and seed.
 
-Protocol: pictures are 8-bit sRGB of shape (height_px, width_px, 3), compared as they are, without
+Protocol: images are 8-bit sRGB of shape (height_px, width_px, 3), compared as they are, without
 scaling or another colour space.
 
 - SSIM (Wang et al. 2004) is the mean over the three channels, with the authors' window: a Gaussian
   of σ 1.5, cut off at 11 × 11 pixels, and the constants K1 = 0.01, K2 = 0.03 for the range 255.
 - PSNR is in dB, from the mean squared error of all channels together, for the range 255.
 
-Both come from scikit-image. Neither knows what a picture shows: a shifted texture looks the same to
+Both come from scikit-image. Neither knows what a image shows: a shifted texture looks the same to
 people and counts as different.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 RANGE = 255
-MOST_PSNR_DB = 120.0  # of equal pictures, so that means stay finite; one pixel of 2048² gives 114
+MOST_PSNR_DB = 120.0  # of equal images, so that means stay finite; one pixel of 2048² gives 114
 TILE_PX = 32
 
 
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far two pictures are apart; `worst_tiles`: the least alike first."""
+    """How far two images are apart; `worst_tiles`: the least alike first."""
 
     ssim: float
     psnr_db: float
@@ -45,9 +45,9 @@ class Distance:
 
 
 def distance(reference: Pixels, tested: Pixels, tiles: int = 0) -> Distance:
-    """Compare two pictures of the same size; find at most `tiles` worst tiles.
+    """Compare two images of the same size; find at most `tiles` worst tiles.
 
-    Raises `ValueError` for pictures of different sizes or with a side under 11 px.
+    Raises `ValueError` for images of different sizes or with a side under 11 px.
     """
     from skimage.metrics import structural_similarity
 
@@ -86,7 +86,7 @@ def _worst(ssim_map: NDArray[np.float64], count: int) -> tuple[Tile, ...]:
 
 
 class Spread(NamedTuple):
-    """The distribution of a metric over pictures; for all metrics here, higher is better."""
+    """The distribution of a metric over images; for all metrics here, higher is better."""
 
     median: float
     p5: float

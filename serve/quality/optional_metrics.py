@@ -2,8 +2,8 @@
 
 Where they are absent, the reason is stated in their place; they are never estimated otherwise.
 
-- LPIPS (Zhang et al. 2018), version 0.1 with AlexNet, by the package `lpips`: 0 for equal pictures.
-- The CLIP score (Hessel et al. 2021) of a picture for its prompt: 100 · max(cosine, 0) of their
+- LPIPS (Zhang et al. 2018), version 0.1 with AlexNet, by the package `lpips`: 0 for equal images.
+- The CLIP score (Hessel et al. 2021) of an image for its prompt: 100 · max(cosine, 0) of their
   embeddings, by a CLIP model in a local folder.
 """
 
@@ -79,9 +79,9 @@ def _clip_score(folder: Path | None) -> ClipScore:
     side_px = model.config.vision_config.image_size
 
     @torch.inference_mode()
-    def measure(picture: Pixels, prompt: str) -> float:
+    def measure(pixels: Pixels, prompt: str) -> float:
         tokens = tokenizer([prompt], truncation=True, padding="max_length", return_tensors="pt")
-        out = model(pixel_values=_clip_pixels(picture, side_px), **tokens)
+        out = model(pixel_values=_clip_pixels(pixels, side_px), **tokens)
         return max(100 * float(torch.cosine_similarity(out.text_embeds, out.image_embeds)), 0.0)
 
     return measure
@@ -92,9 +92,9 @@ CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
 CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
-def _clip_pixels(picture: Pixels, side_px: int) -> torch.Tensor:
-    """A picture as CLIP reads it: its middle square, scaled to (1, 3, side_px, side_px)."""
-    image = Image.fromarray(picture)
+def _clip_pixels(pixels: Pixels, side_px: int) -> torch.Tensor:
+    """An image as CLIP reads it: its middle square, scaled to (1, 3, side_px, side_px)."""
+    image = Image.fromarray(pixels)
     scale = side_px / min(image.size)
     image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BICUBIC)
     left, top = (image.width - side_px) // 2, (image.height - side_px) // 2

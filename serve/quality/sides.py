@@ -1,4 +1,4 @@
-"""The two sides of a comparison: each generates a picture for a request, here or on a server."""
+"""The two sides of a comparison: each generates a image for a request, here or on a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Found = Iterator[tuple[ImageRequest, Pixels]]
 class Side(Protocol):
     """One side of a comparison.
 
-    `label`: its name for people. `identity`: everything but the request that decides its pictures,
+    `label`: its name for people. `identity`: everything but the request that decides its images,
     as plain data for JSON. `recipe`: its recipe, "" if a server decides.
     """
 
@@ -44,15 +44,15 @@ class Side(Protocol):
     def asked(self, request: ImageRequest) -> ImageRequest:
         """The request as this side generates it, with its own sampler and steps."""
 
-    def pictures(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
-        """Generate a picture (height_px, width_px, 3) for each request, in their order.
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
+        """Generate a image (height_px, width_px, 3) for each request, in their order.
 
         `on_step`: called after each step, if this side can tell of its steps.
         """
 
 
 def digest(side: Side, request: ImageRequest) -> str:
-    """A name for the picture of a request: equal only for what gives the same picture."""
+    """A name for the image of a request: equal only for what gives the same image."""
     fields = {k: v for k, v in asdict(side.asked(request)).items() if k != "id"}
     text = json.dumps([version("octet-serve"), side.identity, fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -63,7 +63,7 @@ class LocalSide:
     """A side that generates on this machine.
 
     `changes`: fields of the requests that this side replaces, such as its sampler. `load`: loads
-    the model; called when the first picture is missing.
+    the model; called when the first image is missing.
     """
 
     label: str
@@ -76,9 +76,9 @@ class LocalSide:
     def asked(self, request: ImageRequest) -> ImageRequest:
         return replace(request, **self.changes)
 
-    def pictures(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
         asked = [self.asked(request) for request in requests]
-        return self.load().pictures(asked, self.batch_images, on_step or _ignore)
+        return self.load().images(asked, self.batch_images, on_step or _ignore)
 
 
 def _ignore(_request: ImageRequest, _state: Any) -> None:
@@ -102,11 +102,11 @@ class ServerSide:
     def asked(self, request: ImageRequest) -> ImageRequest:
         return request
 
-    def pictures(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            yield from zip(requests, threads.map(self._picture, requests), strict=True)
+            yield from zip(requests, threads.map(self._image, requests), strict=True)
 
-    def _picture(self, request: ImageRequest) -> Pixels:
+    def _image(self, request: ImageRequest) -> Pixels:
         body = {
             "model": request.model,
             "prompt": request.prompt,

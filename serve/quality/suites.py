@@ -1,7 +1,7 @@
-"""Suites: the prompts by which pictures are compared, sorted by category.
+"""Suites: the prompts by which images are compared, sorted by category.
 
 A suite is a YAML file with a `description` and `categories`. A category is a list of prompts. It
-may also have a `rule`, a regular expression that tells such prompts, for the setting `routing`.
+may also have a `rule`, a regular expression that matches such prompts, for the setting `routing`.
 """
 
 from __future__ import annotations

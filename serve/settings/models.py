@@ -303,9 +303,8 @@ class RoutingRule(Frozen):
     name: RuleName = Field(description="Name of the rule in answers and metrics.")
     prompt: str = Field(
         min_length=1,
-        description="Regular expression that is searched for in the prompt, without regard to the "
-        "case of letters; the syntax is RE2's, whose search takes no more time for a long prompt "
-        "than its length.",
+        description="Regular expression that is searched for in the prompt, in RE2's syntax; the "
+        "case of letters does not matter.",
     )
 
     @model_validator(mode="after")

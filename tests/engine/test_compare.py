@@ -84,10 +84,10 @@ def test_16_bit_beside_fp8_shows_what_rounding_changes(found: dict[str, Any]) ->
 
 
 def test_the_numbers_are_those_of_the_pictures(folder: Path, found: dict[str, Any]) -> None:
-    """Two of the pictures in the folder have the distance that the results state."""
-    pictures = [np.asarray(Image.open(f)) for f in (folder / "out" / "pictures").glob("*.png")]
-    assert len(pictures) == 9  # fp32, fp8 and bf16
-    pairs = [distance(a, b).ssim for a in pictures for b in pictures if a is not b]
+    """Two of the images in the folder have the distance that the results state."""
+    images = [np.asarray(Image.open(f)) for f in (folder / "out" / "images").glob("*.png")]
+    assert len(images) == 9  # fp32, fp8 and bf16
+    pairs = [distance(a, b).ssim for a in images for b in images if a is not b]
     for image in found["images"]:
         assert min(abs(ssim - image["ssim"]) for ssim in pairs) < 1e-9
 
@@ -99,8 +99,8 @@ def test_the_report_is_one_page_with_all_pictures(folder: Path, found: dict[str,
     data = json.loads(text)
     assert data["categories"].keys() == found["categories"].keys()
     for image in data["images"]:
-        assert len(image["pictures"]) == 3
-        assert all(url.startswith("data:image/webp;base64,") for url in image["pictures"])
+        assert len(image["shown"]) == 3
+        assert all(url.startswith("data:image/webp;base64,") for url in image["shown"])
     ordered = [image["ssim"] for image in data["images"]]
     assert ordered == sorted(ordered)
 
@@ -108,13 +108,13 @@ def test_the_report_is_one_page_with_all_pictures(folder: Path, found: dict[str,
 def test_an_interrupted_comparison_goes_on_where_it_was(
     folder: Path, found: dict[str, Any]
 ) -> None:
-    pictures = sorted((folder / "out" / "pictures").glob("*.png"))
-    written = {file.name: file.stat().st_mtime_ns for file in pictures}
-    pictures[4].unlink()
+    images = sorted((folder / "out" / "images").glob("*.png"))
+    written = {file.name: file.stat().st_mtime_ns for file in images}
+    images[4].unlink()
     assert compare(folder).exit_code == 0
-    again = {file.name: file.stat().st_mtime_ns for file in pictures}
+    again = {file.name: file.stat().st_mtime_ns for file in images}
     changed = [name for name in written if written[name] != again[name]]
-    assert changed == [pictures[4].name]
+    assert changed == [images[4].name]
     results = json.loads((folder / "out" / "results.json").read_text())
     assert results["images"] == found["images"]
 
@@ -135,7 +135,7 @@ def test_equal_sides_are_generated_once_and_are_equal(folder: Path) -> None:
     assert result.exit_code == 0
     found = json.loads((folder / "same" / "results.json").read_text())
     assert found["all"]["ssim"]["median"] == 1.0
-    assert len(list((folder / "same" / "pictures").glob("*.png"))) == 1
+    assert len(list((folder / "same" / "images").glob("*.png"))) == 1
 
 
 def test_two_results_show_what_changed(folder: Path, found: dict[str, Any]) -> None:

@@ -34,8 +34,10 @@ def side(text: str) -> Any:
 def test_a_quality_is_the_sampler_and_steps_of_its_preset() -> None:
     asked = side("recipe=fp8,quality=medium").asked(REQUEST)
     assert (asked.sampler, asked.num_inference_steps) == (Sampler.DPMPP_2M, 16)
-    asked = side("recipe=fp8,quality=medium,steps=9").asked(REQUEST)
+    asked = side("recipe=fp8,sampler=dpmpp_2m,steps=9").asked(REQUEST)
     assert (asked.sampler, asked.num_inference_steps) == (Sampler.DPMPP_2M, 9)
+    with pytest.raises(SettingsError, match="a quality, or a sampler and steps"):
+        side("recipe=fp8,quality=medium,steps=9")
     asked = side("recipe=fp8").asked(REQUEST)
     assert (asked.sampler, asked.num_inference_steps) == (Sampler.EULER, 28)
 
@@ -118,19 +120,19 @@ def server() -> Iterator[Answers]:
         thread.join()
 
 
-def on(server: Answers, fields: str = "precision=fp8,quality=low,steps=3") -> Any:
+def on(server: Answers, fields: str = "precision=fp8,sampler=euler,steps=3") -> Any:
     url = f"http://127.0.0.1:{server.server_port}/v1"
     return Sides(SERVED, "octet_key", 4).side(fields_of(f"url={url},{fields}"))
 
 
 def test_a_busy_server_is_asked_again(server: Answers) -> None:
     server.statuses = [429, 503, 200]
-    ((request, picture),) = on(server).pictures([REQUEST], None)
+    ((request, image),) = on(server).images([REQUEST], None)
     assert request is REQUEST
-    assert np.array_equal(picture[0, 0], [0x10, 0x20, 0x30])
+    assert np.array_equal(image[0, 0], [0x10, 0x20, 0x30])
     assert len(server.bodies) == 3
     body = server.bodies[-1]
-    assert (body["precision"], body["quality"], body["num_inference_steps"]) == ("fp8", "low", 3)
+    assert (body["precision"], body["sampler"], body["num_inference_steps"]) == ("fp8", "euler", 3)
     assert (body["prompt"], body["seed"], body["size"]) == ("dunes", 7, "64x64")
     assert server.keys[-1] == "Bearer octet_key"
 
@@ -138,13 +140,13 @@ def test_a_busy_server_is_asked_again(server: Answers) -> None:
 def test_a_refusal_is_told(server: Answers) -> None:
     server.statuses = [400]
     with pytest.raises(SettingsError, match="no such luck"):
-        list(on(server).pictures([REQUEST], None))
+        list(on(server).images([REQUEST], None))
 
 
 def test_another_precision_than_asked_for_is_an_error(server: Answers) -> None:
     server.statuses, server.precision = [200], "bf16"
     with pytest.raises(SettingsError, match="generated in bf16"):
-        list(on(server).pictures([REQUEST], None))
+        list(on(server).images([REQUEST], None))
     server.statuses = [200, 200]
-    assert len(list(on(server, "precision=auto").pictures([REQUEST], None))) == 1
-    assert len(list(on(server, "precision=fp16").pictures([REQUEST], None))) == 1
+    assert len(list(on(server, "precision=auto").images([REQUEST], None))) == 1
+    assert len(list(on(server, "precision=fp16").images([REQUEST], None))) == 1

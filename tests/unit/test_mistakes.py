@@ -51,6 +51,7 @@ MISTAKES = [
     ("pull octet.yaml", 2, "is a settings file: octet pull --config octet.yaml"),
     ("compare recipe=bf16 recipe=fp8", 2, "needs the settings of its model: --config FILE"),
     (f"compare recipe=bf15 recipe=fp8 --config {LAPTOP}", 2, "did you mean 'bf16'?"),
+    (f"compare recipe=bf16 recipe=fp8,quality=low,steps=9 --config {LAPTOP}", 2, "a quality, or"),
     (f"compare bf16 fp8 --config {LAPTOP}", 2, "expected NAME=VALUE"),
     (f"compare recipe=bf16 steps=3 --config {LAPTOP}", 2, "needs recipe=…"),
     (f"compare recipe=bf16 recipe=fp8,quality=best --config {LAPTOP}", 2, "known: auto"),

@@ -1,4 +1,4 @@
-"""Distances between pictures, against values that are known or computed in another way."""
+"""Distances between images, against values that are known or computed in another way."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class ShadowSlots:
             self._changed()
 
     def hear(self, event: ShadowGranted | ShadowStopped) -> None:
-        """Apply an event of the Dispatcher."""
+        """Apply the grant or the stop of a shadow."""
         slot = self._slots.get(event.image_id)
         if slot is None:
             return
@@ -76,7 +76,7 @@ class ShadowSlots:
         return asked, ended
 
     def begin_session(self) -> None:
-        """Stop the shadows that run, and ask anew for all others: the Dispatcher knows none."""
+        """Stop running shadows and ask again for waiting ones: a new Dispatcher knows none."""
         self._ended.clear()
         for slot in self._slots.values():
             if slot.granted.done():

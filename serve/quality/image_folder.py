@@ -1,4 +1,4 @@
-"""The folder of a comparison: the pictures that are generated so far, so that it can be resumed."""
+"""The folder of a comparison: the images that are generated so far, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .sides import Side, digest
 Latents = NDArray[np.float32]
 
 
-class PictureFolder:
-    """Pictures by their digests, as PNG files; and the latents of a few of them by step."""
+class ImageFolder:
+    """Images by their digests, as PNG files; and the latents of a few of them by step."""
 
     def __init__(self, folder: Path) -> None:
         """Create the folder if it is not there. Raises `OSError` if that fails."""
@@ -28,7 +28,7 @@ class PictureFolder:
         self._folder = folder
 
     def missing(self, side: Side, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-        """The requests whose pictures are not there yet."""
+        """The requests whose images are not there yet."""
         return [one for one in requests if not self._file(side, one, "png").exists()]
 
     def generate(
@@ -38,9 +38,9 @@ class PictureFolder:
         with_latents: Sequence[ImageRequest],
         count: Callable[[], None],
     ) -> None:
-        """Generate the missing pictures of a side; keep the latents of those `with_latents`.
+        """Generate the missing images of a side; keep the latents of those `with_latents`.
 
-        `count` is called for each picture that is done. What was generated before an interruption
+        `count` is called for each image that is done. What was generated before an interruption
         stays.
         """
         missing = self.missing(side, requests)
@@ -53,17 +53,17 @@ class PictureFolder:
             if request.id in wanted and state.step > len(steps.setdefault(request.id, [])):
                 steps[request.id].append(state.latents.cpu().numpy())
 
-        for request, picture in side.pictures(missing, on_step):
+        for request, image in side.images(missing, on_step):
             if kept := steps.pop(request.id, None):
                 latents = io.BytesIO()
                 np.save(latents, np.concatenate(kept))
                 replace_file(self._file(side, request, "npy"), latents.getvalue(), mode=0o644)
             file = io.BytesIO()
-            Image.fromarray(picture).save(file, "png")
+            Image.fromarray(image).save(file, "png")
             replace_file(self._file(side, request, "png"), file.getvalue(), mode=0o644)
             count()
 
-    def picture(self, side: Side, request: ImageRequest) -> Pixels:
+    def image(self, side: Side, request: ImageRequest) -> Pixels:
         with Image.open(self._file(side, request, "png")) as image:
             return np.asarray(image)
 
