@@ -120,7 +120,7 @@ def test_a_stream_ends_with_the_image_that_is_answered_without_one(url: str) -> 
 def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningApplication) -> None:
     async def main() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-            fill = {**LONG, "num_inference_steps": 10}
+            fill = {**LONG, "num_inference_steps": 15}
             work = [asyncio.create_task(client.post(GENERATE, json=fill)) for _ in range(9)]
             # 8 images hold the slots. Before that, too, there may be a moment in which one waits.
             await asyncio.to_thread(
