@@ -122,7 +122,8 @@ def test_a_waiting_client_sees_its_place_in_the_queue(url: str, octet: RunningAp
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             fill = {**LONG, "num_inference_steps": 15}
             # After a test that has killed a replica, the others may run one image at a time.
-            slots = sum(pool.slots for pool in octet.status().pools.values())
+            status = await asyncio.to_thread(octet.status)
+            slots = sum(pool.slots for pool in status.pools.values())
             posts = [client.post(GENERATE, json=fill) for _ in range(slots + 1)]
             work = [asyncio.create_task(post) for post in posts]
             # Before the slots are held, too, there may be a moment in which one image waits.
