@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Run all tests in three lanes at a time; print the 15 slowest.
-# Two lanes hold the tests that mostly wait for processes and clocks; those that start a Ray are in
-# one of them. The engine's tests only compute; they have the lowest priority, so they use what the
-# others leave of two cores. Ray gives its workers a low priority too, unless told otherwise; then
-# the unit tests would starve them.
+# Two lanes hold the tests that mostly wait for processes and clocks. The engine's tests only
+# compute; they have the lowest priority, so they use what the others leave of two cores. Ray gives
+# its workers a low priority too, unless told otherwise; then the unit tests would starve them.
 set -u
 python=$1
 export OMP_NUM_THREADS=1 RAY_worker_niceness=0
@@ -19,14 +18,14 @@ lane() {
 
 mkdir -p build
 rm -f build/*.xml
-lane edge >build/edge.log 2>&1 &
-edge=$!
+lane faults edge >build/faults.log 2>&1 &
+faults=$!
 lane unit engine >build/computing.log 2>&1 &
 computing=$!
-trap 'pkill -P $edge; pkill -P $computing; kill $edge $computing' INT TERM
-lane integration faults
+trap 'pkill -P $faults; pkill -P $computing; kill $faults $computing' INT TERM
+lane integration
 failed=$?
-for other in edge computing; do
+for other in faults computing; do
   wait "${!other}" || failed=1
   cat "build/$other.log"
 done
