@@ -129,8 +129,10 @@ def test_retryable_errors_are_not_remembered_and_others_are(server: Server) -> N
     assert [server.post("broken", broken).status_code for _ in range(2)] == [500, 500]
     assert server.edge.painter.begun == begun + 1  # it is not tried again
     refused = {**A_HILL, "timeout_s": 0.001}
-    assert server.post("refused", refused).status_code in (400, 429, 503, 504)
-    assert "idempotent-replayed" not in server.post("refused", refused).headers
+    first, second = (server.post("refused", refused) for _ in range(2))
+    assert first.status_code in (400, 429, 503, 504)
+    # On a slow machine the time may pass after the admission: such an answer is remembered.
+    assert ("idempotent-replayed" in second.headers) == (first.status_code == 504)
     wrong = server.post("wrong", {"prompt": ""})
     assert code(wrong) == (400, "invalid_value")
     wait_for(lambda: server.post("wrong").status_code == 200)  # the key was not used up
