@@ -106,7 +106,7 @@ class GenerationHandler:
         reuse: ResultReuse,
         metrics: IngressMetrics,
         keep_alive_s: float,
-        on_generated: Callable[[ImageRequest, ImageResult], None] = lambda _request, _result: None,
+        on_generated: Callable[[ImageRequest, ImageResult], None],
     ) -> None:
         """`keep_alive_s`: after how long without an event a stream sends a comment, in seconds.
 

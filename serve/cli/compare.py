@@ -111,7 +111,7 @@ def compare(
     """
     categories = _minima(category_min or [])
     with working("loading"):
-        from ..quality.comparison import Comparison, Gate, Shot
+        from ..quality.comparison import Comparison, Gate, SuiteRequest
         from ..quality.image_folder import ImageFolder
         from ..quality.local_model import device_name
         from ..quality.optional_metrics import OptionalMetrics
@@ -136,14 +136,16 @@ def compare(
     if guidance is not None:
         defaults["guidance_scale"] = guidance
     requests = image_requests(prompts, served.id, defaults, served.limits, seed)
-    shots = [Shot(one.category, request) for one, request in zip(prompts, requests, strict=True)]
+    samples = [
+        SuiteRequest(one.category, request) for one, request in zip(prompts, requests, strict=True)
+    ]
     sides = Sides(served, key, batch)
     a, b = (sides.side(one) for one in fields)
     exact: Any = "--no-rounding was given"
     if rounding:
         found_exact = sides.rounding(fields[1]) or sides.rounding(fields[0])
         exact = found_exact or "no side on this machine is in FP8"
-    comparison = Comparison(a, b, shots, ImageFolder(out / IMAGES), exact)
+    comparison = Comparison(a, b, samples, ImageFolder(out / IMAGES), exact)
     with counting("images", comparison.missing) as count:
         comparison.generate(count)
     with working("comparing"):

@@ -43,7 +43,7 @@ HTTP = urllib3.PoolManager(maxsize=AT_ONCE)
 
 
 class Served(NamedTuple):
-    """What requests for a model may be; `settings` and `model` are None for one on a server."""
+    """A model to compare, its defaults and limits; on a server without `settings` and `model`."""
 
     id: str
     defaults: Mapping[str, Any]
@@ -145,7 +145,6 @@ class Sides:
 
         return LocalSide(
             label=_label(fields),
-            recipe=recipe,
             identity={
                 "recipe": recipe,
                 "weights": source.location,

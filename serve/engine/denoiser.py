@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from ..edit_pixels import EditPixels
 from ..models.checkpoints import CheckpointError, read_json
-from ..request import SIZE_MULTIPLE_PX, Sampler
+from ..request import SIZE_MULTIPLE_PX, ImageRequest, Sampler
 from .card import check_device
 from .fp8_format import TRANSFORMER, WEIGHTS, is_fp8
 from .fused_attention import fuse_qkv
@@ -193,6 +193,23 @@ class Denoiser:
             steps,
             step=first_step,
             first_step=first_step,
+            edit=edit,
+        )
+
+    def begin_request(
+        self, request: ImageRequest, embeds: PromptEmbeds, edit: EditLatents | None = None
+    ) -> DenoisingState:
+        """Begin the image of a request; `edit`: its picture, if it is an edit."""
+        width, height = request.canvas
+        return self.begin(
+            embeds,
+            width=width,
+            height=height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            seed=request.seed,
+            sampler=request.sampler,
+            first_step=request.first_step,
             edit=edit,
         )
 

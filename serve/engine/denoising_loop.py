@@ -287,18 +287,7 @@ class DenoisingLoop:
 
     def _begin(self, new: _NewImage) -> _RunningImage:
         request, began = new.request, time.monotonic()
-        width, height = request.canvas
-        state = self._denoiser.begin(
-            new.embeds,
-            width=width,
-            height=height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            seed=request.seed,
-            sampler=request.sampler,
-            first_step=request.first_step,
-            edit=new.latents,
-        )
+        state = self._denoiser.begin_request(request, new.embeds, new.latents)
         self._arrivals += 1
         return _RunningImage(
             new=new,

@@ -7,7 +7,7 @@ to fewer bits always changes images, and this shows how much of it 16 bit does b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,39 +35,15 @@ PROTOCOL = {
 }
 
 
-class Shot(NamedTuple):
+class SuiteRequest(NamedTuple):
     """A request of a comparison and its category."""
 
     category: str
     request: ImageRequest
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A shot with the distance of its two images; `more`: metrics that need other packages."""
-
-    shot: Shot
-    distance: Distance
-    more: Mapping[str, float] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        request = self.shot.request
-        return {
-            "index": int(request.id),
-            "category": self.shot.category,
-            "prompt": request.prompt,
-            "seed": request.seed,
-            "size": request.size,
-            "guidance_scale": request.guidance_scale,
-            "ssim": self.distance.ssim,
-            "psnr_db": self.distance.psnr_db,
-            "worst_tiles": [tile._asdict() for tile in self.distance.worst_tiles],
-            **self.more,
-        }
-
-
 class Gate(NamedTuple):
-    """What a comparison must reach to pass; all are SSIM.
+    """The least SSIM with which a comparison passes.
 
     `median`: the least median of all images. `p5`: the least 5th percentile of all images.
     `categories`: the least median of a category, by its name.
@@ -79,7 +55,7 @@ class Gate(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """What the gate asks for, in words; empty if nothing."""
+        """The gate in words; empty if it asks for nothing."""
         parts = []
         if self.median is not None:
             parts.append(f"median SSIM of at least {self.median:g}")
@@ -89,7 +65,7 @@ class Gate(NamedTuple):
         return ", ".join(parts)
 
     def failures(self, images: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What the images of a comparison miss, in words; empty if they pass."""
+        """Describe each number that is too low; empty if the images pass."""
         found = []
         whole = spread(images, "ssim")
         if self.median is not None and whole.median < self.median:
@@ -121,14 +97,14 @@ def spread(images: Sequence[Mapping[str, Any]], metric: str, category: str | Non
 
 @dataclass
 class Comparison:
-    """Two sides that generate the same shots, and the folder of their images.
+    """Two sides that generate the same samples, and the folder of their images.
 
     `rounding`: float32 and bfloat16 in place of FP8, or the reason why there is none.
     """
 
     reference: Side
     tested: Side
-    shots: Sequence[Shot]
+    samples: Sequence[SuiteRequest]
     folder: ImageFolder
     rounding: tuple[Side, Side] | str
 
@@ -136,12 +112,12 @@ class Comparison:
     def _sides(self) -> list[Side]:
         """All sides, without those that have the same images as another."""
         exact = () if isinstance(self.rounding, str) else self.rounding
-        first = self.shots[0].request
+        first = self.samples[0].request
         return list({digest(s, first): s for s in (self.reference, self.tested, *exact)}.values())
 
     @property
     def _requests(self) -> list[ImageRequest]:
-        return [shot.request for shot in self.shots]
+        return [sample.request for sample in self.samples]
 
     @property
     def missing(self) -> int:
@@ -153,7 +129,7 @@ class Comparison:
 
         If float32 or bfloat16 does not fit here, `rounding` becomes the reason.
         """
-        first = [shot.request for shot in self._firsts()]
+        first = [sample.request for sample in self._firsts()]
         for side in self._sides:
             try:
                 self.folder.generate(side, self._requests, first, count)
@@ -164,15 +140,15 @@ class Comparison:
                 return
 
     def images(self, index: int) -> tuple[Pixels, Pixels]:
-        """The images of both sides for the shot with an index."""
-        request = self.shots[index].request
+        """The images of both sides for the sample with an index."""
+        request = self.samples[index].request
         a, b = (self.folder.image(side, request) for side in (self.reference, self.tested))
         return a, b
 
     def results(self, gate: Gate, optional: OptionalMetrics | None = None) -> dict[str, Any]:
         """Compare the images, which must all be in the folder; returns plain data for JSON.
 
-        The images come in the order of the shots.
+        The images come in the order of the samples.
         """
         images = self._compared(self.reference, self.tested, optional)
         found = {
@@ -194,24 +170,24 @@ class Comparison:
         self, reference: Side, tested: Side, optional: OptionalMetrics | None = None
     ) -> list[dict[str, Any]]:
         images = []
-        for shot in self.shots:
-            a, b = (self.folder.image(side, shot.request) for side in (reference, tested))
-            more = optional.measured(shot.request.prompt, a, b) if optional else {}
-            images.append(Compared(shot, distance(a, b, WORST_TILES), more).as_json())
+        for sample in self.samples:
+            a, b = (self.folder.image(side, sample.request) for side in (reference, tested))
+            more = optional.measured(sample.request.prompt, a, b) if optional else {}
+            images.append({**_described(sample, distance(a, b, WORST_TILES)), **more})
         return images
 
     def _summaries(self, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        names = dict.fromkeys(shot.category for shot in self.shots)
+        names = dict.fromkeys(sample.category for sample in self.samples)
         return {
             "all": _summary(images),
             "categories": {name: _summary(images, name) for name in names},
         }
 
-    def _firsts(self) -> list[Shot]:
-        """The first shot of each category."""
-        found: dict[str, Shot] = {}
-        for shot in self.shots:
-            found.setdefault(shot.category, shot)
+    def _firsts(self) -> list[SuiteRequest]:
+        """The first sample of each category."""
+        found: dict[str, SuiteRequest] = {}
+        for sample in self.samples:
+            found.setdefault(sample.category, sample)
         return list(found.values())
 
     def _latents(self) -> dict[str, list[float]] | str:
@@ -230,6 +206,22 @@ class Comparison:
             norms = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(x, y, strict=True)]
             found[category] = [round(float(norm), 6) for norm in norms]
         return found
+
+
+def _described(sample: SuiteRequest, found: Distance) -> dict[str, Any]:
+    """A sample and the distance of its two images, as plain data for JSON."""
+    request = sample.request
+    return {
+        "index": int(request.id),
+        "category": sample.category,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "size": request.size,
+        "guidance_scale": request.guidance_scale,
+        "ssim": found.ssim,
+        "psnr_db": found.psnr_db,
+        "worst_tiles": [tile._asdict() for tile in found.worst_tiles],
+    }
 
 
 def _summary(images: Sequence[Mapping[str, Any]], category: str | None = None) -> dict[str, Any]:

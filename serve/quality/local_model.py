@@ -90,10 +90,10 @@ class LocalModel:
         batch_images: int = 4,
         on_step: OnStep = lambda _request, _state: None,
     ) -> Iterator[tuple[ImageRequest, Pixels]]:
-        """Generate a image (height_px, width_px, 3) for each request, in their order.
+        """Generate an image (height_px, width_px, 3) for each request, in their order.
 
         Images of a batch should have one size and one number of steps. `batch_images`: the most
-        images in a batch. Raises `NonFiniteImage` if a image holds non-finite numbers.
+        images in a batch. Raises `NonFiniteImage` if an image holds non-finite numbers.
         """
         for begin in range(0, len(requests), batch_images):
             part = requests[begin : begin + batch_images]
@@ -106,22 +106,13 @@ class LocalModel:
 
     def _denoised(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[DenoisingState]:
         """Take all steps of images that share their batches."""
-        states = [self._begin(request) for request in requests]
+        states = [
+            self._denoiser.begin_request(request, self._embeddings.of(request))
+            for request in requests
+        ]
         rows = bucket(sum(state.rows for state in states))
         while batch := [state for state in states if not state.finished]:
             self._denoiser.denoise_step(batch, rows)
             for request, state in zip(requests, states, strict=True):
                 on_step(request, state)
         return states
-
-    def _begin(self, request: ImageRequest) -> DenoisingState:
-        width, height = request.canvas
-        return self._denoiser.begin(
-            self._embeddings.of(request),
-            width=width,
-            height=height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            seed=request.seed,
-            sampler=request.sampler,
-        )

@@ -7,7 +7,7 @@ scaling or another colour space.
   of σ 1.5, cut off at 11 × 11 pixels, and the constants K1 = 0.01, K2 = 0.03 for the range 255.
 - PSNR is in dB, from the mean squared error of all channels together, for the range 255.
 
-Both come from scikit-image. Neither knows what a image shows: a shifted texture looks the same to
+Both come from scikit-image. Neither knows what an image shows: a shifted texture looks the same to
 people and counts as different.
 """
 

@@ -1,4 +1,4 @@
-"""The two sides of a comparison: each generates a image for a request, here or on a server."""
+"""The two sides of a comparison: each generates an image for a request, here or on a server."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .metrics import Pixels
 
 AT_ONCE = 4  # requests to a server at the same time
 
-Found = Iterator[tuple[ImageRequest, Pixels]]
+Generated = Iterator[tuple[ImageRequest, Pixels]]
 
 
 class Side(Protocol):
     """One side of a comparison.
 
     `label`: its name for people. `identity`: everything but the request that decides its images,
-    as plain data for JSON. `recipe`: its recipe, "" if a server decides.
+    as plain data for JSON.
     """
 
     @property
@@ -38,14 +38,11 @@ class Side(Protocol):
     @property
     def identity(self) -> Mapping[str, Any]: ...
 
-    @property
-    def recipe(self) -> str: ...
-
     def asked(self, request: ImageRequest) -> ImageRequest:
         """The request as this side generates it, with its own sampler and steps."""
 
-    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
-        """Generate a image (height_px, width_px, 3) for each request, in their order.
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Generated:
+        """Generate an image (height_px, width_px, 3) for each request, in their order.
 
         `on_step`: called after each step, if this side can tell of its steps.
         """
@@ -67,7 +64,6 @@ class LocalSide:
     """
 
     label: str
-    recipe: str
     identity: Mapping[str, Any]
     changes: Mapping[str, Any]
     load: Callable[[], LocalModel]
@@ -76,7 +72,7 @@ class LocalSide:
     def asked(self, request: ImageRequest) -> ImageRequest:
         return replace(request, **self.changes)
 
-    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Generated:
         asked = [self.asked(request) for request in requests]
         return self.load().images(asked, self.batch_images, on_step or _ignore)
 
@@ -97,12 +93,11 @@ class ServerSide:
     identity: Mapping[str, Any]
     fields: Mapping[str, Any]
     post: Callable[[dict[str, Any]], dict[str, Any]]
-    recipe: str = ""
 
     def asked(self, request: ImageRequest) -> ImageRequest:
         return request
 
-    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Found:
+    def images(self, requests: Sequence[ImageRequest], on_step: OnStep | None) -> Generated:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             yield from zip(requests, threads.map(self._image, requests), strict=True)
 

@@ -59,17 +59,9 @@ class Editor:
 
     def begin(self, request: ImageRequest, pixels: EditPixels | None = None) -> DenoisingState:
         prompts = ["", request.prompt] if request.guided else [request.prompt]
-        width, height = request.canvas
-        return self.denoiser.begin(
-            self.encoder.encode_prompts(prompts, TEXT_LENGTH),
-            width=width,
-            height=height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            seed=request.seed,
-            first_step=request.first_step,
-            edit=self.denoiser.encode(pixels, request.seed) if pixels else None,
-        )
+        embeds = self.encoder.encode_prompts(prompts, TEXT_LENGTH)
+        encoded = self.denoiser.encode(pixels, request.seed) if pixels else None
+        return self.denoiser.begin_request(request, embeds, encoded)
 
     def latents(self, request: ImageRequest, pixels: EditPixels) -> torch.Tensor:
         image = self.begin(request, pixels)

@@ -109,7 +109,7 @@ def test_a_distilled_model_is_refused() -> None:
 
 
 def test_pictures_are_compared_with_the_converged_one_of_the_same_guidance() -> None:
-    """A image here is grey by its guidance scale, brighter by how many steps are missing."""
+    """An image here is grey by its guidance scale, brighter by how many steps are missing."""
 
     def generate(requests: Sequence[ImageRequest]) -> list[Pixels]:
         return [

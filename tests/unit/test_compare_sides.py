@@ -67,7 +67,7 @@ def test_only_what_decides_a_picture_decides_its_digest(tmp_path: Any) -> None:
 def test_16_bit_stands_beside_fp8_with_its_steps() -> None:
     found = Sides(SERVED, "", 4).rounding(fields_of("recipe=fp8,quality=low"))
     assert found
-    assert [one.recipe for one in found] == ["fp32", "bf16"]
+    assert [one.identity["recipe"] for one in found] == ["fp32", "bf16"]
     assert all(isinstance(one, LocalSide) for one in found)
     assert [one.asked(REQUEST).num_inference_steps for one in found] == [8, 8]
     assert Sides(SERVED, "", 4).rounding(fields_of("recipe=bf16")) is None
