@@ -96,7 +96,7 @@ bench-autoscaling-ray: .venv/bench
 bench-jobs: .venv/bench
 	$(BIN)/python -W ignore -m bench.jobs $(if $(QUICK),--quick) $(if $(URL),--url $(URL))
 
-# What the demo model's presets save and lose; about 40 minutes; QUICK=1: 4 minutes.
+# What the demo model's presets save and lose; half an hour; QUICK=1: less than 7 minutes.
 bench-presets: .venv/bench
 	$(BIN)/python -W ignore -m bench.presets $(if $(QUICK),--quick)
 

@@ -242,7 +242,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few images: about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="few images: less than 7 minutes")
     parser.add_argument("--images", type=int, default=96, help="of each cell of the quality table")
     arguments = parser.parse_args()
     images = 8 if arguments.quick else arguments.images
