@@ -126,7 +126,7 @@ def _work_s(costs: CostCoefficients) -> float:
 def run_job(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
     """Run a simulation; return the job, the result, and the timeline (empty unless asked for)."""
     workload, scenario = cases(job.quick)[job.workload]
-    result = scenario.run(workload, job.policy, job.seed, WARM_UP_S, **dict(job.numbers))
+    result = scenario.run(workload, job.policy, job.seed, WARM_UP_S, dict(job.numbers))
     return job, as_dict(result), result.timeline if job.timeline else []
 
 

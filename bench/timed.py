@@ -57,8 +57,8 @@ class TimedGenerator:
         self._pool, self._dispatcher = given.name, dispatcher
         self._running: set[Lease] = set()
         self._stopped: list[StoppedImage] = []
-        self._leaving = False
         self._lock = SharedExclusiveLock()
+        self._replica = ray_serve.get_replica_context().replica_id.unique_id
         self._heartbeat = asyncio.create_task(self._report())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -67,6 +67,9 @@ class TimedGenerator:
     async def generate(
         self, request: ImageRequest, lease: Lease, options: StreamOptions, alone: bool
     ) -> AsyncIterator[Acknowledgement | ImageResult]:
+        if lease.replica != self._replica:
+            yield Acknowledgement.REFUSED
+            return
         yield Acknowledgement.RECEIVED
         began, done = None, False
         self._running.add(lease)
@@ -95,20 +98,17 @@ class TimedGenerator:
         if self._heartbeat.done():
             raise RuntimeError("no heartbeat")
 
-    def record_routing_stats(self) -> dict[str, bool]:
-        return {"leaving": self._leaving}
-
     async def _report(self) -> None:
-        name = ray_serve.get_replica_context().replica_id.unique_id
         node = ray.get_runtime_context().get_node_id()
         while True:
-            heartbeat = Heartbeat(self._pool, name, self._slots, 0.0, float(self._slots), node, 2.0)
+            heartbeat = Heartbeat(
+                self._pool, self._replica, self._slots, 0.0, float(self._slots), node, 2.0
+            )
             stopped, self._stopped = self._stopped, []
             try:
-                reply = await self._dispatcher.report_replica.remote(
+                await self._dispatcher.report_replica.remote(
                     heartbeat, list(self._running), stopped
                 )
-                self._leaving = reply.leaving
             except Exception:  # any error: the next heartbeat tries again
                 logging.getLogger("ray.serve").warning("no dispatcher", exc_info=True)
             await asyncio.sleep(1)

@@ -39,8 +39,7 @@ UNBOUNDED = 10_000
 PROMPT_ROUTER = RequestRouterConfig(
     initial_backoff_s=0.005,
     max_backoff_s=0.02,
-    request_router_class="serve.engine.routing:StayingReplicas",
-    request_routing_stats_period_s=2,
+    request_router_class="serve.engine.routing:NamedReplica",
 )
 REPORTING = {"metrics_interval_s": 1, "look_back_period_s": 30}
 

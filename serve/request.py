@@ -249,9 +249,11 @@ class Acknowledgement(StrEnum):
 
     `RECEIVED`: the replica has received the request. `STARTED`: the replica has begun the image. A
     request that must run alone waits between the two until the replica is empty. Every other
-    request waits while such a request runs.
+    request waits while such a request runs. `REFUSED`, as the only message: the image was granted a
+    slot of another replica, which is not there any more.
     """
 
+    REFUSED = "refused"
     RECEIVED = "received"
     STARTED = "started"
 

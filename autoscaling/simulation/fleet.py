@@ -117,6 +117,12 @@ class SimulatedReplica:
         return self._at + max(self.next.ends - self._rounds, 0.0) * self._round_s
 
     @property
+    def all_done_at(self) -> float:
+        """The time at which it would be done with its images, if they ran one after the other."""
+        left = ((image.ends - self._rounds) * image.row_s for image in self.running)
+        return self._at + sum(left) if self.running else self._at
+
+    @property
     def _round_s(self) -> float:
         return self._row_s + self._step_s * len(self._sizes)
 

@@ -2,8 +2,8 @@
 
 The simulation runs event by event. Requests wait in a queue that the caller hands in, in practice
 Octet's fair queue. `cluster.cost` computes the work of a request. Once per second the policy is
-told what the Dispatcher would tell it. `fleet` simulates replicas and nodes. The same seed gives
-the same result.
+told what the Dispatcher would tell it. `dispatch` chooses the replica of each request, and `fleet`
+simulates replicas and nodes. The same seed gives the same result.
 
 Pure: imports the standard library and pure files only.
 """
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from cluster.cost import CostCoefficients, ImageShape
 
 from ..load import Demand, Load, PoolBounds, Supply
+from .dispatch import FirstDone, OpenReplicas
 from .fleet import NodeType, PoolFleet, SimulatedReplica
 from .workloads import Arrival, RequestShape, Workload
 
@@ -127,7 +128,10 @@ class _ShapeCosts(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SimulatedRequest:
-    """A request that arrives at the time `at`, and waits in a `RequestQueue` at first."""
+    """A request that arrives at the time `at`, and waits in a `RequestQueue` at first.
+
+    `late_at`: from when it cannot be answered in time any more. The queue sets `number` and `late`.
+    """
 
     tenant: str
     work_s: float
@@ -136,10 +140,16 @@ class SimulatedRequest:
     costs: _ShapeCosts
     granted_at: float = 0.0
     number: int = 0
+    late: bool = False
+    last: bool = False
 
     @property
     def since(self) -> float:
         return self.at
+
+    @property
+    def late_at(self) -> float:
+        return self.at + (IN_TIME_SLOWDOWN - 1) * self.costs.alone_s
 
 
 class RequestQueue(Protocol):
@@ -148,7 +158,7 @@ class RequestQueue(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[SimulatedRequest]: ...
     def add(self, item: SimulatedRequest) -> None: ...
-    def first(self, pool: str) -> SimulatedRequest | None: ...
+    def first(self, pool: str, now: float) -> SimulatedRequest | None: ...
     def take(self, item: SimulatedRequest, pool: str) -> None: ...
     def settle(self, tenant: str, pool: str, correction_s: float) -> None: ...
 
@@ -169,11 +179,12 @@ class Simulation:
         queue: RequestQueue,
         seed: int = 0,
         unit: CostCoefficients | None = None,
+        choice: Callable[[int, random.Random], OpenReplicas] = FirstDone,
     ) -> None:
         """`pools`: a model's pools by name, preferred first. `queue`: an empty queue.
 
         `unit`: the cost of images on the reference replica, which defines their work. By default
-        this is the cost in the first pool.
+        this is the cost in the first pool. `choice`: a class of `dispatch`.
         """
         self._policy, self._seed = policy, seed
         self._names = tuple(pools)
@@ -184,11 +195,9 @@ class Simulation:
         self._queue = queue
         self._costs: dict[RequestShape, _ShapeCosts] = {}
         self._queued_s = 0.0
-        self._open: list[list[SimulatedReplica]] = [
-            [] for _ in pools
-        ]  # replicas that get new images
+        chance = random.Random(seed)
+        self._open = [choice(pool.pool.slots, chance) for pool in self._pools]
         self._running = [0] * len(self._pools)
-        self._chance = random.Random(seed)
         self._result = SimulationResult()
         self._requests = self._done = 0
         self._waits = array("f")
@@ -254,7 +263,7 @@ class Simulation:
         for i, name in enumerate(self._names):
             slots = self._pools[i].pool.slots
             while len(self._queue) and self._running[i] < slots * len(self._open[i]):
-                request = self._queue.first(name)
+                request = self._queue.first(name, now)
                 if request is None:
                     break
                 self._queue.take(request, name)
@@ -262,29 +271,14 @@ class Simulation:
                 self._start(i, request, now)
 
     def _start(self, i: int, request: SimulatedRequest, now: float) -> None:
-        replica = self._chosen_replica(i)
+        replica = self._open[i].choose()
         request.granted_at = now
         costs = request.costs
         self._running[i] += 1
         replica.advance(now)
         replica.join(request, costs.size, costs.row_s[i], costs.steps)
+        self._open[i].changed(replica)
         self._plan_end(replica)
-
-    def _chosen_replica(self, i: int) -> SimulatedReplica:
-        """The emptier of two random replicas, as Ray Serve's router chooses.
-
-        If both are full another pair is tried, up to four pairs; after that the emptiest replica of
-        the pool is chosen.
-        """
-        replicas, slots = self._open[i], self._pools[i].pool.slots
-        count = len(replicas)
-        for _ in range(4):
-            a = replicas[int(self._chance.random() * count)]
-            b = replicas[int(self._chance.random() * count)]
-            best = a if len(a.running) <= len(b.running) else b
-            if len(best.running) < slots:
-                return best
-        return min(replicas, key=lambda replica: len(replica.running))
 
     def _plan_end(self, replica: SimulatedReplica) -> None:
         """Plan the end of a replica's next image; its older plans become void."""
@@ -299,6 +293,7 @@ class Simulation:
         replica.advance(now)
         image = replica.next
         replica.leave(image)
+        self._open[i].changed(replica)
         request: SimulatedRequest = image.request
         self._running[i] -= not replica.draining
         self._queue.settle(request.tenant, self._names[i], 0.0)
@@ -330,7 +325,7 @@ class Simulation:
 
     def ready(self, replica: SimulatedReplica, now: float) -> None:
         """Let a replica get images from now on."""
-        self._open[replica.pool].append(replica)
+        self._open[replica.pool].add(replica)
         self._grant(now)
 
     def lost(self, replica: SimulatedReplica, now: float) -> None:

@@ -113,7 +113,7 @@ def simulate(
     policies = {text: policy_of(text) for text in policy or ["queued-work"]}
     for text, (name, numbers) in policies.items():
         with working(f"simulating {text}"):
-            results[text] = scenario.run(requests, name, seed, **numbers)
+            results[text] = scenario.run(requests, name, seed, numbers=numbers)
     if as_json:
         found = {text: as_dict(result) for text, result in results.items()}
         typer.echo(json.dumps(found, indent=1))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from autoscaling.load import PolicyTuning, PoolBounds, ScalingLimits
 from autoscaling.policy import preferred
 from autoscaling.simulation import workloads
 from autoscaling.simulation.contestants import contestant
+from autoscaling.simulation.dispatch import EmptierOfTwo, FifoQueue, FirstDone
 from autoscaling.simulation.fleet import NodeType
 from autoscaling.simulation.simulator import (
+    RequestQueue,
     SimulatedPool,
     SimulatedRequest,
     Simulation,
@@ -93,12 +97,15 @@ class Scenario:
         policy: str,
         seed: int = 0,
         warm_up_s: float = 0.0,
-        **numbers: float,
+        numbers: Mapping[str, float] = MappingProxyType({}),
+        *,
+        plain_dispatch: bool = False,
     ) -> SimulationResult:
         """Simulate the workload under a policy.
 
         `numbers`: the policy's parameters, named as in `NUMBERS`. Requests of the first `warm_up_s`
-        seconds are not counted.
+        seconds are not counted. `plain_dispatch`: requests are served in order of arrival, by the
+        emptier of two random replicas, as in Ray Serve; otherwise as Octet's Dispatcher does it.
         """
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
@@ -107,8 +114,12 @@ class Scenario:
         chosen = contestant(
             policy, self.limits, arrivals, workload.seconds, self.start_s, **numbers
         )
-        queue: FairQueue[SimulatedRequest] = FairQueue()
-        return Simulation(self.pools, chosen, queue, seed, self.unit).run(workload, warm_up_s)
+        queue: RequestQueue = FairQueue[SimulatedRequest]()
+        if plain_dispatch:
+            queue = FifoQueue[SimulatedRequest]()
+        choice = EmptierOfTwo if plain_dispatch else FirstDone
+        simulation = Simulation(self.pools, chosen, queue, seed, self.unit, choice)
+        return simulation.run(workload, warm_up_s)
 
 
 def scenario_of_card(

@@ -55,7 +55,8 @@ OWN_SHARE = 4  # places that a tenant may take for each place that is left
 class AdmittedCall:
     """An open call.
 
-    `opened`: the time of its admission. `pools`: those of its images; empty if it has none.
+    `opened`: the time of its admission. `deadline`: the time after which its client does not wait
+    any more. `pools`: those of its images; empty if it has none.
     `predicted_s`: the forecast of its duration, until the forecast has been compared with the real
     one. `reserved`: the work that it may still be charged. `lane`: how it has come. `progress`: as
     its session told it last.
@@ -66,6 +67,7 @@ class AdmittedCall:
     tenant: str
     request_id: str
     opened: float
+    deadline: float
     pools: Pools
     predicted_s: float | None
     reserved: float
@@ -437,8 +439,7 @@ class Admission:
         limit = tenant.max_queued_work
         if limit is not None and queued and work_s + request.work_s > limit:
             excess_s = work_s + request.work_s - limit
-            backlogs = self._grants.queue.backlogs(request.images[0].pools)
-            later_s = self._forecasts.wait_s(request, min(excess_s, work_s), backlogs, now)
+            later_s = self._forecasts.wait_s(request, min(excess_s, work_s), now)
             known_s = later_s if math.isfinite(later_s) else None
             raise _RefusedError("queue_full", known_s, own_limit=True)
 
@@ -474,6 +475,7 @@ class Admission:
             request.tenant,
             request.request_id,
             now,
+            now + request.timeout_s - request.waited_s if request.timeout_s else math.inf,
             _pools_of(request),
             predicted_s,
             request.work_s,

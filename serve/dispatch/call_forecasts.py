@@ -8,15 +8,17 @@ Pure: imports the standard library and pure files only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from .forecast import ArrivalRate, ForecastAccuracy, TenantDemand
+from .forecast import ArrivalRate, CrowdForecast, ForecastAccuracy, TenantDemand
 from .forecast import wait_s as fluid_wait_s
 from .grants import Grants
 from .protocol import AdmissionRequest, Pools
 
 IDLE_S = 60.0  # arrival rates without an event for so long are forgotten
+FEW_TENANTS = 64  # so many are read anew for each forecast
+READING_S = 0.1  # with more tenants, a reading of them is used for so long
 
 
 class Forecast(NamedTuple):
@@ -36,6 +38,7 @@ class CallForecasts:
         self._grants = grants
         self._rates: dict[str, dict[str, ArrivalRate]] = {}  # arriving work, by pool and tenant
         self._accuracy: dict[Pools, ForecastAccuracy] = {}  # by the pools of a call's images
+        self._crowds: dict[Pools, CrowdForecast] = {}  # the last readings of many tenants
 
     def count_arrival(self, request: AdmissionRequest, now: float) -> None:
         """Count an admitted call in its tenant's rates of arriving work."""
@@ -58,6 +61,8 @@ class CallForecasts:
         for rates in self._rates.values():
             for tenant in [name for name, rate in rates.items() if now - rate.at > IDLE_S]:
                 del rates[tenant]
+        for pools in [p for p, read in self._crowds.items() if now - read.read_at > IDLE_S]:
+            del self._crowds[pools]
 
     def expected_s(self, pools: Pools, predicted_s: float) -> float:
         """The mean time in seconds that calls with this forecast have taken lately."""
@@ -88,14 +93,13 @@ class CallForecasts:
         speed, slots, running = self._capacity(pools)
         if not speed:
             return None
-        backlogs = self._grants.queue.backlogs(pools)
-        coming = len(request.images)
+        queue, coming = self._grants.queue, len(request.images)
         wait_s = 0.0
-        if backlogs or running + coming > slots:
-            own_s = backlogs.get(request.flow, 0.0) if own_backlog else 0.0
+        if running + coming > slots or any(map(queue.waits_for, pools)):
+            own_s = queue.backlog_s(request.flow, pools) if own_backlog else 0.0
             if request.lane == "request":  # it comes before the tenant's jobs
                 own_s = max(own_s - self._grants.waiting_jobs(request.tenant)[1], 0.0)
-            wait_s = self.wait_s(request, own_s + request.work_s, backlogs, now)
+            wait_s = self.wait_s(request, own_s + request.work_s, now)
         return Forecast(wait_s, self._service_s(request, full=wait_s > 0))
 
     def _service_s(self, request: AdmissionRequest, *, full: bool) -> float:
@@ -125,33 +129,35 @@ class CallForecasts:
         self, request: AdmissionRequest, pools: Pools, images: int, speed: float
     ) -> float:
         """Seconds of the call's largest image while `images` images run in these pools."""
-        replicas = sum(len(self._grants.replicas(pool)) for pool in pools)
+        replicas = sum(map(self._grants.living, pools))
         return max(image.work_s for image in request.images) * max(replicas, images) / speed
 
-    def wait_s(
-        self,
-        request: AdmissionRequest,
-        own_s: float,
-        backlogs: Mapping[str, float],
-        now: float,
-    ) -> float:
-        """Seconds until `own_s` seconds of the tenant's own work have been granted.
+    def wait_s(self, request: AdmissionRequest, own_s: float, now: float) -> float:
+        """Seconds until `own_s` seconds of the tenant's own work have been granted."""
+        pools, flow = request.images[0].pools, request.flow
+        weight, (speed, _, _) = self._grants.queue.weight(flow), self._capacity(pools)
+        known = self._crowds.get(pools)
+        if known is None or not 0 <= now - known.read_at < READING_S:
+            demands = self._demands(pools, now)
+            if len(demands) <= FEW_TENANTS:
+                self._crowds.pop(pools, None)
+                demands.pop(flow, None)
+                return fluid_wait_s(own_s, weight, list(demands.values()), speed)
+            known = self._crowds[pools] = CrowdForecast(demands, now)
+        return known.wait_s(flow, own_s, weight, speed)
 
-        `backlogs`: each tenant's work that waits for the call's pools.
-        """
-        pools = request.images[0].pools
+    def _demands(self, pools: Pools, now: float) -> dict[str, TenantDemand]:
+        """The backlog of every tenant for these pools, and the work that arrives for them."""
         queue = self._grants.queue
+        backlogs = queue.backlogs(pools)
         arriving = dict.fromkeys(backlogs, 0.0)
         for pool in pools:
             for name, rate in self._rates.get(pool, {}).items():
                 arriving[name] = max(arriving.get(name, 0.0), rate.per_s(now))
-        arriving.pop(request.flow, None)
-        others = [
-            TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
+        return {
+            name: TenantDemand(queue.weight(name), backlogs.get(name, 0.0), per_s)
             for name, per_s in arriving.items()
-        ]
-        speed, _, _ = self._capacity(pools)
-        return fluid_wait_s(own_s, queue.weight(request.flow), others, speed)
+        }
 
     def grants_in_s(self, request: AdmissionRequest, images: int) -> float | None:
         """Seconds until `images` of the waiting images have been granted slots.
@@ -169,8 +175,8 @@ class CallForecasts:
         """Total speed, number of slots, and slots in use of these pools' staying replicas."""
         speed, slots, running = 0.0, 0, 0
         for pool in pools:
-            staying = self._grants.slots(pool)
-            slots += staying
-            running += staying - self._grants.free_slots(pool)
-            speed += sum(heartbeat.speed for heartbeat in self._grants.staying(pool))
+            staying = self._grants.staying(pool)
+            slots += staying.slots
+            running += staying.slots - self._grants.free_slots(pool)
+            speed += staying.speed
         return speed, slots, running

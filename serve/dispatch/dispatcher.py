@@ -50,7 +50,6 @@ from .protocol import (
     DispatchEvent,
     Heartbeat,
     HeartbeatReply,
-    Lane,
     Lease,
     PoolStatus,
     QueuedImage,
@@ -202,6 +201,7 @@ class Dispatcher:
         }
         encoders = [encoder.need for encoder in settings.text_encoders]
         self.apply_jobs(settings.models, settings.jobs)
+        self.grants.late_slowdown = settings.late_slowdown
         self.apply(needs, scaling_limits(settings), settings.max_queued, encoders)
 
     def apply(
@@ -252,7 +252,7 @@ class Dispatcher:
         stream = self.sessions.open(session, self._status())
         self.grants.open(session, time.monotonic())
         for image in running:
-            self.grants.declare(session, image)
+            self.grants.declare(session, image, time.monotonic())
         self._open_calls(session, calls)
         self.recovery.opened(session)
         try:
@@ -345,19 +345,26 @@ class Dispatcher:
         self.recovery.reached()
         self._metrics.messages["heartbeat"] += 1
         now = time.monotonic()
-        heartbeat = heartbeat._replace(slots=self._cordons.heard(heartbeat, now))
+        slots = self._cordons.heard(heartbeat, now)
+        if slots != heartbeat.slots:
+            heartbeat = heartbeat._replace(slots=slots)
         if heartbeat.node in self._cordons.cordoned and heartbeat.node not in self.grants.draining:
             self._nodes.look_again()
-        if self.grants.report_replica(heartbeat, now, running):
+        held = self.grants.holds, self._shadows.holds
+        running = tuple(running)
+        orphans = tuple(lease for lease in running if not any(holds(lease) for holds in held))
+        careful = self._cordons.careful(heartbeat, now)
+        first, freed = self.grants.report_replica(
+            heartbeat, now, running, orphans, one_at_a_time=careful
+        )
+        if first:
             self.sessions.set_status(self._status())
         for report in stopped:
             if usage := self.grants.stopped(report, now):
                 self.metering.stopped(report.lease.session, usage, report)
-        self._grant()
-        held = self.grants.holds, self._shadows.holds
-        orphans = tuple(lease for lease in running if not any(holds(lease) for holds in held))
-        leaving = heartbeat.node in self.grants.draining
-        return HeartbeatReply(orphans, leaving, self._cordons.careful(heartbeat, now))
+        if freed:
+            self._grant()
+        return HeartbeatReply(orphans, careful)
 
     # -- operators ------------------------------------------------------------------------------
 
@@ -460,11 +467,11 @@ class Dispatcher:
     def _pool_status(self, pool: str) -> PoolStatus:
         staying = self.grants.staying(pool)
         return PoolStatus(
-            replicas=len(staying),
-            slots=self.grants.slots(pool),
+            replicas=staying.replicas,
+            slots=staying.slots,
             running=self.grants.running_in(pool),
-            running_work_s=round(sum(replica.running_work_s for replica in staying), 3),
-            speed=round(sum(replica.speed for replica in staying), 3),
+            running_work_s=round(staying.running_work_s, 3),
+            speed=round(staying.speed, 3),
             placeable=self.grants.placeable(pool),
             least=self.scaling.limits.pools[pool].min_replicas,
             wanted=self.scaling.replicas[pool],
@@ -475,10 +482,9 @@ class Dispatcher:
 
     def _clear_suspect(self, session: str, image_id: str) -> None:
         """Note on which card an image was generated, if its replica has reported it."""
-        if image := self.grants.running_image(session, image_id):
-            on = self.grants.runs_on(Lease(session, image_id, image.pool))
-            if on:
-                self._cordons.generated(image.call_id, card_or_node(on))
+        image = self.grants.running_image(session, image_id)
+        if image and (on := self.grants.runs_on(image)):
+            self._cordons.generated(image.call_id, card_or_node(on))
 
     def _may_decide(self, now: float) -> bool:
         """Return whether every living replica has had time to report itself."""
@@ -529,7 +535,7 @@ class Dispatcher:
                 for usage in request.usages:
                     self.metering.charge(session, usage)
                 for image in request.images:
-                    self._queue(session, image, request.tenant, request.lane)
+                    self._queue(session, image)
                 queued += request.images
         self._grant()
         self._report_positions(queued)
@@ -554,14 +560,23 @@ class Dispatcher:
 
     def _queue_retries(self, session: str, images: Iterable[QueuedImage]) -> None:
         for image in images:
-            if call := self.admission.call(session, image.call_id):
-                self._queue(session, image, call.tenant, call.lane)
+            self._queue(session, image)
         self._grant()
         self._report_positions(images)
 
-    def _queue(self, session: str, image: QueuedImage, tenant: str, lane: Lane) -> None:
-        flow, now = flow_of(tenant, lane), time.monotonic()
-        if refused := self.grants.submit(session, image, flow, now, of_job=lane == "job"):
+    def _queue(self, session: str, image: QueuedImage) -> None:
+        """Queue an image of an admitted call; nothing happens if the call has ended meanwhile."""
+        if (call := self.admission.call(session, image.call_id)) is None:
+            return
+        refused = self.grants.submit(
+            session,
+            image,
+            flow_of(call.tenant, call.lane),
+            time.monotonic(),
+            of_job=call.lane == "job",
+            deadline=call.deadline,
+        )
+        if refused:
             self.sessions.deliver([refused])
 
     def _report_positions(self, images: Iterable[QueuedImage]) -> None:
@@ -580,14 +595,14 @@ class Dispatcher:
 
     def _grant(self) -> None:
         if self.recovery.over:
-            self.sessions.deliver(self.grants.grant())
+            self.sessions.deliver(self.grants.grant(time.monotonic()))
             self.sessions.deliver(self._shadows.stop())
 
     def _beat(self, lag_s: float) -> None:
         """Grant what can be granted, and send positions and status to the sessions."""
         self._grant()
         if self.recovery.over:
-            self.sessions.deliver(self._shadows.begin())
+            self.sessions.deliver(self._shadows.begin(time.monotonic()))
         self.sessions.deliver(self.grants.positions())
         self.sessions.set_status(self._status())
         self._metrics.stored(self.jobs.by_pool())

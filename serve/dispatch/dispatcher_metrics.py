@@ -75,7 +75,7 @@ class PoolMetrics:
         waiting = {pool: [0, 0.0, 0.0] for pool in scaling.limits.pools}
         for image in grants.queue:
             row = waiting.setdefault(image.pools[0], [0, 0.0, 0.0])
-            row[:] = row[0] + 1, row[1] + image.work_s, max(row[2], now - image.arrived)
+            row[:] = row[0] + 1, row[1] + image.work_s, max(row[2], now - image.since)
         for pool in scaling.limits.pools:
             row = waiting[pool]
             tags = {"model": scaling.limits.pools[pool].model, "pool": pool}
@@ -84,7 +84,7 @@ class PoolMetrics:
             self._slots.set(grants.free_slots(pool), {"pool": pool, "state": "free"})
             self._slots.set(grants.running_in(pool), {"pool": pool, "state": "running"})
         for pool in scaling.limits.pools:
-            wanted, ready = scaling.replicas[pool], len(grants.staying(pool))
+            wanted, ready = scaling.replicas[pool], grants.staying(pool).replicas
             counts = {"wanted": wanted, "ready": ready, "starting": max(wanted - ready, 0)}
             for state, count in counts.items():
                 self._replicas.set(count, {"pool": pool, "state": state})

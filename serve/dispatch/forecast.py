@@ -17,8 +17,11 @@ Pure: standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 RATE_MEMORY_S = 10.0  # time constant of `ArrivalRate`
@@ -27,6 +30,8 @@ MAX_RATIO = 4.0  # the largest ratio real ÷ predicted that `ForecastAccuracy` c
 MEAN_STEP = 0.05  # how far one ratio moves the mean
 QUANTILE_STEP = 0.2  # how far one ratio moves the quantile
 FADE_S = 300.0  # time constant with which mean and quantile return to 1
+# The times at which `CrowdForecast` knows the work that is served: from 0.1 s to over an hour.
+CROWD_TIMES_S = (0.0, *(0.1 * 1.25**i for i in range(48)))
 
 
 class TenantDemand(NamedTuple):
@@ -118,3 +123,66 @@ def wait_s(backlog_s: float, weight: float, others: Sequence[TenantDemand], spee
         else:
             latest = t
     return latest
+
+
+class _ServedBy:
+    """The work that is served by one time, as a function of the work per weight.
+
+    Each tenant is served min(its work by then, weight · x). With the tenants in order of work ÷
+    weight, this sum takes one bisection: those before x are served whole, the others weight · x.
+    """
+
+    def __init__(self, demands: Sequence[TenantDemand], t: float) -> None:
+        works = sorted(
+            ((work := backlog_s + arriving * t) / weight, work, weight)
+            for weight, backlog_s, arriving in demands
+        )
+        self._ratios = [ratio for ratio, _, _ in works]
+        self._works = [0.0, *accumulate(work for _, work, _ in works)]
+        self._weights = [0.0, *accumulate(weight for _, _, weight in works)]
+
+    def at(self, per_weight: float) -> float:
+        whole = bisect_left(self._ratios, per_weight)
+        return self._works[whole] + (self._weights[-1] - self._weights[whole]) * per_weight
+
+
+@dataclass(frozen=True)
+class CrowdForecast:
+    """The forecast `wait_s` for many calls, from one reading of many tenants.
+
+    A forecast costs O(log tenants) after the first ones, and is exact at `CROWD_TIMES_S`; between
+    two of these times the served work is taken as linear. `read_at`: the time of the reading.
+    """
+
+    demands: Mapping[str, TenantDemand]
+    read_at: float
+    _tables: dict[float, _ServedBy] = field(default_factory=dict)
+
+    def wait_s(self, tenant: str, backlog_s: float, weight: float, speed: float) -> float:
+        """Seconds until the tenant's `backlog_s` is served; see the function `wait_s`."""
+        if not speed:
+            return math.inf
+        per_weight = backlog_s / weight
+
+        def missing(t: float) -> float:
+            """The work that would have to be served by `t`, less what can be."""
+            if (table := self._tables.get(t)) is None:
+                table = self._tables[t] = _ServedBy(self._all, t)
+            others = table.at(per_weight)
+            if own := self.demands.get(tenant):
+                others -= min(own.backlog_s + own.arriving * t, own.weight * per_weight)
+            return backlog_s + others - speed * t
+
+        later = bisect_left(CROWD_TIMES_S, True, key=lambda t: missing(t) <= 0)
+        if later == len(CROWD_TIMES_S):
+            all_weights = sum(demand.weight for demand in self._all)
+            return (backlog_s + all_weights * per_weight) / speed
+        if not later:
+            return 0.0
+        t, before = CROWD_TIMES_S[later], CROWD_TIMES_S[later - 1]
+        too_early = missing(before)
+        return before + (t - before) * too_early / (too_early - missing(t))
+
+    @cached_property
+    def _all(self) -> list[TenantDemand]:
+        return list(self.demands.values())

@@ -1,10 +1,10 @@
 """Grants of free slots to waiting images: the Dispatcher's state, without clock, network or Ray.
 
-A *slot* is room for one image in a pool. Each replica reports how many slots it has; a pool has the
-sum. A *grant* gives a free slot to one waiting image: `fair_queue` chooses it among the images that
-may use the pool. An image is bound to a pool only by its grant, so no image waits while one of its
-pools has a free slot. A grant is a lease that is held by the *session* (one Ingress replica) which
-queued the image. A session that falls silent loses all of its images and slots.
+A *slot* is room for one image on one replica. A *grant* gives a free slot to one waiting image:
+`fair_queue` chooses the image among those that may use the pool, and `replicas` chooses the
+replica. An image is bound to a pool and a replica only by its grant, so no image waits while one of
+its pools has a free slot. A grant is a lease that is held by the *session* (one Ingress replica)
+which queued the image. A session that falls silent loses all of its images and slots.
 
 A pool is *possible* if it has a living replica, or if a node could hold one. An image without a
 possible pool is refused at once, because it would wait in vain.
@@ -16,8 +16,9 @@ Pure: imports the standard library and pure files only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -38,36 +39,35 @@ from .protocol import (
     StoppedImage,
     tenant_of,
 )
+from .replicas import Capacity, PoolReplicas, heartbeats, held_calls
+from .settlement import Settlement
 
-UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
 COUNTED_S = 600.0  # a session that comes back later than that may count its images again
 UNKNOWN_S = 10.0  # for this time, a pool that is not in the settings may still be on its way
 EXCESS_S = 600.0  # Ray Serve stops no replica in excess later than that
-AFTER_REQUESTS_S = 1e9  # by which images of jobs count as later than those of requests
 REPORTED_POSITIONS = 1000  # images further back hear their position when they have come nearer
+NO_REPLICAS = Capacity()
 
 
 @dataclass(slots=True, eq=False)
 class WaitingImage:
     """An image in the fair queue. Within a tenant, images of requests come before those of jobs.
 
-    `tenant`: the name under which it queues, see `flow_of`. `arrived`: the time at which it
-    arrived; a further attempt at an image keeps the time of the first. `number`: set by the queue.
-    `position`: its place in the queue as last reported; 0 before the first report.
+    `tenant`: the name under which it queues, see `flow_of`. `since`: the time at which it arrived;
+    a further attempt at an image keeps the time of the first. `late_at`: when it can no longer be
+    done in time. `last`: it waits behind all others of its tenant. `number`, `late`: set by the
+    queue. `position`: its place in the queue as last reported; 0 before the first report.
     """
 
     image: QueuedImage
     tenant: str
     session: str
-    arrived: float
+    since: float
+    late_at: float = math.inf
+    last: bool = False
     number: int = 0
+    late: bool = False
     position: int = 0
-    of_job: bool = False
-
-    @property
-    def since(self) -> float:
-        """The time that decides on its place among its tenant's images."""
-        return self.arrived + AFTER_REQUESTS_S if self.of_job else self.arrived
 
     @property
     def work_s(self) -> float:
@@ -85,17 +85,6 @@ class _Session:
     running: dict[str, RunningImage] = field(default_factory=dict)
 
 
-class _Unsettled(NamedTuple):
-    """An image whose slot was given back before its Generator reported the work that it took.
-
-    `cancelled`: the charge of the whole image if its client cancelled it; otherwise None.
-    """
-
-    since: float
-    image: RunningImage
-    cancelled: UsageRecord | None
-
-
 class DeadReplica(NamedTuple):
     """A replica that has died: its last heartbeat, and the calls whose images died with it."""
 
@@ -103,46 +92,29 @@ class DeadReplica(NamedTuple):
     calls: frozenset[str]
 
 
-@dataclass(slots=True)
-class _Replica:
-    heartbeat: Heartbeat
-    first_heard: float
-    last_heard: float
-    running: frozenset[Lease]
-
-
-class _Excess(NamedTuple):
-    """A decision to have fewer replicas, which Ray Serve carries out later.
-
-    Only `staying` of the replicas that lived at the time `since` stay.
-    """
-
-    since: float
-    staying: int
-
-
 class Grants:
     """The queue, the slots and the leases of all sessions."""
 
     def __init__(self, *, session_lease_s: float, replica_lease_s: float) -> None:
         """`session_lease_s`, `replica_lease_s`: how long a session or a replica may be silent."""
-        self.queue: FairQueue[WaitingImage] = FairQueue()
+        self.queue: FairQueue[WaitingImage] = FairQueue(deferrable=_is_batch)
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
-        self.draining: frozenset[str] = frozenset()  # ids of nodes that are about to go
         self.kept_from_batches = 0  # free slots of each pool that batches leave to others
+        self.late_slowdown: float | None = None  # see `submit`
         self._sessions: dict[str, _Session] = {}
-        self._replicas: dict[str, dict[str, _Replica]] = {}  # of each pool
+        self._pools: dict[str, PoolReplicas] = {}
+        self._retired: dict[str, PoolReplicas] = {}  # of pools that are not there, but run images
+        self._draining: frozenset[str] = frozenset()
+        self._on_card: Counter[str] = Counter()  # running images by card
+        self._on_node: Counter[str] = Counter()  # replicas by node
         self._removed: frozenset[str] = frozenset()  # pools that are no longer there
         self._unknown: dict[str, float] = {}  # pools that nobody has named yet, and since when
         self._placeable: frozenset[str] | None = None  # None: not known yet, any pool may come
-        self._excess: dict[str, _Excess] = {}
-        self._running: dict[str, int] = {}  # granted slots by pool
         self._jobs: dict[str, tuple[int, float]] = {}  # waiting images of jobs and their work
         self._dead: list[DeadReplica] = []  # not yet returned by `dead`
         self._watched: dict[int, WaitingImage] = {}  # those that report their position, by number
-        self._unsettled: dict[Lease, _Unsettled] = {}
-        self._stopped: dict[Lease, tuple[float, StoppedImage]] = {}  # reported before their release
+        self._settlement = Settlement()
         # Images that ran when their session was closed: their tenants' clocks hold their work.
         self._counted: dict[tuple[str, str], float] = {}  # since when, by session and image id
 
@@ -159,7 +131,7 @@ class Grants:
             for waiting in ended.waiting.values():
                 self._leave_queue(waiting)
             for running in ended.running.values():
-                self._free(running)
+                self._free(session, running, now)
                 self._settle(running, running.work_s)
                 self._counted[session, running.image_id] = now
 
@@ -170,12 +142,12 @@ class Grants:
         self._sessions[session].last_heard = now
         return True
 
-    def declare(self, session: str, running: RunningImage) -> None:
+    def declare(self, session: str, running: RunningImage, now: float) -> None:
         """Count an image that runs already, because its slot was granted before the session began.
 
         Its work counts once, however often the session is opened again.
         """
-        self._hold(session, running)
+        self._hold(session, running, now)
         counted = self._counted.pop((session, running.image_id), None) is not None
         self.queue.taken_before(running.flow, running.pool, 0 if counted else running.work_s)
 
@@ -187,10 +159,14 @@ class Grants:
         now: float,
         *,
         of_job: bool = False,
+        deadline: float = math.inf,
     ) -> Refused | None:
         """Queue an image under the name `flow`; returns a refusal if no pool of it is possible.
 
-        `of_job`: whether it waits behind the images of the tenant's requests.
+        `of_job`: whether it waits behind the images of the tenant's requests. `deadline`: the time
+        after which nobody wants it. An image is *late* when it cannot be done by its deadline any
+        more, or within `late_slowdown` times the seconds that it takes alone. A late image stands
+        behind those of its tenant that can still be in time.
         """
         holder = self._sessions[session]
         if image.id in holder.waiting or image.id in holder.running:
@@ -198,9 +174,14 @@ class Grants:
         if not self.possible(image.pools):
             return Refused(session, image.id)
         for pool in image.pools:
-            if pool not in self._replicas and pool not in self._removed:
+            if pool not in self._pools and pool not in self._removed:
                 self._unknown.setdefault(pool, now)
-        waiting = WaitingImage(image, flow, session, now - image.waited_s, of_job=of_job)
+        since = now - image.waited_s
+        late_at = math.inf
+        if self.late_slowdown is not None and not of_job and not flow.endswith(BATCH):
+            alone_s = self._alone_s(image)
+            late_at = min(since + self.late_slowdown * alone_s, deadline) - alone_s
+        waiting = WaitingImage(image, flow, session, since, late_at, last=of_job)
         self.queue.add(waiting)
         if of_job:
             self._count_job(waiting, 1)
@@ -222,19 +203,21 @@ class Grants:
         if waiting := holder.waiting.pop(release.image_id, None):
             self._leave_queue(waiting)
         elif running := holder.running.pop(release.image_id, None):
-            self._free(running)
             if release.lost:
-                self._note_death(Lease(session, running.image_id, running.pool), running.call_id)
+                self._note_death(running, now)
+            elif release.refused and running.pool in self._pools:
+                until = now + self.replica_lease_s
+                self._pools[running.pool].avoid(running.replica, until, now)
+            self._free(session, running, now)
             if release.took_s is not None:
                 self._settle(running, release.took_s)
                 return None
-            lease = Lease(session, release.image_id, running.pool)
-            if lease in self._stopped:
-                _, report = self._stopped.pop(lease)
-                self._settle(running, report.work_s)
-                return report
-            self._unsettled[lease] = _Unsettled(now, running, release.cancelled)
-            return "awaited"
+            lease = Lease(session, release.image_id, running.pool, running.replica)
+            report = self._settlement.given_back(lease, running, release.cancelled, now)
+            if report is None:
+                return "awaited"
+            self._settle(running, report.work_s)
+            return report
         return None
 
     def dead(self) -> list[DeadReplica]:
@@ -244,27 +227,26 @@ class Grants:
 
     def expire_replicas(self, now: float) -> None:
         """Drop the replicas that have fallen silent."""
-        for replicas in self._replicas.values():
-            for name, replica in list(replicas.items()):
-                if now - replica.last_heard > self.replica_lease_s:
-                    del replicas[name]
+        for replicas in self._pools.values():
+            replicas.expire(now, self.replica_lease_s)
 
-    def runs_on(self, lease: Lease) -> Heartbeat | None:
-        """The last heartbeat of the replica that runs an image; None if none has reported it."""
-        replicas = self._replicas.get(lease.pool, {}).values()
-        return next((r.heartbeat for r in replicas if lease in r.running), None)
+    def runs_on(self, image: RunningImage) -> Heartbeat | None:
+        """The last heartbeat of the replica that runs an image; None if it is not known."""
+        if image.pool not in self._pools:
+            return None
+        replica = self._pools[image.pool].get(image.replica)
+        return replica.heartbeat if replica else None
 
     def expire(self, now: float) -> list[str]:
         """Drop sessions that have fallen silent; returns their names."""
         late = {pool for pool, since in self._unknown.items() if now - since > UNKNOWN_S}
         self._removed |= late
         self._unknown = {p: at for p, at in self._unknown.items() if p not in late}
-        for pool, excess in list(self._excess.items()):
-            if pool in self._removed or now - excess.since > EXCESS_S:
-                del self._excess[pool]
-        for lease, (since, _) in list(self._stopped.items()):
-            if now - since > UNSETTLED_S:
-                del self._stopped[lease]
+        for replicas in self._pools.values():
+            since = replicas.excess_since
+            if since is not None and now - since > EXCESS_S:
+                replicas.keep_all(now)
+        self._retired = {p: replicas for p, replicas in self._retired.items() if replicas.running}
         for image, since in list(self._counted.items()):
             if now - since > COUNTED_S:
                 del self._counted[image]
@@ -280,18 +262,18 @@ class Grants:
     # -- Generators -----------------------------------------------------------------------------
 
     def report_replica(
-        self, heartbeat: Heartbeat, now: float, running: Iterable[Lease] = ()
-    ) -> bool:
-        """Note a replica's heartbeat, unless its pool no longer exists.
-
-        Returns whether it is the replica's first one.
-        """
-        if (replicas := self._replicas.get(heartbeat.pool)) is None:
-            return False
-        known = replicas.get(heartbeat.replica)
-        first_heard = known.first_heard if known else now
-        replicas[heartbeat.replica] = _Replica(heartbeat, first_heard, now, frozenset(running))
-        return known is None
+        self,
+        heartbeat: Heartbeat,
+        now: float,
+        running: Collection[Lease] = (),
+        unheld: Collection[Lease] = (),
+        *,
+        one_at_a_time: bool = False,
+    ) -> tuple[bool, bool]:
+        """Note a replica's heartbeat, unless its pool no longer exists; see `PoolReplicas.hear`."""
+        if (replicas := self._pools.get(heartbeat.pool)) is None:
+            return False, False
+        return replicas.hear(heartbeat, now, running, unheld, one_at_a_time=one_at_a_time)
 
     def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
         """Note a Generator's report of a stopped image.
@@ -299,10 +281,8 @@ class Grants:
         Returns the image's usage record with its full charge, if its client had cancelled it and
         its slot was given back before this report.
         """
-        unsettled = self._unsettled.pop(report.lease, None)
+        unsettled = self._settlement.reported(report, now, held=self.holds(report.lease))
         if unsettled is None:
-            if self.holds(report.lease):
-                self._stopped[report.lease] = now, report
             return None
         self._settle(unsettled.image, report.work_s)
         return unsettled.cancelled
@@ -313,8 +293,7 @@ class Grants:
         Each counts with its predicted work. Returns the usage records of those images that their
         clients had cancelled.
         """
-        late = [x for x, image in self._unsettled.items() if now - image.since > UNSETTLED_S]
-        lost = [self._unsettled.pop(lease) for lease in late]
+        lost = self._settlement.give_up(now)
         for unsettled in lost:
             self._settle(unsettled.image, unsettled.image.work_s)
         return [unsettled.cancelled for unsettled in lost if unsettled.cancelled]
@@ -324,16 +303,27 @@ class Grants:
 
         Ray Serve will stop the others.
         """
-        if replicas < len(self._staying(pool)):
-            self._excess[pool] = _Excess(now, replicas)
+        self._pools[pool].keep(replicas, now)
 
     def in_excess(self) -> list[str]:
         """The pools of which some replicas get no new grants."""
-        return list(self._excess)
+        return [pool for pool, r in self._pools.items() if r.excess_since is not None]
 
-    def keep_all(self, pool: str) -> None:
+    def keep_all(self, pool: str, now: float) -> None:
         """Let all replicas of the pool get new grants again, because Ray Serve stops none."""
-        self._excess.pop(pool, None)
+        self._pools[pool].keep_all(now)
+
+    @property
+    def draining(self) -> frozenset[str]:
+        """The ids of the nodes that are about to go."""
+        return self._draining
+
+    def set_draining(self, nodes: frozenset[str], now: float) -> None:
+        """Let replicas on these nodes get no new grants."""
+        if nodes != self._draining:
+            self._draining = nodes
+            for replicas in self._pools.values():
+                replicas.set_draining(nodes, now)
 
     def running_image(self, session: str, image_id: str) -> RunningImage | None:
         """The running image of this id; None if the session holds no slot for it."""
@@ -357,27 +347,41 @@ class Grants:
 
     # -- decisions ------------------------------------------------------------------------------
 
-    def grant(self) -> list[Granted]:
+    def grant(self, now: float) -> list[Granted]:
         """Give every free slot to the image that is next in the fair queue of its pool."""
-        granted = []
-        for pool in self._replicas:
-            while waiting := self._next_in(pool):
+        granted: list[Granted] = []
+        if not len(self.queue):
+            return granted
+        for pool in self._pools:
+            while waiting := self._next_in(pool, now):
                 # Pools come in order of preference, but a further attempt may prefer another one.
-                best = next(p for p in waiting.pools if p == pool or self._next_in(p) is waiting)
+                best = next(
+                    p for p in waiting.pools if p == pool or self._next_in(p, now) is waiting
+                )
+                image = waiting.image
+                replica = self._pools[best].choose(image, now, alone=image.alone)
+                if replica is None:
+                    raise RuntimeError(f"{best} has a free slot, but no replica with one")
+                name = replica.heartbeat.replica
                 self.queue.take(waiting, best)
-                if waiting.of_job:
+                if waiting.last:
                     self._count_job(waiting, -1)
                 self._watched.pop(waiting.number, None)
-                image = waiting.image
                 del self._sessions[waiting.session].waiting[image.id]
-                running = RunningImage(image.id, image.call_id, waiting.tenant, best, image.work_s)
-                self._hold(waiting.session, running)
-                granted.append(Granted(waiting.session, image.id, best))
+                running = RunningImage(
+                    image.id, image.call_id, waiting.tenant, best, image.work_s, name, image.size
+                )
+                self._hold(waiting.session, running, now)
+                granted.append(Granted(waiting.session, image.id, best, name))
         return granted
 
     def refuse(self) -> list[Refused]:
         """Take images that have no possible pool any more out of the queue; returns refusals."""
-        hopeless = [waiting for waiting in self.queue if not self.possible(waiting.pools)]
+        possible: dict[Pools, bool] = {}
+        for waiting in self.queue:
+            if waiting.pools not in possible:
+                possible[waiting.pools] = self.possible(waiting.pools)
+        hopeless = [waiting for waiting in self.queue if not possible[waiting.pools]]
         for waiting in hopeless:
             self.release(waiting.session, Release(waiting.image.id), 0.0)
         return [Refused(waiting.session, waiting.image.id) for waiting in hopeless]
@@ -422,12 +426,19 @@ class Grants:
         Changed means since the last call of this method. An image that waits for several pools has
         a place in each; the lowest of these counts.
         """
+        watching: dict[str, int] = {}
+        for waiting in self._watched.values():
+            for pool in waiting.pools:
+                watching[pool] = watching.get(pool, 0) + 1
         found: dict[int, int] = {}
-        for pool in {pool for waiting in self._watched.values() for pool in waiting.pools}:
+        for pool, left in watching.items():
             in_order = islice(self.queue.order(pool), REPORTED_POSITIONS)
             for place, waiting in enumerate(in_order, 1):
                 if waiting.number in self._watched:
                     found[waiting.number] = min(place, found.get(waiting.number, place))
+                    left -= 1
+                    if not left:
+                        break
         moved: list[Position] = []
         for number, place in found.items():
             waiting = self._watched[number]
@@ -443,18 +454,29 @@ class Grants:
 
         A new pool counts as placeable until `set_placeable` says more.
         """
-        before, self._replicas = self._replicas, {}
+        before, self._pools = self._pools, {}
         for pool in pools:
-            self._replicas[pool] = before.get(pool, {})
-        self._removed = (self._removed | before.keys()) - self._replicas.keys()
-        self._unknown = {p: at for p, at in self._unknown.items() if p not in self._replicas}
+            known = before.get(pool, self._retired.pop(pool, None))
+            self._pools[pool] = self._new_pool() if known is None else known
+        gone = before.keys() - self._pools.keys()
+        for pool in gone:
+            for name in [replica.heartbeat.replica for replica in before[pool]]:
+                before[pool].drop(name, 0.0)
+            self._retired[pool] = before[pool]
+        self._removed = (self._removed | gone) - self._pools.keys()
+        self._unknown = {p: at for p, at in self._unknown.items() if p not in self._pools}
         if self._placeable is not None:
-            self._placeable |= self._replicas.keys() - before.keys()
+            self._placeable |= self._pools.keys() - before.keys()
+
+    def _new_pool(self) -> PoolReplicas:
+        replicas = PoolReplicas(self._on_card, self._on_node)
+        replicas.set_draining(self._draining, 0.0)
+        return replicas
 
     @property
     def pools(self) -> list[str]:
         """The names of the pools that there are now."""
-        return list(self._replicas)
+        return list(self._pools)
 
     def set_placeable(self, pools: Iterable[str]) -> None:
         """Set the pools of which a replica fits on a node that exists or may still be added."""
@@ -471,40 +493,37 @@ class Grants:
         `UNKNOWN_S` it counts as removed.
         """
         return any(
-            self.placeable(pool) or self.replicas(pool)
-            if pool in self._replicas
+            self.placeable(pool) or self._pools[pool].living > 0
+            if pool in self._pools
             else pool not in self._removed
             for pool in pools
         )
 
     def free_slots(self, pool: str) -> int:
-        """The number of free slots on the staying replicas.
-
-        An image that runs on a leaving replica takes no slot of a staying one.
-        """
-        staying = self._staying(pool)
-        free = sum(replica.heartbeat.slots for replica in staying) - self.running_in(pool)
-        if len(staying) < len(self._replicas.get(pool, {})):
-            names = {replica.heartbeat.replica for replica in staying}
-            for name, replica in self._replicas[pool].items():
-                if name not in names:
-                    free += sum(map(self.holds, replica.running))
-        return free
-
-    def slots(self, pool: str) -> int:
-        """The number of all slots on the staying replicas, free or not."""
-        return sum(heartbeat.slots for heartbeat in self.staying(pool))
+        """The number of free slots on the staying replicas."""
+        return self._pools[pool].free if pool in self._pools else 0
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """The last heartbeat of each living replica."""
-        return [replica.heartbeat for replica in self._replicas.get(pool, {}).values()]
+        return heartbeats(self._pools.get(pool, ()))
 
-    def staying(self, pool: str) -> list[Heartbeat]:
-        """The last heartbeats of the staying replicas, which may get new grants.
+    def living(self, pool: str) -> int:
+        """The number of living replicas."""
+        return self._pools[pool].living if pool in self._pools else 0
+
+    def staying(self, pool: str) -> Capacity:
+        """The sum of the staying replicas, which may get new grants.
 
         A replica is leaving if Ray Serve is about to stop it, or if its node is being drained.
         """
-        return [replica.heartbeat for replica in self._staying(pool)]
+        return self._pools[pool].staying if pool in self._pools else NO_REPLICAS
+
+    def idlest(self, pool: str, now: float) -> str:
+        """The name of the pool's staying replica that would be done first; "" without any."""
+        if pool not in self._pools:
+            return ""
+        chosen = self._pools[pool].choose(QueuedImage((pool,)), now)
+        return chosen.heartbeat.replica if chosen else ""
 
     @property
     def queue_depth(self) -> int:
@@ -513,7 +532,8 @@ class Grants:
 
     def running_in(self, pool: str) -> int:
         """The number of granted slots of a pool."""
-        return self._running.get(pool, 0)
+        replicas = self._pools.get(pool, self._retired.get(pool))
+        return 0 if replicas is None else replicas.running
 
     def running_by_tenant(self) -> Counter[str]:
         """The number of granted slots of each tenant."""
@@ -522,49 +542,40 @@ class Grants:
             tenant_of(image.flow) for held in sessions for image in held.running.values()
         )
 
-    def _staying(self, pool: str) -> list[_Replica]:
-        alive = [
-            replica
-            for replica in self._replicas.get(pool, {}).values()
-            if replica.heartbeat.node not in self.draining
-        ]
-        if not (excess := self._excess.get(pool)):
-            return alive
-        before = [replica for replica in alive if replica.first_heard <= excess.since]
-        if len(before) <= excess.staying:
-            return alive
-        # Nobody knows which replicas Serve will stop. So assume the busiest, which have least room.
-        before.sort(key=lambda replica: len(replica.running))
-        return before[: excess.staying] + [r for r in alive if r.first_heard > excess.since]
-
-    def _next_in(self, pool: str) -> WaitingImage | None:
+    def _next_in(self, pool: str, now: float) -> WaitingImage | None:
         """The image that the pool's next free slot belongs to; None without a free slot."""
-        if (free := self.free_slots(pool)) <= 0:
+        replicas = self._pools.get(pool)
+        if replicas is None or replicas.free <= 0:
             return None
-        return self.queue.first(pool, None if free > self.kept_from_batches else _is_no_batch)
+        return self.queue.first(pool, now, deferrable=replicas.free > self.kept_from_batches)
 
-    def _hold(self, session: str, running: RunningImage) -> None:
+    def _alone_s(self, image: QueuedImage) -> float:
+        """Seconds that the image takes alone in the fastest of its pools, as far as is known."""
+        fastest = 0.0
+        for pool in image.pools:
+            staying = self.staying(pool)
+            if staying.replicas:
+                fastest = max(fastest, staying.speed / staying.replicas)
+        return image.work_s / (fastest or 1.0)
+
+    def _hold(self, session: str, running: RunningImage, now: float) -> None:
         self._sessions[session].running[running.image_id] = running
-        self._running[running.pool] = self._running.get(running.pool, 0) + 1
+        pool = running.pool
+        if (replicas := self._pools.get(pool, self._retired.get(pool))) is None:
+            replicas = self._retired[pool] = self._new_pool()
+        replicas.hold(running.replica, (session, running.image_id), running, now)
 
-    def _free(self, running: RunningImage) -> None:
-        self._running[running.pool] -= 1
+    def _free(self, session: str, running: RunningImage, now: float) -> None:
+        replicas = self._pools.get(running.pool, self._retired.get(running.pool))
+        if replicas is not None:
+            replicas.release(running.replica, (session, running.image_id), now)
 
-    def _note_death(self, lease: Lease, call_id: str) -> None:
-        """Drop the replica that ran this image of a call, because it has died.
-
-        A replica that did not report the image before its death is dropped when it is silent.
-        """
-        replicas = self._replicas.get(lease.pool, {})
-        for name, replica in list(replicas.items()):
-            if lease in replica.running:
-                others = (
-                    self._sessions[one.session].running[one.image_id].call_id
-                    for one in replica.running
-                    if self.holds(one)
-                )
-                self._dead.append(DeadReplica(replica.heartbeat, frozenset({call_id, *others})))
-                del replicas[name]
+    def _note_death(self, running: RunningImage, now: float) -> None:
+        """Drop the replica that ran an image, because it has died."""
+        replicas = self._pools.get(running.pool)
+        replica = None if replicas is None else replicas.drop(running.replica, now)
+        if replica:
+            self._dead.append(DeadReplica(replica.heartbeat, held_calls(replica)))
 
     def _count_job(self, waiting: WaitingImage, change: int) -> None:
         """Count an image of a job that waits, or no longer does; those of batches are apart."""
@@ -576,7 +587,7 @@ class Grants:
 
     def _leave_queue(self, waiting: WaitingImage) -> None:
         self.queue.remove(waiting)
-        if waiting.of_job:
+        if waiting.last:
             self._count_job(waiting, -1)
         self._watched.pop(waiting.number, None)
 
@@ -584,5 +595,5 @@ class Grants:
         self.queue.settle(running.flow, running.pool, took_s - running.work_s)
 
 
-def _is_no_batch(flow: str) -> bool:
-    return not flow.endswith(BATCH)
+def _is_batch(flow: str) -> bool:
+    return flow.endswith(BATCH)

@@ -62,7 +62,7 @@ class NodeWatch:
 
     def end_drain(self, node: str) -> None:
         """Let the replicas of a node get images again, unless Ray drains it."""
-        self._grants.draining -= {node}
+        self._grants.set_draining(self._grants.draining - {node}, time.monotonic())
 
     def look_again(self) -> None:
         """Look at the nodes at once."""
@@ -94,7 +94,7 @@ class NodeWatch:
         gone = {node for node in self._grants.draining if node not in self.nodes}
         cordoned = self._cordons.cordoned.keys() & self.nodes.keys()
         draining = {node.id for node in nodes if node.draining}
-        self._grants.draining = frozenset(draining | cordoned | gone)
+        self._grants.set_draining(frozenset(draining | cordoned | gone), time.monotonic())
         staying = self._staying()
         self._scaling.placeable = frozenset(
             pool for pool, need in self._needs.items() if any(fits(need, n) for n in staying)

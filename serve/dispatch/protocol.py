@@ -88,9 +88,11 @@ class QueuedImage(NamedTuple):
     """One image that needs a slot, as its Ingress sends it to the Dispatcher's fair queue.
 
     `work_s`: the predicted work, in seconds of a reference replica. `report_position`: whether the
-    client wants to hear the image's place in the queue. Filled in by the session: `id`, `call_id`,
-    and `waited_s`, the seconds since the image arrived, which decide its place among its tenant's
-    images. They are 0 when the image is sent for the first time.
+    client wants to hear the image's place in the queue. `size`: of the image; images of one size
+    share batches. `alone`: it must run alone on its replica, because it may have killed others.
+    Filled in by the session: `id`, `call_id`, and `waited_s`, the seconds since the image arrived,
+    which decide its place among its tenant's images. They are 0 when the image is sent for the
+    first time.
     """
 
     pools: Pools
@@ -99,6 +101,8 @@ class QueuedImage(NamedTuple):
     id: str = ""
     call_id: str = ""
     waited_s: float = 0.0
+    size: str = ""
+    alone: bool = False
 
 
 class AdmissionRequest(NamedTuple):
@@ -137,7 +141,7 @@ class AdmissionRequest(NamedTuple):
 
 
 class RunningImage(NamedTuple):
-    """An image that holds a slot of `pool`; `work_s`: its predicted work.
+    """An image that holds a slot of a replica of `pool`; `work_s`: its predicted work.
 
     `flow`: the name under which it has queued.
     """
@@ -147,6 +151,8 @@ class RunningImage(NamedTuple):
     flow: str
     pool: str
     work_s: float = 0.0
+    replica: str = ""
+    size: str = ""
 
 
 class Release(NamedTuple):
@@ -155,13 +161,15 @@ class Release(NamedTuple):
     `took_s`: the work that the image took. None if that is not known yet, because the image was
     stopped or its replica was lost; a Generator that stops an image reports its work. `cancelled`:
     the full charge of an image that its client cancelled. The tenant then pays in proportion to the
-    steps that were done. `lost`: whether the replica died while it ran the image.
+    steps that were done. `lost`: whether the replica died while it ran the image. `refused`:
+    whether the replica did not begin the image, for example because it is not there any more.
     """
 
     image_id: str
     took_s: float | None = None
     cancelled: UsageRecord | None = None
     lost: bool = False
+    refused: bool = False
 
 
 class QuarantinedRequest(NamedTuple):
@@ -268,11 +276,12 @@ class AdmissionDecision(NamedTuple):
 
 
 class Granted(NamedTuple):
-    """A waiting image was granted a slot of `pool`."""
+    """A waiting image was granted a slot of a replica of `pool`."""
 
     session: str
     image_id: str
     pool: str
+    replica: str
 
 
 class Refused(NamedTuple):
@@ -289,11 +298,12 @@ class Refused(NamedTuple):
 
 
 class ShadowGranted(NamedTuple):
-    """A shadow may run in `pool`, which is idle."""
+    """A shadow may run on a replica of `pool`, which is idle."""
 
     session: str
     image_id: str
     pool: str
+    replica: str
 
 
 class ShadowStopped(NamedTuple):
@@ -451,11 +461,12 @@ class SessionMessage(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A grant as the Ingress shows it to a Generator: whose image may run in which pool."""
+    """A grant as the Ingress shows it to a Generator: whose image may run on which replica."""
 
     session: str
     image_id: str
     pool: str
+    replica: str
 
 
 class StoppedImage(NamedTuple):
@@ -492,11 +503,9 @@ class Heartbeat(NamedTuple):
 class HeartbeatReply(NamedTuple):
     """The Dispatcher's answer to a heartbeat.
 
-    `orphans`: those leases that the replica runs, but that no session holds. `leaving`: the
-    replica's node is being drained, so Ray Serve must route no new images to this replica.
-    `one_at_a_time`: the replica's card has had a fault, so only one image may run on it.
+    `orphans`: those leases that the replica runs, but that no session holds. `one_at_a_time`: the
+    replica's card has had a fault, so only one image may run on it.
     """
 
     orphans: tuple[Lease, ...] = ()
-    leaving: bool = False
     one_at_a_time: bool = False

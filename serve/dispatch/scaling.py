@@ -9,7 +9,6 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import fmean
 
 from autoscaling.load import Demand, Load, ScalingLimits, Supply
 from autoscaling.policy import PolicyState, decide
@@ -96,7 +95,7 @@ class Scaling:
         for pool in self._grants.in_excess():
             all_s = now - self._all_since.get(pool, now)
             if all_s > SEEN_S and not stopping.get(generator_deployment(pool)):
-                self._grants.keep_all(pool)
+                self._grants.keep_all(pool, now)
 
     def load(self, now: float) -> Load:
         """The input of the policy: demand by pools, supply of each pool, open requests."""
@@ -107,7 +106,7 @@ class Scaling:
             if waiting.tenant.endswith(BATCH) and not self._admission.batches_scale:
                 continue
             queued[waiting.pools] = queued.get(waiting.pools, 0.0) + waiting.work_s
-            since[waiting.pools] = min(since.get(waiting.pools, now), waiting.arrived)
+            since[waiting.pools] = min(since.get(waiting.pools, now), waiting.since)
         arrived = self._admission.arrived
         demands = []
         for pools in {*arrived, *queued}:
@@ -122,13 +121,13 @@ class Scaling:
 
     def _supply(self, pool: str) -> Supply:
         ready = self._grants.staying(pool)
-        if not ready:
+        if not ready.replicas:
             return Supply(placeable=pool in self.placeable)
         return Supply(
-            len(ready),
-            fmean(heartbeat.speed for heartbeat in ready),
+            ready.replicas,
+            ready.speed / ready.replicas,
             pool in self.placeable,
-            fmean(heartbeat.start_s for heartbeat in ready),
+            ready.start_s / ready.replicas,
         )
 
     def _keep(self, pool: str, replicas: int, now: float) -> None:
@@ -143,7 +142,7 @@ class Scaling:
         self._recent[pool] = [(at, n) for at, n in before if now - at <= SEEN_S and n > replicas]
         most = max((n for _, n in self._recent[pool]), default=replicas)
         self._recent[pool].append((now, replicas))
-        if replicas >= len(self._grants.replicas(pool)):
+        if replicas >= self._grants.living(pool):
             self._all_since.setdefault(pool, now)
         else:
             self._all_since.pop(pool, None)

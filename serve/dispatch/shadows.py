@@ -18,11 +18,12 @@ from .protocol import Lease, QueuedImage, ShadowGranted, ShadowStopped
 
 @dataclass(slots=True)
 class _Shadow:
-    """A shadow of a session; `pool`: where it runs, None while it waits."""
+    """A shadow of a session; `pool`, `replica`: where it runs, None while it waits."""
 
     session: str
     image: QueuedImage
     pool: str | None = None
+    replica: str = ""
 
 
 class Shadows:
@@ -47,7 +48,7 @@ class Shadows:
     def holds(self, lease: Lease) -> bool:
         """Return whether a lease is that of a shadow which may run."""
         shadow = self._shadows.get((lease.session, lease.image_id))
-        return shadow is not None and shadow.pool == lease.pool
+        return shadow is not None and (shadow.pool, shadow.replica) == lease[2:]
 
     def stop(self) -> list[ShadowStopped]:
         """Stop the shadows whose pool others need, or is losing a replica.
@@ -63,31 +64,31 @@ class Shadows:
             self.release(shadow.session, shadow.image.id)
         return [ShadowStopped(shadow.session, shadow.image.id) for shadow in needed]
 
-    def begin(self) -> list[ShadowGranted]:
+    def begin(self, now: float) -> list[ShadowGranted]:
         """Begin the shadows that can run, one in each pool."""
         found = []
         taken = {shadow.pool for shadow in self._shadows.values()}
         for shadow in self._shadows.values():
             idle = (pool for pool in shadow.image.pools if pool not in taken)
             if shadow.pool is None and (pool := next(filter(self._is_idle, idle), None)):
-                shadow.pool = pool
+                shadow.pool, shadow.replica = pool, self._grants.idlest(pool, now)
                 taken.add(pool)
-                found.append(ShadowGranted(shadow.session, shadow.image.id, pool))
+                found.append(ShadowGranted(shadow.session, shadow.image.id, pool, shadow.replica))
         return found
 
     def _is_idle(self, pool: str) -> bool:
-        there = bool(self._grants.staying(pool)) and not self._leaving(pool)
+        there = self._grants.free_slots(pool) > 0 and not self._leaving(pool)
         return there and not self._needed(pool)
 
     def _leaving(self, pool: str) -> bool:
         """Return whether a replica of a pool is about to go; a shadow must not hold it up."""
-        return len(self._grants.staying(pool)) < len(self._grants.replicas(pool))
+        return self._grants.staying(pool).replicas < self._grants.living(pool)
 
     def _needed(self, pool: str) -> bool:
         """Return whether anything runs or waits beside a pool's replicas."""
         grants, places = self._grants, self._places(pool)
         return any(
-            (grants.running_in(other) or grants.queue.first(other))
+            (grants.running_in(other) or grants.queue.waits_for(other))
             and (other == pool or places & self._places(other))
             for other in grants.pools
         )

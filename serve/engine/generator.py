@@ -77,6 +77,15 @@ def choose_recipe(pool: Pool, device: Capability) -> Recipe:
     return RECIPES[device.sixteen_bit]
 
 
+def _own_ids() -> tuple[str, str]:
+    """The ids of the replica that this process is, and of its node."""
+    import ray
+    from ray import serve  # the contexts exist only inside a replica
+
+    replica: str = serve.get_replica_context().replica_id.unique_id
+    return replica, ray.get_runtime_context().get_node_id()
+
+
 @dataclass(slots=True)
 class _ImageCall:
     """One call of `generate`: its image, and the events that are to be streamed.
@@ -106,6 +115,7 @@ class Generator:
     ) -> None:
         """`arguments`: the fields of a `PoolArguments`; the others are Ray Serve handles."""
         began = time.monotonic()
+        self._replica, self._node = _own_ids()
         given = PoolArguments.model_validate(arguments)
         self._name, self._model, self._pool = given.name, given.model, given.pool
         self._models_folder = given.models_folder
@@ -122,7 +132,6 @@ class Generator:
         self._running: dict[Lease, _ImageCall] = {}
         self._stopped: list[StoppedImage] = []  # not yet reported
         self._orphans: dict[Lease, float] = {}  # leases that no session holds, and since when
-        self._leaving = False  # the node is being drained
         self._careful = False  # the card has had a fault: one image at a time
         phases = Phases()
         phases.seconds["import"] = IMPORT_S
@@ -187,9 +196,15 @@ class Generator:
         Raises `NonFiniteImage` if the result holds non-finite numbers. Raises `Unavailable` if
         memory or the text encoder is missing.
 
+        A replica that the lease does not name yields only a refusal: Ray Serve sends an image to it
+        when the named one is gone.
+
         Closing the stream stops the image before its next step. A caller that was killed cannot
         close the stream, so the image is also stopped when no session holds its lease any more.
         """
+        if lease.replica != self._replica:
+            yield Acknowledgement.REFUSED
+            return
         yield Acknowledgement.RECEIVED
         call = self._new_call(request, options, edited)
         call.task = asyncio.create_task(self._in_turn(call, alone or self._careful))
@@ -406,20 +421,8 @@ class Generator:
             fault=self._card.fault if self._card else "",
         )
 
-    def record_routing_stats(self) -> dict[str, bool]:
-        """Tell the router which images this replica should not get; called by Ray Serve.
-
-        `serve.engine.routing` reads the answer.
-        """
-        return {"leaving": self._leaving, "careful": self._careful}
-
     async def _report(self) -> None:
         """Send heartbeats to the Dispatcher as long as the denoising loop runs."""
-        import ray
-        from ray import serve  # the contexts exist only inside a replica
-
-        self._replica = serve.get_replica_context().replica_id.unique_id
-        self._node = ray.get_runtime_context().get_node_id()
         while self._denoising.alive:
             heartbeat, stopped = self._heartbeat_message(), list(self._stopped)
             try:
@@ -427,7 +430,7 @@ class Generator:
                     heartbeat, list(self._running), stopped
                 )
                 del self._stopped[: len(stopped)]
-                self._leaving, self._careful = reply.leaving, reply.one_at_a_time
+                self._careful = reply.one_at_a_time
                 self._drop(reply.orphans, time.monotonic())
             except Exception:  # go on after any error, because a silent replica counts as lost
                 log.warning("could not report to the dispatcher; trying again", exc_info=True)

@@ -508,6 +508,12 @@ class LiveSettings(Frozen):
         description="Images of all tenants that may wait at a time; more are refused with 503 "
         "`queue_full`.",
     )
+    late_slowdown: Annotated[float, Field(gt=1)] | None = Field(
+        default=5.0,
+        description="An image that can no longer be done within this many times the seconds that "
+        "it takes alone, or by its deadline, waits behind its tenant's other images; null: within "
+        "a tenant, images are always served in order of arrival.",
+    )
     request_timeout_s: PositiveFloat = Field(
         default=300.0,
         description="Longest `timeout_s` that a request may ask for, in seconds, and the deadline "

@@ -65,7 +65,7 @@ class AdmissionHarness:
             of_job = request.lane == "job"
             for image in images:
                 self.grants.submit("s", image, request.flow, 0.0, of_job=of_job)
-            self.grants.grant()
+            self.grants.grant(0.0)
         return decision
 
     def charge(self, call: str, work_s: float = 1.0, now: float = 0.0, tenant: str = "t") -> None:
@@ -261,7 +261,7 @@ def test_the_eta_is_that_of_the_pool_that_will_generate_the_image() -> None:
         image = queued_image(call, ("slow", "fast"), call_id=call)
         decision = admission.open("s", AdmissionRequest(call, "t", call, (image,), 60, 1.0), 0)
         grants.submit("s", image, "t", 0.0)
-        grants.grant()
+        grants.grant(0.0)
         return decision.eta_s
 
     assert [open_call("a"), open_call("b"), open_call("c")] == [2.0, 0.25, 0.5]

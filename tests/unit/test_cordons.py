@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -230,8 +231,7 @@ def test_the_last_node_that_can_hold_a_pool_stays() -> None:
             await dispatcher.report_replica(beat)
             await asyncio.sleep(0.01)
         assert dispatcher._cordons.due(time.monotonic())
-        for replica in list(dispatcher.grants._replicas["p"]):  # Serve ends unhealthy replicas
-            del dispatcher.grants._replicas["p"][replica]
+        dispatcher.grants.expire_replicas(math.inf)  # Serve ends unhealthy replicas
         await asyncio.sleep(0.1)  # several rounds
         assert not drained
         assert not (await dispatcher.state()).cordoned
@@ -246,19 +246,19 @@ def test_operators_cordon_a_node_by_the_beginning_of_its_id() -> None:
         dispatcher = a_dispatcher("p", nodes=nodes, drained=drained, timing=QUICK)
         await asyncio.sleep(0.05)
         await dispatcher.report_replica(Heartbeat("p", "r", 1, node="abc"))
-        assert dispatcher.grants.slots("p") == 1
+        assert dispatcher.grants.staying("p").slots == 1
         assert await dispatcher.cordon("ab", "noise") is None
         assert await dispatcher.cordon("x", "noise") is None
         assert await dispatcher.cordon("", "noise") is None
         assert await dispatcher.cordon("abc", "noise") == "abc"
         await until(lambda: bool(drained))
         await dispatcher.report_replica(Heartbeat("p", "r", 1, node="abc"))
-        assert dispatcher.grants.slots("p") == 0
+        assert dispatcher.grants.staying("p").slots == 0
         row = (await dispatcher.overview())["nodes"][0]
         assert (row["node"], row["replicas"], row["cordoned"]) == ("abc", 1, "noise")
         assert await dispatcher.uncordon("abd") is None
         assert await dispatcher.uncordon("a") == "abc"
         await dispatcher.report_replica(Heartbeat("p", "r", 1, node="abc"))
-        assert dispatcher.grants.slots("p") == 1
+        assert dispatcher.grants.staying("p").slots == 1
 
     asyncio.run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 import time
@@ -27,6 +28,9 @@ class Item:
     label: str = ""
     since: float = 0.0
     number: int = 0
+    late_at: float = math.inf
+    late: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def served(queue: FairQueue[Item], times: int, pool: str = P) -> str:
     """Serve `times` items and return their tenants, one letter each."""
     found = ""
     for _ in range(times):
-        first = queue.first(pool)
+        first = queue.first(pool, 0.0)
         assert first
         queue.take(first, pool)
         found += first.tenant
@@ -66,12 +70,12 @@ def test_tenants_take_turns_and_each_is_served_in_order() -> None:
     queue = filled(*(item("a", label=str(i)) for i in range(4)), item("b"), item("b"))
     labels = []
     for _ in range(6):
-        first = queue.first(P)
+        first = queue.first(P, 0.0)
         assert first
         queue.take(first, P)
         labels.append(first.tenant + first.label)
     assert labels == ["a0", "b", "a1", "b", "a2", "a3"]
-    assert queue.first(P) is None
+    assert queue.first(P, 0.0) is None
     assert len(queue) == 0
 
 
@@ -108,7 +112,7 @@ def test_the_true_work_corrects_the_clock() -> None:
     queue = filled(*(item(tenant) for tenant in "ab" for _ in range(40)))
     took = {"a": 0.0, "b": 0.0}
     for _ in range(40):
-        first = queue.first(P)
+        first = queue.first(P, 0.0)
         assert first
         queue.take(first, P)
         truth = 3.0 if first.tenant == "a" else 1.0
@@ -137,8 +141,8 @@ def test_an_item_of_several_pools_is_served_once() -> None:
     queue = filled(item("a", pools=(P, Q)), item("b", pools=(Q,)))
     assert served(queue, 1) == "a"
     assert served(queue, 1, Q) == "b"
-    assert queue.first(P) is None
-    assert queue.first(Q) is None
+    assert queue.first(P, 0.0) is None
+    assert queue.first(Q, 0.0) is None
 
 
 def test_order_is_the_order_in_which_items_would_be_served() -> None:
@@ -169,7 +173,7 @@ def test_backlogged_tenants_never_drift_apart(weights: list[float], works: list[
     got = dict.fromkeys(names, 0.0)
     largest = {t: max(i.work_s for i in queue if i.tenant == t) / queue.weight(t) for t in names}
     while all(queue.waiting(tenant)[0] for tenant in names):
-        first = queue.first(P)
+        first = queue.first(P, 0.0)
         assert first
         queue.take(first, P)
         got[first.tenant] += first.work_s / queue.weight(first.tenant)
@@ -198,7 +202,7 @@ def test_a_flood_delays_only_its_own_tenant() -> None:
                 came, tenant = arrivals.pop(0)
                 queue.add(Item(tenant, 1.0, (P,), since=came))
             slot = free_at.index(min(free_at))
-            if (first := queue.first(P)) is None:
+            if (first := queue.first(P, 0.0)) is None:
                 continue
             queue.take(first, P)
             queue.settle(first.tenant, P, 0.0)
@@ -232,7 +236,7 @@ def test_an_item_that_arrived_earlier_goes_before_its_tenants_later_ones() -> No
     queue.add(Item("a", 1.0, (P,), "y", since=3))
     queue.add(Item("a", 1.0, (P,), "w", since=1))
     order = []
-    while first := queue.first(P):
+    while first := queue.first(P, 0.0):
         order.append(first.label)
         queue.take(first, P)
     assert order == ["w", "x", "y", "z"]
@@ -245,7 +249,7 @@ def test_items_that_come_in_any_order_are_served_by_arrival_at_little_cost() -> 
         began = time.thread_time()  # other processes do not count
         queue = filled(*(Item("a", 1.0, (P,), since=since) for since in arrivals))
         found = []
-        while first := queue.first(P):
+        while first := queue.first(P, 0.0):
             found.append(first.since)
             queue.take(first, P)
         assert found == sorted(arrivals)
@@ -256,6 +260,72 @@ def test_items_that_come_in_any_order_are_served_by_arrival_at_little_cost() -> 
     random.Random(1).shuffle(shuffled)
     in_any_order = min(seconds(shuffled) for _ in range(3))
     assert in_any_order < 20 * in_order  # sorting for each item would be over 100 times
+
+
+def test_an_item_that_cannot_be_in_time_waits_for_those_that_can() -> None:
+    items = [item("a", label=str(i), pools=(P, Q)) for i in range(4)]
+    items[0].late_at = items[1].late_at = 5.0
+    queue = filled(*items, item("b"))
+    assert queue.first(P, 5.0) is items[0]
+    assert queue.first(Q, 5.1) is items[2]  # late in one pool is late in all
+    order = []
+    while first := queue.first(P, 6.0):
+        order.append(first.tenant + first.label)
+        queue.take(first, P)
+    assert order == ["a2", "b", "a3", "a0", "a1"]  # the tenants still take turns
+
+
+def test_a_tenant_whose_only_item_becomes_late_keeps_its_clock() -> None:
+    """Tenants a and c were charged 10 s and have used less, while b was served up to 6 s."""
+    late = item("a")
+    queue = filled(item("a", 10.0), item("c", 10.0), *(item("b") for _ in range(20)))
+    queue.add(late)
+    queue.add(item("c"))
+    assert served(queue, 8) == "acbbbbbb"
+    queue.settle("a", P, -8.0)
+    queue.settle("c", P, -7.0)
+    late.late_at = 1.0
+    assert queue.first(P, 2.0) is late
+    assert served(queue, 3) == "acb"
+
+
+def test_late_items_get_every_tenth_slot_of_their_tenant() -> None:
+    late = [item("a", label=f"late{i}") for i in range(2)]
+    for one in late:
+        one.late_at = 1.0
+    queue = filled(*late, *(item("a", label=str(i)) for i in range(30)))
+    labels = []
+    for _ in range(25):
+        first = queue.first(P, 2.0)
+        assert first
+        labels.append(first.label)
+        queue.take(first, P)
+    assert [i for i, label in enumerate(labels) if "late" in label] == [9, 19]
+
+
+def test_items_that_may_wait_stand_behind_late_ones() -> None:
+    items = [item("a", label=label) for label in ("job", "late", "in time")]
+    items[0].last, items[1].late_at = True, 1.0
+    queue = filled(*items)
+    order = []
+    while first := queue.first(P, 2.0):
+        order.append(first.label)
+        queue.take(first, P)
+    assert order == ["in time", "late", "job"]
+
+
+def test_deferrable_tenants_can_be_left_out() -> None:
+    queue: FairQueue[Item] = FairQueue(deferrable=lambda tenant: tenant.startswith("batch"))
+    for tenant in ("batch-a", "batch-b", "a"):
+        queue.add(item(tenant))
+    found = []
+    while first := queue.first(P, 0.0, deferrable=False):
+        found.append(first.tenant)
+        queue.take(first, P)
+    assert found == ["a"]
+    first = queue.first(P, 0.0)
+    assert first
+    assert first.tenant == "batch-a"
 
 
 def test_running_items_of_an_earlier_queue_count_for_a_tenant_that_waits_already() -> None:
@@ -279,7 +349,7 @@ def test_the_cost_of_an_item_hardly_grows_with_items_and_tenants() -> None:
             queue.add(one)
         for one in rng.sample(items, entries // 2):
             queue.remove(one)
-        while first := queue.first(P):
+        while first := queue.first(P, 0.0):
             queue.take(first, P)
             queue.settle(first.tenant, P, 0.0)
         assert not len(queue)
@@ -330,7 +400,7 @@ class FairQueueMachine(RuleBasedStateMachine):
 
     @rule(pool=st.sampled_from([P, Q]))
     def take(self, pool: str) -> None:
-        first = self.queue.first(pool)
+        first = self.queue.first(pool, 0.0)
         there = [i for i in self.items if pool in i.pools]
         if first is None:
             assert not there  # a free slot stays free only if no item waits

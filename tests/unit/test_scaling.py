@@ -71,7 +71,7 @@ class ScalingHarness:
         now: float = 0.0,
         running: Sequence[Granted] = (),
     ) -> None:
-        leases = [Lease(one.session, one.image_id, pool) for one in running]
+        leases = [Lease(*one) for one in running]
         heartbeat = Heartbeat(pool, name, 2, speed=speed, node=node)
         self.grants.report_replica(heartbeat, now, leases)
 
@@ -122,7 +122,7 @@ def test_granted_work_no_longer_waits_but_has_arrived() -> None:
     harness.scaling.decide(0.0)
     for _ in range(2):
         harness.open_call(1.0)
-    harness.grants.grant()
+    harness.grants.grant(0.0)
     load = harness.scaling.load(2.0)
     assert load.demands[0].arrived_s == 2.0
     assert load.demands[0].queued_s == load.demands[0].oldest_wait_s == 0.0
@@ -134,16 +134,16 @@ def test_replicas_in_excess_are_granted_nothing_until_they_are_gone() -> None:
     harness = ScalingHarness()
     for name in "abc":
         harness.replica("fp8", name)
-    assert harness.grants.slots("fp8") == 6
+    assert harness.grants.staying("fp8").slots == 6
     harness.grants.keep("fp8", 1, 1.0)
-    assert harness.grants.slots("fp8") == 2
+    assert harness.grants.staying("fp8").slots == 2
     for _ in range(9):
         harness.open_call(0.0)
-    assert len(harness.grants.grant()) == 2
+    assert len(harness.grants.grant(0.0)) == 2
     harness.grants.keep("fp8", 3, 2.0)  # Serve stops the others nevertheless
-    assert harness.grants.grant() == []
+    assert harness.grants.grant(0.0) == []
     harness.replica("fp8", "d", now=3.0)
-    assert len(harness.grants.grant()) == 2
+    assert len(harness.grants.grant(0.0)) == 2
 
 
 def three_replicas(decisions: Sequence[int]) -> ScalingHarness:
@@ -176,7 +176,7 @@ def test_a_momentary_decision_takes_no_grants_from_replicas(
     staying = []
     for second in range(9):
         harness.scaling.decide(float(second))
-        staying.append(len(harness.grants.staying("fp8")))
+        staying.append(harness.grants.staying("fp8").replicas)
     assert staying == expected
 
 
@@ -192,7 +192,7 @@ def test_a_decision_that_ray_serve_never_carried_out_is_undone(
     for second in range(13):
         harness.scaling.decide(float(second))
         harness.scaling.restore({"Generator-fp8": stopping}, float(second))
-        found.append(harness.grants.slots("fp8"))
+        found.append(harness.grants.staying("fp8").slots)
     assert (found[6:12], found[12]) == ([2] * 6, slots)
 
 
@@ -202,30 +202,27 @@ def test_images_on_leaving_replicas_take_no_slots_of_the_others() -> None:
     harness.replica("fp8", "b", node="goes")
     for _ in range(9):
         harness.open_call(0.0)
-    granted = harness.grants.grant()
-    harness.replica("fp8", "a", node="stays", running=granted[:2])
-    harness.replica("fp8", "b", node="goes", running=granted[2:])
-    harness.grants.draining = frozenset({"goes"})
-    assert harness.grants.grant() == []
+    granted = sorted(harness.grants.grant(0.0), key=lambda one: one.replica)
+    assert [one.replica for one in granted] == ["a", "a", "b", "b"]
+    harness.grants.set_draining(frozenset({"goes"}), 0.0)
+    assert harness.grants.grant(0.0) == []
     harness.grants.release("s", Release(granted[0].image_id, 1.0), 1.0)
-    assert len(harness.grants.grant()) == 1
+    assert len(harness.grants.grant(0.0)) == 1
     harness.grants.release("s", Release(granted[2].image_id, 1.0), 1.0)  # on the draining node
-    assert harness.grants.grant() == []
+    assert harness.grants.grant(0.0) == []
 
 
-def test_the_busiest_replicas_in_excess_count_as_leaving() -> None:
+def test_the_replicas_that_ray_serve_stops_first_count_as_leaving() -> None:
+    """Serve stops those on the nodes with the fewest replicas, and there the newest."""
     harness = ScalingHarness()
-    for name in "abc":
-        harness.replica("fp8", name)
-    for _ in range(4):
-        harness.open_call(0.0)
-    granted = harness.grants.grant()
-    harness.replica("fp8", "b", running=granted[:2])
-    harness.replica("fp8", "c", running=granted[2:])
-    harness.grants.keep("fp8", 1, 1.0)
+    for second, (name, node) in enumerate([("a", "m"), ("b", "n"), ("c", "n"), ("d", "n")]):
+        harness.replica("fp8", name, node=node, now=float(second))
+    harness.grants.keep("fp8", 2, 4.0)
     for _ in range(9):
-        harness.open_call(0.0)
-    assert len(harness.grants.grant()) == 2  # both on replica a
+        harness.open_call(4.0)
+    granted = harness.grants.grant(4.0)
+    assert {one.replica for one in granted} == {"b", "c"}
+    assert len(granted) == 4
 
 
 def test_heartbeats_of_pools_that_no_longer_exist_are_ignored() -> None:
@@ -242,15 +239,15 @@ def test_a_new_dispatcher_removes_no_replica_within_the_hold_time() -> None:
         harness.scaling.decide(second)
         assert set(harness.scaling.report().at_least) == {"Generator-fp8", "Generator-fp16"}
         assert harness.scaling.report().wanted == {}
-    assert harness.grants.slots("fp8") == 6
+    assert harness.grants.staying("fp8").slots == 6
 
 
 def test_a_draining_node_is_granted_nothing_and_its_replicas_are_no_supply() -> None:
     harness = ScalingHarness()
     harness.replica("fp8", "a", node="stays")
     harness.replica("fp8", "b", node="goes")
-    harness.grants.draining = frozenset({"goes"})
-    assert harness.grants.slots("fp8") == 2
+    harness.grants.set_draining(frozenset({"goes"}), 0.0)
+    assert harness.grants.staying("fp8").slots == 2
     assert harness.scaling.load(0.0).supplies["fp8"].ready == 1
 
 
@@ -299,7 +296,7 @@ def test_ray_serves_own_policy_gets_the_number_of_requests() -> None:
     harness.replica("fp8", "r")
     for _ in range(5):
         harness.open_call(0.0)
-    harness.grants.grant()
+    harness.grants.grant(0.0)
     harness.open_call(0.0, pools=("fp16",))
     assert harness.scaling.report() == ScalingReport(
         at_least={"Generator-fp8": 0.0, "Generator-fp16": 0.0},

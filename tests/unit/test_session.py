@@ -19,7 +19,7 @@ from serve.dispatch.protocol import (
     CallQuery,
     CallState,
     Heartbeat,
-    Lease,
+    HeartbeatReply,
     QueuedImage,
     RunningImage,
     StoppedImage,
@@ -526,11 +526,8 @@ def test_a_generator_learns_which_leases_no_session_holds() -> None:
         await dispatcher.report_replica(beat)
         async with slot(session) as held:
             ghost = held.lease._replace(session="gone")
-            assert await dispatcher.report_replica(beat, [held.lease, ghost]) == (
-                (ghost,),
-                False,
-                False,
-            )
+            reply = await dispatcher.report_replica(beat, [held.lease, ghost])
+            assert reply == HeartbeatReply((ghost,))
         await settle()
         assert (await dispatcher.report_replica(beat, [held.lease])).orphans == (held.lease,)
 
@@ -982,7 +979,7 @@ def test_an_image_that_was_stopped_before_its_first_step_costs_nothing(tmp_path:
         async with opened(session) as call, call.slot(0) as held:
             held.cancelled = usage(call)
         await settle()
-        stopped = [StoppedImage(Lease(session.name, held.lease.image_id, "p"), 0, 0.0)]
+        stopped = [StoppedImage(held.lease, 0, 0.0)]
         await dispatcher.report_replica(Heartbeat("p", "r", 1), [], stopped)
         await settle()
         assert usage_in(tmp_path) == []
@@ -1089,7 +1086,7 @@ def test_the_recovery_begins_when_the_dispatcher_can_be_reached() -> None:
         call = session.open("t", "id", ONE, 60, Client())
         await settle()
         assert not call.decision.done()  # another Ingress may use the only slot
-        stream = dispatcher.session("other", [], [RunningImage("i", "c", "t", "p")])
+        stream = dispatcher.session("other", [], [RunningImage("i", "c", "t", "p", replica="r")])
         await anext(stream)
         async with asyncio.timeout(5):
             await call.admitted()

@@ -42,7 +42,7 @@ class Shadow:
 
     async def begun(self) -> tuple[asyncio.Task[str | None], QueuedImage]:
         task, image = await self.asked()
-        self.slots.hear(ShadowGranted("s", image.id, "m-fp16"))
+        self.slots.hear(ShadowGranted("s", image.id, "m-fp16", "r"))
         while not self.leases:  # noqa: ASYNC110 - the task needs a few turns
             await asyncio.sleep(0)
         return task, image
@@ -57,7 +57,7 @@ def test_the_work_begins_with_the_grant_and_its_slot_is_given_back() -> None:
         shadow = Shadow()
         task, image = await shadow.begun()
         assert image.pools == POOLS
-        assert shadow.leases == [Lease("s", image.id, "m-fp16")]
+        assert shadow.leases == [Lease("s", image.id, "m-fp16", "r")]
         shadow.finish.set()
         assert await task == "image"
         asked, ended = shadow.slots.take()
@@ -118,7 +118,7 @@ def test_an_error_of_the_work_is_raised() -> None:
         task = asyncio.create_task(shadow.slots.run(POOLS, fail))
         await asyncio.sleep(0)
         ((image,), _) = shadow.slots.take()
-        shadow.slots.hear(ShadowGranted("s", image.id, "m-fp16"))
+        shadow.slots.hear(ShadowGranted("s", image.id, "m-fp16", "r"))
         await asyncio.wait({task})
         assert isinstance(task.exception(), ValueError)
 

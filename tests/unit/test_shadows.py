@@ -32,10 +32,10 @@ class Cluster:
     def run(self, pool: str, id: str = "1") -> None:
         """Grant an image of a client a slot of the pool."""
         self.grants.submit("s", QueuedImage((pool,), 1.0, id=id, call_id="c"), "t", 0.0)
-        assert [granted.image_id for granted in self.grants.grant()] == [id]
+        assert [granted.image_id for granted in self.grants.grant(0.0)] == [id]
 
     def begun(self) -> list[str]:
-        return [granted.image_id for granted in self.shadows.begin()]
+        return [granted.image_id for granted in self.shadows.begin(0.0)]
 
     def stopped(self) -> list[str]:
         return [stopped.image_id for stopped in self.shadows.stop()]
@@ -50,8 +50,8 @@ def test_a_shadow_runs_in_an_idle_pool_and_takes_no_slot(cluster: Cluster) -> No
     cluster.ask()
     assert cluster.begun() == ["shadow-1"]
     assert cluster.grants.free_slots(FP16) == 2
-    assert cluster.shadows.holds(Lease("s", "shadow-1", FP16))
-    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP8))
+    assert cluster.shadows.holds(Lease("s", "shadow-1", FP16, f"{FP16}-b"))
+    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP8, f"{FP8}-a"))
     assert cluster.stopped() == []
 
 
@@ -68,7 +68,7 @@ def test_an_image_of_a_client_stops_the_shadow(cluster: Cluster) -> None:
     cluster.begun()
     cluster.run(FP16)
     assert cluster.stopped() == ["shadow-1"]
-    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP16))
+    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP16, f"{FP16}-b"))
     assert cluster.stopped() == []
 
 
@@ -116,11 +116,11 @@ def test_a_shadow_ends_with_its_session(cluster: Cluster) -> None:
     cluster.ask()
     cluster.begun()
     cluster.shadows.end_session("s")
-    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP16))
+    assert not cluster.shadows.holds(Lease("s", "shadow-1", FP16, f"{FP16}-b"))
     assert cluster.begun() == []
 
 
 def test_an_image_that_ran_before_the_dispatchers_restart_counts(cluster: Cluster) -> None:
-    cluster.grants.declare("s", RunningImage("9", "c", "t", FP16, 1.0))
+    cluster.grants.declare("s", RunningImage("9", "c", "t", FP16, 1.0), 0.0)
     cluster.ask()
     assert cluster.begun() == []

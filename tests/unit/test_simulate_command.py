@@ -99,7 +99,7 @@ def test_replicas_that_share_a_card_share_its_time() -> None:
     assert pool.costs.token == pytest.approx(6 * scenario.unit.token)
     assert pool.pool.speed == pytest.approx(1 / 6)
     assert pool.pool.start_s == 90
-    outcome = scenario.run(workload_of("poisson", 0.005, 3), "static", replicas=2)
+    outcome = scenario.run(workload_of("poisson", 0.005, 3), "static", numbers={"replicas": 2})
     assert outcome.attainment > 0.9
 
 

@@ -54,7 +54,7 @@ class GeneratedImage(NamedTuple):
 
 
 class NotStarted(Exception):
-    """No replica of the granted pool started the image, or the replica cancelled it by itself.
+    """The granted replica did not start the image, or cancelled it by itself.
 
     `died`: whether the cause is that the replica was lost before it started the image.
     """
@@ -126,7 +126,7 @@ class Attempts:
         pools = self._pools.allowed(request)
         tokens = text_tokens(self._models[request.model].max_sequence_length)
         work_s = round(self._work[request.model].work_s(shape_of(request, tokens)), 6)
-        return QueuedImage(pools, work_s, options.progress)
+        return QueuedImage(pools, work_s, options.progress, size=request.size)
 
     async def generate(
         self,
@@ -155,7 +155,8 @@ class Attempts:
         while True:
             try:
                 heard = on_position if options.progress else None
-                async with call.slot(index, history.pools, heard) as slot:
+                last = history.lost == ATTEMPTS - 1
+                async with call.slot(index, history.pools, heard, alone=last) as slot:
                     queue_s = time.monotonic() - began
                     self._metrics.queued(slot.lease.pool, queue_s)
                     try:
@@ -227,16 +228,16 @@ class Attempts:
             slot.took_s = result.work_s
             return result
         except (NotStarted, *REPLICA_LOST) as error:
-            history.pools = moved_last(pool, history.pools)
             if isinstance(error, NotStarted):
-                slot.took_s = 0.0
+                slot.took_s, slot.refused = 0.0, True
                 if not (error.died and history.free_retries == FREE_RETRIES):
                     history.free_retries += error.died
-                    log.warning("%s: no replica of %s started; queueing again", request.id, pool)
+                    log.warning(
+                        "%s: its replica of %s did not start; queueing again", request.id, pool
+                    )
                     self._metrics.retried(pool, "not_begun")
-                    # A dead replica's slots are granted until its death is noticed.
-                    await asyncio.sleep(self._timing.retry_pause_s)
                     return None
+            history.pools = moved_last(pool, history.pools)
             history.lost += 1
             slot.lost = isinstance(error, ActorDiedError)  # other errors may pass
             log.warning("%s: attempt %d lost its replica of %s", request.id, history.lost, pool)
@@ -278,12 +279,13 @@ class Attempts:
         *,
         alone: bool,
     ) -> ImageResult:
-        """Call a Generator of the granted pool.
+        """Call the granted Generator.
 
-        `alone`: the replica runs no other image at the same time. Raises `NotStarted` if no replica
-        started the image, or if the replica cancelled it by itself. Raises `NotSent` if this
-        node has no room for the picture. Raises an error of `REPLICA_LOST` if a replica died after
-        it had started the image. Raises `RayTaskError` if the Generator itself raised an error.
+        `alone`: the replica runs no other image at the same time. Raises `NotStarted` if the
+        replica did not start the image, or if it cancelled the image by itself. Raises `NotSent` if
+        this node has no room for the picture. Raises an error of `REPLICA_LOST` if a replica died
+        after it had started the image. Raises `RayTaskError` if the Generator itself raised an
+        error.
         """
         generate = self._pool_handle(lease.pool).generate
         # During an update there may be replicas that know no edits.
@@ -293,7 +295,7 @@ class Attempts:
         try:
             try:
                 async with asyncio.timeout(self._timing.receive_s) as limit:
-                    await anext(stream)
+                    first = await anext(stream)
             except TimeoutError:
                 if not limit.expired():
                     raise  # the error was raised by the replica
@@ -303,6 +305,8 @@ class Attempts:
                 if edited is None:
                     raise
                 raise NotSent from None
+            if first is Acknowledgement.REFUSED:
+                raise NotStarted
             async for item in stream:
                 if isinstance(item, ImageResult):
                     return item

@@ -67,17 +67,19 @@ class HeldSlot:
     `took_s`: the work that the image took; 0 if nothing was generated; None if that is not known.
     `cancelled`: the image's full charge, if the client cancelled the image. The tenant then pays in
     proportion to the steps that were done. `lost`: whether the replica died while it ran the image.
+    `refused`: whether the replica did not begin it.
     """
 
     lease: Lease
     took_s: float | None = None
     cancelled: UsageRecord | None = None
     lost: bool = False
+    refused: bool = False
 
 
 @dataclass(slots=True)
 class PendingGrant:
-    """An image that waits for its grant, or holds a slot of `pool`.
+    """An image that waits for its grant, or holds the slot of its `lease`.
 
     `claimed`: whether a task waits for the grant or uses the slot; that task then gives it back.
     `position`: the place in the queue as last reported; 0 before the first report.
@@ -85,11 +87,11 @@ class PendingGrant:
     """
 
     image: QueuedImage
-    granted: asyncio.Future[str]
+    granted: asyncio.Future[Lease]
     on_position: OnPosition | None = None
     claimed: bool = False
     position: int = 0
-    pool: str | None = None
+    lease: Lease | None = None
 
 
 @dataclass(slots=True)
@@ -157,21 +159,26 @@ class OpenCall:
 
     @asynccontextmanager
     async def slot(
-        self, index: int, pools: Pools | None = None, on_position: OnPosition | None = None
+        self,
+        index: int,
+        pools: Pools | None = None,
+        on_position: OnPosition | None = None,
+        *,
+        alone: bool = False,
     ) -> AsyncIterator[HeldSlot]:
         """Wait for a slot for image `index` of the call, and hold it until the block ends.
 
         The image was queued when the call was admitted; the first use of `slot` waits for that
         place. Each later use for the same image is a further attempt, which is queued anew for
-        `pools`. While the image waits, `on_position` is called with its position whenever that
-        changes (1: next).
+        `pools`, and `alone` says whether it must run alone. While the image waits, `on_position` is
+        called with its position whenever that changes (1: next).
 
         The slot is given back when the block is left, or when the wait is cancelled. Raises
         `NoCapacity` if no pool of the image has a replica or a node that could hold one.
         """
         first = self.request.images[index]
         pending = self.grants.get(first.id) or self.session.submit(
-            self, first._replace(pools=pools or first.pools)
+            self, first._replace(pools=pools or first.pools, alone=alone)
         )
         pending.on_position, pending.claimed = on_position, True
         if on_position and pending.position:
@@ -179,12 +186,12 @@ class OpenCall:
         image_id = pending.image.id
         slot = None
         try:
-            slot = HeldSlot(Lease(self.session.name, image_id, await pending.granted))
+            slot = HeldSlot(await pending.granted)
             yield slot
         finally:
             release = Release(image_id, 0.0)
             if slot:
-                release = Release(image_id, slot.took_s, slot.cancelled, slot.lost)
+                release = Release(image_id, slot.took_s, slot.cancelled, slot.lost, slot.refused)
             self.session.release(self, release)
 
     async def record(self, usages: Sequence[UsageRecord]) -> None:

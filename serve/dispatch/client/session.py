@@ -37,6 +37,7 @@ from ..protocol import (
     DispatchEvent,
     Granted,
     Lane,
+    Lease,
     Position,
     QuarantinedRequest,
     QueuedImage,
@@ -354,23 +355,37 @@ class DispatchSession:
             if call.unanswered:
                 self._new_recordings[call_id] = call
             for grant in call.grants.values():
-                if grant.pool:
+                if lease := grant.lease:
                     image, flow = grant.image, call.request.flow
-                    running.append(RunningImage(image.id, call_id, flow, grant.pool, image.work_s))
+                    running.append(
+                        RunningImage(
+                            image.id,
+                            call_id,
+                            flow,
+                            lease.pool,
+                            image.work_s,
+                            lease.replica,
+                            image.size,
+                        )
+                    )
             waiting = tuple(
                 grant.image._replace(waited_s=now - call.began)
                 for grant in call.grants.values()
-                if not grant.pool
+                if not grant.lease
             )
-            calls.append(call.request._replace(images=waiting, accepted=True, usages=()))
+            calls.append(
+                call.request._replace(
+                    images=waiting, accepted=True, usages=(), waited_s=now - call.began
+                )
+            )
         return calls, running
 
     def _hear(self, event: DispatchEvent) -> None:
         match event:
             case AdmissionDecision():
                 self._hear_decision(event)
-            case Granted(image_id=image_id, pool=pool):
-                self._hear_grant(image_id, pool)
+            case Granted():
+                self._hear_grant(event)
             case Refused(image_id=image_id, reason=reason):
                 grant = self._grants.get(image_id)
                 if grant and not grant.granted.done():
@@ -419,14 +434,14 @@ class DispatchSession:
         call.request = call.request._replace(images=(), work_s=0.0, follows=True)
         call.leader_done = asyncio.Event()
 
-    def _hear_grant(self, image_id: str, pool: str) -> None:
-        grant = self._grants.get(image_id)
+    def _hear_grant(self, event: Granted) -> None:
+        grant = self._grants.get(event.image_id)
         if grant is None:  # nobody waits any more; releasing a slot twice does no harm
-            self._releases.append(Release(image_id, 0.0))
+            self._releases.append(Release(event.image_id, 0.0))
             self._changed.set()
         elif not grant.granted.done():
-            grant.pool = pool
-            grant.granted.set_result(pool)
+            grant.lease = Lease(*event)
+            grant.granted.set_result(grant.lease)
 
     def _hear_recorded(self, call: OpenCall) -> None:
         if (recording := call.unanswered) is None:

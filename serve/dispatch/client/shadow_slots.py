@@ -16,7 +16,7 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class _ShadowSlot:
     image: QueuedImage
-    granted: asyncio.Future[str]
+    granted: asyncio.Future[Lease]
     stopped: asyncio.Future[None]
 
 
@@ -43,8 +43,7 @@ class ShadowSlots:
         self._changed()
         running: asyncio.Future[T] | None = None
         try:
-            lease = Lease(self._session, image.id, await slot.granted)
-            running = asyncio.ensure_future(work(lease))
+            running = asyncio.ensure_future(work(await slot.granted))
             first: set[asyncio.Future[Any]] = {running, slot.stopped}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             return running.result() if running.done() else None
@@ -66,7 +65,7 @@ class ShadowSlots:
             if not slot.stopped.done():
                 slot.stopped.set_result(None)
         elif not slot.granted.done():
-            slot.granted.set_result(event.pool)
+            slot.granted.set_result(Lease(*event))
 
     def take(self) -> tuple[tuple[QueuedImage, ...], tuple[Release, ...]]:
         """Return the shadows to ask for and those that have ended, since the last call."""
