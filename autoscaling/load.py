@@ -17,6 +17,9 @@ from typing import NamedTuple
 class PolicyTuning:
     """The policy's numbers that an operator may set.
 
+    - `late_part`: the fraction of all work that may come faster than replicas start. Replicas for
+      the rest stay ready (`floor`); 1: none do.
+    - `keep_s`: seconds without any work after which no replicas stay ready for jumps.
     - `target_wait_s`: seconds within which a queue is to be drained, once the replicas that were
       ordered for it are ready.
     - `utilisation`: the largest fraction of time for which expected work may keep replicas busy.
@@ -30,6 +33,8 @@ class PolicyTuning:
     - `warm_reserve`: replicas beyond the needed ones, for each model that is not idle.
     """
 
+    late_part: float = 0.001
+    keep_s: float = 3600.0
     target_wait_s: float = 10.0
     utilisation: float = 0.8
     spare: float = 3.0
@@ -88,8 +93,8 @@ class Demand(NamedTuple):
     """The work of all requests that may use the same pools, in seconds of a reference replica.
 
     `arrived_s`: the work that has arrived since the start. `squares`: the sum of the squares of the
-    works of the single requests. `queued_s`: the work that waits. `oldest_wait_s`: how long the
-    oldest waiting request has waited.
+    works of the single requests. `images`: their number. `queued_s`: the work that waits.
+    `oldest_wait_s`: how long the oldest waiting request has waited.
     """
 
     pools: tuple[str, ...]
@@ -97,6 +102,7 @@ class Demand(NamedTuple):
     squares: float
     queued_s: float = 0.0
     oldest_wait_s: float = 0.0
+    images: int = 0
 
 
 class Supply(NamedTuple):
@@ -116,9 +122,11 @@ class Supply(NamedTuple):
 class Load(NamedTuple):
     """Everything that the policy is told for one decision.
 
-    A pool that is missing from `supplies` keeps its number of wanted replicas.
+    A pool that is missing from `supplies` keeps its number of wanted replicas. `unix_s`: the time
+    of day, None if it is not known.
     """
 
     demands: Sequence[Demand]
     supplies: Mapping[str, Supply]
     open_requests: int = 0
+    unix_s: float | None = None

@@ -5,12 +5,14 @@ order of preference; demand that is too much for a pool goes on to the next one.
 seconds of work that a replica of the pool does per second. A pool needs replicas
 
 - for arriving work: rate ÷ speed, plus spare capacity. The spare capacity covers images that meet
-  by chance, and the usual rise of the rate during a replica's start (`rates`). Chance grows with
-  the square root of the number of images.
+  by chance, which grows with the square root of the number of images.
 - for queued work: as many as drain the queue within `target_wait_s`, or within an eighth of a
   start's time if that is longer. This counts only the work that will be left when a replica that is
   ordered now becomes ready; if none will be left, nothing is ordered. Replicas that were ordered
   for a queue stay until the queue is empty.
+
+- for work that may jump: as many as earlier jumps have needed (`floor`), until no work has come for
+  `keep_s`.
 
 *Wanted* replicas are either *ready* or *starting*. The number of wanted replicas rises at once. A
 fall stops at the highest number that was needed within `hold_s` and within the time of two starts,
@@ -30,9 +32,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from .floor import Floor
 from .load import Demand, Follower, Load, PoolBounds, ScalingLimits
 from .pool_state import PoolState, ReplicaOrder, ReplicasNeeded, bounded, updated
-from .rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
+from .rates import Sample, Samples, rates, with_sample
 
 PAUSE_S = 10.0  # a longer time between two decisions is a pause, about which nothing is known
 CHANCE_QUEUE_S = 1.0  # a queue that the ready replicas drain within this time is chance
@@ -48,7 +51,7 @@ class PolicyState:
 
     at: float = -math.inf
     samples: Mapping[tuple[str, ...], Samples] = field(default_factory=dict)
-    rises: Mapping[str, Rises] = field(default_factory=dict)  # by model
+    floors: Mapping[tuple[str, ...], Floor] = field(default_factory=dict)  # by pools of a demand
     pools: Mapping[str, PoolState] = field(default_factory=dict)
     followers: Mapping[str, tuple[ReplicasNeeded, ...]] = field(default_factory=dict)
 
@@ -86,11 +89,14 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
 
     `state`: the state that the last decision returned.
     """
-    mean_s = limits.tuning.hold_s
+    tuning, mean_s = limits.tuning, limits.tuning.hold_s
     if now < state.at or now - state.at > PAUSE_S:
         state = _resumed(state, now)
     samples = dict(state.samples)
-    for d in load.demands:
+    floors = {p: floor for p, floor in state.floors.items() if limits.pools.keys() & set(p)}
+    arrived = {d.pools for d in load.demands}
+    all_demands = [*load.demands, *(Demand(p, 0.0, 0.0) for p in floors if p not in arrived)]
+    for d in all_demands:
         new = Sample(now, d.arrived_s, d.squares)
         # If this is the first demand for these pools, nothing had arrived by the last decision.
         first = (Sample(state.at, 0.0, 0.0),) if state.at > -math.inf else ()
@@ -99,29 +105,40 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
         name: updated(state.pools.get(name), pool, load.supplies.get(name), limits.tuning, now)
         for name, pool in limits.pools.items()
     }
-    rises, reasons = {}, {}
+    reasons = {}
     for model in dict.fromkeys(pool.model for pool in limits.pools.values()):
         names = preferred(model, limits)
-        demands = [d for d in load.demands if set(d.pools) & set(names)]
-        counted = [samples[d.pools] for d in demands]
-        arriving, known = rates(counted, mean_s), state.rises.get(model, Rises())
-        start_s = pools[names[0]].start_s
-        rises[model] = updated_rises(
-            known, sum(arriving), recent_rate(counted, mean_s), start_s, now
-        )
-        rise = rises[model].usual / sum(arriving) if sum(arriving) else 0.0
-        filling = _Filling(pools, limits, rise, now)
+        demands = [d for d in all_demands if set(d.pools) & set(names)]
+        arriving = rates([samples[d.pools] for d in demands], mean_s)
+        filling = _Filling(pools, limits, now)
         unserved = [
             _Unserved(d, rate, d.queued_s) for d, rate in zip(demands, arriving, strict=True)
         ]
+        start_s = pools[names[0]].start_s
+        least = dict.fromkeys(names, 0.0)  # the replicas that stay ready for jumps
+        for d in demands:
+            floor = floors.get(d.pools, Floor())
+            level = floor.level(tuning.late_part, tuning.keep_s, start_s, now, load.unix_s)
+            for name in (name for name in names if name in d.pools):
+                bound = limits.pools[name].max_replicas - least[name]
+                taken = min(level / pools[name].speed, bound)
+                least[name] += taken
+                level -= taken * pools[name].speed
         for place, name in enumerate(names):
             before = pools[name]
             share, unserved = filling.share(name, names[place + 1 :], unserved)
             if name in load.supplies:
-                after = _with_wanted(before, share, name, limits, first=not place, now=now)
+                after = _with_wanted(
+                    before, share, name, limits, least[name], first=not place, now=now
+                )
                 pools[name] = after
                 if after.wanted != before.wanted:
                     reasons[name] = _reason(before, after, share, limits.pools[name])
+        for d, rate in zip(demands, arriving, strict=True):
+            part = rate / sum(arriving) if rate else 1.0
+            mine = [pools[name] for name in names if name in d.pools]
+            floor = floors.get(d.pools, Floor())
+            floors[d.pools] = _updated_floor(floor, mine, part, d, load.unix_s, now)
     replicas = {name: pool.wanted for name, pool in pools.items()}
     followers = {}
     for name, follower in limits.followers.items():
@@ -133,7 +150,28 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
         last = state.followers.get(name)
         if last and last[0].replicas != wanted:
             reasons[name] = f"{last[0].replicas} → {wanted} replicas (it follows what it serves)"
-    return ScalingDecision(replicas, PolicyState(now, samples, rises, pools, followers), reasons)
+    return ScalingDecision(replicas, PolicyState(now, samples, floors, pools, followers), reasons)
+
+
+def _updated_floor(
+    floor: Floor,
+    pools: Sequence[PoolState],
+    part: float,
+    demand: Demand,
+    unix_s: float | None,
+    now: float,
+) -> Floor:
+    """Let a demand's floor count the work that has arrived.
+
+    `pools`: those of the demand, preferred first. `part`: of their capacity that it may use. An
+    image may wait for as long as it takes alone. It may take longer in all, but on a busy replica
+    it shares the time with others.
+    """
+    slack_s = demand.arrived_s / demand.images / pools[0].speed if demand.images else 0.0
+    ready = part * sum(pool.ready * pool.speed for pool in pools)
+    ordered = part * sum(pool.needed * pool.speed for pool in pools)
+    start_s = pools[0].start_s
+    return floor.updated(demand.arrived_s, ready, ordered, start_s, slack_s, now, unix_s)
 
 
 def preferred(model: str, limits: ScalingLimits) -> list[str]:
@@ -171,7 +209,7 @@ def _resumed(state: PolicyState, now: float) -> PolicyState:
         name: (ReplicasNeeded(now, held[0].replicas),) for name, held in state.followers.items()
     }
     if now < state.at:
-        return PolicyState(pools=pools, followers=followers)
+        return PolicyState(floors=state.floors, pools=pools, followers=followers)
     return replace(state, pools=pools, followers=followers)
 
 
@@ -200,12 +238,9 @@ class _Filling:
         self,
         pools: Mapping[str, PoolState],
         limits: ScalingLimits,
-        rise: float,
         now: float,
     ) -> None:
-        """`rise`: the usual rise of the rate during a start, as a fraction of the rate."""
-        self._pools, self._limits = dict(pools), limits
-        self._rise, self._now = rise, now
+        self._pools, self._limits, self._now = dict(pools), limits, now
 
     def share(
         self, name: str, later: Sequence[str], unserved: Sequence[_Unserved]
@@ -252,8 +287,7 @@ class _Filling:
         """Return the share with the replicas that it needs; `helping`: see `_helping`."""
         tuning, start_s = self._limits.tuning, state.start_s
         busy = share.rate / state.speed  # replicas that are busy on average
-        chance = tuning.spare * math.sqrt(busy / pool.slots)
-        spare = math.hypot(chance, self._rise * busy)
+        spare = tuning.spare * math.sqrt(busy / pool.slots)
         for_queue = 0.0
         if share.queued_s:
             # Replica-seconds of work until a replica that is ordered now is ready.
@@ -287,12 +321,20 @@ def _left(limit: int, needed: float, here: float, movable: float) -> float:
 
 
 def _with_wanted(
-    before: PoolState, share: _Share, name: str, limits: ScalingLimits, *, first: bool, now: float
+    before: PoolState,
+    share: _Share,
+    name: str,
+    limits: ScalingLimits,
+    least: float,
+    *,
+    first: bool,
+    now: float,
 ) -> PoolState:
     """The pool's state with the number of replicas that is wanted now.
 
-    `before`: the state so far. `share`: what the pool has to serve. `first`: whether the pool is
-    the preferred one of its model, which holds the warm reserve.
+    `before`: the state so far. `share`: what the pool has to serve. `least`: its part of the
+    model's floor, in replicas. `first`: whether the pool is the preferred one of its model, which
+    holds the warm reserve.
     """
     pool, tuning = limits.pools[name], limits.tuning
     busy = now if share.replicas else before.busy
@@ -306,10 +348,13 @@ def _with_wanted(
     hold_s = max(tuning.hold_s, 2 * before.start_s)
     arriving = _with_need(before.arriving, bounded(for_rate, pool), hold_s, now)
     draining = _with_need(before.draining, bounded(for_queue, pool), tuning.target_wait_s, now)
-    wanted = max(arriving[0].replicas, draining[0].replicas)
+    kept = bounded(math.ceil(least - ROUNDING), pool)
+    wanted = max(arriving[0].replicas, draining[0].replicas, kept)
     if not wanted and before.wanted and not idle:
         wanted = min(1, pool.max_replicas)
-    return replace(before, wanted=wanted, busy=busy, arriving=arriving, draining=draining)
+    return replace(
+        before, wanted=wanted, busy=busy, arriving=arriving, draining=draining, kept=kept
+    )
 
 
 def _follower_replicas(
@@ -356,6 +401,8 @@ def _reason(before: PoolState, after: PoolState, share: _Share, pool: PoolBounds
         rule = "idle"
     elif after.wanted < before.wanted:
         rule = "the most that was needed of late"
+    elif after.kept > after.needed:
+        rule = "for jumps like those before"
     elif after.draining[0].replicas > after.arriving[0].replicas:
         rule = "to drain what waits"
     else:

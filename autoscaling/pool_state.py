@@ -38,6 +38,7 @@ class PoolState:
     - `busy`: the last time at which the pool had anything to do.
     - `arriving`, `draining`: histories of the replicas that were needed for arriving work and for
       queued work; see `policy`.
+    - `kept`: the replicas that stay ready for jumps of the rate.
     - `given_up_at`: the time at which the policy stopped waiting for the pool's replicas, None
       while it waits for them.
     """
@@ -51,6 +52,13 @@ class PoolState:
     arriving: tuple[ReplicasNeeded, ...] = ()
     draining: tuple[ReplicasNeeded, ...] = ()
     given_up_at: float | None = None
+    kept: int = 0
+
+    @property
+    def needed(self) -> int:
+        """The replicas that arriving and queued work have needed of late."""
+        history = (*self.arriving[:1], *self.draining[:1])
+        return max((need.replicas for need in history), default=0)
 
     @property
     def starting(self) -> int:

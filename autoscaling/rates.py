@@ -6,10 +6,6 @@ the work in a window has a standard deviation of √Σw². So a short window cou
 `DEVIATIONS` standard deviations. With many requests a jump is noticed within seconds; with few
 requests noise is not taken for a jump.
 
-A replica that is ordered now is ready only after the time of a start. By then the rate may have
-risen, by the habits of the users or by chance. `Rises` learns how much it usually rises above the
-expected rate.
-
 Pure: standard library only.
 """
 
@@ -21,10 +17,6 @@ from typing import NamedTuple
 
 SHORT_WINDOWS = (1 / 24, 1 / 8, 1 / 3)  # as fractions of the long window
 DEVIATIONS = 1.5  # standard deviations by which a short window's mean is lowered
-
-RISES_S = 3600.0  # seconds for which rises are remembered
-RISES_EVERY_S = 10.0  # seconds between two measurements of a rise
-COVERED = 0.95  # the fraction of time in which the rate rises by no more than the usual rise
 
 
 class Sample(NamedTuple):
@@ -66,11 +58,6 @@ def rates(demands: Sequence[Samples], mean_s: float) -> list[float]:
     return means
 
 
-def recent_rate(demands: Sequence[Samples], mean_s: float) -> float:
-    """The work per second of all demands together within the longest of the short windows."""
-    return sum(_rate(samples, SHORT_WINDOWS[-1] * mean_s)[0] for samples in demands)
-
-
 def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
     """The mean rate over the window that ends with the last sample, and its variance.
 
@@ -81,38 +68,3 @@ def _rate(samples: Samples, window_s: float) -> tuple[float, float]:
     base = samples[max(before, 0)]
     span_s = max(last.at - base.at, window_s)  # longer if samples were missing
     return (last.work_s - base.work_s) / span_s, (last.squares - base.squares) / span_s**2
-
-
-class Rises(NamedTuple):
-    """The rises of the rate above the expected one during a replica's start.
-
-    `expected`: pairs of a time and the rate that was expected then, for the last `start_s` seconds.
-    `rises`: pairs of a time and the rise above the rate that was expected `start_s` seconds
-    earlier. `usual`: the rise that was not exceeded in the fraction `COVERED` of the last hour, in
-    work per second.
-    """
-
-    expected: tuple[tuple[float, float], ...] = ()
-    rises: tuple[tuple[float, float], ...] = ()
-    usual: float = 0.0
-
-
-def updated_rises(
-    known: Rises, expected: float, arriving: float, start_s: float, now: float
-) -> Rises:
-    """Add the rate that is expected now, and the rise above the rate expected a start ago.
-
-    `arriving`: the work per second that arrives now. `start_s`: seconds of a start. Within
-    `RISES_EVERY_S` of the last measurement nothing changes.
-    """
-    if known.expected and 0 <= now - known.expected[-1][0] < RISES_EVERY_S:
-        return known
-    before = [pair for pair in known.expected if now - start_s - RISES_EVERY_S <= pair[0] < now]
-    rises = [pair for pair in known.rises if now - RISES_S <= pair[0] < now]
-    if ready := [rate for at, rate in before if now - at >= start_s]:
-        rises.append((now, arriving - ready[-1]))
-    ranked = sorted((rise for _, rise in rises), reverse=True)
-    # Times without a measurement count as times without a rise.
-    exceeded = int((1 - COVERED) * RISES_S / RISES_EVERY_S)
-    usual = max(ranked[exceeded], 0.0) if exceeded < len(ranked) else 0.0
-    return Rises((*before, (now, expected)), tuple(rises), usual)

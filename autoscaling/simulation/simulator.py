@@ -351,13 +351,15 @@ class Simulation:
         oldest = next(iter(self._queue), None)
         wait_s = now - oldest.at if oldest else 0.0
         queued_s = self._queued_s if oldest else 0.0
-        demand = Demand(self._names, self._arrived_s, self._squares, queued_s, wait_s)
+        demand = Demand(
+            self._names, self._arrived_s, self._squares, queued_s, wait_s, self._requests
+        )
         supplies = {
             name: Supply(len(replicas))
             for name, replicas in zip(self._names, self._open, strict=True)
         }
         running = dict(zip(self._names, self._running, strict=True))
-        return PolicyView(Load([demand], supplies), running, len(self._queue))
+        return PolicyView(Load([demand], supplies, unix_s=now), running, len(self._queue))
 
     def _tick(self, now: float) -> None:
         """Ask the policy, and change the fleets to what it wants."""

@@ -79,13 +79,15 @@ class Arrivals(NamedTuple):
     """The work of all images that have arrived for the same pools since the start.
 
     `squares`: the sum of the squares of each image's work, from which its variance follows.
+    `images`: their number.
     """
 
     work_s: float = 0.0
     squares: float = 0.0
+    images: int = 0
 
     def and_one_of(self, work_s: float) -> Arrivals:
-        return Arrivals(self.work_s + work_s, self.squares + work_s**2)
+        return Arrivals(self.work_s + work_s, self.squares + work_s**2, self.images + 1)
 
 
 class _RefusedError(Exception):

@@ -35,6 +35,7 @@ from .cordons import Cordons, card_or_node
 from .dispatcher_metrics import DispatcherMetrics, TenantMetrics
 from .grants import Grants
 from .job_backlog import JobBacklog, StoredWork, stored_work
+from .jump_file import JumpFile
 from .metering import Metering
 from .node_watch import NodeWatch
 from .overview import nodes_overview, overview
@@ -122,9 +123,10 @@ class Dispatcher:
         self._shadows = Shadows(self.grants)
         now = time.monotonic()
         self.scaling = SCALINGS[autoscaling_policy](self.grants, self.admission, now)
+        folder = Path(data_folder).expanduser() if data_folder else None
+        jump_file = JumpFile(self.scaling, folder)
         self._metrics, self._tenant_metrics = DispatcherMetrics(), TenantMetrics()
         self.sessions = SessionStreams(self._metrics.messages)
-        folder = Path(data_folder).expanduser() if data_folder else None
         self.metering = Metering(
             self.admission,
             self._tenant_metrics,
@@ -186,6 +188,7 @@ class Dispatcher:
                     else ()
                 ),
                 self._cordoning.run(timing.heartbeat_s),
+                jump_file.run(),
                 self.metering.run(),
             )
         ]

@@ -20,7 +20,7 @@ from .scaling import Scaling, by_deployment
 class RayDefaultScaling(Scaling):
     """Decides nothing, and tells Ray Serve how many requests there are."""
 
-    def decide(self, now: float) -> Mapping[str, str]:
+    def decide(self, now: float, unix_s: float | None = None) -> Mapping[str, str]:
         """Decide nothing; returns no reasons."""
         return {}
 

@@ -9,7 +9,9 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from autoscaling.floor import Floor, JumpMemory
 from autoscaling.load import Demand, Load, ScalingLimits, Supply
 from autoscaling.policy import PolicyState, decide
 from autoscaling.report import ScalingReport
@@ -57,12 +59,22 @@ class Scaling:
                 del notes[pool]
         self.limits = limits
 
-    def decide(self, now: float) -> Mapping[str, str]:
-        """Decide how many replicas each pool should have.
+    def jumps(self) -> Mapping[Pools, JumpMemory]:
+        """What the policy has learnt of jumps, by the pools of a demand."""
+        return {pools: floor.memory for pools, floor in self._state.floors.items()}
+
+    def remember(self, jumps: Mapping[Pools, JumpMemory]) -> None:
+        """Begin with what an earlier process has learnt of jumps, as if work had just come."""
+        floors = {pools: Floor(memory, worked=self._began) for pools, memory in jumps.items()}
+        self._state = replace(self._state, floors=floors)
+
+    def decide(self, now: float, unix_s: float | None = None) -> Mapping[str, str]:
+        """Decide how many replicas each pool should have; `unix_s`: the time of day.
 
         Returns the reason for each number that has changed, by pool.
         """
-        decision = self.policy(self.load(now), self.limits, self._state, now)
+        load = self.load(now)._replace(unix_s=unix_s)
+        decision = self.policy(load, self.limits, self._state, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
         self._settled = now - self._began >= self.limits.tuning.hold_s
@@ -110,9 +122,9 @@ class Scaling:
         arrived = self._admission.arrived
         demands = []
         for pools in {*arrived, *queued}:
-            work_s, squares = arrived.get(pools, Arrivals())
+            work_s, squares, images = arrived.get(pools, Arrivals())
             wait_s = now - since.get(pools, now)
-            demands.append(Demand(pools, work_s, squares, queued.get(pools, 0.0), wait_s))
+            demands.append(Demand(pools, work_s, squares, queued.get(pools, 0.0), wait_s, images))
         return Load(
             demands,
             {pool: self._supply(pool) for pool in self.limits.pools},

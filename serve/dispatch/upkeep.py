@@ -83,7 +83,7 @@ class Upkeep:
         Logs errors instead of raising them, because the loop that expires leases must go on.
         """
         try:
-            for name, reason in self._scaling.decide(now).items() if decide else ():
+            for name, reason in self._scaling.decide(now, time.time()).items() if decide else ():
                 log.info("%s: %s", name, reason)
             self._pool_metrics.report(self._scaling, self._grants, now)
         except Exception:  # after any error the numbers wanted before stay in force

@@ -395,6 +395,16 @@ class AutoscalingSettings(Frozen):
         description="Spare capacity for chance, in standard deviations of the number of images "
         "that are generated at a time.",
     )
+    late_part: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=_TUNING.late_part,
+        description="Fraction of all work that may come faster than replicas start. Replicas for "
+        "the rest stay ready, as earlier jumps of the rate have shown; 1: none do.",
+    )
+    keep_s: NonNegativeFloat = Field(
+        default=_TUNING.keep_s,
+        description="Seconds without any work after which no replicas stay ready for jumps, except "
+        "in hours of the day in which there were some on earlier days.",
+    )
     hold_s: PositiveFloat = Field(
         default=_TUNING.hold_s,
         description="Seconds over which arriving work is averaged, and for which replicas are "

@@ -198,7 +198,7 @@ def test_calls_that_more_replicas_could_have_served_count_as_arriving_work() -> 
     harness = AdmissionHarness()
     for i in range(9):
         harness.open_call(f"other{i}")
-    before, _ = harness.admission.arrived[P]
+    before, *_ = harness.admission.arrived[P]
     assert harness.open_call("late", timeout_s=5).refusal == "deadline_unreachable"
     assert harness.admission.arrived[P][0] == before + 1
     # Too long on any replica.

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoscaling.floor import Floor, JumpMemory
 from autoscaling.load import Demand, Follower, Load, PolicyTuning, PoolBounds, ScalingLimits, Supply
 from autoscaling.policy import PolicyState, ScalingDecision, decide, preferred
-from autoscaling.rates import Rises, Sample
 
 POOL = PoolBounds("m", min_replicas=0, max_replicas=100, slots=4, start_s=30.0)
-TUNING = PolicyTuning(utilisation=0.9, spare=2.0, hold_s=120.0)
+# Replicas that stay ready for jumps have a test of their own.
+TUNING = PolicyTuning(late_part=1.0, utilisation=0.9, spare=2.0, hold_s=120.0)
 START_S = 30
 IMAGE_S = 0.5  # work of a request
 
@@ -375,7 +376,9 @@ def test_replicas_that_do_not_come_are_not_waited_for() -> None:
 
 
 def test_a_pool_that_was_given_up_is_remembered_while_idle() -> None:
-    limits = ScalingLimits(PAIR, tuning=PolicyTuning(idle_s=30, hold_s=30, node_wait_s=30))
+    limits = ScalingLimits(
+        PAIR, tuning=PolicyTuning(late_part=1.0, idle_s=30, hold_s=30, node_wait_s=30)
+    )
     state, arrived, waits = PolicyState(), 0.0, []
     for second in range(500):
         wake = second < 200 or second == 400
@@ -391,22 +394,30 @@ def test_a_pool_that_was_given_up_is_remembered_while_idle() -> None:
     assert state.pools["fp8"].wanted == 0
 
 
-def test_room_for_the_usual_rise_is_shared_out_with_the_rate() -> None:
-    demands = [Demand(BOTH, 600.0, 60.0), Demand(ONLY_16, 6.0, 0.6)]
-    supplies = {"fp8": Supply(50), "fp16": Supply(0)}
-    many = {name: replace(pool, max_replicas=50) for name, pool in PAIR.items()}
+def jumps_of(rate: float) -> Floor:
+    """A floor that has learnt of jumps to this rate, which bring all of the work."""
+    memory = JumpMemory()
+    for second in range(1000):
+        memory = memory.counted(rate * (second % 2), 0.0, 1.0, 0.0, None)
+    return Floor(memory, worked=600.0)
 
-    def wanted(usual: float) -> ScalingDecision:
-        rises = {"m": Rises(expected=((599.5, 1.0),), usual=usual)}
-        samples = {BOTH: (Sample(480.0, 0.0, 0.0),), ONLY_16: (Sample(480.0, 0.0, 0.0),)}
-        state = PolicyState(at=599.5, samples=samples, rises=rises)
-        return decide(Load(demands, supplies), ScalingLimits(many, tuning=TUNING), state, 600.0)
 
-    # 5 for the rate and 3 for chance.
-    assert wanted(0.0).state.pools["fp8"].arriving[-1].replicas == 8
-    assert wanted(20.0).state.pools["fp8"].arriving[-1].replicas == 25
-    assert wanted(0.0).replicas["fp16"] == 1
-    assert wanted(20.0).replicas["fp16"] == 1
+def test_replicas_for_jumps_stay_ready_in_the_preferred_pool_first() -> None:
+    limits = ScalingLimits(PAIR, tuning=replace(TUNING, late_part=0.01))
+    supplies = {"fp8": Supply(0), "fp16": Supply(0)}
+
+    def wanted(rate: float) -> ScalingDecision:
+        state = PolicyState(at=599.5, floors={BOTH: jumps_of(rate)})
+        return decide(Load([Demand(BOTH, 0.0, 0.0)], supplies), limits, state, 600.0)
+
+    assert wanted(0.0).replicas == {"fp8": 0, "fp16": 0}
+    some = wanted(3.0)
+    assert some.replicas == {"fp8": 4, "fp16": 0}  # the next level above 3
+    assert "(for jumps like those before)" in some.reasons["fp8"]
+    most = PAIR["fp8"].max_replicas
+    many = wanted(most + 2.0).replicas
+    assert many["fp8"] == most
+    assert many["fp16"] >= 2
 
 
 def test_a_pool_of_slower_replicas_has_more_of_them() -> None:

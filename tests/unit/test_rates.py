@@ -1,10 +1,10 @@
-"""Rates of arriving work, and their usual rises."""
+"""Rates of arriving work."""
 
 import random
 
 import pytest
 
-from autoscaling.rates import Rises, Sample, Samples, rates, recent_rate, updated_rises, with_sample
+from autoscaling.rates import Sample, Samples, rates, with_sample
 
 MEAN_S = 120.0
 
@@ -70,7 +70,6 @@ def test_demands_are_raised_together() -> None:
         jumping = with_sample(jumping, Sample(last.at + second, work, work), MEAN_S)
     one, other = rates([steady, jumping], MEAN_S)
     assert other > 7 * one
-    assert recent_rate([steady, jumping], MEAN_S) > 20
 
 
 def test_a_restarted_counter_or_clock_begins_new_samples() -> None:
@@ -82,33 +81,3 @@ def test_a_restarted_counter_or_clock_begins_new_samples() -> None:
 def test_a_gap_is_filled_by_the_counter() -> None:
     samples = with_sample((Sample(0, 0.0, 0.0),), Sample(1000, 3000.0, 0.0), MEAN_S)
     assert rates([samples], MEAN_S) == [3.0]
-
-
-def rises(every_s: int, height: float, start_s: float = 100.0) -> Rises:
-    """The rises known after 4000 s with one of `height`, 50 s long, every `every_s`."""
-    known = Rises()
-    for second in range(0, 4000, 5):
-        arriving = 10.0 + (height if second % every_s >= every_s - 50 else 0.0)
-        known = updated_rises(known, 10.0, arriving, start_s, second)
-    return known
-
-
-def test_rises_that_happen_often_are_usual() -> None:
-    assert rises(300, 4.0).usual == pytest.approx(4.0)
-    assert rises(2000, 4.0).usual == 0.0  # 50 s of 2000 are less than one part in 20
-
-
-def test_rises_are_forgotten_and_their_memory_is_bounded() -> None:
-    known = rises(300, 4.0)
-    assert len(known.rises) <= 361
-    assert len(known.expected) <= 13
-    for second in range(4000, 8000, 10):
-        known = updated_rises(known, 10.0, 10.0, 100.0, second)
-    assert known.usual == 0.0
-
-
-def test_an_expected_increase_is_no_rise() -> None:
-    known = Rises()
-    for second in range(0, 4000, 10):
-        known = updated_rises(known, second / 10, second / 10 - 10, 100.0, second)
-    assert known.usual == 0.0

@@ -325,7 +325,7 @@ def test_a_dispatcher_that_is_always_late_still_does_its_periodic_work() -> None
     async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
         decided: list[float] = []
 
-        def decide(now: float) -> Mapping[str, str]:
+        def decide(now: float, unix_s: float | None = None) -> Mapping[str, str]:
             decided.append(now)
             return {}
 
@@ -346,7 +346,7 @@ def test_a_policy_that_fails_changes_nothing_and_stops_nothing(
 ) -> None:
     calls: list[float] = []
 
-    def fails(now: float) -> Mapping[str, str]:
+    def fails(now: float, unix_s: float | None = None) -> Mapping[str, str]:
         calls.append(now)
         raise ZeroDivisionError
 
