@@ -45,6 +45,7 @@ def settings(policy: str, least: int) -> Any:
         "OCTET_MODELS__0__POOLS__0__MIN_REPLICAS": str(least),
         "OCTET_AUTOSCALING__HOLD_S": "10",
         "OCTET_AUTOSCALING__IDLE_S": "20",
+        "OCTET_AUTOSCALING__KEEP_S": "20",
         "OCTET_AUTOSCALING__TARGET_WAIT_S": "3",
     }
     found = load_settings(DEMO_SETTINGS, environ)

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -34,9 +35,9 @@ class RayServe:
     """The installed `replica_queue_length_autoscaling_policy`, with Serve's factors and delays.
 
     The policy is told the number of waiting and running requests as Serve would count them if they
-    waited in its handles: as their mean over the last 30 s (Serve's default `look_back_period_s`).
-    All other settings are Serve's defaults. `target_ongoing_requests` holds for the first pool;
-    other pools have the same target per slot.
+    waited in its handles: as their mean over the last `look_back_period_s`.
+    `target_ongoing_requests` and `min_replicas` hold for the first pool; other pools have the same
+    target per slot, and no minimum. The defaults are Serve's own.
     """
 
     def __init__(
@@ -45,8 +46,12 @@ class RayServe:
         target_ongoing_requests: float = 2.0,
         upscale_delay_s: float = 30.0,
         downscale_delay_s: float = 600.0,
+        min_replicas: float = 0.0,
+        look_back_period_s: float = 30.0,
+        upscaling_factor: float = 1.0,
+        downscaling_factor: float = 1.0,
     ) -> None:
-        self._pools = pools
+        self._pools = pools = _with_least(pools, int(min_replicas))
         self._clock = _Now()
         (first, *_) = pools.values()
         self._configs = {
@@ -56,6 +61,10 @@ class RayServe:
                 target_ongoing_requests=target_ongoing_requests * pool.slots / first.slots,
                 upscale_delay_s=upscale_delay_s,
                 downscale_delay_s=downscale_delay_s,
+                metrics_interval_s=min(10.0, look_back_period_s),
+                look_back_period_s=look_back_period_s,
+                upscaling_factor=upscaling_factor,
+                downscaling_factor=downscaling_factor,
             )
             for name, pool in pools.items()
         }
@@ -64,9 +73,8 @@ class RayServe:
         )
         self._wanted = {name: pool.min_replicas for name, pool in pools.items()}
         self._states: dict[str, dict[str, Any]] = {name: {} for name in pools}
-        any_config = next(iter(self._configs.values()))
         self._counts: dict[str, deque[int]] = {
-            name: deque(maxlen=round(any_config.look_back_period_s / TICK_S)) for name in pools
+            name: deque(maxlen=round(look_back_period_s / TICK_S)) for name in pools
         }
 
     def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
@@ -121,6 +129,12 @@ def _requests(
     return view.running[name] + (view.waiting if name == next(growing, last) else 0)
 
 
+def _with_least(pools: Mapping[str, PoolBounds], least: int) -> Mapping[str, PoolBounds]:
+    """The pools, of which the first has at least so many replicas."""
+    name, *_ = pools
+    return {**pools, name: replace(pools[name], min_replicas=max(least, pools[name].min_replicas))}
+
+
 class QueueLength:
     """KEDA's rule on the number of waiting and running requests, applied by Kubernetes' HPA.
 
@@ -130,7 +144,7 @@ class QueueLength:
     `stabilisation_s`. KEDA itself looks every 30 s. It sets zero replicas after `cooldown_s`
     without requests, and one replica with the first request.
 
-    `target` holds for the first pool; other pools have the same target per slot.
+    `target` and `min_replicas` hold for the first pool; other pools have the same target per slot.
     """
 
     EVERY_S, POLL_S, TOLERANCE = 15.0, 30.0, 0.1
@@ -141,9 +155,10 @@ class QueueLength:
         target: float = 2.0,
         stabilisation_s: float = 300.0,
         cooldown_s: float = 300.0,
+        min_replicas: float = 0.0,
     ) -> None:
+        self._pools = pools = _with_least(pools, int(min_replicas))
         (first, *_) = pools.values()
-        self._pools = pools
         self._targets = {n: target * pool.slots / first.slots for n, pool in pools.items()}
         self._stabilisation_s, self._cooldown_s = stabilisation_s, cooldown_s
         self._wanted = {name: pool.min_replicas for name, pool in pools.items()}

@@ -19,6 +19,7 @@ class QueuedWork:
         spare: float | None = None,
         hold_s: float | None = None,
         utilisation: float | None = None,
+        late_part: float | None = None,
     ) -> None:
         given = limits.tuning
         tuning = replace(
@@ -26,6 +27,7 @@ class QueuedWork:
             spare=given.spare if spare is None else spare,
             hold_s=hold_s or given.hold_s,
             utilisation=utilisation or given.utilisation,
+            late_part=given.late_part if late_part is None else late_part,
         )
         self._limits = replace(limits, tuning=tuning)
         self._state = PolicyState()

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from ..load import PoolBounds
 
+STORM_TAKES = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class NodeType:
@@ -30,6 +32,8 @@ class NodeType:
     - `replica_fails_s`, `node_taken_s`: mean seconds until a replica fails, and until the provider
       gives notice that it takes a node away; None: never.
     - `notice_s`: seconds between the provider's notice and the end of the node.
+    - `storm_s`: mean seconds between two storms; None: there are none. In a storm the provider
+      gives notice for each node with the probability `STORM_TAKES`.
     """
 
     card: str
@@ -41,6 +45,7 @@ class NodeType:
     replica_fails_s: float | None = None
     node_taken_s: float | None = None
     notice_s: float = 120.0
+    storm_s: float | None = None
 
 
 class SimulatedNode:
@@ -175,6 +180,7 @@ class PoolFleet:
         self.replicas: list[SimulatedReplica] = []  # all that are not draining
         self.nodes: list[SimulatedNode] = []
         self.wanted = 0
+        self._plan_storm(0.0)
 
     def want(self, replicas: int, now: float) -> None:
         """Start or stop replicas until `replicas` are there or starting."""
@@ -284,6 +290,18 @@ class PoolFleet:
             self._withdraw(replica)
         self._clock.lost(replica, now)
         self.end(replica, now)
+
+    def _plan_storm(self, now: float) -> None:
+        if self.node_type.storm_s:
+            at = now + self._chance.expovariate(1 / self.node_type.storm_s)
+            self._later(at, self._storm)
+
+    def _storm(self, now: float) -> None:
+        """Let the provider take many nodes at once."""
+        for node in list(self.nodes):
+            if node.up and not node.leaving and self._chance.random() < STORM_TAKES:
+                self._notice(node, now)
+        self._plan_storm(now)
 
     def _notice(self, node: SimulatedNode, now: float) -> None:
         """Let the provider announce that it takes a node away.

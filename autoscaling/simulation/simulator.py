@@ -29,6 +29,7 @@ PATIENCE_S = 3600.0  # seconds after the workload's end in which requests may st
 # An answer is in time within this many times the seconds that the image takes alone.
 IN_TIME_SLOWDOWN = 5.0
 TEXT_TOKENS = 333
+MONDAY_S = 4 * 86400.0  # the time of day at which simulations begin, in seconds since 1970
 POINTS = 2000  # a timeline has about this many points
 
 
@@ -359,7 +360,9 @@ class Simulation:
             for name, replicas in zip(self._names, self._open, strict=True)
         }
         running = dict(zip(self._names, self._running, strict=True))
-        return PolicyView(Load([demand], supplies, unix_s=now), running, len(self._queue))
+        return PolicyView(
+            Load([demand], supplies, unix_s=MONDAY_S + now), running, len(self._queue)
+        )
 
     def _tick(self, now: float) -> None:
         """Ask the policy, and change the fleets to what it wants."""

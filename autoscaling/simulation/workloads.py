@@ -153,6 +153,89 @@ def heavy_tailed(per_s: float, seconds: float) -> Workload:
     return Workload("heavy-tailed", seconds, arrivals)
 
 
+def daily_crowd(per_s: float, seconds: float, times: float = 12.0, mix: Mix = USUAL) -> Workload:
+    """A constant rate, and from nine to half past nine of every day one `times` as high.
+
+    `per_s`: the rate outside this time.
+    """
+
+    def rate(at: float) -> float:
+        return per_s * (times if 9 <= at % DAY_S / HOUR_S < 9.5 else 1.0)
+
+    return Workload(
+        "daily-crowd", seconds, lambda seed: _thinned(seed, rate, per_s * times, seconds, mix)
+    )
+
+
+class _Client(NamedTuple):
+    """A client's share of all requests, and how bursty it is.
+
+    `variation`: the coefficient of variation of the time between two requests. `drift`: the
+    standard deviation of the logarithm of its rate ÷ its rate ten minutes before. `on`: the
+    fraction of the time in which it sends anything.
+    """
+
+    share: float
+    variation: float
+    drift: float
+    on: float
+
+
+# The eight largest clients of a model that takes images, on a day of a public cloud: the statistics
+# of `data/multimodal/mm-image` in github.com/alibaba/ServeGen (Apache 2.0; Xiang et al., ServeGen,
+# NSDI 2026), whose 35 clients send 9.5 requests a second. These eight send three quarters of them.
+CLOUD_CLIENTS = (
+    _Client(0.135, 0.96, 0.13, 1.0),
+    _Client(0.129, 1.10, 0.09, 1.0),
+    _Client(0.123, 4.67, 0.39, 1.0),
+    _Client(0.105, 4.14, 0.65, 0.92),
+    _Client(0.068, 0.97, 0.15, 1.0),
+    _Client(0.067, 0.97, 0.15, 1.0),
+    _Client(0.061, 0.82, 0.07, 0.22),
+    _Client(0.054, 0.77, 0.29, 0.56),
+)
+STEP_S = 600.0  # the interval of these statistics
+MEMORY = 0.7  # how much of a client's deviation from its mean rate is left after `STEP_S`
+PAUSE_STEPS = 6  # mean length of a client's pause, in intervals
+
+
+def cloud_clients(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
+    """Requests with the burst statistics of `CLOUD_CLIENTS`; `per_s`: the mean rate of all."""
+    scale = per_s / sum(client.share for client in CLOUD_CLIENTS)
+
+    def arrivals(seed: int) -> Iterator[Arrival]:
+        chance = random.Random(seed)
+        shapes, weights = zip(*mix, strict=True)
+        found: list[Arrival] = []
+        for number, client in enumerate(CLOUD_CLIENTS):
+            found += [
+                Arrival(at, f"t{number}", *chance.choices(shapes, weights))
+                for at in _client_times(client, scale * client.share, seconds, chance)
+            ]
+        return iter(sorted(found))
+
+    return Workload("cloud-clients", seconds, arrivals)
+
+
+def _client_times(
+    client: _Client, per_s: float, seconds: float, chance: random.Random
+) -> Iterator[float]:
+    """The times of a client's requests: between two of them, a Gamma-distributed time."""
+    shape = 1 / client.variation**2
+    spread = client.drift * math.sqrt((1 + MEMORY) / 2)
+    variance = spread**2 / (1 - MEMORY**2)
+    deviation, on, at = chance.gauss(0, math.sqrt(variance)), chance.random() < client.on, 0.0
+    for step in range(math.ceil(seconds / STEP_S)):
+        until = min((step + 1) * STEP_S, seconds)
+        rate = per_s / client.on * math.exp(deviation - variance / 2)
+        at = max(at, step * STEP_S)
+        while on and (at := at + chance.gammavariate(shape, 1 / (rate * shape))) < until:
+            yield at
+        deviation = MEMORY * deviation + chance.gauss(0, spread)
+        pauses = (1 - client.on) / client.on / PAUSE_STEPS  # how often a client that is on pauses
+        on = chance.random() >= pauses if on else chance.random() < 1 / PAUSE_STEPS
+
+
 def sparse(per_s: float, seconds: float, mix: Mix = USUAL) -> Workload:
     """Requests for about 20 minutes, then none for about 40 minutes, and so on.
 

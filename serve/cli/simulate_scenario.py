@@ -35,13 +35,30 @@ from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
 from .exit_codes import UsageError
 
-WORKLOADS = ("poisson", "diurnal", "spikes", "on-off", "heavy-tailed", "sparse")
+WORKLOADS = (
+    "poisson",
+    "diurnal",
+    "spikes",
+    "on-off",
+    "heavy-tailed",
+    "sparse",
+    "daily-crowd",
+    "cloud-clients",
+)
 NUMBERS = {  # the parameters of each policy, in the order in which --policy takes them
-    "ray-serve": ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"),
-    "keda": ("target", "stabilisation_s", "cooldown_s"),
+    "ray-serve": (
+        "target_ongoing_requests",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "min_replicas",
+        "look_back_period_s",
+        "upscaling_factor",
+        "downscaling_factor",
+    ),
+    "keda": ("target", "stabilisation_s", "cooldown_s", "min_replicas"),
     "static": ("replicas",),
     "oracle": ("spare", "window_s"),
-    "queued-work": ("spare", "hold_s", "utilisation"),
+    "queued-work": ("spare", "hold_s", "utilisation", "late_part"),
 }
 
 
@@ -222,7 +239,8 @@ def policy_of(text: str) -> tuple[str, dict[str, float]]:
     except ValueError:
         values = [-1.0]
     lowest = [
-        0.0 if key.endswith(("delay_s", "stabilisation_s", "cooldown_s")) else 1e-6 for key in keys
+        0.0 if key.endswith(("delay_s", "isation_s", "cooldown_s", "replicas", "part")) else 1e-6
+        for key in keys
     ]
     wrong = len(values) > len(keys) or any(
         not low <= value < 1e6 for low, value in zip(lowest, values, strict=False)

@@ -32,7 +32,7 @@ def with_short_waits(settings: Settings) -> Settings:
         )
         for model in settings.models
     )
-    quick = settings.autoscaling.model_copy(update={"hold_s": 1.0, "idle_s": 0.0})
+    quick = settings.autoscaling.model_copy(update={"hold_s": 1.0, "idle_s": 0.0, "keep_s": 0.0})
     return settings.model_copy(update={"models": models, "autoscaling": quick})
 
 
