@@ -386,14 +386,16 @@ def main() -> None:
     tables: dict[str, dict[str, Any]] = {"policy alone": {}, "system": {}}
     timelines: dict[str, dict[str, Any]] = {}
     seeds = SEEDS[:1] if quick else SEEDS
+    found: dict[str, list[Row]] = {}
     names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
     with Pool() as pool:
         for name, of in product(names, tables):
             plain = of == "system"
             if plain:
-                rows = chosen({**alone, **tuned(pool, name, quick, PLAIN)})
+                found |= tuned(pool, name, quick, PLAIN)
             else:
-                rows = chosen(alone := tuned(pool, name, quick))
+                found = tuned(pool, name, quick)
+            rows = chosen(found)
             again = dict.fromkeys(
                 Job(
                     name,
