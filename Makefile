@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib|moto|transformers/models)/' $(1) || true
 
 .PHONY: install servers demo demo-check test test-long check check-kernels \
-	bench-engine bench-fairness bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-presets bench-gpu bench-gpu-wheels accept-gpu \
+	bench-engine bench-fairness bench-dispatch bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-presets bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
 install: $(INSTALLED)
@@ -78,6 +78,10 @@ bench-engine: .venv/bench
 # What tenants feel of each other; QUICK=1: less than 8 minutes.
 bench-fairness: .venv/bench
 	$(BIN)/python -W ignore -m bench.fairness $(if $(QUICK),--quick)
+
+# Requests per second of one Dispatcher, beside those of an earlier version; QUICK=1: two minutes.
+bench-dispatch: install
+	$(BIN)/python -W ignore -m bench.dispatch $(if $(QUICK),--quick)
 
 # What the way of a request costs, apart from generating; about 2 minutes.
 bench-path: .venv/bench
