@@ -87,7 +87,7 @@ bench-dispatch: install
 bench-path: .venv/bench
 	$(BIN)/python -W ignore -m bench.path
 
-# Policies in the simulator; QUICK=1: less than 3 minutes.
+# Policies in the simulator; some hours; QUICK=1: less than 8 minutes.
 bench-autoscaling: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling $(if $(QUICK),--quick)
 

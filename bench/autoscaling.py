@@ -380,7 +380,7 @@ def tuned(pool: Any, name: str, quick: bool, policies: Sequence[str] = ()) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less than 5 minutes, one seed")
+    parser.add_argument("--quick", action="store_true", help="less than 8 minutes, one seed")
     quick = parser.parse_args().quick
     began, part = time.perf_counter(), 0.5 if quick else 1.0
     tables: dict[str, dict[str, Any]] = {"policy alone": {}, "system": {}}

@@ -151,7 +151,9 @@ def between_steps(
     running: dict[int, BatchCandidate] = {}
     now, times = 0.0, StepTimes()
 
-    def fitting(batch: list[BatchCandidate]) -> int:
+    def fitting(batch: list[BatchCandidate], _: int) -> int:
+        if all_that_fit:
+            return len(batch)
         rows = list(accumulate(image.rows for image in batch))
         return times.fitting(batch[0].kind, [(r, costs.bucket(r)) for r in rows]) + 1
 
@@ -164,7 +166,7 @@ def between_steps(
             if trace[i].edit:
                 now += costs.encode_s[size]
             running[i] = BatchCandidate(kind=size, rows=rows, steps_left=steps, arrival=i)
-        batch = next_batch(running.values(), max_rows, len if all_that_fit else fitting)
+        batch = next_batch(running.values(), max_rows, fitting)
         rows = costs.bucket(sum(image.rows for image in batch))
         step_s = costs.step(trace[batch[0].arrival].size_px, rows)
         now += step_s

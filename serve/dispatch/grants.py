@@ -212,8 +212,7 @@ class Grants:
             if release.took_s is not None:
                 self._settle(running, release.took_s)
                 return None
-            lease = Lease(session, release.image_id, running.pool, running.replica)
-            report = self._settlement.given_back(lease, running, release.cancelled, now)
+            report = self._settlement.given_back(session, running, release.cancelled, now)
             if report is None:
                 return "awaited"
             self._settle(running, report.work_s)
@@ -359,7 +358,7 @@ class Grants:
                     p for p in waiting.pools if p == pool or self._next_in(p, now) is waiting
                 )
                 image = waiting.image
-                replica = self._pools[best].choose(image, now, alone=image.alone)
+                replica = self._pools[best].choose(image, now)
                 if replica is None:
                     raise RuntimeError(f"{best} has a free slot, but no replica with one")
                 name = replica.heartbeat.replica
@@ -372,7 +371,7 @@ class Grants:
                     image.id, image.call_id, waiting.tenant, best, image.work_s, name, image.size
                 )
                 self._hold(waiting.session, running, now)
-                granted.append(Granted(waiting.session, image.id, best, name))
+                granted.append(Granted(waiting.session, image.id, best, name, waiting.tenant))
         return granted
 
     def refuse(self) -> list[Refused]:

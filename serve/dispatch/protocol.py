@@ -276,12 +276,13 @@ class AdmissionDecision(NamedTuple):
 
 
 class Granted(NamedTuple):
-    """A waiting image was granted a slot of a replica of `pool`."""
+    """A waiting image was granted a slot of a replica of `pool`; the fields are a `Lease`'s."""
 
     session: str
     image_id: str
     pool: str
     replica: str
+    owner: str = ""
 
 
 class Refused(NamedTuple):
@@ -461,12 +462,16 @@ class SessionMessage(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A grant as the Ingress shows it to a Generator: whose image may run on which replica."""
+    """A grant as the Ingress shows it to a Generator: whose image may run on which replica.
+
+    `owner`: the name under which the image has queued; a replica shares its steps by it.
+    """
 
     session: str
     image_id: str
     pool: str
     replica: str
+    owner: str = ""
 
 
 class StoppedImage(NamedTuple):

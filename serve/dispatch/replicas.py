@@ -205,13 +205,13 @@ class PoolReplicas:
 
     # -- slots ----------------------------------------------------------------------------------
 
-    def choose(self, image: QueuedImage, now: float, *, alone: bool = False) -> Replica | None:
+    def choose(self, image: QueuedImage, now: float) -> Replica | None:
         """The replica that should run an image; None if no staying replica has a free slot.
 
-        `alone`: the image may be what has killed replicas. It gets a replica whose card had no
-        fault if it can, and the emptiest of these.
+        An image that must run `alone` may be what has killed replicas. It gets a replica whose card
+        had no fault if it can, and the emptiest of these.
         """
-        if alone:
+        if image.alone:
             usable = [replica for replica in self if replica.free > 0]
             return min(
                 usable, key=lambda r: (r.one_at_a_time, len(r.held), r.done_at), default=None

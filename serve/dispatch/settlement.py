@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..usage.record import UsageRecord
-from .protocol import Lease, RunningImage, StoppedImage
+from .protocol import RunningImage, StoppedImage
 
 UNSETTLED_S = 30.0  # a Generator that has not reported a stopped image by then never will
 
@@ -33,16 +33,17 @@ class Settlement:
     """The stopped images, until both their Ingress and their Generator have reported them."""
 
     def __init__(self) -> None:
-        self._unsettled: dict[Lease, UnsettledImage] = {}
-        self._reported: dict[Lease, tuple[float, StoppedImage]] = {}
+        # Both by session and image id.
+        self._unsettled: dict[tuple[str, str], UnsettledImage] = {}
+        self._reported: dict[tuple[str, str], tuple[float, StoppedImage]] = {}
 
     def given_back(
-        self, lease: Lease, image: RunningImage, cancelled: UsageRecord | None, now: float
+        self, session: str, image: RunningImage, cancelled: UsageRecord | None, now: float
     ) -> StoppedImage | None:
         """Note that an Ingress gave a slot back; return the Generator's report if it has come."""
-        if report := self._reported.pop(lease, None):
+        if report := self._reported.pop((session, image.image_id), None):
             return report[1]
-        self._unsettled[lease] = UnsettledImage(now, image, cancelled)
+        self._unsettled[session, image.image_id] = UnsettledImage(now, image, cancelled)
         return None
 
     def reported(self, report: StoppedImage, now: float, *, held: bool) -> UnsettledImage | None:
@@ -50,15 +51,16 @@ class Settlement:
 
         `held`: whether a session still holds the image's slot. The report is then kept.
         """
-        unsettled = self._unsettled.pop(report.lease, None)
+        key = report.lease.session, report.lease.image_id
+        unsettled = self._unsettled.pop(key, None)
         if unsettled is None and held:
-            self._reported[report.lease] = now, report
+            self._reported[key] = now, report
         return unsettled
 
     def give_up(self, now: float) -> list[UnsettledImage]:
         """Return the images that no Generator has reported for `UNSETTLED_S`; forget them."""
-        late = [x for x, image in self._unsettled.items() if now - image.since > UNSETTLED_S]
-        for lease, (since, _) in list(self._reported.items()):
+        late = [key for key, image in self._unsettled.items() if now - image.since > UNSETTLED_S]
+        for key, (since, _) in list(self._reported.items()):
             if now - since > UNSETTLED_S:
-                del self._reported[lease]
-        return [self._unsettled.pop(lease) for lease in late]
+                del self._reported[key]
+        return [self._unsettled.pop(key) for key in late]

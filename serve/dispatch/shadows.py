@@ -48,7 +48,7 @@ class Shadows:
     def holds(self, lease: Lease) -> bool:
         """Return whether a lease is that of a shadow which may run."""
         shadow = self._shadows.get((lease.session, lease.image_id))
-        return shadow is not None and (shadow.pool, shadow.replica) == lease[2:]
+        return shadow is not None and (shadow.pool, shadow.replica) == lease[2:4]
 
     def stop(self) -> list[ShadowStopped]:
         """Stop the shadows whose pool others need, or is losing a replica.

@@ -111,6 +111,7 @@ class _NewImage:
     on_event: OnEvent
     done: Future[GeneratedPixels]
     edited: EditPixels | None = None
+    owner: str = ""
     latents: EditLatents | None = None
     latents_s: float = 0.0
     memory_failures: int = 0
@@ -186,17 +187,19 @@ class DenoisingLoop:
         previews: int = 0,
         on_event: OnEvent = lambda _: None,
         edited: EditPixels | None = None,
+        owner: str = "",
     ) -> Future[GeneratedPixels]:
         """Generate an image, which joins the others before their next step.
 
         Cancelling the returned future drops the image before its next step. `previews`: how many
         previews to make. `on_event` is called in the loop's threads for each step and preview; it
-        must not block or raise. `edited`: an edit's picture and mask. The future raises
+        must not block or raise. `edited`: an edit's picture and mask. `owner`: whose image it is;
+        those with many images running make room for the others. The future raises
         `NonFiniteImage` if the result holds non-finite numbers, `Unavailable` if memory ran out, or
         what the model raised.
         """
         done: Future[GeneratedPixels] = Future()
-        self._inbox.put(_NewImage(request, embeds, previews, on_event, done, edited))
+        self._inbox.put(_NewImage(request, embeds, previews, on_event, done, edited, owner))
         return done
 
     def call(self, function: Callable[[], T], *, decoding: bool = False) -> Future[T]:
@@ -299,15 +302,19 @@ class DenoisingLoop:
             arrival=self._arrivals,
             busy_s=new.latents_s,
             max_rows=PINNED_ROWS if request.deterministic else None,
+            owner=new.owner,
         )
 
-    def _fitting(self, batch: list[_RunningImage]) -> int:
-        """How many images of the batch, from its beginning, should take the next step."""
+    def _fitting(self, batch: list[_RunningImage], hosts: int) -> int:
+        """How many images of the batch, from its beginning, should take the next step.
+
+        `hosts`: how many of them, from the beginning, are no guests.
+        """
         batches = []
         for images in range(1, len(batch) + 1):
             part = batch[:images]
             batches.append((sum(image.rows for image in part), _padded_rows(part)))
-        return self._times.fitting(batch[0].kind, batches) + 1
+        return self._times.fitting(batch[0].kind, batches, hosts) + 1
 
     # -- a step ---------------------------------------------------------------------------------
 

@@ -91,6 +91,7 @@ class _ImageCall:
     """One call of `generate`: its image, and the events that are to be streamed.
 
     `shape`: the sizes on which the image's work depends. `edited`: an edit's picture and mask.
+    `owner`: whose image it is, as its lease says.
     `step`: the number of steps that are done.
     """
 
@@ -99,6 +100,7 @@ class _ImageCall:
     events: asyncio.Queue[Acknowledgement | StepDone | PreviewPixels | None]
     shape: ImageShape
     edited: EditPixels | None = None
+    owner: str = ""
     step: int = 0
     done: bool = False
     task: asyncio.Task[ImageResult] | None = None
@@ -206,7 +208,7 @@ class Generator:
             yield Acknowledgement.REFUSED
             return
         yield Acknowledgement.RECEIVED
-        call = self._new_call(request, options, edited)
+        call = self._new_call(request, options, edited, lease.owner)
         call.task = asyncio.create_task(self._in_turn(call, alone or self._careful))
         call.task.add_done_callback(lambda _: call.events.put_nowait(None))
         self._running[lease] = call
@@ -255,10 +257,14 @@ class Generator:
             self._metrics.ended(outcome)
 
     def _new_call(
-        self, request: ImageRequest, options: StreamOptions, edited: EditPixels | None = None
+        self,
+        request: ImageRequest,
+        options: StreamOptions,
+        edited: EditPixels | None = None,
+        owner: str = "",
     ) -> _ImageCall:
         shape = shape_of(request, self._text_tokens)
-        return _ImageCall(request, options, asyncio.Queue(), shape, edited)
+        return _ImageCall(request, options, asyncio.Queue(), shape, edited, owner)
 
     async def _in_turn(self, call: _ImageCall, alone: bool) -> ImageResult:
         async with self._lock.held(exclusively=alone):
@@ -275,7 +281,12 @@ class Generator:
         call.shape = replace(call.shape, text_tokens=self._text_tokens)
         # Cancelling this coroutine cancels the future, which the loop sees before its next step.
         generation = self._denoising.generate(
-            request, embeds, call.options.partial_images, self._event_sender(call), call.edited
+            request,
+            embeds,
+            call.options.partial_images,
+            self._event_sender(call),
+            call.edited,
+            call.owner,
         )
         generated: GeneratedPixels = await asyncio.wrap_future(generation)
         file, encode_s = await self._file(generated.pixels, request)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from serve.engine.batching import (
     CALM_S,
     FORGOTTEN,
+    GUEST_PATIENCE,
     KEPT,
     MOST_TIMES,
     PATIENCE,
@@ -21,20 +22,21 @@ IMAGES = st.tuples(
     st.integers(1, 2),  # rows
     st.integers(1, 12),  # steps
     st.integers(0, 20),  # arrives at this step
+    st.sampled_from("xxxyz"),  # owner
 )
 
 
-def running(kind: str, rows: int, steps_left: int, arrival: int) -> BatchCandidate:
+def running(kind: str, rows: int, steps_left: int, arrival: int, owner: str = "") -> BatchCandidate:
     """Kind "c" is pinned to batches of two rows."""
     pinned = 2 if kind == "c" else None
     return BatchCandidate(
-        kind=kind, rows=rows, steps_left=steps_left, arrival=arrival, max_rows=pinned
+        kind=kind, rows=rows, steps_left=steps_left, arrival=arrival, max_rows=pinned, owner=owner
     )
 
 
 @given(st.lists(IMAGES, min_size=1, max_size=14), st.integers(2, 8), st.integers(0, 3))
 def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
-    images: list[tuple[str, int, int, int]], max_rows: int, fewer: int
+    images: list[tuple[str, int, int, int, str]], max_rows: int, fewer: int
 ) -> None:
     """No image is passed over for more steps than the bound, until all are finished.
 
@@ -47,11 +49,11 @@ def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
     most_inside, clock = 0, 0
     while arriving or inside:
         while arriving and (arriving[0][3] <= clock or not inside):
-            kind, rows, steps, _ = arriving.pop(0)
-            inside.append(running(kind, rows, steps, len(given_steps)))
+            kind, rows, steps, _, owner = arriving.pop(0)
+            inside.append(running(kind, rows, steps, len(given_steps), owner))
             given_steps[inside[-1].arrival] = waited[inside[-1].arrival] = 0
         most_inside = max(most_inside, len(inside))
-        batch = next_batch(inside, max_rows, lambda batch: max(1, len(batch) - fewer))
+        batch = next_batch(inside, max_rows, lambda batch, _: max(1, len(batch) - fewer))
         assert batch
         assert len({id(image) for image in batch}) == len(batch)
         assert len({image.kind for image in batch}) == 1
@@ -60,13 +62,13 @@ def test_every_image_gets_its_steps_within_the_row_budget_and_a_bounded_wait(
         chosen = {image.arrival for image in batch}
         for image in inside:
             waited[image.arrival] = 0 if image.arrival in chosen else waited[image.arrival] + 1
-            assert waited[image.arrival] <= PATIENCE + most_inside - 1
+            assert waited[image.arrival] <= GUEST_PATIENCE + most_inside - 1
         for image in batch:
             image.steps_left -= 1
             given_steps[image.arrival] += 1
         inside = [image for image in inside if image.steps_left]
         clock += 1
-    asked_steps = [steps for _, _, steps, _ in sorted(images, key=lambda image: image[3])]
+    asked_steps = [steps for _, _, steps, _, _ in sorted(images, key=lambda image: image[3])]
     assert [given_steps[i] for i in range(len(images))] == asked_steps
 
 
@@ -88,6 +90,54 @@ def test_an_image_of_many_steps_is_not_stuck_behind_a_stream_of_short_ones() -> 
     long = running("a", 2, 50, 0)
     turns = [next_batch([long, running("b", 2, 1, i)], 8)[0] is long for i in range(1, 51)]
     assert sum(turns) == 50 // (PATIENCE + 1)
+
+
+def only_hosts(batch: list[BatchCandidate], hosts: int) -> int:
+    assert 1 <= hosts <= len(batch)
+    return hosts
+
+
+def test_images_of_a_crowd_do_not_slow_down_the_only_one_of_another_owner() -> None:
+    crowd = [running("a", 2, 5, i, "crowd") for i in range(3)]
+    light = running("a", 2, 28, 9, "light")
+    batches = [next_batch([*crowd, light], 8, only_hosts) for _ in range(2 * (GUEST_PATIENCE + 1))]
+    assert batches[:GUEST_PATIENCE] == [[light]] * GUEST_PATIENCE
+    assert batches[GUEST_PATIENCE] == [crowd[0], light, *crowd[1:]]  # the crowd is overdue
+    assert batches[GUEST_PATIENCE + 1 :] == batches[: GUEST_PATIENCE + 1]
+
+
+def test_the_only_image_of_an_owner_joins_the_batches_of_an_overdue_crowd() -> None:
+    crowd = [running("a", 2, 5, i, "crowd") for i in range(4)]
+    light = running("a", 2, 28, 9, "light")
+    for _ in range(40):
+        batch = next_batch([*crowd, light], 8, lambda batch, hosts: 1)
+        assert light in batch
+        assert len(batch) <= 2
+
+
+def test_an_owner_of_half_of_the_images_is_no_crowd() -> None:
+    images = [running("a", 2, 9, i, owner) for i, owner in enumerate("xxyz")]
+    assert next_batch(images, 8, only_hosts) == images
+
+
+def test_owners_with_equally_many_images_share_batches() -> None:
+    images = [running("a", 2, 9, i, owner) for i, owner in enumerate("xxyy")]
+    assert next_batch(images, 8, only_hosts) == images
+
+
+def test_guests_join_if_they_hardly_slow_the_batch_down() -> None:
+    def chosen(seconds: dict[int, float], hosts: int) -> int:
+        times = StepTimes()
+        for padded, s in seconds.items():
+            for _ in range(3):
+                times.observe("a", padded, s)
+        return times.fitting("a", [(2, 2), (4, 4), (6, 8)], hosts)
+
+    assert chosen({2: 1.0, 4: 1.05, 8: 1.08}, 1) == 2  # a large card is not full with two rows
+    assert chosen({2: 1.0, 4: 1.05, 8: 1.5}, 1) == 1
+    assert chosen({2: 1.0, 4: 1.5, 8: 2.0}, 1) == 0
+    assert chosen({2: 1.0, 4: 1.5, 8: 2.0}, 2) == 1
+    assert chosen({2: 1.0, 4: 1.5, 8: 2.0}, 3) == 2
 
 
 def test_an_image_that_never_fits_is_an_error() -> None:

@@ -103,8 +103,8 @@ def test_the_measured_work_of_an_image_counts() -> None:
 def test_a_stopped_image_is_settled_when_its_generator_reports_it() -> None:
     book = grants(m_fp8=1)
     submit(book, *(waiting_image(f"a{i}", (FP8,), 10.0) for i in range(2)), tenant="a")
-    submit(book, *(waiting_image(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
     assert [g.image_id for g in book.grant(0.0)] == ["a0"]
+    submit(book, *(waiting_image(f"b{i}", (FP8,), 2.0) for i in range(2)), tenant="b")
     assert book.release("s", Release("a0", None, USAGE), 0) == "awaited"
     stopped = StoppedImage(Lease("s", "a0", FP8, "r"), 1, 1.0)
     assert book.stopped(stopped, 1) == USAGE

@@ -90,7 +90,7 @@ def test_an_image_that_runs_alone_avoids_cards_with_a_fault_and_busy_replicas() 
     assert pool.run() == "a"
     pool.end("a", 1, 1.0)
     assert pool.run(1.0, "64x64", now=1.0) == "b"
-    chosen = pool.replicas.choose(QueuedImage((P,)), 1.0, alone=True)
+    chosen = pool.replicas.choose(QueuedImage((P,), alone=True), 1.0)
     assert chosen
     assert chosen.heartbeat.replica == "c"
 
