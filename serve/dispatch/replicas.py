@@ -200,7 +200,8 @@ class PoolReplicas:
         self._on_node[replica.heartbeat.node] -= 1
         if not replica.held:
             del self._held[name]
-        self._choose_leaving(now)
+        if self._excess:
+            self._choose_leaving(now)
         return replica
 
     # -- slots ----------------------------------------------------------------------------------
