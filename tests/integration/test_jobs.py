@@ -61,6 +61,7 @@ def test_no_job_is_lost_or_charged_twice_when_processes_are_killed(
             if deployment == "Jobs":
                 journal.cancel([*long, *some_of(list(journal.promised), 3, seed=1)])
         sending.join()
+        journal.cancel(long)
         ended = journal.check(database, lambda name: (folder / "images" / name).exists())
     assert ended["succeeded"] >= 40
     assert ended["cancelled"] >= 4
