@@ -486,7 +486,8 @@ def test_a_request_that_kills_replicas_is_refused_until_an_operator_lifts_it(
 def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
     with guarded.client("boss") as boss:
         wait_for(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))
-        assert boss.get("/v1/state").json()["pools"]["landscapes-fp8"]["slots"] == 4
+        pool = lambda: boss.get("/v1/state").json()["pools"]["landscapes-fp8"]  # noqa: E731
+        wait_for(lambda: pool()["slots"] == 4)  # other tests kill the replica
     with guarded.client("acme") as client:
         assert code(client.get("/v1/state")) == (404, "not_found")
 
@@ -517,12 +518,10 @@ def test_operators_export_usage_with_a_cursor(guarded: GuardedEdge) -> None:
         "has_more": False,
         "next": page["next"],
     }
-    answer = guarded.generate("acme", {**A_HILL, "seed": 99})
-    assert answer.status_code == 200
+    assert guarded.generate("acme", {**A_HILL, "seed": 99}).status_code == 200
     # Other tests' cancelled images may be recorded as late as this.
-    newer = {one["request_id"]: one for one in read(after=page["next"])["data"]}
-    last = newer[answer.headers["x-request-id"]]
-    assert (last["tenant"], last["outcome"]) == ("acme", "delivered")
+    newer = [(one["tenant"], one["outcome"]) for one in read(after=page["next"])["data"]]
+    assert newer.count(("acme", "delivered")) == 1
     assert {one["tenant"] for one in read(tenant="acme", limit=1000)["data"]} == {"acme"}
 
 

@@ -42,7 +42,7 @@ SETTINGS = {
     "OCTET_AUTOSCALING__TARGET_WAIT_S": "2",
     "OCTET_AUTOSCALING__HOLD_S": "3",
     "OCTET_AUTOSCALING__IDLE_S": "1",
-    "OCTET_AUTOSCALING__KEEP_S": "3",
+    "OCTET_AUTOSCALING__LATE_PART": "1",  # else a second replica stays wanted, without a card
 }
 
 

@@ -42,7 +42,7 @@ def journal(octet: RunningApplication) -> Iterator[JobJournal]:
 def test_no_job_is_lost_or_charged_twice_when_processes_are_killed(
     octet: RunningApplication, journal: JobJournal
 ) -> None:
-    """Some fifty jobs in all states, while runner, Ingress and a Generator are killed, one each time."""
+    """Some fifty jobs, while runner, Ingress and a Generator are killed, one each time."""
     folder = Path(str(octet.settings.data_folder))
     bodies = [{**QUICK, "seed": i, "n": 1 + (i % 7 == 0)} for i in range(44)]
     with closing(Database(**store_in(folder))) as database:
