@@ -483,11 +483,16 @@ def test_a_request_that_kills_replicas_is_refused_until_an_operator_lifts_it(
     assert guarded.edge.painter.begun > attempts
 
 
+def slots_of(state: Any) -> int:
+    slots: int = state["pools"]["landscapes-fp8"]["slots"]
+    return slots
+
+
 def test_the_servers_state_is_for_operators(guarded: GuardedEdge) -> None:
     with guarded.client("boss") as boss:
         wait_for(lambda: "acme" in str(boss.get("/v1/state").json()["tenants"]))
-        pool = lambda: boss.get("/v1/state").json()["pools"]["landscapes-fp8"]  # noqa: E731
-        wait_for(lambda: pool()["slots"] == 4)  # other tests kill the replica
+        # Other tests kill the replica, which is known again with its next heartbeat.
+        wait_for(lambda: slots_of(boss.get("/v1/state").json()) == 4)
     with guarded.client("acme") as client:
         assert code(client.get("/v1/state")) == (404, "not_found")
 
