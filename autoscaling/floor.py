@@ -120,6 +120,7 @@ class JumpMemory(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The memory as plain data, without what waits now."""
         return {
+            "seen": [self.day, self.hour],
             "always": _plain(self.always),
             "hours": [[*hour, days, _plain(late)] for hour, (late, days) in self.hours.items()],
         }
@@ -131,11 +132,13 @@ class JumpMemory(NamedTuple):
             (int(kind), int(hour)): (_late_work(late), int(days))
             for kind, hour, days, late in found["hours"]
         }
-        return cls(_late_work(found["always"]), hours)
+        day, hour = found["seen"]
+        last = (int(hour[0]), int(hour[1])) if hour else None
+        return cls(_late_work(found["always"]), hours, int(day), last)
 
 
 class Floor(NamedTuple):
-    """What is known of the jumps of one demand.
+    """The memory of one demand's jumps, and what is needed to count the next ones.
 
     `counted_at`, `arrived_s`: the time up to which work is counted, and all work by then. `worked`:
     the last time at which work arrived. `ordered`: pairs of a time and the capacity that was

@@ -41,7 +41,7 @@ def checkout(commit: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run([*git, "remove", "--force", folder], check=True)  # noqa: S603
+        subprocess.run([*git, "remove", "--force", folder], check=True)  # noqa: S603 - as above
 
 
 def measure(tree: Path, replicas: int, tenants: int, seconds: float) -> dict[str, float]:

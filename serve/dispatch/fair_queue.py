@@ -58,7 +58,7 @@ class Queueable(Protocol):
 
     @property
     def last(self) -> bool:
-        """Whether the item waits behind all others of its tenant."""
+        """Return whether the item waits behind all others of its tenant."""
 
     @property
     def tenant(self) -> str: ...

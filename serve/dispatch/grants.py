@@ -39,7 +39,7 @@ from .protocol import (
     StoppedImage,
     tenant_of,
 )
-from .replicas import Capacity, PoolReplicas, heartbeats, held_calls
+from .replicas import Capacity, PoolReplicas
 from .settlement import Settlement
 
 COUNTED_S = 600.0  # a session that comes back later than that may count its images again
@@ -504,7 +504,7 @@ class Grants:
 
     def replicas(self, pool: str) -> list[Heartbeat]:
         """The last heartbeat of each living replica."""
-        return heartbeats(self._pools.get(pool, ()))
+        return [replica.heartbeat for replica in self._pools.get(pool, ())]
 
     def living(self, pool: str) -> int:
         """The number of living replicas."""
@@ -574,7 +574,8 @@ class Grants:
         replicas = self._pools.get(running.pool)
         replica = None if replicas is None else replicas.drop(running.replica, now)
         if replica:
-            self._dead.append(DeadReplica(replica.heartbeat, held_calls(replica)))
+            calls = frozenset(image.call_id for image in replica.held.values())
+            self._dead.append(DeadReplica(replica.heartbeat, calls))
 
     def _count_job(self, waiting: WaitingImage, change: int) -> None:
         """Count an image of a job that waits, or no longer does; those of batches are apart."""

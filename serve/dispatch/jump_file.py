@@ -52,7 +52,7 @@ class JumpFile:
 
 
 def read(file: Path) -> Mapping[Pools, JumpMemory]:
-    """What the file holds, by pools; nothing if there is no file, or if it is damaged."""
+    """Read the jumps that the file holds, by pools; none if it is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {tuple(one["pools"]): JumpMemory.from_json(one) for one in found}

@@ -55,7 +55,7 @@ class Timing:
     `record_s`: how long an answer waits until its usage records are written. This must be long
     enough for a restart of the Dispatcher.
     `receive_s`: how long a Generator may take to acknowledge an image.
-    `retry_pause_s`: how long an image that no replica started waits before it is queued again.
+    `retry_pause_s`: how long an image waits before it is queued again if its pool is not there.
     `charge_retry_s`: how long a charge that could not be written waits for its next attempt.
     """
 

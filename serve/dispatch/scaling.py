@@ -60,7 +60,7 @@ class Scaling:
         self.limits = limits
 
     def jumps(self) -> Mapping[Pools, JumpMemory]:
-        """What the policy has learnt of jumps, by the pools of a demand."""
+        """Return the jumps of the rate that the policy remembers, by the pools of a demand."""
         return {pools: floor.memory for pools, floor in self._state.floors.items()}
 
     def remember(self, jumps: Mapping[Pools, JumpMemory]) -> None:

@@ -159,8 +159,10 @@ def test_what_was_learnt_survives_as_plain_data() -> None:
     found = JumpMemory.from_json(json.loads(json.dumps(model.floor.memory.as_json())))
     assert found.floor(0.01, model.unix_s, 0.0) == model.floor.memory.floor(0.01, model.unix_s, 0.0)
     assert found.hours.keys() == model.floor.memory.hours.keys()
+    again = found.counted(1.0, 1.0, 1.0, 0.0, model.unix_s)  # a restart is no new day
+    assert [days for _, days in again.hours.values()] == [days for _, days in found.hours.values()]
     with pytest.raises(ValueError, match="levels"):
-        JumpMemory.from_json({"always": [1.0, [0.0]], "hours": []})
+        JumpMemory.from_json({"seen": [-1, None], "always": [1.0, [0.0]], "hours": []})
 
 
 def test_a_restart_counts_what_is_ready_and_not_the_pause() -> None:
