@@ -9,7 +9,7 @@ Pure: standard library only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -82,11 +82,25 @@ class Follower:
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:
-    """The bounds of all pools and followers by name, and the policy's tuning."""
+    """The bounds of all pools and followers by name, and the policy's tuning.
+
+    `room`: the replicas that the nodes can hold beside those of the other pools, for pools that
+    want more.
+    """
 
     pools: Mapping[str, PoolBounds]
     followers: Mapping[str, Follower] = field(default_factory=dict)
     tuning: PolicyTuning = PolicyTuning()
+    room: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def within_room(self) -> ScalingLimits:
+        """The same limits, with each pool's largest number lowered to its `room`."""
+        lower = {
+            name: replace(self.pools[name], max_replicas=min(most, self.pools[name].max_replicas))
+            for name, most in self.room.items()
+        }
+        return replace(self, pools={**self.pools, **lower})
 
 
 class Demand(NamedTuple):

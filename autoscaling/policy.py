@@ -90,6 +90,7 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
     `state`: the state that the last decision returned.
     """
     tuning, mean_s = limits.tuning, limits.tuning.hold_s
+    settings, limits = limits, limits.within_room
     if now < state.at or now - state.at > PAUSE_S:
         state = _resumed(state, now)
     samples = dict(state.samples)
@@ -142,7 +143,7 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
     replicas = {name: pool.wanted for name, pool in pools.items()}
     followers = {}
     for name, follower in limits.followers.items():
-        wanted = _follower_replicas(follower, replicas, load, limits)
+        wanted = _follower_replicas(follower, replicas, load, settings)
         history = state.followers.get(name, ())
         followers[name] = _with_need(history, wanted, limits.tuning.hold_s, now)
     for name, history in followers.items():

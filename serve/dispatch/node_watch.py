@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
+from cluster.room import Room
 
 from .cordons import WINDOW_S, Cordons
 from .grants import Grants
@@ -99,6 +100,7 @@ class NodeWatch:
         self._scaling.placeable = frozenset(
             pool for pool, need in self._needs.items() if any(fits(need, n) for n in staying)
         )
+        self._scaling.room = Room(staying, self._needs, self._encoders)
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
         for node in cordoned - draining:

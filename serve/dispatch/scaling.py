@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from autoscaling.floor import Floor, JumpMemory
 from autoscaling.load import Demand, Load, ScalingLimits, Supply
-from autoscaling.policy import PolicyState, decide
+from autoscaling.policy import PolicyState, ScalingDecision, decide
 from autoscaling.report import ScalingReport
+from cluster.room import Room
 
 from ..deployments import generator_deployment
 from .admission import Admission, Arrivals
@@ -37,6 +38,8 @@ class Scaling:
         self.replicas: Mapping[str, int] = {}  # wanted, of every pool and every follower
         self.reasons: dict[str, str] = {}  # why each pool's number last changed
         self.placeable: frozenset[str] = frozenset()  # pools that fit on a node that is there
+        self.room: Room | None = None  # the nodes that are there; None: not known yet
+        self._short: Mapping[str, int] = {}  # what pools want for which there is no room
         self._grants, self._admission, self._began = grants, admission, began
         self._state = PolicyState(at=began)
         self._settled = False  # whether replicas from before this process have had time to report
@@ -74,7 +77,7 @@ class Scaling:
         Returns the reason for each number that has changed, by pool.
         """
         load = self.load(now)._replace(unix_s=unix_s)
-        decision = self.policy(load, self.limits, self._state, now)
+        decision = self._within_room(load, now)
         self._state, self.replicas = decision.state, decision.replicas
         self.reasons |= decision.reasons
         self._settled = now - self._began >= self.limits.tuning.hold_s
@@ -82,6 +85,43 @@ class Scaling:
             for pool in self.limits.pools:
                 self._keep(pool, decision.replicas[pool], now)
         return decision.reasons
+
+    def _within_room(self, load: Load, now: float) -> ScalingDecision:
+        """Decide for replicas that the nodes can hold together; the reasons say what falls short.
+
+        What does not fit counts as a limit of its pool, so its demand may go on to other pools, and
+        the policy decides again. Nothing is held back if nodes may be added: waiting replicas are
+        what they are added for.
+        """
+        decision = self.policy(load, self.limits, self._state, now)
+        if self.room is None or self.limits.tuning.node_wait_s:
+            return decision
+        room, short = dict[str, int](), dict[str, int]()
+        fitting: Mapping[str, int] = {}
+        least = {pool: bounds.min_replicas for pool, bounds in self.limits.pools.items()}
+        for _ in least:  # each time, one more pool at least has got a limit
+            wanted = {pool: decision.replicas[pool] for pool in least}
+            if all(n <= fitting.get(pool, 0) for pool, n in wanted.items()):
+                break
+            given = self.room.together(wanted, least)
+            fitting = {p: max(given.get(p, n), least[p]) for p, n in wanted.items()}
+            missing = {pool for pool, n in wanted.items() if fitting[pool] < n}
+            room |= {pool: fitting[pool] for pool in missing}
+            short = {pool: wanted[pool] for pool in missing} | short
+            if missing:
+                limits = replace(self.limits, room=room)
+                decision = self.policy(load, limits, self._state, now)
+        reasons = dict(decision.reasons)
+        for pool, wanted_here in short.items():
+            if wanted_here != self._short.get(pool):
+                reasons[pool] = self._shortage(pool, wanted_here, decision.replicas)
+        self._short = short
+        return decision._replace(reasons=reasons)
+
+    def _shortage(self, pool: str, wanted: int, replicas: Mapping[str, int]) -> str:
+        others = [f"{replicas[p]} {p}" for p in self.limits.pools if p != pool and replicas[p]]
+        beside = f" beside {' and '.join(others)}" if others else ""
+        return f"{replicas[pool]} of {wanted} wanted replicas: the nodes hold no more{beside}"
 
     def may_come(self, pool: str) -> bool:
         """Return whether a node could hold a replica of the pool, or may still be added for one."""

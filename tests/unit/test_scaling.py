@@ -14,6 +14,8 @@ from autoscaling.load import Follower, Load, PolicyTuning, PoolBounds, ScalingLi
 from autoscaling.policy import PolicyState, ScalingDecision
 from autoscaling.ray_policy import replicas
 from autoscaling.report import ScalingReport, publish
+from cluster.placement import PRECISION_LABEL, Node, NodeRequirement
+from cluster.room import Room
 from serve.dispatch.admission import Admission
 from serve.dispatch.grants import Grants
 from serve.dispatch.protocol import (
@@ -442,3 +444,73 @@ def test_deployments_that_report_no_requests_follow_ray_serves_own_count() -> No
     ingress = found[Deployment("Ingress")] = Context(1, 1)
     ingress.total_num_requests = 8.0
     assert ray_default.replicas(found)[0] == {Deployment("pool"): 2, Deployment("Ingress"): 4}
+
+
+# -- pools that do not fit together ---------------------------------------------------------------
+
+TWO_MODELS = {"a-fp8": PoolBounds("a", 0, 4, 2), "b-fp8": PoolBounds("b", 0, 4, 2)}
+
+
+def room_of(cards: int, pools: Sequence[str]) -> Room:
+    node = Node("n", {PRECISION_LABEL: "fp8"}, 64, cards)
+    return Room([node], {pool: NodeRequirement("fp8", 1, 1) for pool in pools})
+
+
+def crowded(
+    pools: dict[str, PoolBounds], cards: int, demands: Sequence[tuple[str, ...]], **tuning: Any
+) -> tuple[Scaling, dict[str, str]]:
+    """The decision for demands of a lot of work each, on this many cards; and its reasons."""
+    harness = ScalingHarness(ScalingLimits(pools, tuning=PolicyTuning(hold_s=2, **tuning)))
+    harness.grants.set_pools(pools)
+    harness.scaling.room = room_of(cards, list(pools))
+    harness.scaling.decide(1)
+    for wanted in demands:
+        for _ in range(40):
+            harness.open_call(1.5, pools=wanted)
+    return harness.scaling, dict(harness.scaling.decide(2))
+
+
+def test_pools_that_fit_alone_but_not_together_share_what_there_is() -> None:
+    scaling, reasons = crowded(TWO_MODELS, 3, [("a-fp8",), ("b-fp8",)])
+    assert sorted(scaling.replicas.values()) == [1, 2]
+    assert all("of 4 wanted replicas: the nodes hold no more beside" in r for r in reasons.values())
+    scaling, reasons = crowded(TWO_MODELS, 8, [("a-fp8",), ("b-fp8",)])
+    assert dict(scaling.replicas) == {"a-fp8": 4, "b-fp8": 4}
+    assert not any("hold no more" in reason for reason in reasons.values())
+
+
+def test_what_is_given_up_is_said_once() -> None:
+    scaling, _ = crowded(TWO_MODELS, 3, [("a-fp8",), ("b-fp8",)])
+    assert not scaling.decide(3)
+
+
+def test_demand_that_finds_no_room_goes_on_to_the_next_pool() -> None:
+    pools = {"a-fp8": PoolBounds("a", 0, 4, 2), "a-cpu": PoolBounds("a", 0, 4, 2)}
+    scaling, _ = crowded(pools, 2, [("a-fp8", "a-cpu")])
+    assert dict(scaling.replicas) == {"a-fp8": 1, "a-cpu": 1}, "both need cards here"
+    harness_room = Room(
+        [Node("n", {PRECISION_LABEL: "fp8"}, 64, 2)],
+        {"a-fp8": NodeRequirement("fp8", 1, 1), "a-cpu": NodeRequirement("fp16", 1, 0)},
+    )
+    scaling.room = harness_room
+    scaling.decide(3)
+    assert scaling.replicas["a-fp8"] == 2
+    assert scaling.replicas["a-cpu"] >= 2
+
+
+def test_orders_are_what_nodes_are_added_for() -> None:
+    scaling, _ = crowded(TWO_MODELS, 3, [("a-fp8",), ("b-fp8",)], node_wait_s=60)
+    assert dict(scaling.replicas) == {"a-fp8": 4, "b-fp8": 4}
+
+
+def test_a_shortage_takes_nothing_from_what_follows() -> None:
+    followers = {"encoders": Follower(1, 4, pools=tuple(TWO_MODELS))}
+    harness = ScalingHarness(
+        ScalingLimits(TWO_MODELS, followers, PolicyTuning(hold_s=2)),
+    )
+    harness.grants.set_pools(TWO_MODELS)
+    harness.scaling.room = room_of(0, list(TWO_MODELS))
+    harness.scaling.decide(1)
+    harness.open_call(1.5, pools=("a-fp8",))
+    harness.scaling.decide(2)
+    assert dict(harness.scaling.replicas) == {"a-fp8": 0, "b-fp8": 0, "encoders": 1}
