@@ -41,6 +41,7 @@ from ..request import (
 from ..settings.models import Pool
 from ..settings.serve_config import LivePoolSettings, PoolArguments
 from . import BEGAN
+from .apart import apart
 from .card import device_for, share_card, take_card
 from .denoiser import DENOISER_COMPONENTS, Denoiser
 from .denoising_loop import DenoisingLoop, GeneratedPixels, PreviewPixels, StepDone
@@ -139,10 +140,10 @@ class Generator:
         phases.seconds["import"] = IMPORT_S
         self._card = await asyncio.to_thread(take_card, self._pool)
         if self._recipe.fp8_linears and (
-            fault := await asyncio.to_thread(fp8_fault, device_for(self._pool))
+            fault := await apart(lambda: fp8_fault(device_for(self._pool)))
         ):
             raise OctetError(f"an FP8 pool cannot run on {device.name}: {fault}")
-        self._denoiser = await asyncio.to_thread(self._load, phases)
+        self._denoiser = await apart(lambda: self._load(phases))
         warm_up = WarmUp(self._denoiser, self._pool, given.compiled_folder)
         warm_up.prepare()
         self._denoising = DenoisingLoop(

@@ -27,6 +27,7 @@ from cluster.capability import capability, probe
 
 from ..models.checkpoints import open_checkpoint
 from ..settings.serve_config import EncoderArguments, LiveEncoderSettings
+from .apart import apart
 from .card import device_for, share_card, take_card
 from .precision import ENCODER_RECIPES
 from .prompt_embeds import PromptEmbeds
@@ -152,7 +153,7 @@ class TextEncoder:
         self._batch_size, self._warm_prompts = settings.batch_size, settings.warm_prompts
         await asyncio.to_thread(share_card, settings, given.mps_folder)
         self._card = await asyncio.to_thread(take_card, settings)
-        self._encoder = await asyncio.to_thread(self._load, given)
+        self._encoder = await apart(lambda: self._load(given))
         self._cache = EmbeddingCache(self._encode, settings.cache_mib * 2**20, self._batch_size)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
