@@ -55,6 +55,7 @@ from serve.cli.simulate_scenario import Scenario, scenario_of_card
 OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
+NODES = NodeType("", 0.0, node_s=NODE_S, start_s=START_S)
 STORM_S = 1800.0
 TUNING_SEED, SEEDS = 1, (5, 6, 7)
 COARSE = ("daily-crowd",)  # days are long, so fewer parameters are tried
@@ -96,7 +97,7 @@ class Job(NamedTuple):
 def cases(part: float) -> dict[str, tuple[Workload, Scenario]]:
     """Each workload, `part` of its length, with the scenario that serves it, by its name."""
     large, larger = (
-        scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODE_S, START_S) for most in (64, 128)
+        scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODES) for most in (64, 128)
     )
     return {
         "poisson": (workloads.poisson(4, 3 * HOUR_S * part), large),
@@ -328,7 +329,7 @@ def table(results: dict[str, Any]) -> str:
 def scale(quick: bool) -> dict[str, Any]:
     """Measure the simulator's speed on a day of 50 requests/s, and on up to 1,000 cards."""
     day = workloads.poisson(50, DAY_S / (24 if quick else 1))
-    large = scenario_of_card("sd3.5-large", "h100", 4, 0, 1000, NODE_S, START_S)
+    large = scenario_of_card("sd3.5-large", "h100", 4, 0, 1000, NODES)
     began = time.perf_counter()
     at_50 = large.run(day, "queued-work", 1, WARM_UP_S)
     took_s = time.perf_counter() - began

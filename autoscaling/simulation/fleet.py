@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..load import PoolBounds
+from .shared_volume import SharedVolume
 
 STORM_TAKES = 0.5
 
@@ -26,9 +27,14 @@ class NodeType:
 
     - `card`, `usd_h`, `per_node`: the card's id, US dollars per hour of a node, and replicas per
       node. A node is paid for from its order on.
-    - `node_s`: seconds from the order of a node until it is up.
+    - `node_s`: seconds from the order of a node until it is up and has the container image.
     - `idle_s`: seconds after which an empty node is given back.
-    - `start_s`: mean seconds of a replica's start on a node; starts vary by ±20 %.
+    - `start_s`: mean seconds of a replica's start on a node that has the weights; starts vary by
+      ±20 %.
+    - `weights_gib`, `volume_gib_s`: what a node copies before its first replica starts, and the
+      GiB per second at which a volume serves all nodes of the pool together. The node's other
+      replicas wait for the copy.
+    - `compile_s`: seconds that a node then compiles, before its first replica starts.
     - `replica_fails_s`, `node_taken_s`: mean seconds until a replica fails, and until the provider
       gives notice that it takes a node away; None: never.
     - `notice_s`: seconds between the provider's notice and the end of the node.
@@ -42,18 +48,31 @@ class NodeType:
     node_s: float = 90.0
     idle_s: float = 60.0
     start_s: float = 30.0
+    weights_gib: float = 0.0
+    volume_gib_s: float = 1.0
+    compile_s: float = 0.0
     replica_fails_s: float | None = None
     node_taken_s: float | None = None
     notice_s: float = 120.0
     storm_s: float | None = None
 
+    @property
+    def first_start_s(self) -> float:
+        """Mean seconds from the order of a node to its first ready replica, if it copies alone."""
+        copy_s = self.weights_gib / self.volume_gib_s
+        return self.node_s + copy_s + self.compile_s + self.start_s
+
 
 class SimulatedNode:
-    """A node; `leaving`: the provider has announced that it takes the node away."""
+    """A node; `leaving`: the provider has announced that it takes the node away.
+
+    `prepared`: it has weights and compiled code. `waiting`: replicas that start when it has.
+    """
 
     def __init__(self, ordered: float) -> None:
         self.ordered = ordered
-        self.up = self.leaving = self.gone = False
+        self.up = self.leaving = self.gone = self.prepared = False
+        self.waiting: list[SimulatedReplica] = []
         self.replicas: list[SimulatedReplica] = []
         self.empty_since = ordered
 
@@ -176,6 +195,7 @@ class PoolFleet:
         self.pool, self.node_type, self.cost = pool, node_type, FleetCost()
         self._number, self._step_s, self._clock = number, step_s, clock
         self._later = clock.later
+        self._volume = SharedVolume(node_type.volume_gib_s, clock.later)
         self._chance = random.Random(seed)
         self.replicas: list[SimulatedReplica] = []  # all that are not draining
         self.nodes: list[SimulatedNode] = []
@@ -265,6 +285,31 @@ class PoolFleet:
             self._later(taken, lambda at: self._notice(node, at))
 
     def _start(self, replica: SimulatedReplica, now: float) -> None:
+        node = replica.node
+        if (
+            node is None
+            or node.prepared
+            or not (self.node_type.weights_gib or self.node_type.compile_s)
+        ):
+            self._load(replica, now)
+            return
+        node.waiting.append(replica)
+        if len(node.waiting) == 1:
+            self._volume.read(
+                self.node_type.weights_gib,
+                lambda at: self._later(
+                    at + self.node_type.compile_s, lambda at: self._prepared(node, at)
+                ),
+                now,
+            )
+
+    def _prepared(self, node: SimulatedNode, now: float) -> None:
+        node.prepared = True
+        for replica in node.waiting:
+            self._load(replica, now)
+        node.waiting.clear()
+
+    def _load(self, replica: SimulatedReplica, now: float) -> None:
         takes_s = self.node_type.start_s * self._chance.uniform(0.8, 1.2)
         self._later(now + takes_s, lambda at: self._started(replica, at))
 

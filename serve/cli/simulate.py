@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from autoscaling.simulation.fleet import NodeType
 from autoscaling.simulation.simulator import IN_TIME_SLOWDOWN, SimulationResult
 
 from ..errors import SettingsError
@@ -84,10 +85,37 @@ def simulate(
     most: Annotated[
         int, typer.Option("--replicas", min=1, help="Most replicas; ignored with --config.")
     ] = 64,
-    node_s: Annotated[float, typer.Option(min=0, help="Seconds until a new node is ready.")] = 60.0,
+    node_s: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds until a new node is up and has the container image."),
+    ] = 60.0,
+    idle_s: Annotated[
+        float,
+        typer.Option("--node-idle-s", min=0, help="Seconds after which an empty node is removed."),
+    ] = 60.0,
     start_s: Annotated[
-        float, typer.Option(min=0, help="Seconds that a replica takes to start on a ready node.")
+        float,
+        typer.Option(min=0, help="Seconds of a replica's start on a node that has the weights."),
     ] = 30.0,
+    weights_gib: Annotated[
+        float, typer.Option(min=0, help="GiB that a new node copies from a volume.")
+    ] = 0.0,
+    volume_gib_s: Annotated[
+        float,
+        typer.Option(min=1e-3, help="GiB per second of that volume, for all nodes together."),
+    ] = 1.0,
+    compile_s: Annotated[
+        float, typer.Option(min=0, help="Seconds that a new node compiles before its first start.")
+    ] = 0.0,
+    taken_s: Annotated[
+        float | None,
+        typer.Option(
+            "--spot-s", min=1, help="Mean seconds until the provider takes a node. [default: never]"
+        ),
+    ] = None,
+    notice_s: Annotated[
+        float, typer.Option(min=0, help="Seconds by which it says so beforehand.")
+    ] = 120.0,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Image file for a plot of load, replicas and queue.")
@@ -102,12 +130,22 @@ def simulate(
     otherwise (cluster/cost.py).
     """
     check_plot(plot)
+    nodes = NodeType(
+        card,
+        usd_h=0.0,
+        node_s=node_s,
+        idle_s=idle_s,
+        start_s=start_s,
+        weights_gib=weights_gib,
+        volume_gib_s=volume_gib_s,
+        compile_s=compile_s,
+        node_taken_s=taken_s,
+        notice_s=notice_s,
+    )
     if config:
-        scenario = scenario_of_settings(load_settings(config), model, node_s, start_s)
+        scenario = scenario_of_settings(load_settings(config), model, nodes)
     else:
-        scenario = scenario_of_card(
-            model or "sd3.5-large", card, slots, least, most, node_s, start_s
-        )
+        scenario = scenario_of_card(model or "sd3.5-large", card, slots, least, most, nodes)
     requests = workload_of(workload, rate, hours)
     results: dict[str, SimulationResult] = {}
     policies = {text: policy_of(text) for text in policy or ["queued-work"]}

@@ -83,8 +83,7 @@ class Scenario:
     @property
     def start_s(self) -> float:
         """Seconds from the decision to a ready replica if a node must be added first."""
-        node_type = next(iter(self.pools.values())).node_type
-        return node_type.node_s + node_type.start_s
+        return next(iter(self.pools.values())).node_type.first_start_s
 
     def notes(self, workload: Workload, seed: int = 0) -> list[str]:
         """Explain odd results: too much work for all replicas, and missing prices."""
@@ -140,13 +139,12 @@ class Scenario:
 
 
 def scenario_of_card(
-    model: str, card: str, slots: int, least: int, most: int, node_s: float, start_s: float
+    model: str, card: str, slots: int, least: int, most: int, nodes: NodeType
 ) -> Scenario:
     """A scenario of one pool, with one replica on each card in the card's best precision.
 
-    `least`, `most`: bounds of the number of replicas. `node_s`: seconds until an added node is
-    ready. `start_s`: seconds that a replica then takes to start. Raises `SettingsError` for an
-    unknown model or card.
+    `least`, `most`: bounds of the number of replicas. `nodes`: the nodes, but for card and price.
+    Raises `SettingsError` for an unknown model or card.
     """
     if model not in TRANSFORMERS:
         raise UsageError(f"--model '{model}': {did_you_mean(model, TRANSFORMERS)}")
@@ -154,19 +152,17 @@ def scenario_of_card(
         raise UsageError(f"--card '{card}': {did_you_mean(card, CARDS)}")
     recipe = "fp8" if CARDS[card].has_fp8 else "bf16"
     costs = reference(structure(model), recipe, CARDS[card])
-    pool = PoolBounds(model, least, most, slots, start_s=node_s + start_s)
+    pool = PoolBounds(model, least, most, slots, start_s=nodes.first_start_s)
     name = f"{model}-{'fp8' if recipe == 'fp8' else 'fp16'}-{card}"
     usd_h = CARDS[card].on_demand_usd_h or 0.0
-    node_type = NodeType(card, usd_h, node_s=node_s, start_s=start_s)
+    node_type = replace(nodes, card=card, usd_h=usd_h)
     return Scenario({name: SimulatedPool(pool, node_type, costs)}, costs, PolicyTuning())
 
 
-def scenario_of_settings(
-    settings: Settings, model: str | None, node_s: float, start_s: float
-) -> Scenario:
+def scenario_of_settings(settings: Settings, model: str | None, nodes: NodeType) -> Scenario:
     """A scenario with the pools of one model of the settings; None stands for the first model.
 
-    `node_s`, `start_s`: see `scenario_of_card`. Replicas that share a card share its time: each is
+    `nodes`: see `scenario_of_card`. Replicas that share a card share its time: each is
     as slow as if the others were always busy. Raises `SettingsError` if the settings do not have
     the model.
     """
@@ -179,7 +175,7 @@ def scenario_of_settings(
     pools = {chosen.pool_name(pool): pool for pool in chosen.pools}
     simulated = {
         name: _simulated_pool(
-            chosen, pools[name], limits.pools[name], settings.models_folder, node_s, start_s
+            chosen, pools[name], limits.pools[name], settings.models_folder, nodes
         )
         for name in preferred(chosen.id, limits)
     }
@@ -191,19 +187,13 @@ def _simulated_pool(
     pool: Pool,
     limits: PoolBounds,
     models_folder: str | None,
-    node_s: float,
-    start_s: float,
+    nodes: NodeType,
 ) -> SimulatedPool:
     per_node = replicas_per_card(pool)
     costs = CostCoefficients(*(per_node * c for c in cost_of(model, pool, models_folder)))
-    node_type = NodeType(
-        pool.card or "unknown card",
-        limits.usd_h * per_node,
-        per_node=per_node,
-        node_s=node_s,
-        start_s=start_s,
-    )
-    return SimulatedPool(replace(limits, start_s=node_s + start_s), node_type, costs)
+    usd_h = limits.usd_h * per_node
+    node_type = replace(nodes, card=pool.card or "unknown card", usd_h=usd_h, per_node=per_node)
+    return SimulatedPool(replace(limits, start_s=nodes.first_start_s), node_type, costs)
 
 
 def workload_of(name: str, per_s: float, hours: float) -> Workload:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from autoscaling.simulation.fleet import NodeType
 from serve.cli.main import app
 from serve.cli.simulate_scenario import policy_of, scenario_of_settings, workload_of
 from serve.errors import SettingsError
@@ -92,8 +93,30 @@ def test_limits_follow_from_settings() -> None:
     assert not scaling_limits(load_settings(LAPTOP, {})).followers
 
 
+def test_nodes_that_start_cold_make_waits_longer() -> None:
+    def p99_s(*options: str) -> float:
+        result = simulate("--workload", "spikes", "--rate", "1", "--json", *options)
+        assert result.exit_code == 0, result.output
+        return float(json.loads(result.output)["queued-work"]["wait_p99_s"])
+
+    usual_s = p99_s()
+    assert p99_s("--weights-gib", "8", "--volume-gib-s", "0.1") > usual_s
+    assert p99_s("--compile-s", "150") > usual_s
+
+
+def test_a_provider_that_takes_nodes_makes_replicas_start_again() -> None:
+    def starts(*options: str) -> int:
+        result = simulate("--policy", "static:8", "--json", *options)
+        return int(json.loads(result.output)["static:8"]["starts"])
+
+    assert starts() == 8
+    assert starts("--spot-s", "120", "--notice-s", "30") > 16
+
+
 def test_replicas_that_share_a_card_share_its_time() -> None:
-    scenario = scenario_of_settings(load_settings(SD35, {}), "sd3.5-medium", 60, 30)
+    scenario = scenario_of_settings(
+        load_settings(SD35, {}), "sd3.5-medium", NodeType("", 0.0, node_s=60)
+    )
     pool = scenario.pools["sd3.5-medium-fp8"]
     assert pool.node_type.per_node == 6
     assert pool.costs.token == pytest.approx(6 * scenario.unit.token)

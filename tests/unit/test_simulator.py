@@ -1,14 +1,21 @@
 """The simulator: its replicas, nodes and workloads, and the policies to compare with."""
 
+import heapq
+import itertools
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from autoscaling.load import Load, PoolBounds, ScalingLimits, Supply
 from autoscaling.simulation.baselines import Oracle, QueueLength, RayServe, most_ahead
 from autoscaling.simulation.contestants import QueuedWork, Static
 from autoscaling.simulation.fleet import NodeType, SimulatedReplica
+from autoscaling.simulation.shared_volume import SharedVolume
 from autoscaling.simulation.simulator import (
     Policy,
     PolicyView,
@@ -86,6 +93,61 @@ def test_a_request_waits_for_node_and_start_and_then_takes_its_time() -> None:
     warm = run(given(40.0), static(1))
     assert list(warm.waits) == [0.0]
     assert warm.violations == 0
+
+
+def first_wait_s(replicas: int, per_node: int, **cold: float) -> float:
+    """How long a request at the start waits for the first of some replicas on cold nodes."""
+    cold_node = NodeType("h100", 1.0, per_node, node_s=0, start_s=1, **cold)
+    (wait_s,) = run(given(0.0), static(replicas), cold_node).waits
+    return wait_s
+
+
+def test_nodes_share_the_volume_from_which_they_copy_weights() -> None:
+    alone_s = first_wait_s(1, 1, weights_gib=10, volume_gib_s=1)
+    assert alone_s == pytest.approx(10 + 1, abs=0.3)
+    assert first_wait_s(4, 1, weights_gib=10, volume_gib_s=1) == pytest.approx(40 + 1, abs=0.3)
+    assert first_wait_s(4, 4, weights_gib=10, volume_gib_s=1) == pytest.approx(10 + 1, abs=0.3)
+    assert first_wait_s(1, 1, weights_gib=10, volume_gib_s=1, compile_s=7) == pytest.approx(
+        10 + 7 + 1, abs=0.3
+    )
+
+
+def test_a_node_that_has_the_weights_starts_its_next_replica_faster() -> None:
+    def again(_: PolicyView, now: float) -> dict[str, int]:
+        return {"p": int(now < 30 or now >= 50)}
+
+    def wait_s(idle_s: float) -> float:
+        node = NodeType("h100", 1.0, node_s=0, start_s=1, idle_s=idle_s, weights_gib=10)
+        (waited_s,) = run(given(50.0), again, node).waits
+        return waited_s
+
+    assert wait_s(idle_s=60) == pytest.approx(1, abs=0.3)
+    assert wait_s(idle_s=5) == pytest.approx(10 + 1, abs=0.3), "the node was given back meanwhile"
+
+
+@hypothesis.given(st.lists(st.tuples(st.floats(0, 50), st.floats(0.1, 20)), min_size=1, max_size=8))
+def test_a_shared_volume_reads_at_full_speed_and_treats_readers_alike(
+    readers: list[tuple[float, float]],
+) -> None:
+    events: list[tuple[float, int, Callable[[float], None]]] = []
+    numbers = itertools.count()
+
+    def later(at: float, do: Callable[[float], None]) -> None:
+        heapq.heappush(events, (at, next(numbers), do))
+
+    volume, ended = SharedVolume(2.0, later), dict[int, float]()
+    for i, (at, gib) in enumerate(readers):
+        later(at, partial(volume.read, gib, partial(ended.__setitem__, i)))
+    while events:
+        at, _, do = heapq.heappop(events)
+        do(at)
+    for i, (at, gib) in enumerate(readers):
+        others = sum(g for j, (a, g) in enumerate(readers) if j != i)
+        assert at + gib / 2 - 1e-6 <= ended[i] <= at + (gib + others) / 2 + 1e-6
+    first = min(at for at, _ in readers)
+    busy_s = max(ended.values()) - first
+    idle_s = max(at for at, _ in readers) - first
+    assert busy_s <= sum(gib for _, gib in readers) / 2 + idle_s + 1e-6
 
 
 def test_cost_is_nodes_by_the_hour() -> None:

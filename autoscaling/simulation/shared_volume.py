@@ -1,0 +1,51 @@
+"""A simulated volume whose bandwidth all readers share equally.
+
+Pure: imports the standard library and pure files only.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+
+class SharedVolume:
+    """Readers get equal parts of the bandwidth, so each takes longer the more there are.
+
+    A clock counts the GiB that a reader which had been there from the beginning would have read. So
+    the readers that are there end in the order of the counts at which they will have all.
+    """
+
+    def __init__(self, gib_s: float, later: Callable[[float, Callable[[float], None]], None]):
+        """`gib_s`: GiB per second for all readers together. `later`: calls a function at a time."""
+        self._gib_s, self._later = gib_s, later
+        self._readers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._count, self._at = 0.0, 0.0
+        self._number = self._plan = 0
+
+    def read(self, gib: float, done: Callable[[float], None], now: float) -> None:
+        """Read `gib`; call `done` when all is read."""
+        self._advance(now)
+        self._number += 1
+        heapq.heappush(self._readers, (self._count + gib, self._number, done))
+        self._plan_next(now)
+
+    def _advance(self, now: float) -> None:
+        if self._readers:
+            self._count += (now - self._at) * self._gib_s / len(self._readers)
+        self._at = now
+
+    def _plan_next(self, now: float) -> None:
+        """Plan the end of the reader that is done first; the plan before becomes void."""
+        self._plan += 1
+        if self._readers:
+            plan, left = self._plan, max(self._readers[0][0] - self._count, 0.0)
+            ends = now + left * len(self._readers) / self._gib_s
+            self._later(ends, lambda at: self._end(plan, at))
+
+    def _end(self, plan: int, now: float) -> None:
+        if plan == self._plan:
+            self._advance(now)
+            _, _, done = heapq.heappop(self._readers)
+            self._plan_next(now)
+            done(now)
