@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib|moto|transformers/models)/' $(1) || true
 
 .PHONY: install servers demo demo-check test test-long check check-kernels \
-	bench-engine bench-fairness bench-dispatch bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-presets bench-gpu bench-gpu-wheels accept-gpu \
+	bench-engine bench-fairness bench-dispatch bench-peers bench-path bench-autoscaling bench-autoscaling-ray bench-repeats bench-jobs bench-presets bench-gpu bench-gpu-wheels accept-gpu \
 	format clean
 
 install: $(INSTALLED)
@@ -86,6 +86,17 @@ bench-dispatch: install
 # What the way of a request costs, apart from generating; about 2 minutes.
 bench-path: .venv/bench
 	$(BIN)/python -W ignore -m bench.path
+
+# Other makers' servers, each in an environment of its own; torch and diffusers are those of .venv.
+.venv/peers/%: bench/peers/constraints.txt $(INSTALLED)
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet -c $< $*
+	echo "$(CURDIR)/$$(echo .venv/lib/python3*/site-packages)" >$$(echo $@/lib/python3*/site-packages)/torch-of-octet.pth
+	touch $@
+
+# Octet beside other ways to serve the same model; about 50 minutes, QUICK=1: less than 8.
+bench-peers: .venv/bench .venv/peers/litserve .venv/peers/bentoml
+	$(BIN)/python -W ignore -m bench.peers $(if $(QUICK),--quick)
 
 # Policies in the simulator; some hours; QUICK=1: less than 8 minutes.
 bench-autoscaling: .venv/bench

@@ -52,6 +52,7 @@ class LoadClient:
 
     `url`: the address for generations; `edits_url`: that for edits. `keys`: the API keys by
     tenant; a tenant without a key sends none. `on_answer`: called with every answer.
+    `patience_s`: seconds after which a request is given up.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class LoadClient:
         keys: Mapping[str, str],
         on_answer: Callable[[LoadAnswer], None] = lambda _: None,
         edits_url: str = "",
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        self._edits_url = edits_url
+        self._edits_url, self._patience_s = edits_url, patience_s
         self.answers: list[LoadAnswer] = []  # so far
         self._url, self._keys, self._on_answer = url, keys, on_answer
         self._began = 0.0
@@ -103,7 +105,7 @@ class LoadClient:
 
     def _session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
+        timeout = aiohttp.ClientTimeout(total=self._patience_s)
         return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     async def _send(self, http: aiohttp.ClientSession, request: TimedRequest) -> LoadAnswer:
@@ -121,7 +123,7 @@ class LoadClient:
                 code = "" if status == 200 else str(content["error"]["code"])
                 message = "" if status == 200 else str(content["error"]["message"])
         except TimeoutError:
-            status, code, message = 0, "no answer", f"none came in {PATIENCE_S:g} s"
+            status, code, message = 0, "no answer", f"none came in {self._patience_s:g} s"
         except aiohttp.ClientConnectorError as error:
             status, code = 0, "no connection"
             message = f"{error.os_error.strerror or error.os_error}: is the server running?"

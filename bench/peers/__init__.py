@@ -1,0 +1,1 @@
+"""Octet beside other ways to serve the same model: `make bench-peers`."""

@@ -1,0 +1,168 @@
+"""Measure Octet beside other ways to serve the same model.
+
+    python -m bench.peers [--quick]
+
+All serve the demo model on this machine to the same client, one after the other. Each is first
+tuned: of the configurations in its grid it gets the one that answers most requests in time at 80 %
+of Octet's largest throughput, which is that of Octet's own fastest configuration. `--quick` takes
+the configurations that the last whole run chose.
+Writes bench/results/peers.json and bench/peers.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from ..machine import machine, speed
+from .alone import CHECKED, alone
+from .contestants import (
+    CONTESTANTS,
+    HERE,
+    ROOT,
+    Config,
+    Contestant,
+    Server,
+    picture_of,
+    served,
+    shown,
+)
+from .load import OwnTimes, killed, light_tenant, mixed, throughput, wasted
+from .report import beside_best_peer, distance, plot, table
+
+TUNED = HERE / "tuned.json"
+RESULT = ROOT / "bench" / "results" / "peers.json"
+PLOT = ROOT / "bench" / "peers.png"
+EQUAL = "128x128", 20, 3.0
+LARGEST_DISTANCE = 2.0  # of a picture's values, 0 to 255, from the pipeline's own, in the mean
+
+
+class Durations(NamedTuple):
+    """Seconds of each part of the measurement, 0 to leave it out; and what else differs."""
+
+    tune: float
+    equal: float
+    mixed: float
+    kill: float
+    light: float
+    calm: float
+    loads: tuple[float, ...]
+    wasted: bool
+    repeats: int  # for the pictures' own times
+
+
+FULL = Durations(15, 15, 45, 30, 30, 30, (0.5, 0.8, 0.95), True, 3)
+QUICK = Durations(0, 3, 8, 5, 5, 0, (0.8,), False, 1)
+
+
+def say(text: str, began: float = time.monotonic()) -> None:
+    print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+
+def fastest(octet: Contestant, seconds: float, dtype: str) -> Config:
+    """The configuration of Octet that generates most mixed pictures."""
+
+    def per_s(config: Config) -> float:
+        with served(octet, config, dtype) as server:
+            found = throughput(server, seconds)
+        say(f"{octet.name} {shown(config)}: {found:.2f} mixed pictures/s")
+        return found
+
+    return max(octet.grid, key=per_s)
+
+
+def tuned(
+    contestant: Contestant, per_s: float, seconds: float, own_s: OwnTimes, dtype: str
+) -> Config:
+    """The configuration that answers most requests in time at `per_s`; then, that of least p99."""
+
+    def quality(config: Config) -> tuple[float, float]:
+        with served(contestant, config, dtype) as server:
+            found = mixed(server, per_s, seconds, own_s)
+        say(f"{contestant.name} {shown(config)}: {found['goodput']:.0%} in time")
+        return round(found["goodput"], 2), -found["p99_s"]
+
+    return max(contestant.grid, key=quality)
+
+
+def measured(
+    server: Server, per_s: float, lasts: Durations, own_s: OwnTimes, picture: str
+) -> dict[str, Any]:
+    """All parts for one contestant.
+
+    `per_s`: Octet's largest throughput of mixed requests. `picture`: what `CHECKED` must give. The
+    kill comes last, because a server may not survive it.
+    """
+    away = distance(picture_of(server, CHECKED), picture)
+    assert away < LARGEST_DISTANCE, f"{server.contestant.name}: another picture: {away:.1f}"
+    found: dict[str, Any] = {
+        "version": server.contestant.version,
+        "lines": server.contestant.lines,
+        "start_s": server.start_s,
+        "speed": speed(),
+        "picture_distance": away,
+        "equal_per_s": throughput(server, lasts.equal, EQUAL),
+        "mixed": {
+            f"{load:g}": mixed(server, load * per_s, lasts.mixed, own_s) for load in lasts.loads
+        },
+        "memory_mib": server.memory_mib(),
+    }
+    if lasts.wasted:
+        found["wasted"] = wasted(server)
+    if lasts.calm:
+        found["calm"] = light_tenant(server, per_s, lasts.calm, own_s, flooded=False)
+    found["flooded"] = light_tenant(server, per_s, lasts.light, own_s, flooded=True)
+    found["killed"] = killed(server, 0.5 * per_s, lasts.kill, own_s)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="about 5 minutes, without tuning")
+    parser.add_argument("--only", nargs="*", default=[], help="names of contestants beside Octet")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    lasts = QUICK if options.quick else FULL
+    chosen = [c for c in CONTESTANTS if not options.only or c.name in ("Octet", *options.only)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        dtype, own_s, picture = pool.submit(alone, lasts.repeats).result()
+    configs: dict[str, Config] = json.loads(TUNED.read_text(encoding="utf-8"))
+    say(f"all compute in {dtype}, in which diffusers' pipeline is fastest here")
+    octet, *peers = chosen
+    if not options.quick:
+        configs[octet.name] = fastest(octet, lasts.tune, dtype)
+    contestants = {}
+    with served(octet, configs[octet.name], dtype) as server:
+        per_s = throughput(server, lasts.mixed)
+        say(f"Octet {shown(configs[octet.name])}: {per_s:.2f} mixed pictures/s")
+        contestants[octet.name] = measured(server, per_s, lasts, own_s, picture)
+    for peer in peers:
+        if not options.quick:
+            configs[peer.name] = tuned(peer, 0.8 * per_s, lasts.tune, own_s, dtype)
+        say(f"{peer.name} {shown(configs[peer.name])}")
+        with served(peer, configs[peer.name], dtype) as server:
+            contestants[peer.name] = measured(server, per_s, lasts, own_s, picture)
+    if not options.quick:
+        TUNED.write_text(json.dumps(configs, indent=1) + "\n", encoding="utf-8")
+    found = {
+        "machine": machine(),
+        "dtype": dtype,
+        "quick": options.quick,
+        "octet_mixed_per_s": per_s,
+        **beside_best_peer(contestants),
+        "configs": {name: configs[name] for name in contestants},
+        "contestants": contestants,
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot(found, PLOT)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
