@@ -90,7 +90,7 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
     `state`: the state that the last decision returned.
     """
     tuning, mean_s = limits.tuning, limits.tuning.hold_s
-    settings, limits = limits, limits.within_room
+    full_limits, limits = limits, limits.within_room
     if now < state.at or now - state.at > PAUSE_S:
         state = _resumed(state, now)
     samples = dict(state.samples)
@@ -143,7 +143,7 @@ def decide(load: Load, limits: ScalingLimits, state: PolicyState, now: float) ->
     replicas = {name: pool.wanted for name, pool in pools.items()}
     followers = {}
     for name, follower in limits.followers.items():
-        wanted = _follower_replicas(follower, replicas, load, settings)
+        wanted = _follower_replicas(follower, replicas, load, full_limits)
         history = state.followers.get(name, ())
         followers[name] = _with_need(history, wanted, limits.tuning.hold_s, now)
     for name, history in followers.items():
@@ -170,7 +170,7 @@ def _updated_floor(
     """
     slack_s = demand.arrived_s / demand.images / pools[0].speed if demand.images else 0.0
     ready = part * sum(pool.ready * pool.speed for pool in pools)
-    ordered = part * sum(pool.needed * pool.speed for pool in pools)
+    ordered = part * sum(min(pool.needed, pool.wanted) * pool.speed for pool in pools)
     start_s = pools[0].start_s
     return floor.updated(demand.arrived_s, ready, ordered, start_s, slack_s, now, unix_s)
 
@@ -350,7 +350,7 @@ def _with_wanted(
     arriving = _with_need(before.arriving, bounded(for_rate, pool), hold_s, now)
     draining = _with_need(before.draining, bounded(for_queue, pool), tuning.target_wait_s, now)
     kept = bounded(math.ceil(least - ROUNDING), pool)
-    wanted = max(arriving[0].replicas, draining[0].replicas, kept)
+    wanted = bounded(max(arriving[0].replicas, draining[0].replicas, kept), pool)
     if not wanted and before.wanted and not idle:
         wanted = min(1, pool.max_replicas)
     return replace(

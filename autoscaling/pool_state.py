@@ -61,6 +61,12 @@ class PoolState:
         return max((need.replicas for need in history), default=0)
 
     @property
+    def needed_now(self) -> int:
+        """The replicas that arriving and queued work need now."""
+        history = (*self.arriving[-1:], *self.draining[-1:])
+        return max((need.replicas for need in history), default=0)
+
+    @property
     def starting(self) -> int:
         return max(self.wanted - self.ready, 0)
 

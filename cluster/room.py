@@ -10,7 +10,8 @@ Pure: imports the standard library and pure files only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from heapq import heapify, heappop, heappush
 
 from .placement import Node, NodeRequirement, fits
@@ -45,33 +46,34 @@ class _FreeNode:
 
 
 class Room:
-    """The nodes of a cluster, empty but for what always runs there."""
+    """The nodes of a cluster, empty at first."""
 
-    def __init__(
-        self,
-        nodes: Sequence[Node],
-        needs: Mapping[str, NodeRequirement],
-        others: Iterable[NodeRequirement] = (),
-    ) -> None:
-        """`needs`: what a replica of each pool needs. `others`: what else runs on the nodes."""
-        self._nodes, self._needs, self._others = nodes, needs, tuple(others)
-        # Like Ray, 16-bit replicas go to nodes without FP8 first.
+    def __init__(self, nodes: Sequence[Node], needs: Mapping[str, NodeRequirement]) -> None:
+        """`needs`: what one replica of each pool, or of another deployment, needs of a node."""
+        self._nodes, self._needs = nodes, needs
         self._fitting = {
             need: sorted(
                 (i for i, node in enumerate(nodes) if fits(need, node)),
-                key=lambda i: nodes[i].has_fp8(),
+                key=partial(self._last_resort, need),
             )
-            for need in {*needs.values(), *self._others}
+            for need in set(needs.values())
         }
 
-    def together(self, wanted: Mapping[str, int], least: Mapping[str, int]) -> dict[str, int]:
-        """How many of the `wanted` replicas of each pool whose needs are known fit together.
+    def _last_resort(self, need: NodeRequirement, node: int) -> bool:
+        """Whether the node has what others need more: a card, or one with FP8."""
+        found = self._nodes[node]
+        return found.has_fp8() if need.num_gpus else bool(found.num_gpus)
 
-        Each pool first gets its `least` ones, as far as they fit. From then on the next replica is
-        one of the pool that has the smallest part of what it wants.
+    def together(self, *stages: Mapping[str, int]) -> dict[str, int]:
+        """How many replicas of each deployment fit, if they are placed stage after stage.
+
+        Each stage names the numbers of replicas up to which deployments get some. The next replica
+        is always one of the deployment that has the smallest part of its number, and of equal ones
+        the first. Deployments whose needs are not known are left out.
         """
         free = [_FreeNode(node) for node in self._nodes]
         next_nodes = {need: list(reversed(fitting)) for need, fitting in self._fitting.items()}
+        given: dict[str, int] = {}
 
         def placed(need: NodeRequirement) -> bool:
             left = next_nodes[need]
@@ -81,19 +83,17 @@ class Room:
                 left.pop()  # what is too full now stays so
             return False
 
-        for need in self._others:
-            placed(need)
-        wanted = {pool: replicas for pool, replicas in wanted.items() if pool in self._needs}
-        given = dict.fromkeys(wanted, 0)
-        for pool, replicas in wanted.items():
-            while given[pool] < min(least[pool], replicas) and placed(self._needs[pool]):
-                given[pool] += 1
-        hungry = [(given[p] / n, i, p) for i, (p, n) in enumerate(wanted.items()) if given[p] < n]
-        heapify(hungry)
-        while hungry:
-            _, i, pool = heappop(hungry)
-            if placed(self._needs[pool]):
-                given[pool] += 1
-                if given[pool] < wanted[pool]:
-                    heappush(hungry, (given[pool] / wanted[pool], i, pool))
+        for stage in stages:
+            known = {name: number for name, number in stage.items() if name in self._needs}
+            given = dict.fromkeys(known, 0) | given
+            hungry = [
+                (given[n] / k, i, n) for i, (n, k) in enumerate(known.items()) if given[n] < k
+            ]
+            heapify(hungry)
+            while hungry:
+                _, i, name = heappop(hungry)
+                if placed(self._needs[name]):
+                    given[name] += 1
+                    if given[name] < known[name]:
+                        heappush(hungry, (given[name] / known[name], i, name))
         return given

@@ -41,6 +41,7 @@ from cluster.cards import CARDS
 from cluster.placement import CARD_LABEL, PRECISION_LABEL, Node, NodeRequirement, fits
 from serve.deployments import DISPATCHER, INGRESS, JOBS
 from serve.errors import SettingsError, did_you_mean
+from serve.models.replica_bounds import other_needs
 from serve.settings.application import Settings
 from serve.settings.models import Frozen, Resources
 from serve.settings.serve_config import LOGGING, serve_config
@@ -350,9 +351,8 @@ def _check(
 
 def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
     """Yield the name of each deployment, and what one replica of it needs of its node."""
-    yield INGRESS, NodeRequirement("fp16", settings.ingress.num_cpus, 0.0)
-    yield DISPATCHER, NodeRequirement("fp16", settings.dispatcher_num_cpus, 0.0)
-    yield JOBS, NodeRequirement("fp16", settings.job_runner.num_cpus, 0.0)
+    others = other_needs(settings)
+    yield from ((name, others[name][0]) for name in (INGRESS, DISPATCHER, JOBS))
     for model in settings.models:
         for pool in model.pools:
             yield f"pool {model.pool_name(pool)}", pool.need

@@ -39,10 +39,10 @@ def alone(repeats: int) -> tuple[str, OwnTimes, str]:
 def _own_times(landscapes: Landscapes, repeats: int) -> dict[Kind, float]:
     """Median seconds of a picture of each kind in the pipeline alone."""
     found: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
-    landscapes.pictures([request(KINDS[0], 0)])  # the first takes longer
+    landscapes.pictures([request(KINDS[0], 0, "alone")])  # the first takes longer
     for turn in range(repeats):
         for kind, took_s in found.items():
             began = time.perf_counter()
-            landscapes.pictures([request(kind, turn)])
+            landscapes.pictures([request(kind, turn, "alone")])
             took_s.append(time.perf_counter() - began)
     return {kind: statistics.median(took_s) for kind, took_s in found.items()}

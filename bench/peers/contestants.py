@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODEL = ROOT / "demo" / "model"
 PATIENCE_S = 120.0
+REST_S = 180.0
+BUSY = 0.3  # of a core: what uses so much more than when it is idle has work
 CORES = len(os.sched_getaffinity(0))
 TENANTS = "light", "flood"
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
@@ -78,7 +80,7 @@ def _grid(**values: tuple[str, ...]) -> tuple[Config, ...]:
 
 
 WORKERS = "1", "2"
-BATCHES = {"PEER_WORKERS": WORKERS, "PEER_BATCH": ("4", "8")}
+BATCHES = {"PEER_WORKERS": WORKERS, "PEER_BATCH": ("1", "2", "8")}
 POOL = "OCTET_MODELS__0__POOLS__0__"
 OURS = "landscapes.py"
 CONTESTANTS = (
@@ -116,7 +118,7 @@ CONTESTANTS = (
         "litserve",
         ("with_litserve.py", OURS),
         "python with_litserve.py",
-        _grid(PEER_WORKERS=WORKERS, PEER_BATCH=("1", "8"), PEER_WAIT_S=("0.05",)),
+        _grid(**BATCHES, PEER_WAIT_S=("0.05",)),
         environment=".venv/peers/litserve",
         path="/predict",
     ),
@@ -135,17 +137,23 @@ CONTESTANTS = (
 
 @dataclass
 class Server:
-    """A contestant that runs. `start_s`: seconds until its first picture."""
+    """A contestant that runs.
+
+    `start_s`: seconds until its first picture. `idle`: the part of a core that it uses when nobody
+    asks for anything. `seen`: all processes that it has been known to have.
+    """
 
     contestant: Contestant
     url: str
     keys: Mapping[str, str]
     process: psutil.Process
-    start_s: float
+    start_s: float = 0.0
+    idle: float = 0.0
+    seen: set[psutil.Process] = field(default_factory=set)
 
     def client(self, patience_s: float = PATIENCE_S) -> LoadClient:
         """A client that gives a request up after `patience_s`."""
-        return LoadClient(self.url, self.keys, patience_s=patience_s)
+        return LoadClient(self.url, self.keys, patience_s=patience_s, keep_open=False)
 
     def requests(self, requests: list[TimedRequest]) -> list[TimedRequest]:
         """The requests, as this contestant takes them."""
@@ -153,10 +161,9 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """The server's processes that are alive."""
-        try:
-            return [self.process, *self.process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen |= {self.process, *self.process.children(recursive=True)}
+        return [process for process in self.seen if process.is_running()]
 
     def cpu_s(self) -> dict[int, float]:
         """CPU seconds that each living process has used, by its id."""
@@ -166,6 +173,19 @@ class Server:
                 used = process.cpu_times()
                 found[process.pid] = used.user + used.system
         return found
+
+    def cores(self, seconds: float) -> float:
+        """How many cores it uses on average, for so long from now on."""
+        before, began = sum(self.cpu_s().values()), time.monotonic()
+        time.sleep(seconds)
+        return (sum(self.cpu_s().values()) - before) / (time.monotonic() - began)
+
+    def rest(self) -> None:
+        """Wait until it has done all that is left to do. Raises `TimeoutError` after `REST_S`."""
+        until = time.monotonic() + REST_S
+        while self.cores(1.0) > self.idle + BUSY:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.contestant.name} still computes after {REST_S:g} s")
 
     def memory_mib(self) -> float:
         """MiB that the processes hold; what several share counts once."""
@@ -219,6 +239,8 @@ def served(contestant: Contestant, config: Config, dtype: str) -> Iterator[Serve
         try:
             _wait_for_a_picture(server, started, Path(folder) / "log")
             server.start_s = time.monotonic() - began
+            time.sleep(2)
+            server.idle = server.cores(2)
             yield server
         finally:
             _end(started, server.processes())

@@ -7,9 +7,10 @@ All meet the same requests at the same times. A request is *in time* if it is an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ import psutil
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile
 
-from .contestants import Server
+from .contestants import PATIENCE_S, Server
 
 SIZES = "64x64", "128x128", "192x192"
 STEPS = 4, 8, 20, 28, 50
@@ -26,24 +27,28 @@ GUIDANCE = 1.0, 3.0
 KINDS = list(product(SIZES, STEPS, GUIDANCE))
 PLACES = "the sea", "a forest", "a desert", "hills", "a city", "mountains"
 TIMES = "at dawn", "at noon", "at dusk", "at night"
-IN_TIME = 5.0
+IN_TIME = 5.0  # also the default of Octet's `late_slowdown`, by which its queue is ordered
+MULTIPLES = 3.0, IN_TIME, 10.0  # reported beside each other, because 5 suits Octet
+WATCHED_S = 1.0
+AFTER_KILL_S = 30.0  # a request that is open for longer has failed
 OPEN = 16  # requests that are open at a time to find the largest throughput
 FLOOD = 3.0  # the flood's requests ÷ Octet's largest throughput
-LIGHT = 0.2  # the light tenant's requests ÷ Octet's largest throughput
+LIGHT = 0.3  # the light tenant's requests ÷ Octet's largest throughput
 GIVEN_UP = 8  # requests whose clients hang up
 GIVEN_UP_AFTER_S = 1.0
 LONG = "128x128", 50, 3.0
 
 Kind = tuple[str, int, float]  # size, steps, guidance
 OwnTimes = Mapping[Kind, float]
+Numbers = dict[str, Any]
 
 
-def request(kind: Kind, number: int) -> dict[str, Any]:
-    """A request of a kind. Its prompt holds the number, so that no cache can answer another's."""
+def request(kind: Kind, number: int, part: str) -> dict[str, Any]:
+    """A request of a kind. Its prompt holds number and part, so no cache can answer for another."""
     size, steps, guidance = kind
     place, hour = PLACES[number % len(PLACES)], TIMES[number // len(PLACES) % len(TIMES)]
     return {
-        "prompt": f"{place} {hour}, number {number}",
+        "prompt": f"{place} {hour}, {part} {number}",
         "size": size,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -58,63 +63,69 @@ def kind_of(body: Mapping[str, Any]) -> Kind:
     return body["size"], body["num_inference_steps"], body["guidance_scale"]
 
 
-def arrivals(
-    tenant: str, per_s: float, seconds: float, seed: int, begins: float = 0
-) -> list[TimedRequest]:
+def arrivals(part: str, tenant: str, per_s: float, seconds: float) -> list[TimedRequest]:
     """Requests of random kinds that arrive as a Poisson process, the same for every contestant."""
-    rng = random.Random(f"{tenant} {seed}")
-    at, found = begins, []
+    rng = random.Random(f"{part} {tenant}")
+    at, found = 0.0, []
     while (at := at + rng.expovariate(per_s)) < seconds:
-        number = rng.randrange(10**9)
-        found.append(TimedRequest(at, tenant, request(rng.choice(KINDS), number)))
+        body = request(rng.choice(KINDS), rng.randrange(10**9), part)
+        found.append(TimedRequest(at, tenant, body))
     return found
 
 
-def in_time(answers: Sequence[LoadAnswer], own_s: OwnTimes) -> float:
+def slowdowns(answers: Sequence[LoadAnswer], own_s: OwnTimes) -> list[float]:
+    """Latency ÷ the picture's own time, of each request."""
+    return [_latency_s(a) / own_s[kind_of(a.request.body)] for a in answers]
+
+
+def in_time(answers: Sequence[LoadAnswer], own_s: OwnTimes, times: float = IN_TIME) -> float:
     """The part of the requests that were answered in time."""
-    good = [
-        a
-        for a in answers
-        if a.status == 200 and a.latency_s <= IN_TIME * own_s[kind_of(a.request.body)]
-    ]
-    return len(good) / len(answers)
+    return sum(s <= times for s in slowdowns(answers, own_s)) / len(answers)
 
 
 def tail_s(answers: Sequence[LoadAnswer], share: float) -> float:
-    """The latency at `share` of all requests; one without an answer counts as infinitely late."""
-    return percentile([a.latency_s if a.status == 200 else float("inf") for a in answers], share)
+    """The latency at `share` of all requests."""
+    return percentile([_latency_s(a) for a in answers], share)
 
 
-def mixed(server: Server, per_s: float, seconds: float, own_s: OwnTimes) -> dict[str, float]:
+def _latency_s(answer: LoadAnswer) -> float:
+    """The seconds to an answer; a request without a picture counts as if it still waited."""
+    return answer.latency_s if answer.status == 200 else max(answer.latency_s, PATIENCE_S)
+
+
+def mixed(server: Server, part: str, per_s: float, seconds: float, own_s: OwnTimes) -> Numbers:
     """Requests of all kinds at a rate."""
-    sent = server.requests(arrivals("light", per_s, seconds, seed=1))
-    answers = asyncio.run(server.client().open_loop(sent))
-    slowdowns = [
-        a.latency_s / own_s[kind_of(a.request.body)] if a.status == 200 else float("inf")
-        for a in answers
-    ]
+    sent = server.requests(arrivals(part, "light", per_s, seconds))
+    return _summary(asyncio.run(server.client().open_loop(sent)), own_s)
+
+
+def _summary(answers: Sequence[LoadAnswer], own_s: OwnTimes) -> Numbers:
     return {
         "requests": len(answers),
         "failed": sum(a.status != 200 for a in answers),
         "goodput": in_time(answers, own_s),
+        "goodput_each": {f"{n:g}": in_time(answers, own_s, n) for n in MULTIPLES},
         "p50_s": tail_s(answers, 0.5),
         "p99_s": tail_s(answers, 0.99),
-        "p99_slowdown": percentile(slowdowns, 0.99),
+        "p99_slowdown": percentile(slowdowns(answers, own_s), 0.99),
     }
 
 
-def throughput(server: Server, seconds: float, kind: Kind | None = None) -> float:
-    """Pictures per second with `OPEN` requests open: of one kind, or of all."""
-    rng = random.Random(4)
+def throughput(server: Server, part: str, seconds: float, kind: Kind | None = None) -> float:
+    """Pictures per second with `OPEN` requests open: of one kind, or of all.
+
+    The first fifth of the time does not count, because all begin at once then.
+    """
+    rng = random.Random(part)
 
     def next_body() -> Mapping[str, Any]:
-        body = request(kind or rng.choice(KINDS), rng.randrange(10**9))
+        body = request(kind or rng.choice(KINDS), rng.randrange(10**9), part)
         return server.contestant.body(body)
 
     answers = asyncio.run(server.client().closed_loop({"light": OPEN}, next_body, seconds))
-    began = 0.2 * seconds  # until then the first requests wait together
-    done = [a.done_at for a in answers if a.status == 200 and a.done_at > began]
-    return (len(done) - 1) / (max(done) - min(done)) if len(done) > 1 else 0.0
+    began = 0.2 * seconds
+    done = sum(a.status == 200 and began < a.done_at <= seconds for a in answers)
+    return done / (seconds - began)
 
 
 def wasted(server: Server) -> float:
@@ -123,68 +134,69 @@ def wasted(server: Server) -> float:
     `GIVEN_UP` clients ask for long pictures and hang up after `GIVEN_UP_AFTER_S`. From then on the
     server's CPU seconds count, less what it uses when idle, until it is idle again.
     """
-    bodies = [server.contestant.body(request(LONG, 100 + i)) for i in range(GIVEN_UP + 1)]
-    idle = _cpu_s_per_s(server, 2.0)
-    before, began = _total(server.cpu_s()), time.monotonic()
-    asyncio.run(server.client().open_loop([TimedRequest(0, "light", bodies[0])]))
-    took_s = time.monotonic() - began
-    one = _total(server.cpu_s()) - before - idle * took_s
+    bodies = [server.contestant.body(request(LONG, i, "wasted")) for i in range(GIVEN_UP + 1)]
+
+    def worked_s(do: Callable[[], object]) -> float:
+        before, began = sum(server.cpu_s().values()), time.monotonic()
+        do()
+        took_s = time.monotonic() - began
+        return sum(server.cpu_s().values()) - before - server.idle * took_s
+
+    one = TimedRequest(0, "light", bodies[0])
+    one_s = worked_s(lambda: asyncio.run(server.client().open_loop([one])))
     hang_up = [TimedRequest(0, "light", body) for body in bodies[1:]]
     asyncio.run(server.client(patience_s=GIVEN_UP_AFTER_S).open_loop(hang_up))
-    before, began = _total(server.cpu_s()), time.monotonic()
-    while _cpu_s_per_s(server, 1.0) > idle + 0.3 and time.monotonic() - began < 60:
-        pass
-    used = _total(server.cpu_s()) - before - idle * (time.monotonic() - began)
-    return max(used, 0.0) / one
+    return max(worked_s(server.rest), 0.0) / one_s
 
 
-def killed(server: Server, per_s: float, seconds: float, own_s: OwnTimes) -> dict[str, float]:
-    """Kill the process that computes, a third into a load; count the requests that fail."""
-    sent = server.requests(arrivals("light", per_s, seconds, seed=2))
+def killed(server: Server, per_s: float, seconds: float, own_s: OwnTimes, kills: int) -> Numbers:
+    """Kill the process that computes most, several times in a load; count what fails.
+
+    `open`: the requests that were open at these moments, of which the killed process had some.
+    """
+    sent = server.requests(arrivals("killed", "light", per_s, seconds))
+    client, still_open = server.client(AFTER_KILL_S), 0
 
     async def load() -> list[LoadAnswer]:
-        answered = asyncio.create_task(server.client().open_loop(sent))
-        await asyncio.sleep(seconds / 3)
-        before = server.cpu_s()
-        await asyncio.sleep(seconds / 10)
-        after = server.cpu_s()
-        busiest = max(after, key=lambda pid: after[pid] - before.get(pid, 0.0))
-        psutil.Process(busiest).kill()
+        nonlocal still_open
+        answered = asyncio.create_task(client.open_loop(sent))
+        began = time.monotonic()
+        for i in range(kills):
+            at = (i + 0.5) * seconds / kills
+            await asyncio.sleep(began + at - WATCHED_S - time.monotonic())
+            before = server.cpu_s()
+            await asyncio.sleep(WATCHED_S)
+            after = server.cpu_s()
+            used = {pid: after[pid] - before[pid] for pid in after.keys() & before.keys()}
+            still_open += sum(r.at < at for r in sent) - len(client.answers)
+            if used:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(max(used, key=lambda pid: used[pid])).kill()
         return await answered
 
     answers = asyncio.run(load())
-    return {
-        "requests": len(answers),
-        "failed": sum(a.status != 200 for a in answers),
-        "goodput": in_time(answers, own_s),
-    }
+    return {**_summary(answers, own_s), "kills": kills, "open": still_open}
 
 
 def light_tenant(
     server: Server, per_s: float, seconds: float, own_s: OwnTimes, *, flooded: bool
-) -> dict[str, float]:
+) -> Numbers:
     """A tenant that sends `LIGHT` × what Octet can serve, alone or beside one that sends `FLOOD` ×.
 
     `per_s`: Octet's largest throughput of mixed requests.
     """
-    light = server.requests(arrivals("light", LIGHT * per_s, seconds, seed=3))
-    flood = server.requests(arrivals("flood", FLOOD * per_s, seconds, seed=3))
+    part = "flooded" if flooded else "calm"
+    light = server.requests(arrivals(part, "light", LIGHT * per_s, seconds))
+    flood = server.requests(arrivals(part, "flood", FLOOD * per_s, seconds)) if flooded else []
 
     async def both() -> list[LoadAnswer]:
-        # Its clients give up with the end of the load, so that the servers need not work it off.
-        heavy = asyncio.create_task(_until(server.client(), flood if flooded else [], seconds))
-        answers = await server.client(patience_s=2 * seconds).open_loop(light)
+        # The flood's clients hang up at the end, so that a server may stop working for them.
+        heavy = asyncio.create_task(_until(server.client(), flood, seconds))
+        answers = await server.client().open_loop(light)
         await heavy
         return answers
 
-    answers = asyncio.run(both())
-    return {
-        "requests": len(answers),
-        "failed": sum(a.status != 200 for a in answers),
-        "goodput": in_time(answers, own_s),
-        "p50_s": tail_s(answers, 0.5),
-        "p99_s": tail_s(answers, 0.99),
-    }
+    return _summary(asyncio.run(both()), own_s)
 
 
 async def _until(client: LoadClient, requests: Sequence[TimedRequest], seconds: float) -> None:
@@ -194,13 +206,3 @@ async def _until(client: LoadClient, requests: Sequence[TimedRequest], seconds: 
             await client.open_loop(requests)
     except (TimeoutError, aiohttp.ClientError):
         pass
-
-
-def _cpu_s_per_s(server: Server, seconds: float) -> float:
-    before, began = server.cpu_s(), time.monotonic()
-    time.sleep(seconds)
-    return (_total(server.cpu_s()) - _total(before)) / (time.monotonic() - began)
-
-
-def _total(used: Mapping[int, float]) -> float:
-    return sum(used.values())

@@ -4,6 +4,7 @@ bentoml serve with_bentoml:LandscapesService
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bentoml
@@ -17,7 +18,8 @@ from landscapes import Landscapes
 )
 class LandscapesService:
     def __init__(self) -> None:
-        self._landscapes = Landscapes()
+        self._thread = ThreadPoolExecutor(1)
+        self._landscapes = self._thread.submit(Landscapes).result()
 
     @bentoml.api(
         batchable=True,
@@ -25,4 +27,4 @@ class LandscapesService:
         max_latency_ms=int(os.environ["PEER_LATENCY_MS"]),
     )
     def generate(self, requests: list[dict[str, Any]]) -> list[str]:
-        return self._landscapes.pictures(requests)
+        return self._thread.submit(self._landscapes.pictures, requests).result()

@@ -36,5 +36,6 @@ if __name__ == "__main__":
         accelerator="cpu",
         workers_per_device=int(os.environ["PEER_WORKERS"]),
         timeout=False,
+        restart_workers=True,
     )
     server.run(host="127.0.0.1", port=int(os.environ["PEER_PORT"]), generate_client_file=False)

@@ -1,6 +1,8 @@
 """Ray Serve's plain pattern: an ingress, and replicas that generate one picture at a time."""
 
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -22,10 +24,13 @@ app = FastAPI()
 )
 class Model:
     def __init__(self) -> None:
-        self._landscapes = Landscapes()
+        self._thread = ThreadPoolExecutor(1)
+        self._landscapes = self._thread.submit(Landscapes).result()
 
-    def generate(self, request: dict[str, Any]) -> str:
-        return self._landscapes.pictures([request])[0]
+    async def generate(self, request: dict[str, Any]) -> str:
+        loop = asyncio.get_running_loop()
+        (picture,) = await loop.run_in_executor(self._thread, self._landscapes.pictures, [request])
+        return picture
 
 
 @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})

@@ -9,6 +9,7 @@ import ray
 from fastapi import FastAPI
 from landscapes import Landscapes
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 WORKERS = int(os.environ["PEER_WORKERS"])
@@ -19,6 +20,7 @@ app = FastAPI()
 @serve.deployment(
     num_replicas=WORKERS,
     max_ongoing_requests=2 * BATCH,  # the next batch gathers while one runs
+    request_router_config=RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02),
     ray_actor_options={"num_cpus": 0.5},
 )
 class Model:

@@ -52,7 +52,8 @@ class LoadClient:
 
     `url`: the address for generations; `edits_url`: that for edits. `keys`: the API keys by
     tenant; a tenant without a key sends none. `on_answer`: called with every answer.
-    `patience_s`: seconds after which a request is given up.
+    `patience_s`: seconds after which a request is given up. `keep_open`: whether a connection takes
+    further requests; if not, a server of several processes can spread them better.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class LoadClient:
         on_answer: Callable[[LoadAnswer], None] = lambda _: None,
         edits_url: str = "",
         patience_s: float = PATIENCE_S,
+        keep_open: bool = True,
     ) -> None:
+        self._keep_open = keep_open
         self._edits_url, self._patience_s = edits_url, patience_s
         self.answers: list[LoadAnswer] = []  # so far
         self._url, self._keys, self._on_answer = url, keys, on_answer
@@ -104,7 +107,7 @@ class LoadClient:
         return found
 
     def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, force_close=not self._keep_open)
         timeout = aiohttp.ClientTimeout(total=self._patience_s)
         return aiohttp.ClientSession(connector=connector, timeout=timeout)
 

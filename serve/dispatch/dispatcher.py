@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from autoscaling.load import ScalingLimits
 from cluster.placement import Node, NodeRequirement
 from cluster.ray_nodes import cluster_id, drain_for_good, living_nodes
 
-from ..models.replica_bounds import scaling_limits
+from ..models.replica_bounds import other_needs, scaling_limits
 from ..settings.application import JobSettings, LiveSettings, Settings
 from ..settings.models import Model
 from ..tenants.files import KEYS, TENANTS
@@ -202,28 +202,34 @@ class Dispatcher:
         needs = {
             model.pool_name(pool): pool.need for model in settings.models for pool in model.pools
         }
-        encoders = [encoder.need for encoder in settings.text_encoders]
         self.apply_jobs(settings.models, settings.jobs)
         self.grants.late_slowdown = settings.late_slowdown
-        self.apply(needs, scaling_limits(settings), settings.max_queued, encoders)
+        others = other_needs(settings)
+        self.scaling.others = {name: replicas for name, (_, replicas) in others.items()}
+        self.apply(
+            needs,
+            scaling_limits(settings),
+            settings.max_queued,
+            {name: need for name, (need, _) in others.items()},
+        )
 
     def apply(
         self,
         needs: Mapping[str, NodeRequirement],
         limits: ScalingLimits,
         max_queued: int,
-        encoders: Sequence[NodeRequirement] = (),
+        others: Mapping[str, NodeRequirement] | None = None,
     ) -> None:
         """Serve these pools from now on, with these limits.
 
         `needs`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. `encoders`: what a replica of each set of text encoders needs of a node. Images
-        that wait only for pools that are no longer there are refused.
+        may have. `others`: what a replica of each other deployment needs. Images that wait only for
+        pools that are no longer there are refused.
         """
         self.admission.max_queued = max_queued
         self.grants.set_pools(needs)
         self.scaling.set_limits(limits)
-        self._nodes.set_needs(needs, encoders)
+        self._nodes.set_needs(needs, others)
         self.sessions.deliver(self.grants.refuse())
         self.sessions.set_status(self._status())
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from cluster.placement import Node, NodeRequirement, fits, unknown_cards
@@ -45,7 +45,7 @@ class NodeWatch:
         Serve's replicas. These three may block. `deliver`: sends events to their sessions.
         """
         self._needs: Mapping[str, NodeRequirement] = {}
-        self._encoders: tuple[NodeRequirement, ...] = ()
+        self._others: Mapping[str, NodeRequirement] = {}
         self._cordoned_at = -math.inf  # the last time that a node was cordoned by itself
         self._read_nodes, self._drain, self._read_states = read_nodes, drain, read_states
         self._grants, self._scaling, self._deliver = grants, scaling, deliver
@@ -55,10 +55,12 @@ class NodeWatch:
         self._changed = asyncio.Event()  # pools or cordons have changed since the last look
 
     def set_needs(
-        self, needs: Mapping[str, NodeRequirement], encoders: Sequence[NodeRequirement] = ()
+        self,
+        needs: Mapping[str, NodeRequirement],
+        others: Mapping[str, NodeRequirement] | None = None,
     ) -> None:
-        """Set what one replica of each pool, and of each set of text encoders, needs of a node."""
-        self._needs, self._encoders = needs, tuple(encoders)
+        """Set what one replica of each pool, and of each other deployment, needs of a node."""
+        self._needs, self._others = needs, others or {}
         self.look_again()
 
     def end_drain(self, node: str) -> None:
@@ -100,7 +102,7 @@ class NodeWatch:
         self._scaling.placeable = frozenset(
             pool for pool, need in self._needs.items() if any(fits(need, n) for n in staying)
         )
-        self._scaling.room = Room(staying, self._needs, self._encoders)
+        self._scaling.room = Room(staying, {**self._needs, **self._others})
         self._grants.set_placeable(filter(self._scaling.may_come, self._needs))
         self._deliver(self._grants.refuse())
         for node in cordoned - draining:
@@ -115,9 +117,9 @@ class NodeWatch:
         """The node that is to be cordoned now, because a card of it fails; None if there is none.
 
         At most one within `WINDOW_S`: what looks like the failure of many cards is more likely to
-        be one of the network. A node without which a pool or a text encoder could not be placed is
-        not cordoned: images are tried again on a card that may fail, but without any card they
-        would be refused.
+        be one of the network. A node without which a pool or another deployment could not be
+        placed is not cordoned: images are tried again on a card that may fail, but without any card
+        they would be refused.
         """
         if now - self._cordoned_at < WINDOW_S:
             return None
@@ -131,7 +133,7 @@ class NodeWatch:
             ]
             needed = any(
                 fits(need, node) and not any(fits(need, other) for other in others)
-                for need in (*self._needs.values(), *self._encoders)
+                for need in (*self._needs.values(), *self._others.values())
             )
             if not needed or self._scaling.limits.tuning.node_wait_s:
                 self._cordoned_at = now

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from autoscaling.floor import Floor, JumpMemory
 from autoscaling.load import Demand, Load, ScalingLimits, Supply
-from autoscaling.policy import PolicyState, ScalingDecision, decide
+from autoscaling.policy import PolicyState, ScalingDecision, decide, preferred
 from autoscaling.report import ScalingReport
 from cluster.room import Room
 
@@ -39,7 +39,8 @@ class Scaling:
         self.reasons: dict[str, str] = {}  # why each pool's number last changed
         self.placeable: frozenset[str] = frozenset()  # pools that fit on a node that is there
         self.room: Room | None = None  # the nodes that are there; None: not known yet
-        self._short: Mapping[str, int] = {}  # what pools want for which there is no room
+        self.others: Mapping[str, int] = {}  # replicas of deployments that are no pools
+        self._short: Mapping[str, int] = {}  # the pools that lack room, and what they get
         self._grants, self._admission, self._began = grants, admission, began
         self._state = PolicyState(at=began)
         self._settled = False  # whether replicas from before this process have had time to report
@@ -96,32 +97,80 @@ class Scaling:
         decision = self.policy(load, self.limits, self._state, now)
         if self.room is None or self.limits.tuning.node_wait_s:
             return decision
-        room, short = dict[str, int](), dict[str, int]()
-        fitting: Mapping[str, int] = {}
-        least = {pool: bounds.min_replicas for pool, bounds in self.limits.pools.items()}
-        for _ in least:  # each time, one more pool at least has got a limit
-            wanted = {pool: decision.replicas[pool] for pool in least}
-            if all(n <= fitting.get(pool, 0) for pool, n in wanted.items()):
+        room, asked, fitting = dict[str, int](), dict[str, int](), dict[str, int]()
+        for _ in self.limits.pools:  # each time, one more pool at least has got a limit
+            fitting = self._fitting(load, decision, fitting)
+            wanted = {pool: decision.replicas[pool] for pool in self.limits.pools}
+            missing = {pool for pool, number in wanted.items() if fitting[pool] < number}
+            if not missing:
                 break
-            given = self.room.together(wanted, least)
-            fitting = {p: max(given.get(p, n), least[p]) for p, n in wanted.items()}
-            missing = {pool for pool, n in wanted.items() if fitting[pool] < n}
             room |= {pool: fitting[pool] for pool in missing}
-            short = {pool: wanted[pool] for pool in missing} | short
-            if missing:
-                limits = replace(self.limits, room=room)
-                decision = self.policy(load, limits, self._state, now)
-        reasons = dict(decision.reasons)
-        for pool, wanted_here in short.items():
-            if wanted_here != self._short.get(pool):
-                reasons[pool] = self._shortage(pool, wanted_here, decision.replicas)
-        self._short = short
-        return decision._replace(reasons=reasons)
+            asked = {pool: wanted[pool] for pool in missing} | asked
+            decision = self.policy(load, replace(self.limits, room=room), self._state, now)
+        return decision._replace(reasons=self._with_shortages(decision, room, asked))
 
-    def _shortage(self, pool: str, wanted: int, replicas: Mapping[str, int]) -> str:
-        others = [f"{replicas[p]} {p}" for p in self.limits.pools if p != pool and replicas[p]]
-        beside = f" beside {' and '.join(others)}" if others else ""
-        return f"{replicas[pool]} of {wanted} wanted replicas: the nodes hold no more{beside}"
+    def _fitting(
+        self, load: Load, decision: ScalingDecision, before: Mapping[str, int]
+    ) -> dict[str, int]:
+        """How many of the replicas that a decision wants the nodes can hold together.
+
+        First come the other deployments, what `before` says, and the smallest numbers of all pools.
+        Then come pools that are the first choice of some requests: each gets one replica if it has
+        work, and keeps what it has up to one more than an even division would give it, so that
+        small changes move no card. The rest of what work needs follows, and last what is only kept.
+        """
+        assert self.room  # noqa: S101 - for the type checker
+        numbers, bounds, states = decision.replicas, self.limits.pools, decision.state.pools
+        others = {name: numbers.get(name, number) for name, number in self.others.items()}
+        pools = sorted(bounds, key=lambda pool: not self.replicas.get(pool))
+        wanted = {pool: numbers[pool] for pool in pools}
+        least = {pool: bounds[pool].min_replicas for pool in pools}
+        first = others, {pool: min(before.get(pool, 0), wanted[pool]) for pool in pools}
+        given = self.room.together(*first, wanted)
+        if any(given.get(pool, number) < number for pool, number in wanted.items()):
+            needed = {pool: min(states[pool].needed_now, wanted[pool]) for pool in pools}
+            order = [
+                name
+                for m in {b.model for b in bounds.values()}
+                for name in preferred(m, self.limits)
+            ]
+            choices = {
+                next(filter(demand.pools.__contains__, order), "") for demand in load.demands
+            }
+            chosen = {pool: needed[pool] for pool in pools if pool in choices}
+            even = self.room.together(*first, least, chosen)
+            one = {pool: min(number, 1) for pool, number in chosen.items()}
+            held = {
+                pool: min(self.replicas.get(pool, 0), even.get(pool, 0) + 1, number)
+                for pool, number in chosen.items()
+            }
+            given = self.room.together(*first, least, one, held, chosen, needed, wanted)
+        return {pool: max(given.get(pool, wanted[pool]), least[pool]) for pool in pools}
+
+    def _with_shortages(
+        self, decision: ScalingDecision, room: Mapping[str, int], asked: Mapping[str, int]
+    ) -> dict[str, str]:
+        """The reasons of a decision, and which pools have begun or ceased to lack room.
+
+        `room`: the numbers to which pools were limited. `asked`: the numbers that they wanted.
+        """
+        reasons = dict(decision.reasons)
+        for pool, number in room.items():
+            if pool in reasons or self._short.get(pool) != number:
+                others = {p: n for p, n in decision.replicas.items() if p != pool and n}
+                beside = " and ".join(
+                    f"{n} {p}" for p, n in others.items() if p in self.limits.pools
+                )
+                reasons[pool] = (
+                    f"{number} of {asked[pool]} wanted replicas: the nodes hold no more"
+                    f"{' beside ' if beside else ''}{beside}"
+                )
+        for pool in self._short.keys() - room.keys() - reasons.keys():
+            reasons[pool] = (
+                f"{decision.replicas.get(pool, 0)} replicas: the nodes hold all wanted ones"
+            )
+        self._short = room
+        return reasons
 
     def may_come(self, pool: str) -> bool:
         """Return whether a node could hold a replica of the pool, or may still be added for one."""

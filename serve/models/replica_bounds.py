@@ -5,8 +5,9 @@ from __future__ import annotations
 from autoscaling.load import Follower, PolicyTuning, PoolBounds, ScalingLimits
 from cluster.cards import CARDS
 from cluster.cost import CostCoefficients, ImageShape
+from cluster.placement import NodeRequirement
 
-from ..deployments import INGRESS, text_encoder_deployment
+from ..deployments import DISPATCHER, INGRESS, JOBS, text_encoder_deployment
 from ..settings.application import Settings
 from ..settings.models import Pool, ServedModel
 from .reference_work import cost_of, units
@@ -47,6 +48,27 @@ def scaling_limits(settings: Settings) -> ScalingLimits:
     if ingress.least < ingress.replicas:
         followers[INGRESS] = Follower(ingress.least, ingress.replicas, each=REQUESTS_PER_INGRESS)
     return ScalingLimits(pools, followers, PolicyTuning(**settings.autoscaling.model_dump()))
+
+
+def other_needs(settings: Settings) -> dict[str, tuple[NodeRequirement, int]]:
+    """What one replica of each deployment besides the pools needs of a node, and the least number.
+
+    A deployment that follows the pools may have more.
+    """
+
+    def on_cpus(num_cpus: float) -> NodeRequirement:
+        return NodeRequirement("fp16", num_cpus, 0.0)
+
+    ingress, jobs = settings.ingress, settings.job_runner
+    return {
+        DISPATCHER: (on_cpus(settings.dispatcher_num_cpus), 1),
+        INGRESS: (on_cpus(ingress.num_cpus), ingress.least),
+        JOBS: (on_cpus(jobs.num_cpus), jobs.replicas),
+        **{
+            text_encoder_deployment(encoder.id): (encoder.need, encoder.least)
+            for encoder in settings.text_encoders
+        },
+    }
 
 
 def replicas_per_card(pool: Pool) -> int:

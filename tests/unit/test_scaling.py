@@ -472,22 +472,107 @@ def crowded(
 
 def test_pools_that_fit_alone_but_not_together_share_what_there_is() -> None:
     scaling, reasons = crowded(TWO_MODELS, 3, [("a-fp8",), ("b-fp8",)])
-    assert sorted(scaling.replicas.values()) == [1, 2]
-    assert all("of 4 wanted replicas: the nodes hold no more beside" in r for r in reasons.values())
+    assert dict(scaling.replicas) == {"a-fp8": 2, "b-fp8": 1}
+    assert reasons == {
+        "a-fp8": "2 of 4 wanted replicas: the nodes hold no more beside 1 b-fp8",
+        "b-fp8": "1 of 4 wanted replicas: the nodes hold no more beside 2 a-fp8",
+    }
     scaling, reasons = crowded(TWO_MODELS, 8, [("a-fp8",), ("b-fp8",)])
     assert dict(scaling.replicas) == {"a-fp8": 4, "b-fp8": 4}
     assert not any("hold no more" in reason for reason in reasons.values())
 
 
-def test_what_is_given_up_is_said_once() -> None:
+def test_a_model_that_has_all_cards_gives_one_up_for_a_model_that_has_none() -> None:
+    harness = ScalingHarness(ScalingLimits(TWO_MODELS, tuning=PolicyTuning(hold_s=2)))
+    harness.grants.set_pools(TWO_MODELS)
+    harness.scaling.room = room_of(3, list(TWO_MODELS))
+    harness.scaling.decide(1)
+    for _ in range(40):
+        harness.open_call(1.5, pools=("a-fp8",))
+    harness.scaling.decide(2)
+    assert dict(harness.scaling.replicas) == {"a-fp8": 3, "b-fp8": 0}
+    harness.open_call(2.5, pools=("b-fp8",))
+    harness.scaling.decide(3)
+    assert dict(harness.scaling.replicas) == {"a-fp8": 2, "b-fp8": 1}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_small_changes_of_what_is_needed_move_no_card(first: int) -> None:
+    harness = ScalingHarness(ScalingLimits(TWO_MODELS, tuning=PolicyTuning(hold_s=2)))
+    harness.grants.set_pools(TWO_MODELS)
+    harness.scaling.room = room_of(3, list(TWO_MODELS))
+    harness.scaling.decide(1)
+    splits = set()
+    for i in range(40):
+        pool = ("a-fp8", "b-fp8")[(i // 3 + first) % 2]
+        for _ in range(20):
+            harness.open_call(1.1 + i, pools=(pool,))
+        harness.scaling.decide(2 + i)
+        if i > 6:
+            splits.add(tuple(harness.scaling.replicas.values()))
+    assert len(splits) == 1
+    assert sum(splits.pop()) == 3
+
+
+def test_replicas_that_are_only_kept_give_way_to_work_that_waits() -> None:
+    harness = ScalingHarness(ScalingLimits(TWO_MODELS, tuning=PolicyTuning(hold_s=2, idle_s=1e6)))
+    harness.grants.set_pools(TWO_MODELS)
+    harness.scaling.room = room_of(1, list(TWO_MODELS))
+    harness.replica("a-fp8", "r1")
+    for now in (1, 2, 6):
+        harness.scaling.decide(now)
+    assert dict(harness.scaling.replicas) == {"a-fp8": 1, "b-fp8": 0}, "a replica is kept, idle"
+    harness.open_call(6.5, pools=("b-fp8",))
+    harness.scaling.decide(7)
+    assert dict(harness.scaling.replicas) == {"a-fp8": 0, "b-fp8": 1}
+
+
+def test_what_is_given_up_is_said_once_and_so_is_its_end() -> None:
     scaling, _ = crowded(TWO_MODELS, 3, [("a-fp8",), ("b-fp8",)])
     assert not scaling.decide(3)
+    scaling.room = room_of(5, list(TWO_MODELS))
+    assert scaling.decide(4)["b-fp8"].startswith("2 of 4 wanted replicas")
+    scaling.room = room_of(8, list(TWO_MODELS))
+    assert "hold no more" not in "".join(scaling.decide(5).values())
+    assert not any("hold no more" in reason for reason in scaling.reasons.values())
+
+
+def test_other_deployments_have_their_place_first() -> None:
+    harness = ScalingHarness(ScalingLimits(TWO_MODELS, tuning=PolicyTuning(hold_s=2)))
+    harness.grants.set_pools(TWO_MODELS)
+    harness.scaling.room = room_of(4, [*TWO_MODELS, "encoders"])
+    harness.scaling.others = {"encoders": 2}
+    harness.scaling.decide(1)
+    for _ in range(40):
+        harness.open_call(1.5, pools=("a-fp8",))
+    harness.scaling.decide(2)
+    assert harness.scaling.replicas["a-fp8"] == 2
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=3, max_size=3),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), max_size=12),
+)
+def test_never_more_is_ordered_than_the_cards_hold(
+    cards: list[int], work: list[tuple[int, int]]
+) -> None:
+    pools = {n: PoolBounds(n[0], 0, 4, 2) for n in ("a-1", "a-2", "b-1", "b-2")}
+    demands = [("a-1", "a-2"), ("a-2",), ("b-1", "b-2"), ("b-2", "b-1")]
+    harness = ScalingHarness(ScalingLimits(pools, tuning=PolicyTuning(hold_s=2)))
+    harness.grants.set_pools(pools)
+    for turn, number in enumerate(cards):
+        harness.scaling.room = room_of(number, list(pools))
+        for demand, images in work:
+            for _ in range(images):
+                harness.open_call(turn + 0.5, pools=demands[demand])
+        harness.scaling.decide(turn + 1)
+        assert sum(harness.scaling.replicas.values()) <= number
 
 
 def test_demand_that_finds_no_room_goes_on_to_the_next_pool() -> None:
     pools = {"a-fp8": PoolBounds("a", 0, 4, 2), "a-cpu": PoolBounds("a", 0, 4, 2)}
     scaling, _ = crowded(pools, 2, [("a-fp8", "a-cpu")])
-    assert dict(scaling.replicas) == {"a-fp8": 1, "a-cpu": 1}, "both need cards here"
+    assert dict(scaling.replicas) == {"a-fp8": 2, "a-cpu": 0}, "the preferred pool has all cards"
     harness_room = Room(
         [Node("n", {PRECISION_LABEL: "fp8"}, 64, 2)],
         {"a-fp8": NodeRequirement("fp8", 1, 1), "a-cpu": NodeRequirement("fp16", 1, 0)},
