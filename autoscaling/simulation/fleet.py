@@ -31,9 +31,9 @@ class NodeType:
     - `idle_s`: seconds after which an empty node is given back.
     - `start_s`: mean seconds of a replica's start on a node that has the weights; starts vary by
       ±20 %.
-    - `weights_gib`, `volume_gib_s`: what a node copies before its first replica starts, and the
-      GiB per second at which a volume serves all nodes of the pool together. The node's other
-      replicas wait for the copy.
+    - `weights_gib`: what a node copies from a volume before its first replica starts; its other
+      replicas wait for the copy. `volume_gib_s`: how much all readers of the volume get together
+      in a second.
     - `compile_s`: seconds that a node then compiles, before its first replica starts.
     - `replica_fails_s`, `node_taken_s`: mean seconds until a replica fails, and until the provider
       gives notice that it takes a node away; None: never.
@@ -73,6 +73,7 @@ class SimulatedNode:
         self.ordered = ordered
         self.up = self.leaving = self.gone = self.prepared = False
         self.waiting: list[SimulatedReplica] = []
+        self.reader: int | None = None  # its number as a reader of the volume
         self.replicas: list[SimulatedReplica] = []
         self.empty_since = ordered
 
@@ -180,7 +181,7 @@ class PoolFleet:
     """The replicas and nodes of one pool.
 
     `number`: the pool's number in the simulation. `step_s`: the constant part of a step, in
-    seconds.
+    seconds. `volume`: where its nodes get weights from.
     """
 
     def __init__(
@@ -190,12 +191,13 @@ class PoolFleet:
         node_type: NodeType,
         step_s: float,
         clock: SimulationClock,
+        volume: SharedVolume,
         seed: str,
     ) -> None:
         self.pool, self.node_type, self.cost = pool, node_type, FleetCost()
         self._number, self._step_s, self._clock = number, step_s, clock
         self._later = clock.later
-        self._volume = SharedVolume(node_type.volume_gib_s, clock.later)
+        self._volume = volume
         self._chance = random.Random(seed)
         self.replicas: list[SimulatedReplica] = []  # all that are not draining
         self.nodes: list[SimulatedNode] = []
@@ -295,7 +297,7 @@ class PoolFleet:
             return
         node.waiting.append(replica)
         if len(node.waiting) == 1:
-            self._volume.read(
+            node.reader = self._volume.read(
                 self.node_type.weights_gib,
                 lambda at: self._later(
                     at + self.node_type.compile_s, lambda at: self._prepared(node, at)
@@ -375,5 +377,7 @@ class PoolFleet:
     def _remove(self, node: SimulatedNode, now: float) -> None:
         if not node.gone:
             node.gone = True
+            if node.reader is not None and not node.prepared:
+                self._volume.give_up(node.reader, now)
             self.nodes.remove(node)
             self.cost.node_s += now - node.ordered

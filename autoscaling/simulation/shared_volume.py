@@ -23,11 +23,19 @@ class SharedVolume:
         self._count, self._at = 0.0, 0.0
         self._number = self._plan = 0
 
-    def read(self, gib: float, done: Callable[[float], None], now: float) -> None:
-        """Read `gib`; call `done` when all is read."""
+    def read(self, gib: float, done: Callable[[float], None], now: float) -> int:
+        """Read `gib`; call `done` when all is read. Returns the reader's number."""
         self._advance(now)
         self._number += 1
         heapq.heappush(self._readers, (self._count + gib, self._number, done))
+        self._plan_next(now)
+        return self._number
+
+    def give_up(self, reader: int, now: float) -> None:
+        """Let a reader read no more, if it still does."""
+        self._advance(now)
+        self._readers = [r for r in self._readers if r[1] != reader]
+        heapq.heapify(self._readers)
         self._plan_next(now)
 
     def _advance(self, now: float) -> None:

@@ -22,6 +22,7 @@ from cluster.cost import CostCoefficients, ImageShape
 from ..load import Demand, Load, PoolBounds, Supply
 from .dispatch import FirstDone, OpenReplicas
 from .fleet import NodeType, PoolFleet, SimulatedReplica
+from .shared_volume import SharedVolume
 from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
@@ -203,8 +204,9 @@ class Simulation:
         self._requests = self._done = 0
         self._waits = array("f")
         self._arrived_s = self._squares = 0.0
+        volume = SharedVolume(self._pools[0].node_type.volume_gib_s, self.later)
         self._fleets = [
-            PoolFleet(i, pool.pool, pool.node_type, pool.costs.step, self, f"{seed}-{i}")
+            PoolFleet(i, pool.pool, pool.node_type, pool.costs.step, self, volume, f"{seed}-{i}")
             for i, pool in enumerate(self._pools)
         ]
 

@@ -114,7 +114,8 @@ def simulate(
         ),
     ] = None,
     notice_s: Annotated[
-        float, typer.Option(min=0, help="Seconds by which it says so beforehand.")
+        float,
+        typer.Option(min=0, help="Seconds between the provider's notice and the end of a node."),
     ] = 120.0,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     plot: Annotated[

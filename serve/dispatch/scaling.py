@@ -129,14 +129,9 @@ class Scaling:
         given = self.room.together(*first, wanted)
         if any(given.get(pool, number) < number for pool, number in wanted.items()):
             needed = {pool: min(states[pool].needed_now, wanted[pool]) for pool in pools}
-            order = [
-                name
-                for m in {b.model for b in bounds.values()}
-                for name in preferred(m, self.limits)
-            ]
-            choices = {
-                next(filter(demand.pools.__contains__, order), "") for demand in load.demands
-            }
+            models = dict.fromkeys(bounds[pool].model for pool in bounds)
+            ordered = [pool for model in models for pool in preferred(model, self.limits)]
+            choices = {next((p for p in ordered if p in d.pools), "") for d in load.demands}
             chosen = {pool: needed[pool] for pool in pools if pool in choices}
             even = self.room.together(*first, least, chosen)
             one = {pool: min(number, 1) for pool, number in chosen.items()}

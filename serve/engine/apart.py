@@ -18,5 +18,8 @@ async def apart(compute: Callable[[], T]) -> T:
     the many short computations of a model take longer. So what loads a model computes here, and the
     thread that runs it afterwards is the only one with workers.
     """
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         return await asyncio.wrap_future(thread.submit(compute))
+    finally:
+        thread.shutdown(wait=False)  # a caller that is cancelled must not hold up the event loop

@@ -129,10 +129,10 @@ def test_a_node_that_has_the_weights_starts_its_next_replica_faster() -> None:
 def test_a_shared_volume_reads_at_full_speed_and_treats_readers_alike(
     readers: list[tuple[float, float]],
 ) -> None:
-    events: list[tuple[float, int, Callable[[float], None]]] = []
+    events: list[tuple[float, int, Callable[[float], object]]] = []
     numbers = itertools.count()
 
-    def later(at: float, do: Callable[[float], None]) -> None:
+    def later(at: float, do: Callable[[float], object]) -> None:
         heapq.heappush(events, (at, next(numbers), do))
 
     volume, ended = SharedVolume(2.0, later), dict[int, float]()
@@ -148,6 +148,23 @@ def test_a_shared_volume_reads_at_full_speed_and_treats_readers_alike(
     busy_s = max(ended.values()) - first
     idle_s = max(at for at, _ in readers) - first
     assert busy_s <= sum(gib for _, gib in readers) / 2 + idle_s + 1e-6
+
+
+def test_a_reader_that_gives_up_leaves_the_volume_to_the_others() -> None:
+    events: list[tuple[float, int, Callable[[float], object]]] = []
+    numbers = itertools.count()
+
+    def later(at: float, do: Callable[[float], object]) -> None:
+        heapq.heappush(events, (at, next(numbers), do))
+
+    volume, ended = SharedVolume(1.0, later), dict[str, float]()
+    gone = volume.read(10, partial(ended.__setitem__, "gone"), 0.0)
+    volume.read(10, partial(ended.__setitem__, "stays"), 0.0)
+    later(8.0, partial(volume.give_up, gone))
+    while events:
+        at, _, do = heapq.heappop(events)
+        do(at)
+    assert ended == {"stays": pytest.approx(8 + 6)}
 
 
 def test_cost_is_nodes_by_the_hour() -> None:
