@@ -1,9 +1,10 @@
 """How many replicas of several pools the nodes of a cluster can hold at the same time.
 
-Each pool may fit on a node alone, and still not beside the others. Ray would keep the replicas that
-find no place waiting, and Ray Serve would replace no replica of their deployment meanwhile. `Room`
-says beforehand how many find one. It places replicas on empty nodes, one after the other, each on
-the first node that has room for it, so what Ray places in another order may fit less well.
+Pools may each fit on the nodes alone, but not all at once. Ray keeps replicas that fit on no node
+pending, and while a deployment has a pending replica, Ray Serve replaces none of its replicas.
+`Room` computes before the order how many replicas fit. It places replicas on empty nodes one after
+the other, each on the first node with enough room. Ray may place them in another order, so fewer
+may fit in reality.
 
 Pure: imports the standard library and pure files only.
 """
@@ -30,7 +31,7 @@ class _FreeNode:
     def take(self, need: NodeRequirement) -> bool:
         """Give a replica its place; return whether there is one.
 
-        A part of a card is taken from the card with the least that is enough.
+        A part of a card is taken from the card with the least free room that is enough.
         """
         cpus, gpus = round(need.num_cpus * PARTS), round(need.num_gpus * PARTS)
         if cpus > self._cpus:
@@ -60,16 +61,17 @@ class Room:
         }
 
     def _last_resort(self, need: NodeRequirement, node: int) -> bool:
-        """Whether the node has what others need more: a card, or one with FP8."""
+        """Whether the node has something that this replica does not need: a card, or FP8."""
         found = self._nodes[node]
         return found.has_fp8() if need.num_gpus else bool(found.num_gpus)
 
     def together(self, *stages: Mapping[str, int]) -> dict[str, int]:
         """How many replicas of each deployment fit, if they are placed stage after stage.
 
-        Each stage names the numbers of replicas up to which deployments get some. The next replica
-        is always one of the deployment that has the smallest part of its number, and of equal ones
-        the first. Deployments whose needs are not known are left out.
+        A stage gives a target for each deployment: the number of replicas that it should have at
+        the end of that stage. Replicas are placed one at a time. The next one goes to the
+        deployment that has the smallest fraction of its target; on a tie, to the one that the stage
+        names first. Deployments whose needs are not known are left out.
         """
         free = [_FreeNode(node) for node in self._nodes]
         next_nodes = {need: list(reversed(fitting)) for need, fitting in self._fitting.items()}
@@ -80,7 +82,7 @@ class Room:
             while left:
                 if free[left[-1]].take(need):
                     return True
-                left.pop()  # what is too full now stays so
+                left.pop()  # a node without room for this replica gets none later
             return False
 
         for stage in stages:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 class SharedVolume:
     """Readers get equal parts of the bandwidth, so each takes longer the more there are.
 
-    A clock counts the GiB that a reader which had been there from the beginning would have read. So
-    the readers that are there end in the order of the counts at which they will have all.
+    A counter holds the GiB that a reader would have read if it had started at time 0 and never
+    stopped. A reader that starts at count c and reads g GiB is done when the counter reaches c + g.
+    So the reader with the smallest c + g is done first.
     """
 
     def __init__(self, gib_s: float, later: Callable[[float, Callable[[float], None]], None]):

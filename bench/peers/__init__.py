@@ -1,1 +1,1 @@
-"""Octet beside other ways to serve the same model: `make bench-peers`."""
+"""Octet compared with other ways to serve the same model: `make bench-peers`."""

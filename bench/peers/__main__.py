@@ -1,12 +1,13 @@
-"""Measure Octet beside other ways to serve the same model.
+"""Compare Octet with other ways to serve the same model.
 
     python -m bench.peers [--quick]
 
-All serve the demo model on this machine to the same client, one after the other. Octet gets the
-configuration of its grid that generates most mixed pictures; that throughput is the unit of the
-loads. Each peer gets the configuration of its grid that answers most requests in time at 80 % of
-it. `--quick` tries no configurations, but takes those of bench/peers/tuned.json, which the last
-whole run wrote. Writes bench/results/peers.json and bench/peers.png.
+The servers run one after the other on this machine, and the same client sends them requests for the
+demo model. First Octet is tuned: of the configurations in its grid it gets the one with the largest
+throughput of mixed requests. It is then measured, and its throughput counts as 100 % load. Each
+peer gets the configuration of its grid that answers the most requests in time at 80 % load.
+`--quick` tries no configurations, but takes those of bench/peers/tuned.json, which the last whole
+run wrote. Writes bench/results/peers.json and bench/peers.png.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .contestants import (
     Config,
     Contestant,
     Server,
-    picture_of,
+    image_of,
     served,
     shown,
 )
@@ -39,7 +40,7 @@ TUNED = HERE / "tuned.json"
 RESULT = ROOT / "bench" / "results" / "peers.json"
 PLOT = ROOT / "bench" / "peers.png"
 EQUAL = "128x128", 20, 3.0
-LARGEST_DISTANCE = 2.0  # of a picture's values, 0 to 255, from the pipeline's own, in the mean
+LARGEST_DISTANCE = 2.0  # of an image's values, 0 to 255, from the pipeline's own, in the mean
 
 
 class Durations(NamedTuple):
@@ -54,7 +55,7 @@ class Durations(NamedTuple):
     calm: float
     loads: tuple[float, ...]
     wasted: bool
-    repeats: int  # for the pictures' own times
+    repeats: int  # for the images' own times
 
 
 FULL = Durations(10, 15, 30, 36, 3, 25, 25, (0.5, 0.8, 0.95), True, 3)
@@ -66,12 +67,12 @@ def say(text: str, began: float = time.monotonic()) -> None:
 
 
 def fastest(octet: Contestant, seconds: float, dtype: str) -> Config:
-    """The configuration of Octet that generates most mixed pictures."""
+    """The configuration of Octet that generates most mixed images."""
 
     def per_s(config: Config) -> float:
         with served(octet, config, dtype) as server:
             found = throughput(server, "tune", seconds)
-        say(f"{octet.name} {shown(config)}: {found:.2f} mixed pictures/s")
+        say(f"{octet.name} {shown(config)}: {found:.2f} mixed images/s")
         return found
 
     return max(octet.grid, key=per_s)
@@ -80,7 +81,7 @@ def fastest(octet: Contestant, seconds: float, dtype: str) -> Config:
 def tuned(
     contestant: Contestant, per_s: float, seconds: float, own_s: OwnTimes, dtype: str
 ) -> Config:
-    """The configuration that answers most requests in time at `per_s`; then, that of least p99."""
+    """The configuration that answers most requests in time at `per_s`; on a tie, the lowest p99."""
 
     def quality(config: Config) -> tuple[float, float]:
         with served(contestant, config, dtype) as server:
@@ -92,21 +93,21 @@ def tuned(
 
 
 def measured(
-    server: Server, per_s: float | None, lasts: Durations, own_s: OwnTimes, picture: str
+    server: Server, per_s: float | None, lasts: Durations, own_s: OwnTimes, image: str
 ) -> dict[str, Any]:
     """All parts for one contestant; between them the server comes to rest.
 
-    `per_s`: Octet's largest throughput of mixed requests, None for Octet itself. `picture`: what
+    `per_s`: Octet's largest throughput of mixed requests, None for Octet itself. `image`: what
     `CHECKED` must give. The kills come last, because a server may not survive them.
     """
-    away = distance(picture_of(server, CHECKED), picture)
-    assert away < LARGEST_DISTANCE, f"{server.contestant.name}: another picture: {away:.1f}"
+    away = distance(image_of(server, CHECKED), image)
+    assert away < LARGEST_DISTANCE, f"{server.contestant.name}: another image: {away:.1f}"
     found: dict[str, Any] = {
         "version": server.contestant.version,
         "lines": server.contestant.lines,
         "start_s": server.start_s,
         "speed": speed(),
-        "picture_distance": away,
+        "image_distance": away,
         "mixed_per_s": throughput(server, "most", lasts.most),
         "equal_per_s": throughput(server, "equal", lasts.most, EQUAL),
         "mixed": {},
@@ -131,13 +132,13 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than 8 minutes, without tuning")
-    parser.add_argument("--only", nargs="*", default=[], help="names of contestants beside Octet")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the peers to measure")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     lasts = QUICK if options.quick else FULL
     chosen = [c for c in CONTESTANTS if not options.only or c.name in ("Octet", *options.only)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        dtype, own_s, picture = pool.submit(alone, lasts.repeats).result()
+        dtype, own_s, image = pool.submit(alone, lasts.repeats).result()
     configs: dict[str, Config] = json.loads(TUNED.read_text(encoding="utf-8"))
     say(f"the peers compute in {dtype}, in which diffusers' pipeline is fastest here")
     octet, *peers = chosen
@@ -150,7 +151,7 @@ def main() -> None:
             configs[contestant.name] = tuned(contestant, 0.8 * per_s, lasts.tune, own_s, dtype)
         config = configs[contestant.name]
         with served(contestant, config, dtype) as server:
-            found = measured(server, per_s, lasts, own_s, picture)
+            found = measured(server, per_s, lasts, own_s, image)
         contestants[contestant.name] = found
         per_s = per_s or found["mixed_per_s"]
         at = found["mixed"]["0.8"]

@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 MODEL = ROOT / "demo" / "model"
 PATIENCE_S = 120.0
 REST_S = 180.0
-BUSY = 0.3  # of a core: what uses so much more than when it is idle has work
+BUSY = 0.3  # cores; a server that uses this much more than when it is idle still has work
 CORES = len(os.sched_getaffinity(0))
 TENANTS = "light", "flood"
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
@@ -60,7 +60,7 @@ class Contestant:
 
     @property
     def lines(self) -> int:
-        """Lines that a user writes, without empty ones, comments and docstrings of a file."""
+        """Lines of all `files`, without empty lines, comments and docstrings."""
         return sum(lines_of(HERE / file) for file in self.files)
 
     @property
@@ -139,7 +139,7 @@ CONTESTANTS = (
 class Server:
     """A contestant that runs.
 
-    `start_s`: seconds until its first picture. `idle`: the part of a core that it uses when nobody
+    `start_s`: seconds until its first image. `idle`: the part of a core that it uses when nobody
     asks for anything. `seen`: all processes that it has been known to have.
     """
 
@@ -237,7 +237,7 @@ def served(contestant: Contestant, config: Config, dtype: str) -> Iterator[Serve
         process = psutil.Process(started.pid)
         server = Server(contestant, f"http://127.0.0.1:{port}{contestant.path}", keys, process, 0.0)
         try:
-            _wait_for_a_picture(server, started, Path(folder) / "log")
+            _wait_for_an_image(server, started, Path(folder) / "log")
             server.start_s = time.monotonic() - began
             time.sleep(2)
             server.idle = server.cores(2)
@@ -246,21 +246,21 @@ def served(contestant: Contestant, config: Config, dtype: str) -> Iterator[Serve
             _end(started, server.processes())
 
 
-def _wait_for_a_picture(server: Server, started: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for_an_image(server: Server, started: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + PATIENCE_S
     while True:
         with contextlib.suppress(OSError):
-            picture_of(server, {**SMALL, "seed": 0})
+            image_of(server, {**SMALL, "seed": 0})
             return
         if started.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"{server.contestant.name}: no picture\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"{server.contestant.name}: no image\n{log.read_text()[-3000:]}")
         time.sleep(0.1)
 
 
 SMALL = {"prompt": "the sea", "size": "64x64", "num_inference_steps": 2, "guidance_scale": 3.0}
 
 
-def picture_of(server: Server, request: Mapping[str, Any]) -> str:
+def image_of(server: Server, request: Mapping[str, Any]) -> str:
     """The PNG of a request, in base64. Raises `OSError` if the server gives none."""
     key = server.keys.get("light")
     asked = urllib.request.Request(  # noqa: S310 - loopback

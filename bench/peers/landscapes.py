@@ -13,7 +13,7 @@ Request = Mapping[str, Any]
 
 
 class Landscapes:
-    """A pipeline that generates the pictures of several requests.
+    """A pipeline that generates the images of several requests.
 
     `request` has the keys `prompt`, `size` (such as `128x128`), `num_inference_steps`,
     `guidance_scale` and `seed`. Load and call it in one thread: OpenMP keeps workers for every
@@ -26,7 +26,7 @@ class Landscapes:
         )
         self._pipeline.set_progress_bar_config(disable=True)
 
-    def pictures(self, requests: Sequence[Request]) -> list[str]:
+    def images(self, requests: Sequence[Request]) -> list[str]:
         """PNG files in base64, in the requests' order.
 
         One call of the pipeline takes only requests of equal size, steps and guidance, so requests

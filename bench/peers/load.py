@@ -1,7 +1,8 @@
-"""The load that every contestant meets, and what it makes of it.
+"""Send the same load to every server, and measure how it is served.
 
-All meet the same requests at the same times. A request is *in time* if it is answered within
-`IN_TIME` × the seconds that its picture takes alone in diffusers' pipeline, without any server.
+All get the same requests at the same times. A *kind* is a size, a number of steps and a guidance
+scale; *mixed* requests are of random kinds. A request is *in time* if it is answered within
+`IN_TIME` × the seconds that its image takes alone in diffusers' pipeline, without any server.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def arrivals(part: str, tenant: str, per_s: float, seconds: float) -> list[Timed
 
 
 def slowdowns(answers: Sequence[LoadAnswer], own_s: OwnTimes) -> list[float]:
-    """Latency ÷ the picture's own time, of each request."""
+    """Latency ÷ the image's own time, of each request."""
     return [_latency_s(a) / own_s[kind_of(a.request.body)] for a in answers]
 
 
@@ -84,12 +85,12 @@ def in_time(answers: Sequence[LoadAnswer], own_s: OwnTimes, times: float = IN_TI
 
 
 def tail_s(answers: Sequence[LoadAnswer], share: float) -> float:
-    """The latency at `share` of all requests."""
+    """The percentile of the latencies at `share`: 0.99 gives the p99."""
     return percentile([_latency_s(a) for a in answers], share)
 
 
 def _latency_s(answer: LoadAnswer) -> float:
-    """The seconds to an answer; a request without a picture counts as if it still waited."""
+    """Seconds until the answer. A request that failed counts as at least `PATIENCE_S`."""
     return answer.latency_s if answer.status == 200 else max(answer.latency_s, PATIENCE_S)
 
 
@@ -112,7 +113,7 @@ def _summary(answers: Sequence[LoadAnswer], own_s: OwnTimes) -> Numbers:
 
 
 def throughput(server: Server, part: str, seconds: float, kind: Kind | None = None) -> float:
-    """Pictures per second with `OPEN` requests open: of one kind, or of all.
+    """Images per second with `OPEN` requests open: of one kind, or of all.
 
     The first fifth of the time does not count, because all begin at once then.
     """
@@ -129,9 +130,9 @@ def throughput(server: Server, part: str, seconds: float, kind: Kind | None = No
 
 
 def wasted(server: Server) -> float:
-    """The work done for clients that have hung up, in pictures.
+    """The work done for clients that have hung up, in images.
 
-    `GIVEN_UP` clients ask for long pictures and hang up after `GIVEN_UP_AFTER_S`. From then on the
+    `GIVEN_UP` clients ask for long images and hang up after `GIVEN_UP_AFTER_S`. From then on the
     server's CPU seconds count, less what it uses when idle, until it is idle again.
     """
     bodies = [server.contestant.body(request(LONG, i, "wasted")) for i in range(GIVEN_UP + 1)]

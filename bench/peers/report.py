@@ -17,17 +17,17 @@ Results = Mapping[str, Mapping[str, Any]]  # by contestant
 
 
 def distance(a: str, b: str) -> float:
-    """The mean distance of two pictures' values, 0 to 255. `a`, `b`: files in base64."""
+    """The mean distance of two images' values, 0 to 255. `a`, `b`: files in base64."""
 
     def values(file: str) -> Any:
-        picture = Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB")
-        return np.asarray(picture, dtype=np.float64)
+        image = Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB")
+        return np.asarray(image, dtype=np.float64)
 
     return float(np.abs(values(a) - values(b)).mean())
 
 
 def beside_best_peer(found: Results) -> dict[str, float]:
-    """Octet's numbers ÷ those of the peer that is best in each; and its failures at kills."""
+    """Octet's numbers ÷ those of the best peer in each, and what failed at its kills."""
 
     def versus(pick: Callable[[Mapping[str, Any]], float], best: Callable[..., float]) -> float:
         peers = [pick(cell) for name, cell in found.items() if name != OCTET]
@@ -49,7 +49,7 @@ def table(found: Mapping[str, Any]) -> str:
     loads = list(cells[OCTET]["mixed"])
     lines = [
         f"{found['machine']}, {found['dtype']}, 100 % = {found['octet_mixed_per_s']:.2f} "
-        f"mixed pictures/s{', QUICK' if found['quick'] else ''}",
+        f"mixed images/s{', QUICK' if found['quick'] else ''}",
         "",
         "| | load | requests, failed | within 3 × | 5 × | 10 × their own time | p50 s | p99 s "
         "| p99 slowdown |",
@@ -66,8 +66,8 @@ def table(found: Mapping[str, Any]) -> str:
             )
     lines += [
         "",
-        "| | mixed pictures/s | equal ones | light tenant's p99 s, alone | beside a flood "
-        "| in time beside it | pictures for clients that hung up | failed of those open at kills "
+        "| | mixed images/s | equal ones | light tenant's p99 s, alone | beside a flood "
+        "| in time beside it | images for clients that hung up | failed of those open at kills "
         "| MiB | start s | lines | machine's speed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -27,4 +27,4 @@ class LandscapesService:
         max_latency_ms=int(os.environ["PEER_LATENCY_MS"]),
     )
     def generate(self, requests: list[dict[str, Any]]) -> list[str]:
-        return self._thread.submit(self._landscapes.pictures, requests).result()
+        return self._thread.submit(self._landscapes.images, requests).result()

@@ -1,4 +1,4 @@
-"""FastAPI and diffusers: each worker process generates one picture at a time.
+"""FastAPI and diffusers: each worker process generates one image at a time.
 
 uvicorn --workers 2 with_fastapi:app
 """
@@ -18,5 +18,5 @@ landscapes = thread.submit(Landscapes).result()
 @app.post("/")
 async def generate(request: dict[str, Any]) -> dict[str, str]:
     loop = asyncio.get_running_loop()
-    (picture,) = await loop.run_in_executor(thread, landscapes.pictures, [request])
-    return {"b64_json": picture}
+    (image,) = await loop.run_in_executor(thread, landscapes.images, [request])
+    return {"b64_json": image}

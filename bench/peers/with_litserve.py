@@ -16,8 +16,8 @@ class LandscapesAPI(ls.LitAPI):
 
     def predict(self, requests: Any) -> Any:
         if isinstance(requests, dict):  # without batching
-            return self._landscapes.pictures([requests])[0]
-        return self._landscapes.pictures(requests)
+            return self._landscapes.images([requests])[0]
+        return self._landscapes.images(requests)
 
     def unbatch(self, output: list[str]) -> list[str]:
         return output

@@ -1,4 +1,4 @@
-"""Ray Serve's plain pattern: an ingress, and replicas that generate one picture at a time."""
+"""Ray Serve's plain pattern: an ingress, and replicas that generate one image at a time."""
 
 import asyncio
 import os
@@ -29,8 +29,8 @@ class Model:
 
     async def generate(self, request: dict[str, Any]) -> str:
         loop = asyncio.get_running_loop()
-        (picture,) = await loop.run_in_executor(self._thread, self._landscapes.pictures, [request])
-        return picture
+        (image,) = await loop.run_in_executor(self._thread, self._landscapes.images, [request])
+        return image
 
 
 @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})

@@ -31,7 +31,7 @@ class Model:
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=float(os.environ["PEER_WAIT_S"]))
     async def generate(self, requests: list[dict[str, Any]]) -> list[str]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._landscapes.pictures, requests)
+        return await loop.run_in_executor(self._thread, self._landscapes.images, requests)
 
 
 @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})

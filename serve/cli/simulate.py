@@ -98,7 +98,7 @@ def simulate(
         typer.Option(min=0, help="Seconds of a replica's start on a node that has the weights."),
     ] = 30.0,
     weights_gib: Annotated[
-        float, typer.Option(min=0, help="GiB that a new node copies from a volume.")
+        float, typer.Option(min=0, help="GiB of weights that a new node copies from a volume.")
     ] = 0.0,
     volume_gib_s: Annotated[
         float,
@@ -110,7 +110,10 @@ def simulate(
     taken_s: Annotated[
         float | None,
         typer.Option(
-            "--spot-s", min=1, help="Mean seconds until the provider takes a node. [default: never]"
+            "--spot-s",
+            min=1,
+            help="Mean seconds from when a spot node is up until the provider gives notice that it "
+            "takes the node away. [default: never]",
         ),
     ] = None,
     notice_s: Annotated[

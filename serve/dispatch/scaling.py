@@ -90,9 +90,10 @@ class Scaling:
     def _within_room(self, load: Load, now: float) -> ScalingDecision:
         """Decide for replicas that the nodes can hold together; the reasons say what falls short.
 
-        What does not fit counts as a limit of its pool, so its demand may go on to other pools, and
-        the policy decides again. Nothing is held back if nodes may be added: waiting replicas are
-        what they are added for.
+        The number of a pool's replicas that fit becomes the limit of that pool. Then the policy
+        decides again, so that the demand beyond the limit can go to the model's next pool. If nodes
+        may be added (`node_wait_s` above 0), nothing is limited, because pending replicas make the
+        Ray autoscaler add nodes.
         """
         decision = self.policy(load, self.limits, self._state, now)
         if self.room is None or self.limits.tuning.node_wait_s:
@@ -114,10 +115,16 @@ class Scaling:
     ) -> dict[str, int]:
         """How many of the replicas that a decision wants the nodes can hold together.
 
-        First come the other deployments, what `before` says, and the smallest numbers of all pools.
-        Then come pools that are the first choice of some requests: each gets one replica if it has
-        work, and keeps what it has up to one more than an even division would give it, so that
-        small changes move no card. The rest of what work needs follows, and last what is only kept.
+        Room is given out in this order:
+
+        - the other deployments, the numbers of `before`, and each pool's `min_replicas`;
+        - one replica for each pool that has work and is the first choice of some requests;
+        - the replicas that these pools already have, up to one more than an equal division would
+          give them, so that small changes of load start and stop no replicas;
+        - the other replicas that work needs: first for these pools, then for all;
+        - replicas that no work needs now.
+
+        `before`: the numbers that fitted in the previous round.
         """
         assert self.room  # noqa: S101 - for the type checker
         numbers, bounds, states = decision.replicas, self.limits.pools, decision.state.pools
@@ -145,7 +152,7 @@ class Scaling:
     def _with_shortages(
         self, decision: ScalingDecision, room: Mapping[str, int], asked: Mapping[str, int]
     ) -> dict[str, str]:
-        """The reasons of a decision, and which pools have begun or ceased to lack room.
+        """Add to a decision's reasons one for each pool that now lacks room, or no longer does.
 
         `room`: the numbers to which pools were limited. `asked`: the numbers that they wanted.
         """
@@ -162,7 +169,7 @@ class Scaling:
                 )
         for pool in self._short.keys() - room.keys() - reasons.keys():
             reasons[pool] = (
-                f"{decision.replicas.get(pool, 0)} replicas: the nodes hold all wanted ones"
+                f"{decision.replicas.get(pool, 0)} replicas: the nodes have room for all again"
             )
         self._short = room
         return reasons

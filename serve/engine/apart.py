@@ -13,10 +13,10 @@ T = TypeVar("T")
 async def apart(compute: Callable[[], T]) -> T:
     """Call `compute` in a thread of its own, and return its result.
 
-    On a CPU, OpenMP keeps workers for every living thread that has computed. As soon as they are
-    more than the cores, none of them waits actively for its next task any more, which makes each of
-    the many short computations of a model take longer. So what loads a model computes here, and the
-    thread that runs it afterwards is the only one with workers.
+    On a CPU, OpenMP keeps worker threads for every living thread that has computed. With more
+    workers than cores they no longer busy-wait for their next task, which slows down a model that
+    runs many short computations. So models are loaded in a thread that ends. Then only the thread
+    that runs the model has workers.
     """
     thread = ThreadPoolExecutor(1)
     try:

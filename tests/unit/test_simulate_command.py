@@ -11,7 +11,7 @@ from autoscaling.simulation.fleet import NodeType
 from serve.cli.main import app
 from serve.cli.simulate_scenario import policy_of, scenario_of_settings, workload_of
 from serve.errors import SettingsError
-from serve.models.replica_bounds import scaling_limits
+from serve.models.replica_bounds import other_needs, scaling_limits
 from serve.settings.file import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,15 @@ def test_limits_follow_from_settings() -> None:
     assert limits.followers["Ingress"].max_replicas == 3
     assert set(limits.followers["TextEncoder-sd35"].pools) == set(limits.pools)
     assert not scaling_limits(load_settings(LAPTOP, {})).followers
+
+
+def test_deployments_beside_the_pools_take_room_too() -> None:
+    others = other_needs(load_settings(SD35, {}))
+    assert {"Dispatcher", "Ingress", "Jobs", "TextEncoder-sd35"} == others.keys()
+    assert others["Dispatcher"][1] == 1
+    need, least = others["TextEncoder-sd35"]
+    encoder = load_settings(SD35, {}).text_encoders[0]
+    assert (need, least) == (encoder.need, encoder.least)
 
 
 def test_nodes_that_start_cold_make_waits_longer() -> None:
