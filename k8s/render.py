@@ -50,6 +50,7 @@ BASE = Path(__file__).with_name("base") / "rayservice.yaml"
 MADE = "# Made by octet k8s render.\n"
 ROLE_LABEL = "octet/role"
 FRONT = {ROLE_LABEL: "front"}
+ON_FRONT = INGRESS, DISPATCHER, JOBS  # deployments that run on nodes of this role
 GPU = "nvidia.com/gpu"
 # Seconds that a pod has for leaving, in addition to drain_timeout_s: Ray must learn that the pod
 # leaves, and the HTTP proxies must stop sending requests.
@@ -338,7 +339,7 @@ def _check(
     if any(source.revision for source in sources) and not settings.models_folder:
         raise SettingsError("models_folder: must be set, because models are pulled from the hub")
     for name, need in _needs(settings):
-        front = name in (INGRESS, DISPATCHER, JOBS)
+        front = name in ON_FRONT
         if not any(fits(need, kind.node) for kind in kinds if not (front and kind.card)):
             raise SettingsError(f"{name}: none of the nodes can hold a replica")
     autoscaled = any(kind.min_nodes < kind.max_nodes for kind in kinds if kind.card)
@@ -352,7 +353,7 @@ def _check(
 def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
     """Yield the name of each deployment, and what one replica of it needs of its node."""
     others = other_needs(settings)
-    yield from ((name, others[name][0]) for name in (INGRESS, DISPATCHER, JOBS))
+    yield from ((name, others[name][0]) for name in ON_FRONT if name in others)
     for model in settings.models:
         for pool in model.pools:
             yield f"pool {model.pool_name(pool)}", pool.need
@@ -362,9 +363,7 @@ def _needs(settings: Settings) -> Iterable[tuple[str, NodeRequirement]]:
 
 def _loads(settings: Settings, kind: NodeKind) -> bool:
     """Return whether a replica that loads weights may run on nodes of this kind."""
-    needs = dict(_needs(settings))
-    del needs[INGRESS], needs[DISPATCHER], needs[JOBS]
-    return any(fits(need, kind.node) for need in needs.values())
+    return any(fits(need, kind.node) for name, need in _needs(settings) if name not in ON_FRONT)
 
 
 def _autoscaler(settings: Settings, pattern: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def other_needs(settings: Settings) -> dict[str, tuple[NodeRequirement, int]]:
     return {
         DISPATCHER: (on_cpus(settings.dispatcher_num_cpus), 1),
         INGRESS: (on_cpus(ingress.num_cpus), ingress.least),
-        JOBS: (on_cpus(jobs.num_cpus), jobs.replicas),
+        **({JOBS: (on_cpus(jobs.num_cpus), jobs.replicas)} if settings.runs_jobs else {}),
         **{
             text_encoder_deployment(encoder.id): (encoder.need, encoder.least)
             for encoder in settings.text_encoders

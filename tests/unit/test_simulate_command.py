@@ -97,6 +97,7 @@ def test_deployments_beside_the_pools_take_room_too() -> None:
     others = other_needs(load_settings(SD35, {}))
     assert {"Dispatcher", "Ingress", "Jobs", "TextEncoder-sd35"} == others.keys()
     assert others["Dispatcher"][1] == 1
+    assert "Jobs" not in other_needs(load_settings(LAPTOP, {})), "without a data folder none run"
     need, least = others["TextEncoder-sd35"]
     encoder = load_settings(SD35, {}).text_encoders[0]
     assert (need, least) == (encoder.need, encoder.least)
