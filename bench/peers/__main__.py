@@ -6,8 +6,8 @@ The servers run one after the other on this machine, and the same client sends t
 demo model. First Octet is tuned: of the configurations in its grid it gets the one with the largest
 throughput of mixed requests. It is then measured, and its throughput counts as 100 % load. Each
 peer gets the configuration of its grid that answers the most requests in time at 80 % load.
-`--quick` tries no configurations, but takes those of bench/peers/tuned.json, which the last whole
-run wrote. Writes bench/results/peers.json and bench/peers.png.
+`--quick` tries no configurations, but takes those of bench/peers/tuned.json, which whole runs
+write. Writes bench/results/peers.json and bench/peers.png.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def main() -> None:
     if not options.quick:
         configs[octet.name] = fastest(octet, lasts.tune, dtype)
     contestants: dict[str, Any] = {}
+    report: dict[str, Any] = {"machine": machine(), "dtype": dtype, "quick": options.quick}
     per_s: float | None = None
     for contestant in (octet, *peers):
         if per_s and not options.quick:
@@ -152,23 +153,17 @@ def main() -> None:
         config = configs[contestant.name]
         with served(contestant, config, dtype) as server:
             found = measured(server, per_s, lasts, own_s, image)
-        contestants[contestant.name] = found
+        contestants[contestant.name] = found | {"config": config}
         per_s = per_s or found["mixed_per_s"]
         at = found["mixed"]["0.8"]
         say(f"{contestant.name} {shown(config)}: {at['goodput']:.0%} in time at 80 %")
-    if not options.quick:
-        TUNED.write_text(json.dumps(configs, indent=1) + "\n", encoding="utf-8")
-    report = {
-        "machine": machine(),
-        "dtype": dtype,
-        "quick": options.quick,
-        "octet_mixed_per_s": per_s,
-        **beside_best_peer(contestants),
-        "configs": {name: configs[name] for name in contestants},
-        "contestants": contestants,
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # Written after each, so that a later one that fails loses nothing.
+        report |= {"octet_mixed_per_s": per_s, **beside_best_peer(contestants)}
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps({**report, "contestants": contestants}, indent=1) + "\n")
+        if not options.quick:
+            TUNED.write_text(json.dumps(configs, indent=1) + "\n")
+    report["contestants"] = contestants
     plot(report, PLOT)
     print(table(report))
 

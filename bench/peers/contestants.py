@@ -127,7 +127,7 @@ CONTESTANTS = (
         "bentoml",
         ("with_bentoml.py", OURS),
         "bentoml serve with_bentoml:LandscapesService --port {port}",
-        _grid(**BATCHES, PEER_LATENCY_MS=("600000",)),
+        _grid(PEER_WORKERS=WORKERS, PEER_BATCH=("2", "8"), PEER_LATENCY_MS=("600000",)),
         environment=".venv/peers/bentoml",
         path="/generate",
         listed=True,
