@@ -94,7 +94,7 @@ bench-path: .venv/bench
 	echo "$(CURDIR)/$$(echo .venv/lib/python3*/site-packages)" >$$(echo $@/lib/python3*/site-packages)/torch-of-octet.pth
 	touch $@
 
-# Octet compared with other ways to serve the same model; about 50 minutes, QUICK=1: less than 8.
+# Octet compared with other ways to serve the same model; about 50 minutes, QUICK=1: about 10.
 bench-peers: .venv/bench .venv/peers/litserve .venv/peers/bentoml
 	$(BIN)/python -W ignore -m bench.peers $(if $(QUICK),--quick)
 

@@ -21,7 +21,7 @@ PARTS = 10_000  # of a CPU or of a GPU: Ray counts in them
 
 
 class _FreeNode:
-    """What is free on a node, in parts: of its CPUs together, and of each of its cards."""
+    """Counts the free parts of a node: of all its CPUs, and of each of its cards."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -61,7 +61,7 @@ class Room:
         }
 
     def _last_resort(self, need: NodeRequirement, node: int) -> bool:
-        """Whether the node has something that this replica does not need: a card, or FP8."""
+        """Return whether the node has a card, or FP8, that this replica does not need."""
         found = self._nodes[node]
         return found.has_fp8() if need.num_gpus else bool(found.num_gpus)
 

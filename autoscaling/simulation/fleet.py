@@ -69,9 +69,9 @@ class SimulatedNode:
     `prepared`: it has weights and compiled code. `waiting`: replicas that start when it has.
     """
 
-    def __init__(self, ordered: float) -> None:
-        self.ordered = ordered
-        self.up = self.leaving = self.gone = self.prepared = False
+    def __init__(self, ordered: float, *, prepared: bool) -> None:
+        self.ordered, self.prepared = ordered, prepared
+        self.up = self.leaving = self.gone = False
         self.waiting: list[SimulatedReplica] = []
         self.reader: int | None = None  # its number as a reader of the volume
         self.replicas: list[SimulatedReplica] = []
@@ -265,7 +265,8 @@ class PoolFleet:
         ]
         node = max(with_place, key=lambda n: (n.up, len(n.replicas)), default=None)
         if node is None:
-            node = SimulatedNode(now)
+            must_prepare = self.node_type.weights_gib or self.node_type.compile_s
+            node = SimulatedNode(now, prepared=not must_prepare)
             self.nodes.append(node)
             fresh = node
             self._later(now + self.node_type.node_s, lambda at: self._node_up(fresh, at))
@@ -288,11 +289,7 @@ class PoolFleet:
 
     def _start(self, replica: SimulatedReplica, now: float) -> None:
         node = replica.node
-        if (
-            node is None
-            or node.prepared
-            or not (self.node_type.weights_gib or self.node_type.compile_s)
-        ):
+        if node is None or node.prepared:
             self._load(replica, now)
             return
         node.waiting.append(replica)

@@ -131,7 +131,7 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less than 8 minutes, without tuning")
+    parser.add_argument("--quick", action="store_true", help="about 10 minutes, without tuning")
     parser.add_argument("--only", nargs="*", default=[], help="names of the peers to measure")
     options = parser.parse_args()
     logging.disable(logging.WARNING)

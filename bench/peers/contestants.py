@@ -34,6 +34,7 @@ REST_S = 180.0
 BUSY = 0.3  # cores; a server that uses this much more than when it is idle still has work
 CORES = len(os.sched_getaffinity(0))
 TENANTS = "light", "flood"
+SMALL = {"prompt": "the sea", "size": "64x64", "num_inference_steps": 2, "guidance_scale": 3.0}
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 Config = Mapping[str, str]
@@ -235,7 +236,7 @@ def served(contestant: Contestant, config: Config, dtype: str) -> Iterator[Serve
             stderr=subprocess.STDOUT,
         )
         process = psutil.Process(started.pid)
-        server = Server(contestant, f"http://127.0.0.1:{port}{contestant.path}", keys, process, 0.0)
+        server = Server(contestant, f"http://127.0.0.1:{port}{contestant.path}", keys, process)
         try:
             _wait_for_an_image(server, started, Path(folder) / "log")
             server.start_s = time.monotonic() - began
@@ -257,9 +258,6 @@ def _wait_for_an_image(server: Server, started: subprocess.Popen[bytes], log: Pa
         time.sleep(0.1)
 
 
-SMALL = {"prompt": "the sea", "size": "64x64", "num_inference_steps": 2, "guidance_scale": 3.0}
-
-
 def image_of(server: Server, request: Mapping[str, Any]) -> str:
     """The PNG of a request, in base64. Raises `OSError` if the server gives none."""
     key = server.keys.get("light")
@@ -268,7 +266,7 @@ def image_of(server: Server, request: Mapping[str, Any]) -> str:
         json.dumps(server.contestant.body(request)).encode(),
         {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
     )
-    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:  # noqa: S310
+    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:  # noqa: S310 - loopback
         found = json.loads(answer.read())
     if isinstance(found, list):
         return str(found[0])

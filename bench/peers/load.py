@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import aiohttp
 import psutil
 
 from serve.cli.load_client import LoadAnswer, LoadClient, TimedRequest, percentile
@@ -202,8 +201,6 @@ def light_tenant(
 
 async def _until(client: LoadClient, requests: Sequence[TimedRequest], seconds: float) -> None:
     """Send requests; hang up all that are open after `seconds`."""
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await client.open_loop(requests)
-    except (TimeoutError, aiohttp.ClientError):
-        pass

@@ -204,32 +204,27 @@ class Dispatcher:
         }
         self.apply_jobs(settings.models, settings.jobs)
         self.grants.late_slowdown = settings.late_slowdown
-        others = other_needs(settings)
-        self.scaling.others = {name: replicas for name, (_, replicas) in others.items()}
-        self.apply(
-            needs,
-            scaling_limits(settings),
-            settings.max_queued,
-            {name: need for name, (need, _) in others.items()},
-        )
+        self.apply(needs, scaling_limits(settings), settings.max_queued, other_needs(settings))
 
     def apply(
         self,
         needs: Mapping[str, NodeRequirement],
         limits: ScalingLimits,
         max_queued: int,
-        others: Mapping[str, NodeRequirement] | None = None,
+        others: Mapping[str, tuple[NodeRequirement, int]] | None = None,
     ) -> None:
         """Serve these pools from now on, with these limits.
 
         `needs`: by pool, what one replica needs of a node. `limits`: how many replicas each pool
-        may have. `others`: what a replica of each other deployment needs. Images that wait only for
-        pools that are no longer there are refused.
+        may have. `others`: what a replica of each other deployment needs, and how many there are at
+        least. Images that wait only for pools that are no longer there are refused.
         """
         self.admission.max_queued = max_queued
         self.grants.set_pools(needs)
         self.scaling.set_limits(limits)
-        self._nodes.set_needs(needs, others)
+        others = others or {}
+        self.scaling.others = {name: least for name, (_, least) in others.items()}
+        self._nodes.set_needs(needs, {name: need for name, (need, _) in others.items()})
         self.sessions.deliver(self.grants.refuse())
         self.sessions.set_status(self._status())
 

@@ -51,9 +51,9 @@ def scaling_limits(settings: Settings) -> ScalingLimits:
 
 
 def other_needs(settings: Settings) -> dict[str, tuple[NodeRequirement, int]]:
-    """What one replica of each deployment besides the pools needs of a node, and the least number.
+    """Return, for each deployment that is no pool, the needs of one replica and the least number.
 
-    A deployment that follows the pools may have more.
+    A deployment that follows the pools may have more replicas.
     """
 
     def on_cpus(num_cpus: float) -> NodeRequirement:
