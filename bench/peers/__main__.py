@@ -34,13 +34,13 @@ from .contestants import (
     shown,
 )
 from .load import OwnTimes, killed, light_tenant, mixed, throughput, wasted
-from .report import beside_best_peer, distance, plot, table
+from .report import beside_best_peer, likeness_db, plot, table
 
 TUNED = HERE / "tuned.json"
 RESULT = ROOT / "bench" / "results" / "peers.json"
 PLOT = ROOT / "bench" / "peers.png"
 EQUAL = "128x128", 20, 3.0
-LARGEST_DISTANCE = 2.0  # of an image's values, 0 to 255, from the pipeline's own, in the mean
+LEAST_PSNR_DB = 40.0  # of an image against that of the pipeline alone
 
 
 class Durations(NamedTuple):
@@ -100,14 +100,14 @@ def measured(
     `per_s`: Octet's largest throughput of mixed requests, None for Octet itself. `image`: what
     `CHECKED` must give. The kills come last, because a server may not survive them.
     """
-    away = distance(image_of(server, CHECKED), image)
-    assert away < LARGEST_DISTANCE, f"{server.contestant.name}: another image: {away:.1f}"
+    alike_db = likeness_db(image, image_of(server, CHECKED))
+    assert alike_db > LEAST_PSNR_DB, f"{server.contestant.name}: another image: {alike_db:.1f} dB"
     found: dict[str, Any] = {
         "version": server.contestant.version,
         "lines": server.contestant.lines,
         "start_s": server.start_s,
         "speed": speed(),
-        "image_distance": away,
+        "psnr_db": alike_db,
         "mixed_per_s": throughput(server, "most", lasts.most),
         "equal_per_s": throughput(server, "equal", lasts.most, EQUAL),
         "mixed": {},

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from serve.quality.metrics import Pixels, psnr_db
+
 OCTET = "Octet"
 Results = Mapping[str, Mapping[str, Any]]  # by contestant
 
 
-def distance(a: str, b: str) -> float:
-    """The mean distance of two images' values, 0 to 255. `a`, `b`: files in base64."""
+def likeness_db(reference: str, tested: str) -> float:
+    """The peak signal-to-noise ratio in dB of two image files in base64."""
 
-    def values(file: str) -> Any:
-        image = Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB")
-        return np.asarray(image, dtype=np.float64)
+    def pixels(file: str) -> Pixels:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB"))
 
-    return float(np.abs(values(a) - values(b)).mean())
+    return psnr_db(pixels(reference), pixels(tested))
 
 
 def beside_best_peer(found: Results) -> dict[str, float]:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bench.peers.__main__ import LEAST_PSNR_DB
 from bench.peers.contestants import CONTESTANTS, PATIENCE_S, lines_of
 from bench.peers.load import IN_TIME, KINDS, arrivals, in_time, kind_of, request, tail_s
-from bench.peers.report import beside_best_peer, distance, table
+from bench.peers.report import beside_best_peer, likeness_db, table
 from serve.cli.load_client import LoadAnswer, TimedRequest
 
 KIND = KINDS[0]
@@ -76,14 +77,13 @@ def test_octet_is_compared_with_the_peer_that_is_best_in_each_number() -> None:
     assert "| `p99_vs_best_peer_80` | 2 |" in shown
 
 
-def test_the_distance_of_pictures_is_that_of_their_values() -> None:
+def test_another_image_is_not_alike() -> None:
     def file(value: int) -> str:
         made = io.BytesIO()
         Image.new("RGB", (4, 4), (value, value, value)).save(made, "PNG")
         return base64.b64encode(made.getvalue()).decode()
 
-    assert distance(file(10), file(10)) == 0
-    assert distance(file(10), file(30)) == 20
+    assert likeness_db(file(10), file(11)) > LEAST_PSNR_DB > likeness_db(file(10), file(30))
 
 
 def test_lines_count_what_a_user_writes_and_not_what_explains_it(tmp_path: Any) -> None:
