@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from ipaddress import ip_network
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 
 from serve.engine.fp8_checkpoint import quantize
 from serve.launch import RunningApplication, run_application
@@ -31,9 +31,14 @@ def running(octet: RunningApplication) -> int:
     return sum(pool.running for pool in octet.status().pools.values())
 
 
+def log_folder() -> Path:
+    """Where this test run's Ray keeps its logs: an earlier run that was killed leaves its own."""
+    return Path(ray.get_runtime_context().get_temp_dir()) / "session_latest" / "logs"
+
+
 def replica_logs() -> str:
-    """The logs of every replica that runs on this machine."""
-    files = Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs/serve/replica_*.log")
+    """The logs of every replica of this test run."""
+    files = log_folder().glob("serve/replica_*.log")
     return "\n".join(file.read_text() for file in files)
 
 

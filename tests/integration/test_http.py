@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from demo.landscapes import Scene
 from serve.launch import RunningApplication
 
 from ..wait import wait_for
-from .conftest import DAY_S, replica_logs, running
+from .conftest import DAY_S, log_folder, replica_logs, running
 from .faulty import IDLE
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
@@ -326,8 +325,7 @@ def test_logs_are_json_and_hold_neither_prompts_nor_keys(url: str) -> None:
             del upload[CANARY]
             client.post(EDIT, data={**QUICK_FORM, "prompt": CANARY}, files=upload, headers=named)
 
-    folders = [*Path(tempfile.gettempdir()).glob("octet-*/ray/session_latest/logs")]
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in log_folder().rglob("*") if file.is_file()]
     assert len(files) > 10
     requests = {}
     for file in files:
