@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import pytest
 import ray
 
 from serve.launch import RunningApplication
@@ -68,10 +69,17 @@ def with_second_model(settings: Settings, slots: int) -> Settings:
     return settings.model_copy(update={"models": (model, model.model_copy(update=copy))})
 
 
-def test_a_change_of_models_and_pools_restarts_nothing_else(
-    octet: RunningApplication, url: str
-) -> None:
+@pytest.fixture
+def before(octet: RunningApplication) -> Iterator[Settings]:
+    """The settings before the test, which hold again after it."""
     before = octet.settings
+    yield before
+    octet.apply(before)
+
+
+def test_a_change_of_models_and_pools_restarts_nothing_else(
+    octet: RunningApplication, url: str, before: Settings
+) -> None:
     body = {"prompt": "dunes", "num_inference_steps": 1, "size": "64x64", "model": TIMED}
 
     def models() -> list[str]:
@@ -94,10 +102,10 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
 
         # Another number of slots takes a new replica of this pool alone.
         assert octet.apply(with_second_model(before, slots=2)) == [SECOND]
-        wait_for(lambda: octet.status().pools[f"{TIMED}-fp16"].slots == 2)
-        wait_for(lambda: len(replicas()[SECOND]) == 1)
+        wait_for(lambda: len(replicas()[SECOND] - {old}) == 1)
+        wait_for(lambda: old not in replicas()[SECOND])
         resized = replicas()
-        assert resized.pop(SECOND) != {old}
+        del resized[SECOND]
         assert resized == at_first
 
         assert octet.apply(before) == []
