@@ -15,6 +15,7 @@ The rows of a workload:
 
 - "octet, as shipped": Octet's policy with its default parameters.
 - "octet": the parameters of Octet's policy with the fewest violations that cost no more than "ray".
+  If all cost more, they are chosen as for "ray".
 - "ray", "keda": the cheapest parameters that answer 99 % of the requests in time; if none do, those
   that answer most.
 - "fixed": the fixed fleet that is chosen in the same way.
@@ -24,19 +25,24 @@ A request is in time if it takes at most five times as long as its image takes a
 is a violation. The first quarter of an hour is not counted, so that no policy is judged by its
 empty start. The defaults of Octet's policy were chosen by looking at poisson, diurnal, spikes,
 on-off, heavy-tailed, sparse and mixed, with the seeds 2 to 4; `HELD_OUT` was not looked at.
+
+Costs and violations only grow while a simulation runs. So a simulation for tuning ends early as
+soon as it is worse than one that has ended, and can no longer be chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from multiprocessing import Pool
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,12 +82,54 @@ PLOTTED = ("octet, as shipped", "ray", "oracle")
 PLAIN = "ray-serve", "keda", "static"  # that have a dispatch of their own in the system's table
 
 
+Numbers = dict[str, float]
+Row = dict[str, Any]  # a result as `as_dict` returns it, with the policy's "numbers"
+
+
+class Outdone(Exception):
+    """A simulation costs more, or has more violations, than one that would be chosen before it."""
+
+
+class Bar:
+    """The cost and the violations above which a simulation cannot be chosen any more.
+
+    The main process sets it, all others read it. At first nothing is above it.
+    """
+
+    def __init__(self) -> None:
+        self._usd, self._violations = RawValue("d", math.inf), RawValue("d", math.inf)
+
+    def reset(self, usd: float = math.inf) -> None:
+        self._usd.value, self._violations.value = usd, math.inf
+
+    def lower(self, row: Row) -> None:
+        """Lower the bar to a row that is in time: to its cost, and to the violations allowed."""
+        if row["attainment"] >= ATTAINED:
+            self._usd.value = min(self._usd.value, row["usd"])
+            self._violations.value = (1 - ATTAINED) * row["requests"]
+
+    def check(self, usd: float, violations: int) -> None:
+        """Raise `Outdone` if a simulation is above the bar."""
+        if usd > self._usd.value or violations > self._violations.value:
+            raise Outdone
+
+
+bar = Bar()
+
+
+def share(shared: Bar) -> None:
+    """Use the bar of the process that started this one."""
+    global bar
+    bar = shared
+
+
 class Job(NamedTuple):
     """A simulation to run.
 
     `workload`: a name in `cases`. `numbers`: names and values of the policy's parameters.
     `timeline`: whether `run_job` returns the timeline too. `plain`: whether requests find their
-    replica as in plain Ray Serve. `part`: of the workload's length.
+    replica as in plain Ray Serve. `part`: of the workload's length. `judged`: whether the
+    simulation ends early once it is above the bar.
     """
 
     workload: str
@@ -91,6 +139,7 @@ class Job(NamedTuple):
     plain: bool = False
     seed: int = TUNING_SEED
     timeline: bool = False
+    judged: bool = False
 
 
 @cache
@@ -99,7 +148,7 @@ def cases(part: float) -> dict[str, tuple[Workload, Scenario]]:
     large, larger = (
         scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODES) for most in (64, 128)
     )
-    return {
+    found = {
         "poisson": (workloads.poisson(4, 3 * HOUR_S * part), large),
         "diurnal": (workloads.diurnal(10, 8 * HOUR_S * part), large),
         "spikes": (workloads.spikes(1, 6 * HOUR_S * part), large),
@@ -111,6 +160,13 @@ def cases(part: float) -> dict[str, tuple[Workload, Scenario]]:
         "cloud-clients": (workloads.cloud_clients(4, 8 * HOUR_S * part), large),
         "storms": (workloads.diurnal(5, 6 * HOUR_S * part), stormy(large)),
     }
+    return {name: (remembered(workload), scenario) for name, (workload, scenario) in found.items()}
+
+
+def remembered(workload: Workload) -> Workload:
+    """The workload; the requests of the last seed are kept, because many simulations need them."""
+    arrivals = lru_cache(maxsize=1)(lambda seed: tuple(workload.arrivals(seed)))
+    return replace(workload, arrivals=arrivals)
 
 
 def stormy(scenario: Scenario) -> Scenario:
@@ -155,50 +211,62 @@ def _work_s(costs: CostCoefficients) -> float:
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any], list[Any]]:
-    """Run a simulation; return the job, the result, and the timeline (empty unless asked for)."""
+    """Run a simulation; return the job, the result, and the timeline (empty unless asked for).
+
+    The result is empty if the simulation has ended early.
+    """
     workload, scenario = cases(job.part)[job.workload]
-    numbers = dict(job.numbers)
-    result = scenario.run(
-        workload, job.policy, job.seed, WARM_UP_S, numbers, plain_dispatch=job.plain
-    )
+    try:
+        result = scenario.run(
+            workload,
+            job.policy,
+            job.seed,
+            WARM_UP_S,
+            dict(job.numbers),
+            plain_dispatch=job.plain,
+            watch=bar.check if job.judged else None,
+        )
+    except Outdone:
+        return job, {}, []
     return job, as_dict(result), result.timeline if job.timeline else []
 
 
-Numbers = dict[str, float]
+def grid(quick: bool) -> dict[str, list[Numbers]]:
+    """The parameters to try first, by policy; those come first that are more likely in time.
 
-
-def grid(quick: bool) -> list[tuple[str, Numbers]]:
-    """All policies with the parameters to try first; the first is Octet's with its defaults."""
+    The first ones of Octet's policy are its defaults.
+    """
     step = 3 if quick else 1
     octet = product(OCTET_LATE_PARTS[::step], OCTET_SPARES[::step], OCTET_HOLDS_S[::step])
-    ray = product(RAY_TARGETS[::step], RAY_DOWN_S[::step], LEAST[::step])
-    keda = product(KEDA_TARGETS[::step], KEDA_STABILISATION_S[::step], LEAST[:: max(step, 2)])
-    return [
-        ("queued-work", {}),
-        *(
-            ("queued-work", {"late_part": late_part, "spare": spare, "hold_s": hold_s})
-            for late_part, spare, hold_s in octet
-        ),
-        ("ray-serve", {}),
-        *(
-            (
-                "ray-serve",
+    ray = product(LEAST[::step][::-1], RAY_TARGETS[::step], RAY_DOWN_S[::step])
+    keda = product(LEAST[:: max(step, 2)][::-1], KEDA_TARGETS[::step], KEDA_STABILISATION_S[::step])
+    return {
+        "queued-work": [
+            {},
+            *(
+                {"late_part": late_part, "spare": spare, "hold_s": hold_s}
+                for late_part, spare, hold_s in octet
+            ),
+        ],
+        "ray-serve": [
+            *(
                 {
                     "target_ongoing_requests": target,
                     "upscale_delay_s": 0.0,
                     "downscale_delay_s": down,
                     "min_replicas": least,
-                },
-            )
-            for target, down, least in ray
-        ),
-        *(
-            ("keda", {"target": target, "stabilisation_s": s, "min_replicas": least})
-            for target, s, least in keda
-        ),
-        *(("static", {"replicas": float(n)}) for n in FIXED[::step]),
-        *(("oracle", {"spare": spare, "window_s": 30.0}) for spare in ORACLE_SPARES[::step]),
-    ]
+                }
+                for least, target, down in ray
+            ),
+            {},
+        ],
+        "keda": [
+            {"target": target, "stabilisation_s": s, "min_replicas": least}
+            for least, target, s in keda
+        ],
+        "static": [{"replicas": float(n)} for n in FIXED[::step][::-1]],
+        "oracle": [{"spare": spare, "window_s": 30.0} for spare in ORACLE_SPARES[::step][::-1]],
+    }
 
 
 def variations(numbers: Numbers) -> list[Numbers]:
@@ -213,9 +281,6 @@ def variations(numbers: Numbers) -> list[Numbers]:
         for look_back_s in RAY_LOOK_BACK_S
         for up, down in product(RAY_FACTORS[1:], RAY_FACTORS)
     ]
-
-
-Row = dict[str, Any]  # a result as `as_dict` returns it, with the policy's "numbers"
 
 
 def fewest_violations(rows: Sequence[Row]) -> Row:
@@ -234,12 +299,10 @@ def cheapest_attaining(rows: Sequence[Row]) -> Row:
 def no_dearer(rows: Sequence[Row], than: Row) -> Row:
     """The row with the fewest violations that costs no more than `than`.
 
-    If all rows cost more, this is the cheapest.
+    If all rows cost more, it is chosen as others are.
     """
     affordable = [row for row in rows if row["usd"] <= than["usd"]]
-    if affordable:
-        return fewest_violations(affordable)
-    return min(rows, key=lambda row: row["usd"])
+    return fewest_violations(affordable) if affordable else cheapest_attaining(rows)
 
 
 def ratio(a: float, b: float) -> float | None:
@@ -348,35 +411,52 @@ def scale(quick: bool) -> dict[str, Any]:
     }
 
 
-def tuned(pool: Any, name: str, quick: bool, policies: Sequence[str] = ()) -> dict[str, list[Row]]:
-    """All rows of a workload, by policy, on the seed for tuning.
+def tuned(pool: Any, name: str, quick: bool) -> dict[str, dict[str, list[Row]]]:
+    """The rows of a workload that ran to their end, on the seed for tuning, by table and policy.
 
-    `policies`: those that have a dispatch of their own; only they are simulated. Without any, all
-    policies are, with Octet's dispatch. Around the best rows of Ray's policy further parameters are
-    tried.
+    Around the best row of Ray's policy further parameters are tried.
     """
-    part, plain = 0.25 if quick else 0.5, bool(policies)
+    part = 0.25 if quick else 0.5
     coarse = quick or name in COARSE
+    tried = grid(coarse)
 
-    def rows(tried: Iterable[tuple[str, Numbers]]) -> list[tuple[str, Row]]:
-        jobs = [
-            Job(name, policy, tuple(numbers.items()), part, plain)
-            for policy, numbers in tried
-            if not plain or policy in policies
-        ]
-        return [
-            (job.policy, result | {"numbers": dict(job.numbers)})
-            for job, result, _ in pool.imap(run_job, jobs)
-        ]
+    def rows(
+        policy: str, numbers: Iterable[Numbers], *, plain: bool = False, lower: bool = True
+    ) -> list[Row]:
+        found = []
+        jobs = [Job(name, policy, tuple(n.items()), part, plain, judged=True) for n in numbers]
+        for job, result, _ in pool.imap(run_job, jobs):
+            if result:
+                found.append(result | {"numbers": dict(job.numbers)})
+                if lower:
+                    bar.lower(result)
+        return found
 
-    found: dict[str, list[Row]] = {}
-    for policy, row in rows(grid(coarse)):
-        found.setdefault(policy, []).append(row)
-    ray = found["ray-serve"]
-    best = [cheapest_attaining(ray)["numbers"], fewest_violations(ray)["numbers"]]
-    further = [numbers for start in best for numbers in variations(start)]
-    ray += [row for _, row in rows(("ray-serve", n) for n in further[:: 3 if coarse else 1])]
-    return found
+    def others(policies: Iterable[str], *, plain: bool) -> dict[str, list[Row]]:
+        found = {}
+        for policy in policies:
+            bar.reset()
+            found[policy] = rows(policy, tried[policy], plain=plain)
+            if policy == "ray-serve":
+                further = variations(cheapest_attaining(found[policy])["numbers"])
+                found[policy] += rows(policy, further[:: 3 if coarse else 1], plain=plain)
+        return found
+
+    alone = others(("ray-serve", "keda", "static", "oracle"), plain=False)
+    system = alone | others(PLAIN, plain=True)
+    limits = [cheapest_attaining(of["ray-serve"])["usd"] for of in (alone, system)]
+    shipped, *further = tried["queued-work"]
+    bar.reset()
+    octet = rows("queued-work", [shipped], lower=False)
+    bar.reset(max(limits))
+    octet += rows("queued-work", further, lower=False)
+    if not any(row["usd"] <= min(limits) for row in octet):
+        bar.reset()
+        octet += rows("queued-work", further)
+    return {
+        "policy alone": alone | {"queued-work": octet},
+        "system": system | {"queued-work": octet},
+    }
 
 
 def main() -> None:
@@ -387,16 +467,10 @@ def main() -> None:
     tables: dict[str, dict[str, Any]] = {"policy alone": {}, "system": {}}
     timelines: dict[str, dict[str, Any]] = {}
     seeds = SEEDS[:1] if quick else SEEDS
-    found: dict[str, list[Row]] = {}
     names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
-    with Pool() as pool:
-        for name, of in product(names, tables):
-            plain = of == "system"
-            if plain:
-                found |= tuned(pool, name, quick, PLAIN)
-            else:
-                found = tuned(pool, name, quick)
-            rows = chosen(found)
+    with Pool(initializer=share, initargs=(bar,)) as pool:
+        for name, (of, found) in ((n, t) for n in names for t in tuned(pool, n, quick).items()):
+            plain, rows = of == "system", chosen(found)
             again = dict.fromkeys(
                 Job(
                     name,

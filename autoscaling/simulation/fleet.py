@@ -243,10 +243,14 @@ class PoolFleet:
             for replica in node.replicas:
                 replica.began = now
 
+    def paid_s(self, now: float) -> float:
+        """The seconds of all nodes until `now`."""
+        return self.cost.node_s + sum(now - node.ordered for node in self.nodes)
+
     def close(self, now: float) -> None:
         """End the simulation: count the cost of all nodes and replicas until `now`."""
+        self.cost.node_s = self.paid_s(now)
         for node in self.nodes:
-            self.cost.node_s += now - node.ordered
             self.cost.replica_s += sum(now - replica.began for replica in node.replicas)
 
     def _stop_order(self, replica: SimulatedReplica) -> tuple[bool, int, float]:

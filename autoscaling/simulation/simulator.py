@@ -26,6 +26,7 @@ from .shared_volume import SharedVolume
 from .workloads import Arrival, RequestShape, Workload
 
 TICK_S = 1.0
+WATCH_TICKS = 60
 PATIENCE_S = 3600.0  # seconds after the workload's end in which requests may still be finished
 # An answer is in time within this many times the seconds that the image takes alone.
 IN_TIME_SLOWDOWN = 5.0
@@ -210,8 +211,17 @@ class Simulation:
             for i, pool in enumerate(self._pools)
         ]
 
-    def run(self, workload: Workload, warm_up_s: float = 0.0) -> SimulationResult:
-        """Run the workload; nothing that happens in the first `warm_up_s` seconds is counted."""
+    def run(
+        self,
+        workload: Workload,
+        warm_up_s: float = 0.0,
+        watch: Callable[[float, int], None] | None = None,
+    ) -> SimulationResult:
+        """Run the workload; nothing that happens in the first `warm_up_s` seconds is counted.
+
+        `watch`: called every `WATCH_TICKS` with the cost so far, in US dollars, and the requests so
+        far that were answered too late. It may raise an exception to end the simulation.
+        """
         self._counted_from = warm_up_s
         for fleet in self._fleets if warm_up_s else ():
             self.later(warm_up_s, fleet.forget)
@@ -227,6 +237,8 @@ class Simulation:
             if next_tick <= at:
                 now = next_tick
                 self._tick(now)
+                if watch and ticks % WATCH_TICKS == 0:
+                    watch(self._usd(now), len(self._waits) - self._result.in_time)
                 if ticks % every == 0:
                     arriving = (self._arrived_s - seen_s) / (every * TICK_S)
                     seen_s = self._arrived_s
@@ -381,6 +393,10 @@ class Simulation:
         wanted = sum(fleet.wanted for fleet in self._fleets)
         ready = sum(map(len, self._open))
         self._result.timeline.append(TimelinePoint(now, arriving, len(self._queue), wanted, ready))
+
+    def _usd(self, now: float) -> float:
+        fleets = self._fleets
+        return sum(f.paid_s(now) / 3600 * f.node_type.usd_h for f in fleets)
 
     def _close(self, now: float) -> SimulationResult:
         """End the simulation and add up its result."""

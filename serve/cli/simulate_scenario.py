@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -116,12 +116,14 @@ class Scenario:
         numbers: Mapping[str, float] = MappingProxyType({}),
         *,
         plain_dispatch: bool = False,
+        watch: Callable[[float, int], None] | None = None,
     ) -> SimulationResult:
         """Simulate the workload under a policy.
 
         `numbers`: the policy's parameters, named as in `NUMBERS`. Requests of the first `warm_up_s`
         seconds are not counted. `plain_dispatch`: requests are served in order of arrival, by the
         emptier of two random replicas, as in Ray Serve; otherwise as Octet's Dispatcher does it.
+        `watch`: see `Simulation.run`.
         """
         arrivals: list[tuple[float, float]] = []
         if policy == "oracle":
@@ -135,7 +137,7 @@ class Scenario:
             queue = FifoQueue[SimulatedRequest]()
         choice = EmptierOfTwo if plain_dispatch else FirstDone
         simulation = Simulation(self.pools, chosen, queue, seed, self.unit, choice)
-        return simulation.run(workload, warm_up_s)
+        return simulation.run(workload, warm_up_s, watch)
 
 
 def scenario_of_card(
