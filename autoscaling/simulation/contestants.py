@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
+from ..floor import Floor, JumpMemory
 from ..load import PoolBounds, ScalingLimits
 from ..policy import PolicyState, decide
 from .simulator import Policy, PolicyView
+
+Jumps = Mapping[tuple[str, ...], JumpMemory]  # by the pools of a demand
 
 
 class QueuedWork:
@@ -16,11 +20,13 @@ class QueuedWork:
     def __init__(
         self,
         limits: ScalingLimits,
+        jumps: Jumps = MappingProxyType({}),
         spare: float | None = None,
         hold_s: float | None = None,
         utilisation: float | None = None,
         late_part: float | None = None,
     ) -> None:
+        """`jumps`: what the policy remembers of jumps of the rate before it begins."""
         given = limits.tuning
         tuning = replace(
             given,
@@ -30,7 +36,13 @@ class QueuedWork:
             late_part=given.late_part if late_part is None else late_part,
         )
         self._limits = replace(limits, tuning=tuning)
-        self._state = PolicyState()
+        floors = {pools: Floor(memory, worked=0.0) for pools, memory in jumps.items()}
+        self._state = PolicyState(floors=floors)
+
+    @property
+    def jumps(self) -> Jumps:
+        """What the policy has learnt of jumps of the rate."""
+        return {pools: floor.memory for pools, floor in self._state.floors.items()}
 
     def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         decision = decide(view.load, self._limits, self._state, now)
@@ -60,19 +72,21 @@ def contestant(
     works: Iterable[tuple[float, float]],
     seconds: float,
     start_s: float,
+    jumps: Jumps = MappingProxyType({}),
     **numbers: float,
 ) -> Policy:
     """Make a policy by its name: `queued-work`, `static`, `ray-serve`, `keda` or `oracle`.
 
     `works`, `seconds` and `start_s` are for the oracle alone: time and work of each request, the
-    length of the workload, and the time of a start. `numbers` tune the policy: they are keyword
+    length of the workload, and the time of a start. `jumps` is for `queued-work` alone, see
+    `QueuedWork`. `numbers` tune the policy: they are keyword
     arguments of its constructor. Raises `TypeError` for a number that the constructor does not
     take.
     """
     from . import baselines  # imported here, because it needs Ray
 
     if name == "queued-work":
-        return QueuedWork(limits, **numbers)
+        return QueuedWork(limits, jumps, **numbers)
     if name == "static":
         return Static(limits.pools, int(numbers["replicas"]))
     if name == "ray-serve":

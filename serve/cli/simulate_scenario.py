@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from autoscaling.load import PolicyTuning, PoolBounds, ScalingLimits
 from autoscaling.policy import preferred
 from autoscaling.simulation import workloads
-from autoscaling.simulation.contestants import contestant
+from autoscaling.simulation.contestants import Jumps, QueuedWork, contestant
 from autoscaling.simulation.dispatch import EmptierOfTwo, FifoQueue, FirstDone
 from autoscaling.simulation.fleet import NodeType
 from autoscaling.simulation.simulator import (
+    Policy,
     RequestQueue,
     SimulatedPool,
     SimulatedRequest,
@@ -66,12 +67,14 @@ NUMBERS = {  # the parameters of each policy, in the order in which --policy tak
 class Scenario:
     """A model's pools with their nodes, and the tuning of the `queued-work` policy.
 
-    `unit`: the cost coefficients that define the work of an image.
+    `unit`: the cost coefficients that define the work of an image. `jumps`: what the policy
+    remembers of jumps of the rate before it begins.
     """
 
     pools: dict[str, SimulatedPool]
     unit: CostCoefficients
     tuning: PolicyTuning
+    jumps: Jumps = field(default_factory=dict)
 
     @property
     def limits(self) -> ScalingLimits:
@@ -130,14 +133,23 @@ class Scenario:
             work_s = self.unit.work_s
             arrivals = [(a.at, work_s(image_of(a.shape))) for a in workload.arrivals(seed)]
         chosen = contestant(
-            policy, self.limits, arrivals, workload.seconds, self.start_s, **numbers
+            policy, self.limits, arrivals, workload.seconds, self.start_s, self.jumps, **numbers
         )
+        simulation = self._simulation(chosen, seed, plain_dispatch=plain_dispatch)
+        return simulation.run(workload, warm_up_s, watch)
+
+    def after(self, workload: Workload, seed: int, numbers: Mapping[str, float]) -> Scenario:
+        """The scenario once Octet's policy has served a workload, and remembers its jumps."""
+        policy = QueuedWork(self.limits, self.jumps, **numbers)
+        self._simulation(policy, seed).run(workload)
+        return replace(self, jumps=policy.jumps)
+
+    def _simulation(self, policy: Policy, seed: int, *, plain_dispatch: bool = False) -> Simulation:
         queue: RequestQueue = FairQueue[SimulatedRequest]()
         if plain_dispatch:
             queue = FifoQueue[SimulatedRequest]()
         choice = EmptierOfTwo if plain_dispatch else FirstDone
-        simulation = Simulation(self.pools, chosen, queue, seed, self.unit, choice)
-        return simulation.run(workload, warm_up_s, watch)
+        return Simulation(self.pools, policy, queue, seed, self.unit, choice)
 
 
 def scenario_of_card(
