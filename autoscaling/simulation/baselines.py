@@ -61,7 +61,7 @@ class RayServe:
                 target_ongoing_requests=target_ongoing_requests * pool.slots / first.slots,
                 upscale_delay_s=upscale_delay_s,
                 downscale_delay_s=downscale_delay_s,
-                metrics_interval_s=min(10.0, look_back_period_s),
+                metrics_interval_s=min(10.0, look_back_period_s / 2),
                 look_back_period_s=look_back_period_s,
                 upscaling_factor=upscaling_factor,
                 downscaling_factor=downscaling_factor,
