@@ -358,8 +358,11 @@ class Dispatcher:
         running = tuple(running)
         orphans = tuple(lease for lease in running if not any(holds(lease) for holds in held))
         careful = self._cordons.careful(heartbeat, now)
+        next_s = self._timing.heartbeat_s
+        if not orphans:
+            next_s = max(next_s, self.grants.all_living / self._timing.heartbeats_per_s)
         first, freed = self.grants.report_replica(
-            heartbeat, now, running, orphans, one_at_a_time=careful
+            heartbeat, now, running, orphans, one_at_a_time=careful, next_s=next_s
         )
         if first:
             self.sessions.set_status(self._status())
@@ -368,7 +371,11 @@ class Dispatcher:
                 self.metering.stopped(report.lease.session, usage, report)
         if freed:
             self._grant()
-        return HeartbeatReply(orphans, careful)
+        return HeartbeatReply(orphans, careful, next_s)
+
+    async def outlast(self) -> None:
+        """Wait for ever: the call fails when this process ends, and so tells its caller at once."""
+        await asyncio.Event().wait()
 
     # -- operators ------------------------------------------------------------------------------
 

@@ -96,7 +96,10 @@ class Grants:
     """The queue, the slots and the leases of all sessions."""
 
     def __init__(self, *, session_lease_s: float, replica_lease_s: float) -> None:
-        """`session_lease_s`, `replica_lease_s`: how long a session or a replica may be silent."""
+        """`session_lease_s`: how long a session may be silent.
+
+        `replica_lease_s`: how long a replica's heartbeat may be overdue.
+        """
         self.queue: FairQueue[WaitingImage] = FairQueue(deferrable=_is_batch)
         self.session_lease_s = session_lease_s
         self.replica_lease_s = replica_lease_s
@@ -268,11 +271,14 @@ class Grants:
         unheld: Collection[Lease] = (),
         *,
         one_at_a_time: bool = False,
+        next_s: float = 0.0,
     ) -> tuple[bool, bool]:
         """Note a replica's heartbeat, unless its pool no longer exists; see `PoolReplicas.hear`."""
         if (replicas := self._pools.get(heartbeat.pool)) is None:
             return False, False
-        return replicas.hear(heartbeat, now, running, unheld, one_at_a_time=one_at_a_time)
+        return replicas.hear(
+            heartbeat, now, running, unheld, one_at_a_time=one_at_a_time, next_s=next_s
+        )
 
     def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
         """Note a Generator's report of a stopped image.
@@ -505,6 +511,11 @@ class Grants:
     def replicas(self, pool: str) -> list[Heartbeat]:
         """The last heartbeat of each living replica."""
         return [replica.heartbeat for replica in self._pools.get(pool, ())]
+
+    @property
+    def all_living(self) -> int:
+        """The number of living replicas of all pools."""
+        return sum(replicas.living for replicas in self._pools.values())
 
     def living(self, pool: str) -> int:
         """The number of living replicas."""

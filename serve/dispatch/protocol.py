@@ -44,8 +44,10 @@ class Timing:
     """Intervals and waiting times of the Dispatcher, Ingresses and Generators, in seconds.
 
     `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
+    `heartbeats_per_s`: how many heartbeats of Generators a Dispatcher gets each second, at most. If
+    there are more Generators, each one reports less often.
     `session_lease_s`: how long an Ingress may be silent before its slots are free.
-    `replica_lease_s`: how long a Generator may be silent before it counts as gone.
+    `replica_lease_s`: how long a Generator's heartbeat may be overdue before it counts as gone.
     `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls after the
     first message, so that every Ingress has time to report which calls and images it has.
     `reconnect_s`: how long an Ingress waits before it opens a lost session again.
@@ -60,6 +62,7 @@ class Timing:
     """
 
     heartbeat_s: float = 1.0
+    heartbeats_per_s: float = 100.0
     session_lease_s: float = 10.0
     replica_lease_s: float = 5.0
     recovery_s: float = 2.0
@@ -509,8 +512,10 @@ class HeartbeatReply(NamedTuple):
     """The Dispatcher's answer to a heartbeat.
 
     `orphans`: those leases that the replica runs, but that no session holds. `one_at_a_time`: the
-    replica's card has had a fault, so only one image may run on it.
+    replica's card has had a fault, so only one image may run on it. `next_s`: seconds until the
+    next heartbeat is due, unless the replica has news before.
     """
 
     orphans: tuple[Lease, ...] = ()
     one_at_a_time: bool = False
+    next_s: float = 1.0

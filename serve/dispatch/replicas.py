@@ -40,6 +40,7 @@ _Key = tuple[float, int, str]  # when a replica is done, a number, its name
 class Replica:
     """A living replica.
 
+    `due_at`: when its next heartbeat is due.
     `held`: the images that were granted a slot of it. `done_at`: when it would be done with them.
     `unheld`: leases in its last heartbeat that no session holds. `orphans`: those that were in the
     heartbeat before as well; they take slots all the same.
@@ -49,7 +50,7 @@ class Replica:
 
     heartbeat: Heartbeat
     first_heard: float
-    last_heard: float
+    due_at: float
     held: dict[ImageKey, RunningImage]
     done_at: float = -math.inf
     unheld: frozenset[Lease] = frozenset()
@@ -144,8 +145,9 @@ class PoolReplicas:
         unheld: Collection[Lease] = (),
         *,
         one_at_a_time: bool = False,
+        next_s: float = 0.0,
     ) -> tuple[bool, bool]:
-        """Note a replica's heartbeat.
+        """Note a replica's heartbeat; the next one is due in `next_s` seconds.
 
         `running`: the leases that it runs. `unheld`: those of them that no session holds. They
         count when two heartbeats in a row have them, because an image may have ended just now.
@@ -162,7 +164,7 @@ class PoolReplicas:
             if not replica.leaving:
                 self._staying.add(heartbeat)
         free = replica.free
-        replica.last_heard = now
+        replica.due_at = now + next_s
         replica.one_at_a_time = one_at_a_time
         if heartbeat != replica.heartbeat:
             if not replica.leaving:
@@ -183,8 +185,8 @@ class PoolReplicas:
         return first, replica.free > free
 
     def expire(self, now: float, lease_s: float) -> None:
-        """Drop the replicas that were silent for longer than `lease_s`."""
-        for name in [n for n, r in self._replicas.items() if now - r.last_heard > lease_s]:
+        """Drop the replicas whose heartbeat is overdue for longer than `lease_s`."""
+        for name in [n for n, r in self._replicas.items() if now - r.due_at > lease_s]:
             self.drop(name, now)
 
     def drop(self, name: str, now: float) -> Replica | None:

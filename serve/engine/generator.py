@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ from .generator_metrics import GeneratorMetrics
 from .image_file import encode_image
 from .precision import RECIPES, Recipe, fp8_fault
 from .prompt_embeds import PromptEmbeds
+from .reporting import Reporting
 from .warm_up import Phases, WarmUp, warm_sizes
 
 log = logging.getLogger("ray.serve")
@@ -171,7 +173,8 @@ class Generator:
         log.info("ready after %s; attention: %s", phases, attention)
         self._metrics.started(phases.seconds)
         self._start_s = time.monotonic() - began
-        self._heartbeat: asyncio.Task[None] | None = None
+        self._reporting = Reporting()
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take the unit of work from the model's present reference pool.
@@ -181,8 +184,9 @@ class Generator:
         """
         pool = LivePoolSettings.model_validate(user_config).reference
         self._cost.unit = cost_of(self._model, pool, self._models_folder)
-        if self._heartbeat is None:
-            self._heartbeat = asyncio.create_task(self._report())
+        if not self._tasks:
+            coroutines = self._report(), self._notice_restarts()
+            self._tasks = tuple(asyncio.create_task(one) for one in coroutines)
 
     async def generate(
         self,
@@ -242,12 +246,11 @@ class Generator:
     async def check_health(self) -> None:
         """Raise `RuntimeError` if the card is broken; called by Ray Serve.
 
-        Also raises it if the heartbeat's task or the denoising loop has ended.
+        Also raises it if the tasks of the heartbeat or the denoising loop have ended.
         """
         if self._card:
             await asyncio.to_thread(self._card.check)
-        beating = self._heartbeat is None or not self._heartbeat.done()
-        if not (beating and self._denoising.alive):
+        if any(task.done() for task in self._tasks) or not self._denoising.alive:
             raise RuntimeError("the heartbeat or the denoising loop has stopped")
 
     # -- one image ------------------------------------------------------------------------------
@@ -437,17 +440,32 @@ class Generator:
         """Send heartbeats to the Dispatcher as long as the denoising loop runs."""
         while self._denoising.alive:
             heartbeat, stopped = self._heartbeat_message(), list(self._stopped)
-            try:
-                reply = await self._dispatcher.report_replica.remote(
-                    heartbeat, list(self._running), stopped
-                )
-                del self._stopped[: len(stopped)]
-                self._careful = reply.one_at_a_time
-                self._drop(reply.orphans, time.monotonic())
-            except Exception:  # go on after any error, because a silent replica counts as lost
-                log.warning("could not report to the dispatcher; trying again", exc_info=True)
-                self._orphans.clear()  # sessions get the full time to come back again
+            if self._reporting.is_due(heartbeat, stopped, time.monotonic()):
+                await self._send(heartbeat, stopped)
             self._metrics.report(self._denoising.counts, heartbeat.speed, self._cost.coefficients)
+            await asyncio.sleep(TIMING.heartbeat_s)
+
+    async def _send(self, heartbeat: Heartbeat, stopped: list[StoppedImage]) -> None:
+        try:
+            reply = await self._dispatcher.report_replica.remote(
+                heartbeat, list(self._running), stopped
+            )
+            del self._stopped[: len(stopped)]
+            self._careful = reply.one_at_a_time
+            now = time.monotonic()
+            self._reporting.told(heartbeat, reply.next_s, now)
+            self._drop(reply.orphans, now)
+        except Exception:  # go on after any error, because a silent replica counts as lost
+            log.warning("could not report to the dispatcher; trying again", exc_info=True)
+            self._reporting.forgotten()
+            self._orphans.clear()  # sessions get the full time to come back again
+
+    async def _notice_restarts(self) -> None:
+        """Report soon to every new Dispatcher."""
+        while True:
+            with suppress(Exception):  # Ray's errors have no common class
+                await self._dispatcher.outlast.remote()
+            self._reporting.forgotten()
             await asyncio.sleep(TIMING.heartbeat_s)
 
     def _drop(self, orphans: Iterable[Lease], now: float) -> None:

@@ -42,6 +42,18 @@ def test_an_image_gets_the_replica_that_is_done_first() -> None:
     assert pool.replicas.choose(QueuedImage((P,)), 0.0) is None
 
 
+def test_a_replica_is_gone_when_its_heartbeat_is_overdue_for_too_long() -> None:
+    pool = Pool()
+    pool.replicas.hear(Heartbeat(P, "often", 2), 0.0, next_s=1.0)
+    pool.replicas.hear(Heartbeat(P, "rarely", 2), 0.0, next_s=30.0)
+    pool.replicas.expire(5.9, lease_s=5.0)
+    assert pool.replicas.living == 2
+    pool.replicas.expire(6.1, lease_s=5.0)
+    assert [replica.heartbeat.replica for replica in pool.replicas] == ["rarely"]
+    pool.replicas.expire(35.1, lease_s=5.0)
+    assert pool.replicas.living == 0
+
+
 def test_time_that_passes_makes_a_replica_emptier() -> None:
     pool = Pool("a", "b")
     assert pool.run(10.0, now=0.0) == "a"

@@ -20,6 +20,7 @@ from serve.dispatch.protocol import (
     CallState,
     Heartbeat,
     HeartbeatReply,
+    Lease,
     QueuedImage,
     RunningImage,
     StoppedImage,
@@ -520,6 +521,31 @@ def test_a_grant_of_an_expired_session_does_not_count() -> None:
     run(test)
 
 
+def test_the_more_generators_there_are_the_less_often_each_one_reports() -> None:
+    timing = replace(PROMPT, heartbeat_s=1.0, heartbeats_per_s=2.0)
+
+    async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
+        replies = [await dispatcher.report_replica(Heartbeat("p", f"r{i}", 1)) for i in range(7)]
+        assert replies[0] == HeartbeatReply(next_s=1.0)
+        again = [await dispatcher.report_replica(Heartbeat("p", f"r{i}", 1)) for i in range(7)]
+        assert {reply.next_s for reply in again} == {3.5}  # so 2 heartbeats come each second
+        ghost = Lease("gone", "i", "p", "r0")
+        reply = await dispatcher.report_replica(Heartbeat("p", "r0", 1), [ghost])
+        assert (reply.orphans, reply.next_s) == ((ghost,), 1.0)  # it is to be stopped soon
+
+    run(test, timing=timing)
+
+
+def test_a_call_that_outlasts_the_dispatcher_is_never_answered() -> None:
+    async def test(dispatcher: Dispatcher, _: DispatchSession, __: Handle) -> None:
+        call = asyncio.create_task(dispatcher.outlast())
+        await settle()
+        assert not call.done()
+        call.cancel()
+
+    run(test)
+
+
 def test_a_generator_learns_which_leases_no_session_holds() -> None:
     async def test(dispatcher: Dispatcher, session: DispatchSession, _: Handle) -> None:
         beat = Heartbeat("p", "r", 1)
@@ -527,7 +553,7 @@ def test_a_generator_learns_which_leases_no_session_holds() -> None:
         async with slot(session) as held:
             ghost = held.lease._replace(session="gone")
             reply = await dispatcher.report_replica(beat, [held.lease, ghost])
-            assert reply == HeartbeatReply((ghost,))
+            assert reply.orphans == (ghost,)
         await settle()
         assert (await dispatcher.report_replica(beat, [held.lease])).orphans == (held.lease,)
 

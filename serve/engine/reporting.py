@@ -1,0 +1,42 @@
+"""When a Generator reports to the Dispatcher: when its heartbeat is due, or at once with news.
+
+Each heartbeat is a call through Ray Serve, which costs the Dispatcher milliseconds. So the
+Dispatcher says when the next one is due, later with more Generators. It predicts what happens
+meanwhile. What it cannot predict is news: the Generator has another number of slots, its card has a
+fault, an image was stopped, or the Dispatcher itself is a new process that knows nobody.
+
+Pure: imports the standard library and pure files only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..dispatch.protocol import Heartbeat, StoppedImage
+
+
+class Reporting:
+    """What a Generator has told the Dispatcher, and when it must tell more.
+
+    Time is in seconds on any steady clock.
+    """
+
+    def __init__(self) -> None:
+        self._due_at = -math.inf
+        self._told: tuple[int, str] | None = None
+
+    def is_due(self, heartbeat: Heartbeat, stopped: Sequence[StoppedImage], now: float) -> bool:
+        """Return whether to report now; `stopped`: the images that were not reported yet."""
+        return now >= self._due_at or bool(stopped) or self._news(heartbeat) != self._told
+
+    def told(self, heartbeat: Heartbeat, next_s: float, now: float) -> None:
+        """Note that the Dispatcher has had a heartbeat; the next one is due in `next_s` seconds."""
+        self._due_at, self._told = now + next_s, self._news(heartbeat)
+
+    def forgotten(self) -> None:
+        """Note that the Dispatcher has ended: the next one must be told everything."""
+        self._due_at = -math.inf
+
+    def _news(self, heartbeat: Heartbeat) -> tuple[int, str]:
+        return heartbeat.slots, heartbeat.fault
