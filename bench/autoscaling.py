@@ -1,6 +1,6 @@
 """Compare Octet's autoscaling policy with others, in the simulator of `autoscaling.simulation`.
 
-    python -m bench.autoscaling [--quick]
+    python -m bench.autoscaling [--quick] [--workload NAME ...]
 
 Each policy is tuned for each workload by a grid of parameters, on one seed and half of the
 workload's length; Ray Serve's and KEDA's grids have a minimum number of replicas too. The chosen
@@ -65,6 +65,17 @@ OUT = Path("build/bench")
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
 NODES = NodeType("", 0.0, node_s=NODE_S, start_s=START_S)
+# Nodes that start as in a cluster: what they copy and compile takes longer than loading weights.
+COLD_NODES = NodeType(
+    "",
+    0.0,
+    node_s=120.0,
+    start_s=START_S,
+    idle_s=660.0,
+    weights_gib=9.0,
+    volume_gib_s=0.5,
+    compile_s=150.0,
+)
 STORM_S = 1800.0
 TUNING_SEED, SEEDS = 1, (5, 6, 7)
 TUNING_PART, QUICK_PART = 0.5, 0.5  # of a workload's length
@@ -150,8 +161,9 @@ class Job(NamedTuple):
 @cache
 def cases(part: float) -> dict[str, tuple[Workload, Scenario]]:
     """Each workload, `part` of its length, with the scenario that serves it, by its name."""
-    large, larger = (
-        scenario_of_card("sd3.5-large", "h100", 4, 0, most, NODES) for most in (64, 128)
+    large, larger, cold = (
+        scenario_of_card("sd3.5-large", "h100", 4, 0, most, nodes)
+        for most, nodes in ((64, NODES), (128, NODES), (64, COLD_NODES))
     )
     found = {
         "poisson": (workloads.poisson(4, 3 * HOUR_S * part), large),
@@ -164,6 +176,7 @@ def cases(part: float) -> dict[str, tuple[Workload, Scenario]]:
         "daily-crowd": (workloads.daily_crowd(0.5, 96 * HOUR_S * part), large),
         "cloud-clients": (workloads.cloud_clients(4, 8 * HOUR_S * part), large),
         "storms": (workloads.diurnal(5, 6 * HOUR_S * part), stormy(large)),
+        "cold-nodes": (workloads.on_off(2, 6 * HOUR_S * part), cold),
     }
     return {name: (remembered(workload), scenario) for name, (workload, scenario) in found.items()}
 
@@ -343,11 +356,6 @@ def chosen(grids: dict[str, list[Row]]) -> dict[str, tuple[str, Row]]:
     }
 
 
-def key(policy: str, row: Row) -> tuple[Any, ...]:
-    """The policy and parameters of a row, equal to the fields `policy` and `numbers` of its job."""
-    return policy, tuple(row["numbers"].items())
-
-
 def combined(rows: Sequence[Row]) -> Row:
     """The results of several seeds as one row: their sums, and the largest p99 of the waits."""
     summed = {
@@ -480,55 +488,58 @@ def tuned(pool: Any, name: str, quick: bool) -> dict[str, dict[str, list[Row]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than 8 minutes, one seed")
-    quick = parser.parse_args().quick
-    began, part = time.perf_counter(), QUICK_PART if quick else 1.0
+    parser.add_argument("--workload", action="append", default=[], help="only this one")
+    options = parser.parse_args()
+    quick, began = options.quick, time.perf_counter()
+    part, seeds = (QUICK_PART, SEEDS[:1]) if quick else (1.0, SEEDS)
+    all_names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
     tables: dict[str, dict[str, Any]] = {"policy alone": {}, "system": {}}
-    timelines: dict[str, dict[str, Any]] = {}
-    seeds = SEEDS[:1] if quick else SEEDS
-    names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
+    OUT.mkdir(parents=True, exist_ok=True)
     with Pool(initializer=share, initargs=(bar,)) as pool:
-        for name, (of, found) in ((n, t) for n in names for t in tuned(pool, n, quick).items()):
-            plain, rows = of == "system", chosen(found)
-            again = dict.fromkeys(
-                Job(
-                    name,
-                    policy,
-                    tuple(row["numbers"].items()),
-                    part,
-                    plain and policy in PLAIN,
-                    seed,
-                    seed == seeds[0],
-                )
-                for policy, row in rows.values()
-                for seed in seeds
-            )
-            repeated = list(pool.imap(run_job, again))
-            tables[of][name] = compared(
-                {
-                    label: combined([r for job, r, _ in repeated if job[1:3] == key(policy, row)])
-                    | {"numbers": row["numbers"]}
+        for name in options.workload or all_names:
+            ended: dict[Job, tuple[dict[str, Any], list[Any]]] = {}
+            for of, found in tuned(pool, name, quick).items():
+                rows = chosen(found)
+                jobs = {
+                    label: [
+                        Job(
+                            name,
+                            policy,
+                            tuple(row["numbers"].items()),
+                            part,
+                            plain=of == "system" and policy in PLAIN,
+                            seed=seed,
+                            timeline=seed == seeds[0],
+                        )
+                        for seed in seeds
+                    ]
                     for label, (policy, row) in rows.items()
                 }
-            )
-            lines = {job[1:3]: line for job, _, line in repeated if line}
-            timelines[name] = {label: lines[key(*rows[label])] for label in PLOTTED}
-            print(f"{name}, {of}: {time.perf_counter() - began:.0f} s", flush=True)
-    OUT.mkdir(parents=True, exist_ok=True)
-    for name, timeline in timelines.items():
-        plot_timelines(timeline, name, OUT / f"autoscaling-{name}.png")
+                new = {job for repeated in jobs.values() for job in repeated} - ended.keys()
+                for job, result, timeline in pool.imap(run_job, sorted(new)):
+                    ended[job] = result, timeline
+                tables[of][name] = compared(
+                    {
+                        label: combined([ended[job][0] for job in jobs[label]])
+                        | {"numbers": row["numbers"]}
+                        for label, (_, row) in rows.items()
+                    }
+                )
+                timelines = {label: ended[jobs[label][0]][1] for label in PLOTTED}
+                print(f"{name}, {of}: {time.perf_counter() - began:.0f} s", flush=True)
+            plot_timelines(timelines, name, OUT / f"autoscaling-{name}.png")
+    for of, results in tables.items():
+        print(f"\n{of}\n\n{table(results)}", flush=True)
     report = {
         "machine": platform.machine(),
         "quick": quick,
         "seeds": seeds,
         "tables": tables,
-        "scale": scale(quick),
+        "scale": None if options.workload else scale(quick),
         "took_s": round(time.perf_counter() - began, 1),
     }
     file = OUT / "autoscaling.json"
     file.write_text(json.dumps(report, indent=1))
-    for of, results in tables.items():
-        print(f"\n{of}\n\n{table(results)}")
-    print()
     print(json.dumps(report["scale"], indent=1))
     print(f"\n{file}, {OUT}/autoscaling-*.png; {report['took_s']} s")
 

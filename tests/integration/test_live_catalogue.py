@@ -102,8 +102,7 @@ def test_a_change_of_models_and_pools_restarts_nothing_else(
 
         # Another number of slots takes a new replica of this pool alone.
         assert octet.apply(with_second_model(before, slots=2)) == [SECOND]
-        wait_for(lambda: len(replicas()[SECOND] - {old}) == 1)
-        wait_for(lambda: old not in replicas()[SECOND])
+        wait_for(lambda: old not in replicas().get(SECOND, {old}))
         resized = replicas()
         del resized[SECOND]
         assert resized == at_first
