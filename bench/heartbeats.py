@@ -20,6 +20,7 @@ import psutil
 from serve.cli.serve import DEMO_SETTINGS
 from serve.deployments import APPLICATION, DISPATCHER
 from serve.dispatch.protocol import TIMING, Heartbeat
+from serve.engine.reporting import pause_s
 from serve.launch import run_application
 from serve.settings.file import load_settings
 
@@ -27,7 +28,7 @@ from .fairness_server import free_port
 from .machine import machine
 
 POOL = "landscapes-fp8"
-PACED, EVERY_SECOND = (100, 300, 1000, 3000), (100, 300)  # numbers of replicas
+EVERY_SECOND, PACED = (100, 300), (300, 1000, 3000)  # numbers of replicas
 SENDERS = 2
 
 
@@ -57,7 +58,7 @@ class Sender:
                 known.add(name)
                 if len(known) == len(names):
                     all_known.set()
-                await asyncio.sleep(every_s or reply.next_s)
+                await asyncio.sleep(every_s or pause_s(reply.next_s))
 
         self._tasks = [asyncio.create_task(beat(name)) for name in names]
         await all_known.wait()
@@ -67,6 +68,7 @@ class Sender:
         return self._answered
 
     async def end(self) -> None:
+        """Send no more."""
         for task in self._tasks:
             task.cancel()
 
@@ -113,9 +115,12 @@ def main() -> None:
             each = replicas // SENDERS
             own = [[f"r{next(names)}" for _ in range(each)] for _ in senders]
             ray.get([s.begin.remote(n, every_s) for s, n in zip(senders, own, strict=True)])
-            time.sleep(replicas / TIMING.heartbeats_per_s)  # all know how many they are
+            time.sleep(replicas / TIMING.heartbeats_per_s)  # all learn how many they are
             rate, used = measured()
             ray.get([sender.end.remote() for sender in senders])
+            time.sleep(
+                replicas / TIMING.heartbeats_per_s + 2 * TIMING.replica_lease_s
+            )  # all are forgotten
             often = "every second" if every_s else "when asked to"
             took = used - idle
             print(

@@ -84,7 +84,7 @@ def table(found: Mapping[str, Any]) -> str:
         )
     keys = [key for key, value in found.items() if "vs_best" in key or key == "failed_at_kill"]
     lines += ["", "| | |", "|---|---|", *(f"| `{key}` | {found[key]:.3g} |" for key in keys)]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(" nan ", " – ")  # QUICK=1 leaves parts out
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:

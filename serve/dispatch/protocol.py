@@ -44,8 +44,8 @@ class Timing:
     """Intervals and waiting times of the Dispatcher, Ingresses and Generators, in seconds.
 
     `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
-    `heartbeats_per_s`: how many heartbeats of Generators a Dispatcher gets each second, at most. If
-    there are more Generators, each one reports less often.
+    `heartbeats_per_s`: how many heartbeats of Generators are due each second, at most. If there are
+    more Generators, each one reports less often.
     `session_lease_s`: how long an Ingress may be silent before its slots are free.
     `replica_lease_s`: how long a Generator's heartbeat may be overdue before it counts as gone.
     `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls after the
@@ -62,7 +62,7 @@ class Timing:
     """
 
     heartbeat_s: float = 1.0
-    heartbeats_per_s: float = 100.0
+    heartbeats_per_s: float = 30.0
     session_lease_s: float = 10.0
     replica_lease_s: float = 5.0
     recovery_s: float = 2.0

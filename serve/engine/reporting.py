@@ -11,9 +11,19 @@ Pure: imports the standard library and pure files only.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 from ..dispatch.protocol import Heartbeat, StoppedImage
+
+
+def pause_s(next_s: float) -> float:
+    """Seconds until the next heartbeat, which is due in `next_s`.
+
+    It is up to half as long by chance: Generators that have begun together, or have noticed the
+    same restart, would otherwise report together for ever.
+    """
+    return next_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
 class Reporting:
@@ -32,7 +42,7 @@ class Reporting:
 
     def told(self, heartbeat: Heartbeat, next_s: float, now: float) -> None:
         """Note that the Dispatcher has had a heartbeat; the next one is due in `next_s` seconds."""
-        self._due_at, self._told = now + next_s, self._news(heartbeat)
+        self._due_at, self._told = now + pause_s(next_s), self._news(heartbeat)
 
     def forgotten(self) -> None:
         """Note that the Dispatcher has ended: the next one must be told everything."""

@@ -16,8 +16,16 @@ def told() -> Reporting:
 
 def test_the_next_heartbeat_is_sent_when_the_dispatcher_wants_it() -> None:
     reporting = told()
-    assert not reporting.is_due(BEAT, [], 129.9)
+    assert not reporting.is_due(BEAT, [], 114.9)
     assert reporting.is_due(BEAT, [], 130.0)
+
+
+def test_generators_that_begin_together_do_not_report_together() -> None:
+    together = [told() for _ in range(300)]
+    due = [sum(one.is_due(BEAT, [], at) for one in together) for at in (115.0, 120.0, 125.0, 130.0)]
+    assert due[0] == 0
+    assert 50 < due[1] < 150 < due[2] < 250
+    assert due[3] == 300
 
 
 def test_what_the_dispatcher_knows_or_predicts_is_no_news() -> None:
