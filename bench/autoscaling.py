@@ -62,6 +62,7 @@ from serve.cli.simulate import as_dict
 from serve.cli.simulate_scenario import Scenario, scenario_of_card
 
 OUT = Path("build/bench")
+FILE = OUT / "autoscaling.json"
 WARM_UP_S = 900.0
 NODE_S, START_S = 60.0, 30.0
 NODES = NodeType("", 0.0, node_s=NODE_S, start_s=START_S)
@@ -488,12 +489,24 @@ def tuned(pool: Any, name: str, quick: bool) -> dict[str, dict[str, list[Row]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than 8 minutes, one seed")
-    parser.add_argument("--workload", action="append", default=[], help="only this one")
+    parser.add_argument(
+        "--workload",
+        action="append",
+        default=[],
+        help="only this one; the file keeps others",
+    )
     options = parser.parse_args()
     quick, began = options.quick, time.perf_counter()
     part, seeds = (QUICK_PART, SEEDS[:1]) if quick else (1.0, SEEDS)
     all_names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
-    tables: dict[str, dict[str, Any]] = {"policy alone": {}, "system": {}}
+    report: dict[str, Any] = {
+        "machine": platform.machine(),
+        "quick": quick,
+        "seeds": seeds,
+        "tables": {"policy alone": {}, "system": {}},
+    }
+    if options.workload and FILE.exists():
+        report = json.loads(FILE.read_text())
     OUT.mkdir(parents=True, exist_ok=True)
     with Pool(initializer=share, initargs=(bar,)) as pool:
         for name in options.workload or all_names:
@@ -518,7 +531,7 @@ def main() -> None:
                 new = {job for repeated in jobs.values() for job in repeated} - ended.keys()
                 for job, result, timeline in pool.imap(run_job, sorted(new)):
                     ended[job] = result, timeline
-                tables[of][name] = compared(
+                report["tables"][of][name] = compared(
                     {
                         label: combined([ended[job][0] for job in jobs[label]])
                         | {"numbers": row["numbers"]}
@@ -528,20 +541,14 @@ def main() -> None:
                 timelines = {label: ended[jobs[label][0]][1] for label in PLOTTED}
                 print(f"{name}, {of}: {time.perf_counter() - began:.0f} s", flush=True)
             plot_timelines(timelines, name, OUT / f"autoscaling-{name}.png")
-    for of, results in tables.items():
-        print(f"\n{of}\n\n{table(results)}", flush=True)
-    report = {
-        "machine": platform.machine(),
-        "quick": quick,
-        "seeds": seeds,
-        "tables": tables,
-        "scale": None if options.workload else scale(quick),
-        "took_s": round(time.perf_counter() - began, 1),
-    }
-    file = OUT / "autoscaling.json"
-    file.write_text(json.dumps(report, indent=1))
-    print(json.dumps(report["scale"], indent=1))
-    print(f"\n{file}, {OUT}/autoscaling-*.png; {report['took_s']} s")
+            FILE.write_text(json.dumps(report, indent=1))
+    if not options.workload:
+        report["scale"] = scale(quick)
+        FILE.write_text(json.dumps(report, indent=1))
+    for of, results in report["tables"].items():
+        print(f"\n{of}\n\n{table(results)}")
+    print(f"\n{json.dumps(report.get('scale'), indent=1)}")
+    print(f"\n{FILE}, {OUT}/autoscaling-*.png; {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

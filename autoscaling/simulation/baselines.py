@@ -130,9 +130,10 @@ def _requests(
 
 
 def _with_least(pools: Mapping[str, PoolBounds], least: int) -> Mapping[str, PoolBounds]:
-    """The pools, of which the first has at least so many replicas."""
+    """The pools, of which the first has at least so many replicas, or as many as it may have."""
     name, *_ = pools
-    return {**pools, name: replace(pools[name], min_replicas=max(least, pools[name].min_replicas))}
+    least = min(max(least, pools[name].min_replicas), pools[name].max_replicas)
+    return {**pools, name: replace(pools[name], min_replicas=least)}
 
 
 class QueueLength:

@@ -312,6 +312,14 @@ def test_ray_serves_policy_waits_out_its_delays_on_the_simulated_clock() -> None
     assert wanted[-1] == 2
 
 
+def test_a_baselines_least_number_is_at_most_what_the_pool_may_have() -> None:
+    for policy in (
+        RayServe({"p": POOL}, min_replicas=1e3),
+        QueueLength({"p": POOL}, 2, 300, 300, 1e3),
+    ):
+        assert policy(view(0, 0), 0)["p"] == POOL.max_replicas
+
+
 def test_the_queue_length_rule_doubles_at_most_and_remembers_five_minutes() -> None:
     keda = QueueLength({"p": POOL}, target=2)
     assert keda(view(0, 0, 1), 1)["p"] == 0  # it decides every 30 s
