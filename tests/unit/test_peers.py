@@ -9,7 +9,16 @@ from PIL import Image
 
 from bench.peers.__main__ import LEAST_PSNR_DB
 from bench.peers.contestants import CONTESTANTS, PATIENCE_S, lines_of
-from bench.peers.load import IN_TIME, KINDS, arrivals, in_time, kind_of, request, tail_s
+from bench.peers.load import (
+    IN_TIME,
+    KINDS,
+    arrivals,
+    images_within,
+    in_time,
+    kind_of,
+    request,
+    tail_s,
+)
 from bench.peers.report import beside_best_peer, likeness_db, table
 from serve.cli.load_client import LoadAnswer, TimedRequest
 
@@ -95,3 +104,14 @@ def test_lines_count_what_a_user_writes_and_not_what_explains_it(tmp_path: Any) 
     settings = tmp_path / "a.yaml"
     settings.write_text("# why\na: 1\n\nb: 2 # so\n")
     assert lines_of(settings) == 2
+
+
+def test_an_image_counts_by_the_part_of_its_time_that_lies_within() -> None:
+    within = answer(2.0)  # from 0 to 2 s
+    assert images_within([within], 0.0, 4.0) == 1
+    assert images_within([within], 1.0, 4.0) == pytest.approx(0.5)
+    assert images_within([within], 0.0, 0.5) == pytest.approx(0.25)
+    assert images_within([within], 2.5, 4.0) == 0
+    assert images_within([answer(2.0, status=503)], 0.0, 4.0) == 0
+    batch = [answer(8.0)] * 16  # two a second, although none is answered in the first 4 s
+    assert images_within(batch, 0.0, 4.0) / 4.0 == 2
