@@ -2,8 +2,9 @@
 
 Each heartbeat is a call through Ray Serve, which costs the Dispatcher milliseconds. So the
 Dispatcher says when the next one is due, later with more Generators. It predicts what happens
-meanwhile. What it cannot predict is news: the Generator has another number of slots, its card has a
-fault, an image was stopped, or the Dispatcher itself is a new process that knows nobody.
+meanwhile. What it cannot predict is news: the Generator has another number of slots or another
+speed, its card has a fault, an image was stopped, or the Dispatcher itself is a new process that
+knows nobody.
 
 Pure: imports the standard library and pure files only.
 """
@@ -15,6 +16,8 @@ import random
 from collections.abc import Sequence
 
 from ..dispatch.protocol import Heartbeat, StoppedImage
+
+SPEED_NEWS = 0.1  # a change of the speed by more than this part is news
 
 
 def pause_s(next_s: float) -> float:
@@ -34,19 +37,23 @@ class Reporting:
 
     def __init__(self) -> None:
         self._due_at = -math.inf
-        self._told: tuple[int, str] | None = None
+        self._told: Heartbeat | None = None
 
     def is_due(self, heartbeat: Heartbeat, stopped: Sequence[StoppedImage], now: float) -> bool:
         """Return whether to report now; `stopped`: the images that were not reported yet."""
-        return now >= self._due_at or bool(stopped) or self._news(heartbeat) != self._told
+        told = self._told
+        return (
+            told is None
+            or now >= self._due_at
+            or bool(stopped)
+            or (heartbeat.slots, heartbeat.fault) != (told.slots, told.fault)
+            or abs(heartbeat.speed - told.speed) > SPEED_NEWS * told.speed
+        )
 
     def told(self, heartbeat: Heartbeat, next_s: float, now: float) -> None:
         """Note that the Dispatcher has had a heartbeat; the next one is due in `next_s` seconds."""
-        self._due_at, self._told = now + pause_s(next_s), self._news(heartbeat)
+        self._due_at, self._told = now + pause_s(next_s), heartbeat
 
     def forgotten(self) -> None:
         """Note that the Dispatcher has ended: the next one must be told everything."""
-        self._due_at = -math.inf
-
-    def _news(self, heartbeat: Heartbeat) -> tuple[int, str]:
-        return heartbeat.slots, heartbeat.fault
+        self._told = None

@@ -29,11 +29,12 @@ def test_generators_that_begin_together_do_not_report_together() -> None:
 
 
 def test_what_the_dispatcher_knows_or_predicts_is_no_news() -> None:
-    assert not told().is_due(BEAT._replace(running_work_s=9.0, speed=1.1), [], 101.0)
+    assert not told().is_due(BEAT._replace(running_work_s=9.0, speed=1.05), [], 101.0)
 
 
-def test_other_slots_a_fault_and_a_stopped_image_are_reported_at_once() -> None:
+def test_other_slots_another_speed_a_fault_and_a_stopped_image_are_reported_at_once() -> None:
     assert told().is_due(BEAT._replace(slots=1), [], 101.0)
+    assert told().is_due(BEAT._replace(speed=0.8), [], 101.0)
     assert told().is_due(BEAT._replace(fault="Xid 79"), [], 101.0)
     stopped = StoppedImage(Lease("s", "i", "p", "r"), 3, 1.5)
     assert told().is_due(BEAT, [stopped], 101.0)
