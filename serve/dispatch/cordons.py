@@ -65,8 +65,11 @@ class Cordons:
             self._cards.setdefault(heartbeat.node, set()).add(heartbeat.card)
         if heartbeat.fault:
             self._add(heartbeat, heartbeat.fault, (), now)
-            return 0
-        if heartbeat.node in self.cordoned or self._bad(heartbeat.card):
+        return self.usable(heartbeat, now)
+
+    def usable(self, heartbeat: Heartbeat, now: float) -> int:
+        """Return how many slots of a replica may be used, of those that it has reported."""
+        if heartbeat.fault or heartbeat.node in self.cordoned or self._bad(heartbeat.card):
             return 0
         return min(heartbeat.slots, 1) if self.careful(heartbeat, now) else heartbeat.slots
 

@@ -350,8 +350,6 @@ class Dispatcher:
         self._metrics.messages["heartbeat"] += 1
         now = time.monotonic()
         slots = self._cordons.heard(heartbeat, now)
-        if slots != heartbeat.slots:
-            heartbeat = heartbeat._replace(slots=slots)
         if heartbeat.node in self._cordons.cordoned and heartbeat.node not in self.grants.draining:
             self._nodes.look_again()
         held = self.grants.holds, self._shadows.holds
@@ -362,7 +360,7 @@ class Dispatcher:
         if not orphans:
             next_s = max(next_s, self.grants.all_living / self._timing.heartbeats_per_s)
         first, freed = self.grants.report_replica(
-            heartbeat, now, running, orphans, one_at_a_time=careful, next_s=next_s
+            heartbeat, now, running, orphans, one_at_a_time=careful, next_s=next_s, slots=slots
         )
         if first:
             self.sessions.set_status(self._status())
@@ -497,6 +495,10 @@ class Dispatcher:
         if image and (on := self.grants.runs_on(image)):
             self._cordons.generated(image.call_id, card_or_node(on))
 
+    def _usable(self, heartbeat: Heartbeat, now: float) -> tuple[int, bool]:
+        """How many slots of a replica may be used, and whether its card has had a fault."""
+        return self._cordons.usable(heartbeat, now), self._cordons.careful(heartbeat, now)
+
     def _may_decide(self, now: float) -> bool:
         """Return whether every living replica has had time to report itself."""
         return now >= self.recovery.ended_at + self._timing.replica_lease_s
@@ -611,6 +613,8 @@ class Dispatcher:
 
     def _beat(self, lag_s: float) -> None:
         """Grant what can be granted, and send positions and status to the sessions."""
+        now = time.monotonic()
+        self.grants.refresh(lambda beat: self._usable(beat, now), now)
         self._grant()
         if self.recovery.over:
             self.sessions.deliver(self._shadows.begin(time.monotonic()))

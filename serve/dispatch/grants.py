@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -272,13 +272,25 @@ class Grants:
         *,
         one_at_a_time: bool = False,
         next_s: float = 0.0,
+        slots: int | None = None,
     ) -> tuple[bool, bool]:
         """Note a replica's heartbeat, unless its pool no longer exists; see `PoolReplicas.hear`."""
         if (replicas := self._pools.get(heartbeat.pool)) is None:
             return False, False
         return replicas.hear(
-            heartbeat, now, running, unheld, one_at_a_time=one_at_a_time, next_s=next_s
+            heartbeat,
+            now,
+            running,
+            unheld,
+            one_at_a_time=one_at_a_time,
+            next_s=next_s,
+            slots=slots,
         )
+
+    def refresh(self, usable: Callable[[Heartbeat], tuple[int, bool]], now: float) -> None:
+        """Count the free slots of all replicas again; see `PoolReplicas.refresh`."""
+        for replicas in self._pools.values():
+            replicas.refresh(usable, now)
 
     def stopped(self, report: StoppedImage, now: float) -> UsageRecord | None:
         """Note a Generator's report of a stopped image.

@@ -45,7 +45,8 @@ class Timing:
 
     `heartbeat_s`: the time between two heartbeats of an Ingress or a Generator.
     `heartbeats_per_s`: how many heartbeats of Generators are due each second, at most. If there are
-    more Generators, each one reports less often.
+    more Generators, each one reports less often. About a third more come, because Generators report
+    before it is due, and at once if they have news.
     `session_lease_s`: how long an Ingress may be silent before its slots are free.
     `replica_lease_s`: how long a Generator's heartbeat may be overdue before it counts as gone.
     `recovery_s`: how long a restarted Dispatcher grants nothing and admits no new calls after the
@@ -62,7 +63,7 @@ class Timing:
     """
 
     heartbeat_s: float = 1.0
-    heartbeats_per_s: float = 30.0
+    heartbeats_per_s: float = 100.0
     session_lease_s: float = 10.0
     replica_lease_s: float = 5.0
     recovery_s: float = 2.0

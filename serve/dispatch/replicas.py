@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -40,6 +40,7 @@ _Key = tuple[float, int, str]  # when a replica is done, a number, its name
 class Replica:
     """A living replica.
 
+    `reported`: its last heartbeat. `heartbeat`: the same, but with the slots that may be used.
     `due_at`: when its next heartbeat is due.
     `held`: the images that were granted a slot of it. `done_at`: when it would be done with them.
     `unheld`: leases in its last heartbeat that no session holds. `orphans`: those that were in the
@@ -48,6 +49,7 @@ class Replica:
     its card has had a fault. `sizes`: of images that it has been given.
     """
 
+    reported: Heartbeat
     heartbeat: Heartbeat
     first_heard: float
     due_at: float
@@ -146,17 +148,22 @@ class PoolReplicas:
         *,
         one_at_a_time: bool = False,
         next_s: float = 0.0,
+        slots: int | None = None,
     ) -> tuple[bool, bool]:
         """Note a replica's heartbeat; the next one is due in `next_s` seconds.
 
+        `slots`: how many of its slots may be used; None: all.
         `running`: the leases that it runs. `unheld`: those of them that no session holds. They
         count when two heartbeats in a row have them, because an image may have ended just now.
         Returns whether it is the replica's first heartbeat, and whether a slot has become free.
         """
+        reported = heartbeat
+        if slots is not None and slots != heartbeat.slots:
+            heartbeat = heartbeat._replace(slots=slots)
         replica = self._replicas.get(heartbeat.replica)
         if first := replica is None:
             held = self._held.setdefault(heartbeat.replica, {})
-            replica = Replica(heartbeat, now, now, held)
+            replica = Replica(reported, heartbeat, now, now, held)
             self._replicas[heartbeat.replica] = replica
             self._on_node[heartbeat.node] += 1
             self._on_card[replica.place] += len(held)
@@ -164,13 +171,9 @@ class PoolReplicas:
             if not replica.leaving:
                 self._staying.add(heartbeat)
         free = replica.free
-        replica.due_at = now + next_s
+        replica.reported, replica.due_at = reported, now + next_s
         replica.one_at_a_time = one_at_a_time
-        if heartbeat != replica.heartbeat:
-            if not replica.leaving:
-                self._staying.add(replica.heartbeat, -1)
-                self._staying.add(heartbeat)
-            replica.heartbeat = heartbeat
+        self._count(replica, heartbeat)
         if unheld or replica.unheld:
             before, replica.unheld = replica.unheld, frozenset(unheld)
             replica.orphans = before & replica.unheld
@@ -183,6 +186,26 @@ class PoolReplicas:
             replica.done_at = min(replica.done_at, now)
         self._update(replica, now)
         return first, replica.free > free
+
+    def refresh(self, usable: Callable[[Heartbeat], tuple[int, bool]], now: float) -> None:
+        """Count the free slots of all replicas again, because time has passed.
+
+        `usable`: says of a heartbeat how many slots may be used, and whether the card has had a
+        fault.
+        """
+        for replica in self:
+            slots, replica.one_at_a_time = usable(replica.reported)
+            if slots != replica.heartbeat.slots:
+                self._count(replica, replica.reported._replace(slots=slots))
+            self._update(replica, now)
+
+    def _count(self, replica: Replica, heartbeat: Heartbeat) -> None:
+        """Let a heartbeat be the one that counts for a replica."""
+        if heartbeat != replica.heartbeat:
+            if not replica.leaving:
+                self._staying.add(replica.heartbeat, -1)
+                self._staying.add(heartbeat)
+            replica.heartbeat = heartbeat
 
     def expire(self, now: float, lease_s: float) -> None:
         """Drop the replicas whose heartbeat is overdue for longer than `lease_s`."""

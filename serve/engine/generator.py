@@ -446,6 +446,7 @@ class Generator:
             await asyncio.sleep(TIMING.heartbeat_s)
 
     async def _send(self, heartbeat: Heartbeat, stopped: list[StoppedImage]) -> None:
+        before = self._reporting.forgotten_times
         try:
             reply = await self._dispatcher.report_replica.remote(
                 heartbeat, list(self._running), stopped
@@ -453,7 +454,8 @@ class Generator:
             del self._stopped[: len(stopped)]
             self._careful = reply.one_at_a_time
             now = time.monotonic()
-            self._reporting.told(heartbeat, reply.next_s, now)
+            if self._reporting.forgotten_times == before:  # it is still the same Dispatcher
+                self._reporting.told(heartbeat, reply.next_s, now)
             self._drop(reply.orphans, now)
         except Exception:  # go on after any error, because a silent replica counts as lost
             log.warning("could not report to the dispatcher; trying again", exc_info=True)

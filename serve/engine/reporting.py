@@ -21,10 +21,10 @@ SPEED_NEWS = 0.1  # a change of the speed by more than this part is news
 
 
 def pause_s(next_s: float) -> float:
-    """Seconds until the next heartbeat, which is due in `next_s`.
+    """Seconds until the next heartbeat, which is due in `next_s`: by chance, half of it to all.
 
-    It is up to half as long by chance: Generators that have begun together, or have noticed the
-    same restart, would otherwise report together for ever.
+    Generators that have begun together, or have noticed the same restart, would otherwise report
+    together for ever.
     """
     return next_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
@@ -38,6 +38,7 @@ class Reporting:
     def __init__(self) -> None:
         self._due_at = -math.inf
         self._told: Heartbeat | None = None
+        self.forgotten_times = 0
 
     def is_due(self, heartbeat: Heartbeat, stopped: Sequence[StoppedImage], now: float) -> bool:
         """Return whether to report now; `stopped`: the images that were not reported yet."""
@@ -55,5 +56,6 @@ class Reporting:
         self._due_at, self._told = now + pause_s(next_s), heartbeat
 
     def forgotten(self) -> None:
-        """Note that the Dispatcher has ended: the next one must be told everything."""
+        """Note that the Dispatcher may know nothing: it must be told everything."""
         self._told = None
+        self.forgotten_times += 1

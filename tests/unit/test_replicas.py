@@ -54,6 +54,22 @@ def test_a_replica_is_gone_when_its_heartbeat_is_overdue_for_too_long() -> None:
     assert pool.replicas.living == 0
 
 
+def test_a_replica_that_has_refused_an_image_is_used_again_without_a_heartbeat() -> None:
+    pool = Pool("a")
+    pool.replicas.avoid("a", 5.0, 0.0)
+    for now, free in ((4.9, 0), (5.0, 2)):
+        pool.replicas.refresh(lambda beat: (beat.slots, False), now)
+        assert pool.replicas.free == free
+
+
+def test_slots_that_may_not_be_used_come_back_without_a_heartbeat() -> None:
+    pool = Pool("a", "b")
+    pool.replicas.refresh(lambda beat: (1, True), 1.0)  # the card has had a fault
+    assert (pool.replicas.free, pool.replicas.staying.slots) == (2, 2)
+    pool.replicas.refresh(lambda beat: (beat.slots, False), 2.0)
+    assert (pool.replicas.free, pool.replicas.staying.slots) == (4, 4)
+
+
 def test_time_that_passes_makes_a_replica_emptier() -> None:
     pool = Pool("a", "b")
     assert pool.run(10.0, now=0.0) == "a"

@@ -42,5 +42,7 @@ def test_other_slots_another_speed_a_fault_and_a_stopped_image_are_reported_at_o
 
 def test_a_new_dispatcher_is_told_at_once() -> None:
     reporting = told()
+    before = reporting.forgotten_times
     reporting.forgotten()
     assert reporting.is_due(BEAT, [], 101.0)
+    assert reporting.forgotten_times > before  # an answer that comes now is the old one's

@@ -528,7 +528,7 @@ def test_the_more_generators_there_are_the_less_often_each_one_reports() -> None
         replies = [await dispatcher.report_replica(Heartbeat("p", f"r{i}", 1)) for i in range(7)]
         assert replies[0] == HeartbeatReply(next_s=1.0)
         again = [await dispatcher.report_replica(Heartbeat("p", f"r{i}", 1)) for i in range(7)]
-        assert {reply.next_s for reply in again} == {3.5}  # so 2 heartbeats come each second
+        assert {reply.next_s for reply in again} == {3.5}  # so 2 heartbeats are due each second
         ghost = Lease("gone", "i", "p", "r0")
         reply = await dispatcher.report_replica(Heartbeat("p", "r0", 1), [ghost])
         assert (reply.orphans, reply.next_s) == ((ghost,), 1.0)  # it is to be stopped soon
