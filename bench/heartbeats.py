@@ -1,6 +1,6 @@
 """Measure what the heartbeats of many Generators cost the Dispatcher, through Ray Serve.
 
-    python -m bench.heartbeats [--seconds 20]
+    python -m bench.heartbeats [--seconds 30]
 
 Runs the demo, and beside it processes that send the heartbeats of Generators which do not exist, as
 often as the Dispatcher asks for them, or each one every second as a comparison. The numbers are CPU

@@ -79,9 +79,8 @@ def contestant(
 
     `works`, `seconds` and `start_s` are for the oracle alone: time and work of each request, the
     length of the workload, and the time of a start. `jumps` is for `queued-work` alone, see
-    `QueuedWork`. `numbers` tune the policy: they are keyword
-    arguments of its constructor. Raises `TypeError` for a number that the constructor does not
-    take.
+    `QueuedWork`. `numbers` tune the policy: they are keyword arguments of its constructor. Raises
+    `TypeError` for a number that the constructor does not take.
     """
     from . import baselines  # imported here, because it needs Ray
 

@@ -219,8 +219,9 @@ class Simulation:
     ) -> SimulationResult:
         """Run the workload; nothing that happens in the first `warm_up_s` seconds is counted.
 
-        `watch`: called every `WATCH_TICKS` with the cost so far, in US dollars, and the requests so
-        far that were answered too late. It may raise an exception to end the simulation.
+        `watch`: called every `WATCH_TICKS` from then on, with the cost so far, in US dollars, and
+        the requests so far that were answered too late. It may raise an exception to end the
+        simulation.
         """
         self._counted_from = warm_up_s
         for fleet in self._fleets if warm_up_s else ():
@@ -237,7 +238,7 @@ class Simulation:
             if next_tick <= at:
                 now = next_tick
                 self._tick(now)
-                if watch and ticks % WATCH_TICKS == 0:
+                if watch and now > warm_up_s and ticks % WATCH_TICKS == 0:
                     watch(self._usd(now), len(self._waits) - self._result.in_time)
                 if ticks % every == 0:
                     arriving = (self._arrived_s - seen_s) / (every * TICK_S)
