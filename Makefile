@@ -98,7 +98,7 @@ bench-path: .venv/bench
 bench-peers: .venv/bench .venv/peers/litserve .venv/peers/bentoml
 	$(BIN)/python -W ignore -m bench.peers $(if $(QUICK),--quick)
 
-# Policies in the simulator; some hours; QUICK=1: less than 8 minutes.
+# Policies in the simulator; about an hour; QUICK=1: less than 8 minutes.
 bench-autoscaling: .venv/bench
 	$(BIN)/python -W ignore -m bench.autoscaling $(if $(QUICK),--quick)
 
