@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .floor import Floor
+from .floor import Floor, JumpMemory
 from .load import Demand, Follower, Load, PoolBounds, ScalingLimits
 from .pool_state import PoolState, ReplicaOrder, ReplicasNeeded, bounded, updated
 from .rates import Sample, Samples, rates, with_sample
@@ -44,6 +44,8 @@ CHANCE_QUEUE_S = 1.0  # a queue that the ready replicas drain within this time i
 MIN_DRAIN = 1 / 8
 ROUNDING = 1e-6  # replicas; tolerance for floating-point errors
 
+Jumps = Mapping[tuple[str, ...], JumpMemory]  # by the pools of a demand
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
@@ -54,6 +56,16 @@ class PolicyState:
     floors: Mapping[tuple[str, ...], Floor] = field(default_factory=dict)  # by pools of a demand
     pools: Mapping[str, PoolState] = field(default_factory=dict)
     followers: Mapping[str, tuple[ReplicasNeeded, ...]] = field(default_factory=dict)
+
+    @property
+    def jumps(self) -> Jumps:
+        """The jumps of the rate that the policy remembers."""
+        return {pools: floor.memory for pools, floor in self.floors.items()}
+
+    def remembering(self, jumps: Jumps, now: float) -> PolicyState:
+        """The state with what was learnt earlier of jumps, as if work had come just now."""
+        floors = {pools: Floor(memory, worked=now) for pools, memory in jumps.items()}
+        return replace(self, floors=floors)
 
 
 class ScalingDecision(NamedTuple):

@@ -487,6 +487,52 @@ def tuned(pool: Any, name: str, quick: bool) -> dict[str, dict[str, list[Row]]]:
     }
 
 
+def measured(
+    pool: Any, name: str, quick: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+    """Tune the policies for a workload, and simulate it whole, with other seeds.
+
+    Returns its results by table, and the timelines to plot, by row.
+    """
+    part, seeds = measured_with(quick)
+    ended: dict[Job, tuple[dict[str, Any], list[Any]]] = {}
+    results, timelines = {}, {}
+    for of, found in tuned(pool, name, quick).items():
+        rows = chosen(found)
+        jobs = {
+            label: [
+                Job(
+                    name,
+                    policy,
+                    tuple(row["numbers"].items()),
+                    part,
+                    plain=of == "system" and policy in PLAIN,
+                    seed=seed,
+                    timeline=seed == seeds[0],
+                )
+                for seed in seeds
+            ]
+            for label, (policy, row) in rows.items()
+        }
+        new = {job for repeated in jobs.values() for job in repeated} - ended.keys()
+        for job, result, timeline in pool.imap(run_job, sorted(new)):
+            ended[job] = result, timeline
+        results[of] = compared(
+            {
+                label: combined([ended[job][0] for job in jobs[label]])
+                | {"numbers": row["numbers"]}
+                for label, (_, row) in rows.items()
+            }
+        )
+        timelines = {label: ended[jobs[label][0]][1] for label in PLOTTED}
+    return results, timelines
+
+
+def measured_with(quick: bool) -> tuple[float, tuple[int, ...]]:
+    """The part of a workload's length, and the seeds, with which it is measured."""
+    return (QUICK_PART, SEEDS[:1]) if quick else (1.0, SEEDS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than 8 minutes, one seed")
@@ -499,7 +545,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     quick, began = options.quick, time.perf_counter()
-    part, seeds = (QUICK_PART, SEEDS[:1]) if quick else (1.0, SEEDS)
+    part, seeds = measured_with(quick)
     all_names = [name for name in cases(part) if not (quick and name == "daily-crowd")]
     report: dict[str, Any] = {
         "machine": platform.machine(),
@@ -515,36 +561,10 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     with Pool(initializer=share, initargs=(bar,)) as pool:
         for name in options.workload or all_names:
-            ended: dict[Job, tuple[dict[str, Any], list[Any]]] = {}
-            for of, found in tuned(pool, name, quick).items():
-                rows = chosen(found)
-                jobs = {
-                    label: [
-                        Job(
-                            name,
-                            policy,
-                            tuple(row["numbers"].items()),
-                            part,
-                            plain=of == "system" and policy in PLAIN,
-                            seed=seed,
-                            timeline=seed == seeds[0],
-                        )
-                        for seed in seeds
-                    ]
-                    for label, (policy, row) in rows.items()
-                }
-                new = {job for repeated in jobs.values() for job in repeated} - ended.keys()
-                for job, result, timeline in pool.imap(run_job, sorted(new)):
-                    ended[job] = result, timeline
-                report["tables"][of][name] = compared(
-                    {
-                        label: combined([ended[job][0] for job in jobs[label]])
-                        | {"numbers": row["numbers"]}
-                        for label, (_, row) in rows.items()
-                    }
-                )
-                timelines = {label: ended[jobs[label][0]][1] for label in PLOTTED}
-                print(f"{name}, {of}: {time.perf_counter() - began:.0f} s", flush=True)
+            results, timelines = measured(pool, name, quick)
+            for of, result in results.items():
+                report["tables"][of][name] = result
+            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
             plot_timelines(timelines, name, OUT / f"autoscaling-{name}.png")
             FILE.write_text(json.dumps(report, indent=1))
     if not options.workload:

@@ -6,12 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from ..floor import Floor, JumpMemory
 from ..load import PoolBounds, ScalingLimits
-from ..policy import PolicyState, decide
+from ..policy import Jumps, PolicyState, decide
 from .simulator import Policy, PolicyView
-
-Jumps = Mapping[tuple[str, ...], JumpMemory]  # by the pools of a demand
 
 
 class QueuedWork:
@@ -36,13 +33,12 @@ class QueuedWork:
             late_part=given.late_part if late_part is None else late_part,
         )
         self._limits = replace(limits, tuning=tuning)
-        floors = {pools: Floor(memory, worked=0.0) for pools, memory in jumps.items()}
-        self._state = PolicyState(floors=floors)
+        self._state = PolicyState().remembering(jumps, 0.0)
 
     @property
     def jumps(self) -> Jumps:
-        """What the policy has learnt of jumps of the rate."""
-        return {pools: floor.memory for pools, floor in self._state.floors.items()}
+        """The jumps of the rate that the policy remembers."""
+        return self._state.jumps
 
     def __call__(self, view: PolicyView, now: float) -> Mapping[str, int]:
         decision = decide(view.load, self._limits, self._state, now)

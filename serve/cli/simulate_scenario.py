@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from autoscaling.load import PolicyTuning, PoolBounds, ScalingLimits
-from autoscaling.policy import preferred
+from autoscaling.policy import Jumps, preferred
 from autoscaling.simulation import workloads
-from autoscaling.simulation.contestants import Jumps, QueuedWork, contestant
+from autoscaling.simulation.contestants import QueuedWork, contestant
 from autoscaling.simulation.dispatch import EmptierOfTwo, FifoQueue, FirstDone
 from autoscaling.simulation.fleet import NodeType
 from autoscaling.simulation.simulator import (

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autoscaling.floor import Floor, JumpMemory
 from autoscaling.load import Demand, Load, ScalingLimits, Supply
-from autoscaling.policy import PolicyState, ScalingDecision, decide, preferred
+from autoscaling.policy import Jumps, PolicyState, ScalingDecision, decide, preferred
 from autoscaling.report import ScalingReport
 from cluster.room import Room
 
@@ -63,14 +62,13 @@ class Scaling:
                 del notes[pool]
         self.limits = limits
 
-    def jumps(self) -> Mapping[Pools, JumpMemory]:
-        """Return the jumps of the rate that the policy remembers, by the pools of a demand."""
-        return {pools: floor.memory for pools, floor in self._state.floors.items()}
+    def jumps(self) -> Jumps:
+        """Return the jumps of the rate that the policy remembers."""
+        return self._state.jumps
 
-    def remember(self, jumps: Mapping[Pools, JumpMemory]) -> None:
+    def remember(self, jumps: Jumps) -> None:
         """Begin with what an earlier process has learnt of jumps, as if work had just come."""
-        floors = {pools: Floor(memory, worked=self._began) for pools, memory in jumps.items()}
-        self._state = replace(self._state, floors=floors)
+        self._state = self._state.remembering(jumps, self._began)
 
     def decide(self, now: float, unix_s: float | None = None) -> Mapping[str, str]:
         """Decide how many replicas each pool should have; `unix_s`: the time of day.

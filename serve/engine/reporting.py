@@ -30,7 +30,7 @@ def pause_s(next_s: float) -> float:
 
 
 class Reporting:
-    """What a Generator has told the Dispatcher, and when it must tell more.
+    """Decides when a Generator reports, by what it has told the Dispatcher last.
 
     Time is in seconds on any steady clock.
     """
